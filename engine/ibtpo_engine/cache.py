@@ -1,0 +1,104 @@
+"""Pages and index together: where a path's keys and values are, and who may keep them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from ibtpo_engine.pages import KV, PAGE, PagePool, pages_for
+from ibtpo_engine.radix import RadixIndex
+from ibtpo_engine.tree import Node, Tree
+
+
+class PageCache:
+    """The pool of an engine and the radix index over it.
+
+    Attributes:
+        pool: the pages.
+        index: finds prefixes by content; gives pages up when the pool runs short.
+    """
+
+    def __init__(self, pool: PagePool) -> None:
+        self.pool = pool
+        self.index = RadixIndex(pool)
+
+    def take(self, n: int) -> list[int] | None:
+        """`n` fresh pages, evicting unpinned prefixes if need be; None if there are not that many."""
+        short = n - self.pool.num_free
+        if short > 0 and self.index.evict(max(short, self.pool.num_pages // 64)) < short:
+            return None
+        return self.pool.allocate(n)
+
+    def open(self, parent: Node, upto: int) -> KV | None:
+        """Pages for positions [parent.end, upto) of a new path below `parent`, which must be computed to its end.
+
+        The page that straddles the fork is copied, so nobody writes into another's page. None if pages are short.
+        """
+        start = parent.end
+        first = start // PAGE
+        pages = self.take(pages_for(upto) - first)
+        if pages is None:
+            return None
+        if start % PAGE and pages:
+            self.pool.copy([parent.kv.pages[-1]], pages[:1], start % PAGE)
+        return KV(self.pool, first, pages, start)
+
+    def open_root(self, root: Node) -> KV | None:
+        """Pages for a whole prompt, those found in the index shared; None if pages are short."""
+        found = self.index.match(root.tokens)
+        fresh = self.take(pages_for(root.end) - len(found))
+        if fresh is None:
+            self.pool.release(found)
+            return None
+        return KV(self.pool, 0, found + fresh, len(found) * PAGE)
+
+    def cover(self, kv: KV, upto: int) -> bool:
+        """Extend `kv` to hold positions up to `upto`; False (and nothing taken) if pages are short."""
+        fresh = self.take(max(pages_for(upto) - kv.first - len(kv.pages), 0))
+        if fresh is None:
+            return False
+        kv.pages += fresh
+        return True
+
+    def path_pages(self, node: Node) -> list[int]:
+        """The page table of the path from the root to the end of `node`."""
+        pages: list[int] = []
+        for ancestor in node.path():
+            pages[ancestor.kv.first :] = ancestor.kv.pages
+        return pages
+
+    def remember(self, node: Node) -> None:
+        """Let the index find the path to `node`, as far as it is computed."""
+        path = node.path()
+        computed = next((n.kv.computed if n.kv else n.start for n in path if not is_computed(n)), node.end)
+        pages: list[int] = []
+        for ancestor in path:
+            if ancestor.kv is None or ancestor.start >= computed:
+                break
+            pages[ancestor.kv.first :] = ancestor.kv.pages
+        self.index.insert(node.prefix()[:computed], pages)
+
+    def forget(self, tree: Tree) -> None:
+        """Give back every page of a tree; its tokens stay."""
+        for node in tree.root.walk():
+            if node.kv is not None:
+                node.kv.release()
+                node.kv = None
+
+    def owned_by(self, tree: Tree) -> int:
+        """Distinct pages a tree holds references on."""
+        return len({page for node in tree.root.walk() if node.kv is not None for page in node.kv.pages})
+
+    def check_integrity(self, held: Iterable[KV]) -> None:
+        """Assert that the index and `held` explain every reference in the pool."""
+        owned = np.zeros(self.pool.num_pages, np.int64)
+        for kv in held:
+            np.add.at(owned, kv.pages, 1)
+        np.add.at(owned, self.index.pages(), 1)
+        self.pool.check_integrity(owned)
+
+
+def is_computed(node: Node) -> bool:
+    """Are the keys and values of all the node's tokens there?"""
+    return node.kv is not None and node.kv.computed >= node.end

@@ -1,0 +1,138 @@
+"""Hugging Face checkpoint folders: config.json, safetensors (single or sharded) and the tokenizer's files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ibtpo_engine.errors import CheckpointError
+from ibtpo_engine.model import Model
+from ibtpo_engine.model_config import ModelConfig
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def load_model(
+    folder: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Model:
+    """Load a dense Qwen3, Qwen2/2.5 or Llama checkpoint, memory-mapped and shard by shard.
+
+    Args:
+        folder: the checkpoint folder.
+        dtype: what the weights are converted to.
+        device: where they go.
+
+    Raises:
+        CheckpointError: a file is missing or truncated, a tensor is missing, has the wrong shape, or holds NaN or Inf.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder. Give a Hugging Face checkpoint folder.")
+    config = ModelConfig.from_folder(folder)
+    with torch.device("meta"):
+        model = Model(config)
+    expected = model.state_dict()
+    state: dict[str, Tensor] = {}
+    for path, name, tensor in _tensors(folder):
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
+            continue
+        if name not in expected:
+            raise CheckpointError(f"{path}: unexpected tensor {name!r}; config.json describes a {config.architecture}.")
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name].shape)}. "
+                "The weights and config.json do not belong together."
+            )
+        tensor = tensor.to(device=device, dtype=dtype)
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(f"{path}: {name} holds NaN or Inf; the checkpoint is damaged. Use an earlier one.")
+        state[name] = tensor
+    missing = sorted(set(expected) - set(state))
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}. Is a shard missing?")
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
+    """Every tensor of the checkpoint with the file it lies in."""
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - not a dict
+                    yield path, name, file.get_tensor(name)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path}: not found, but {INDEX} names it. Download the missing shard.") from None
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: truncated or damaged ({error}). Download or save it again.") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.exists():
+        try:
+            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+            raise CheckpointError(f"{index}: not a safetensors index. Download the file again.") from None
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    others = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt"))
+    hint = f" Found {others[0]}: convert it to safetensors (loading pickles runs code)." if others else ""
+    raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX} is there.{hint}")
+
+
+def save_model(model: Model, tokenizer: PreTrainedTokenizerBase | None, folder: Path | str) -> None:
+    """Write a folder that `transformers` loads: config.json, model.safetensors and the tokenizer's files.
+
+    Not atomic: write into a temporary folder and rename it (see `RunFolder.checkpoint`).
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = {key: value for key, value in model.config.raw.items() if key not in ("torch_dtype", "dtype")}
+    raw["dtype"] = str(model.dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / SINGLE, metadata={"format": "pt"})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """The folder's own tokenizer.
+
+    Raises:
+        CheckpointError: there is none, it cannot be read, or it names no end-of-sequence token.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "The folder needs tokenizer.json and tokenizer_config.json."
+        ) from None
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(
+            f"{folder}/tokenizer_config.json: field eos_token is missing, so no answer would ever end. "
+            'Add "eos_token": "..." with the token that ends an answer.'
+        )
+    return tokenizer
+
+
+def stop_tokens(folder: Path | str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's, and those of generation_config.json if there is one."""
+    stops = {int(tokenizer.eos_token_id)}
+    path = Path(folder) / "generation_config.json"
+    if path.exists():
+        try:
+            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
+        except json.JSONDecodeError as error:
+            raise CheckpointError(f"{path}: not valid JSON ({error}).") from None
+        stops.update([named] if isinstance(named, int) else named)
+    return tuple(sorted(stops))

@@ -1,0 +1,363 @@
+"""The engine: trees in, sampled trees out, in this process, on the trainer's own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import asdict
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+from ibtpo_engine.cache import PageCache
+from ibtpo_engine.errors import OutOfPages, StaleWeights
+from ibtpo_engine.model import Model
+from ibtpo_engine.pages import PAGE, PagePool, pages_for
+from ibtpo_engine.runner import Runner
+from ibtpo_engine.sampling import Sampling
+from ibtpo_engine.scheduler import Scheduler
+from ibtpo_engine.tree import Node, Tree
+
+Growth = Generator[Sequence[Node], list[Node], None]
+Search = Callable[[Tree], Growth]
+Reward = Callable[[Tree, Node], "float | Future[float]"]
+
+
+class Engine:
+    """Samples trees of tokens from a model it borrows.
+
+    Args:
+        model: its parameters are used in place; nothing is copied.
+        kv_tokens: size of the KV pool in tokens (rounded up to pages of 16).
+        seed: with a tree's key and a token's place in the tree, decides every sample.
+        max_branches: most branches decoded in one step.
+        prefill_tokens: most known tokens computed in one step.
+
+    Raises:
+        ValueError: a size is not positive.
+    """
+
+    def __init__(
+        self, model: Model, *, kv_tokens: int = 200_000, seed: int = 0, max_branches: int = 256, prefill_tokens: int = 2048
+    ) -> None:
+        for name, value in (("kv_tokens", kv_tokens), ("max_branches", max_branches), ("prefill_tokens", prefill_tokens)):
+            if value < 1:
+                raise ValueError(f"Engine: {name}={value} must be at least 1")
+        self.model = model
+        self.seed = seed
+        self.version = 0
+        self.kv_tokens = pages_for(kv_tokens) * PAGE
+        self.max_branches = max_branches
+        self.prefill_tokens = prefill_tokens
+        self._trees: dict[int, Tree] = {}  # open trees by ordinal
+        self._opened = 0
+        self._weights = self._weight_stamp()
+        self._build()
+
+    def _build(self) -> None:
+        config = self.model.config
+        pool = PagePool(
+            layers=config.num_layers,
+            num_pages=self.kv_tokens // PAGE,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=self.model.dtype,
+            device=self.model.device,
+        )
+        self.cache = PageCache(pool)
+        self.scheduler = Scheduler(
+            Runner(self.model, pool),
+            self.cache,
+            max_branches=self.max_branches,
+            fill_tokens=self.prefill_tokens,
+            max_pages=pages_for(min(config.max_positions, self.kv_tokens)) + 1,
+        )
+
+    # ---- trees -----------------------------------------------------------------------------------------------
+
+    def tree(self, prompt: npt.ArrayLike, *, key: int | None = None) -> Tree:
+        """Open a tree on a prompt; what it owns stays in the pool until it is closed.
+
+        Args:
+            prompt: int [n], token ids.
+            key: names the tree's random numbers; by default its place in the order of opening.
+
+        Raises:
+            ValueError: the prompt is empty, has ids outside the vocabulary, or leaves no room in the context.
+            OutOfPages: the prompt alone is larger than the whole pool.
+        """
+        ordinal = self._opened
+        tree = Tree(
+            prompt, key=ordinal if key is None else key, seed=self.seed, ordinal=ordinal, on_close=self._close
+        )
+        self._check_prompt(tree)
+        self._opened += 1
+        self._trees[ordinal] = tree
+        return tree
+
+    def _check_prompt(self, tree: Tree) -> None:
+        tokens, context = tree.root.tokens, self.model.config.max_positions
+        if tokens.min() < 0 or tokens.max() >= self.model.config.vocab_size:
+            raise ValueError(
+                f"prompt: token id {int(tokens.max() if tokens.min() >= 0 else tokens.min())} lies outside the "
+                f"vocabulary [0, {self.model.config.vocab_size}); is this the model's own tokenizer?"
+            )
+        if len(tokens) >= context:
+            raise ValueError(
+                f"prompt of {len(tokens)} tokens leaves no room in the model's context of {context}; shorten it"
+            )
+        if len(tokens) >= self.kv_tokens:
+            raise OutOfPages(
+                f"prompt of {len(tokens)} tokens needs {pages_for(len(tokens) + 1)} pages, the pool has "
+                f"{self.cache.pool.num_pages}; raise kv_tokens (now {self.kv_tokens})"
+            )
+
+    def _close(self, tree: Tree) -> None:
+        self.scheduler.cancel([node for node in _pending(tree) if node.in_flight])
+        for leaf in tree.leaves() or [tree.root]:
+            self.cache.remember(leaf)
+        self.cache.forget(tree)
+        self._trees.pop(tree.ordinal, None)
+
+    # ---- growing ---------------------------------------------------------------------------------------------
+
+    def extend(self, nodes: Iterable[Node], sampling: Sampling) -> list[Node]:
+        """Sample each pending node to its end.
+
+        Args:
+            nodes: pending nodes from `Node.fork`, of any trees of this engine.
+            sampling: how; `max_tokens` counts from the end of the prompt.
+
+        Returns:
+            The same nodes, in the same order, finished.
+
+        Raises:
+            ValueError: a node is not pending, or its tree is closed or of another engine.
+            OutOfPages: the pool is full of what open trees own; the nodes are taken off their trees again.
+            StaleWeights: parameters changed since the last call without `weights_changed`.
+        """
+        nodes = list(nodes)
+        self._check_weights()
+        self._submit(nodes, sampling)
+        try:
+            while any(node.in_flight for node in nodes):
+                self._step(suspendable=[])
+        except BaseException:
+            self.scheduler.cancel(nodes)
+            raise
+        return nodes
+
+    def run(
+        self,
+        search: Search,
+        prompts: Iterable[npt.ArrayLike],
+        sampling: Sampling,
+        *,
+        reward: Reward | None = None,
+        keys: Iterable[int] | None = None,
+    ) -> Iterator[tuple[int, Tree]]:
+        """Grow a tree on every prompt, all in one continuously batched stream.
+
+        Args:
+            search: called with a tree, returns a generator that yields pending nodes and receives them finished.
+            prompts: int [n] each.
+            sampling: how branches are sampled.
+            reward: grades a finished leaf; a future lets the other trees go on meanwhile.
+            keys: names of the trees' random numbers, one a prompt.
+
+        Yields:
+            (index of the prompt, its tree) as the trees are done; a tree is closed by then, its tokens stay.
+
+        Raises:
+            OutOfPages: not even the oldest tree alone fits into the pool.
+        """
+        self._check_weights()
+        waiting = iter(enumerate(prompts))
+        names = None if keys is None else iter(keys)
+        growing: dict[int, _Growing] = {}
+        try:
+            while True:
+                self._open_more(search, waiting, names, sampling, growing)
+                if not growing:
+                    return
+                self._advance(growing, reward)
+                yield from self._resume(growing, sampling)
+        finally:
+            for growth in growing.values():
+                growth.generator.close()
+                growth.tree.close()
+
+    def _open_more(
+        self,
+        search: Search,
+        waiting: Iterator[tuple[int, Any]],
+        names: Iterator[int] | None,
+        sampling: Sampling,
+        growing: dict[int, _Growing],
+    ) -> None:
+        """Open trees until there are branches enough to fill a batch."""
+        while self.scheduler.num_branches < self.max_branches:
+            index, prompt = next(waiting, (-1, None))
+            if index < 0:
+                return
+            tree = self.tree(prompt, key=None if names is None else next(names))
+            growth = growing[tree.ordinal] = _Growing(index, tree, search(tree))
+            growth.ask(None)
+            self._submit(growth.nodes, sampling)
+
+    def _advance(self, growing: dict[int, _Growing], reward: Reward | None) -> None:
+        """One step of the scheduler, or, if every tree waits for its rewards, wait for the first."""
+        if self.scheduler.num_branches:
+            for node in self._step(suspendable=[growth.tree for growth in growing.values()]):
+                if node.tree.ordinal in growing:
+                    growing[node.tree.ordinal].finished(node, reward)
+            return
+        futures = [future for growth in growing.values() for future in growth.rewards.values()]
+        if futures:
+            wait(futures, return_when=FIRST_COMPLETED)
+
+    def _resume(self, growing: dict[int, _Growing], sampling: Sampling) -> Iterator[tuple[int, Tree]]:
+        """Hand finished and graded branches to their searches; yield the trees whose search has ended."""
+        for growth in [growth for growth in growing.values() if growth.is_ready()]:
+            growth.ask(growth.nodes)
+            if growth.done:
+                del growing[growth.tree.ordinal]
+                growth.tree.close()
+                yield growth.index, growth.tree
+            else:
+                self._submit(growth.nodes, sampling)
+
+    def _submit(self, nodes: Sequence[Node], sampling: Sampling) -> None:
+        for node in nodes:
+            if node.tree.closed or self._trees.get(node.tree.ordinal) is not node.tree:
+                raise ValueError(f"{node!r} belongs to a tree that is closed or of another engine")
+            if not node.is_pending or node.in_flight:
+                raise ValueError(f"{node!r} is not pending; use node.fork() to grow below it")
+            limit = min(node.tree.prompt_len + sampling.max_tokens, self.model.config.max_positions, self.kv_tokens)
+            if node.start >= limit:
+                raise ValueError(f"{node!r} starts at depth {node.start}, but paths end at {limit}; raise max_tokens")
+        for node in nodes:
+            limit = min(node.tree.prompt_len + sampling.max_tokens, self.model.config.max_positions, self.kv_tokens)
+            self.scheduler.submit(node, sampling, limit)
+
+    @torch.inference_mode()
+    def _step(self, *, suspendable: list[Tree]) -> list[Node]:
+        """One scheduler step; when pages are short, the youngest of `suspendable` gives its KV up for now."""
+        self.cache.pool.restore_memory()
+        finished = self.scheduler.step(self.version)
+        if finished is None:
+            oldest = self.scheduler.waiting[0].node.tree
+            holders = [tree for tree in suspendable if tree is not oldest and self.cache.owned_by(tree)]
+            if not holders:
+                raise self._out_of_pages()
+            self.cache.forget(max(holders, key=lambda tree: tree.ordinal))
+            return []
+        return finished
+
+    def _out_of_pages(self) -> OutOfPages:
+        owned = {tree.ordinal: self.cache.owned_by(tree) for tree in self._trees.values()}
+        holders = [count for count in owned.values() if count]
+        return OutOfPages(
+            f"{self.scheduler.pages_wanted()} pages needed, {self.cache.pool.num_free} free of "
+            f"{self.cache.pool.num_pages}, {sum(holders)} pinned by {len(holders)} trees; close a tree or raise "
+            f"kv_tokens (now {self.kv_tokens})"
+        )
+
+    # ---- weights and memory ----------------------------------------------------------------------------------
+
+    def weights_changed(self) -> None:
+        """Tell the engine that the parameters were updated in place.
+
+        Cached keys and values of the old weights are given up; tokens and log-probs stay. What is grown further is
+        computed anew with the new weights.
+        """
+        self._drop_all_kv()
+        self.version += 1
+        self._weights = self._weight_stamp()
+
+    def _weight_stamp(self) -> tuple[int, ...]:
+        """Changes whenever a parameter is written in place or replaced."""
+        parameters = list(self.model.parameters())
+        return (sum(p._version for p in parameters), *(p.data_ptr() for p in parameters))
+
+    def _check_weights(self) -> None:
+        if self._weights != self._weight_stamp():
+            raise StaleWeights(
+                "the parameters were changed since the last call; call engine.weights_changed() after every update"
+            )
+
+    def release(self) -> None:
+        """Give the pool's memory back to torch's allocator; the next call that samples takes it again.
+
+        Open trees keep their tokens; their keys and values are computed anew when they grow further.
+        """
+        self._drop_all_kv()
+        self.cache.pool.release_memory()
+
+    def _drop_all_kv(self) -> None:
+        self.scheduler.preempt_all()
+        self.cache.index.clear()
+        for tree in self._trees.values():
+            self.cache.forget(tree)
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the engine was made: tokens sampled, computed, reused, copied; pages evicted; preemptions."""
+        index = self.cache.index
+        return asdict(self.scheduler.counters) | {
+            "reused": index.hits,
+            "copied": self.cache.pool.copied,
+            "evicted_pages": index.evicted,
+        }
+
+    def check_integrity(self) -> None:
+        """Assert that every page reference belongs to an open tree, a running branch or the index."""
+        held = [node.kv for tree in self._trees.values() for node in tree.root.walk() if node.kv is not None]
+        self.cache.check_integrity(held + self.scheduler.held())
+
+
+class _Growing:
+    """A search under way: its generator, what it waits for, and the rewards on their way."""
+
+    def __init__(self, index: int, tree: Tree, generator: Growth) -> None:
+        self.index = index
+        self.tree = tree
+        self.generator = generator
+        self.nodes: list[Node] = []
+        self.unfinished = 0
+        self.rewards: dict[Node, Future[float]] = {}
+        self.done = False
+
+    def ask(self, finished: list[Node] | None) -> None:
+        """Send the finished nodes into the search and take the next ones it wants extended."""
+        try:
+            nodes = next(self.generator) if finished is None else self.generator.send(finished)
+            self.nodes = list(nodes)
+        except StopIteration:
+            self.nodes, self.done = [], True
+        self.unfinished = len(self.nodes)
+
+    def finished(self, node: Node, reward: Reward | None) -> None:
+        """A branch ended: grade it."""
+        self.unfinished -= 1
+        graded = reward(self.tree, node) if reward is not None else None
+        if isinstance(graded, Future):
+            self.rewards[node] = graded
+        else:
+            node.reward = graded
+
+    def is_ready(self) -> bool:
+        """Are all branches of the round finished and graded?"""
+        for node in [node for node, future in self.rewards.items() if future.done()]:
+            node.reward = float(self.rewards.pop(node).result())
+        return self.unfinished == 0 and not self.rewards
+
+
+def _pending(tree: Tree) -> list[Node]:
+    found, stack = [], [tree.root]
+    while stack:
+        node = stack.pop()
+        stack.extend(node.children)
+        if node.is_pending:
+            found.append(node)
+    return found

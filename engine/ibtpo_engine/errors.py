@@ -1,0 +1,19 @@
+"""Errors a caller can act on; every message names the remedy."""
+
+from __future__ import annotations
+
+
+class EngineError(RuntimeError):
+    """Base class of the errors the engine raises on purpose."""
+
+
+class OutOfPages(EngineError):
+    """The KV pool cannot hold what the live trees own plus what is asked for."""
+
+
+class StaleWeights(EngineError):
+    """The parameters changed while cached KV still belongs to the old ones."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint folder is missing something, damaged, or of an unknown architecture."""

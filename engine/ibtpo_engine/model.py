@@ -1,0 +1,196 @@
+"""The one model definition: the trainer runs it on packed trees, the engine on paged KV.
+
+Shapes: N packed tokens, H hidden size, Hq/Hkv query/key-value heads, D head size, V vocabulary.
+Parameter names are Hugging Face's, so a checkpoint loads by name and the engine borrows the trainer's parameters.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from ibtpo_kernels import rms_norm, rope, silu_mul, tree_attention
+from torch import Tensor, nn
+
+from ibtpo_engine.model_config import ModelConfig
+
+
+class Attend(Protocol):
+    """How one layer's queries find their keys; see `PackedAttention` and the engine's paged one."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, norms: QKNorm | None) -> Tensor:
+        """[N,Hq,D], [N,Hkv,D], [N,Hkv,D], all before norm and rotation -> [N,Hq,D]."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, eps=self.eps)
+
+
+class QKNorm(Protocol):
+    """The two per-head norms of a Qwen3 attention layer."""
+
+    q_norm: RMSNorm
+    k_norm: RMSNorm
+
+
+class PackedAttention:
+    """Tree attention inside one packed forest: query i sees key j <=> j <= i < end[j]."""
+
+    def __init__(self, end: Tensor, cos: Tensor, sin: Tensor) -> None:
+        self.end = end
+        self.cos = cos
+        self.sin = sin
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, norms: QKNorm | None) -> Tensor:
+        if norms is not None:
+            q, k = norms.q_norm(q), norms.k_norm(k)
+        return tree_attention(rope(q, self.cos, self.sin), rope(k, self.cos, self.sin), v, self.end)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention; what attends to what is the caller's `attend`."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.out_bias)
+        self.has_norms = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_eps)
+
+    def forward(self, x_NH: Tensor, attend: Attend) -> Tensor:
+        q = self.q_proj(x_NH).unflatten(-1, (-1, self.head_dim))
+        k = self.k_proj(x_NH).unflatten(-1, (-1, self.head_dim))
+        v = self.v_proj(x_NH).unflatten(-1, (-1, self.head_dim))
+        out: Tensor = self.o_proj(attend(self.layer, q, k, v, self if self.has_norms else None).flatten(1))
+        return out
+
+
+class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        size, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(size, inner, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(size, inner, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(inner, size, bias=config.mlp_bias)
+
+    def forward(self, x_NH: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(silu_mul(self.gate_proj(x_NH), self.up_proj(x_NH)))
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_NH: Tensor, attend: Attend) -> Tensor:
+        x_NH = x_NH + self.self_attn(self.input_layernorm(x_NH), attend)
+        out: Tensor = x_NH + self.mlp(self.post_attention_layernorm(x_NH))
+        return out
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_eps)
+
+
+class Model(nn.Module):
+    """A dense Qwen3, Qwen2/2.5 or Llama decoder.
+
+    Args:
+        config: its shape; parameters are created on torch's current default device and dtype.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._frequencies: Tensor | None = None
+
+    @property
+    def head(self) -> Tensor:
+        """[V, H], the matrix that turns hidden states into logits."""
+        return self.model.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the parameters are stored and computed in."""
+        return self.model.norm.weight.dtype
+
+    def rotation(self, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """Positions int [N] -> (cos, sin), each [N, D/2]: float32, or float64 for a float64 model."""
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        if self._frequencies is None or self._frequencies.device != pos.device or self._frequencies.dtype != wide:
+            frequencies = self.config.rope.inverse_frequencies(self.config.head_dim)
+            self._frequencies = frequencies.to(device=pos.device, dtype=wide)
+        angles = pos.to(wide)[:, None] * self._frequencies
+        return angles.cos(), angles.sin()
+
+    def forward(self, tokens: Tensor, attend: Attend) -> Tensor:
+        """int64 [N] -> hidden states after the final norm, [N, H]."""
+        x_NH = F.embedding(tokens, self.model.embed_tokens.weight)
+        for block in self.model.layers:
+            x_NH = block(x_NH, attend)
+        out: Tensor = self.model.norm(x_NH)
+        return out
+
+    def packed(self, tokens: Tensor, pos: Tensor, end: Tensor) -> Tensor:
+        """Training forward over a packed forest, differentiable.
+
+        Args:
+            tokens: int64 [N], trees in depth-first pre-order.
+            pos: int [N], depth of each token on its path.
+            end: int32 [N], exclusive end of each token's subtree.
+
+        Returns:
+            Hidden states after the final norm, [N, H].
+        """
+        return self(tokens, PackedAttention(end, *self.rotation(pos)))
+
+
+def initialise(model: Model, seed: int) -> Model:
+    """Fresh weights: matrices and embeddings normal with deviation 0.02, norms 1, biases 0; reproducible by `seed`."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.zero_()
+    return model

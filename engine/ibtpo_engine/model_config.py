@@ -1,0 +1,168 @@
+"""What a Hugging Face ``config.json`` says about a dense Qwen3, Qwen2/2.5 or Llama model."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ibtpo_engine.errors import CheckpointError
+
+ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding: base frequency and how positions are stretched."""
+
+    theta: float = 10_000.0
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192
+
+    def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
+        """float32 [head_dim / 2], radians a position, highest frequency first."""
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float32) / head_dim
+        inverse = 1.0 / (self.theta**exponent)
+        if self.kind == "linear":
+            return inverse / self.factor
+        if self.kind == "llama3":
+            return self._llama3(inverse)
+        return inverse
+
+    def _llama3(self, inverse: torch.Tensor) -> torch.Tensor:
+        """Llama 3.1: long waves are stretched by `factor`, short ones kept, the band between is interpolated."""
+        turns = self.original_positions * inverse / (2 * math.pi)  # full turns within the original context
+        keep = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0.0, 1.0)
+        return keep * inverse + (1.0 - keep) * inverse / self.factor
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of a dense decoder; `raw` keeps the original JSON so that saving loses nothing."""
+
+    architecture: Literal["qwen3", "qwen2", "llama"]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    rms_eps: float
+    tie_embeddings: bool
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    rope: RopeConfig
+    raw: dict[str, Any] = field(repr=False)
+
+    @property
+    def qk_norm(self) -> bool:
+        """Qwen3 normalises queries and keys per head."""
+        return self.architecture == "qwen3"
+
+    @classmethod
+    def from_folder(cls, folder: Path | str) -> ModelConfig:
+        """Read ``config.json``.
+
+        Raises:
+            CheckpointError: the file is missing, not JSON, or describes a model we do not run.
+        """
+        path = Path(folder) / "config.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path}: not found. A model folder holds config.json, *.safetensors and the tokenizer's files."
+            ) from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path}: not valid JSON ({error}). Download the file again.") from None
+        return cls.from_dict(raw, source=str(path))
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], *, source: str = "config") -> ModelConfig:
+        """The same from the parsed JSON."""
+        names = raw.get("architectures") or []
+        name = names[0] if names else raw.get("model_type", "none named")
+        architecture = ARCHITECTURES.get(name)
+        if architecture is None:
+            raise CheckpointError(
+                f"{source}: architecture {name!r} is not supported; dense {', '.join(ARCHITECTURES)} are."
+            )
+        _refuse_unsupported(raw, source)
+        try:
+            hidden_size, num_heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
+            bias = bool(raw.get("attention_bias", False))
+            config = cls(
+                architecture=architecture,  # type: ignore[arg-type]
+                vocab_size=int(raw["vocab_size"]),
+                hidden_size=hidden_size,
+                intermediate_size=int(raw["intermediate_size"]),
+                num_layers=int(raw["num_hidden_layers"]),
+                num_heads=num_heads,
+                num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
+                head_dim=int(raw.get("head_dim") or hidden_size // num_heads),
+                max_positions=int(raw.get("max_position_embeddings", 32_768)),
+                rms_eps=float(raw.get("rms_norm_eps", 1e-6)),
+                tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+                qkv_bias=architecture == "qwen2" or bias,
+                out_bias=architecture != "qwen2" and bias,
+                mlp_bias=architecture == "llama" and bool(raw.get("mlp_bias", False)),
+                rope=_rope(raw, source),
+                raw=raw,
+            )
+        except KeyError as error:
+            raise CheckpointError(f"{source}: field {error} is missing.") from None
+        except (TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{source}: {error}.") from None
+        config._validate(source)
+        return config
+
+    def _validate(self, source: str) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+            if getattr(self, name) < 1:
+                raise CheckpointError(f"{source}: {name} = {getattr(self, name)} must be at least 1.")
+        if self.num_heads % self.num_kv_heads:
+            raise CheckpointError(
+                f"{source}: {self.num_heads} attention heads are not a multiple of {self.num_kv_heads} key-value heads."
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise CheckpointError(f"{source}: head_dim {self.head_dim} must be even for rotary embeddings.")
+
+
+def _refuse_unsupported(raw: dict[str, Any], source: str) -> None:
+    """Raise for features that would silently give wrong results."""
+    if raw.get("hidden_act", "silu") != "silu":
+        raise CheckpointError(f"{source}: hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is.")
+    layer_types = set(raw.get("layer_types") or ["full_attention"])
+    if raw.get("use_sliding_window") or layer_types != {"full_attention"}:
+        raise CheckpointError(f"{source}: sliding-window attention is not supported; every layer must see the whole path.")
+    if raw.get("quantization_config"):
+        raise CheckpointError(f"{source}: quantized weights are not supported; use the bf16 or fp32 checkpoint.")
+
+
+def _rope(raw: dict[str, Any], source: str) -> RopeConfig:
+    """Both spellings: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (before)."""
+    settings = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    theta = float(settings.get("rope_theta", raw.get("rope_theta", 10_000.0)))
+    if kind not in ("default", "linear", "llama3"):
+        raise CheckpointError(f"{source}: rope type {kind!r} is not supported; default, linear and llama3 are.")
+    return RopeConfig(
+        theta=theta,
+        kind=kind,
+        factor=float(settings.get("factor", 1.0)),
+        low_freq_factor=float(settings.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(settings.get("high_freq_factor", 4.0)),
+        original_positions=int(settings.get("original_max_position_embeddings", 8192)),
+    )

@@ -1,0 +1,157 @@
+"""The KV pool: fixed pages of keys and values, counted by reference.
+
+A page holds the keys and values of `PAGE` consecutive positions of one path, for every layer. Positions are absolute:
+page number i of a path covers positions [16 i, 16 i + 16). A node's `KV` owns a reference on each page its tokens
+touch, from the page of its first token to the page of its last::
+
+    positions   0 ........ 16 ....... 32 ....... 48
+    root        [p0        |p1   )                      root ends at 27
+    child                  [p2       |p3     )          p2 copies rows 16..26 of p1, then is written on from 27
+    after child.split(at depth 38):
+    head                   [p2       |p3 )              p3 is shared by both halves (two references)
+    tail                             [p3     )
+
+So every page a node owns is complete from its first row up to what the node has computed, and a path's page table is
+read off by walking up: each node answers for the page indices from its own first page on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ibtpo_engine.errors import OutOfPages
+
+PAGE = 16
+
+
+def pages_for(tokens: int) -> int:
+    """Pages that `tokens` positions from 0 touch."""
+    return -(-tokens // PAGE)
+
+
+class PagePool:
+    """Pages of one engine.
+
+    Args:
+        layers, kv_heads, head_dim: shape of the model.
+        num_pages: size of the pool.
+        dtype, device: of the keys and values.
+
+    Attributes:
+        keys, values: [layers, num_pages, PAGE, kv_heads, head_dim].
+        layers: the same as a list of (keys, values) a layer.
+        refs: int32 [num_pages], owners of each page.
+        copied: rows copied by `copy` so far.
+    """
+
+    def __init__(
+        self, *, layers: int, num_pages: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._like: dict[str, Any] = {"size": (layers, num_pages, PAGE, kv_heads, head_dim), "dtype": dtype, "device": device}
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.restore_memory()
+        self.num_pages = num_pages
+        self.refs: npt.NDArray[np.int32] = np.zeros(num_pages, np.int32)
+        self._free = list(range(num_pages - 1, -1, -1))
+        self.copied = 0
+
+    def restore_memory(self) -> None:
+        """Allocate the tensors unless they are there."""
+        if not self.layers:
+            self.keys, self.values = torch.zeros(**self._like), torch.zeros(**self._like)
+            self.layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
+
+    def release_memory(self) -> None:
+        """Free the tensors; every page must be free."""
+        assert not self.refs.any(), "pages are still owned"
+        self.layers = []
+        del self.keys, self.values
+
+    @property
+    def num_free(self) -> int:
+        """Pages nobody owns."""
+        return len(self._free)
+
+    def allocate(self, n: int) -> list[int]:
+        """Take `n` pages, one reference each.
+
+        Raises:
+            OutOfPages: fewer are free; nothing is taken.
+        """
+        if n > len(self._free):
+            raise OutOfPages(f"{n} pages needed, {len(self._free)} free of {self.num_pages}")
+        if n == 0:
+            return []
+        taken = self._free[-n:][::-1]
+        del self._free[-n:]
+        self.refs[taken] = 1
+        return taken
+
+    def share(self, pages: Sequence[int]) -> None:
+        """Add a reference to each page."""
+        for page in pages:
+            assert self.refs[page] > 0, f"page {page} is free"
+            self.refs[page] += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        """Drop a reference of each page; pages without an owner become free."""
+        for page in pages:
+            assert self.refs[page] > 0, f"page {page} is already free"
+            self.refs[page] -= 1
+            if self.refs[page] == 0:
+                self._free.append(page)
+
+    def copy(self, source: Sequence[int], target: Sequence[int], rows: int) -> None:
+        """Copy whole pages (rows past what is computed travel along unread); `rows` is what counts as copied."""
+        self.keys[:, target] = self.keys[:, source]
+        self.values[:, target] = self.values[:, source]
+        self.copied += rows
+
+    def check_integrity(self, owned: npt.NDArray[np.int64]) -> None:
+        """Assert that `owned` (references per page, counted by the caller) explains every reference and free page."""
+        assert np.array_equal(self.refs, owned), f"references differ on pages {np.flatnonzero(self.refs != owned)[:8]}"
+        assert sorted(self._free) == np.flatnonzero(owned == 0).tolist(), "the free list disagrees with the references"
+
+
+class KV:
+    """The pages under one node.
+
+    Attributes:
+        first: index, on the path, of the first page owned (start depth // PAGE).
+        pages: ids of the owned pages, consecutive on the path.
+        computed: depth up to which keys and values are valid: [0, computed) may be read.
+        hidden: [H] final hidden state of the node's last token, if known: what its children's first tokens are
+            sampled from.
+    """
+
+    __slots__ = ("computed", "first", "hidden", "pages", "pool")
+
+    def __init__(self, pool: PagePool, first: int, pages: list[int], computed: int) -> None:
+        self.pool = pool
+        self.first = first
+        self.pages = pages
+        self.computed = computed
+        self.hidden: Tensor | None = None
+
+    def split(self, at: int) -> tuple[KV, KV]:
+        """Divide at depth `at`; the page that straddles the cut is owned by both halves."""
+        upper_end, lower_first = pages_for(at), at // PAGE
+        upper = KV(self.pool, self.first, self.pages[: max(upper_end - self.first, 0)], min(self.computed, at))
+        lower = KV(self.pool, lower_first, self.pages[lower_first - self.first :], self.computed)
+        lower.hidden = self.hidden
+        self.pool.share(self.pages[lower_first - self.first : upper_end - self.first])
+        self.pages = []
+        return upper, lower
+
+    def release(self) -> None:
+        """Give every page back."""
+        self.pool.release(self.pages)
+        self.pages = []
+        self.computed = 0
+        self.hidden = None

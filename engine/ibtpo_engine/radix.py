@@ -1,0 +1,147 @@
+"""The radix index: finds cached prefixes by content.
+
+A trie over token ids with one page of tokens an edge. The index holds one reference on every page in it; a page that
+a live tree owns too has a second and cannot be evicted.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ibtpo_engine.pages import PAGE, PagePool
+
+Ints = npt.NDArray[np.int32]
+
+
+class Entry:
+    """One page of tokens below its parent entry."""
+
+    __slots__ = ("children", "key", "page", "parent", "used")
+
+    def __init__(self, parent: Entry | None, key: bytes, page: int, used: int) -> None:
+        self.parent = parent
+        self.key = key
+        self.page = page
+        self.children: dict[bytes, Entry] = {}
+        self.used = used
+
+
+class RadixIndex:
+    """Prefix to pages, least recently used leaves evicted first.
+
+    Attributes:
+        hits, lookups: tokens found and tokens asked for.
+        evicted: pages evicted so far.
+    """
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self._root = Entry(None, b"", -1, 0)
+        self._clock = 0
+        self.num_entries = 0
+        self.hits = 0
+        self.lookups = 0
+        self.evicted = 0
+
+    def match(self, tokens: Ints) -> list[int]:
+        """Pages of the longest cached prefix of `tokens` (whole pages only); the caller gets a reference on each."""
+        self._clock += 1
+        entry, pages = self._root, []
+        for key in _keys(tokens):
+            found = entry.children.get(key)
+            if found is None:
+                break
+            found.used = self._clock
+            pages.append(found.page)
+            entry = found
+        self._pool.share(pages)
+        self.lookups += len(tokens)
+        self.hits += len(pages) * PAGE
+        return pages
+
+    def insert(self, tokens: Ints, pages: list[int]) -> int:
+        """Remember the whole pages of `tokens`; where an entry exists already, it stays.
+
+        Args:
+            tokens: int32 [n], a path from its root.
+            pages: its page table, at least n // PAGE long.
+
+        Returns:
+            Number of pages newly referenced.
+        """
+        self._clock += 1
+        entry, added = self._root, 0
+        for key, page in zip(_keys(tokens), pages, strict=False):
+            child = entry.children.get(key)
+            if child is None:
+                child = entry.children[key] = Entry(entry, key, page, self._clock)
+                self._pool.share([page])
+                added += 1
+            child.used = self._clock
+            entry = child
+        self.num_entries += added
+        return added
+
+    def evictable(self) -> int:
+        """Pages that eviction can free: those of entries with nothing pinned at or below them."""
+        return self._evictable_below(self._root)[0]
+
+    def _evictable_below(self, top: Entry) -> tuple[int, bool]:
+        count, state = 0, {}
+        stack = [(top, False)]
+        while stack:
+            entry, expanded = stack.pop()
+            if not expanded:
+                stack.append((entry, True))
+                stack.extend((child, False) for child in entry.children.values())
+                continue
+            free = all(state.pop(id(child)) for child in entry.children.values())
+            free = free and entry.page >= 0 and bool(self._pool.refs[entry.page] == 1)
+            state[id(entry)] = free
+            count += free
+        return count, state[id(top)]
+
+    def evict(self, n: int) -> int:
+        """Free at least `n` pages if that many are evictable, oldest leaves first; returns how many were freed."""
+        freed = 0
+        while freed < n:
+            leaves = [entry for entry in self._entries() if not entry.children and self._pool.refs[entry.page] == 1]
+            if not leaves:
+                break
+            leaves.sort(key=lambda entry: entry.used)
+            for entry in leaves[: n - freed]:
+                self._remove(entry)
+                freed += 1
+        self.evicted += freed
+        return freed
+
+    def clear(self) -> None:
+        """Forget everything (the keys and values became stale)."""
+        for entry in list(self._entries()):
+            self._pool.release([entry.page])
+        self._root.children.clear()
+        self.num_entries = 0
+
+    def pages(self) -> list[int]:
+        """Every page the index holds a reference on."""
+        return [entry.page for entry in self._entries()]
+
+    def _remove(self, entry: Entry) -> None:
+        assert entry.parent is not None and not entry.children
+        del entry.parent.children[entry.key]
+        self._pool.release([entry.page])
+        self.num_entries -= 1
+
+    def _entries(self) -> list[Entry]:
+        found, stack = [], list(self._root.children.values())
+        while stack:
+            entry = stack.pop()
+            found.append(entry)
+            stack.extend(entry.children.values())
+        return found
+
+
+def _keys(tokens: Ints) -> list[bytes]:
+    data = np.ascontiguousarray(tokens, np.int32)
+    return [data[i : i + PAGE].tobytes() for i in range(0, len(data) - PAGE + 1, PAGE)]

@@ -1,0 +1,26 @@
+"""Names for random numbers, so that no sample depends on who shared its batch.
+
+Every branch has a 64-bit *stream*: a hash of (seed, tree key) at the root and of (parent's stream, depth of the
+fork, how many forks began there before) below. A token's random number is Philox(stream, position). Hence siblings
+differ, batch mates and pool sizes do not matter, and a replay is exact.
+"""
+
+from __future__ import annotations
+
+_MASK = (1 << 64) - 1
+
+
+def _splitmix(x: int) -> int:
+    """One round of SplitMix64 (Steele, Lea and Flood, 2014): a bijection of 64-bit integers that mixes every bit."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def mix(*values: int) -> int:
+    """Hash integers, in order, to one signed 64-bit integer."""
+    state = 0
+    for value in values:
+        state = _splitmix(state ^ (value & _MASK))
+    return state - (1 << 64) if state >> 63 else state

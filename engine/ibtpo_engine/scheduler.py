@@ -1,0 +1,477 @@
+"""Continuous batching over branches of any number of trees.
+
+Every step runs one forward pass over two kinds of rows and then samples one token for every running branch:
+
+- *decode* rows: the last sampled token of each running branch, in depth-first order so that siblings are neighbours;
+- *fill* rows: tokens that are known but have no keys and values yet (a prompt, a preempted branch, a node whose KV was
+  dropped), a chunk at a time; or the last token of a node whose final hidden state is not known.
+
+A branch waits until every node above it is filled. Its first token is sampled from its parent's final hidden state,
+which is computed once and shared by all the children::
+
+    waiting --(parent filled)--> running --(stop or limit)--> finished
+       ^                            |
+       +------(out of pages)--------+   preempted: tokens kept, pages given back, filled again later
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from ibtpo_kernels import sample
+
+from ibtpo_engine.cache import PageCache, is_computed
+from ibtpo_engine.pages import KV, PAGE, pages_for
+from ibtpo_engine.runner import Rows, Runner
+from ibtpo_engine.sampling import Sampling
+from ibtpo_engine.slots import FINISH, Ints, Outputs, Slots
+from ibtpo_engine.tree import Node
+
+SlotIds = npt.NDArray[np.int64]
+
+FILL_SLOTS = 32  # most nodes filled in one step
+
+
+@dataclass(eq=False)
+class Branch:
+    """A pending node being sampled; `kept` holds what a preempted one has sampled."""
+
+    node: Node
+    sampling: Sampling
+    limit: int  # depth it may reach
+    ticket: int  # order of arrival: the youngest is preempted first
+    kv: KV | None = None
+    slot: int = -1
+    kept: Outputs | None = None
+    place: tuple[int, ...] = ()  # depth-first sort key while running
+
+
+@dataclass(eq=False)
+class Fill:
+    """Known tokens whose keys and values are computed next: a node's, or (`branch` given) a preempted branch's."""
+
+    kv: KV
+    tokens: Ints
+    start: int  # depth of tokens[0]
+    slot: int
+    node: Node
+    branch: Branch | None = None
+    children: list[Branch] = field(default_factory=list)  # they start as soon as the node is filled
+
+    @property
+    def end(self) -> int:
+        """Depth to fill up to; a branch's last token stays for its next decode row."""
+        return self.start + len(self.tokens) - (self.branch is not None)
+
+    def chunk(self, budget: int) -> Ints:
+        """Depths of the rows to run in this step, at most `budget`."""
+        if self.kv.computed < self.end:
+            return np.arange(self.kv.computed, min(self.end, self.kv.computed + budget), dtype=np.int32)
+        return np.arange(self.end - 1, self.end, dtype=np.int32)[: budget if self.branch is None else 0]
+
+
+@dataclass
+class Counters:
+    """What the scheduler did so far.
+
+    Attributes:
+        sampled: tokens drawn.
+        computed: rows run through the model, recomputed ones included.
+        preemptions: branches that gave their pages back under way.
+        steps: forward passes.
+    """
+
+    sampled: int = 0
+    computed: int = 0
+    preemptions: int = 0
+    steps: int = 0
+
+
+class Scheduler:
+    """Runs branches to their end, a step at a time.
+
+    Args:
+        runner: the model over the pool.
+        cache: the pool with its index.
+        max_branches: most branches decoded in one step.
+        fill_tokens: most fill rows in one step.
+        max_pages: longest path, in pages.
+    """
+
+    def __init__(
+        self, runner: Runner, cache: PageCache, *, max_branches: int, fill_tokens: int, max_pages: int
+    ) -> None:
+        self.runner = runner
+        self.cache = cache
+        self.max_branches = max_branches
+        self.fill_tokens = fill_tokens
+        self.slots = Slots(max_branches + FILL_SLOTS, max_pages)
+        self.waiting: list[Branch] = []  # by ticket
+        self.running: dict[int, Branch] = {}  # by slot
+        self.fills: dict[int, Fill] = {}  # by id of node or branch
+        self.counters = Counters()
+        self._order: list[tuple[tuple[int, ...], int]] = []  # (place, slot) of the running, sorted
+        self._decoding: npt.NDArray[np.int64] | None = None  # the slots of _order; None when it changed
+        self._tickets = 0
+
+    # ---- what the engine calls -------------------------------------------------------------------------------
+
+    @property
+    def num_branches(self) -> int:
+        """Branches submitted and not yet finished."""
+        filling = sum(len(fill.children) + (fill.branch is not None) for fill in self.fills.values())
+        return len(self.waiting) + len(self.running) + filling
+
+    def submit(self, node: Node, sampling: Sampling, limit: int) -> None:
+        """Queue a pending node; it may grow to depth `limit`."""
+        node.in_flight = True
+        self.waiting.append(Branch(node, sampling, limit, self._tickets))
+        self._tickets += 1
+
+    def step(self, version: int) -> list[Node] | None:
+        """Run one forward pass and sample.
+
+        Returns:
+            The nodes that finished, filled with their tokens and marked with `version`; None if nothing could be run
+            because pages are short.
+        """
+        ready = self._admit()
+        self._grow()
+        fills, decoding = list(self.fills.values()), self._decoding_slots()
+        hidden = self._forward(decoding, fills)
+        ready += self._complete(len(decoding), fills, hidden)
+        started = self._start(ready)
+        if hidden is None and not started and not self.running:
+            return None
+        return self._sample(decoding, hidden, started, version)
+
+    def cancel(self, nodes: Iterable[Node]) -> None:
+        """Forget pending nodes: their branches end unfinished and the nodes leave their trees."""
+        doomed = {id(node) for node in nodes if node.in_flight}
+        for branch in [branch for branch in self.running.values() if id(branch.node) in doomed]:
+            self._leave(branch)
+            self._abandon(branch)
+        for key, fill in list(self.fills.items()):
+            if fill.branch is not None and id(fill.branch.node) in doomed:
+                self._drop_fill(key)
+                self._abandon(fill.branch)
+            for child in [child for child in fill.children if id(child.node) in doomed]:
+                fill.children.remove(child)
+                self._abandon(child)
+            if fill.branch is None and not fill.children:
+                self._drop_fill(key)
+        for branch in [branch for branch in self.waiting if id(branch.node) in doomed]:
+            self.waiting.remove(branch)
+            self._abandon(branch)
+
+    def preempt_all(self) -> None:
+        """Stop everything under way; keys and values are given back, tokens kept and filled again later."""
+        for branch in list(self.running.values()):
+            self._preempt(branch)
+        for key in list(self.fills):
+            fill = self._drop_fill(key)
+            for branch in [*fill.children, *([fill.branch] if fill.branch else [])]:
+                self._wait_again(branch)
+
+    def held(self) -> list[KV]:
+        """Every KV that belongs to a branch under way rather than to a node."""
+        return [branch.kv for branch in self.running.values() if branch.kv] + [
+            fill.kv for fill in self.fills.values() if fill.branch is not None
+        ]
+
+    def pages_wanted(self) -> int:
+        """Pages the oldest waiting branch needs to get on: what an error about a full pool should name."""
+        branch = self.waiting[0]
+        node = self._blocker(branch)
+        if node is not None:
+            return pages_for(node.end) - node.start // PAGE
+        known = len(branch.kept[0]) if branch.kept else 0
+        return pages_for(branch.node.start + known + 1) - branch.node.start // PAGE
+
+    # ---- admission -------------------------------------------------------------------------------------------
+
+    def _admit(self) -> list[Branch]:
+        """Look at the oldest waiting branches: begin the fills they need; return those that can start at once."""
+        ready: list[Branch] = []
+        room = self.max_branches - (self.num_branches - len(self.waiting))
+        if room <= 0 or not self.waiting:
+            return ready
+        filling_prompts = {fill.tokens.tobytes() for fill in self.fills.values() if fill.start == 0}
+        kept_waiting: list[Branch] = []
+        candidates, rest = self.waiting[: room + FILL_SLOTS], self.waiting[room + FILL_SLOTS :]
+        for branch in candidates:
+            blocker = self._blocker(branch)
+            if room > 0 and blocker is None and branch.kept is None:
+                ready.append(branch)
+                room -= 1
+            elif room > 0 and blocker is None and self._fill_branch(branch):
+                room -= 1
+            elif room > 0 and blocker is not None and self._fill_node(blocker, filling_prompts):
+                if blocker is branch.node.parent:
+                    self.fills[id(blocker)].children.append(branch)
+                    room -= 1
+                else:
+                    kept_waiting.append(branch)
+            else:
+                kept_waiting.append(branch)
+        self.waiting = kept_waiting + rest
+        return ready
+
+    def _blocker(self, branch: Branch) -> Node | None:
+        """The node that must be filled before the branch can go on; None if it can."""
+        parent = branch.node.parent
+        assert parent is not None
+        if is_computed(parent):  # then so is everything above it
+            return None if branch.kept is not None or parent.kv.hidden is not None else parent
+        while parent.parent is not None and not is_computed(parent.parent):
+            parent = parent.parent
+        return parent
+
+    def _fill_node(self, node: Node, filling_prompts: set[bytes]) -> bool:
+        """Begin to fill a node, unless it is being filled already; False if slots or pages are short."""
+        if id(node) in self.fills:
+            return True
+        if self.slots.num_free <= self.max_branches - len(self.running):  # keep slots for the branches
+            return False
+        if node.parent is None:
+            prompt = node.tokens.tobytes()
+            if node.kv is None and prompt in filling_prompts:
+                return False  # the same prompt is under way: find it in the index afterwards
+            filling_prompts.add(prompt)
+        if not self._give_pages(node):
+            return False
+        slot = self.slots.take(self.cache.path_pages(node))
+        self.fills[id(node)] = Fill(node.kv, node.tokens, node.start, slot, node)
+        return True
+
+    def _give_pages(self, node: Node) -> bool:
+        if node.kv is not None:
+            return self.cache.cover(node.kv, node.end)
+        node.kv = self.cache.open_root(node) if node.parent is None else self.cache.open(node.parent, node.end)
+        return node.kv is not None
+
+    def _fill_branch(self, branch: Branch) -> bool:
+        """Begin to fill what a preempted branch had sampled; with a page more, so that it gets on for sure."""
+        assert branch.kept is not None and branch.node.parent is not None
+        start, tokens = branch.node.start, branch.kept[0]
+        kv = self.cache.open(branch.node.parent, start + len(tokens) + 1)
+        if kv is None:
+            return False
+        self._take_slot(branch, kv)
+        self.slots.restore(branch.slot, branch.kept)
+        branch.kept = None
+        self.fills[id(branch)] = Fill(kv, tokens, start, branch.slot, branch.node, branch)
+        return True
+
+    def _take_slot(self, branch: Branch, kv: KV) -> None:
+        parent = branch.node.parent
+        assert parent is not None
+        pages = self.cache.path_pages(parent)
+        pages[kv.first :] = kv.pages
+        branch.kv = kv
+        branch.slot = self.slots.take(pages)
+        self.slots.begin(
+            branch.slot,
+            start=branch.node.start,
+            limit=branch.limit,
+            stream=branch.node.stream,
+            sampling=branch.sampling,
+        )
+
+    # ---- one step --------------------------------------------------------------------------------------------
+
+    def _grow(self) -> None:
+        """Give every running branch whose next row begins a page that page; preempt the youngest if pages are short."""
+        slots, decoding = self.slots, self._decoding_slots()
+        last = slots.length[decoding] - 1
+        for slot in decoding[slots.table[decoding, last // PAGE] < 0].tolist():
+            branch = self.running.get(slot)
+            while branch is not None:
+                fresh = self.cache.take(1)
+                if fresh is not None:
+                    assert branch.kv is not None
+                    slots.table[slot, branch.kv.first + len(branch.kv.pages)] = fresh[0]
+                    branch.kv.pages += fresh
+                    break
+                self._preempt(max(self.running.values(), key=lambda running: running.ticket))
+                branch = self.running.get(slot)
+
+    def _forward(self, decoding: SlotIds, fills: list[Fill]) -> torch.Tensor | None:
+        """Hidden states of the decode rows, then of each fill's chunk; None if there is no row."""
+        slots = self.slots
+        last = slots.length[decoding] - 1
+        tokens = [slots.tokens[decoding, last - slots.start[decoding]]]
+        pos, table_rows = [last], [decoding.astype(np.int32)]
+        address = [slots.table[decoding, last // PAGE].astype(np.int64) * PAGE + last % PAGE]
+        budget = self.fill_tokens
+        for fill in fills:
+            depths = fill.chunk(budget)
+            budget -= len(depths)
+            pages = slots.table[fill.slot, depths // PAGE].astype(np.int64)
+            tokens.append(fill.tokens[depths - fill.start])
+            pos.append(depths)
+            address.append(np.where(depths < fill.kv.computed, -1, pages * PAGE + depths % PAGE))
+            table_rows.append(np.full(len(depths), fill.slot, np.int32))
+        rows = Rows(
+            np.concatenate(tokens).astype(np.int64),
+            np.concatenate(pos).astype(np.int64),
+            np.concatenate(address),
+            np.concatenate(table_rows),
+        )
+        if len(rows.tokens) == 0:
+            return None
+        if fills:
+            self.runner.invalidate()
+        hidden = self.runner.forward(rows, slots.table)
+        if fills:
+            self.runner.invalidate()
+        self.counters.steps += 1
+        self.counters.computed += len(rows.tokens)
+        return hidden
+
+    def _complete(self, num_decoding: int, fills: list[Fill], hidden: torch.Tensor | None) -> list[Branch]:
+        """Account for the chunks just run; returns the children of the nodes that are full now."""
+        ready: list[Branch] = []
+        row, budget = num_decoding, self.fill_tokens
+        for fill in fills:
+            depths = fill.chunk(budget)
+            budget -= len(depths)
+            row += len(depths)
+            if len(depths):
+                fill.kv.computed = max(fill.kv.computed, int(depths[-1]) + 1)
+            if fill.kv.computed < fill.end or (len(depths) == 0 and fill.branch is None):
+                continue
+            if fill.branch is not None:
+                del self.fills[id(fill.branch)]
+                self._join(fill.branch)
+                continue
+            assert hidden is not None
+            fill.kv.hidden = hidden[row - 1].clone()
+            ready += self._drop_fill(id(fill.node)).children
+            if fill.node.parent is None:
+                self.cache.remember(fill.node)
+        return ready
+
+    def _start(self, ready: list[Branch]) -> list[Branch]:
+        """Give each branch a slot and the page its first token will lie on; those without a page wait again."""
+        started = []
+        for branch in ready:
+            parent = branch.node.parent
+            assert parent is not None
+            kv = self.cache.open(parent, parent.end + 1)
+            if kv is None:
+                self._wait_again(branch)
+            else:
+                self._take_slot(branch, kv)
+                started.append(branch)
+        return started
+
+    def _sample(
+        self, decoding: SlotIds, hidden: torch.Tensor | None, started: list[Branch], version: int
+    ) -> list[Node]:
+        """Draw a token for every decoding and every just started branch."""
+        slots, chosen, num_decoding = self.slots, decoding, len(decoding)
+        states = [] if hidden is None else [hidden[:num_decoding]]
+        pick = None
+        if started:
+            chosen = np.concatenate([chosen, np.array([branch.slot for branch in started], np.int64)])
+            parents = {id(branch.node.parent): branch.node.parent for branch in started}
+            states.append(torch.stack([parent.kv.hidden for parent in parents.values()]))  # type: ignore[union-attr]
+            place = {key: num_decoding + i for i, key in enumerate(parents)}
+            pick = [*range(num_decoding), *(place[id(branch.node.parent)] for branch in started)]
+        if len(chosen) == 0:
+            return []
+        state = states[0] if len(states) == 1 else torch.cat(states)
+        logits = F.linear(state, self.runner.model.head).float()
+        if pick is not None:
+            logits = logits[torch.tensor(pick, device=logits.device)]
+        drawn = sample(
+            logits,
+            torch.from_numpy(np.stack([slots.stream[chosen], slots.length[chosen].astype(np.int64)], 1)),
+            temperature=torch.from_numpy(slots.temperature[chosen]),
+            top_p=torch.from_numpy(slots.top_p[chosen]),
+            top_k=torch.from_numpy(slots.top_k[chosen]),
+        )
+        code = slots.record(chosen, *(part.cpu().numpy() for part in drawn))
+        self.counters.sampled += len(chosen)
+        return self._settle(chosen, code, started, version)
+
+    def _settle(self, chosen: SlotIds, code: SlotIds, started: list[Branch], version: int) -> list[Node]:
+        """Let started branches join the running ones, then take out those that finished."""
+        for branch in started:
+            self._join(branch)
+        finished = []
+        for i in np.flatnonzero(code):
+            branch = self.running[int(chosen[i])]
+            outputs = self._leave(branch)
+            assert branch.kv is not None
+            branch.node.fill(*outputs, finish=FINISH[code[i]], version=version)
+            branch.node.kv, branch.node.in_flight = branch.kv, False
+            finished.append(branch.node)
+        return finished
+
+    # ---- bookkeeping -----------------------------------------------------------------------------------------
+
+    def _decoding_slots(self) -> SlotIds:
+        """Slots of the running branches, siblings side by side."""
+        if self._decoding is None:
+            self._decoding = np.fromiter((slot for _, slot in self._order), np.int64, len(self._order))
+            self.runner.invalidate()
+        return self._decoding
+
+    def _join(self, branch: Branch) -> None:
+        branch.place = (branch.node.tree.ordinal, *(node.serial for node in branch.node.path()))
+        self.running[branch.slot] = branch
+        bisect.insort(self._order, (branch.place, branch.slot))
+        self._decoding = None
+
+    def _leave(self, branch: Branch) -> Outputs:
+        """Take a branch out of the running ones; returns what it sampled and marks what is computed."""
+        assert branch.kv is not None
+        outputs = self.slots.outputs(branch.slot)
+        branch.kv.computed = int(self.slots.length[branch.slot]) - 1
+        del self.running[branch.slot]
+        del self._order[bisect.bisect_left(self._order, (branch.place, branch.slot))]
+        self.slots.give_back(branch.slot)
+        branch.slot = -1
+        self._decoding = None
+        return outputs
+
+    def _preempt(self, branch: Branch) -> None:
+        branch.kept = self._leave(branch)
+        assert branch.kv is not None
+        branch.kv.release()
+        branch.kv = None
+        self.counters.preemptions += 1
+        self._wait_again(branch)
+
+    def _wait_again(self, branch: Branch) -> None:
+        if branch.slot >= 0:  # it was being filled
+            assert branch.kv is not None
+            branch.kept = self.slots.outputs(branch.slot)
+            self.slots.give_back(branch.slot)
+            branch.slot = -1
+            branch.kv.release()
+            branch.kv = None
+        bisect.insort(self.waiting, branch, key=lambda waiting: waiting.ticket)
+
+    def _drop_fill(self, key: int) -> Fill:
+        fill = self.fills.pop(key)
+        if fill.branch is None:
+            self.slots.give_back(fill.slot)
+        return fill
+
+    def _abandon(self, branch: Branch) -> None:
+        if branch.slot >= 0:
+            self.slots.give_back(branch.slot)
+        if branch.kv is not None:
+            branch.kv.release()
+        branch.node.in_flight = False
+        if branch.node.parent is not None:
+            branch.node.parent.children.remove(branch.node)

@@ -1,0 +1,123 @@
+"""The running branches as arrays, so that a decode step costs no Python per branch."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ibtpo_engine.sampling import Sampling
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+Outputs = tuple[Ints, Floats, Floats, Floats]  # tokens, logprob, logprob_raw, entropy of one branch, each [n]
+
+FINISH = (None, "stop", "length")
+
+
+class Slots:
+    """Structure of arrays; a branch keeps its slot from start to end.
+
+    Interval picture of slot s on its path::
+
+        0 ......... start[s] .................. length[s] ..... limit[s]
+        [ancestors )[sampled here: out_tokens  )               most it may reach
+
+    Attributes:
+        table: int32 [num, max_pages], page ids of the path; -1 past them.
+        start, length, limit: int32 [num], depths as drawn above.
+        stream: int64 [num], names the branch's random numbers.
+        temperature, top_p: float32 [num]; top_k: int32 [num].
+        stops: int64 [num, S], stop tokens, padded with -1.
+        tokens: int32 [num, width]; logprob, logprob_raw, entropy: float32 [num, width]: what was sampled.
+    """
+
+    OUTPUTS = ("tokens", "logprob", "logprob_raw", "entropy")
+
+    def __init__(self, num: int, max_pages: int) -> None:
+        self.table: Ints = np.full((num, max_pages), -1, np.int32)
+        self.start: Ints = np.zeros(num, np.int32)
+        self.length: Ints = np.zeros(num, np.int32)
+        self.limit: Ints = np.zeros(num, np.int32)
+        self.stream: npt.NDArray[np.int64] = np.zeros(num, np.int64)
+        self.temperature: Floats = np.ones(num, np.float32)
+        self.top_p: Floats = np.ones(num, np.float32)
+        self.top_k: Ints = np.zeros(num, np.int32)
+        self.stops: npt.NDArray[np.int64] = np.full((num, 1), -1, np.int64)
+        self.tokens: Ints = np.zeros((num, 64), np.int32)
+        self.logprob: Floats = np.zeros((num, 64), np.float32)
+        self.logprob_raw: Floats = np.zeros((num, 64), np.float32)
+        self.entropy: Floats = np.zeros((num, 64), np.float32)
+        self._free = list(range(num - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        """Slots not taken."""
+        return len(self._free)
+
+    def take(self, pages: list[int]) -> int:
+        """Reserve a slot whose path has these pages."""
+        slot = self._free.pop()
+        self.set_pages(slot, pages)
+        return slot
+
+    def set_pages(self, slot: int, pages: list[int]) -> None:
+        """Write the page-table row."""
+        self.table[slot, : len(pages)] = pages
+        self.table[slot, len(pages) :] = -1
+
+    def give_back(self, slot: int) -> None:
+        """Free a slot."""
+        self._free.append(slot)
+
+    def begin(self, slot: int, *, start: int, limit: int, stream: int, sampling: Sampling) -> None:
+        """Set up a branch that has sampled nothing yet."""
+        self.start[slot] = self.length[slot] = start
+        self.limit[slot] = limit
+        self.stream[slot] = stream
+        self.temperature[slot] = sampling.temperature
+        self.top_p[slot] = sampling.top_p
+        self.top_k[slot] = sampling.top_k
+        if len(sampling.stop_tokens) > self.stops.shape[1]:
+            self.stops = _widen(self.stops, len(sampling.stop_tokens), fill=-1)
+        self.stops[slot] = -1
+        self.stops[slot, : len(sampling.stop_tokens)] = sampling.stop_tokens
+        if limit - start > self.tokens.shape[1]:
+            width = max(limit - start, 2 * self.tokens.shape[1])
+            for name in self.OUTPUTS:
+                setattr(self, name, _widen(getattr(self, name), width, fill=0))
+
+    def outputs(self, slot: int) -> Outputs:
+        """Copies of what the slot has sampled: tokens, logprob, logprob_raw, entropy, each [n]."""
+        n = self.length[slot] - self.start[slot]
+        tokens, *floats = (getattr(self, name)[slot, :n].copy() for name in self.OUTPUTS)
+        return (tokens, *floats)
+
+    def restore(self, slot: int, outputs: Outputs) -> None:
+        """Put back what `outputs` took."""
+        for name, values in zip(self.OUTPUTS, outputs, strict=True):
+            getattr(self, name)[slot, : len(values)] = values
+        self.length[slot] = self.start[slot] + len(outputs[0])
+
+    def record(
+        self, slots: npt.NDArray[np.int64], token: Ints, logprob: Floats, logprob_raw: Floats, entropy: Floats
+    ) -> npt.NDArray[np.int64]:
+        """Append one sampled token to each slot.
+
+        Returns:
+            int64 [len(slots)]: index into `FINISH`; 0 where the branch goes on.
+        """
+        column = self.length[slots] - self.start[slots]
+        self.tokens[slots, column] = token
+        self.logprob[slots, column] = logprob
+        self.logprob_raw[slots, column] = logprob_raw
+        self.entropy[slots, column] = entropy
+        self.length[slots] += 1
+        stopped = (token[:, None] == self.stops[slots]).any(1)
+        return np.where(stopped, 1, np.where(self.length[slots] >= self.limit[slots], 2, 0))
+
+
+def _widen(array: npt.NDArray[np.generic], width: int, *, fill: int) -> npt.NDArray[np.generic]:
+    wide = np.full((array.shape[0], width), fill, array.dtype)
+    wide[:, : array.shape[1]] = array
+    return wide

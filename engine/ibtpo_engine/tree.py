@@ -1,0 +1,281 @@
+"""A tree of token segments: what is sampled, forked, split, scored and finally trained on.
+
+A node is a run of tokens below its parent. Its tokens never change once they are there; what changes is where the
+tree is cut into nodes::
+
+    root [0 ........ 7)                     the prompt
+      |- a [7 ............. 19)             a.fork(at=5) first cuts a in two at depth 12:
+                                              head [7 .. 12)   a new node, takes a's place under the root
+                                                |- a [12 .. 19)  the same object, now the tail (still the leaf)
+                                                |- b [12 ..      the fork, waiting to be extended
+
+So a handle on a leaf stays a handle on that leaf, and children always hang off a node's end. The tree holds no
+keys or values: the engine attaches its pages to ``node.kv`` and the tree only tells it when a node is split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from ibtpo_engine.export import PackedTree, pack_tree
+from ibtpo_engine.randomness import mix
+
+Ints = npt.NDArray[np.int32]
+Floats = npt.NDArray[np.float32]
+
+
+class Node:
+    """An immutable run of tokens; `fork` grows the tree below it.
+
+    Attributes:
+        tokens: int32 [n], the tokens of this segment; empty until the node has been extended.
+        logprob: float32 [n], log-probability under the distribution sampled from (temperature, top-p, top-k applied).
+        logprob_raw: float32 [n], log-probability under the model at temperature 1, nothing cut.
+        entropy: float32 [n], entropy in nats of the model's full distribution at temperature 1.
+            All three are zero on prompt tokens.
+        start: depth of the first token on its path (its RoPE position); `end` is one past the last.
+        finish: why sampling ended here: "stop", "length", or None for interior, prompt and pending nodes.
+        reward: what the reward function said of the trajectory ending here; None if not a graded leaf.
+        version: version of the weights that sampled the tokens.
+    """
+
+    __slots__ = (
+        "children", "entropy", "finish", "forks", "in_flight", "kv", "logprob", "logprob_raw", "notes", "parent",
+        "reward", "serial", "start", "stream", "tokens", "tree", "version",
+    )  # fmt: skip
+
+    def __init__(self, tree: Tree, parent: Node | None, start: int, stream: int) -> None:
+        self.tree = tree
+        self.parent = parent
+        self.children: list[Node] = []
+        self.start = start
+        self.stream = stream  # names the random numbers of this segment: see randomness.py
+        self.forks: dict[int, int] = {}  # depth -> how many forks of this stream began there
+        self.serial = tree._next_serial()
+        self.tokens: Ints = np.empty(0, np.int32)
+        self.logprob: Floats = np.empty(0, np.float32)
+        self.logprob_raw: Floats = np.empty(0, np.float32)
+        self.entropy: Floats = np.empty(0, np.float32)
+        self.finish: str | None = None
+        self.reward: float | None = None
+        self.version = 0
+        self.in_flight = False  # is the engine extending it?
+        self.kv: Any = None  # the engine's; opaque here
+        self.notes: dict[str, Any] = {}  # the search's scratch space
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __bool__(self) -> bool:
+        return True  # a pending node has no tokens and is still a node
+
+    def __repr__(self) -> str:
+        return f"Node({self.serial}, [{self.start}, {self.end}), children={len(self.children)}, finish={self.finish})"
+
+    @property
+    def end(self) -> int:
+        """Depth one past the last token: the length of the path from the root's first token to here."""
+        return self.start + len(self.tokens)
+
+    @property
+    def is_pending(self) -> bool:
+        """True between `fork` and the end of `Engine.extend`."""
+        return len(self.tokens) == 0
+
+    @property
+    def is_leaf(self) -> bool:
+        """True where a trajectory ends: sampled, with nothing sampled below."""
+        return self.finish is not None
+
+    def path(self) -> list[Node]:
+        """The nodes from the root to this one, both included."""
+        nodes = []
+        node: Node | None = self
+        while node is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+    def prefix(self) -> Ints:
+        """int32 [end], every token from the root to the end of this node."""
+        return np.concatenate([node.tokens for node in self.path()])
+
+    def walk(self) -> Iterator[Node]:
+        """This node and all below it, depth first, children in the order they were forked; pending nodes left out."""
+        stack = [self]
+        while stack:
+            node = stack.pop()
+            if not node.is_pending:
+                yield node
+                stack.extend(reversed(node.children))
+
+    def leaves(self) -> list[Node]:
+        """The finished trajectories that pass through this node, in depth-first order."""
+        return [node for node in self.walk() if node.is_leaf]
+
+    def split(self, at: int) -> Node:
+        """Cut this node before its token `at` and return the new upper half; this object stays the lower half.
+
+        ``at == len(self)`` cuts nothing and returns this node itself; ``at == 0`` returns the parent.
+
+        Raises:
+            ValueError: `at` lies outside [0, len(self)], or is 0 on the root.
+        """
+        if not 0 <= at <= len(self.tokens):
+            raise ValueError(f"split: at={at} lies outside [0, {len(self.tokens)}] of {self!r}")
+        if at == len(self.tokens):
+            return self
+        if at == 0:
+            if self.parent is None:
+                raise ValueError("split: at=0 on the root would leave an empty prompt")
+            return self.parent
+        head = Node(self.tree, self.parent, self.start, self.stream)
+        head.serial, self.serial = self.serial, head.serial  # the upper half keeps its place in the sibling order
+        head.forks = self.forks  # one stream, one count of forks
+        head.version = self.version
+        head.children = [self]
+        for name in ("tokens", "logprob", "logprob_raw", "entropy"):
+            values = getattr(self, name)
+            setattr(head, name, values[:at])
+            setattr(self, name, values[at:])
+        if self.parent is None:
+            self.tree.root = head
+        else:
+            siblings = self.parent.children
+            siblings[siblings.index(self)] = head
+        self.parent = head
+        self.start += at
+        if self.kv is not None:
+            head.kv, self.kv = self.kv.split(head.end)
+        return head
+
+    def fork(self, n: int = 1, at: int | None = None) -> list[Node]:
+        """Begin `n` new branches that share everything before token `at` of this node (default: all of it).
+
+        Costs nothing but the nodes: whole pages are shared, and at most one page is copied when a branch is extended.
+
+        Returns:
+            `n` pending nodes, to be given to `Engine.extend` (or yielded by a search).
+
+        Raises:
+            ValueError: `n` < 1, `at` out of range, or the node is still pending.
+        """
+        if n < 1:
+            raise ValueError(f"fork: n={n} must be at least 1")
+        if self.is_pending:
+            raise ValueError(f"fork: {self!r} has no tokens yet; extend it first")
+        base = self if at is None else self.split(at)
+        return [base._branch() for _ in range(n)]
+
+    def _branch(self) -> Node:
+        ordinal = self.forks.get(self.end, 0)
+        self.forks[self.end] = ordinal + 1
+        child = Node(self.tree, self, self.end, mix(self.stream, self.end, ordinal))
+        self.children.append(child)
+        return child
+
+    def fill(
+        self, tokens: Ints, logprob: Floats, logprob_raw: Floats, entropy: Floats, *, finish: str | None, version: int = 0
+    ) -> Self:
+        """Give a pending node its tokens (each array [n]); the engine calls this when a branch ends."""
+        if not self.is_pending:
+            raise ValueError(f"fill: {self!r} already holds tokens; fork it to grow below it")
+        self.tokens = np.asarray(tokens, np.int32)
+        self.logprob = np.asarray(logprob, np.float32)
+        self.logprob_raw = np.asarray(logprob_raw, np.float32)
+        self.entropy = np.asarray(entropy, np.float32)
+        self.finish = finish
+        self.version = version
+        return self
+
+    def drop(self) -> None:
+        """Cut this node and everything below it off the tree and give its pages back.
+
+        Raises:
+            ValueError: this is the root (close the tree instead), or a branch below is being extended.
+        """
+        if self.parent is None:
+            raise ValueError("drop: the root cannot be dropped; close the tree instead")
+        below = [self]
+        for node in below:
+            below.extend(node.children)
+        if any(node.in_flight for node in below):
+            raise ValueError(f"drop: a branch below {self!r} is being extended; wait until it has finished")
+        self.parent.children.remove(self)
+        for node in below:
+            if node.kv is not None:
+                node.kv.release()
+                node.kv = None
+
+
+class Tree:
+    """A prompt and everything sampled below it.
+
+    Args:
+        prompt: the prompt's token ids, at least one.
+        key: names this tree's random numbers; the same seed and key give the same tokens.
+        seed: the engine's seed.
+        ordinal: place among the trees of an engine; neighbours are batched side by side.
+        on_close: called once with the tree when it is closed (the engine takes its pages back).
+    """
+
+    def __init__(
+        self,
+        prompt: npt.ArrayLike,
+        *,
+        key: int = 0,
+        seed: int = 0,
+        ordinal: int = 0,
+        on_close: Callable[[Tree], None] | None = None,
+    ) -> None:
+        prompt = np.asarray(prompt, np.int32)
+        if prompt.ndim != 1 or len(prompt) == 0:
+            raise ValueError(f"a tree needs a flat prompt of at least one token, got shape {prompt.shape}")
+        self.key = key
+        self.ordinal = ordinal
+        self._serials = 0
+        self._on_close = on_close
+        self.closed = False
+        self.root = Node(self, None, 0, mix(seed, key, -1))
+        nothing = np.zeros(len(prompt), np.float32)
+        self.root.fill(prompt, nothing, nothing, nothing, finish=None)
+        self.prompt_len = len(prompt)
+        self.notes: dict[str, Any] = {}
+
+    def _next_serial(self) -> int:
+        self._serials += 1
+        return self._serials - 1
+
+    def nodes(self) -> list[Node]:
+        """Every node that holds tokens, depth first."""
+        return list(self.root.walk())
+
+    def leaves(self) -> list[Node]:
+        """Every finished trajectory's last node, depth first."""
+        return self.root.leaves()
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens sampled in this tree: every token but the prompt's, each counted once."""
+        return sum(len(node) for node in self.nodes()) - self.prompt_len
+
+    def export(self) -> PackedTree:
+        """The tree in the layout the trainer and the kernels share (see `PackedTree`)."""
+        return pack_tree(self)
+
+    def close(self) -> None:
+        """Give the tree's pages back; tokens and log-probs stay readable. Closing twice is fine."""
+        if not self.closed:
+            self.closed = True
+            if self._on_close is not None:
+                self._on_close(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

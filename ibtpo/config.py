@@ -1,0 +1,319 @@
+"""Every setting of a run, in one place: frozen dataclasses with a sentence a field.
+
+The defaults are the paper's (arXiv 2605.28109, section 5) wherever it names a value. What the paper leaves open is a
+field too, with the reading we chose as default; `docs/method.md` gives the reasons.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ibtpo.validation import check_choice, check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class IBConfig:
+    """The information-bottleneck estimates: node values, step probabilities, IB-Score (paper, section 2)."""
+
+    beta: float = 5.0
+    """Weight of "tells about the right answer" against "is diverse"; large beta looks at the covariance alone."""
+    step_probability: Literal["geometric", "product", "mean", "min"] = "geometric"
+    """pi(s) of a step of many tokens: exp(mean log-prob), exp(sum), mean or minimum token probability."""
+    zero_parent: Literal["one", "zero", "smooth"] = "one"
+    """phat(s)/phat(parent) where the parent's value is 0: no evidence (1), dead (0), or Laplace-smoothed values."""
+    value: Literal["leaf_mean", "recursive"] = "leaf_mean"
+    """phat of a node: share of the reward over the leaves below, or mean of its children's values."""
+    duplicates: Literal["separate", "merge"] = "separate"
+    """The same step sampled twice under one parent: two draws, or one node with pooled leaves."""
+
+    def __post_init__(self) -> None:
+        check_range("ib.beta", self.beta, low=0.0, low_open=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How a group of trajectories is sampled for a prompt (paper, section 3)."""
+
+    method: Literal["ibtree", "independent", "random-tree"] = "ibtree"
+    """ibtree: branch where the IB-Score is highest; random-tree: anywhere; independent: `group_size` chains."""
+    group_size: int = 8
+    """G, trajectories a prompt for `independent`; the trees derive theirs: B0 + (L-1)*K*B."""
+    initial_branches: int = 4
+    """B0, independent trajectories a tree begins with."""
+    rounds: int = 9
+    """L, rounds of growth, the initial one included."""
+    nodes_per_round: int = 1
+    """K, nodes branched in a round."""
+    branches_per_node: int = 1
+    """B, new trajectories from each of them."""
+    branch_at_root: bool = True
+    """May the prompt itself be branched again?"""
+    separator: str = "\n\n"
+    """Text that ends a step; the token that completes it belongs to the step it ends."""
+    step_tokens: int | None = None
+    """If set, steps are runs of this many tokens and `separator` is ignored."""
+
+    def __post_init__(self) -> None:
+        for name in ("group_size", "initial_branches", "rounds", "nodes_per_round", "branches_per_node"):
+            check_range(f"search.{name}", getattr(self, name), low=1)
+        if self.step_tokens is not None:
+            check_range("search.step_tokens", self.step_tokens, low=1)
+        elif not self.separator:
+            raise ValueError('search.separator: "" must be at least one character, or set search.step_tokens')
+
+    @property
+    def trajectories(self) -> int:
+        """G, trajectories a prompt."""
+        if self.method == "independent":
+            return self.group_size
+        return self.initial_branches + (self.rounds - 1) * self.nodes_per_round * self.branches_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageConfig:
+    """Step-level advantages (paper, section 4)."""
+
+    kind: Literal["ib-tpo", "grpo"] = "ib-tpo"
+    """ib-tpo: A_GL + lambda*A_IB on every node; grpo: (R - mean)/std on every trajectory."""
+    ib_weight: float = 0.1
+    """lambda, weight of the local term A_IB; the paper saw 0.5 collapse."""
+    pi_ref: Literal["sampling", "reference"] = "sampling"
+    """Policy whose step probability scales A_IB: the one that sampled, or the frozen reference."""
+    uniform_groups: Literal["skip", "ib_only"] = "skip"
+    """Groups whose rewards are all equal: no gradient, or A_IB alone."""
+    std: Literal["population", "sample"] = "population"
+    """Denominator of the group's reward deviation: G or G - 1."""
+    std_eps: float = 1e-6
+    """Added to that deviation."""
+
+    def __post_init__(self) -> None:
+        check_range("advantage.ib_weight", self.ib_weight, low=0.0)
+        check_range("advantage.std_eps", self.std_eps, low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The clipped policy-gradient objective and what is averaged over what."""
+
+    clip_low: float = 0.2
+    """Ratios below 1 - clip_low carry no gradient where the advantage is negative."""
+    clip_high: float = 0.2
+    """Ratios above 1 + clip_high carry no gradient where the advantage is positive."""
+    kl_coef: float = 0.001
+    """Weight of the KL penalty (k3 estimator) to the frozen starting policy; 0 keeps no reference model."""
+    aggregation: Literal["token", "sequence", "dr_grpo"] = "token"
+    """token: sum over all tokens of the optimizer step / their number; sequence: mean of trajectory means; dr_grpo: sum / (G * max tokens)."""
+    prefix_weight: Literal["trajectory", "sqrt", "node"] = "trajectory"
+    """Weight of a token shared by m trajectories: m, sqrt(m) or 1."""
+    old_logprob: Literal["sampler", "recompute"] = "sampler"
+    """Where the old policy's log-probs come from; with top-p, top-k or min-p they are always recomputed."""
+
+    def __post_init__(self) -> None:
+        check_range("loss.clip_low", self.clip_low, low=0.0, high=1.0)
+        check_range("loss.clip_high", self.clip_high, low=0.0)
+        check_range("loss.kl_coef", self.kl_coef, low=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up; master weights in fp32 when the model is bf16."""
+
+    lr: float = 1e-6
+    """Learning rate after the warm-up."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean."""
+    beta2: float = 0.99
+    """Decay of the squared gradient's running mean."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    warmup_steps: int = 5
+    """Optimizer steps over which the learning rate rises linearly from 0."""
+    grad_clip: float = 1.0
+    """Largest L2 norm of the gradient; longer ones are scaled down."""
+
+    def __post_init__(self) -> None:
+        check_range("optim.lr", self.lr, low=0.0, low_open=True)
+        check_range("optim.beta1", self.beta1, low=0.0, high=1.0, high_open=True)
+        check_range("optim.beta2", self.beta2, low=0.0, high=1.0, high_open=True)
+        check_range("optim.eps", self.eps, low=0.0, low_open=True)
+        check_range("optim.weight_decay", self.weight_decay, low=0.0)
+        check_range("optim.warmup_steps", self.warmup_steps, low=0)
+        check_range("optim.grad_clip", self.grad_clip, low=0.0, low_open=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How tokens are drawn."""
+
+    temperature: float = 0.7
+    """Logits are divided by it; 0 is greedy."""
+    top_p: float = 0.95
+    """Smallest set of tokens with at least this probability is kept; 1 keeps all."""
+    top_k: int = 0
+    """Number of most likely tokens kept; 0 keeps all."""
+    max_tokens: int = 2048
+    """Most new tokens a trajectory may have below the prompt; what is cut off there gets reward 0."""
+
+    def __post_init__(self) -> None:
+        check_range("sampling.temperature", self.temperature, low=0.0)
+        check_range("sampling.top_p", self.top_p, low=0.0, high=1.0, low_open=True)
+        check_range("sampling.top_k", self.top_k, low=0)
+        check_range("sampling.max_tokens", self.max_tokens, low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The generation engine."""
+
+    kv_tokens: int = 200_000
+    """Tokens of keys and values the pool holds (pages of 16)."""
+    max_branches: int = 256
+    """Most branches decoded in one step."""
+    prefill_tokens: int = 2048
+    """Most prompt tokens computed in one step; longer prompts are computed in chunks."""
+
+    def __post_init__(self) -> None:
+        check_range("engine.kv_tokens", self.kv_tokens, low=16)
+        check_range("engine.max_branches", self.max_branches, low=1)
+        check_range("engine.prefill_tokens", self.prefill_tokens, low=16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitChainConfig:
+    """The built-in task: left-to-right arithmetic mod 10, one operation a step."""
+
+    min_ops: int = 8
+    """Fewest operations in a prompt."""
+    max_ops: int = 12
+    """Most operations in a prompt."""
+    grade: Literal["strict", "last"] = "strict"
+    """strict: every line of the derivation must be right; last: only the final digit."""
+    teacher_exponent: float = 4.0
+    """k of the warm-start teacher: each fact is wrong with its own probability 0.9*u^k, u uniform."""
+
+    def __post_init__(self) -> None:
+        check_range("digits.min_ops", self.min_ops, low=1)
+        check_range("digits.max_ops", self.max_ops, low=self.min_ops)
+        check_range("digits.teacher_exponent", self.teacher_exponent, low=0.0, low_open=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """A JSONL file of prompts and answers, graded by math-verify."""
+
+    prompt_field: str = "prompt"
+    """Field with the prompt: a string, or a list of chat messages."""
+    answer_field: str = "answer"
+    """Field with the reference answer."""
+    system_prompt: str | None = None
+    """Put before every prompt as the chat's system message."""
+    chat_template: bool = True
+    """Format prompts with the tokenizer's chat template where it has one."""
+    eval_fraction: float = 0.1
+    """Share of the rows held out for evaluation (at least one row)."""
+    grade: Literal["math", "exact"] = "math"
+    """math: math-verify decides equality; exact: the stripped last line equals the answer."""
+    grade_workers: int = 1
+    """Worker processes that grade."""
+    grade_timeout: float = 5.0
+    """Seconds after which a grading counts as wrong (and is counted as timed out)."""
+
+    def __post_init__(self) -> None:
+        check_range("data.eval_fraction", self.eval_fraction, low=0.0, high=1.0, high_open=True)
+        check_range("data.grade_workers", self.grade_workers, low=1)
+        check_range("data.grade_timeout", self.grade_timeout, low=0.0, low_open=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Held-out accuracy, always from independent rollouts."""
+
+    prompts: int = 256
+    """Held-out prompts."""
+    samples: int = 8
+    """k of avg@k and pass@k: independent samples a prompt; a greedy pass is always added."""
+    every: int = 0
+    """Evaluate every so many optimizer steps; 0: before and after training only."""
+
+    def __post_init__(self) -> None:
+        check_range("eval.prompts", self.prompts, low=1)
+        check_range("eval.samples", self.samples, low=1)
+        check_range("eval.every", self.every, low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStartConfig:
+    """Supervised training of the built-in policy on the task's worked solutions, from random weights."""
+
+    updates: int = 450
+    """Optimizer updates."""
+    batch_size: int = 64
+    """Worked solutions an update."""
+    lr: float = 3e-3
+    """Peak learning rate; cosine decay to a tenth of it."""
+    warmup_steps: int = 50
+    """Updates over which the learning rate rises linearly from 0."""
+
+    def __post_init__(self) -> None:
+        check_range("warm_start.updates", self.updates, low=1)
+        check_range("warm_start.batch_size", self.batch_size, low=1)
+        check_range("warm_start.lr", self.lr, low=0.0, low_open=True)
+        check_range("warm_start.warmup_steps", self.warmup_steps, low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run."""
+
+    model: str = "built-in"
+    """A Hugging Face checkpoint folder, or "built-in": a tiny policy warm-started on the built-in task."""
+    task: str = "digit-chain"
+    """digit-chain, jsonl (set by --data), or reasoning-gym:NAME."""
+    data_file: Path | None = None
+    """JSONL with one prompt and answer a line (the command line calls it --data)."""
+    out: Path | None = None
+    """Run folder to create; by default runs/<task>-<preset>-<date and time>."""
+    resume: Path | None = None
+    """Run folder to continue from its last checkpoint."""
+    seed: int = 0
+    """Decides prompts, samples and initial weights."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type the model computes in; master weights are float32 either way."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    sampled_tokens: int = 400_000
+    """Training ends when this many tokens have been sampled."""
+    prompts_per_step: int = 24
+    """Prompts (trees) a training step."""
+    mini_batches: int = 2
+    """Optimizer steps the trees of a training step are divided over."""
+    micro_batch_tokens: int = 16_384
+    """Most packed tokens in one forward and backward; larger trees are split at nodes, the gradient is the same."""
+    checkpoint_every: int = 10
+    """Training steps between checkpoints; the last one is always written."""
+    report_trees: int = 8
+    """Grown trees drawn in the report."""
+    ib: IBConfig = field(default_factory=IBConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    digits: DigitChainConfig = field(default_factory=DigitChainConfig)
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        check_range("sampled_tokens", self.sampled_tokens, low=1)
+        check_range("prompts_per_step", self.prompts_per_step, low=1)
+        check_range("mini_batches", self.mini_batches, low=1, high=self.prompts_per_step)
+        check_range("micro_batch_tokens", self.micro_batch_tokens, low=1)
+        check_range("checkpoint_every", self.checkpoint_every, low=1)
+        check_range("report_trees", self.report_trees, low=0)
