@@ -22,7 +22,7 @@ class IBConfig:
     step_probability: Literal["geometric", "product", "mean", "min"] = "geometric"
     """pi(s) of a step of many tokens: exp(mean log-prob), exp(sum), mean or minimum token probability."""
     zero_parent: Literal["one", "zero", "smooth"] = "one"
-    """phat(s)/phat(parent) where the parent's value is 0: no evidence (1), dead (0), or Laplace-smoothed values."""
+    """phat(s)/phat(parent) where the parent's value is 0: no evidence (1), dead (0); smooth: Laplace in every ratio."""
     value: Literal["leaf_mean", "recursive"] = "leaf_mean"
     """phat of a node: share of the reward over the leaves below, or mean of its children's values."""
     duplicates: Literal["separate", "merge"] = "separate"
@@ -104,7 +104,7 @@ class LossConfig:
     kl_coef: float = 0.001
     """Weight of the KL penalty (k3 estimator) to the frozen starting policy; 0 keeps no reference model."""
     aggregation: Literal["token", "sequence", "dr_grpo"] = "token"
-    """token: sum over all tokens of the optimizer step / their number; sequence: mean of trajectory means; dr_grpo: sum / (G * max tokens)."""
+    """token: mean over all tokens of the optimizer step; sequence: mean of trajectory means; dr_grpo: sum/(G*max)."""
     prefix_weight: Literal["trajectory", "sqrt", "node"] = "trajectory"
     """Weight of a token shared by m trajectories: m, sqrt(m) or 1."""
     old_logprob: Literal["sampler", "recompute"] = "sampler"
@@ -202,7 +202,7 @@ class DigitChainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class JsonlConfig:
     """A JSONL file of prompts and answers, graded by math-verify."""
 
     prompt_field: str = "prompt"
@@ -223,9 +223,9 @@ class DataConfig:
     """Seconds after which a grading counts as wrong (and is counted as timed out)."""
 
     def __post_init__(self) -> None:
-        check_range("data.eval_fraction", self.eval_fraction, low=0.0, high=1.0, high_open=True)
-        check_range("data.grade_workers", self.grade_workers, low=1)
-        check_range("data.grade_timeout", self.grade_timeout, low=0.0, low_open=True)
+        check_range("jsonl.eval_fraction", self.eval_fraction, low=0.0, high=1.0, high_open=True)
+        check_range("jsonl.grade_workers", self.grade_workers, low=1)
+        check_range("jsonl.grade_timeout", self.grade_timeout, low=0.0, low_open=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,8 +273,8 @@ class TrainConfig:
     """A Hugging Face checkpoint folder, or "built-in": a tiny policy warm-started on the built-in task."""
     task: str = "digit-chain"
     """digit-chain, jsonl (set by --data), or reasoning-gym:NAME."""
-    data_file: Path | None = None
-    """JSONL with one prompt and answer a line (the command line calls it --data)."""
+    data: Path | None = None
+    """JSONL file with one prompt and answer a line; sets the task to jsonl."""
     out: Path | None = None
     """Run folder to create; by default runs/<task>-<preset>-<date and time>."""
     resume: Path | None = None
@@ -305,7 +305,7 @@ class TrainConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    jsonl: JsonlConfig = field(default_factory=JsonlConfig)
     digits: DigitChainConfig = field(default_factory=DigitChainConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
 

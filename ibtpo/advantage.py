@@ -1,0 +1,157 @@
+"""Step-level advantages (paper, section 4) and the group-relative ones of GRPO, on a packed tree.
+
+    A_GL(s) = (phat(s) - phat(q)) / (std({R}) + eps)                                  global: against the root
+    A_IB(s) = (phat(s)/phat(parent) - (1 + 1/beta)) * pi_ref(s)  =  eta1(s) * pi_ref(s)   local: against the parent
+    A(s)    = A_GL(s) + lambda * A_IB(s)                                              the same for every token of s
+
+IB-TPO's A belongs to a step, GRPO's to a trajectory. A token shared by several trajectories meets all of theirs, and
+the clipped objective is linear in the positive and in the negative part of an advantage::
+
+    -min(r*A, clip(r)*A) = -( max(A, 0) * min(r, 1 + clip_high)  +  min(A, 0) * max(r, 1 - clip_low) )
+
+so two sums a token are all the loss needs, whoever the advantages belong to: see `NodeAdvantage.weigh`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ibtpo.config import AdvantageConfig
+from ibtpo.ib import IBEstimates, step_probability
+from ibtpo_engine.export import PackedTree
+
+Doubles = npt.NDArray[np.float64]
+Reals = npt.NDArray[np.floating[Any]]
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeAdvantage:
+    """The advantages of one tree; arrays [S] run along ``packed.nodes``, the prompt's entry being 0.
+
+    The G trajectories are numbered as their leaves come in `packed.nodes`, so those through a node are a range.
+
+    Attributes:
+        packed: the tree.
+        a_gl, a_ib: float64 [S], the global and the local part as in the paper.
+        a: float64 [S], what the tokens of a step get: A_GL + lambda*A_IB, or for GRPO the mean over its trajectories.
+        a_trajectory: float64 [G], set if advantages belong to trajectories (GRPO); then `a` is for display only.
+        leaf_begin, leaf_end: int64 [S], the trajectories through a node are [leaf_begin, leaf_end).
+        lengths: int64 [G], sampled tokens of each trajectory.
+        skipped: all rewards were equal and the group is to be dropped: no tokens, no share in any mean.
+    """
+
+    packed: PackedTree
+    a_gl: Doubles
+    a_ib: Doubles
+    a: Doubles
+    a_trajectory: Doubles | None
+    leaf_begin: Longs
+    leaf_end: Longs
+    lengths: Longs
+    skipped: bool
+
+    @property
+    def multiplicity(self) -> Longs:
+        """int64 [S], m: trajectories through each node."""
+        return self.leaf_end - self.leaf_begin
+
+    def sum_leaves(self, per_trajectory: Doubles) -> Doubles:
+        """[G] -> [S], sums over the trajectories through each node."""
+        bounds = np.stack([self.leaf_begin, self.leaf_end], axis=1).ravel()
+        sums = np.add.reduceat(np.append(per_trajectory, 0.0), bounds)[::2]
+        return np.where(self.multiplicity > 0, sums, 0.0)  # reduceat returns an element where a range is empty
+
+    def weigh(self, weight: Doubles) -> tuple[Doubles, Doubles, Doubles]:
+        """Sums over the trajectories i through each node of w_i, w_i*max(A_i, 0), w_i*min(A_i, 0).
+
+        Args:
+            weight: [G], w_i, the weight of one token of trajectory i in the loss.
+
+        Returns:
+            three float64 [S].
+        """
+        mass = self.sum_leaves(weight)
+        if self.a_trajectory is None:
+            return mass, mass * np.maximum(self.a, 0.0), mass * np.minimum(self.a, 0.0)
+        positive = self.sum_leaves(weight * np.maximum(self.a_trajectory, 0.0))
+        negative = self.sum_leaves(weight * np.minimum(self.a_trajectory, 0.0))
+        return mass, positive, negative
+
+
+def advantage(
+    packed: PackedTree,
+    estimates: IBEstimates,
+    config: AdvantageConfig,
+    *,
+    reference_logprob: Reals | None = None,
+) -> NodeAdvantage:
+    """Advantages of every step, or of every trajectory, of a finished tree.
+
+    Args:
+        packed: the tree, as exported.
+        estimates: its IB estimates, as left by the search in ``tree.notes["ib"]``.
+        config: kind, lambda, and the readings of what the paper leaves open.
+        reference_logprob: [N], the frozen reference's log-prob of every token of `packed` (prompt entries unread);
+            needed if ``config.pi_ref == "reference"``.
+
+    Raises:
+        ValueError: no finished trajectory, or the reference's log-probs are needed and missing.
+    """
+    leaves = [node for node in packed.nodes if node.is_leaf]
+    if not leaves:
+        raise ValueError("advantage: the tree has no finished trajectory")
+    rewards = np.array([leaf.reward for leaf in leaves], np.float64)
+    uniform = bool(rewards.min() == rewards.max())
+    scale = math.inf if uniform else rewards.std(ddof=1 if config.std == "sample" else 0) + config.std_eps
+    values = np.array([estimates.value(node) for node in packed.nodes])
+    a_gl = (values - values[0]) / scale
+    a_ib = _local(packed, estimates, config, reference_logprob)
+    begin, end = _leaf_ranges(packed)
+    steps = NodeAdvantage(
+        packed=packed,
+        a_gl=a_gl,
+        a_ib=a_ib,
+        a=a_gl + config.ib_weight * a_ib,
+        a_trajectory=None,
+        leaf_begin=begin,
+        leaf_end=end,
+        lengths=np.array([leaf.end for leaf in leaves]) - leaves[0].tree.prompt_len,
+        skipped=uniform and config.uniform_groups == "skip",
+    )
+    if config.kind == "ib-tpo":
+        return steps
+    a_trajectory = (rewards - rewards.mean()) / scale
+    mean = steps.sum_leaves(a_trajectory) / np.maximum(steps.multiplicity, 1)
+    mean[0] = 0.0
+    return replace(steps, a=mean, a_trajectory=a_trajectory)
+
+
+def _local(
+    packed: PackedTree, estimates: IBEstimates, config: AdvantageConfig, reference_logprob: Reals | None
+) -> Doubles:
+    """A_IB of every node, 0 for the prompt."""
+    if config.pi_ref == "sampling":
+        confidence = [estimates.eta2(node) for node in packed.nodes[1:]]
+    elif reference_logprob is None or len(reference_logprob) != len(packed):
+        raise ValueError(
+            f"advantage: pi_ref=reference needs reference_logprob for all {len(packed)} tokens of the tree"
+        )
+    else:
+        steps = np.split(reference_logprob, packed.first[1:])[1:]
+        confidence = [step_probability(step, estimates.config.step_probability) for step in steps]
+    gain = [estimates.eta1(node) for node in packed.nodes[1:]]
+    return np.array([0.0, *(g * c for g, c in zip(gain, confidence, strict=True))])
+
+
+def _leaf_ranges(packed: PackedTree) -> tuple[Longs, Longs]:
+    """First and one-past-last trajectory through each node: depth first, a subtree's leaves are consecutive."""
+    last = packed.end[packed.first]  # one past the subtree's last token ...
+    after = np.searchsorted(packed.first, last)  # ... and so the first node past it
+    leaves_before = np.concatenate([[0], np.cumsum([node.is_leaf for node in packed.nodes])])
+    return leaves_before[:-1], leaves_before[after]

@@ -1,0 +1,262 @@
+"""The command line: ``ibtpo train | eval | sample``; every configuration field is a flag."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import torch
+import tyro
+from ibtpo_engine import EngineError, Tree
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree as Outline
+
+from ibtpo.config import TrainConfig
+from ibtpo.config_io import base_config
+from ibtpo.evaluate import evaluate
+from ibtpo.grow import Grower, Interrupted
+from ibtpo.optim import NonFiniteGradient
+from ibtpo.policy import Policy, load_policy
+from ibtpo.progress import track
+from ibtpo.report import NOT_ACCURACY, summarize_run
+from ibtpo.runlog import latest_checkpoint
+from ibtpo.search import make_search
+from ibtpo.steps import StepSplitter
+from ibtpo.tasks import Problem, Task, make_task
+from ibtpo.tasks.digit_chain import parse_prompt
+from ibtpo.train import check_prompts, choose_device, make_engine, make_sampling, train
+
+USAGE = """usage: ibtpo {train,eval,sample} [--help] [flags]
+
+  train    grow trees, score them, train on them; `ibtpo train` alone runs the built-in task
+  eval     held-out accuracy of a checkpoint or run: avg@k, pass@k, greedy
+  sample   grow one tree and print it
+
+`ibtpo COMMAND --help` lists every flag with its default. Settings may also come from a YAML file (--config FILE),
+with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
+"""
+
+Flat = tyro.conf.OmitArgPrefixes
+Arguments = TypeVar("Arguments")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments:
+    """Train a policy with IB-TPO (or a rival) and write a run folder with metrics, checkpoints and a report.
+
+    Without --model and --data the built-in policy is warm-started and trained on the built-in task. With a Hugging
+    Face folder and a JSONL file of prompts and answers the same loop runs on them.
+    """
+
+    preset: str = "ib-tpo"
+    """Method: ib-tpo or grpo; fields set in --config or by flags win over it."""
+    config: Path | None = None
+    """YAML file with any of the fields below."""
+    run: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArguments:
+    """Measure held-out accuracy from independent rollouts: avg@k, pass@k and greedy, with 95 % intervals."""
+
+    config: Path | None = None
+    """YAML file with any of the fields below."""
+    json: Path | None = None
+    """Also write the numbers to this file."""
+    run: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArguments:
+    """Grow one tree and print it: steps with value, IB-Score, confidence, and the round they were sampled in."""
+
+    preset: str = "ib-tpo"
+    """Method: ib-tpo or grpo."""
+    config: Path | None = None
+    """YAML file with any of the fields below."""
+    prompt: str | None = None
+    """Prompt to answer; by default the task's problem number --index. "\\n" stands for a newline."""
+    answer: str | None = None
+    """Right answer to --prompt, needed unless the task is digit-chain."""
+    index: int = 0
+    """Training problem of the task to show when no prompt is given."""
+    run: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0 done, 2 the input cannot be used, 130 stopped by Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[list[str], Console], int]] = {"train": _train, "eval": _eval, "sample": _sample}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0 if arguments else 2
+    if arguments[0] not in commands:
+        print(f"ibtpo: {arguments[0]!r} is not a command\n\n{USAGE}", end="", file=sys.stderr)
+        return 2
+    try:
+        return commands[arguments[0]](arguments[1:], Console())
+    except Interrupted as stop:
+        print(f"ibtpo: {stop}", file=sys.stderr)
+        return 0 if stop.signal == signal.SIGTERM else 130
+    except KeyboardInterrupt:
+        print("ibtpo: stopped at once; what the last checkpoint holds is safe", file=sys.stderr)
+        return 130
+    except (ValueError, EngineError, NonFiniteGradient, OSError) as error:
+        print(f"ibtpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _train(arguments: list[str], console: Console) -> int:
+    base = TrainArguments(run=_base(arguments))
+    parsed = _parse(TrainArguments, replace(base, preset=_early(arguments).preset), "ibtpo train", arguments)
+    out = train(_with_data(parsed.run), console)
+    for table in _result_tables(out):
+        console.print(table)
+    console.print(NOT_ACCURACY, style="dim")
+    last = latest_checkpoint(out)
+    if last is not None:
+        console.print(f"checkpoint: {last.path}", highlight=False, soft_wrap=True)
+    console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _eval(arguments: list[str], console: Console) -> int:
+    parsed = _parse(EvalArguments, EvalArguments(run=_base(arguments)), "ibtpo eval", arguments)
+    config, policy, task = _open(parsed.run)
+    try:
+        check_prompts(task, policy, config)
+        problems = task.eval_problems(config.eval.prompts)
+        grower = Grower(make_engine(config, policy), task, policy.tokenizer, config.jsonl)
+        with track(console, "Evaluating", 2 * len(problems)) as tracker:
+            values = evaluate(
+                grower,
+                problems,
+                make_sampling(config, policy),
+                config.eval.samples,
+                on_prompt=lambda tree: tracker.advance(1),
+            )
+    finally:
+        task.close()
+    table = Table("", "mean", "95 % interval", title=f"{len(problems)} held-out prompts, k = {config.eval.samples}")
+    for name, title in (("eval_avg", "avg@k"), ("eval_pass", "pass@k"), ("eval_greedy", "greedy")):
+        table.add_row(title, f"{values[name]:.3f}", f"{values[f'{name}_low']:.3f} – {values[f'{name}_high']:.3f}")
+    console.print(table)
+    if parsed.json is not None:
+        parsed.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _sample(arguments: list[str], console: Console) -> int:
+    base = SampleArguments(run=_base(arguments), preset=_early(arguments).preset)
+    parsed = _parse(SampleArguments, base, "ibtpo sample", arguments)
+    config, policy, task = _open(parsed.run)
+    try:
+        problem = _problem(parsed, task)
+        grower = Grower(make_engine(config, policy), task, policy.tokenizer, config.jsonl)
+        splitter = StepSplitter(policy.tokenizer, config.search.separator, step_tokens=config.search.step_tokens)
+        search = make_search(config.search, config.ib, splitter, config.sampling.max_tokens)
+        [tree], _ = grower.grow([problem], [parsed.index], search, make_sampling(config, policy))
+    finally:
+        task.close()
+    console.print(_outline(tree, policy, problem))
+    leaves = tree.leaves()
+    console.print(
+        f"{len(leaves)} trajectories, {sum(leaf.reward or 0 for leaf in leaves):g} right, "
+        f"{tree.num_sampled} tokens sampled for {sum(leaf.end - tree.prompt_len for leaf in leaves)} in trajectories"
+    )
+    return 0
+
+
+def _result_tables(folder: Path) -> list[Table]:
+    """What the run came to: held-out accuracy before and after, and what it took."""
+    summary = summarize_run(folder)
+    accuracy = Table("held-out accuracy", "before", "after", title=f"{folder}: {summary.steps} training steps")
+    for row in summary.accuracies:
+        accuracy.add_row(row.name, str(row.before or "–"), str(row.after or "–"))
+    amounts = Table("", "", "")
+    amounts.show_header = False
+    for name, value, note in summary.amounts:
+        amounts.add_row(name, value, f"[dim]{note}[/]")
+    return [accuracy, amounts]
+
+
+def _early(arguments: list[str]) -> argparse.Namespace:
+    """The flags that decide what the defaults of all others are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset", default="ib-tpo")
+    parser.add_argument("--task", default=None)
+    for name in ("--config", "--resume", "--data"):
+        parser.add_argument(name, type=Path, default=None)
+    try:
+        return parser.parse_known_args(arguments)[0]
+    except argparse.ArgumentError:  # a flag without its value: the full parser explains it
+        return parser.parse_known_args([])[0]
+
+
+def _base(arguments: list[str]) -> TrainConfig:
+    early = _early(arguments)
+    task = early.task or ("jsonl" if early.data is not None else None)
+    return base_config(task=task, preset=early.preset, file=early.config, resume=early.resume)
+
+
+def _parse(kind: type[Arguments], default: Arguments, program: str, arguments: list[str]) -> Arguments:
+    return tyro.cli(kind, default=default, prog=program, args=arguments, use_underscores=False)
+
+
+def _with_data(config: TrainConfig) -> TrainConfig:
+    """--data means the jsonl task."""
+    return replace(config, task="jsonl") if config.data is not None else config
+
+
+def _open(config: TrainConfig) -> tuple[TrainConfig, Policy, Task]:
+    """The policy of a checkpoint or run folder, and the task."""
+    config = _with_data(config)
+    if config.model == "built-in":
+        raise ValueError("model: give --model a checkpoint or run folder; `ibtpo train` makes one")
+    folder = Path(config.model)
+    last = latest_checkpoint(folder)
+    if last is not None:
+        folder = last.path
+    policy = load_policy(folder, dtype=getattr(torch, config.dtype), device=choose_device(config.device))
+    return config, policy, make_task(config)
+
+
+def _problem(arguments: SampleArguments, task: Task) -> Problem:
+    if arguments.prompt is None:
+        return task.train_problem(arguments.index)
+    prompt = arguments.prompt.replace("\\n", "\n")
+    if task.name == "digit-chain":
+        return parse_prompt(prompt if prompt.endswith("\n") else prompt + "\n")
+    if arguments.answer is None:
+        raise ValueError("prompt: give the right --answer too; without rewards there is nothing to score")
+    return Problem(prompt, arguments.answer)
+
+
+def _outline(tree: Tree, policy: Policy, problem: Problem) -> Outline:
+    """The tree as indented text."""
+    estimates = tree.notes["ib"]
+    prompt = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
+    outline = Outline(f"[bold]{escape(prompt.strip())}[/]  value {estimates.value(tree.root):.2f}")
+    places = {tree.root: outline}
+    for node in tree.nodes()[1:]:
+        text = escape(repr(str(policy.tokenizer.decode(node.tokens.tolist())))[1:-1])
+        notes = f"round {node.notes['round']}  pi {estimates.eta2(node):.2f}  value {estimates.value(node):.2f}"
+        if node.children:
+            notes += f"  J {estimates.score(node):+.2f}"
+        mark = "" if node.reward is None else "  [green]right[/]" if node.reward > 0.5 else "  [red]wrong[/]"
+        parent = node.parent
+        assert parent is not None
+        places[node] = places[parent].add(f"{text}  [dim]{notes}[/]{mark}")
+    return outline
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""Configurations from YAML files, presets and the command line, checked field by field."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml  # type: ignore[import-untyped]
+
+from ibtpo.config import TrainConfig
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "ib-tpo": {"search": {"method": "ibtree"}, "advantage": {"kind": "ib-tpo"}},
+    "grpo": {"search": {"method": "independent"}, "advantage": {"kind": "grpo"}},
+}
+"""What each method changes in the configuration."""
+
+Config = TypeVar("Config")
+
+
+def merge(config: Config, changes: Mapping[str, Any], *, source: str, prefix: str = "") -> Config:
+    """`config` with the fields of `changes` (nested like YAML) replaced.
+
+    Raises:
+        ValueError: an unknown field (the nearest known one is suggested), a wrong type, or a value out of range.
+    """
+    if not isinstance(changes, Mapping):
+        raise ValueError(f"{source}: {prefix.rstrip('.') or 'the file'} must hold fields and values")
+    hints = get_type_hints(type(config))
+    known = {field.name: getattr(config, field.name) for field in fields(config)}  # type: ignore[arg-type]
+    replaced: dict[str, Any] = {}
+    for name, value in changes.items():
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            hint = f" Did you mean {prefix}{near[0]}?" if near else f" Known: {', '.join(known)}."
+            raise ValueError(f"{source}: unknown field {prefix}{name}.{hint}")
+        if is_dataclass(known[name]):
+            replaced[name] = merge(known[name], value, source=source, prefix=f"{prefix}{name}.")
+        else:
+            replaced[name] = _convert(value, hints[name], f"{source}: {prefix}{name}")
+    try:
+        return replace(config, **replaced)  # type: ignore[type-var]
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the field's type; YAML's 1e-6 without a dot is a string, so numbers may be written either way."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    wanted = next(option for option in options if option is not type(None))
+    if get_origin(wanted) is Literal:
+        if value in get_args(wanted):
+            return value
+        raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(repr, get_args(wanted)))}")
+    try:
+        if wanted is float and not isinstance(value, bool):
+            return float(value)
+        if wanted is Path and isinstance(value, str):
+            return Path(value)
+        if wanted is int and isinstance(value, str):
+            return int(value)
+    except ValueError:
+        pass
+    if type(value) is wanted:
+        return value
+    raise ValueError(f"{where}: {value!r} is not of type {wanted.__name__}")
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        ValueError: the file is missing, not YAML, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such configuration file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(content or {}, dict):
+        raise ValueError(f"{path}: must hold fields and values, like `sampled_tokens: 100_000`")
+    return content or {}
+
+
+def base_config(*, task: str | None, preset: str, file: Path | None, resume: Path | None) -> TrainConfig:
+    """The configuration before the command line's own flags: defaults, task file, preset, then `file`.
+
+    Args:
+        task: the task if a flag names one; the built-in one brings settings of its own.
+        preset: a name of `PRESETS`.
+        file: a YAML file, or None.
+        resume: a run folder whose configuration is taken as it is, or None.
+
+    Raises:
+        ValueError: an unknown preset, or a file that cannot be used.
+    """
+    if resume is not None:
+        path = resume / "config.yaml"
+        if not path.is_file():
+            raise ValueError(f"resume: {resume} is not a run folder (it has no config.yaml); check the path")
+        return merge(TrainConfig(), load_yaml(path), source=str(path))
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.3)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise ValueError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}.{hint}")
+    config = TrainConfig()
+    changes = {} if file is None else load_yaml(file)
+    task = task or ("jsonl" if changes.get("data") else changes.get("task", config.task))
+    if task == config.task:
+        shipped = resources.files("ibtpo.configs") / "digit-chain.yaml"
+        config = merge(config, yaml.safe_load(shipped.read_text(encoding="utf-8")), source="digit-chain.yaml")
+    config = merge(config, PRESETS[preset], source=f"preset {preset}")
+    return merge(config, changes, source=str(file))

@@ -1,0 +1,1 @@
+"""Settings that ship with the package: base files by task, and presets."""

@@ -1,0 +1,103 @@
+"""Growing graded trees: the engine samples, the task grades, neither waits for the other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from ibtpo_engine import Engine, Node, Sampling, Search, Tree
+from transformers import PreTrainedTokenizerBase
+
+from ibtpo.config import JsonlConfig
+from ibtpo.tasks import Problem, Task, format_prompt
+
+
+class Interrupted(Exception):
+    """The user asked to stop; `signal` is the number of the signal that did."""
+
+    def __init__(self, message: str = "stopped", signal: int = 0) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+@dataclass
+class Grading:
+    """The reward function of a batch of trees; a tree's key says which problem it answers.
+
+    Attributes:
+        problems: problem by tree key.
+        seconds: time spent in grading on this side of any worker process.
+    """
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    problems: dict[int, Problem]
+    seconds: float = field(default=0.0, init=False)
+
+    def __call__(self, tree: Tree, leaf: Node) -> float | Future[float]:
+        begin = time.perf_counter()
+        completion = self.tokenizer.decode(leaf.prefix()[tree.prompt_len :], skip_special_tokens=True)
+        reward = self.task.grade(self.problems[tree.key], str(completion), leaf.finish == "length")
+        self.seconds += time.perf_counter() - begin
+        return reward
+
+
+@dataclass
+class Grower:
+    """Grows one graded tree a problem.
+
+    Args:
+        engine: samples; its weights are whatever the model holds now.
+        task, tokenizer, data: grade completions and format prompts.
+        should_stop: asked after every tree; True abandons the rest.
+    """
+
+    engine: Engine
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    data: JsonlConfig
+    should_stop: Callable[[], bool] = lambda: False
+
+    def grow(
+        self,
+        problems: Sequence[Problem],
+        keys: Sequence[int],
+        search: Search,
+        sampling: Sampling,
+        on_tree: Callable[[Tree], None] = lambda tree: None,
+    ) -> tuple[list[Tree], float]:
+        """Grow a tree on every problem.
+
+        Args:
+            problems: what to answer.
+            keys: a different integer for each; with the engine's seed it decides the samples.
+            search, sampling: how.
+            on_tree: called as trees are done, in any order.
+
+        Returns:
+            the trees in the order of the problems, each leaf with its reward; seconds spent in grading.
+
+        Raises:
+            Interrupted: `should_stop` said so.
+        """
+        grading = Grading(self.task, self.tokenizer, dict(zip(keys, problems, strict=True)))
+        prompts = [format_prompt(self.tokenizer, problem, self.data) for problem in problems]
+        waited = self.engine.seconds_waiting
+        trees: list[Tree | None] = [None] * len(problems)
+        for index, tree in self.engine.run(search, prompts, sampling, reward=grading, keys=keys):
+            trees[index] = tree
+            on_tree(tree)
+            if self.should_stop():
+                raise Interrupted
+        return [tree for tree in trees if tree is not None], grading.seconds + self.engine.seconds_waiting - waited
+
+
+def chains(n: int) -> Search:
+    """The plainest search: `n` independent trajectories, not cut into steps."""
+
+    def search(tree: Tree) -> Generator[list[Node], list[Node], None]:
+        yield tree.root.fork(n)
+
+    return search

@@ -1,0 +1,185 @@
+"""The information-bottleneck estimates of a growing tree: values, IB-Scores, Cov(eta1, eta2) (paper, section 2).
+
+    phat(s)   value: what share of the reward below s is earned
+    eta1(s)   = phat(s) / phat(parent) - (1 + 1/beta)            information gained about the right answer
+    eta2(s)   = pi(s)                                            the policy's confidence in the step
+    J(s)      = (1 + beta)/n * sum over the n children b of eta1(b)*eta2(b)
+
+Because the ratios of the children average to 1 (exactly so with recursive values),
+``J = (1 + beta) * (Cov(eta1, eta2) - mean(eta2)/beta)``: high where confidence sits on the branches that lead to the
+answer and where the policy is still undecided.
+
+A new trajectory changes values and scores only along its own path, so adding one costs O(depth * children).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ibtpo.config import IBConfig
+from ibtpo_engine.tree import Node, Tree
+
+
+def step_probability(logprob: npt.NDArray[np.floating[Any]], kind: str) -> float:
+    """pi(s) of a step from its tokens' log-probs [n >= 1]; `kind` as in `IBConfig.step_probability`."""
+    values: list[float] = logprob.tolist()
+    if kind == "geometric":
+        return math.exp(sum(values) / len(values))
+    if kind == "product":
+        return math.exp(sum(values))
+    if kind == "mean":
+        return sum(map(math.exp, values)) / len(values)
+    if kind == "min":
+        return math.exp(min(values))
+    raise ValueError(f"step_probability: {kind!r} is not one of geometric, product, mean, min")
+
+
+class _Cell:
+    """What is known of one step: a node of the tree, or several identical siblings if duplicates are merged."""
+
+    __slots__ = ("draws", "ends", "leaves", "node", "parent", "probability", "ratio_value", "score", "total", "value")
+
+    def __init__(self, node: Node, parent: _Cell | None, probability: float) -> None:
+        self.node = node  # the first one seen
+        self.parent = parent
+        self.probability = probability  # eta2
+        self.draws: list[_Cell] = []  # children in the order sampled; a merged one stands here once a draw
+        self.ends: list[float] = []  # rewards of the trajectories that end here
+        self.leaves = 0  # trajectories through here
+        self.total = 0.0  # sum of their rewards
+        self.value = 0.0  # phat
+        self.ratio_value = 0.0  # phat as it enters ratios: Laplace-smoothed if configured
+        self.score = -math.inf  # J; only cells with draws have one
+
+
+class IBEstimates:
+    """Keeps the estimates of one tree up to date while it grows.
+
+    Every node of the tree must be one step, and branches begin at step ends only; a search that forks inside a step
+    would change steps already counted, and `add_leaf` refuses.
+
+    Args:
+        tree: the tree, with nothing sampled yet (or call `add_leaf` for every trajectory there is).
+        config: beta and the readings of what the paper leaves open.
+    """
+
+    def __init__(self, tree: Tree, config: IBConfig) -> None:
+        self.config = config
+        self.root = tree.root
+        self._offset = 1.0 + 1.0 / config.beta
+        self._cells: dict[Node, _Cell] = {tree.root: _Cell(tree.root, None, math.nan)}
+        self._branching: list[_Cell] = []  # cells with at least one child, in the order they got it
+        self._merged: dict[tuple[_Cell, bytes], _Cell] = {}
+
+    def add_leaf(self, steps: Sequence[Node]) -> None:
+        """Count a graded trajectory.
+
+        Args:
+            steps: the nodes it added to the tree, top down; the last is the leaf.
+
+        Raises:
+            ValueError: the leaf has no reward in [0, 1], or the branch begins inside a step counted before.
+        """
+        leaf = steps[-1]
+        if leaf.reward is None or not 0.0 <= leaf.reward <= 1.0:
+            raise ValueError(f"add_leaf: the reward of {leaf!r} is {leaf.reward}; it must lie in [0, 1]")
+        cell = self._known_parent(steps)
+        for node in steps:
+            child = self._cells[node] = self._cell(node, cell)
+            if not cell.draws:
+                self._branching.append(cell)
+            cell.draws.append(child)
+            cell = child
+        cell.ends.append(leaf.reward)
+        above: _Cell | None = cell
+        while above is not None:
+            self._update(above, leaf.reward)
+            above = above.parent
+
+    def _known_parent(self, steps: Sequence[Node]) -> _Cell:
+        """The cell the trajectory branches from, after checking that no step above it was cut since it was counted."""
+        node = steps[0].parent
+        while node is not None and node in self._cells:
+            node = node.parent
+        if node is not None or steps[0].parent is None:
+            raise ValueError(
+                f"add_leaf: {steps[0]!r} does not branch off the end of a counted step; fork at the ends of nodes only"
+            )
+        if any(step in self._cells for step in steps):
+            raise ValueError(f"add_leaf: {steps[-1]!r} is counted already")
+        return self._cells[steps[0].parent]
+
+    def _cell(self, node: Node, parent: _Cell) -> _Cell:
+        if self.config.duplicates == "separate":
+            return _Cell(node, parent, step_probability(node.logprob, self.config.step_probability))
+        key = (parent, node.tokens.tobytes())
+        if key not in self._merged:
+            self._merged[key] = _Cell(node, parent, step_probability(node.logprob, self.config.step_probability))
+        return self._merged[key]
+
+    def _update(self, cell: _Cell, reward: float) -> None:
+        """Take in one more reward below `cell`, whose draws are up to date."""
+        cell.leaves += 1
+        cell.total += reward
+        if self.config.value == "leaf_mean":
+            cell.value = cell.total / cell.leaves
+        else:
+            values = [child.value for child in cell.draws] + cell.ends
+            cell.value = sum(values) / len(values)
+        smooth = self.config.zero_parent == "smooth"
+        cell.ratio_value = (cell.value * cell.leaves + 1) / (cell.leaves + 2) if smooth else cell.value
+        if cell.draws:
+            gain = sum(self._eta1(child) * child.probability for child in cell.draws)
+            cell.score = (1.0 + self.config.beta) / len(cell.draws) * gain
+
+    def _eta1(self, cell: _Cell) -> float:
+        assert cell.parent is not None
+        of_parent = cell.parent.ratio_value
+        if of_parent > 0.0:
+            return cell.ratio_value / of_parent - self._offset
+        return (1.0 if self.config.zero_parent == "one" else 0.0) - self._offset
+
+    def value(self, node: Node) -> float:
+        """phat(a*|s): the share of the reward earned below `node`, never smoothed."""
+        return self._cells[node].value
+
+    def eta1(self, node: Node) -> float:
+        """Information gain of a step: phat(s)/phat(parent) - (1 + 1/beta). The root, no step, raises ValueError."""
+        return self._eta1(self._step(node))
+
+    def eta2(self, node: Node) -> float:
+        """Confidence of a step: pi(s) under the distribution it was sampled from. The root raises ValueError."""
+        return self._step(node).probability
+
+    def score(self, node: Node) -> float:
+        """J(s), the IB-Score over the children of `node`. A leaf, which has none, raises ValueError."""
+        return self._parent(node).score
+
+    def covariance(self, node: Node) -> float:
+        """Cov(eta1, eta2) over the children of `node` (population). A leaf, which has none, raises ValueError."""
+        draws = self._parent(node).draws
+        first = [self._eta1(child) for child in draws]
+        second = [child.probability for child in draws]
+        mean1, mean2 = sum(first) / len(draws), sum(second) / len(draws)
+        return sum((a - mean1) * (b - mean2) for a, b in zip(first, second, strict=True)) / len(draws)
+
+    def branching(self) -> Iterator[tuple[Node, float]]:
+        """(node, IB-Score) of every node with children, oldest first; of merged nodes only the first."""
+        return ((cell.node, cell.score) for cell in self._branching)
+
+    def _step(self, node: Node) -> _Cell:
+        cell = self._cells[node]
+        if cell.parent is None:
+            raise ValueError("the root is the prompt: it has neither eta1 nor eta2")
+        return cell
+
+    def _parent(self, node: Node) -> _Cell:
+        cell = self._cells[node]
+        if not cell.draws:
+            raise ValueError(f"{node!r} has no children to score")
+        return cell

@@ -1,0 +1,291 @@
+"""Every metric of a run: its name, unit and meaning in one list, and how those of trees and evaluations are computed.
+
+The run log refuses a name that is not in `METRICS`; docs/metrics.md is generated from it (``python -m ibtpo.metrics``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from ibtpo_engine.tree import Node, Tree
+
+Doubles = npt.NDArray[np.float64]
+
+RIGHT = 0.5  # a trajectory with a reward above this counts as right where something must be right or wrong
+_DEPTH_BINS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, None))
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One name in the log."""
+
+    name: str
+    unit: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Metrics that belong together."""
+
+    title: str
+    metrics: tuple[Metric, ...]
+
+
+def _depth_name(low: int, high: int | None) -> str:
+    return f"branch_depth_{low}" + ("_up" if high is None else f"_{high}" if high > low else "")
+
+
+def _depth_metric(low: int, high: int | None) -> Metric:
+    where = f"{low} or more" if high is None else str(low) if high == low else f"{low} to {high}"
+    return Metric(_depth_name(low, high), "share", f"Branches that begin {where} steps below the prompt.")
+
+
+GROUPS: tuple[Group, ...] = (
+    Group(
+        "Rewards of the sampled trees",
+        (
+            Metric("reward", "0 to 1", "Mean over all trajectories. Under a guided tree this is not accuracy."),
+            Metric("avg_rate", "0 to 1", "Avg-Rate: prompts' mean reward over leaves; biased by guided branching."),
+            Metric("avg_rate_iid", "0 to 1", "The same over the independent rollouts trees begin with: unbiased."),
+            Metric("eff_rate", "share", "Eff-Rate: prompts whose trajectories do not all have the same reward."),
+        ),
+    ),
+    Group(
+        "Trees",
+        (
+            Metric("ib_score", "", "IB-Score J(s), mean over nodes with two children or more."),
+            Metric("cov_eta1_eta2", "", "Cov(eta1, eta2), gain against confidence, mean over the same nodes."),
+            Metric("confidence", "probability", "eta2 = pi(s), mean over all steps."),
+            Metric("sampler_entropy", "nats", "Next-token entropy at temperature 1, mean over sampled tokens."),
+            Metric("response_length", "tokens", "Tokens of a trajectory below the prompt, mean."),
+            Metric("truncated_share", "share", "Trajectories cut off at the length limit."),
+            Metric("branch_depth", "steps", "Depth at which the branches of later rounds begin, mean; 0 is the prompt."),
+            *(_depth_metric(low, high) for low, high in _DEPTH_BINS),
+        ),
+    ),
+    Group(
+        "Amounts of the step",
+        (
+            Metric("prompts", "count", "Prompts, that is trees."),
+            Metric("trajectories", "count", "Trajectories, that is leaves."),
+            Metric("trajectory_tokens", "tokens", "Length of all trajectories, a shared token once for each."),
+            Metric("tokens_sampled", "tokens", "Tokens sampled, each counted once."),
+            Metric("tokens_computed", "tokens", "Tokens computed to sample: prefilled, decoded, recomputed."),
+            Metric("tokens_trained", "tokens", "Tokens computed to train, prompts and repeated prefixes too."),
+            Metric("sampling_efficiency", "ratio", "trajectory_tokens / tokens_computed."),
+            Metric("training_efficiency", "ratio", "Tokens of the trained trajectories / tokens_trained."),
+            Metric("grade_timeouts", "count", "Gradings given up for taking too long (counted as wrong)."),
+            Metric("grade_failures", "count", "Gradings given up because the grader failed (counted as wrong)."),
+        ),
+    ),
+    Group(
+        "Loss and optimizer",
+        (
+            Metric("loss", "", "The objective that is minimised, summed over the optimizer step."),
+            Metric("weight", "tokens", "Sum of the token weights in the loss."),
+            Metric("clip_fraction", "share", "Token weight whose gradient the clipping removed (clip share)."),
+            Metric("entropy", "nats", "Entropy of the policy being trained, mean over token weights."),
+            Metric("kl_old_k1", "nats", "KL to the policy that sampled, k1 estimate, mean over token weights."),
+            Metric("kl_old_k3", "nats", "KL to the policy that sampled, k3 estimate, mean over token weights."),
+            Metric("kl_ref_k3", "nats", "KL to the frozen reference, k3 estimate; only where it is penalised."),
+            Metric("logprob_gap", "nats", "Sampler's against trainer's log-prob: absolute difference, weighted mean."),
+            Metric("logprob_gap_max", "nats", "The largest such gap."),
+            Metric("grad_norm", "", "L2 norm of the gradient before clipping, mean over optimizer steps."),
+            Metric("lr", "", "Learning rate of the last optimizer step."),
+            Metric("optimizer_steps", "count", "Optimizer steps taken."),
+            Metric("groups_skipped", "count", "Trees left out of the loss because their rewards are all equal."),
+        ),
+    ),
+    Group(
+        "Time",
+        (
+            Metric("sampling_seconds", "s", "Wall clock of sampling, without waiting for rewards."),
+            Metric("reward_seconds", "s", "Wall clock spent in grading or waiting for it."),
+            Metric("training_seconds", "s", "Wall clock of packing, forward, backward and update."),
+            Metric("evaluation_seconds", "s", "Wall clock of an evaluation."),
+            Metric("step_seconds", "s", "Wall clock of the whole training step."),
+            Metric("tokens_per_second", "tokens/s", "tokens_sampled / sampling_seconds."),
+            Metric("peak_memory", "bytes", "Most accelerator memory allocated so far."),
+        ),
+    ),
+    Group(
+        "Evaluation: independent rollouts on held-out prompts",
+        (
+            Metric("eval_avg", "0 to 1", "avg@k: mean reward of k independent samples, mean over prompts; accuracy."),
+            Metric("eval_avg_low", "0 to 1", "Lower end of its 95 % bootstrap interval over prompts."),
+            Metric("eval_avg_high", "0 to 1", "Upper end."),
+            Metric("eval_pass", "0 to 1", "Unbiased pass@k, 1 - C(n-c, k)/C(n, k)."),
+            Metric("eval_pass_low", "0 to 1", "Lower end of its 95 % bootstrap interval over prompts."),
+            Metric("eval_pass_high", "0 to 1", "Upper end."),
+            Metric("eval_greedy", "0 to 1", "Mean reward of the greedy completion."),
+            Metric("eval_greedy_low", "0 to 1", "Lower end of its 95 % bootstrap interval over prompts."),
+            Metric("eval_greedy_high", "0 to 1", "Upper end."),
+            Metric("eval_prompts", "count", "Held-out prompts evaluated."),
+            Metric("eval_samples", "count", "Samples a prompt: k."),
+            Metric("eval_response_length", "tokens", "Length of the sampled completions, mean."),
+            Metric("eval_truncated_share", "share", "Sampled completions cut off at the length limit."),
+        ),
+    ),
+    Group(
+        "Warm start",
+        (
+            Metric("warm_start_loss", "nats", "Cross-entropy on the worked solutions, mean over their tokens."),
+            Metric("warm_start_seconds", "s", "Wall clock of the warm start."),
+        ),
+    ),
+)  # fmt: skip
+
+METRICS: dict[str, Metric] = {metric.name: metric for group in GROUPS for metric in group.metrics}
+"""Every metric by name."""
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise ValueError unless every name is in `METRICS`."""
+    if unknown := sorted(set(names) - METRICS.keys()):
+        raise ValueError(f"unknown metrics {', '.join(unknown)}; describe them in ibtpo/metrics.py first")
+
+
+def documentation() -> str:
+    """The text of docs/metrics.md."""
+    lines = ["# Metrics", "", "Generated from `ibtpo/metrics.py` by `python -m ibtpo.metrics > docs/metrics.md`.", ""]
+    lines += ["Where not said otherwise a value belongs to one training step; averages are over the step.", ""]
+    for group in GROUPS:
+        lines += [f"## {group.title}", "", "| name | unit | meaning |", "|---|---|---|"]
+        lines += [f"| `{m.name}` | {m.unit} | {m.meaning.replace('|', chr(92) + '|')} |" for m in group.metrics]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
+    """The metrics of finished, graded trees.
+
+    What cannot be known is left out: the IB estimates where no search left ``tree.notes["ib"]``, the mean branch depth
+    where nothing branched.
+
+    Raises:
+        ValueError: there are no trees, or a leaf has no reward.
+    """
+    if not trees:
+        raise ValueError("tree_metrics: no trees")
+    groups = [_rewards(tree.leaves()) for tree in trees]
+    leaves = [(leaf, tree.prompt_len) for tree in trees for leaf in tree.leaves()]
+    lengths = [leaf.end - prompt_len for leaf, prompt_len in leaves]
+    iid = [_rewards(tree.notes["iid_leaves"]) for tree in trees if tree.notes.get("iid_leaves")]
+    values = {
+        "prompts": float(len(trees)),
+        "trajectories": float(len(leaves)),
+        "trajectory_tokens": float(sum(lengths)),
+        "tokens_sampled": float(sum(tree.num_sampled for tree in trees)),
+        "reward": _mean(reward for group in groups for reward in group),
+        "avg_rate": _mean(_mean(group) for group in groups if group),
+        "avg_rate_iid": _mean(map(_mean, iid)),
+        "eff_rate": _mean(float(len(set(group)) > 1) for group in groups),
+        "sampler_entropy": _mean(h for tree in trees for node in _sampled(tree) for h in node.entropy.tolist()),
+        "response_length": _mean(map(float, lengths)),
+        "truncated_share": _mean(float(leaf.finish == "length") for leaf, _ in leaves),
+    }
+    values |= _estimate_metrics(trees) | _depth_metrics(trees)
+    return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def _rewards(leaves: Iterable[Node]) -> list[float]:
+    rewards = []
+    for leaf in leaves:
+        if leaf.reward is None:
+            raise ValueError(f"tree_metrics: {leaf!r} has no reward yet")
+        rewards.append(leaf.reward)
+    return rewards
+
+
+def _sampled(tree: Tree) -> list[Node]:
+    return [node for node in tree.nodes() if node.start >= tree.prompt_len]
+
+
+def _estimate_metrics(trees: Sequence[Tree]) -> dict[str, float]:
+    estimated = [tree for tree in trees if "ib" in tree.notes]
+    branched = [(tree.notes["ib"], node) for tree in estimated for node in tree.nodes() if len(node.children) > 1]
+    return {
+        "ib_score": _mean(ib.score(node) for ib, node in branched),
+        "cov_eta1_eta2": _mean(ib.covariance(node) for ib, node in branched),
+        "confidence": _mean(tree.notes["ib"].eta2(node) for tree in estimated for node in _sampled(tree)),
+    }
+
+
+def _depth_metrics(trees: Sequence[Tree]) -> dict[str, float]:
+    depths = [len(node.path()) - 1 for tree in trees for _, node, _ in tree.notes.get("branched", ())]
+    shares = {
+        _depth_name(low, high): _mean(float(low <= depth <= (math.inf if high is None else high)) for depth in depths)
+        for low, high in _DEPTH_BINS
+    }
+    return {"branch_depth": _mean(map(float, depths))} | shares
+
+
+def _mean(values: Iterable[float]) -> float:
+    """The mean, or NaN of nothing."""
+    listed = list(values)
+    return math.fsum(listed) / len(listed) if listed else math.nan
+
+
+def avg_at_k(rewards: npt.ArrayLike) -> Doubles:
+    """[P, k] rewards of k samples a prompt -> [P], each prompt's mean; their mean is avg@k."""
+    means: Doubles = np.asarray(rewards, np.float64).mean(axis=1)
+    return means
+
+
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is right: 1 - C(n-c, k)/C(n, k) (Chen et al., 2021).
+
+    Raises:
+        ValueError: not 1 <= k <= n, or not 0 <= c <= n.
+    """
+    if not 1 <= k <= num_samples or not 0 <= num_right <= num_samples:
+        raise ValueError(f"pass_at_k: n={num_samples}, c={num_right}, k={k} need 1 <= k <= n and 0 <= c <= n")
+    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+
+
+def bootstrap_interval(
+    per_prompt: npt.ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile interval of the mean of [P] values, resampling prompts; NaNs where there are none."""
+    values = np.asarray(per_prompt, np.float64)
+    if values.size == 0:
+        return math.nan, math.nan
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(values.size, np.full(values.size, 1.0 / values.size), size=resamples)
+    low, high = np.quantile(counts @ values / values.size, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def evaluation_metrics(
+    sampled: npt.ArrayLike, greedy: npt.ArrayLike, *, seed: int = 0, k: int | None = None
+) -> dict[str, float]:
+    """The accuracies of an evaluation with their intervals, under the names of the log.
+
+    Args:
+        sampled: [P, n] rewards of n independent samples a prompt.
+        greedy: [P] rewards of the greedy completions.
+        seed: of the bootstrap.
+        k: of pass@k, at most n; by default n.
+    """
+    rewards = np.asarray(sampled, np.float64)
+    num_samples = rewards.shape[1]
+    passed = [pass_at_k(num_samples, int((row > RIGHT).sum()), k or num_samples) for row in rewards]
+    values = {"eval_prompts": float(len(rewards)), "eval_samples": float(num_samples)}
+    for name, per_prompt in (("eval_avg", avg_at_k(rewards)), ("eval_pass", passed), ("eval_greedy", greedy)):
+        values[name] = float(np.mean(np.asarray(per_prompt, np.float64)))
+        values[f"{name}_low"], values[f"{name}_high"] = bootstrap_interval(per_prompt, seed=seed)
+    return values
+
+
+def main(write: Callable[[str], object] = print) -> None:
+    """Write the documentation."""
+    write(documentation())
+
+
+if __name__ == "__main__":
+    main()

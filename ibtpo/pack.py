@@ -1,0 +1,219 @@
+"""Finished trees to micro-batches: every shared token once, with the weight of all the trajectories it stands for.
+
+Packing deduplicates the computation, not the objective. Predictions live on edges (a token and the row that predicted
+it); an edge of a token shared by m trajectories carries the sum of their loss weights, so loss and gradient are those
+of the unpacked trajectories. The weights include the average over the *whole* optimizer step: the losses of its
+micro-batches are simply added up.
+
+A tree larger than the budget is cut into runs of depth-first nodes. A run needs the tokens above its first node as
+context; they are copied without their edges, so the sum of the gradients does not change::
+
+    nodes        q  a  b  c  d  e  f             q - a - b          depth-first order, cut before e
+    first part   q  a  b  c  d                       |   ` c - d
+    second part  q  .  .  .  .  e  f                 ` e - f        q is a copy
+
+What no prediction depends on is left out: the last token of every trajectory, for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate, pairwise
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ibtpo.advantage import NodeAdvantage
+from ibtpo.config import LossConfig
+from ibtpo_engine.export import PackedTree
+
+Doubles = npt.NDArray[np.float64]
+Longs = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """One forward and backward: a forest of N tokens, T of its rows predict E tokens.
+
+    Attributes:
+        tokens, pos: int64 [N], token ids and depths (RoPE positions).
+        end: int32 [N], exclusive subtree ends; query i sees key j <=> j <= i < end[j].
+        rows: int64 [T], increasing; the packed tokens whose hidden states predict anything.
+        edge_row: int64 [E], index into `rows`.
+        targets: int64 [E], the token predicted.
+        positive, negative: float [E], sums over the trajectories through the token of weight * max(A, 0) and of
+            weight * min(A, 0).
+        weight: float [E], the same sum of the weights alone; over an optimizer step it adds up to 1 (token mean).
+        old_logprob: float [E], log-prob of the target under the policy that sampled it.
+        multiplicity: int64 [E], m, trajectories through the token.
+        edge_tree, edge_token: int64 [E], where the edge comes from: index into the trees packed, index of the token
+            predicted in that tree.
+    """
+
+    tokens: Tensor
+    pos: Tensor
+    end: Tensor
+    rows: Tensor
+    edge_row: Tensor
+    targets: Tensor
+    positive: Tensor
+    negative: Tensor
+    weight: Tensor
+    old_logprob: Tensor
+    multiplicity: Tensor
+    edge_tree: Tensor
+    edge_token: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device."""
+        return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+def pack(
+    advantages: Sequence[NodeAdvantage],
+    config: LossConfig,
+    *,
+    micro_batch_tokens: int,
+    max_tokens: int,
+    dtype: torch.dtype = torch.float32,
+) -> list[MicroBatch]:
+    """Pack all trees of one optimizer step; skipped groups are left out of everything.
+
+    Args:
+        advantages: one a tree. All trees of the step at once: means are taken over them.
+        config: aggregation and weight of shared tokens.
+        micro_batch_tokens: most packed tokens of a micro-batch. A trajectory longer than that gets its own.
+        max_tokens: length limit of a trajectory, the denominator of `dr_grpo`.
+        dtype: of weights and log-probs.
+
+    Returns:
+        micro-batches whose losses add up to the step's loss, the same for the same input; none if all is skipped.
+    """
+    kept = [(index, tree) for index, tree in enumerate(advantages) if not tree.skipped]
+    num_trajectories = sum(len(tree.lengths) for _, tree in kept)
+    weights = [_edge_weights(tree, config, num_trajectories, max_tokens) for _, tree in kept]
+    if config.aggregation == "token":
+        total = sum(of_tree[0].sum() for of_tree in weights)
+        weights = [of_tree / total for of_tree in weights]
+    parts = [
+        _part(index, tree, of_tree, edges, dtype)
+        for (index, tree), of_tree in zip(kept, weights, strict=True)
+        for edges in _divide(tree.packed, np.flatnonzero(of_tree[0] > 0), micro_batch_tokens)
+    ]
+    bins = _first_fit([len(part) for part in parts], micro_batch_tokens)
+    return [_side_by_side([parts[i] for i in chosen]) for chosen in bins]
+
+
+def _edge_weights(tree: NodeAdvantage, config: LossConfig, num_trajectories: int, max_tokens: int) -> Doubles:
+    """[3, E]: weight of every edge, its positive and its negative advantage; `token` still lacks its denominator."""
+    per_trajectory = {
+        "token": np.ones(len(tree.lengths)),
+        "sequence": 1.0 / (num_trajectories * tree.lengths),
+        "dr_grpo": np.full(len(tree.lengths), 1.0 / (num_trajectories * max_tokens)),
+    }[config.aggregation]
+    m = np.maximum(tree.multiplicity, 1)
+    of_prefix = {"trajectory": np.ones(len(m)), "sqrt": 1.0 / np.sqrt(m), "node": 1.0 / m}[config.prefix_weight]
+    per_node = np.stack(tree.weigh(per_trajectory)) * of_prefix
+    return per_node[:, tree.packed.node[tree.packed.edge_token]]  # an edge belongs to the token it predicts
+
+
+def _divide(packed: PackedTree, edges: Longs, budget: int) -> list[Longs]:
+    """Edges of one tree by part: all together if what they need fits the budget, else by runs of nodes that do."""
+    if _needed(packed, edges).sum() <= budget:
+        return [edges]
+    node = packed.node[packed.edge_token[edges]]
+    parts = [edges[(begin <= node) & (node < end)] for begin, end in pairwise(_cut(packed, budget))]
+    return [part for part in parts if len(part) > 0]
+
+
+def _part(index: int, tree: NodeAdvantage, weights: Doubles, edges: Longs, dtype: torch.dtype) -> MicroBatch:
+    """These edges of a tree and the tokens they need."""
+    packed = tree.packed
+    needed = _needed(packed, edges)
+    place = np.concatenate([[0], np.cumsum(needed)])  # packed index -> index among the needed
+    token = packed.edge_token[edges]
+    rows, edge_row = np.unique(place[packed.edge_row[edges]], return_inverse=True)
+    mass, positive, negative = torch.from_numpy(weights[:, edges]).to(dtype)
+    return MicroBatch(
+        tokens=_longs(packed.tokens[needed]),
+        pos=_longs(packed.pos[needed]),
+        end=_longs(place[packed.end[needed]]).to(torch.int32),
+        rows=_longs(rows),
+        edge_row=_longs(edge_row),
+        targets=_longs(packed.tokens[token]),
+        positive=positive,
+        negative=negative,
+        weight=mass,
+        old_logprob=torch.from_numpy(packed.logprob[token]).to(dtype),
+        multiplicity=_longs(tree.multiplicity[packed.node[token]]),
+        edge_tree=torch.full((len(edges),), index),
+        edge_token=_longs(token),
+    )
+
+
+def _longs(values: npt.NDArray[np.integer[Any]]) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def _needed(packed: PackedTree, edges: Longs) -> npt.NDArray[np.bool_]:
+    """[N]: the tokens that the rows of these edges see, themselves included."""
+    is_row = np.zeros(len(packed), np.int64)
+    is_row[packed.edge_row[edges]] = 1
+    before = np.concatenate([[0], np.cumsum(is_row)])
+    return before[packed.end] > before[:-1]  # some row lies in [j, end[j])
+
+
+def _cut(packed: PackedTree, budget: int) -> list[int]:
+    """Bounds of runs of nodes that fit the budget with the context above them, with the least context copied.
+
+    In depth-first order, whatever lies above any node of a run lies in the run or above its first node, so a run costs
+    ``start of its first node + sum of its lengths``. A run may exceed the budget only where one path in it does.
+    """
+    start = np.array([node.start for node in packed.nodes])
+    length = np.array([len(node) for node in packed.nodes])
+    copied = np.full(len(start) + 1, np.inf)  # least context copied for nodes [0, i)
+    copied[0] = 0
+    origin = np.zeros(len(start) + 1, np.int64)
+    for i in range(len(start)):
+        size = start[i] + np.cumsum(length[i:])
+        longest_path = np.maximum.accumulate(start[i:] + length[i:])
+        ends = i + 1 + np.flatnonzero(size <= np.maximum(budget, longest_path))
+        better = ends[copied[i] + start[i] < copied[ends]]
+        copied[better] = copied[i] + start[i]
+        origin[better] = i
+    cuts = [len(start)]
+    while cuts[-1] > 0:
+        cuts.append(int(origin[cuts[-1]]))
+    return cuts[::-1]
+
+
+def _first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
+    """First-fit decreasing: largest first into the first bin with room, equal sizes in the order given."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        chosen = next((i for i, free in enumerate(room) if sizes[item] <= free), len(bins))
+        if chosen == len(bins):
+            bins.append([])
+            room.append(budget)
+        bins[chosen].append(item)
+        room[chosen] -= sizes[item]
+    return [sorted(items) for items in bins]
+
+
+def _side_by_side(parts: Sequence[MicroBatch]) -> MicroBatch:
+    """Several micro-batches as one: a forest, in which indices are shifted and nothing else changes."""
+    joined = {field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(MicroBatch)}
+    num_tokens = list(accumulate((len(part) for part in parts), initial=0))  # before each part
+    num_rows = list(accumulate((len(part.rows) for part in parts), initial=0))
+    joined["end"] = torch.cat([part.end + n for part, n in zip(parts, num_tokens, strict=False)])
+    joined["rows"] = torch.cat([part.rows + n for part, n in zip(parts, num_tokens, strict=False)])
+    joined["edge_row"] = torch.cat([part.edge_row + n for part, n in zip(parts, num_rows, strict=False)])
+    return MicroBatch(**joined)

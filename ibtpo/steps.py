@@ -1,0 +1,126 @@
+"""Where one reasoning step ends and the next begins (paper, section 1): on token ids, never on re-tokenised text.
+
+A step ends with the token whose text *completes* the separator. Tokenizers merge (Qwen has ``.\\n\\n`` as one token)
+and split (``\\n`` ``\\n``) separators as they like, so both count, and so does a token that holds text past it::
+
+    tokens   "2+2" "=4" ".\\n\\n" "Hence" "\\n" "\\nso" " 4"        separator "\\n\\n"
+    steps    [0 ............. 3) [3 ............. 6) [6 7)
+
+Separators that touch or overlap (``\\n\\n\\n\\n``) are one boundary, where the first of them is complete; what remains
+of the run opens the next step. So separators alone never make a step, however the run was tokenised, unless the
+trajectory ends with them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ibtpo_engine.tree import Node
+
+Ints = npt.NDArray[np.int32]
+
+
+class Decoder(Protocol):
+    """The one tokenizer method that is needed; transformers' tokenizers have it."""
+
+    def decode(self, token_ids: list[int], /, **options: Any) -> str: ...
+
+
+class StepSplitter:
+    """Finds the step boundaries in a run of token ids.
+
+    Args:
+        tokenizer: gives the text of a token; each id is decoded once, when it is first seen.
+        separator: text that ends a step. Its characters must not be spread over tokens of single bytes (true of ASCII).
+        step_tokens: if set, steps are runs of this many tokens and `separator` is ignored.
+
+    Raises:
+        ValueError: the separator is empty, or `step_tokens` < 1.
+    """
+
+    def __init__(self, tokenizer: Decoder, separator: str = "\n\n", *, step_tokens: int | None = None) -> None:
+        if step_tokens is not None and step_tokens < 1:
+            raise ValueError(f"step_tokens: {step_tokens} must be at least 1")
+        if step_tokens is None and not separator:
+            raise ValueError('separator: "" must be at least one character, or set step_tokens')
+        self.tokenizer = tokenizer
+        self.separator = separator
+        self.step_tokens = step_tokens
+        self.context = 2 * len(separator) if step_tokens is None else 0  # tokens before a branch that can matter
+        self._texts: dict[int, str] = {}
+
+    def __call__(self, tokens: npt.ArrayLike, context: npt.ArrayLike = ()) -> list[int]:
+        """Offsets `at` (0 < at < len(tokens), increasing) before which `tokens` is to be cut.
+
+        Args:
+            tokens: int [n], a freshly sampled branch.
+            context: int [c], the ids just before it on its path, so that a separator begun there is seen.
+        """
+        ids = np.asarray(tokens).tolist()
+        if self.step_tokens is not None:
+            return list(range(self.step_tokens, len(ids), self.step_tokens))
+        head = "".join(map(self.text, np.asarray(context).tolist()))
+        pieces = [self.text(token) for token in ids]
+        ends = list(accumulate(map(len, pieces), initial=len(head)))  # ends[i]: characters before token i
+        at = [bisect_left(ends, end) for end in self._boundaries(head + "".join(pieces)) if end > len(head)]
+        return [offset for offset in dict.fromkeys(at) if offset < len(ids)]
+
+    def text(self, token: int) -> str:
+        """What this token adds to a text."""
+        text = self._texts.get(token)
+        if text is None:
+            text = self._texts[token] = self._decode(token)
+        return text
+
+    def _decode(self, token: int) -> str:
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        once = self.tokenizer.decode([token], **options)
+        twice = self.tokenizer.decode([token, token], **options)  # sentencepiece drops the first token's space
+        return twice[len(once) :] if twice.startswith(once) else once
+
+    def _boundaries(self, text: str) -> list[int]:
+        """Character positions just past each separator that neither touches nor overlaps one before it."""
+        size, ends, last = len(self.separator), [], -len(self.separator) - 1
+        found = text.find(self.separator)
+        while found >= 0:
+            if found > last + size:
+                ends.append(found + size)
+            last = found
+            found = text.find(self.separator, found + 1)
+        return ends
+
+
+Splitter = StepSplitter | Callable[[Ints], Sequence[int]]
+"""A `StepSplitter`, or any predicate that maps the token ids of a branch to increasing offsets inside it."""
+
+
+def split_steps(leaf: Node, splitter: Splitter) -> list[Node]:
+    """Cut the branch an engine has just finished into one node a step, top down; `leaf` stays the last of them.
+
+    Raises:
+        ValueError: the splitter returned offsets outside (0, len(leaf)) or not increasing.
+    """
+    if isinstance(splitter, StepSplitter):
+        offsets: Sequence[int] = splitter(leaf.tokens, _tokens_before(leaf, splitter.context))
+    else:
+        offsets = splitter(leaf.tokens)
+    bounds = [0, *offsets, len(leaf)]
+    if any(a >= b for a, b in pairwise(bounds)):
+        raise ValueError(f"splitter: offsets {list(offsets)} must increase inside (0, {len(leaf)})")
+    return [leaf.split(b - a) for a, b in pairwise(bounds)]
+
+
+def _tokens_before(node: Node, count: int) -> list[int]:
+    """The last `count` token ids above `node` on its path (fewer if the path is shorter)."""
+    tokens: list[int] = []
+    above = node.parent
+    while above is not None and len(tokens) < count:
+        tokens[:0] = above.tokens[len(tokens) - count :].tolist()
+        above = above.parent
+    return tokens

@@ -1,0 +1,115 @@
+"""What a task is: it poses problems, holds some out, and grades completions."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ibtpo.config import JsonlConfig
+
+Messages = Sequence[dict[str, str]]
+HELD_OUT_SHARE = 8  # one generated prompt in so many belongs to evaluation
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt and what a right completion must come to."""
+
+    prompt: str | list[dict[str, str]]
+    """Plain text, or chat messages with "role" and "content"."""
+    answer: str
+    """Reference answer, as text."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """Whatever the task itself needs for grading."""
+
+
+class Task(Protocol):
+    """Poses problems and grades completions; every method is deterministic given the task's seed."""
+
+    @property
+    def name(self) -> str:
+        """The task as the command line calls it."""
+
+    @property
+    def separator(self) -> str:
+        """Text that ends a reasoning step of this task."""
+
+    def train_problem(self, index: int) -> Problem:
+        """The training problem of this index (>= 0, unbounded), the same for the same seed and index."""
+
+    def eval_problems(self, n: int) -> list[Problem]:
+        """Up to `n` held-out problems, none of which `train_problem` ever returns."""
+
+    def grade(self, problem: Problem, completion: str, truncated: bool) -> float | Future[float]:
+        """Reward in [0, 1] of a completion, now or later; a truncated one gets 0."""
+
+    def close(self) -> None:
+        """End whatever the task runs in the background."""
+
+
+@runtime_checkable
+class TeachableTask(Protocol):
+    """A task that can show how it is done: what the warm start of the built-in policy learns from."""
+
+    def worked_solution(self, problem: Problem, rng: np.random.Generator) -> str:
+        """A completion of the problem's prompt, drawn from the task's teacher."""
+
+
+def seeded(seed: int, *stream: int) -> np.random.Generator:
+    """A generator of its own for every (seed, stream); any integers will do."""
+    return np.random.default_rng([value & 0xFFFF_FFFF_FFFF_FFFF for value in (seed, *stream)])
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """The end of an error message about an unknown name: the nearest known one, and all of them where they are few."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    guess = f'did you mean "{nearest[0]}"? ' if nearest else ""
+    shown = ", ".join(known) if len(known) <= 12 else f"{len(known)} names, from {known[0]} to {known[-1]}"
+    return f"{guess}known: {shown}"
+
+
+def is_held_out(prompt: str) -> bool:
+    """Does a generated prompt belong to evaluation?
+
+    Decided by the prompt's own hash, so training and evaluation cannot meet, whatever the seed, the index, or the
+    size of the space prompts are drawn from.
+    """
+    digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % HELD_OUT_SHARE == 0
+
+
+def format_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, config: JsonlConfig) -> list[int]:
+    """Token ids of a problem's prompt, ready to be continued.
+
+    With a chat template (and ``config.chat_template``) the prompt becomes the user's message, with the header of the
+    assistant's turn appended. Without one, text is encoded as it is, below the system prompt if there is one.
+    A system message of the problem's own wins over ``config.system_prompt``.
+
+    Raises:
+        ValueError: chat messages, but no chat template to format them with.
+    """
+    if config.chat_template and getattr(tokenizer, "chat_template", None):
+        messages = _with_system_prompt(problem.prompt, config.system_prompt)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return list(tokenizer.encode(text, add_special_tokens=False))  # the template writes the special tokens itself
+    if not isinstance(problem.prompt, str):
+        raise ValueError(
+            "the prompts are chat messages, but the tokenizer has no chat template (or jsonl.chat_template is false); "
+            "use a model folder whose tokenizer has one, or give the prompts as plain strings"
+        )
+    text = problem.prompt if config.system_prompt is None else f"{config.system_prompt}\n\n{problem.prompt}"
+    return list(tokenizer.encode(text))
+
+
+def _with_system_prompt(prompt: str | Messages, system_prompt: str | None) -> list[dict[str, str]]:
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system_prompt is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system_prompt})
+    return messages

@@ -1,0 +1,175 @@
+"""One training step's update: advantages, packing, mini-batches, the clipped loss, AdamW."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from ibtpo_engine import Model, PackedTree, Tree
+from ibtpo_kernels import linear_logprob
+from torch import Tensor
+
+from ibtpo.advantage import NodeAdvantage, advantage
+from ibtpo.config import TrainConfig
+from ibtpo.loss import policy_loss, summarize
+from ibtpo.optim import MasterAdamW
+from ibtpo.pack import MicroBatch, pack
+
+
+def frozen_copy(model: Model) -> Model:
+    """A copy that takes no gradient: the reference policy."""
+    reference = copy.deepcopy(model)
+    for parameter in reference.parameters():
+        parameter.requires_grad_(False)
+    return reference
+
+
+def edge_logprob(model: Model, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-prob of every edge [E] and entropy of every row [T] at this temperature, nothing cut."""
+    hidden = model.packed(batch.tokens, batch.pos, batch.end)
+    return linear_logprob(hidden[batch.rows], model.head, batch.edge_row, batch.targets, temperature=temperature)
+
+
+class Updater:
+    """Updates a model in place from the trees of a training step.
+
+    Args:
+        model: the policy.
+        optimizer: over its parameters.
+        reference: the frozen starting policy; needed for a KL penalty or ``advantage.pi_ref = "reference"``.
+        config: everything else.
+    """
+
+    def __init__(self, model: Model, optimizer: MasterAdamW, reference: Model | None, config: TrainConfig) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.reference = reference
+        self.config = config
+        sampling = config.sampling
+        truncated = sampling.top_p < 1 or sampling.top_k > 0
+        self.recompute = truncated or config.loss.old_logprob == "recompute"
+
+    @staticmethod
+    def needs_reference(config: TrainConfig) -> bool:
+        """Must a frozen copy of the starting policy be kept?"""
+        return config.loss.kl_coef > 0 or config.advantage.pi_ref == "reference"
+
+    def update(self, trees: Sequence[Tree]) -> dict[str, float]:
+        """Take the step's optimizer steps; groups without a gradient are dropped first.
+
+        Args:
+            trees: finished and graded, with their estimates in ``tree.notes["ib"]``.
+
+        Returns:
+            metrics; without any usable group only `groups_skipped` and zero amounts.
+        """
+        advantages = [self._advantage(tree) for tree in trees]
+        kept = [one for one in advantages if not one.skipped]
+        counts = {
+            "groups_skipped": float(len(trees) - len(kept)),
+            "tokens_trained": 0.0,
+            "optimizer_steps": 0.0,
+            "lr": self.optimizer.lr,
+        }
+        parts = _divide(kept, self.config.mini_batches)
+        mini_batches = [self._pack(part) for part in parts]
+        if not mini_batches:
+            return counts
+        gap: dict[str, float] = {}
+        if self.recompute:  # before the first update, while the policy is still the one that sampled
+            gap = self._recompute(mini_batches, parts)
+        results, norms = [], []
+        for batches in mini_batches:
+            results.append(summarize([self._accumulate(batch) for batch in batches]))
+            counts["lr"] = self.optimizer.lr
+            norms.append(self.optimizer.step())
+        counts["tokens_trained"] = float(sum(len(batch) for batches in mini_batches for batch in batches))
+        counts["optimizer_steps"] = float(len(norms))
+        first = {name: results[0][name] for name in ("logprob_gap", "logprob_gap_max")}
+        mean = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
+        trained = sum(int(one.lengths.sum()) for one in kept)
+        efficiency = trained / counts["tokens_trained"]
+        return mean | first | gap | counts | {"grad_norm": sum(norms) / len(norms), "training_efficiency": efficiency}
+
+    def _advantage(self, tree: Tree) -> NodeAdvantage:
+        packed = tree.export()
+        reference = self._reference_logprob(packed) if self.config.advantage.pi_ref == "reference" else None
+        return advantage(packed, tree.notes["ib"], self.config.advantage, reference_logprob=reference)
+
+    def _pack(self, advantages: Sequence[NodeAdvantage]) -> list[MicroBatch]:
+        batches = pack(
+            advantages,
+            self.config.loss,
+            micro_batch_tokens=self.config.micro_batch_tokens,
+            max_tokens=self.config.sampling.max_tokens,
+        )
+        return [batch.to(self.model.device) for batch in batches]
+
+    def _accumulate(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch; gradients add up on the parameters."""
+        temperature = self.config.sampling.temperature
+        reference_logprob = None
+        if self.reference is not None and self.config.loss.kl_coef > 0:
+            with torch.no_grad():
+                reference_logprob, _ = edge_logprob(self.reference, batch, temperature)
+        logprob, entropy = edge_logprob(self.model, batch, temperature)
+        loss, metrics = policy_loss(logprob, entropy, batch, self.config.loss, reference_logprob)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return metrics
+
+    @torch.no_grad()
+    def _recompute(self, mini_batches: list[list[MicroBatch]], parts: list[list[NodeAdvantage]]) -> dict[str, float]:
+        """Replace the sampler's log-probs (renormalised by top-p or top-k) by the trainer's full ones, in place.
+
+        Returns:
+            the gap between sampler and trainer, measured where both mean the same: full softmax at temperature 1.
+        """
+        total, weight, largest = 0.0, 0.0, 0.0
+        for batches, part in zip(mini_batches, parts, strict=True):
+            trees = [one.packed for one in part]
+            for i, batch in enumerate(batches):
+                hidden = self.model.packed(batch.tokens, batch.pos, batch.end)[batch.rows]
+                edges = (hidden, self.model.head, batch.edge_row, batch.targets)
+                old, _ = linear_logprob(*edges, temperature=self.config.sampling.temperature)
+                raw, _ = linear_logprob(*edges)
+                difference = (raw.cpu() - _sampled_raw(trees, batch)).abs()
+                total += float((difference * batch.weight.cpu()).sum())
+                weight += float(batch.weight.sum())
+                largest = max(largest, float(difference.max()))
+                batches[i] = replace(batch, old_logprob=old)
+        return {"logprob_gap": total / weight, "logprob_gap_max": largest}
+
+    @torch.no_grad()
+    def _reference_logprob(self, packed: PackedTree) -> npt.NDArray[np.float32]:
+        """[N]: the frozen reference's log-prob of every sampled token at the sampling temperature; 0 on the prompt."""
+        assert self.reference is not None
+        device = self.reference.device
+        tokens = torch.from_numpy(packed.tokens).long().to(device)
+        hidden = self.reference.packed(
+            tokens, torch.from_numpy(packed.pos).to(device), torch.from_numpy(packed.end).to(device)
+        )
+        row = torch.from_numpy(packed.edge_row).long().to(device)
+        target = tokens[torch.from_numpy(packed.edge_token).long().to(device)]
+        logprob, _ = linear_logprob(
+            hidden, self.reference.head, row, target, temperature=self.config.sampling.temperature
+        )
+        full = np.zeros(len(packed), np.float32)
+        full[packed.edge_token] = logprob.cpu().numpy()
+        return full
+
+
+def _divide(trees: Sequence[NodeAdvantage], parts: int) -> list[list[NodeAdvantage]]:
+    """Split in order into at most `parts` runs whose sizes differ by one at most; no run is empty."""
+    parts = min(parts, len(trees))
+    bounds = [round(i * len(trees) / parts) for i in range(parts + 1)] if parts else []
+    return [list(trees[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def _sampled_raw(trees: Sequence[PackedTree], batch: MicroBatch) -> Tensor:
+    """[E]: the sampler's full log-prob at temperature 1 of every edge's token."""
+    pairs = zip(batch.edge_tree.tolist(), batch.edge_token.tolist(), strict=True)
+    return torch.tensor([float(trees[tree].logprob_raw[token]) for tree, token in pairs])

@@ -1,0 +1,346 @@
+"""The run folder survives what happens to runs: kill -9, full disks, two runs at once; and the metric list is one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from ibtpo_engine.tree import Node, Tree
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ibtpo import metrics
+from ibtpo.config import IBConfig, TrainConfig
+from ibtpo.ib import IBEstimates
+from ibtpo.metrics import bootstrap_interval, evaluation_metrics, pass_at_k, tree_metrics
+from ibtpo.runlog import RunFolder, RunFolderError, latest_checkpoint, read_rows, tree_record
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "one"
+
+
+def save(text: str = "weights") -> Callable[[Path], object]:
+    return lambda folder: (folder / "model.safetensors").write_text(text)
+
+
+def rows(path: Path) -> list[dict[str, object]]:
+    return list(read_rows(path / "metrics.jsonl"))
+
+
+def files(path: Path) -> set[str]:
+    return {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
+
+
+# ---- folder ----
+
+
+def test_a_new_folder_holds_the_resolved_config(path: Path) -> None:
+    with RunFolder.create(path, TrainConfig(out=path, seed=7)):
+        config = yaml.safe_load((path / "config.yaml").read_text())
+    assert (config["seed"], config["search"]["rounds"], config["out"]) == (7, 9, str(path))
+
+
+def test_a_folder_with_files_is_refused_and_left_alone(path: Path) -> None:
+    path.mkdir(parents=True)
+    (path / "precious").write_text("mine")
+    with pytest.raises(RunFolderError, match=r"already holds files; choose another folder with --out$"):
+        RunFolder.create(path, TrainConfig())
+    assert files(path) == {"precious"}
+    with pytest.raises(RunFolderError, match="is a file"):
+        RunFolder.create(path / "precious", TrainConfig())
+    with pytest.raises(RunFolderError, match="cannot be created"):
+        RunFolder.create(path / "precious" / "below", TrainConfig())
+    RunFolder.create(path.parent / "two", TrainConfig()).close()
+    with pytest.raises(RunFolderError, match="--resume"):
+        RunFolder.create(path.parent / "two", TrainConfig())
+
+
+def test_two_runs_on_one_folder_are_refused(path: Path) -> None:
+    with RunFolder.create(path, TrainConfig()):
+        with pytest.raises(RunFolderError, match="in use"):
+            RunFolder.open(path)
+        script = "import sys; from ibtpo.runlog import *; RunFolder.open(Path(sys.argv[1]))"
+        other = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
+        assert "in use by another run" in other.stderr
+    RunFolder.open(path).close()
+
+
+def test_what_is_no_run_folder_cannot_be_resumed(tmp_path: Path) -> None:
+    for wrong in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(RunFolderError, match="not a run folder"):
+            RunFolder.open(wrong)
+
+
+# ---- metrics ----
+
+
+def test_metrics_are_logged_as_json_lines_and_events(path: Path) -> None:
+    with RunFolder.create(path, TrainConfig()) as run:
+        run.log(1, {"reward": 0.25, "grad_norm": math.nan, "loss": math.inf})
+        assert rows(path) == [{"step": 1, "reward": 0.25, "grad_norm": None, "loss": None}]  # on disk at once
+        run.log(2, {"reward": np.float32(0.5)})
+    events = EventAccumulator(str(path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("reward")] == [(1, 0.25), (2, 0.5)]
+    assert "grad_norm" not in events.Tags()["scalars"]
+
+
+def test_unknown_metrics_are_refused(path: Path) -> None:
+    with RunFolder.create(path, TrainConfig()) as run:
+        with pytest.raises(ValueError, match="unknown metrics rewrad"):
+            run.log(1, {"rewrad": 1.0, "reward": 1.0})
+        assert rows(path) == []
+
+
+def test_the_documentation_is_the_list() -> None:
+    """docs/metrics.md is what `python -m ibtpo.metrics` prints, and no name is listed twice."""
+    document = Path(__file__).parents[1] / "docs" / "metrics.md"
+    assert document.read_text("utf-8").rstrip() == metrics.documentation()
+    assert len(metrics.METRICS) == sum(len(group.metrics) for group in metrics.GROUPS)
+    assert all(metric.meaning.endswith(".") for metric in metrics.METRICS.values())
+
+
+def test_resuming_drops_what_came_after_the_checkpoint(path: Path) -> None:
+    with RunFolder.create(path, TrainConfig()) as run:
+        for step in range(1, 6):
+            run.log(step, {"reward": step / 10})
+            run.add_tree(step, {"nodes": []})
+            if step == 3:
+                run.checkpoint(step, save())
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "rew')  # killed while writing
+    with RunFolder.open(path) as run:
+        assert [row["step"] for row in rows(path)] == [1, 2, 3]
+        assert [row["step"] for row in read_rows(path / "trees.jsonl")] == [1, 2, 3]
+        run.log(4, {"reward": 0.9})
+    assert [row["reward"] for row in rows(path)] == [0.1, 0.2, 0.3, 0.9]
+    assert [e.value for e in EventAccumulator(str(path)).Reload().Scalars("reward")] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.9]
+    )
+    with RunFolder.open(path, step=1):
+        assert [row["step"] for row in rows(path)] == [1]
+
+
+# ---- checkpoints ----
+
+
+def test_the_newest_checkpoints_are_kept(path: Path) -> None:
+    with RunFolder.create(path, TrainConfig()) as run:
+        assert latest_checkpoint(path) is None
+        for step in (5, 10, 15, 15):
+            assert run.checkpoint(step, save(str(step))).name == f"step-{step:06d}"
+    last = latest_checkpoint(path)
+    assert last is not None and last.step == 15
+    assert (last.path / "model.safetensors").read_text() == "15"
+    assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["step-000010", "step-000015"]
+
+
+@pytest.mark.parametrize("pointer", [None, "", '{"step": 1', "[]", '{"step": 99, "path": "checkpoints/step-000099"}'])
+def test_a_torn_pointer_is_no_obstacle(path: Path, pointer: str | None) -> None:
+    with RunFolder.create(path, TrainConfig()) as run:
+        run.checkpoint(1, save())
+        run.checkpoint(2, save())
+    (path / "latest.json").unlink()
+    if pointer is not None:
+        (path / "latest.json").write_text(pointer)
+    last = latest_checkpoint(path)
+    assert last is not None and last.step == 2
+
+
+def test_an_interrupted_checkpoint_is_ignored_and_cleaned(path: Path) -> None:
+    """kill -9 in the middle of a write: the earlier checkpoint is the last one, and what was left is removed."""
+    script = (
+        "import os, sys; from ibtpo.runlog import *\n"
+        "run = RunFolder.create(Path(sys.argv[1]), TrainConfig())\n"
+        "run.checkpoint(1, lambda folder: (folder / 'a').write_text('a'))\n"
+        "run.checkpoint(2, lambda folder: ((folder / 'a').write_text('half'), os.kill(os.getpid(), 9)))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(path)]).returncode == -9
+    assert (path / "checkpoints" / ".step-000002.tmp" / "a").exists()
+    with RunFolder.open(path):
+        last = latest_checkpoint(path)
+        assert last is not None and last.step == 1
+        assert [p.name for p in (path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def fill_disk(folder: Path) -> None:
+    (folder / "part-1").write_text("half")
+    with open("/dev/full", "w") as full:  # a real ENOSPC
+        full.write("x" * 100)
+
+
+def fill_disk_in_rust(folder: Path) -> None:
+    (folder / "part-1").write_text("half")
+    raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def fill_quota(folder: Path) -> None:
+    raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+
+@pytest.mark.parametrize("write", [fill_disk, fill_disk_in_rust, fill_quota])
+def test_a_full_disk_leaves_nothing_half_written(path: Path, write: Callable[[Path], None]) -> None:
+    with RunFolder.create(path, TrainConfig()) as run:
+        run.checkpoint(1, save())
+        before = files(path)
+        with pytest.raises(RunFolderError, match="no space left") as caught:
+            run.checkpoint(2, write)
+        assert files(path) == before
+        for part in (str(path), "step-000001", "--resume"):
+            assert part in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_leaves_no_half_row(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RunFolder.create(path, TrainConfig()) as run:
+        (path / "metrics.jsonl").symlink_to("/dev/full")
+        with pytest.raises(RunFolderError, match="no space left"):
+            run.log(1, {"reward": 1.0})
+        (path / "metrics.jsonl").unlink()
+
+
+def test_a_full_disk_at_the_start_leaves_no_folder(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("ibtpo.runlog._write_atomically", full)
+    with pytest.raises(RunFolderError, match="no space left"):
+        RunFolder.create(path, TrainConfig())
+    assert not path.exists()
+
+
+def test_other_errors_while_saving_pass_through_and_clean_up(path: Path) -> None:
+    def broken(folder: Path) -> None:
+        (folder / "part").write_text("half")
+        raise KeyError("layer 7")
+
+    with RunFolder.create(path, TrainConfig()) as run:
+        with pytest.raises(KeyError, match="layer 7"):
+            run.checkpoint(1, broken)
+        assert list((path / "checkpoints").iterdir()) == []
+
+
+# ---- metrics of trees ----
+
+
+def grow(branch: Node, tokens: list[int], finish: str | None, reward: float | None = None) -> Node:
+    count = len(tokens)
+    values = np.full(count, math.log(0.5))
+    branch.fill(np.array(tokens), values, values, np.full(count, 0.3), finish=finish)
+    branch.reward = reward
+    return branch
+
+
+def small_tree(rewards: tuple[float, float, float] = (1.0, 0.0, 1.0)) -> Tree:
+    """Prompt [9, 9]; a = [1] with leaves b = [2, 3], d = [5]; c = [4] a leaf. b and c came first, d branched at a."""
+    tree = Tree([9, 9])
+    ib = IBEstimates(tree, IBConfig())
+    first, second = tree.root.fork(2)
+    a = grow(first, [1], None)
+    b = grow(a.fork()[0], [2, 3], "stop", rewards[0])
+    c = grow(second, [4], "length", rewards[1])
+    ib.add_leaf([a, b])
+    ib.add_leaf([c])
+    d = grow(a.fork()[0], [5], "stop", rewards[2])
+    ib.add_leaf([d])
+    for node, turn in ((a, 0), (b, 0), (c, 0), (d, 1)):
+        node.notes["round"] = turn
+    tree.notes.update(ib=ib, iid_leaves=[b, c], branched=[(1, a, -0.6)])
+    return tree
+
+
+def test_tree_metrics_of_a_tree_worked_out_by_hand() -> None:
+    values = tree_metrics([small_tree()])
+    assert values["reward"] == values["avg_rate"] == pytest.approx(2 / 3)
+    assert values["avg_rate_iid"] == 0.5
+    assert values["eff_rate"] == 1.0
+    assert (values["prompts"], values["trajectories"]) == (1, 3)
+    assert (values["tokens_sampled"], values["trajectory_tokens"]) == (5, 3 + 1 + 2)
+    assert values["response_length"] == 2.0
+    assert values["truncated_share"] == pytest.approx(1 / 3)
+    assert values["sampler_entropy"] == pytest.approx(0.3)
+    assert values["confidence"] == pytest.approx(0.5)
+    assert values["cov_eta1_eta2"] == pytest.approx(0.0)
+    # root: ratios 1/(2/3) and 0; a: ratios 1 and 1; all at confidence 0.5, offset 1.2, six times the mean product
+    assert values["ib_score"] == pytest.approx((6 / 2 * 0.5 * (1.5 - 1.2 - 1.2) + 6 * 0.5 * (1 - 1.2)) / 2)
+    assert values["branch_depth"] == values["branch_depth_1"] == 1.0
+    assert values["branch_depth_0"] == values["branch_depth_17_up"] == 0.0
+    metrics.check_names(values)
+
+
+def test_tree_metrics_average_over_trees_and_leave_out_what_is_unknown() -> None:
+    plain = small_tree((1.0, 1.0, 1.0))
+    plain.notes.clear()
+    both = tree_metrics([small_tree(), plain])
+    assert both["eff_rate"] == 0.5
+    assert both["avg_rate"] == pytest.approx(5 / 6)
+    alone = tree_metrics([plain])
+    assert "ib_score" not in alone and "avg_rate_iid" not in alone and "branch_depth" not in alone
+    ungraded = small_tree()
+    ungraded.leaves()[0].reward = None
+    with pytest.raises(ValueError, match="no reward"):
+        tree_metrics([ungraded])
+    with pytest.raises(ValueError, match="no trees"):
+        tree_metrics([])
+
+
+def test_tree_record_is_plain_data_with_parents_first() -> None:
+    record = tree_record(small_tree(), lambda ids: "".join(map(str, ids)), answer="2", title="p")
+    nodes = json.loads(json.dumps(record, allow_nan=False))["nodes"]
+    assert [(node["parent"], node["text"], node["round"]) for node in nodes] == [
+        (None, "99", None), (0, "1", 0), (1, "23", 0), (1, "5", 1), (0, "4", 0),
+    ]  # fmt: skip
+    assert nodes[0]["eta1"] is None and nodes[0]["score"] is not None
+    assert (nodes[2]["score"], nodes[2]["reward"], nodes[4]["finish"]) == (None, 1.0, "length")
+    plain = small_tree()
+    plain.notes.clear()
+    assert "value" not in tree_record(plain, str)["nodes"][0]
+
+
+# ---- evaluation ----
+
+
+@given(st.integers(1, 8), st.data())
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n: int, data: st.DataObject) -> None:
+    c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    subsets = [any(i < c for i in subset) for subset in combinations(range(n), k)]
+    assert pass_at_k(n, c, k) == pytest.approx(np.mean(subsets))
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(4, 5, 1), (4, -1, 1), (4, 1, 0), (4, 1, 5)])
+def test_pass_at_k_refuses_impossible_counts(n: int, c: int, k: int) -> None:
+    with pytest.raises(ValueError, match="pass_at_k"):
+        pass_at_k(n, c, k)
+
+
+def test_bootstrap_interval_is_seeded_and_covers_like_the_normal_one() -> None:
+    values = np.random.default_rng(0).random(400)
+    low, high = bootstrap_interval(values)
+    assert (low, high) == bootstrap_interval(values)
+    half = 1.96 * values.std() / 20
+    assert (low, high) == (
+        pytest.approx(values.mean() - half, abs=0.004),
+        pytest.approx(values.mean() + half, abs=0.004),
+    )
+    assert bootstrap_interval([1.0, 1.0]) == (1.0, 1.0)
+    assert all(map(math.isnan, bootstrap_interval([])))
+
+
+def test_evaluation_metrics_have_the_log_s_names() -> None:
+    values = evaluation_metrics([[1, 0], [0, 0], [1, 1], [0, 1]], [1, 0, 1, 0])
+    assert (values["eval_avg"], values["eval_pass"], values["eval_greedy"]) == (0.5, 0.75, 0.5)
+    assert (values["eval_prompts"], values["eval_samples"]) == (4, 2)
+    assert values["eval_avg_low"] < 0.5 < values["eval_avg_high"]
+    assert evaluation_metrics([[1, 0]], [1], k=1)["eval_pass"] == 0.5
+    metrics.check_names(values)

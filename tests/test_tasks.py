@@ -1,0 +1,325 @@
+"""The tasks: problems are reproducible, held-out ones are held out, grading and exact values are right."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ibtpo_engine.randomness import mix
+from transformers import AutoTokenizer
+
+from ibtpo.config import JsonlConfig, DigitChainConfig, TrainConfig
+from ibtpo.tasks import Problem, TeachableTask, format_prompt, make_task
+from ibtpo.tasks.digit_chain import (
+    SYMBOLS,
+    DigitChain,
+    all_facts,
+    char_tokenizer,
+    facts_of,
+    imperfect_teacher,
+    parse_prompt,
+    result,
+    right_solution,
+)
+from ibtpo.tasks.gym import GymTask, final_answer
+from ibtpo.tasks.jsonl import JsonlTask, read_problems
+
+EXACT = JsonlConfig(grade="exact")
+
+
+# ---- digit chain ----
+
+
+def test_worked_answer_is_the_documented_one() -> None:
+    problem = parse_prompt("7*8-5+3*9=?\n")
+    assert problem.answer == "6"
+    assert right_solution(problem) == "7*8=6\n6-5=1\n1+3=4\n4*9=6\n6."
+
+
+@pytest.mark.parametrize("prompt", ["7*8-5", "7*8=?", "7*1=?\n", "17*8=?\n", "7/2=?\n", "=?\n"])
+def test_a_prompt_of_another_form_is_refused(prompt: str) -> None:
+    with pytest.raises(ValueError, match="prompt"):
+        parse_prompt(prompt)
+
+
+def test_facts_are_left_to_right_and_modulo_ten() -> None:
+    assert len(set(all_facts())) == 240
+    for a, operation, b in all_facts():
+        assert result((a, operation, b)) == eval(f"({a}{operation}{b}) % 10")
+    assert facts_of(parse_prompt("3-9*2=?\n")) == [(3, "-", 9), (4, "*", 2)]
+
+
+@pytest.mark.parametrize("ops", [(1, 1), (2, 2), (8, 12)])
+def test_held_out_problems_are_never_drawn_in_training(ops: tuple[int, int]) -> None:
+    config = DigitChainConfig(min_ops=ops[0], max_ops=ops[1])
+    held_out = {p.prompt for seed in (0, 1) for p in DigitChain(config, seed).eval_problems(200)}
+    trained = [DigitChain(config, seed).train_problem(i) for seed in (0, 1, -3) for i in range(300)]
+    assert not held_out & {p.prompt for p in trained}
+    assert {len(p.data["chain"]) for p in trained} == set(range(ops[0], ops[1] + 1))
+
+
+def test_problems_depend_on_seed_and_index_alone() -> None:
+    one, two, other = (DigitChain(DigitChainConfig(), seed) for seed in (5, 5, 6))
+    backwards = [two.train_problem(i) for i in reversed(range(20))][::-1]
+    assert [one.train_problem(i) for i in range(20)] == backwards
+    assert one.eval_problems(5) == two.eval_problems(9)[:5]
+    assert one.train_problem(0) != other.train_problem(0)
+
+
+def test_the_teacher_errs_at_its_own_rates() -> None:
+    """Error rates 0.9*u^k: mean 0.9/(k+1); each fact's mistakes come at its rate, half of them its fixed digit."""
+    rates = [m.rate for seed in range(30) for m in imperfect_teacher(seed, 4.0).values()]
+    assert np.mean(rates) == pytest.approx(0.18, abs=0.01)
+    assert max(rates) <= 0.9
+    task, rng = DigitChain(DigitChainConfig(min_ops=1, max_ops=1), 0), np.random.default_rng(0)
+    fact, mistakes = max(task.teacher.items(), key=lambda item: item[1].rate)
+    problem = parse_prompt("{}{}{}=?\n".format(*fact))
+    digits = [int(task.worked_solution(problem, rng)[-2]) for _ in range(4000)]
+    wrong = [digit for digit in digits if digit != result(fact)]
+    assert mistakes.digit != result(fact)
+    assert len(wrong) / len(digits) == pytest.approx(mistakes.rate, abs=0.03)
+    assert wrong.count(mistakes.digit) / len(wrong) == pytest.approx(0.5 + 0.5 / 9, abs=0.03)
+    assert set(digits) == set(range(10))
+
+
+def test_after_a_mistake_the_chain_goes_on_from_it() -> None:
+    task, rng = DigitChain(DigitChainConfig(teacher_exponent=0.1), 0), np.random.default_rng(0)
+    text = task.worked_solution(task.train_problem(0), rng)
+    lines = text.removesuffix(".").split("\n")
+    assert all(after[0] == before[-1] for before, after in pairwise(lines))
+    assert task.grade(task.train_problem(0), text, truncated=False) == 0.0
+
+
+def test_strict_grades_the_derivation_and_last_the_final_digit() -> None:
+    problem = parse_prompt("7*8-5=?\n")
+    strict, last = DigitChain(DigitChainConfig(), 0), DigitChain(DigitChainConfig(grade="last"), 0)
+    right, lucky = "7*8=6\n6-5=1\n1.", "7*8=4\n4-5=1\n1."
+    assert strict.grade(problem, right, False) == last.grade(problem, right, False) == 1.0
+    assert strict.grade(problem, right.removesuffix("."), False) == 1.0  # the stop token may be left out of the text
+    assert (strict.grade(problem, lucky, False), last.grade(problem, lucky, False)) == (0.0, 1.0)
+    assert strict.grade(problem, right, True) == last.grade(problem, right, True) == 0.0
+    for text in ("", ".", "11.", "7*8=6\n6-5=1.", right + right):
+        assert strict.grade(problem, text, False) == 0.0
+    assert last.grade(problem, "11.", False) == 0.0
+
+
+def test_exact_value_is_the_share_of_right_derivations() -> None:
+    task, rng = DigitChain(DigitChainConfig(min_ops=3, max_ops=3, teacher_exponent=1.0), 4), np.random.default_rng(0)
+    problem = task.eval_problems(1)[0]
+    exact = task.exact_value(problem, 0, lambda fact: 1 - task.teacher[fact].rate)
+    sampled = np.mean([task.grade(problem, task.worked_solution(problem, rng), False) for _ in range(6000)])
+    assert 0.05 < exact < 0.95
+    assert sampled == pytest.approx(exact, abs=0.025)
+    assert task.exact_value(problem, 3, lambda fact: 0.0) == 1.0
+    with pytest.raises(ValueError, match="strict"):
+        DigitChain(DigitChainConfig(grade="last"), 0).exact_value(problem, 0, lambda fact: 1.0)
+
+
+@given(st.text(SYMBOLS, max_size=40))
+def test_the_character_tokenizer_gives_the_text_back(text: str) -> None:
+    tokenizer = char_tokenizer()
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text)
+    assert tokenizer.decode(ids) == text
+
+
+def test_the_character_tokenizer_is_an_ordinary_tokenizer_folder(tmp_path: Path) -> None:
+    text = "7*8-5+3*9=?\n" + right_solution(parse_prompt("7*8-5+3*9=?\n"))
+    char_tokenizer().save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.decode(loaded.encode(text)) == text
+    assert (loaded.eos_token, len(loaded)) == (".", len(SYMBOLS) + 1)
+    assert loaded.pad_token_id != loaded.eos_token_id
+    assert format_prompt(loaded, parse_prompt("7*8=?\n"), JsonlConfig()) == loaded.encode("7*8=?\n")
+
+
+# ---- registry and prompts ----
+
+
+def test_make_task_names_what_is_known_and_guesses_the_nearest() -> None:
+    task = make_task(TrainConfig(seed=3))
+    assert isinstance(task, DigitChain) and isinstance(task, TeachableTask) and task.seed == 3
+    with pytest.raises(ValueError, match=r'did you mean "digit-chain".*jsonl.*reasoning-gym:NAME'):
+        make_task(TrainConfig(task="digitchain"))
+    with pytest.raises(ValueError, match="--data"):
+        make_task(TrainConfig(task="jsonl"))
+
+
+def test_format_prompt_applies_the_chat_template_once() -> None:
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ {'system': '+', 'user': '-'}[m['role']] + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}={% endif %}"
+    )
+
+    def text(prompt: str | list[dict[str, str]], **config: object) -> str:
+        return tokenizer.decode(format_prompt(tokenizer, Problem(prompt, ""), JsonlConfig(**config)))
+
+    assert text("12") == "-12="
+    assert text("12", system_prompt="7") == "+7-12="
+    own = [{"role": "system", "content": "9"}, {"role": "user", "content": "1"}]
+    assert text(own, system_prompt="7") == "+9-1="
+    assert text("12", chat_template=False) == "12"
+    assert text("12", chat_template=False, system_prompt="7") == "7\n\n12"
+    with pytest.raises(ValueError, match="chat template"):
+        text(own, chat_template=False)
+
+
+# ---- JSONL ----
+
+
+def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def test_jsonl_rows_are_divided_by_prompt_and_shuffled_every_epoch(tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {i}+{i}?", "answer": 2 * i} for i in range(50)]
+    path = write_jsonl(tmp_path / "data.jsonl", rows + rows[:10])  # some rows twice
+    task = JsonlTask(path, EXACT, seed=1)
+    held_out = [p.prompt for p in task.eval_problems(100)]
+    epochs = [[task.train_problem(e * task.num_train + i).prompt for i in range(task.num_train)] for e in range(2)]
+    assert len(held_out) == len(set(held_out)) == 5
+    assert not set(held_out) & set(epochs[0])
+    assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
+    assert task.train_problem(3) == JsonlTask(path, EXACT, seed=1).train_problem(3)
+    assert held_out != [p.prompt for p in JsonlTask(path, EXACT, seed=2).eval_problems(100)]
+
+
+def test_jsonl_exact_grading_takes_the_stripped_last_line(tmp_path: Path) -> None:
+    task = JsonlTask(write_jsonl(tmp_path / "d", [{"prompt": p, "answer": " 4 "} for p in "ab"]), EXACT)
+    problem = task.train_problem(0)
+    assert task.grade(problem, "two and two\n\n 4 \n\n", False) == 1.0
+    assert task.grade(problem, "4 or 5", False) == task.grade(problem, "", False) == 0.0
+    assert task.grade(problem, "4", True) == 0.0
+
+
+def test_jsonl_math_grading_runs_in_workers(tmp_path: Path) -> None:
+    task = JsonlTask(write_jsonl(tmp_path / "d", [{"prompt": p, "answer": "1/2"} for p in "ab"]), JsonlConfig())
+    try:
+        right, wrong = (task.grade(task.train_problem(0), rf"so \boxed{{{x}}}", False) for x in ("0.5", "2"))
+        assert not isinstance(right, float) and not isinstance(wrong, float)
+        assert (right.result(60), wrong.result(60)) == (1.0, 0.0)
+        assert task.grade(task.train_problem(0), r"\boxed{0.5}", True) == 0.0
+    finally:
+        task.close()
+
+
+def test_jsonl_reads_messages_blank_lines_numbers_and_a_byte_order_mark(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    chat = [{"role": "user", "content": "héllo\u2028"}]
+    lines = [json.dumps({"prompt": chat, "answer": 3.5}, ensure_ascii=False), "", '{"prompt": "b", "answer": "x"}']
+    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode() + b"\r\n\n")
+    first, second = read_problems(path, JsonlConfig())
+    assert (first.prompt, first.answer, first.data["line"]) == (chat, "3.5", 1)
+    assert (second.prompt, second.answer, second.data["line"]) == ("b", "x", 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", r"the file is empty"),
+        (b"\n \n", r"the file is empty"),
+        (b'{"prompt": "a", "answer": "b"}\n{"prompt": "a"', r"line 2: malformed JSON at column"),
+        (b'[{"prompt": "a", "answer": "b"}]\n', r"line 1: expected an object, found a list"),
+        (b'{"question": "a", "answer": "b"}\n', r'line 1: field "prompt" is missing \(fields found: \'question\''),
+        (b'{"prompt": "a"}\n', r'line 1: field "answer" is missing.*jsonl.answer_field'),
+        (b'{"prompt": 7, "answer": "b"}\n', r'line 1: field "prompt" is a number'),
+        (b'{"prompt": "  ", "answer": "b"}\n', r'line 1: field "prompt" is empty'),
+        (b'{"prompt": [], "answer": "b"}\n', r"empty list of messages"),
+        (b'{"prompt": [{"role": "user"}], "answer": "b"}\n', r"message 0 .* is not a chat message"),
+        (b'{"prompt": [{"role": "user", "content": ""}], "answer": "b"}\n', r"last message .* is empty"),
+        (b'{"prompt": "a", "answer": null}\n', r'line 1: field "answer" is null'),
+        (b'{"prompt": "a", "answer": true}\n', r'line 1: field "answer" is a truth value'),
+        (b'{"prompt": "a", "answer": " "}\n', r'line 1: field "answer" is empty'),
+        (b'{"prompt": "a", "answer": NaN}\n', r"line 1: NaN is not JSON"),
+        (b'{"prompt": "\xff", "answer": "b"}\n', r"line 1: not UTF-8"),
+        (b'{"prompt": "a", "answer": "b"}\n', r"at least 2 different prompts"),
+        (b'{"prompt": "a", "answer": "b"}\n' * 3, r"3 row\(s\) with 1 different prompt"),
+    ],
+)
+def test_jsonl_names_file_line_field_and_remedy(tmp_path: Path, content: bytes, expected: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=expected) as caught:
+        JsonlTask(path, EXACT)
+    message = str(caught.value)
+    assert message.startswith(str(path)) and "\n" not in message and len(message) < 400
+
+
+def test_jsonl_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere\.jsonl: no such file.*--data"):
+        JsonlTask(tmp_path / "nowhere.jsonl", EXACT)
+
+
+# ---- reasoning-gym ----
+
+
+class FakeSums:
+    """As much of a reasoning-gym dataset as the adapter uses."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        assert 0 <= index < self.size
+        a = mix(self.seed, index) % 100_000
+        return {"question": f"{a} + 1 =", "answer": str(a + 1), "metadata": {"source_dataset": "chain_sum"}}
+
+    def score_answer(self, answer: str, entry: dict[str, object]) -> float:
+        if answer == "crash":
+            raise RuntimeError(answer)
+        return {entry["answer"]: 1.0, "nan": float("nan"), "big": 7.0}.get(answer, 0.01)
+
+
+@pytest.fixture
+def fake_gym(monkeypatch: pytest.MonkeyPatch) -> None:
+    package, factory = types.ModuleType("reasoning_gym"), types.ModuleType("reasoning_gym.factory")
+    package.create_dataset = lambda name, size, seed: FakeSums(size, seed)  # type: ignore[attr-defined]
+    factory.DATASETS = {"chain_sum": None, "countdown": None}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "reasoning_gym", package)
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", factory)
+
+
+@pytest.mark.usefixtures("fake_gym")
+def test_gym_problems_are_reproducible_and_held_out() -> None:
+    task = make_task(TrainConfig(task="reasoning-gym:chain_sum"))
+    trained = [task.train_problem(i).prompt for i in range(200)]
+    assert trained == [GymTask("reasoning-gym:chain_sum").train_problem(i).prompt for i in range(200)]
+    assert not set(trained) & {p.prompt for p in task.eval_problems(100)}
+    assert task.name == "reasoning-gym:chain_sum"
+
+
+@pytest.mark.usefixtures("fake_gym")
+def test_gym_grades_the_final_answer_within_zero_and_one() -> None:
+    task = GymTask("reasoning-gym:chain_sum")
+    problem = task.train_problem(0)
+    for text in ("{}", r"thus \boxed{{{}}}", "<answer>1</answer> no, <answer> {} </answer>", "so\n{}\n"):
+        assert task.grade(problem, text.format(problem.answer), False) == 1.0
+    assert task.grade(problem, problem.answer, True) == 0.0
+    assert [task.grade(problem, text, False) for text in ("3", "crash", "nan", "big")] == [0.01, 0.0, 0.0, 1.0]
+
+
+@pytest.mark.usefixtures("fake_gym")
+def test_gym_suggests_the_nearest_dataset() -> None:
+    with pytest.raises(ValueError, match='did you mean "chain_sum"'):
+        GymTask("reasoning-gym:chainsum")
+
+
+def test_gym_says_how_to_install_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ValueError, match="pip install reasoning-gym"):
+        make_task(TrainConfig(task="reasoning-gym:chain_sum"))
+
+
+def test_final_answer_reads_nested_braces() -> None:
+    assert final_answer(r"\boxed{1} then \boxed{\frac{1}{2}} done") == r"\frac{1}{2}"
+    assert final_answer(r"\boxed{\frac{1}{2") == r"\frac{1}{2"
+    assert final_answer("") == ""
