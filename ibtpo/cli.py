@@ -22,6 +22,7 @@ from rich.tree import Tree as Outline
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import base_config
 from ibtpo.evaluate import evaluate
+from ibtpo.grading import GraderError
 from ibtpo.grow import Grower, Interrupted
 from ibtpo.optim import NonFiniteGradient
 from ibtpo.policy import Policy, load_policy
@@ -44,7 +45,7 @@ USAGE = """usage: ibtpo {train,eval,sample} [--help] [flags]
 with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
 """
 
-Flat = tyro.conf.OmitArgPrefixes
+Flat = tyro.conf.arg(name="")  # the fields of the run are flags without a prefix
 Arguments = TypeVar("Arguments")
 
 
@@ -109,7 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ibtpo: stopped at once; what the last checkpoint holds is safe", file=sys.stderr)
         return 130
-    except (ValueError, EngineError, NonFiniteGradient, OSError) as error:
+    except BrokenPipeError:  # somebody piped us into `head`
+        return 0
+    except (ValueError, EngineError, GraderError, NonFiniteGradient, OSError) as error:
         print(f"ibtpo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

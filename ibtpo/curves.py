@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-from ibtpo.svg import element, join
+from ibtpo.svg import DASH, MINUS, element, join
 
 _WIDTH, _HEIGHT = 400, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 12, 26
@@ -188,9 +188,9 @@ def amount(value: float) -> str:
 def number(value: float | None) -> str:
     """A value for reading, three significant digits: 0.25, 1.2e-05, 12.3k."""
     if value is None or not _known(value):
-        return "–"  # noqa: RUF001 - a dash, for "not known"
+        return DASH
     text = amount(value) if abs(value) >= 1e3 else f"{float(f'{value:.3g}'):g}"
-    return text.replace("e-0", "e-").replace("-", "−")  # noqa: RUF001 - a minus sign
+    return text.replace("e-0", "e-").replace("-", MINUS)
 
 
 def _known(value: float | None) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 from markupsafe import Markup
 
 from ibtpo.metrics import RIGHT
-from ibtpo.svg import element, join
+from ibtpo.svg import MINUS, element, join
 
 Record = dict[str, Any]
 """A node of a tree record (see `ibtpo.runlog.tree_record`)."""
@@ -147,7 +147,7 @@ def _edge(nodes: Sequence[Record], boxes: Sequence[Box], box: Box, width: int) -
     line = element(
         "path", d=path if y1 > y0 else f"M{begin} {y0}H{end}", class_="edge branched" if branched else "edge"
     )
-    badge = _badge(turn, end - 10, y1) if branched else Markup("")
+    badge = _badge(turn, end - 10, y1) if turn and branched else Markup("")
     return element("g", line, badge, data_nodes=" ".join(map(str, box.members)))
 
 
@@ -200,7 +200,7 @@ def _title(nodes: Sequence[Record], box: Box) -> str:
 
 
 def short(value: float) -> str:
-    """A number in as few characters as two decimals take: ".67", "−1.04", "1"."""
+    """A number in as few characters as two decimals take: ".67", "1", with a proper minus sign."""
     text = f"{abs(value):.2f}"
     text = text.removesuffix(".00").removeprefix("0") if text != "0.00" else "0"
-    return f"−{text}" if value < 0 and text != "0" else text  # noqa: RUF001 - a minus sign, not a hyphen
+    return f"{MINUS}{text}" if value < 0 and text != "0" else text

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from ibtpo_engine import Sampling, Tree
+from ibtpo_engine import Node, Sampling, Tree
 
 from ibtpo.grow import Grower, chains
 from ibtpo.metrics import evaluation_metrics
@@ -39,11 +39,16 @@ def evaluate(
     keys = [-1 - index for index in range(len(problems))]  # never a training tree's key
     sampled, _ = grower.grow(problems, keys, chains(samples), sampling, on_prompt)
     greedy, _ = grower.grow(problems, keys, chains(1), replace(sampling, temperature=0.0), on_prompt)
-    rewards = [[leaf.reward for leaf in tree.leaves()] for tree in sampled]
-    values = evaluation_metrics(rewards, [tree.leaves()[0].reward for tree in greedy])
+    rewards = [[_reward(leaf) for leaf in tree.leaves()] for tree in sampled]
+    values = evaluation_metrics(rewards, [_reward(tree.leaves()[0]) for tree in greedy])
     leaves = [(leaf, tree.prompt_len) for tree in sampled for leaf in tree.leaves()]
     return values | {
         "eval_response_length": sum(leaf.end - start for leaf, start in leaves) / len(leaves),
         "eval_truncated_share": sum(leaf.finish == "length" for leaf, _ in leaves) / len(leaves),
         "evaluation_seconds": time.perf_counter() - begin,
     }
+
+
+def _reward(leaf: Node) -> float:
+    assert leaf.reward is not None
+    return leaf.reward

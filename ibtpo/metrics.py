@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from ibtpo_engine.tree import Node, Tree
 
 Doubles = npt.NDArray[np.float64]
@@ -62,14 +63,14 @@ GROUPS: tuple[Group, ...] = (
             Metric("cov_eta1_eta2", "", "Cov(eta1, eta2), gain against confidence, mean over the same nodes."),
             Metric("confidence", "probability", "eta2 = pi(s), mean over all steps."),
             Metric("sampler_entropy", "nats", "Next-token entropy at temperature 1, mean over sampled tokens."),
-            Metric("response_length", "tokens", "Tokens of a trajectory below the prompt, mean."),
+            Metric("response_length", "tokens", "Sampled tokens of a trajectory, mean."),
             Metric("truncated_share", "share", "Trajectories cut off at the length limit."),
-            Metric("branch_depth", "steps", "Depth at which the branches of later rounds begin, mean; 0 is the prompt."),
+            Metric("branch_depth", "steps", "Depth at which later rounds' branches begin, mean; 0 is the prompt."),
             *(_depth_metric(low, high) for low, high in _DEPTH_BINS),
         ),
     ),
     Group(
-        "Amounts of the step",
+        "Amounts",
         (
             Metric("prompts", "count", "Prompts, that is trees."),
             Metric("trajectories", "count", "Trajectories, that is leaves."),
@@ -79,8 +80,8 @@ GROUPS: tuple[Group, ...] = (
             Metric("tokens_trained", "tokens", "Tokens computed to train, prompts and repeated prefixes too."),
             Metric("sampling_efficiency", "ratio", "trajectory_tokens / tokens_computed."),
             Metric("training_efficiency", "ratio", "Tokens of the trained trajectories / tokens_trained."),
-            Metric("grade_timeouts", "count", "Gradings given up for taking too long (counted as wrong)."),
-            Metric("grade_failures", "count", "Gradings given up because the grader failed (counted as wrong)."),
+            Metric("grade_timeouts", "count", "Gradings of the run given up for taking too long; they count as wrong."),
+            Metric("grade_failures", "count", "Gradings of the run in which the grader failed; they count as wrong."),
         ),
     ),
     Group(

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import jinja2
 import yaml  # type: ignore[import-untyped]
 from markupsafe import Markup
 
+from ibtpo.config import TrainConfig
 from ibtpo.curves import Chart, Interval, Series, amount, draw_chart, number
 from ibtpo.draw import draw_tree
 from ibtpo.metrics import METRICS, RIGHT
-from ibtpo.runlog import CONFIG, TREES, read_rows
+from ibtpo.runlog import CONFIG, TREES, no_space, read_rows, write_atomically
 from ibtpo.runlog import METRICS as METRICS_FILE
 
+REPORT = "report.html"
 NOT_ACCURACY = (
     "Reward under a guided tree is not accuracy: branching where the outcome looks promising changes the mean of the "
     "leaves. Accuracy here always comes from independent rollouts on held-out prompts."
@@ -135,8 +138,8 @@ def _mean_of(rows: Sequence[Row], name: str) -> str:
 def _estimate(row: Row | None, name: str) -> Estimate | None:
     if row is None or not _finite(row.get(name)):
         return None
-    low, high = (row.get(f"{name}_{end}") for end in ("low", "high"))
-    return Estimate(row[name], low if _finite(low) else row[name], high if _finite(high) else row[name])
+    low, high = (row[bound] if _finite(row.get(bound := f"{name}_{end}")) else row[name] for end in ("low", "high"))
+    return Estimate(row[name], low, high)
 
 
 def _finite(value: object) -> bool:
@@ -147,7 +150,8 @@ def write_report(folder: Path) -> Path:
     """Write report.html into a run folder and return its path; works on a run of any length, still running or not."""
     rows = list(read_rows(folder / METRICS_FILE))
     config = yaml.safe_load((folder / CONFIG).read_text("utf-8")) if (folder / CONFIG).exists() else {}
-    trees = [_tree(row) for row in read_rows(folder / TREES) if row.get("nodes")]
+    grown = [row for row in read_rows(folder / TREES) if row.get("nodes")]
+    trees = [_tree(row) for row in pick_trees(grown, config.get("report_trees", TrainConfig.report_trees))]
     page = _template().render(
         title=folder.resolve().name,
         facts=_facts(config),
@@ -158,10 +162,9 @@ def write_report(folder: Path) -> Path:
         config=yaml.safe_dump(config, sort_keys=False) if config else "",
         percent=lambda value: f"{100 * value:.1f}",
     )
-    path = folder / "report.html"
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(page, "utf-8")
-    temporary.replace(path)
+    path = folder / REPORT
+    with no_space(folder, "everything the report is made from"):
+        write_atomically(path, page)
     return path
 
 
@@ -189,9 +192,25 @@ def _facts(config: Mapping[str, Any]) -> list[str]:
     return [part for part in (f"model {model}", f"task {task}", method, f"seed {config.get('seed')}") if part]
 
 
+def pick_trees(rows: Sequence[Row], count: int) -> list[Row]:
+    """Up to `count` trees spread over the run; of those that lie close, the one whose outcomes are the most mixed."""
+    bounds = [round(i * len(rows) / count) for i in range(count + 1)] if count else [0]
+    windows = [rows[a:b] for a, b in pairwise(bounds) if a < b]
+    return [min(window, key=lambda row: abs(_share_right(row) - 0.5)) for window in windows]
+
+
+def _share_right(row: Row) -> float:
+    rewards = _leaf_rewards(row["nodes"])
+    return sum(reward > RIGHT for reward in rewards) / len(rewards) if rewards else 0.0
+
+
+def _leaf_rewards(nodes: Sequence[Row]) -> list[float]:
+    return [node.get("reward") or 0.0 for node in nodes if node.get("finish") is not None]
+
+
 @dataclass(frozen=True)
 class _DrawnTree:
-    step: int
+    prompt: str
     title: str
     answer: str
     right: int
@@ -201,11 +220,12 @@ class _DrawnTree:
 
 
 def _tree(row: Row) -> _DrawnTree:
-    nodes = row["nodes"]
-    rewards = [node.get("reward") for node in nodes if node.get("finish") is not None]
-    right = sum(1 for reward in rewards if reward is not None and reward > RIGHT)
-    title = row.get("title") or nodes[0]["text"]
-    return _DrawnTree(row["step"], title.strip(), row.get("answer", ""), right, len(rewards), draw_tree(nodes), nodes)
+    nodes, rewards = row["nodes"], _leaf_rewards(row["nodes"])
+    right = sum(reward > RIGHT for reward in rewards)
+    title = row.get("title") or f"step {row['step']}"
+    return _DrawnTree(
+        nodes[0]["text"].strip(), title, row.get("answer", ""), right, len(rewards), draw_tree(nodes), nodes
+    )
 
 
 def _charts(rows: Sequence[Row]) -> list[tuple[Chart, Markup]]:
@@ -216,7 +236,7 @@ def _charts(rows: Sequence[Row]) -> list[tuple[Chart, Markup]]:
     for row in steps:
         sampled += row["tokens_sampled"] if _finite(row.get("tokens_sampled")) else 1.0
         x.append(sampled)
-    charts = [_reward_chart(rows, steps, x), *_plain_charts(steps)]
+    charts = [_reward_chart(rows, steps, x), *(_plain_chart(steps, *plain) for plain in _PLAIN_CHARTS)]
     return [(chart, draw_chart(chart, x)) for chart in charts if not chart.is_empty]
 
 
@@ -235,30 +255,41 @@ def _reward_chart(rows: Sequence[Row], steps: Sequence[Row], x: Sequence[float])
     return Chart("Reward", note, _present(series), intervals, unit_range=True)
 
 
-def _plain_charts(steps: Sequence[Row]) -> Iterable[Chart]:
-    def chart(title: str, note: str, *lines: tuple[str, ...], zero: bool = False, unit: bool = False) -> Chart:
-        series = [_series(steps, *line) for line in lines]
-        return Chart(title, note, _present(series), zero=zero, unit_range=unit)
+# title, note, lines (name, metrics: the first that was logged), where the y axis begins
+_PLAIN_CHARTS: tuple[tuple[str, str, tuple[tuple[str, ...], ...], str], ...] = (
+    ("Eff-Rate", "groups whose rewards are not all equal", (("Eff-Rate", "eff_rate"),), "unit"),
+    ("Cov(η₁, η₂)", "does confidence sit on what leads to the answer?", (("Cov", "cov_eta1_eta2"),), "zero"),
+    ("IB-Score", "mean over branched nodes", (("J", "ib_score"),), "zero"),
+    ("Entropy", "nats a token, temperature 1", (("entropy", "sampler_entropy", "entropy"),), "zero"),
+    ("Confidence", "η₂ = π(s), mean over steps", (("confidence", "confidence"),), ""),
+    ("Response length", "tokens a trajectory", (("tokens", "response_length"),), ""),
+    ("Truncated", "trajectories cut off at the length limit", (("share", "truncated_share"),), "unit"),
+    ("Branch depth", "steps below the prompt, mean", (("steps", "branch_depth"),), "zero"),
+    ("Sampler and trainer", "gap of log-probs", (("mean", "logprob_gap"), ("largest", "logprob_gap_max")), "zero"),
+    ("KL", "nats a token", (("to the sampling policy", "kl_old_k3"), ("to the reference", "kl_ref_k3")), "zero"),
+    ("Clipped", "share of the token weight", (("share", "clip_fraction"),), "zero"),
+    ("Gradient norm", "before clipping", (("norm", "grad_norm"),), "zero"),
+    ("Learning rate", "last optimizer step", (("lr", "lr"),), "zero"),
+    ("Loss", "the objective that is minimised", (("loss", "loss"),), "zero"),
+    (
+        "Token efficiency",
+        "trajectory tokens a token computed",
+        (("sampling", "sampling_efficiency"), ("training", "training_efficiency")),
+        "zero",
+    ),
+    ("Sampling speed", "tokens a second", (("tokens/s", "tokens_per_second"),), "zero"),
+    (
+        "Seconds a step",
+        "wall clock",
+        (("sampling", "sampling_seconds"), ("training", "training_seconds"), ("reward", "reward_seconds")),
+        "zero",
+    ),
+)
 
-    yield chart("Eff-Rate", "groups whose rewards are not all equal", ("Eff-Rate", "eff_rate"), unit=True)
-    yield chart("Cov(η₁, η₂)", "does confidence sit on what leads to the answer?", ("Cov", "cov_eta1_eta2"), zero=True)
-    yield chart("IB-Score", "mean over branched nodes", ("J", "ib_score"), zero=True)
-    yield chart("Entropy", "nats a token, temperature 1", ("entropy", "sampler_entropy", "entropy"), zero=True)
-    yield chart("Confidence", "η₂ = π(s), mean over steps", ("confidence", "confidence"))
-    yield chart("Response length", "tokens a trajectory", ("tokens", "response_length"))
-    yield chart("Truncated", "trajectories cut off at the length limit", ("share", "truncated_share"), unit=True)
-    yield chart("Branch depth", "steps below the prompt, mean", ("steps", "branch_depth"), zero=True)
-    yield chart("Sampler and trainer", "gap of their log-probs, nats", ("mean", "logprob_gap"), ("largest", "logprob_gap_max"), zero=True)  # fmt: skip
-    yield chart(
-        "KL", "nats a token", ("to the sampling policy", "kl_old_k3"), ("to the reference", "kl_ref_k3"), zero=True
-    )
-    yield chart("Clipped", "share of the token weight", ("share", "clip_fraction"), zero=True)
-    yield chart("Gradient norm", "before clipping", ("norm", "grad_norm"), zero=True)
-    yield chart("Learning rate", "last optimizer step", ("lr", "lr"), zero=True)
-    yield chart("Loss", "the objective that is minimised", ("loss", "loss"), zero=True)
-    yield chart("Token efficiency", "trajectory tokens a token computed", ("sampling", "sampling_efficiency"), ("training", "training_efficiency"), zero=True)  # fmt: skip
-    yield chart("Sampling speed", "tokens a second", ("tokens/s", "tokens_per_second"), zero=True)
-    yield chart("Seconds a step", "wall clock", ("sampling", "sampling_seconds"), ("training", "training_seconds"), ("reward", "reward_seconds"), zero=True)  # fmt: skip
+
+def _plain_chart(steps: Sequence[Row], title: str, note: str, lines: Sequence[tuple[str, ...]], axis: str) -> Chart:
+    series = _present(_series(steps, *line) for line in lines)
+    return Chart(title, note, series, zero=axis == "zero", unit_range=axis == "unit")
 
 
 def _series(rows: Sequence[Row], name: str, *metrics: str) -> Series:

@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import yaml  # type: ignore[import-untyped]
-from ibtpo_engine.tree import Node, Tree
 from torch.utils.tensorboard import SummaryWriter
 
 from ibtpo.config import TrainConfig
 from ibtpo.metrics import check_names
+from ibtpo_engine.tree import Node, Tree
 
 CONFIG, METRICS, TREES, LATEST = "config.yaml", "metrics.jsonl", "trees.jsonl", "latest.json"
 CHECKPOINTS = "checkpoints"
@@ -76,15 +76,15 @@ class RunFolder:
             resume = f", or continue the run with --resume {path}" if (path / CONFIG).exists() else ""
             raise RunFolderError(f"out: {path} already holds files; choose another folder with --out{resume}")
         try:
-            with _no_space(path, "nothing"):
+            with no_space(path, "nothing"):
                 path.mkdir(parents=True, exist_ok=True)
                 lock = _take_lock(path)
         except OSError as error:
             raise RunFolderError(f"out: {path} cannot be created ({error.strerror}); choose another --out") from error
         try:
-            with _no_space(path, "nothing"):
+            with no_space(path, "nothing"):
                 (path / CHECKPOINTS).mkdir()
-                _write_atomically(path / CONFIG, yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+                write_atomically(path / CONFIG, yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
             lock.close()
@@ -108,7 +108,7 @@ class RunFolder:
             step = 0 if last is None else last.step
         for name in (METRICS, TREES):
             rows = [row for row in read_rows(path / name) if row["step"] <= step]
-            _write_atomically(path / name, "".join(json.dumps(row) + "\n" for row in rows))
+            write_atomically(path / name, "".join(json.dumps(row) + "\n" for row in rows))
         return cls(path, lock, step + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -123,7 +123,7 @@ class RunFolder:
         check_names(values)
         finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
         self._append(METRICS, {"step": step, **finite})
-        with _no_space(self.path, "everything logged before"):
+        with no_space(self.path, "everything logged before"):
             for name, value in finite.items():
                 if value is not None:
                     self._events.add_scalar(name, value, step)
@@ -147,7 +147,7 @@ class RunFolder:
         temporary = folder / f".{final.name}{_UNFINISHED}"
         last = latest_checkpoint(self.path)
         kept = "no checkpoint was there before" if last is None else f"{last.path}"
-        with _no_space(self.path, kept):
+        with no_space(self.path, kept):
             try:
                 _remove(temporary)
                 temporary.mkdir(parents=True)
@@ -156,7 +156,7 @@ class RunFolder:
                 _remove(final)
                 temporary.rename(final)
                 _flush(folder)
-                _write_atomically(self.path / LATEST, json.dumps({"step": step, "path": f"{CHECKPOINTS}/{final.name}"}))
+                write_atomically(self.path / LATEST, json.dumps({"step": step, "path": f"{CHECKPOINTS}/{final.name}"}))
             except BaseException:
                 _remove(temporary)
                 raise
@@ -178,7 +178,7 @@ class RunFolder:
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         line = json.dumps(row, allow_nan=False) + "\n"
-        with _no_space(self.path, "everything logged before"), (self.path / name).open("a", encoding="utf-8") as file:
+        with no_space(self.path, "everything logged before"), (self.path / name).open("a", encoding="utf-8") as file:
             before = file.tell()
             try:
                 file.write(line)
@@ -214,7 +214,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                     yield row
 
 
-def tree_record(tree: Tree, decode: Callable[[list[int]], str], *, answer: str = "", title: str = "") -> dict[str, Any]:
+def tree_record(tree: Tree, decode: Callable[[list[int]], object], *, answer: str = "", title: str = "") -> dict[str, Any]:
     """A tree as plain data: what `RunFolder.add_tree` keeps and the report draws.
 
     Nodes are depth first; each names its parent's index (None for the prompt, which comes first).
@@ -225,7 +225,7 @@ def tree_record(tree: Tree, decode: Callable[[list[int]], str], *, answer: str =
     records = [
         {
             "parent": None if node.parent is None else index[node.parent],
-            "text": decode(node.tokens.tolist()),
+            "text": str(decode(node.tokens.tolist())),
             "tokens": len(node),
             "round": node.notes.get("round"),
             "reward": node.reward if node.is_leaf else None,
@@ -260,7 +260,7 @@ def _take_lock(path: Path) -> IO[str]:
 
 
 @contextlib.contextmanager
-def _no_space(path: Path, kept: str) -> Iterator[None]:
+def no_space(path: Path, kept: str) -> Iterator[None]:
     """Turn "disk full", from whatever library, into an error that says what to do."""
     try:
         yield
@@ -274,7 +274,8 @@ def _no_space(path: Path, kept: str) -> Iterator[None]:
         ) from error
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file under a temporary name, flush it to disk and rename it; no reader ever sees half of it."""
     temporary = path.with_name(f".{path.name}{_UNFINISHED}")
     try:
         with temporary.open("w", encoding="utf-8") as file:

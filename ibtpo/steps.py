@@ -29,7 +29,8 @@ Ints = npt.NDArray[np.int32]
 class Decoder(Protocol):
     """The one tokenizer method that is needed; transformers' tokenizers have it."""
 
-    def decode(self, token_ids: list[int], /, **options: Any) -> str: ...
+    def decode(self, token_ids: Any, skip_special_tokens: bool = ..., **options: Any) -> Any:
+        """The text of these ids."""
 
 
 class StepSplitter:
@@ -80,8 +81,8 @@ class StepSplitter:
 
     def _decode(self, token: int) -> str:
         options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        once = self.tokenizer.decode([token], **options)
-        twice = self.tokenizer.decode([token, token], **options)  # sentencepiece drops the first token's space
+        once = str(self.tokenizer.decode([token], **options))
+        twice = str(self.tokenizer.decode([token, token], **options))  # sentencepiece drops the first token's space
         return twice[len(once) :] if twice.startswith(once) else once
 
     def _boundaries(self, text: str) -> list[int]:

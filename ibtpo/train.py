@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import sys
@@ -314,6 +315,8 @@ def train(config: TrainConfig, console: Console) -> Path:
     try:
         check_prompts(task, policy, config)
         opened = RunFolder.create(out, config) if config.resume is None else RunFolder.open(out)
+        gc.collect()
+        gc.freeze()  # what is loaded by now stays; the collector need not walk it while trees come and go
         with opened as folder:
             trainer = Trainer(config, folder, policy, task, console)
             if config.resume is not None:

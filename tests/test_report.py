@@ -17,9 +17,9 @@ from ibtpo.config import TrainConfig
 from ibtpo.curves import Chart, Interval, Series, amount, draw_chart, nice_ticks, number
 from ibtpo.draw import draw_tree, lay_out, short
 from ibtpo.metrics import evaluation_metrics
-from ibtpo.report import NOT_ACCURACY, summarize_run, write_report
+from ibtpo.report import NOT_ACCURACY, pick_trees, summarize_run, write_report
 from ibtpo.runlog import RunFolder
-from ibtpo.svg import element
+from ibtpo.svg import DASH, element
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror='alert(2)'>\"&amp;{{ 7*7 }}\u2028"
 
@@ -33,7 +33,7 @@ def leaf(parent: int, text: str, turn: int, reward: float, finish: str = "stop")
 
 
 def small_tree(text: str = "7*8=6\n") -> list[dict[str, Any]]:
-    """Depth first: prompt; a with leaves b (right), f (wrong, round 2); c with leaf d (cut off); e (round 1, partial)."""
+    """Depth first: prompt; a with leaves b (right), f (wrong, round 2); c with leaf d (cut off); e (partly right)."""
     return [
         node(None, "7*8-5=?\n", None, value=0.6, score=-0.7),
         node(0, text, 0, value=0.5, score=-1.04, eta1=0.1, eta2=0.8),
@@ -128,7 +128,7 @@ def test_a_report_needs_no_network(folder: Path) -> None:
 def test_hostile_text_stays_text(folder: Path) -> None:
     with RunFolder.open(folder) as run:
         run.add_tree(1, {"title": HOSTILE, "answer": HOSTILE, "nodes": small_tree(HOSTILE)})
-        run.add_tree(1, {"title": "", "answer": "", "nodes": small_tree("x" * 50 + HOSTILE)})
+        run.add_tree(2, {"title": "", "answer": "", "nodes": small_tree("x" * 50 + HOSTILE)})
     page = Page(write_report(folder))
     assert page.tags.count("script") == 1 + 2  # the page's own, and the data of two trees
     assert "img" not in page.tags and "b" in page.tags
@@ -161,6 +161,16 @@ def test_an_interrupted_run_has_a_before_and_no_after(folder: Path) -> None:
     assert "not evaluated" in write_report(folder).read_text("utf-8")
 
 
+def test_picked_trees_are_spread_over_the_run_and_mixed() -> None:
+    def row(step: int, *rewards: float) -> dict[str, Any]:
+        return {"step": step, "nodes": [node(None, "p"), *(leaf(0, "x", 0, reward) for reward in rewards)]}
+
+    rows = [row(1, 0, 0), row(2, 1, 0), row(3, 1, 1), row(4, 0, 0, 1), row(5, 1, 1), row(6, 0, 0)]
+    assert [picked["step"] for picked in pick_trees(rows, 2)] == [2, 4]
+    assert [picked["step"] for picked in pick_trees(rows, 9)] == [1, 2, 3, 4, 5, 6]
+    assert pick_trees(rows, 0) == pick_trees([], 4) == []
+
+
 # ---- trees ----
 
 
@@ -182,12 +192,12 @@ def test_every_step_is_drawn_with_value_score_and_outcome() -> None:
     drawn = groups(svg, "node")
     assert [g.get("data-nodes") for g in drawn] == [str(i) for i in range(7)]
     texts = ["|".join(t.text or "" for t in g.findall("text")) for g in drawn]
-    assert texts[0] == "prompt|V .60|J −.70" and texts[1] == "7*8=6|V .50|J −1.04" and texts[2] == "6-5=1|V 1"
+    assert texts[0] == "prompt|V .60|J \u2212.70" and texts[1] == "7*8=6|V .50|J \u22121.04" and texts[2] == "6-5=1|V 1"
     outcomes = [[m.get("class") for m in g.iter() if m.get("class", "").startswith("mark")] for g in drawn]
     assert outcomes == [[], [], ["mark right"], ["mark wrong"], [], ["mark cut"], ["mark right"]]
     shapes = {kind: groups(svg, kind)[0] for kind in ("right", "wrong", "cut")}
     assert shapes["right"].find("circle") is not None and shapes["wrong"].find("rect") is not None  # not colour alone
-    assert "IB-Score J −1.04" in (drawn[1].findtext("title") or "")
+    assert "IB-Score J \u22121.04" in (drawn[1].findtext("title") or "")
     assert [t.text for g in groups(svg, "round") for t in g.findall("text")] == ["2", "1"]
     assert drawn[2].get("style") == "--w:100%" and "high" in drawn[2].get("class", "")
     assert "low" in drawn[4].get("class", "")
@@ -235,7 +245,7 @@ def test_trees_without_estimates_are_drawn_without_them() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.674, ".67"), (-1.036, "−1.04"), (1.0, "1"), (0.0, "0"), (-0.001, "0"), (0.6, ".60"), (12.5, "12.50")],
+    [(0.674, ".67"), (-1.036, "\u22121.04"), (1.0, "1"), (0.0, "0"), (-0.001, "0"), (0.6, ".60"), (12.5, "12.50")],
 )
 def test_short_numbers(value: float, text: str) -> None:
     assert short(value) == text
@@ -282,7 +292,7 @@ def test_numbers_for_reading() -> None:
         "1.25M",
         "2G",
     ]
-    assert [number(v) for v in (0.25, -0.5, 1.2e-5, 5000, None)] == ["0.25", "−0.5", "1.2e−5", "5k", "–"]
+    assert [number(v) for v in (0.25, -0.5, 1.2e-5, 5000, None)] == ["0.25", "\u22120.5", "1.2e\u22125", "5k", DASH]
 
 
 def test_elements_escape_text_and_attributes() -> None:

@@ -16,7 +16,6 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from ibtpo_engine.tree import Node, Tree
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ibtpo import metrics
@@ -24,6 +23,7 @@ from ibtpo.config import IBConfig, TrainConfig
 from ibtpo.ib import IBEstimates
 from ibtpo.metrics import bootstrap_interval, evaluation_metrics, pass_at_k, tree_metrics
 from ibtpo.runlog import RunFolder, RunFolderError, latest_checkpoint, read_rows, tree_record
+from ibtpo_engine.tree import Node, Tree
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_a_full_disk_at_the_start_leaves_no_folder(path: Path, monkeypatch: pyte
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("ibtpo.runlog._write_atomically", full)
+    monkeypatch.setattr("ibtpo.runlog.write_atomically", full)
     with pytest.raises(RunFolderError, match="no space left"):
         RunFolder.create(path, TrainConfig())
     assert not path.exists()

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ibtpo_engine.randomness import mix
 from transformers import AutoTokenizer
 
-from ibtpo.config import JsonlConfig, DigitChainConfig, TrainConfig
+from ibtpo.config import DigitChainConfig, JsonlConfig, TrainConfig
 from ibtpo.tasks import Problem, TeachableTask, format_prompt, make_task
 from ibtpo.tasks.digit_chain import (
     SYMBOLS,
@@ -30,6 +29,7 @@ from ibtpo.tasks.digit_chain import (
 )
 from ibtpo.tasks.gym import GymTask, final_answer
 from ibtpo.tasks.jsonl import JsonlTask, read_problems
+from ibtpo_engine.randomness import mix
 
 EXACT = JsonlConfig(grade="exact")
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
-from typing import Any
-
 import numpy.typing as npt
 import torch
 
@@ -47,6 +46,7 @@ class Engine:
         self.model = model
         self.seed = seed
         self.version = 0
+        self.seconds_waiting = 0.0  # with nothing to sample, for rewards
         self.kv_tokens = pages_for(kv_tokens) * PAGE
         self.max_branches = max_branches
         self.prefill_tokens = prefill_tokens
@@ -185,25 +185,27 @@ class Engine:
                 yield from self._resume(growing, sampling)
         finally:
             for growth in growing.values():
-                growth.generator.close()
+                if growth.generator is not None:
+                    growth.generator.close()
                 growth.tree.close()
 
     def _open_more(
         self,
         search: Search,
-        waiting: Iterator[tuple[int, Any]],
+        waiting: Iterator[tuple[int, npt.ArrayLike]],
         names: Iterator[int] | None,
         sampling: Sampling,
         growing: dict[int, _Growing],
     ) -> None:
         """Open trees until there are branches enough to fill a batch."""
         while self.scheduler.num_branches < self.max_branches:
-            index, prompt = next(waiting, (-1, None))
-            if index < 0:
+            item = next(waiting, None)
+            if item is None:
                 return
+            index, prompt = item
             tree = self.tree(prompt, key=None if names is None else next(names))
-            growth = growing[tree.ordinal] = _Growing(index, tree, search(tree))
-            growth.ask(None)
+            growth = growing[tree.ordinal] = _Growing(index, tree, search)
+            growth.ask([])
             self._submit(growth.nodes, sampling)
 
     def _advance(self, growing: dict[int, _Growing], reward: Reward | None) -> None:
@@ -215,7 +217,9 @@ class Engine:
             return
         futures = [future for growth in growing.values() for future in growth.rewards.values()]
         if futures:
+            begin = time.perf_counter()
             wait(futures, return_when=FIRST_COMPLETED)
+            self.seconds_waiting += time.perf_counter() - begin
 
     def _resume(self, growing: dict[int, _Growing], sampling: Sampling) -> Iterator[tuple[int, Tree]]:
         """Hand finished and graded branches to their searches; yield the trees whose search has ended."""
@@ -319,20 +323,24 @@ class Engine:
 class _Growing:
     """A search under way: its generator, what it waits for, and the rewards on their way."""
 
-    def __init__(self, index: int, tree: Tree, generator: Growth) -> None:
+    def __init__(self, index: int, tree: Tree, search: Search) -> None:
         self.index = index
         self.tree = tree
-        self.generator = generator
+        self.search = search
+        self.generator: Growth | None = None
         self.nodes: list[Node] = []
         self.unfinished = 0
         self.rewards: dict[Node, Future[float]] = {}
         self.done = False
 
-    def ask(self, finished: list[Node] | None) -> None:
-        """Send the finished nodes into the search and take the next ones it wants extended."""
+    def ask(self, finished: list[Node]) -> None:
+        """Send the finished nodes into the search (which begins at the first call); take what it wants extended next."""
         try:
-            nodes = next(self.generator) if finished is None else self.generator.send(finished)
-            self.nodes = list(nodes)
+            if self.generator is None:
+                self.generator = self.search(self.tree)
+                self.nodes = list(next(self.generator))
+            else:
+                self.nodes = list(self.generator.send(finished))
         except StopIteration:
             self.nodes, self.done = [], True
         self.unfinished = len(self.nodes)

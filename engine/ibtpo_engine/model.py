@@ -41,6 +41,10 @@ class QKNorm(Protocol):
     q_norm: RMSNorm
     k_norm: RMSNorm
 
+    @property
+    def qk_norm(self) -> tuple[Tensor, Tensor, float]:
+        """Weights [D] of the queries' and the keys' norm, and their eps."""
+
 
 class PackedAttention:
     """Tree attention inside one packed forest: query i sees key j <=> j <= i < end[j]."""
@@ -72,6 +76,11 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, config.rms_eps)
             self.k_norm = RMSNorm(config.head_dim, config.rms_eps)
+
+    @property
+    def qk_norm(self) -> tuple[Tensor, Tensor, float]:
+        """Weights [D] of the queries' and the keys' norm, and their eps; only where `has_norms`."""
+        return self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
 
     def forward(self, x_NH: Tensor, attend: Attend) -> Tensor:
         q = self.q_proj(x_NH).unflatten(-1, (-1, self.head_dim))
@@ -180,7 +189,8 @@ class Model(nn.Module):
         Returns:
             Hidden states after the final norm, [N, H].
         """
-        return self(tokens, PackedAttention(end, *self.rotation(pos)))
+        hidden: Tensor = self(tokens, PackedAttention(end, *self.rotation(pos)))
+        return hidden
 
 
 def initialise(model: Model, seed: int) -> Model:

@@ -88,7 +88,8 @@ class RadixIndex:
         return self._evictable_below(self._root)[0]
 
     def _evictable_below(self, top: Entry) -> tuple[int, bool]:
-        count, state = 0, {}
+        count = 0
+        state: dict[int, bool] = {}
         stack = [(top, False)]
         while stack:
             entry, expanded = stack.pop()

@@ -47,10 +47,10 @@ class PagedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, norms: QKNorm | None) -> Tensor:
         keys, values = self.pool.layers[layer]
-        weights = {}
-        if norms is not None:
-            weights = {"q_weight": norms.q_norm.weight, "k_weight": norms.k_norm.weight, "eps": norms.q_norm.eps}
-        q = rope_append(q, k, v, self.cos, self.sin, keys, values, self.address, **weights)
+        q_weight, k_weight, eps = (None, None, 0.0) if norms is None else norms.qk_norm
+        q = rope_append(
+            q, k, v, self.cos, self.sin, keys, values, self.address, q_weight=q_weight, k_weight=k_weight, eps=eps
+        )
         return tree_decode(q, keys, values, self.plan)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
@@ -10,6 +12,7 @@ from ibtpo_engine.sampling import Sampling
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
+Number = TypeVar("Number", np.int32, np.int64, np.float32)
 Outputs = tuple[Ints, Floats, Floats, Floats]  # tokens, logprob, logprob_raw, entropy of one branch, each [n]
 
 FINISH = (None, "stop", "length")
@@ -117,7 +120,7 @@ class Slots:
         return np.where(stopped, 1, np.where(self.length[slots] >= self.limit[slots], 2, 0))
 
 
-def _widen(array: npt.NDArray[np.generic], width: int, *, fill: int) -> npt.NDArray[np.generic]:
+def _widen(array: npt.NDArray[Number], width: int, *, fill: int) -> npt.NDArray[Number]:
     wide = np.full((array.shape[0], width), fill, array.dtype)
     wide[:, : array.shape[1]] = array
     return wide

@@ -109,7 +109,9 @@ def _parse(line: bytes, row: _Row, config: JsonlConfig) -> Problem:
     for field, option in ((config.prompt_field, "prompt_field"), (config.answer_field, "answer_field")):
         if field not in record:
             found = ", ".join(map(repr, record)) or "none"
-            row.fail(f'field "{field}" is missing (fields found: {found})', f"add it, or name another in jsonl.{option}")
+            row.fail(
+                f'field "{field}" is missing (fields found: {found})', f"add it, or name another in jsonl.{option}"
+            )
     prompt = _check_prompt(record[config.prompt_field], config.prompt_field, row)
     answer = _check_answer(record[config.answer_field], config.answer_field, row)
     return Problem(prompt, answer, {"line": row.number})
