@@ -1,0 +1,41 @@
+# `make help` lists the targets. Each needs .venv, which is made, or brought up to date, on the way.
+PYTHON_IN_VENV := .venv/bin/python
+SOURCES := ibtpo engine/ibtpo_engine kernels/ibtpo_kernels
+LINTED := $(SOURCES) tests bench examples
+CSRC := $(wildcard kernels/csrc/*.cpp kernels/csrc/*.h)
+STAMP := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test bench lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv and install ibtpo into it, editable
+
+$(STAMP): pyproject.toml CMakeLists.txt scripts/setup.sh $(CSRC)
+	@scripts/setup.sh
+
+train: $(STAMP) ## train the built-in policy; flags through ARGS="..."
+	@.venv/bin/ibtpo train $(ARGS)
+
+test: $(STAMP) ## run the tests; flags through ARGS="..."
+	@$(PYTHON_IN_VENV) -m pytest $(ARGS)
+
+bench: $(STAMP) ## run the benchmarks; flags through ARGS="..."
+	@$(PYTHON_IN_VENV) -m pytest bench -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds $(ARGS)
+
+lint: $(STAMP) ## check style and types
+	$(PYTHON_IN_VENV) -m ruff check $(LINTED)
+	$(PYTHON_IN_VENV) -m ruff format --check $(LINTED)
+	$(PYTHON_IN_VENV) -m mypy
+	.venv/bin/clang-format --dry-run --Werror $(CSRC)
+
+format: $(STAMP) ## rewrite the sources in the house style
+	$(PYTHON_IN_VENV) -m ruff check --fix $(LINTED)
+	$(PYTHON_IN_VENV) -m ruff format $(LINTED)
+	.venv/bin/clang-format -i $(CSRC)
+
+clean: ## remove what was built, .venv included
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,283 @@
+// Attention of B queries, each against its own path of a paged cache.
+//
+//   out_b = sum_j softmax_j(scale q_b k_j) v_j   over slots j < lengths[b] of path rows[b].
+//
+// A task is a block of neighbouring queries and a range of key/value heads. It walks the plan's items; a page shared by
+// several of its queries is read, and its keys are transposed, once for all of them, head after head. Each query's state (m, l, acc) is
+// carried page by page in depth order: its sums never depend on which other queries share the page.
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "kernels.h"
+#include "tile.h"
+
+namespace ibtpo::IBTPO_ISA {
+namespace {
+
+constexpr int64_t kRows = 64;   // query rows (queries x group) of a task, at most
+constexpr int64_t kPages = 4;   // pages whose scores are computed together
+constexpr float kSlack = 8.0f;  // a maximum that grows by less is kept: weights up to e^8 are harmless, rescaling is not
+constexpr float kMinimum = -1e30f;  // "no maximum yet": finite, so that -inf - m stays -inf
+
+struct Item {
+  int32_t query_begin, query_end, page_begin, page_end;
+};
+
+// Neighbouring queries [begin, end) on the same pages, from table column `column` on.
+struct Run {
+  int64_t begin, end, column, longest;  // longest: the greatest length among them
+  const float *values[kPages];          // this head's first value in each page
+};
+
+class Task {
+ public:
+  INLINE_MEMBER Task(const Decode &p, int64_t head_begin, int64_t head_end, int64_t begin, int64_t end)
+      : p_(p),
+        head_begin_(head_begin),
+        head_end_(head_end),
+        begin_(begin),
+        end_(end),
+        group_(p.num_heads / p.num_kv_heads),
+        padded_(round_up(p.head_dim, kWidth)),
+        page_(round_up(p.page_size, kWidth)),
+        rows_((end - begin) * group_),
+        states_((head_end - head_begin) * rows_),
+        q_(states_ * padded_),
+        acc_(states_ * padded_),
+        max_(states_),
+        sum_(states_),
+        keys_(padded_ * kPages * page_),
+        values_(kPages * p.page_size * padded_),
+        scores_(rows_ * kPages * page_) {}
+
+  // Returns -1, or the first query found whose page is missing.
+  INLINE_MEMBER int64_t run() {
+    start();
+    const Item *items = reinterpret_cast<const Item *>(p_.items);
+    for (int64_t i = 0; i < p_.num_items; ++i) {
+      const Item &item = items[i];
+      if (item.query_end <= begin_ || item.query_begin >= end_) continue;
+      if (i + 1 < p_.num_items && items[i + 1].query_begin < end_) foresee(items[i + 1].query_begin, items[i + 1].page_begin);
+      const int64_t begin = most(begin_, item.query_begin), end = least(end_, item.query_end);
+      const int64_t failed = walk(begin, end, item.page_begin, item.page_end);
+      if (failed >= 0) return failed;
+    }
+    finish();
+    return -1;
+  }
+
+ private:
+  INLINE_MEMBER void start() {
+    for (int64_t r = 0; r < states_; ++r) {
+      pack_rows(q_ + r * padded_, padded_, query(r), p_.head_dim, 1, 1, p_.head_dim, p_.scale);
+      max_[r] = kMinimum;
+      sum_[r] = Vec{};
+    }
+    std::memset(acc_, 0, sizeof(float) * states_ * padded_);
+  }
+
+  INLINE_MEMBER void finish() {
+    for (int64_t r = 0; r < states_; ++r) {
+      const float sum = reduce_add(sum_[r]);
+      const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+      float *out = p_.out + (query(r) - p_.q);
+      for (int64_t d = 0; d < p_.head_dim; ++d) out[d] = acc_[r * padded_ + d] * inverse;
+    }
+  }
+
+  // The query of state r; states are ordered by key/value head, query, and head within the group.
+  INLINE_MEMBER const float *query(int64_t r) const {
+    const int64_t kv_head = head_begin_ + r / rows_, b = begin_ + r % rows_ / group_;
+    return p_.q + (b * p_.num_heads + kv_head * group_ + r % group_) * p_.head_dim;
+  }
+
+  // The first state of query b under the current head.
+  INLINE_MEMBER int64_t state(int64_t b) const { return (head_ - head_begin_) * rows_ + (b - begin_) * group_; }
+
+  // How many slots of table column `column` query b sees.
+  INLINE_MEMBER int64_t visible(int64_t b, int64_t column) const {
+    return most(0, least(p_.page_size, p_.lengths[b] - column * p_.page_size));
+  }
+
+  // Pages [page_begin, page_end) for queries [begin, end), in runs of queries that are long enough to see them.
+  INLINE_MEMBER int64_t walk(int64_t begin, int64_t end, int64_t page_begin, int64_t page_end) {
+    for (int64_t column = page_begin; column < page_end; column += kPages) {
+      const int64_t count = least(kPages, page_end - column);
+      if (column + count < page_end) foresee(begin, column + count);
+      bool any = false;
+      for (int64_t b = begin; b < end;) {
+        if (visible(b, column) == 0) {
+          ++b;
+          continue;
+        }
+        int64_t stop = b + 1;
+        while (stop < end && visible(stop, column) > 0) ++stop;
+        for (head_ = head_begin_; head_ < head_end_; ++head_) {
+          const int64_t failed = attend(b, stop, column, count);
+          if (failed >= 0) return failed;
+        }
+        head_ = head_begin_;
+        any = true;
+        b = stop;
+      }
+      if (!any) break;
+    }
+    return -1;
+  }
+
+  // Queries [begin, end), all of which see the first of pages [column, column + count).
+  INLINE_MEMBER int64_t attend(int64_t begin, int64_t end, int64_t column, int64_t count) {
+    const int64_t kv_stride = p_.num_kv_heads * p_.head_dim, ld = kPages * page_;
+    Run run{begin, end, column, 0, {}};
+    for (int64_t b = begin; b < end; ++b) run.longest = most(run.longest, p_.lengths[b]);
+    count = least(count, (run.longest - column * p_.page_size + p_.page_size - 1) / p_.page_size);
+    for (int64_t c = 0; c < count; ++c) {
+      const int64_t first = page_begin(begin, column + c);
+      if (first < 0) return begin;
+      pack_transposed(keys_ + c * page_, ld, p_.k_pages + first, kv_stride, p_.page_size, p_.head_dim);
+      run.values[c] = p_.v_pages + first;
+      prefetch(run.values[c], kv_stride);
+    }
+    multiply<Into::kStore>(scores_, ld, (end - begin) * group_, count * page_, {q_ + state(begin) * padded_, padded_, 1}, keys_, ld,
+                           padded_);
+    int64_t taken = 0;  // of this run's pages, acc holds [0, taken)
+    for (int64_t c = 0; c < count; ++c) taken = page_ == kWidth ? weigh<1>(run, taken, c) : weigh<0>(run, taken, c);
+    accumulate(run, taken, count);
+    return -1;
+  }
+
+  // Offset in floats of this head's first slot in the page of query b at a table column; -1 if there is no such page.
+  INLINE_MEMBER int64_t page_begin(int64_t b, int64_t column) const {
+    const int64_t page = p_.page_table[p_.rows[b] * p_.table_width + column];
+    if (page < 0 || page >= p_.num_pages) return -1;
+    return (page * p_.page_size * p_.num_kv_heads + head_) * p_.head_dim;
+  }
+
+  // Fetch the current head's keys that will be wanted next: kPages pages of query b from a table column on.
+  INLINE_MEMBER void foresee(int64_t b, int64_t column) const {
+    for (int64_t c = column; c < column + kPages && c < p_.table_width && visible(b, c) > 0; ++c) {
+      const int64_t first = page_begin(b, c);
+      if (first >= 0) prefetch(p_.k_pages + first, p_.num_kv_heads * p_.head_dim);
+    }
+  }
+
+  // A head's slots lie Hkv * D apart, which the hardware does not foresee.
+  INLINE_MEMBER void prefetch(const float *slot, int64_t kv_stride) const {
+    constexpr int64_t kLine = 64 / sizeof(float);
+    for (int64_t j = 0; j < p_.page_size; ++j, slot += kv_stride)
+      for (int64_t d = 0; d < p_.head_dim; d += kLine) __builtin_prefetch(slot + d);
+  }
+
+  // Scores of the run's page c become weights exp(score - m). Before a row's m grows, acc takes in the pages before c,
+  // weighed with the old m. Returns how many pages acc then holds. Vecs: vectors in a page, 0 if known at run time only.
+  template <int Vecs>
+  INLINE_MEMBER int64_t weigh(const Run &run, int64_t taken, int64_t c) {
+    const int64_t width = Vecs > 0 ? Vecs * kWidth : page_, ld = kPages * page_, group = group_;
+    float *scores = scores_ + c * page_, *row_max = max_ + state(run.begin);
+    Vec *row_sum = sum_ + state(run.begin);
+    for (int64_t b = run.begin; b < run.end; ++b) {
+      const auto seen = static_cast<int32_t>(visible(b, run.column + c));
+      for (int64_t g = 0; g < group; ++g, scores += ld, ++row_max, ++row_sum) {
+        if (seen < width)
+          for (int64_t j = 0; j < width; j += kWidth)
+            store(scores + j, iota() + (int32_t)j < seen ? load(scores + j) : splat(-__builtin_inff()));
+        Vec highest = load(scores);
+        for (int64_t j = kWidth; j < width; j += kWidth) highest = max(highest, load(scores + j));
+        const float page_max = reduce_max(highest);
+        if (__builtin_expect(page_max > *row_max + kSlack, 0)) {
+          accumulate(run, taken, c);
+          taken = c;
+          const float factor = exp(*row_max - page_max);
+          scale_row(acc_ + (state(b) + g) * padded_, padded_, factor);
+          *row_sum *= factor;
+          *row_max = page_max;
+        }
+        const float m = *row_max;
+        Vec sum = *row_sum;
+        for (int64_t j = 0; j < width; j += kWidth) {
+          const Vec weight = exp(load(scores + j) - m);
+          sum += weight;
+          store(scores + j, weight);
+        }
+        *row_sum = sum;
+      }
+    }
+    return taken;
+  }
+
+  // acc += weights * values over pages [from, to) of the run; slots beyond every query's length are never read, for
+  // they may hold anything, NaN included. Cut anywhere, the sum has the same bits (Into::kChain).
+  INLINE_MEMBER void accumulate(const Run &run, int64_t from, int64_t to) {
+    const int64_t step = page_ == p_.page_size ? to - from : 1;  // pages whose weights lie next to each other
+    for (int64_t c = from; c < to; c += step) {
+      const int64_t depth = least(step * p_.page_size, run.longest - (run.column + c) * p_.page_size);
+      const float *parts[kPages];
+      int64_t ld = p_.num_kv_heads * p_.head_dim;
+      for (int64_t i = 0; i < step; ++i) parts[i] = run.values[c + i];
+      if (padded_ != p_.head_dim) {
+        for (int64_t i = 0; i < step; ++i) {
+          const int64_t rows = least(p_.page_size, depth - i * p_.page_size);
+          parts[i] = values_ + i * p_.page_size * padded_;
+          pack_rows(values_ + i * p_.page_size * padded_, padded_, run.values[c + i], ld, rows, rows, p_.head_dim, 1.0f);
+        }
+        ld = padded_;
+      }
+      multiply<Into::kChain>(acc_ + state(run.begin) * padded_, padded_, (run.end - run.begin) * group_, padded_,
+                             {scores_ + c * page_, kPages * page_, 1}, Parts{parts, ld, p_.page_size}, depth);
+    }
+  }
+
+  const Decode &p_;
+  const int64_t head_begin_, head_end_, begin_, end_, group_, padded_, page_, rows_, states_;
+  int64_t head_ = head_begin_;  // the key/value head being worked on
+  const Scratch<float> q_, acc_, max_;
+  const Scratch<Vec> sum_;
+  const Scratch<float> keys_, values_, scores_;
+};
+
+INLINE int64_t max_threads() {
+#ifdef _OPENMP
+  return omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+}  // namespace
+
+int64_t tree_decode(const Decode &p) {
+  int64_t visible = 0, unique = 0;  // (query, slot) pairs; the same with shared slots counted once
+  for (int64_t b = 0; b < p.num_queries; ++b) {
+    if (p.rows[b] < 0 || p.rows[b] >= p.num_rows || p.lengths[b] > p.table_width * p.page_size) return b;
+    visible += most(0, p.lengths[b]);
+  }
+  for (int64_t i = 0; i < p.num_items; ++i) {
+    const Item &item = reinterpret_cast<const Item *>(p.items)[i];
+    if (item.query_begin < 0 || item.query_end > p.num_queries || item.page_begin < 0 ||
+        item.page_end > p.table_width || item.query_begin >= item.query_end)
+      return item.query_begin;
+    unique += most(0, least(p.lengths[item.query_begin], item.page_end * p.page_size) - item.page_begin * p.page_size);
+  }
+  // Cut by queries where little is shared, so that a page is read whole, all heads at once; keep queries that share
+  // together and cut by heads. Neither changes a bit of the result.
+  const int64_t group = p.num_heads / p.num_kv_heads, sharing = visible / most(1, unique);
+  const int64_t block = most(1, least(kRows / group, 4 * most(1, sharing)));
+  const int64_t blocks = (p.num_queries + block - 1) / block;
+  const int64_t parts = least(p.num_kv_heads, (2 * max_threads() + blocks - 1) / most(1, blocks));
+  const bool parallel = visible * p.num_heads * p.head_dim > 1 << 16;  // below, starting threads costs more
+  int64_t failed = -1;
+#pragma omp parallel for collapse(2) schedule(dynamic) if (parallel)
+  for (int64_t i = 0; i < blocks; ++i)
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t head = part * p.num_kv_heads / parts, stop = (part + 1) * p.num_kv_heads / parts;
+      const int64_t result = Task(p, head, stop, i * block, least(p.num_queries, (i + 1) * block)).run();
+      if (result >= 0) {
+#pragma omp critical(ibtpo_decode)
+        failed = result;
+      }
+    }
+  return failed;
+}
+
+}  // namespace ibtpo::IBTPO_ISA

@@ -1,0 +1,176 @@
+// Vectors of the widest kind the instruction set has, and the few functions on them that the kernels need.
+//
+// GCC and Clang vector extensions: +, *, comparisons and ?: work element by element. Everything is always inlined, so
+// nothing of this file exists as a symbol (see kernels.h).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+#ifndef IBTPO_ISA
+#define IBTPO_ISA baseline
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define INLINE_MEMBER inline __attribute__((always_inline))
+
+namespace ibtpo::IBTPO_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kWidth = 16;
+constexpr int kTileRows = 8;  // rows of C held in registers: 8 rows x 2 vectors of 32 registers
+#elif defined(__AVX__)
+constexpr int kWidth = 8;
+constexpr int kTileRows = 4;
+#else
+constexpr int kWidth = 4;
+constexpr int kTileRows = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * kWidth)));
+typedef int32_t IVec __attribute__((vector_size(4 * kWidth)));
+typedef float VecAt __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));  // anywhere in an array
+typedef int32_t IVecAt __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+
+INLINE Vec load(const float *p) { return *reinterpret_cast<const VecAt *>(p); }
+INLINE IVec load(const int32_t *p) { return *reinterpret_cast<const IVecAt *>(p); }
+INLINE void store(float *p, Vec x) { *reinterpret_cast<VecAt *>(p) = x; }
+INLINE Vec splat(float x) { return x - Vec{}; }
+INLINE IVec isplat(int32_t x) { return x - IVec{}; }
+INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+
+// The lane indices 0 .. kWidth-1.
+INLINE IVec iota() {
+  IVec x;
+  for (int i = 0; i < kWidth; ++i) x[i] = i;
+  return x;
+}
+
+// x with its lanes rotated by `by`, which a reduction over all lanes halves step by step.
+template <int By>
+INLINE Vec rotate(Vec x) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(x, x, By % 16, (By + 1) % 16, (By + 2) % 16, (By + 3) % 16, (By + 4) % 16,
+                                 (By + 5) % 16, (By + 6) % 16, (By + 7) % 16, (By + 8) % 16, (By + 9) % 16,
+                                 (By + 10) % 16, (By + 11) % 16, (By + 12) % 16, (By + 13) % 16, (By + 14) % 16,
+                                 (By + 15) % 16);
+#elif defined(__AVX__)
+  return __builtin_shufflevector(x, x, By % 8, (By + 1) % 8, (By + 2) % 8, (By + 3) % 8, (By + 4) % 8, (By + 5) % 8,
+                                 (By + 6) % 8, (By + 7) % 8);
+#else
+  return __builtin_shufflevector(x, x, By % 4, (By + 1) % 4, (By + 2) % 4, (By + 3) % 4);
+#endif
+}
+
+INLINE float reduce_max(Vec x) {
+  if constexpr (kWidth > 8) x = max(x, rotate<8>(x));
+  if constexpr (kWidth > 4) x = max(x, rotate<4>(x));
+  x = max(x, rotate<2>(x));
+  return max(x, rotate<1>(x))[0];
+}
+
+INLINE float reduce_add(Vec x) {
+  if constexpr (kWidth > 8) x += rotate<8>(x);
+  if constexpr (kWidth > 4) x += rotate<4>(x);
+  x += rotate<2>(x);
+  return (x + rotate<1>(x))[0];
+}
+
+// Interleave the low (high) halves of a and b: a0 b0 a1 b1 ...
+INLINE Vec zip_low(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+#elif defined(__AVX__)
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+#else
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+#endif
+}
+
+INLINE Vec zip_high(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX__)
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+#endif
+}
+
+// Transpose a kWidth x kWidth square: log2(kWidth) rounds of one perfect shuffle.
+INLINE void transpose(Vec (&x)[kWidth]) {
+#pragma GCC unroll 4
+  for (int round = 1; round < kWidth; round *= 2) {
+    Vec y[kWidth];
+#pragma GCC unroll 8
+    for (int i = 0; i < kWidth / 2; ++i) {
+      y[2 * i] = zip_low(x[i], x[i + kWidth / 2]);
+      y[2 * i + 1] = zip_high(x[i], x[i + kWidth / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) x[i] = y[i];
+  }
+}
+
+// e^x to about 1 ulp for x <= 88; below -87 it is 0, NaN stays NaN. x = n ln2 + r, |r| <= ln2 / 2, and e^r by the
+// polynomial of Cephes' expf; adding 1.5 * 2^23 rounds to an integer and leaves n in the low bits.
+INLINE Vec exp(Vec x) {
+  constexpr float kMagic = 12582912.0f;
+  const auto underflow = x < -87.0f;
+  x = underflow ? splat(-87.0f) : x;
+  x = x > 88.0f ? splat(88.0f) : x;
+  const Vec t = x * 1.44269504088896341f + kMagic;
+  const Vec n = t - kMagic;
+  const Vec r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Vec y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  const Vec scaled = (Vec)((IVec)y + ((IVec)t << 23));
+  return underflow ? Vec{} : scaled;
+}
+
+INLINE float exp(float x) { return exp(splat(x))[0]; }
+
+INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Calls f(offset) for whole vectors of [0, size), then rest(offset) for what is left, element by element.
+template <class Whole, class Rest>
+INLINE void for_each(int64_t size, Whole whole, Rest rest) {
+  int64_t i = 0;
+  for (; i + kWidth <= size; i += kWidth) whole(i);
+  for (; i < size; ++i) rest(i);
+}
+
+INLINE float dot(const float *a, const float *b, int64_t size) {
+  Vec lanes{};
+  float tail = 0.0f;
+  for_each(size, [&](int64_t i) { lanes += load(a + i) * load(b + i); }, [&](int64_t i) { tail += a[i] * b[i]; });
+  return reduce_add(lanes) + tail;
+}
+
+// An array on a cache-line boundary, freed at the end of its scope; not initialised.
+template <class T>
+class Scratch {
+ public:
+  INLINE_MEMBER explicit Scratch(int64_t count)
+      : data_(static_cast<T *>(std::aligned_alloc(64, round_up(most(count, 1) * sizeof(T), 64)))) {
+    if (data_ == nullptr) std::abort();
+  }
+  INLINE_MEMBER ~Scratch() { std::free(data_); }
+  Scratch(const Scratch &) = delete;
+  Scratch &operator=(const Scratch &) = delete;
+  INLINE_MEMBER operator T *() const { return data_; }
+
+ private:
+  T *data_;
+};
+
+}  // namespace ibtpo::IBTPO_ISA

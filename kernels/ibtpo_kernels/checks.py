@@ -1,0 +1,199 @@
+"""What every op demands of its arguments; each failure is a ValueError that names the argument and what it should be.
+
+Shapes, dtypes and devices are checked always: a handful of integer comparisons. Values are checked where that costs
+O(N) on the CPU and no synchronisation on a GPU; on the decode path it is the kernels that check them, as they read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ibtpo_kernels.plan import DecodePlan
+
+
+def _fail(op: str, name: str, x: Tensor, expected: str) -> ValueError:
+    return ValueError(f"{op}: {name} is {x.dtype} {list(x.shape)} on {x.device}; expected {expected}")
+
+
+def _like(op: str, name: str, x: Tensor, shape: tuple[int, ...], other: Tensor, other_name: str) -> None:
+    """Raise unless x has this shape and the dtype and device of `other`."""
+    if x.shape != shape or x.dtype is not other.dtype or x.device != other.device:
+        raise _fail(op, name, x, f"{list(shape)} with the dtype and device of {other_name} ({other.dtype}, {other.device})")
+
+
+def _index(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, other: Tensor) -> None:
+    if x.shape != shape or x.dtype is not dtype or x.device != other.device:
+        raise _fail(op, name, x, f"{dtype} {list(shape)} on {other.device}")
+
+
+def _floating(op: str, name: str, x: Tensor, dims: int) -> None:
+    if x.dim() != dims or not x.is_floating_point():
+        raise _fail(op, name, x, f"a floating-point tensor of {dims} dimensions")
+
+
+def _in_range(op: str, name: str, x: Tensor, low: int, high: int) -> None:
+    """Raise unless every element of a CPU tensor lies in [low, high); elsewhere checking would synchronise."""
+    if x.is_cpu and x.numel():
+        smallest, largest = x.aminmax()
+        if smallest < low or largest >= high:
+            raise ValueError(f"{op}: {name} spans [{int(smallest)}, {int(largest)}]; expected values in [{low}, {high})")
+
+
+def _heads(op: str, num_query_heads: int, num_kv_heads: int) -> None:
+    if num_kv_heads < 1 or num_query_heads % num_kv_heads:
+        raise ValueError(f"{op}: {num_query_heads} query heads must be a multiple of {num_kv_heads} key/value heads")
+
+
+def _same_pages(op: str, k_pages: Tensor, v_pages: Tensor, like: Tensor, like_name: str) -> None:
+    if k_pages.dim() != 4 or k_pages.shape[3] != like.shape[2]:
+        raise _fail(op, "k_pages", k_pages, f"[num_pages, page_size, Hkv, {like.shape[2]}]")
+    shape = k_pages.shape
+    _like(op, "k_pages", k_pages, shape, like, like_name)
+    _like(op, "v_pages", v_pages, shape, k_pages, "k_pages")
+    if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
+        raise ValueError(f"{op}: k_pages and v_pages must be contiguous, for they are read and written in place")
+
+
+def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor) -> None:
+    op = "tree_attention"
+    _floating(op, "q", q, 3)
+    _floating(op, "k", k, 3)
+    num_tokens, num_heads, head_dim = q.shape
+    _heads(op, num_heads, k.shape[1])
+    _like(op, "k", k, (num_tokens, k.shape[1], head_dim), q, "q")
+    _like(op, "v", v, tuple(k.shape), q, "q")
+    _index(op, "end", end, (num_tokens,), torch.int32, q)
+    if end.is_cpu and num_tokens:
+        ahead = end - torch.arange(num_tokens, dtype=torch.int32)
+        if ahead.amin() < 1 or end.amax() > num_tokens:
+            bad = int(((ahead < 1) | (end > num_tokens)).nonzero()[0])
+            raise ValueError(f"{op}: end[{bad}] = {int(end[bad])}; expected an index in ({bad}, {num_tokens}]")
+
+
+def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: int) -> None:
+    op = "plan_decode"
+    if page_table.dim() != 2 or page_table.dtype != torch.int32 or not page_table.is_contiguous():
+        raise _fail(op, "page_table", page_table, "a contiguous torch.int32 [R, P]")
+    if rows.dim() != 1:
+        raise _fail(op, "rows", rows, "torch.int32 [B]")
+    _index(op, "rows", rows, tuple(rows.shape), torch.int32, page_table)
+    _index(op, "lengths", lengths, tuple(rows.shape), torch.int32, page_table)
+    if page_size < 1:
+        raise ValueError(f"{op}: page_size={page_size} must be at least 1")
+
+
+def plan_in_range(page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: int) -> None:
+    _in_range("plan_decode", "rows", rows, 0, page_table.shape[0])
+    _in_range("plan_decode", "lengths", lengths, 0, page_table.shape[1] * page_size + 1)
+
+
+def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan) -> None:
+    op = "tree_decode"
+    _floating(op, "q", q, 3)
+    _same_pages(op, k_pages, v_pages, q, "q")
+    _heads(op, q.shape[1], k_pages.shape[2])
+    if plan.page_size != k_pages.shape[1]:
+        raise ValueError(f"{op}: the plan has pages of {plan.page_size} slots, k_pages of {k_pages.shape[1]}")
+    if len(plan.rows) != len(q) or plan.rows.device != q.device:
+        raise _fail(op, "q", q, f"{len(plan.rows)} queries on {plan.rows.device}, as the plan has")
+
+
+def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, op: str = "append_kv") -> None:
+    _floating(op, "k", k, 3)
+    _same_pages(op, k_pages, v_pages, k, "k")
+    shape = (k.shape[0], k_pages.shape[2], k.shape[2])
+    _like(op, "k", k, shape, k_pages, "k_pages")
+    _like(op, "v", v, shape, k_pages, "k_pages")
+    _index(op, "slots", slots, (shape[0],), torch.int64, k)
+
+
+def slots_in_range(slots: Tensor, k_pages: Tensor) -> None:
+    _in_range("append_kv", "slots", slots, -1, k_pages.shape[0] * k_pages.shape[1])
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> None:
+    _floating("rms_norm", "x", x, max(x.dim(), 1))
+    _like("rms_norm", "weight", weight, (x.shape[-1],), x, "x")
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, op: str = "rope") -> None:
+    _floating(op, "x", x, 3)
+    if x.shape[2] % 2:
+        raise _fail(op, "x", x, "an even head size")
+    shape = (x.shape[0], x.shape[2] // 2)
+    if not (cos.dtype == sin.dtype and cos.is_floating_point()):
+        raise ValueError(f"{op}: cos is {cos.dtype} and sin {sin.dtype}; expected one floating-point dtype for both")
+    _index(op, "cos", cos, shape, cos.dtype, x)
+    _index(op, "sin", sin, shape, cos.dtype, x)
+
+
+def rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+) -> None:
+    op = "rope_append"
+    rope(q, cos, sin, op)
+    append_kv(k, v, k_pages, v_pages, slots, op)
+    _like(op, "q", q, (k.shape[0], q.shape[1], k.shape[2]), k, "k")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None:
+            _like(op, name, weight, (q.shape[2],), q, "q")
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> None:
+    _floating("silu_mul", "gate", gate, gate.dim())
+    _like("silu_mul", "up", up, tuple(gate.shape), gate, "gate")
+
+
+def linear_logprob(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float) -> None:
+    op = "linear_logprob"
+    _floating(op, "hidden", hidden, 2)
+    _floating(op, "weight", weight, 2)
+    _like(op, "weight", weight, (weight.shape[0], hidden.shape[1]), hidden, "hidden")
+    if rows.dim() != 1:
+        raise _fail(op, "rows", rows, "torch.int64 [E]")
+    _index(op, "rows", rows, tuple(rows.shape), torch.int64, hidden)
+    _index(op, "targets", targets, tuple(rows.shape), torch.int64, hidden)
+    if not temperature > 0:
+        raise ValueError(f"{op}: temperature={temperature} must be greater than 0")
+    _in_range(op, "rows", rows, 0, hidden.shape[0])
+    _in_range(op, "targets", targets, 0, weight.shape[0])
+
+
+def sample(
+    logits: Tensor, keys: Tensor, temperature: float | Tensor, top_p: float | Tensor, top_k: int | Tensor
+) -> None:
+    op = "sample"
+    _floating(op, "logits", logits, 2)
+    if logits.shape[1] == 0:
+        raise _fail(op, "logits", logits, "at least one vocabulary entry")
+    _index(op, "keys", keys, (logits.shape[0], 2), torch.int64, logits)
+    _parameter(op, "temperature", temperature, logits, lambda x: x >= 0, "in [0, inf)")
+    _parameter(op, "top_p", top_p, logits, lambda x: (x > 0) & (x <= 1), "in (0, 1]")
+    _parameter(op, "top_k", top_k, logits, lambda x: x >= 0, "0 (off) or a count")
+
+
+def _parameter(
+    op: str, name: str, value: float | Tensor, logits: Tensor, valid: Callable[[Any], Any], expected: str
+) -> None:
+    """A sampling parameter: one number, or one a row."""
+    if not isinstance(value, Tensor):
+        if not valid(value):
+            raise ValueError(f"{op}: {name}={value} must be {expected}")
+        return
+    if value.shape != logits.shape[:1] or value.device != logits.device:
+        raise _fail(op, name, value, f"one number, or [{logits.shape[0]}] on {logits.device}")
+    if value.is_cpu and not valid(value).all():
+        raise ValueError(f"{op}: {name} has a row that is not {expected}")

@@ -1,0 +1,306 @@
+"""The ops on the compiled module `_cpu`, for float32 tensors on the CPU.
+
+Arguments arrive checked (see `checks`). `_cpu` takes addresses and sizes: what is passed here must be dense, or its
+stride passed along, and must stay alive for the call. Nothing goes through torch.library, whose dispatch would cost
+more than a decode step of a small model.
+
+Torch is imported first on purpose: `_cpu` needs libgomp.so.1 and finds the one torch has loaded, so the process has
+one OpenMP runtime and torch.set_num_threads governs these kernels too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ibtpo_kernels import logprob
+from ibtpo_kernels.plan import DecodePlan
+
+native: Any
+try:
+    from ibtpo_kernels import _cpu as native
+except ImportError:
+    native = None
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _angles(x: Tensor) -> Tensor:
+    return x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
+
+
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _tree_forward(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(out [N, Hq, D], lse [Hq, N]) of dense tensors."""
+    num_tokens, num_heads, head_dim = q.shape
+    out, lse = torch.empty_like(q), q.new_empty(num_heads, num_tokens)
+    native.tree_forward(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), end.data_ptr(), out.data_ptr(), lse.data_ptr(),
+        num_tokens, num_heads, k.shape[1], head_dim, scale,
+    )  # fmt: skip
+    return out, lse
+
+
+class _TreeAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> Tensor:
+        out, lse = _tree_forward(q, k, v, end, scale)
+        ctx.save_for_backward(q, k, v, out, lse, end)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, out, lse, end = ctx.saved_tensors
+        d_out = _dense(d_out)
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        native.tree_backward(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), d_out.data_ptr(), end.data_ptr(),
+            dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), q.shape[0], q.shape[1], k.shape[1], q.shape[2], ctx.scale,
+        )  # fmt: skip
+        return dq, dk, dv, None, None
+
+
+def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> Tensor:
+    q, k, v, end = _dense(q), _dense(k), _dense(v), _dense(end)
+    if _needs_grad(q, k, v):
+        out: Tensor = _TreeAttention.apply(q, k, v, end, scale)  # type: ignore[no-untyped-call]
+        return out
+    return _tree_forward(q, k, v, end, scale)[0]
+
+
+def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: int) -> Tensor:
+    rows, lengths = _dense(rows), _dense(lengths)
+    items = torch.empty(2 * len(rows), 4, dtype=torch.int32)
+    count = native.plan_decode(
+        page_table.data_ptr(), rows.data_ptr(), lengths.data_ptr(), items.data_ptr(),
+        page_table.shape[0], page_table.shape[1], len(rows), page_size,
+    )  # fmt: skip
+    if count < 0:
+        b = -1 - count
+        raise ValueError(
+            f"plan_decode: query {b} has row {int(rows[b])} and length {int(lengths[b])}; expected a row in "
+            f"[0, {page_table.shape[0]}) and a length in [0, {page_table.shape[1] * page_size}]"
+        )
+    return items[:count]
+
+
+def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
+    q = _dense(q)
+    out = torch.empty_like(q)
+    num_queries, num_heads, head_dim = q.shape
+    num_pages, page_size, num_kv_heads, _ = k_pages.shape
+    table = plan.page_table
+    failed = native.tree_decode(
+        q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), table.data_ptr(), plan.rows.data_ptr(),
+        plan.lengths.data_ptr(), plan.items.data_ptr(), out.data_ptr(), num_queries, num_heads, num_kv_heads, head_dim,
+        num_pages, page_size, table.shape[0], table.shape[1], plan.items.shape[0], scale,
+    )  # fmt: skip
+    if failed >= 0:
+        row, length = int(plan.rows[failed]), int(plan.lengths[failed])
+        raise ValueError(f"tree_decode: query {failed} of length {length} needs a page that table row {row} lacks")
+    return out
+
+
+def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    k, v, slots = _packed_rows(k), _packed_rows(v), _dense(slots)
+    num_pages, page_size, num_kv_heads, head_dim = k_pages.shape
+    failed = native.append_kv(
+        k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), slots.data_ptr(),
+        len(slots), num_kv_heads * head_dim, k.stride(0), v.stride(0), num_pages * page_size,
+    )  # fmt: skip
+    if failed >= 0:
+        raise _bad_slot("append_kv", slots, failed, num_pages * page_size)
+
+
+def _bad_slot(op: str, slots: Tensor, at: int, num_slots: int) -> ValueError:
+    return ValueError(f"{op}: slots[{at}] = {int(slots[at])}; expected values in [-1, {num_slots})")
+
+
+def _packed_rows(x: Tensor) -> Tensor:
+    """x [T, H, D] with each token's [H, D] dense; tokens may lie apart, as in a view of a fused qkv projection."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+) -> Tensor:
+    q, k, v, slots = _packed_rows(q), _packed_rows(k), _packed_rows(v), _dense(slots)
+    cos, sin = _angles(cos), _angles(sin)
+    q_weight = None if q_weight is None else _dense(q_weight)
+    k_weight = None if k_weight is None else _dense(k_weight)
+    num_tokens, num_heads, head_dim = q.shape
+    out = torch.empty(num_tokens, num_heads, head_dim)
+    num_slots = k_pages.shape[0] * k_pages.shape[1]
+    failed = native.rope_append(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+        0 if q_weight is None else q_weight.data_ptr(), 0 if k_weight is None else k_weight.data_ptr(),
+        out.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), slots.data_ptr(),
+        num_tokens, num_heads, k.shape[1], head_dim, q.stride(0), k.stride(0), v.stride(0), num_slots, eps,
+    )  # fmt: skip
+    if failed >= 0:
+        raise _bad_slot("rope_append", slots, failed, num_slots)
+    return out
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out = torch.empty_like(x)
+    size = x.shape[-1]
+    native.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // max(size, 1), size, eps)
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _rms_norm(x, weight, eps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        d_out, dx, d_weight = _dense(d_out), torch.empty_like(x), torch.empty_like(weight)
+        size = x.shape[-1]
+        native.rms_norm_backward(
+            x.data_ptr(), weight.data_ptr(), d_out.data_ptr(), dx.data_ptr(), d_weight.data_ptr(),
+            x.numel() // max(size, 1), size, ctx.eps,
+        )  # fmt: skip
+        return dx, d_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x, weight = _dense(x), _dense(weight)
+    if _needs_grad(x, weight):
+        out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+        return out
+    return _rms_norm(x, weight, eps)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    out = torch.empty_like(x)
+    native.rope(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *x.shape, direction)
+    return out
+
+
+class _Rope(torch.autograd.Function):
+    """A rotation, so its backward is the inverse rotation of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin, 1.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(_dense(d_out), cos, sin, -1.0), None, None
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x, cos, sin = _dense(x), _angles(cos), _angles(sin)
+    if _needs_grad(x):
+        out: Tensor = _Rope.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+        return out
+    return _rotate(x, cos, sin, 1.0)
+
+
+class _SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _silu_mul(gate, up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = (_dense(x) for x in ctx.saved_tensors)
+        d_out, d_gate, d_up = _dense(d_out), torch.empty_like(gate), torch.empty_like(up)
+        native.silu_mul_backward(
+            gate.data_ptr(), up.data_ptr(), d_out.data_ptr(), d_gate.data_ptr(), d_up.data_ptr(), gate.numel()
+        )
+        return d_gate, d_up
+
+
+def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """Rows may lie apart in 2-D inputs, as in the halves of a fused gate-up projection."""
+    if gate.dim() != 2 or gate.stride(1) != 1 or up.stride(1) != 1:
+        gate, up = _dense(gate), _dense(up)
+    out = torch.empty(gate.shape)
+    rows, size = gate.shape if gate.dim() == 2 else (1, gate.numel())
+    strides = (gate.stride(0), up.stride(0)) if gate.dim() == 2 else (size, size)
+    native.silu_mul(gate.data_ptr(), up.data_ptr(), out.data_ptr(), rows, size, *strides)
+    return out
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    if _needs_grad(gate, up):
+        out: Tensor = _SiluMul.apply(gate, up)  # type: ignore[no-untyped-call]
+        return out
+    return _silu_mul(gate, up)
+
+
+def _row_stats(z: Tensor) -> tuple[Tensor, Tensor]:
+    lse, entropy = z.new_empty(len(z)), z.new_empty(len(z))
+    native.row_stats(z.data_ptr(), lse.data_ptr(), entropy.data_ptr(), *z.shape)
+    return lse, entropy
+
+
+def _logit_grad(z: Tensor, lse: Tensor, entropy: Tensor, grad_rows: Tensor, grad_entropy: Tensor) -> Tensor:
+    native.logit_grad(
+        z.data_ptr(), lse.data_ptr(), entropy.data_ptr(), grad_rows.data_ptr(), grad_entropy.data_ptr(), *z.shape
+    )
+    return z
+
+
+_CHUNK_OPS = logprob.ChunkOps(_row_stats, _logit_grad)
+
+
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    return logprob.linear_logprob(hidden, weight, rows, targets, temperature, _CHUNK_OPS)
+
+
+def _column(value: float | Tensor, dtype: torch.dtype) -> Tensor | None:
+    """A per-row sampling parameter as `_cpu` reads it; None for a plain number."""
+    return _dense(value.to(dtype)) if isinstance(value, Tensor) else None
+
+
+def sample(
+    logits: Tensor, keys: Tensor, temperature: float | Tensor, top_p: float | Tensor, top_k: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits, keys = _dense(logits), _dense(keys)
+    num_rows, vocabulary = logits.shape
+    columns = (_column(temperature, torch.float64), _column(top_p, torch.float64), _column(top_k, torch.int64))
+    addresses = [0 if x is None else x.data_ptr() for x in columns]
+    numbers = [x if not isinstance(x, Tensor) else 0 for x in (temperature, top_p, top_k)]
+    token = torch.empty(num_rows, dtype=torch.int64)
+    logprob, logprob_raw, entropy = torch.empty(3, num_rows).unbind()
+    failed = native.sample(
+        logits.data_ptr(), keys.data_ptr(), *addresses, *numbers,
+        token.data_ptr(), logprob.data_ptr(), logprob_raw.data_ptr(), entropy.data_ptr(), num_rows, vocabulary,
+    )  # fmt: skip
+    if failed >= 0:
+        raise ValueError(f"sample: row {failed} has no distribution (NaN or inf logits)")
+    return token, logprob, logprob_raw, entropy

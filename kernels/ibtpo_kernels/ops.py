@@ -1,0 +1,238 @@
+"""The public ops. Each checks its arguments, then runs on the backend chosen by `dispatch`.
+
+Shapes: N packed tokens, B queries (live branches), T rows, E edges, Hq/Hkv query and key/value heads, D head size,
+H hidden, V vocabulary. Tensors of one call share device and float dtype unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ibtpo_kernels import checks
+from ibtpo_kernels.dispatch import implementation
+from ibtpo_kernels.plan import DecodePlan
+
+
+def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, *, scale: float | None = None) -> Tensor:
+    """Attention over packed trees: query i sees key j <=> j <= i < end[j].
+
+    Args:
+        q: [N, Hq, D]; k, v: [N, Hkv, D] with Hq a multiple of Hkv; tokens in depth-first pre-order.
+        end: int32 [N], exclusive end of each token's subtree, in (i, N].
+        scale: of the scores; default 1 / sqrt(D).
+
+    Returns:
+        [N, Hq, D]; differentiable in q, k and v. The backward is deterministic.
+
+    Raises:
+        ValueError: a shape, dtype, device or `end` is wrong.
+
+    Source: ours; the tiling is FlashAttention-2 (Dao, 2023) with the mask reduced to two integers a key block.
+    """
+    checks.tree_attention(q, k, v, end)
+    out: Tensor = implementation(q).tree_attention(q, k, v, end, _scale(scale, q))
+    return out
+
+
+def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, *, page_size: int = 16) -> DecodePlan:
+    """Find which queries share which pages, so that `tree_decode` reads a shared page once.
+
+    Sharing is found between neighbours: give queries in depth-first order. Results never depend on what is found.
+
+    Args:
+        page_table: int32 [R, P], page ids of each row's path in depth order; -1 past a row's pages, never read.
+        rows: int32 [B], the table row of each query; equal neighbours (a chunked prefill) share everything.
+        lengths: int32 [B], query b sees slots [0, lengths[b]) of its path, its own included.
+        page_size: slots a page.
+
+    Returns:
+        A `DecodePlan` that refers to these tensors: `lengths` may grow in place, and pages may be added to the table
+        in place, without a new plan; a page that was there and is replaced needs one.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong, a row lies outside the table, a length exceeds the table's width.
+    """
+    checks.plan_decode(page_table, rows, lengths, page_size)
+    items: Tensor = implementation(page_table).plan_decode(page_table, rows, lengths, page_size)
+    return DecodePlan(page_table, rows, lengths, items, page_size)
+
+
+def tree_decode(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, *, scale: float | None = None
+) -> Tensor:
+    """Attention of B queries, each against its own path of a paged cache; no autograd.
+
+    Each query meets its pages one by one in depth order, so its result does not depend on the rest of the batch.
+
+    Args:
+        q: [B, Hq, D]; k_pages, v_pages: contiguous [num_pages, page_size, Hkv, D].
+        plan: from `plan_decode`, for these B queries and this page size.
+        scale: of the scores; default 1 / sqrt(D).
+
+    Returns:
+        [B, Hq, D]; zeros for a query of length 0.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong, or a page that a query needs is not in the table or the cache.
+    """
+    checks.tree_decode(q, k_pages, v_pages, plan)
+    out: Tensor = implementation(q).tree_decode(q, k_pages, v_pages, plan, _scale(scale, q))
+    return out
+
+
+def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    """Write keys and values into the paged cache, in place.
+
+    Args:
+        k, v: [T, Hkv, D]; k_pages, v_pages: contiguous [num_pages, page_size, Hkv, D].
+        slots: int64 [T], page * page_size + offset; -1 skips the row. A slot given twice keeps either row.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong, or a slot lies outside the cache.
+    """
+    checks.append_kv(k, v, k_pages, v_pages, slots)
+    implementation(k).append_kv(k, v, k_pages, v_pages, slots)
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; differentiable.
+
+    Args:
+        x: [..., H]; weight: [H].
+
+    Returns:
+        [..., H]; computed in float32, rounded to x's dtype, then multiplied by `weight`, as transformers' Qwen3RMSNorm.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong.
+
+    Source: Zhang and Sennrich, "Root mean square layer normalization" (2019).
+    """
+    checks.rms_norm(x, weight)
+    out: Tensor = implementation(x).rms_norm(x, weight, eps)
+    return out
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, rotate-half layout: (x1 cos - x2 sin, x2 cos + x1 sin); differentiable in x.
+
+    Args:
+        x: [N, H, D] with D even; x1 and x2 are its halves along D.
+        cos, sin: float [N, D/2].
+
+    Returns:
+        [N, H, D].
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong.
+
+    Source: Su et al., "RoFormer" (2021), in the layout of transformers.
+    """
+    checks.rope(x, cos, sin)
+    out: Tensor = implementation(x).rope(x, cos, sin)
+    return out
+
+
+def rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    *,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """What stands between the qkv projection and `tree_decode`, in one pass: norm, rotate, append; no autograd.
+
+    Args:
+        q: [T, Hq, D]; k, v: [T, Hkv, D]; cos, sin: float [T, D/2].
+        k_pages, v_pages: contiguous [num_pages, page_size, Hkv, D], written at `slots` as in `append_kv`.
+        q_weight, k_weight: [D], weights of a per-head rms_norm (Qwen3); None leaves it out.
+        eps: of that norm.
+
+    Returns:
+        [T, Hq, D], the normed and rotated q.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong, or a slot lies outside the cache.
+    """
+    checks.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, q_weight, k_weight)
+    out: Tensor = implementation(q).rope_append(
+        q, k, v, cos, sin, k_pages, v_pages, slots, q_weight, k_weight, eps
+    )
+    return out
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, the gate of a SwiGLU MLP (Shazeer, 2020); any shape, both the same; differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes or devices differ.
+    """
+    checks.silu_mul(gate, up)
+    out: Tensor = implementation(gate).silu_mul(gate, up)
+    return out
+
+
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of (row, target) edges and the entropy of each row under softmax(hidden @ weight.T / temperature).
+
+    Args:
+        hidden: [T, H]; weight: [V, H].
+        rows, targets: int64 [E]; edge e asks for targets[e] under the distribution of row rows[e]. A row may have any
+            number of edges, also none.
+        temperature: above 0.
+
+    Returns:
+        (logprob [E], entropy [T]) in nats, float32 (float64 for float64 inputs); both differentiable in hidden and
+        weight. No [T, V] tensor is kept.
+
+    Raises:
+        ValueError: a shape, dtype, device or index is wrong, or temperature is not positive.
+    """
+    checks.linear_logprob(hidden, weight, rows, targets, temperature)
+    logprob, entropy = implementation(hidden).linear_logprob(hidden, weight, rows, targets, temperature)
+    return logprob, entropy
+
+
+def sample(
+    logits: Tensor,
+    keys: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    top_p: float | Tensor = 1.0,
+    top_k: int | Tensor = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw one token a row; the random number is a function of the row's key alone.
+
+    Kept are the `top_k` most likely tokens (0: all), of those the shortest prefix, most likely first, that holds mass
+    `top_p` of theirs. The token is the first, in vocabulary order, whose cumulative kept probability exceeds u times
+    the total; u comes from Philox4x32-10 (see `philox`). All sums are in double.
+
+    Args:
+        logits: [B, V]; keys: int64 [B, 2] = (stream, position).
+        temperature: at least 0; 0 is greedy (lowest index among ties, logprob 0).
+        top_p: in (0, 1]; top_k: at least 0. Each of the three is a number or a tensor [B].
+
+    Returns:
+        (token int64 [B], logprob, logprob_raw, entropy, all float32 [B]): `logprob` under the distribution sampled
+        from, `logprob_raw` and `entropy` (nats) under the full softmax at temperature 1.
+
+    Raises:
+        ValueError: a shape, dtype, device or parameter is wrong, or a row has NaN or +inf logits.
+    """
+    checks.sample(logits, keys, temperature, top_p, top_k)
+    token, logprob, logprob_raw, entropy = implementation(logits).sample(logits, keys, temperature, top_p, top_k)
+    return token, logprob, logprob_raw, entropy
+
+
+def _scale(scale: float | None, q: Tensor) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+

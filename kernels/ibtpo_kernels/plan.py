@@ -1,0 +1,77 @@
+"""Which queries of a decode step share which pages.
+
+Queries come in depth-first order, so those that share a prefix are neighbours and the sharing is a tree of
+intervals. With three queries whose page tables read ::
+
+    query 0:  7 3 5          items (query_begin, query_end, page_begin, page_end), P = 4 columns:
+    query 1:  7 3 9 2          (0, 3, 0, 1)   page 7, read once for three queries
+    query 2:  7 4              (0, 2, 1, 2)   page 3, read once for two
+                               (0, 1, 2, 4)   the tail of query 0, and so on
+
+A tail runs to the table's width, so a query may grow in place without a new plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+Ints = npt.NDArray[np.int32]
+Item = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class DecodePlan:
+    """What `tree_decode` walks; made by `plan_decode`.
+
+    Attributes:
+        page_table: int32 [R, P], page ids of each row's path in depth order.
+        rows: int32 [B], the table row of each query.
+        lengths: int32 [B], query b sees slots [0, lengths[b]) of its path, its own included.
+        items: int32 [I, 4] = (query_begin, query_end, page_begin, page_end): queries [query_begin, query_end) all have
+            the same pages in columns [page_begin, page_end). Each (query, page) is covered once, in depth order.
+        page_size: slots a page.
+    """
+
+    page_table: Tensor
+    rows: Tensor
+    lengths: Tensor
+    items: Tensor
+    page_size: int
+
+
+def shared_columns(page_table: Ints, rows: Ints, lengths: Ints, page_size: int) -> list[int]:
+    """For each pair of neighbouring queries, how many leading columns of the page table they share."""
+    width = page_table.shape[1]
+    num_pages = -(-lengths.astype(np.int64) // page_size)
+    shared = []
+    for b in range(len(rows) - 1):
+        if rows[b] == rows[b + 1]:
+            shared.append(width)  # two queries of one path, as in a chunked prefill
+            continue
+        limit = int(min(num_pages[b], num_pages[b + 1], width))
+        ours, theirs = page_table[rows[b], :limit], page_table[rows[b + 1], :limit]
+        differ = np.flatnonzero((ours != theirs) | (ours < 0))
+        shared.append(int(differ[0]) if len(differ) else limit)
+    return shared
+
+
+def plan_items(page_table: Ints, rows: Ints, lengths: Ints, page_size: int) -> Ints:
+    """int32 [I, 4], the items in depth-first order: the spec of the compiled planner."""
+    width = page_table.shape[1]
+    shared = shared_columns(page_table, rows, lengths, page_size)
+    items: list[Item] = []
+    groups = [(0, len(rows), 0)] if len(rows) else []  # (query_begin, query_end, first column not yet covered)
+    while groups:
+        begin, end, column = groups.pop()
+        depth = min(shared[begin : end - 1], default=width)
+        if depth > column:
+            items.append((begin, end, column, depth))
+        if end - begin > 1 and depth < width:
+            cuts = [begin, *(b + 1 for b in range(begin, end - 1) if shared[b] == depth), end]
+            groups.extend((a, b, depth) for a, b in zip(cuts[-2::-1], cuts[:0:-1], strict=True))
+    return np.array(items, np.int32).reshape(-1, 4)
+

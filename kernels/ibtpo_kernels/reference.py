@@ -1,0 +1,164 @@
+"""Every op in plain torch: the specification, and the oracle of every test.
+
+Any float dtype and device. bf16 and fp16 are computed in float32 and rounded once at the end; float64 stays float64.
+
+Shapes: N packed tokens, B queries, T rows, E edges, Hq/Hkv heads, D head size, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ibtpo_kernels import checks
+from ibtpo_kernels.logprob import linear_logprob
+from ibtpo_kernels.philox import uniform
+from ibtpo_kernels.plan import DecodePlan, plan_items
+
+__all__ = [
+    "append_kv",
+    "linear_logprob",
+    "plain_linear_logprob",
+    "plan_decode",
+    "rms_norm",
+    "rope",
+    "rope_append",
+    "sample",
+    "silu_mul",
+    "tree_attention",
+    "tree_decode",
+]
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> Tensor:
+    """softmax(scale q k^T + mask) v, where query i sees key j <=> j <= i < end[j]."""
+    group = q.shape[1] // k.shape[1]
+    k_NHD, v_NHD = (_wide(x).repeat_interleave(group, 1) for x in (k, v))
+    index = torch.arange(len(q), device=q.device)
+    visible = (index[None, :] <= index[:, None]) & (index[:, None] < end[None, :])  # [query, key]
+    scores = torch.einsum("ihd,jhd->hij", _wide(q), k_NHD) * scale
+    p = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return torch.einsum("hij,jhd->ihd", p, v_NHD).to(q.dtype)
+
+
+def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: int) -> Tensor:
+    """The plan's items, int32 [I, 4] on the device of `page_table`; computed on the host."""
+    checks.plan_in_range(page_table, rows, lengths, page_size)
+    items = plan_items(page_table.cpu().numpy(), rows.cpu().numpy(), lengths.cpu().numpy(), page_size)
+    return torch.from_numpy(items).to(page_table.device)
+
+
+def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
+    """Each query against slots [0, lengths[b]) of its own path; a query of length 0 gets zeros."""
+    group = q.shape[1] // k_pages.shape[2]
+    out = torch.zeros_like(q)
+    rows, lengths = plan.rows.tolist(), plan.lengths.tolist()
+    for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        pages = plan.page_table[row, : -(-length // plan.page_size)].long()
+        if bool(((pages < 0) | (pages >= len(k_pages))).any()):
+            raise ValueError(f"tree_decode: query {b} of length {length} needs a page that table row {row} lacks")
+        k_LHD, v_LHD = (
+            _wide(x[pages].flatten(0, 1)[:length]).repeat_interleave(group, 1) for x in (k_pages, v_pages)
+        )
+        p = (torch.einsum("hd,lhd->hl", _wide(q[b]), k_LHD) * scale).softmax(-1)
+        if length:
+            out[b] = torch.einsum("hl,lhd->hd", p, v_LHD).to(q.dtype)
+    return out
+
+
+def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    """Write row t of k and v to flat slot slots[t]; -1 writes nothing."""
+    checks.slots_in_range(slots, k_pages)
+    used = slots >= 0
+    for source, pages in ((k, k_pages), (v, v_pages)):
+        pages.view(-1, *pages.shape[2:])[slots[used]] = source[used].to(pages.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps), rounded to x's dtype, then times weight: the order of transformers' Qwen3RMSNorm."""
+    wide = _wide(x)
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate halves: (x1 cos - x2 sin, x2 cos + x1 sin)."""
+    x1, x2 = _wide(x).chunk(2, -1)
+    cos_N1D, sin_N1D = cos[:, None].to(x1.dtype), sin[:, None].to(x1.dtype)
+    return torch.cat((x1 * cos_N1D - x2 * sin_N1D, x2 * cos_N1D + x1 * sin_N1D), -1).to(x.dtype)
+
+
+def rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Norm q and k where weights are given, rotate both, append k and v; returns the rotated q."""
+    if q_weight is not None:
+        q = rms_norm(q, q_weight, eps)
+    if k_weight is not None:
+        k = rms_norm(k, k_weight, eps)
+    append_kv(rope(k, cos, sin), v, k_pages, v_pages, slots)
+    return rope(q, cos, sin)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, both factors in the input's dtype as in transformers' MLP."""
+    return torch.nn.functional.silu(gate) * up
+
+
+def plain_linear_logprob(
+    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """`linear_logprob` the plain way, [T, V] kept and autograd left to torch: what the chunked form must equal."""
+    log_p = ((_wide(hidden) @ _wide(weight).t()) / temperature).log_softmax(-1)
+    return log_p[rows, targets], -(log_p.exp() * log_p).sum(-1)
+
+
+def sample(
+    logits: Tensor, keys: Tensor, temperature: float | Tensor, top_p: float | Tensor, top_k: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Draw one token a row by inverting the cumulative distribution in vocabulary order; all sums in double."""
+    z = logits.double()
+    raw = z.log_softmax(-1)
+    if bool(raw.isnan().any()):
+        raise ValueError(f"sample: row {int(raw.isnan().any(-1).nonzero()[0])} has no distribution (NaN or inf logits)")
+    temperature, top_p, top_k = (_column(x, logits) for x in (temperature, top_p, top_k))
+    greedy = temperature == 0
+    w = ((z - z.amax(-1, keepdim=True)) / torch.where(greedy, 1.0, temperature)).exp()
+    w = torch.where(greedy, (z == z.amax(-1, keepdim=True)).double(), w)
+    w = w.masked_fill(~_kept(w, torch.where(greedy, 1.0, top_k), torch.where(greedy, 1.0, top_p)), 0.0)
+    cumulative = w.cumsum(-1)
+    total = cumulative[:, -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))  # u * total may round up to total
+    token = torch.searchsorted(cumulative, torch.minimum(uniform(keys)[:, None] * total, below), right=True)
+    logprob = (w.gather(-1, token) / total).log()[:, 0]
+    entropy = torch.special.entr(raw.exp()).sum(-1)
+    return token[:, 0], logprob.float(), raw.gather(-1, token)[:, 0].float(), entropy.float()
+
+
+def _column(value: float | Tensor, logits: Tensor) -> Tensor:
+    """A per-row parameter as float64 [B, 1]."""
+    return torch.as_tensor(value, dtype=torch.float64, device=logits.device).expand(len(logits))[:, None]
+
+
+def _kept(w: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """bool [B, V]: the top_k heaviest, then the shortest prefix of those, heaviest first, with mass >= top_p."""
+    by_weight, order = w.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(w.shape[-1], device=w.device)
+    in_top_k = (top_k == 0) | (rank < top_k)
+    cumulative = (by_weight * in_top_k).cumsum(-1)
+    before = torch.nn.functional.pad(cumulative, (1, 0))[:, :-1]  # mass of all heavier tokens
+    in_top_p = (top_p >= 1) | (before < top_p * cumulative[:, -1:]) | (rank == 0)
+    return torch.zeros_like(in_top_k & in_top_p).scatter(-1, order, in_top_k & in_top_p)

@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# Make .venv: a Python >= 3.11, torch (its CPU build where there is no NVIDIA GPU), then this package, editable.
+# Quiet while all goes well; where a step fails, its output is shown and nothing after it is tried.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+readonly VENV=.venv
+readonly TORCH="torch==2.13.0"
+readonly CPU_INDEX="https://download.pytorch.org/whl/cpu"
+
+say() { printf '[setup] %s\n' "$*"; }
+
+step() { # step TITLE COMMAND...
+  local title=$1 log status=0
+  shift
+  say "$title"
+  log=$(mktemp)
+  "$@" >"$log" 2>&1 || status=$?
+  if ((status != 0)); then
+    cat "$log" >&2
+    say "failed (exit $status): $*" >&2
+  fi
+  rm -f "$log"
+  return "$status"
+}
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:+"$PYTHON"} python3 python3.13 python3.12 python3.11 python3.14 python; do
+    if "$candidate" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' 2>/dev/null; then
+      command -v "$candidate"
+      return
+    fi
+  done
+  say "no Python >= 3.11 found; install one (python.org, pyenv, uv python install 3.12) or set PYTHON=/path/to/python" >&2
+  return 1
+}
+
+has_gpu() { [[ -e /dev/nvidia0 ]] || { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }; }
+
+# True where pip is already configured with a folder that offers torch's CPU build.
+has_local_cpu_torch() {
+  local folder
+  for folder in ${PIP_FIND_LINKS:-} $("$VENV/bin/pip" config get global.find-links 2>/dev/null || true); do
+    compgen -G "${folder#file://}/torch-*+cpu*.whl" >/dev/null && return 0
+  done
+  return 1
+}
+
+install_torch() {
+  if "$VENV/bin/python" -c 'import torch' 2>/dev/null; then
+    return
+  fi
+  if has_gpu; then
+    step "installing $TORCH with CUDA" "$VENV/bin/pip" install "$TORCH"
+  elif has_local_cpu_torch; then
+    step "installing $TORCH (CPU build, from the configured folder)" "$VENV/bin/pip" install "$TORCH"
+  elif ! step "installing $TORCH (CPU build)" "$VENV/bin/pip" install "$TORCH" --index-url "$CPU_INDEX"; then
+    say "$CPU_INDEX cannot be reached; put a CPU build of torch into $VENV yourself and run this again" >&2
+    return 1
+  fi
+}
+
+install_build_tools() {
+  local tools=("scikit-build-core>=0.10" "nanobind>=2.2" ninja)
+  command -v cmake >/dev/null || tools+=(cmake)
+  step "installing the build tools" "$VENV/bin/pip" install "${tools[@]}"
+}
+
+has_compiler() {
+  local compiler
+  for compiler in ${CXX:+"$CXX"} c++ g++ clang++; do
+    command -v "$compiler" >/dev/null && return 0
+  done
+  return 1
+}
+
+main() {
+  local python
+  python=$(find_python)
+  [[ -x $VENV/bin/python ]] || step "making $VENV with $("$python" --version)" "$python" -m venv "$VENV"
+  install_torch
+  install_build_tools
+  if [[ -z ${IBTPO_NO_COMPILE:-} ]] && ! has_compiler; then
+    say "no C++ compiler found: installing without compiled kernels (slower; install g++ or clang++ and run 'make setup')"
+    export IBTPO_NO_COMPILE=1
+  fi
+  step "installing ibtpo" "$VENV/bin/pip" install --no-build-isolation -e ".[dev]"
+  touch "$VENV/.installed"
+  say "done"
+}
+
+main
