@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import BACKENDS, assert_within_budget, forest, path_of, paged, qkv
+from kernel_cases import BACKENDS, assert_within_budget, forest, paged, path_of, qkv
 
 import ibtpo_kernels as K
 from ibtpo_kernels.plan import plan_items

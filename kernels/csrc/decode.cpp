@@ -3,8 +3,9 @@
 //   out_b = sum_j softmax_j(scale q_b k_j) v_j   over slots j < lengths[b] of path rows[b].
 //
 // A task is a block of neighbouring queries and a range of key/value heads. It walks the plan's items; a page shared by
-// several of its queries is read, and its keys are transposed, once for all of them, head after head. Each query's state (m, l, acc) is
-// carried page by page in depth order: its sums never depend on which other queries share the page.
+// several of its queries is read, and its keys are transposed, once for all of them, head after head. Each query's
+// state (m, l, acc) is carried page by page in depth order: its sums never depend on which other queries share the
+// page.
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -15,10 +16,12 @@
 namespace ibtpo::IBTPO_ISA {
 namespace {
 
-constexpr int64_t kRows = 64;   // query rows (queries x group) of a task, at most
-constexpr int64_t kPages = 4;   // pages whose scores are computed together
-constexpr float kSlack = 8.0f;  // a maximum that grows by less is kept: weights up to e^8 are harmless, rescaling is not
+constexpr int64_t kRows = 64;       // query rows (queries x group) of a task, at most
+constexpr int64_t kPages = 4;       // pages whose scores are computed together
 constexpr float kMinimum = -1e30f;  // "no maximum yet": finite, so that -inf - m stays -inf
+
+// A maximum that grows by less than this is kept: weights up to e^8 are harmless, rescaling is not free.
+constexpr float kSlack = 8.0f;
 
 struct Item {
   int32_t query_begin, query_end, page_begin, page_end;
@@ -27,12 +30,12 @@ struct Item {
 // Neighbouring queries [begin, end) on the same pages, from table column `column` on.
 struct Run {
   int64_t begin, end, column, longest;  // longest: the greatest length among them
-  const float *values[kPages];          // this head's first value in each page
+  const float* values[kPages];          // this head's first value in each page
 };
 
 class Task {
  public:
-  INLINE_MEMBER Task(const Decode &p, int64_t head_begin, int64_t head_end, int64_t begin, int64_t end)
+  INLINE_MEMBER Task(const Decode& p, int64_t head_begin, int64_t head_end, int64_t begin, int64_t end)
       : p_(p),
         head_begin_(head_begin),
         head_end_(head_end),
@@ -54,11 +57,12 @@ class Task {
   // Returns -1, or the first query found whose page is missing.
   INLINE_MEMBER int64_t run() {
     start();
-    const Item *items = reinterpret_cast<const Item *>(p_.items);
+    const Item* items = reinterpret_cast<const Item*>(p_.items);
     for (int64_t i = 0; i < p_.num_items; ++i) {
-      const Item &item = items[i];
+      const Item& item = items[i];
       if (item.query_end <= begin_ || item.query_begin >= end_) continue;
-      if (i + 1 < p_.num_items && items[i + 1].query_begin < end_) foresee(items[i + 1].query_begin, items[i + 1].page_begin);
+      if (i + 1 < p_.num_items && items[i + 1].query_begin < end_)
+        foresee(items[i + 1].query_begin, items[i + 1].page_begin);
       const int64_t begin = most(begin_, item.query_begin), end = least(end_, item.query_end);
       const int64_t failed = walk(begin, end, item.page_begin, item.page_end);
       if (failed >= 0) return failed;
@@ -81,13 +85,13 @@ class Task {
     for (int64_t r = 0; r < states_; ++r) {
       const float sum = reduce_add(sum_[r]);
       const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-      float *out = p_.out + (query(r) - p_.q);
+      float* out = p_.out + (query(r) - p_.q);
       for (int64_t d = 0; d < p_.head_dim; ++d) out[d] = acc_[r * padded_ + d] * inverse;
     }
   }
 
   // The query of state r; states are ordered by key/value head, query, and head within the group.
-  INLINE_MEMBER const float *query(int64_t r) const {
+  INLINE_MEMBER const float* query(int64_t r) const {
     const int64_t kv_head = head_begin_ + r / rows_, b = begin_ + r % rows_ / group_;
     return p_.q + (b * p_.num_heads + kv_head * group_ + r % group_) * p_.head_dim;
   }
@@ -139,8 +143,8 @@ class Task {
       run.values[c] = p_.v_pages + first;
       prefetch(run.values[c], kv_stride);
     }
-    multiply<Into::kStore>(scores_, ld, (end - begin) * group_, count * page_, {q_ + state(begin) * padded_, padded_, 1}, keys_, ld,
-                           padded_);
+    multiply<Into::kStore>(scores_, ld, (end - begin) * group_, count * page_,
+                           {q_ + state(begin) * padded_, padded_, 1}, keys_, ld, padded_);
     int64_t taken = 0;  // of this run's pages, acc holds [0, taken)
     for (int64_t c = 0; c < count; ++c) taken = page_ == kWidth ? weigh<1>(run, taken, c) : weigh<0>(run, taken, c);
     accumulate(run, taken, count);
@@ -163,19 +167,20 @@ class Task {
   }
 
   // A head's slots lie Hkv * D apart, which the hardware does not foresee.
-  INLINE_MEMBER void prefetch(const float *slot, int64_t kv_stride) const {
+  INLINE_MEMBER void prefetch(const float* slot, int64_t kv_stride) const {
     constexpr int64_t kLine = 64 / sizeof(float);
     for (int64_t j = 0; j < p_.page_size; ++j, slot += kv_stride)
       for (int64_t d = 0; d < p_.head_dim; d += kLine) __builtin_prefetch(slot + d);
   }
 
   // Scores of the run's page c become weights exp(score - m). Before a row's m grows, acc takes in the pages before c,
-  // weighed with the old m. Returns how many pages acc then holds. Vecs: vectors in a page, 0 if known at run time only.
+  // weighed with the old m. Returns how many pages acc then holds. Vecs: vectors in a page, 0 if known at run time
+  // only.
   template <int Vecs>
-  INLINE_MEMBER int64_t weigh(const Run &run, int64_t taken, int64_t c) {
+  INLINE_MEMBER int64_t weigh(const Run& run, int64_t taken, int64_t c) {
     const int64_t width = Vecs > 0 ? Vecs * kWidth : page_, ld = kPages * page_, group = group_;
     float *scores = scores_ + c * page_, *row_max = max_ + state(run.begin);
-    Vec *row_sum = sum_ + state(run.begin);
+    Vec* row_sum = sum_ + state(run.begin);
     for (int64_t b = run.begin; b < run.end; ++b) {
       const auto seen = static_cast<int32_t>(visible(b, run.column + c));
       for (int64_t g = 0; g < group; ++g, scores += ld, ++row_max, ++row_sum) {
@@ -208,18 +213,19 @@ class Task {
 
   // acc += weights * values over pages [from, to) of the run; slots beyond every query's length are never read, for
   // they may hold anything, NaN included. Cut anywhere, the sum has the same bits (Into::kChain).
-  INLINE_MEMBER void accumulate(const Run &run, int64_t from, int64_t to) {
+  INLINE_MEMBER void accumulate(const Run& run, int64_t from, int64_t to) {
     const int64_t step = page_ == p_.page_size ? to - from : 1;  // pages whose weights lie next to each other
     for (int64_t c = from; c < to; c += step) {
       const int64_t depth = least(step * p_.page_size, run.longest - (run.column + c) * p_.page_size);
-      const float *parts[kPages];
+      const float* parts[kPages];
       int64_t ld = p_.num_kv_heads * p_.head_dim;
       for (int64_t i = 0; i < step; ++i) parts[i] = run.values[c + i];
       if (padded_ != p_.head_dim) {
         for (int64_t i = 0; i < step; ++i) {
           const int64_t rows = least(p_.page_size, depth - i * p_.page_size);
           parts[i] = values_ + i * p_.page_size * padded_;
-          pack_rows(values_ + i * p_.page_size * padded_, padded_, run.values[c + i], ld, rows, rows, p_.head_dim, 1.0f);
+          pack_rows(values_ + i * p_.page_size * padded_, padded_, run.values[c + i], ld, rows, rows, p_.head_dim,
+                    1.0f);
         }
         ld = padded_;
       }
@@ -228,7 +234,7 @@ class Task {
     }
   }
 
-  const Decode &p_;
+  const Decode& p_;
   const int64_t head_begin_, head_end_, begin_, end_, group_, padded_, page_, rows_, states_;
   int64_t head_ = head_begin_;  // the key/value head being worked on
   const Scratch<float> q_, acc_, max_;
@@ -246,14 +252,14 @@ INLINE int64_t max_threads() {
 
 }  // namespace
 
-int64_t tree_decode(const Decode &p) {
+int64_t tree_decode(const Decode& p) {
   int64_t visible = 0, unique = 0;  // (query, slot) pairs; the same with shared slots counted once
   for (int64_t b = 0; b < p.num_queries; ++b) {
     if (p.rows[b] < 0 || p.rows[b] >= p.num_rows || p.lengths[b] > p.table_width * p.page_size) return b;
     visible += most(0, p.lengths[b]);
   }
   for (int64_t i = 0; i < p.num_items; ++i) {
-    const Item &item = reinterpret_cast<const Item *>(p.items)[i];
+    const Item& item = reinterpret_cast<const Item*>(p.items)[i];
     if (item.query_begin < 0 || item.query_end > p.num_queries || item.page_begin < 0 ||
         item.page_end > p.table_width || item.query_begin >= item.query_end)
       return item.query_begin;
@@ -265,7 +271,7 @@ int64_t tree_decode(const Decode &p) {
   const int64_t block = most(1, least(kRows / group, 4 * most(1, sharing)));
   const int64_t blocks = (p.num_queries + block - 1) / block;
   const int64_t parts = least(p.num_kv_heads, (2 * max_threads() + blocks - 1) / most(1, blocks));
-  const bool parallel = visible * p.num_heads * p.head_dim > 1 << 16;  // below, starting threads costs more
+  const bool parallel = visible * p.num_heads * p.head_dim > 1 << 19;  // below, starting threads costs more
   int64_t failed = -1;
 #pragma omp parallel for collapse(2) schedule(dynamic) if (parallel)
   for (int64_t i = 0; i < blocks; ++i)

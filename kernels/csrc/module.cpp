@@ -4,6 +4,7 @@
 // address costs a tenth of a DLPack exchange, which a decode step of a small model would notice. Work that can be long
 // releases the GIL.
 #include <nanobind/nanobind.h>
+
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -17,11 +18,11 @@ using namespace ibtpo;
 namespace {
 
 template <class T>
-T *at(uintptr_t address) {
-  return reinterpret_cast<T *>(address);
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
 }
 
-const Kernels &choose() {
+const Kernels& choose() {
 #if defined(IBTPO_X86)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
@@ -39,12 +40,12 @@ struct Column {
   Column(uintptr_t address, T all, int64_t count)
       : copies(address == 0 ? count : 0, all), data(address == 0 ? copies.data() : at<T>(address)) {}
   const std::vector<T> copies;
-  const T *const data;
+  const T* const data;
 };
 
-// Copies row t of k and v, row_size floats, to slot slots[t]; -1 skips. Returns -1, or the first row with a bad slot, in
-// which case nothing is written.
-int64_t append_kv(const float *k, const float *v, float *k_pages, float *v_pages, const int64_t *slots, int64_t count,
+// Copies row t of k and v, row_size floats, to slot slots[t]; -1 skips. Returns -1, or the first row with a bad slot,
+// in which case nothing is written.
+int64_t append_kv(const float* k, const float* v, float* k_pages, float* v_pages, const int64_t* slots, int64_t count,
                   int64_t row_size, int64_t k_stride, int64_t v_stride, int64_t num_slots) {
   for (int64_t t = 0; t < count; ++t)
     if (slots[t] < -1 || slots[t] >= num_slots) return t;
@@ -56,7 +57,7 @@ int64_t append_kv(const float *k, const float *v, float *k_pages, float *v_pages
   return -1;
 }
 
-const Kernels *active = &baseline::kernels;
+const Kernels* active = &baseline::kernels;
 
 }  // namespace
 
@@ -67,8 +68,8 @@ NB_MODULE(_cpu, m) {
 
   m.def("isa", [] { return active->isa; });
 
-  m.def("use_isa", [](const char *name) {  // for tests: run the kernels of a lesser instruction set
-    const Kernels *chosen = nullptr;
+  m.def("use_isa", [](const char* name) {  // for tests: run the kernels of a lesser instruction set
+    const Kernels* chosen = nullptr;
 #if defined(IBTPO_X86)
     if (!strcmp(name, "v4") && &choose() == &v4::kernels) chosen = &v4::kernels;
     if (!strcmp(name, "v3") && &choose() != &baseline::kernels) chosen = &v3::kernels;
@@ -82,9 +83,9 @@ NB_MODULE(_cpu, m) {
       "tree_forward",
       [](Address q, Address k, Address v, Address end, Address out, Address lse, int64_t num_tokens, int64_t num_heads,
          int64_t num_kv_heads, int64_t head_dim, float scale) {
-        active->tree_forward({num_tokens, num_heads, num_kv_heads, head_dim, scale},
-                             {at<float>(q), at<float>(k), at<float>(v), at<int32_t>(end), at<float>(out),
-                              at<float>(lse)});
+        active->tree_forward(
+            {num_tokens, num_heads, num_kv_heads, head_dim, scale},
+            {at<float>(q), at<float>(k), at<float>(v), at<int32_t>(end), at<float>(out), at<float>(lse)});
       },
       release);
 
@@ -101,8 +102,8 @@ NB_MODULE(_cpu, m) {
   m.def(
       "tree_decode",
       [](Address q, Address k_pages, Address v_pages, Address page_table, Address rows, Address lengths, Address items,
-         Address out, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim,
-         int64_t num_pages, int64_t page_size, int64_t num_rows, int64_t table_width, int64_t num_items, float scale) {
+         Address out, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t num_pages,
+         int64_t page_size, int64_t num_rows, int64_t table_width, int64_t num_items, float scale) {
         return active->tree_decode({at<float>(q), at<float>(k_pages), at<float>(v_pages), at<int32_t>(page_table),
                                     at<int32_t>(rows), at<int32_t>(lengths), at<int32_t>(items), at<float>(out),
                                     num_queries, num_heads, num_kv_heads, head_dim, num_pages, page_size, num_rows,
@@ -116,15 +117,31 @@ NB_MODULE(_cpu, m) {
                      row_size, k_stride, v_stride, num_slots);
   });
 
-  m.def("rope_append", [](Address q, Address k, Address v, Address cos, Address sin, Address q_weight, Address k_weight,
-                          Address q_out, Address k_pages, Address v_pages, Address slots, int64_t num_tokens,
-                          int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t q_stride,
-                          int64_t k_stride, int64_t v_stride, int64_t num_slots, float eps) {
-    return active->rope_append({at<float>(q), at<float>(k), at<float>(v), at<float>(cos), at<float>(sin),
-                                at<float>(q_weight), at<float>(k_weight), at<float>(q_out), at<float>(k_pages),
-                                at<float>(v_pages), at<int64_t>(slots), num_tokens, num_heads, num_kv_heads, head_dim,
-                                q_stride, k_stride, v_stride, num_slots, eps});
-  });
+  m.def("rope_append",
+        [](Address q, Address k, Address v, Address cos, Address sin, Address q_weight, Address k_weight, Address q_out,
+           Address k_pages, Address v_pages, Address slots, int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads,
+           int64_t head_dim, int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t num_slots, float eps) {
+          return active->rope_append({at<float>(q),
+                                      at<float>(k),
+                                      at<float>(v),
+                                      at<float>(cos),
+                                      at<float>(sin),
+                                      at<float>(q_weight),
+                                      at<float>(k_weight),
+                                      at<float>(q_out),
+                                      at<float>(k_pages),
+                                      at<float>(v_pages),
+                                      at<int64_t>(slots),
+                                      num_tokens,
+                                      num_heads,
+                                      num_kv_heads,
+                                      head_dim,
+                                      q_stride,
+                                      k_stride,
+                                      v_stride,
+                                      num_slots,
+                                      eps});
+        });
 
   m.def("rope", [](Address x, Address cos, Address sin, Address out, int64_t num_tokens, int64_t num_heads,
                    int64_t head_dim, float direction) {
@@ -147,25 +164,23 @@ NB_MODULE(_cpu, m) {
     active->silu_mul(at<float>(gate), at<float>(up), at<float>(out), num_rows, size, gate_stride, up_stride);
   });
 
-  m.def("silu_mul_backward",
-        [](Address gate, Address up, Address d_out, Address d_gate, Address d_up, int64_t count) {
-          active->silu_mul_backward(at<float>(gate), at<float>(up), at<float>(d_out), at<float>(d_gate),
-                                    at<float>(d_up), count);
-        });
+  m.def("silu_mul_backward", [](Address gate, Address up, Address d_out, Address d_gate, Address d_up, int64_t count) {
+    active->silu_mul_backward(at<float>(gate), at<float>(up), at<float>(d_out), at<float>(d_gate), at<float>(d_up),
+                              count);
+  });
 
   m.def(
       "row_stats",
-      [](Address z, Address lse, Address entropy, int64_t num_rows, int64_t size) {
-        active->row_stats(at<float>(z), at<float>(lse), at<float>(entropy), num_rows, size);
+      [](Address z, Address stats, int64_t num_rows, int64_t size) {
+        active->row_stats(at<float>(z), at<float>(stats), num_rows, size);
       },
       release);
 
   m.def(
       "logit_grad",
-      [](Address z, Address lse, Address entropy, Address grad_rows, Address grad_entropy, int64_t num_rows,
-         int64_t size) {
-        active->logit_grad(at<float>(z), at<float>(lse), at<float>(entropy), at<float>(grad_rows),
-                           at<float>(grad_entropy), num_rows, size);
+      [](Address z, Address stats, Address grad_rows, Address grad_entropy, int64_t num_rows, int64_t size) {
+        active->logit_grad(at<float>(z), at<float>(stats), at<float>(grad_rows), at<float>(grad_entropy), num_rows,
+                           size);
       },
       release);
 
@@ -184,14 +199,17 @@ NB_MODULE(_cpu, m) {
       release);
 
   // Writes at most 2 B items of four int32 to `items` and returns how many, or -1 - b where query b is out of range.
-  m.def("plan_decode", [](Address page_table, Address rows, Address lengths, Address items, int64_t num_rows,
-                          int64_t width, int64_t num_queries, int64_t page_size) -> int64_t {
-    const PlanInput p{at<int32_t>(page_table), at<int32_t>(rows), at<int32_t>(lengths), num_rows, width, num_queries,
-                      page_size};
-    for (int64_t b = 0; b < num_queries; ++b)
-      if (p.rows[b] < 0 || p.rows[b] >= num_rows || p.lengths[b] < 0 || p.lengths[b] > width * page_size) return -1 - b;
-    const std::vector<PlanItem> found = plan_items(p);
-    std::copy(found.begin(), found.end(), at<PlanItem>(items));
-    return static_cast<int64_t>(found.size());
-  });
+  m.def(
+      "plan_decode",
+      [](Address page_table, Address rows, Address lengths, Address items, int64_t num_rows, int64_t width,
+         int64_t num_queries, int64_t page_size) -> int64_t {
+        const PlanInput p{
+            at<int32_t>(page_table), at<int32_t>(rows), at<int32_t>(lengths), num_rows, width, num_queries, page_size};
+        for (int64_t b = 0; b < num_queries; ++b)
+          if (p.rows[b] < 0 || p.rows[b] >= num_rows || p.lengths[b] < 0 || p.lengths[b] > width * page_size)
+            return -1 - b;
+        const std::vector<PlanItem> found = plan_items(p);
+        std::copy(found.begin(), found.end(), at<PlanItem>(items));
+        return static_cast<int64_t>(found.size());
+      });
 }

@@ -17,7 +17,7 @@ struct PlanItem {
 };
 
 // Leading columns of the page table that queries b and b + 1 share.
-inline int32_t shared_columns(const PlanInput &p, int64_t b) {
+inline int32_t shared_columns(const PlanInput& p, int64_t b) {
   const int64_t row = p.rows[b], next = p.rows[b + 1];
   if (row == next) return static_cast<int32_t>(p.width);
   const int64_t shorter = std::min(p.lengths[b], p.lengths[b + 1]);
@@ -30,7 +30,7 @@ inline int32_t shared_columns(const PlanInput &p, int64_t b) {
 
 // The intervals of the longest-common-prefix array, found with one stack in O(B): swept from the last query to the
 // first, so that reversing what was emitted gives depth-first order.
-inline std::vector<PlanItem> plan_items(const PlanInput &p) {
+inline std::vector<PlanItem> plan_items(const PlanInput& p) {
   struct Open {
     int32_t end, depth;  // queries [current, end) share columns [0, depth)
   };

@@ -6,20 +6,21 @@
 namespace ibtpo::IBTPO_ISA {
 namespace {
 
-constexpr int64_t kParallelWork = 1 << 16;  // floats; below, starting threads costs more than it saves
+constexpr int64_t kParallelWork = 1 << 17;  // floats; below, starting threads costs more than it saves
 
-INLINE float inverse_rms(const float *x, int64_t size, float eps) {
+INLINE float inverse_rms(const float* x, int64_t size, float eps) {
   return 1.0f / __builtin_sqrtf(dot(x, x, size) / (float)size + eps);
 }
 
-INLINE void norm_row(const float *x, const float *weight, float *out, int64_t size, float eps) {
+INLINE void norm_row(const float* x, const float* weight, float* out, int64_t size, float eps) {
   const float factor = inverse_rms(x, size, eps);
-  for_each(size, [&](int64_t i) { store(out + i, load(x + i) * factor * load(weight + i)); },
-           [&](int64_t i) { out[i] = x[i] * factor * weight[i]; });
+  for_each(
+      size, [&](int64_t i) { store(out + i, load(x + i) * factor * load(weight + i)); },
+      [&](int64_t i) { out[i] = x[i] * factor * weight[i]; });
 }
 
 // out = (x1 cos - x2 sin, x2 cos + x1 sin); out may be x.
-INLINE void rotate_row(const float *x, const float *cos, const float *sin, float *out, int64_t half, float direction) {
+INLINE void rotate_row(const float* x, const float* cos, const float* sin, float* out, int64_t half, float direction) {
   for_each(
       half,
       [&](int64_t i) {
@@ -37,11 +38,11 @@ INLINE void rotate_row(const float *x, const float *cos, const float *sin, float
 INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
 INLINE float sigmoid(float x) { return sigmoid(splat(x))[0]; }
 
-INLINE float row_max(const float *z, int64_t size) {
+INLINE float row_max(const float* z, int64_t size) {
   Vec lanes = splat(-__builtin_inff());
   float tail = -__builtin_inff();
-  for_each(size, [&](int64_t i) { lanes = max(lanes, load(z + i)); },
-           [&](int64_t i) { tail = z[i] > tail ? z[i] : tail; });
+  for_each(
+      size, [&](int64_t i) { lanes = max(lanes, load(z + i)); }, [&](int64_t i) { tail = z[i] > tail ? z[i] : tail; });
   const float highest = reduce_max(lanes);
   return highest > tail ? highest : tail;
 }
@@ -50,7 +51,7 @@ constexpr float kLowest = -1e30f;  // stands in for -inf, whose product with pro
 
 }  // namespace
 
-void rope(const float *x, const float *cos, const float *sin, float *out, int64_t num_tokens, int64_t num_heads,
+void rope(const float* x, const float* cos, const float* sin, float* out, int64_t num_tokens, int64_t num_heads,
           int64_t head_dim, float direction) {
   const int64_t half = head_dim / 2;
 #pragma omp parallel for if (num_tokens * num_heads * head_dim > kParallelWork)
@@ -61,27 +62,28 @@ void rope(const float *x, const float *cos, const float *sin, float *out, int64_
     }
 }
 
-void rms_norm(const float *x, const float *weight, float *out, int64_t num_rows, int64_t size, float eps) {
+void rms_norm(const float* x, const float* weight, float* out, int64_t num_rows, int64_t size, float eps) {
 #pragma omp parallel for if (num_rows * size > kParallelWork)
   for (int64_t r = 0; r < num_rows; ++r) norm_row(x + r * size, weight, out + r * size, size, eps);
 }
 
 // With n = x f, f = 1 / rms: dx = f (w dO - n mean(w dO n)), dw = sum over rows of dO n. The rows are cut into a fixed
 // number of parts for dw, added in order, so that the result does not depend on the number of threads.
-void rms_norm_backward(const float *x, const float *weight, const float *d_out, float *dx, float *d_weight,
+void rms_norm_backward(const float* x, const float* weight, const float* d_out, float* dx, float* d_weight,
                        int64_t num_rows, int64_t size, float eps) {
   constexpr int64_t kParts = 16;
   const Scratch<float> partial(kParts * size);
 #pragma omp parallel for if (num_rows * size > kParallelWork)
   for (int64_t part = 0; part < kParts; ++part) {
-    float *sum = partial + part * size;
+    float* sum = partial + part * size;
     std::memset(sum, 0, sizeof(float) * size);
     for (int64_t r = part * num_rows / kParts; r < (part + 1) * num_rows / kParts; ++r) {
       const float *x_r = x + r * size, *d_r = d_out + r * size;
-      float *dx_r = dx + r * size;
+      float* dx_r = dx + r * size;
       const float f = inverse_rms(x_r, size, eps);
-      for_each(size, [&](int64_t i) { store(dx_r + i, load(weight + i) * load(d_r + i)); },
-               [&](int64_t i) { dx_r[i] = weight[i] * d_r[i]; });
+      for_each(
+          size, [&](int64_t i) { store(dx_r + i, load(weight + i) * load(d_r + i)); },
+          [&](int64_t i) { dx_r[i] = weight[i] * d_r[i]; });
       const float mean = dot(dx_r, x_r, size) * f / (float)size;
       for_each(
           size,
@@ -102,19 +104,20 @@ void rms_norm_backward(const float *x, const float *weight, const float *d_out, 
     for (int64_t i = 0; i < size; ++i) d_weight[i] += partial[part * size + i];
 }
 
-void silu_mul(const float *gate, const float *up, float *out, int64_t num_rows, int64_t size, int64_t gate_stride,
+void silu_mul(const float* gate, const float* up, float* out, int64_t num_rows, int64_t size, int64_t gate_stride,
               int64_t up_stride) {
 #pragma omp parallel for if (num_rows * size > kParallelWork)
   for (int64_t r = 0; r < num_rows; ++r) {
     const float *g = gate + r * gate_stride, *u = up + r * up_stride;
-    float *o = out + r * size;
-    for_each(size, [&](int64_t i) { store(o + i, load(g + i) * sigmoid(load(g + i)) * load(u + i)); },
-             [&](int64_t i) { o[i] = g[i] * sigmoid(g[i]) * u[i]; });
+    float* o = out + r * size;
+    for_each(
+        size, [&](int64_t i) { store(o + i, load(g + i) * sigmoid(load(g + i)) * load(u + i)); },
+        [&](int64_t i) { o[i] = g[i] * sigmoid(g[i]) * u[i]; });
   }
 }
 
 // d silu(g) / dg = s (1 + g (1 - s)), s = sigmoid(g).
-void silu_mul_backward(const float *gate, const float *up, const float *d_out, float *d_gate, float *d_up,
+void silu_mul_backward(const float* gate, const float* up, const float* d_out, float* d_gate, float* d_up,
                        int64_t count) {
   constexpr int64_t kChunk = 4096;
 #pragma omp parallel for if (count > kParallelWork)
@@ -136,14 +139,14 @@ void silu_mul_backward(const float *gate, const float *up, const float *d_out, f
   }
 }
 
-int64_t rope_append(const RopeAppend &p) {
+int64_t rope_append(const RopeAppend& p) {
   const int64_t half = p.head_dim / 2, row = p.num_kv_heads * p.head_dim;
   for (int64_t t = 0; t < p.num_tokens; ++t)
     if (p.slots[t] < -1 || p.slots[t] >= p.num_slots) return t;  // before anything is written
 #pragma omp parallel for if (p.num_tokens * (p.num_heads + 2 * p.num_kv_heads) * p.head_dim > kParallelWork)
   for (int64_t t = 0; t < p.num_tokens; ++t) {
     const float *cos = p.cos + t * half, *sin = p.sin + t * half;
-    const auto place = [&](const float *x, const float *weight, float *out) {
+    const auto place = [&](const float* x, const float* weight, float* out) {
       if (weight != nullptr) norm_row(x, weight, out, p.head_dim, p.eps);
       rotate_row(weight != nullptr ? out : x, cos, sin, out, half, 1.0f);
     };
@@ -157,10 +160,11 @@ int64_t rope_append(const RopeAppend &p) {
   return -1;
 }
 
-void row_stats(const float *z, float *lse, float *entropy, int64_t num_rows, int64_t size) {
+// stats = (m, l, H): maximum, log of the sum of exp(z - m), entropy.
+void row_stats(const float* z, float* stats, int64_t num_rows, int64_t size) {
 #pragma omp parallel for if (num_rows * size > kParallelWork)
   for (int64_t r = 0; r < num_rows; ++r) {
-    const float *z_r = z + r * size;
+    const float* z_r = z + r * size;
     const float highest = row_max(z_r, size);
     Vec sum{}, weighted{};
     float sum_tail = 0.0f, weighted_tail = 0.0f;
@@ -177,26 +181,28 @@ void row_stats(const float *z, float *lse, float *entropy, int64_t num_rows, int
           weighted_tail += e * x;
         });
     const float total = reduce_add(sum) + sum_tail, log_total = __builtin_logf(total);
-    lse[r] = highest + log_total;
-    entropy[r] = log_total - (reduce_add(weighted) + weighted_tail) / total;
+    stats[r] = highest;
+    stats[num_rows + r] = log_total;
+    stats[2 * num_rows + r] = log_total - (reduce_add(weighted) + weighted_tail) / total;
   }
 }
 
-// z becomes -p G - h p (log p + H), with p = exp(z - lse).
-void logit_grad(float *z, const float *lse, const float *entropy, const float *grad_rows, const float *grad_entropy,
-                int64_t num_rows, int64_t size) {
+// z becomes -p G - h p (log p + H), with log p = (z - m) - l.
+void logit_grad(float* z, const float* stats, const float* grad_rows, const float* grad_entropy, int64_t num_rows,
+                int64_t size) {
 #pragma omp parallel for if (num_rows * size > kParallelWork)
   for (int64_t r = 0; r < num_rows; ++r) {
-    float *z_r = z + r * size;
-    const float shift = lse[r], slope = grad_entropy[r], offset = slope * entropy[r] + grad_rows[r];
+    float* z_r = z + r * size;
+    const float top = stats[r], log_sum = stats[num_rows + r], entropy = stats[2 * num_rows + r];
+    const float slope = grad_entropy[r], offset = slope * entropy + grad_rows[r];
     for_each(
         size,
         [&](int64_t i) {
-          const Vec log_p = max(load(z_r + i) - shift, splat(kLowest));
+          const Vec log_p = max(load(z_r + i) - top - log_sum, splat(kLowest));
           store(z_r + i, -exp(log_p) * (log_p * slope + offset));
         },
         [&](int64_t i) {
-          const float shifted = z_r[i] - shift, log_p = shifted < kLowest ? kLowest : shifted;
+          const float shifted = z_r[i] - top - log_sum, log_p = shifted < kLowest ? kLowest : shifted;
           z_r[i] = -exp(log_p) * (log_p * slope + offset);
         });
   }

@@ -10,15 +10,15 @@ namespace ibtpo::IBTPO_ISA {
 namespace {
 
 constexpr int kDoubles = kWidth / 2;
-constexpr int64_t kChunk = 256;          // weights summed as one step of the cumulative sum
-constexpr double kLowest = -1e4;         // stands in for -inf: its exp is 0
-constexpr int64_t kParallelWork = 1 << 14;
+constexpr int64_t kChunk = 256;   // weights summed as one step of the cumulative sum
+constexpr double kLowest = -1e4;  // stands in for -inf: its exp is 0
+constexpr int64_t kParallelWork = 1 << 15;
 
 typedef double DVec __attribute__((vector_size(8 * kDoubles)));
 typedef int64_t LVec __attribute__((vector_size(8 * kDoubles)));
 
 INLINE DVec dsplat(double x) { return x - DVec{}; }
-INLINE DVec *vectors(double *x) { return reinterpret_cast<DVec *>(x); }
+INLINE DVec* vectors(double* x) { return reinterpret_cast<DVec*>(x); }
 
 INLINE double reduce_add(DVec x) {
   double sum = 0.0;
@@ -72,7 +72,7 @@ struct Highest {
   int64_t index;
 };
 
-INLINE Highest highest(const float *z, int64_t size) {
+INLINE Highest highest(const float* z, int64_t size) {
   const float inf = __builtin_inff();
   Vec lanes = splat(-inf);
   IVec good = isplat(-1);
@@ -102,7 +102,7 @@ struct RawStats {
 };
 
 // x = z - max, padded with kLowest to a whole number of chunks; statistics of softmax(x).
-INLINE RawStats shift(const float *z, double top, int64_t size, double *x, int64_t padded) {
+INLINE RawStats shift(const float* z, double top, int64_t size, double* x, int64_t padded) {
   for (int64_t i = 0; i < size; ++i) x[i] = z[i] - top < kLowest ? kLowest : z[i] - top;
   for (int64_t i = size; i < padded; ++i) x[i] = kLowest;
   DVec sum{}, weighted{};
@@ -118,7 +118,7 @@ INLINE RawStats shift(const float *z, double top, int64_t size, double *x, int64
 // A heap of token ids, most likely on top, lowest id first among equals.
 class Heap {
  public:
-  INLINE_MEMBER Heap(const float *z, int32_t *ids, int64_t size) : z_(z), ids_(ids), size_(size) {
+  INLINE_MEMBER Heap(const float* z, int32_t* ids, int64_t size) : z_(z), ids_(ids), size_(size) {
     for (int64_t i = size / 2 - 1; i >= 0; --i) sink(i);
   }
   INLINE_MEMBER int32_t pop() {
@@ -141,19 +141,19 @@ class Heap {
     }
   }
 
-  const float *z_;
-  int32_t *ids_;
+  const float* z_;
+  int32_t* ids_;
   int64_t size_;
 };
 
-INLINE double total_of(double *w, int64_t padded) {
+INLINE double total_of(double* w, int64_t padded) {
   DVec sum{};
   for (int64_t i = 0; i < padded / kDoubles; ++i) sum += vectors(w)[i];
   return reduce_add(sum);
 }
 
 // Zero all weights but those of the top_k likeliest tokens and, of them, of the shortest prefix with mass top_p.
-INLINE void keep(const float *z, double *w, int64_t size, int64_t padded, int64_t top_k, double top_p) {
+INLINE void keep(const float* z, double* w, int64_t size, int64_t padded, int64_t top_k, double top_p) {
   const bool all = top_k == 0 || top_k >= size;
   const int64_t limit = all ? size : top_k;
   const Scratch<int32_t> ids(size), kept(limit);
@@ -189,11 +189,11 @@ struct Draw {
 };
 
 // Whole chunks are skipped by their sums; within the chunk the weights are added one by one.
-INLINE Draw draw(const double *w, int64_t padded, double u, double *sums) {
+INLINE Draw draw(const double* w, int64_t padded, double u, double* sums) {
   const int64_t chunks = padded / kChunk;
   double total = 0.0;
   for (int64_t c = 0; c < chunks; ++c) {
-    sums[c] = total_of(const_cast<double *>(w) + c * kChunk, kChunk);
+    sums[c] = total_of(const_cast<double*>(w) + c * kChunk, kChunk);
     total += sums[c];
   }
   const double target = u * total;
@@ -211,8 +211,8 @@ INLINE Draw draw(const double *w, int64_t padded, double u, double *sums) {
   return {token, w[token] / total};
 }
 
-INLINE bool sample_row(const Sample &p, int64_t r, double *x, double *w, double *sums, int64_t padded) {
-  const float *z = p.logits + r * p.vocabulary;
+INLINE bool sample_row(const Sample& p, int64_t r, double* x, double* w, double* sums, int64_t padded) {
+  const float* z = p.logits + r * p.vocabulary;
   const Highest top = highest(z, p.vocabulary);
   if (top.index < 0) return false;
   const RawStats raw = shift(z, top.value, p.vocabulary, x, padded);
@@ -234,7 +234,7 @@ INLINE bool sample_row(const Sample &p, int64_t r, double *x, double *w, double 
 
 }  // namespace
 
-int64_t sample(const Sample &p) {
+int64_t sample(const Sample& p) {
   const int64_t padded = round_up(p.vocabulary, kChunk);
   int64_t failed = p.num_rows;
 #pragma omp parallel if (p.num_rows * p.vocabulary > kParallelWork)

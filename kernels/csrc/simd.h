@@ -34,13 +34,12 @@ typedef int32_t IVec __attribute__((vector_size(4 * kWidth)));
 typedef float VecAt __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));  // anywhere in an array
 typedef int32_t IVecAt __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
 
-INLINE Vec load(const float *p) { return *reinterpret_cast<const VecAt *>(p); }
-INLINE IVec load(const int32_t *p) { return *reinterpret_cast<const IVecAt *>(p); }
-INLINE void store(float *p, Vec x) { *reinterpret_cast<VecAt *>(p) = x; }
+INLINE Vec load(const float* p) { return *reinterpret_cast<const VecAt*>(p); }
+INLINE IVec load(const int32_t* p) { return *reinterpret_cast<const IVecAt*>(p); }
+INLINE void store(float* p, Vec x) { *reinterpret_cast<VecAt*>(p) = x; }
 INLINE Vec splat(float x) { return x - Vec{}; }
 INLINE IVec isplat(int32_t x) { return x - IVec{}; }
 INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
-
 
 // The lane indices 0 .. kWidth-1.
 INLINE IVec iota() {
@@ -149,7 +148,7 @@ INLINE void for_each(int64_t size, Whole whole, Rest rest) {
   for (; i < size; ++i) rest(i);
 }
 
-INLINE float dot(const float *a, const float *b, int64_t size) {
+INLINE float dot(const float* a, const float* b, int64_t size) {
   Vec lanes{};
   float tail = 0.0f;
   for_each(size, [&](int64_t i) { lanes += load(a + i) * load(b + i); }, [&](int64_t i) { tail += a[i] * b[i]; });
@@ -161,16 +160,16 @@ template <class T>
 class Scratch {
  public:
   INLINE_MEMBER explicit Scratch(int64_t count)
-      : data_(static_cast<T *>(std::aligned_alloc(64, round_up(most(count, 1) * sizeof(T), 64)))) {
+      : data_(static_cast<T*>(std::aligned_alloc(64, round_up(most(count, 1) * sizeof(T), 64)))) {
     if (data_ == nullptr) std::abort();
   }
   INLINE_MEMBER ~Scratch() { std::free(data_); }
-  Scratch(const Scratch &) = delete;
-  Scratch &operator=(const Scratch &) = delete;
-  INLINE_MEMBER operator T *() const { return data_; }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  INLINE_MEMBER operator T*() const { return data_; }
 
  private:
-  T *data_;
+  T* data_;
 };
 
 }  // namespace ibtpo::IBTPO_ISA

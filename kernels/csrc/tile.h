@@ -7,13 +7,13 @@ namespace ibtpo::IBTPO_ISA {
 
 // A's element (m, k) is a[m * row + k * col], so a transposed A costs nothing.
 struct Strided {
-  const float *a;
+  const float* a;
   int64_t row, col;
 };
 
 // B in parts of `part` rows, each somewhere in memory, its rows `ld` apart; a plain matrix is one part.
 struct Parts {
-  const float *const *parts;
+  const float* const* parts;
   int64_t ld, part;
 };
 
@@ -26,15 +26,15 @@ enum class Into {
 };
 
 template <int Rows, int Vecs, Into Mode>
-INLINE void tile(float *c, int64_t ldc, Strided a, Parts b, int64_t column, int64_t depth) {
+INLINE void tile(float* c, int64_t ldc, Strided a, Parts b, int64_t column, int64_t depth) {
   Vec acc[Rows][Vecs];
 #pragma GCC unroll 16
   for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < Vecs; ++n) acc[m][n] = Mode == Into::kChain ? load(c + m * ldc + n * kWidth) : Vec{};
-  const float *const *part = b.parts;
+  const float* const* part = b.parts;
   for (int64_t begin = 0; begin < depth; begin += b.part, ++part) {
-    const float *b_k = *part + column;
+    const float* b_k = *part + column;
     const int64_t end = least(depth, begin + b.part);
     for (int64_t k = begin; k < end; ++k, b_k += b.ld) {
       Vec b_kn[Vecs];
@@ -52,13 +52,13 @@ INLINE void tile(float *c, int64_t ldc, Strided a, Parts b, int64_t column, int6
   for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < Vecs; ++n) {
-      float *at = c + m * ldc + n * kWidth;
+      float* at = c + m * ldc + n * kWidth;
       store(at, Mode == Into::kAdd ? load(at) + acc[m][n] : acc[m][n]);
     }
 }
 
 template <int Rows, Into Mode>
-INLINE void row_panel(float *c, int64_t ldc, int64_t cols, Strided a, Parts b, int64_t depth) {
+INLINE void row_panel(float* c, int64_t ldc, int64_t cols, Strided a, Parts b, int64_t depth) {
   constexpr int kVecs = Rows >= 4 ? 2 : 4;  // few rows: more columns at once keep the multipliers busy
   int64_t n = 0;
   for (; n + kVecs * kWidth <= cols; n += kVecs * kWidth) tile<Rows, kVecs, Mode>(c + n, ldc, a, b, n, depth);
@@ -67,11 +67,10 @@ INLINE void row_panel(float *c, int64_t ldc, int64_t cols, Strided a, Parts b, i
 
 // C[rows, cols] from A[rows, depth] and B[depth, cols]; cols is a multiple of kWidth.
 template <Into Mode>
-static void multiply(float *c, int64_t ldc, int64_t rows, int64_t cols, Strided a, Parts b, int64_t depth) {
+static void multiply(float* c, int64_t ldc, int64_t rows, int64_t cols, Strided a, Parts b, int64_t depth) {
   int64_t m = 0;
   const auto at = [&](int64_t row) { return Strided{a.a + row * a.row, a.row, a.col}; };
-  for (; m + kTileRows <= rows; m += kTileRows)
-    row_panel<kTileRows, Mode>(c + m * ldc, ldc, cols, at(m), b, depth);
+  for (; m + kTileRows <= rows; m += kTileRows) row_panel<kTileRows, Mode>(c + m * ldc, ldc, cols, at(m), b, depth);
   if constexpr (kTileRows > 4)
     for (; m + 4 <= rows; m += 4) row_panel<4, Mode>(c + m * ldc, ldc, cols, at(m), b, depth);
   for (; m + 2 <= rows; m += 2) row_panel<2, Mode>(c + m * ldc, ldc, cols, at(m), b, depth);
@@ -79,14 +78,14 @@ static void multiply(float *c, int64_t ldc, int64_t rows, int64_t cols, Strided 
 }
 
 template <Into Mode>
-static void multiply(float *c, int64_t ldc, int64_t rows, int64_t cols, Strided a, const float *b, int64_t ldb,
+static void multiply(float* c, int64_t ldc, int64_t rows, int64_t cols, Strided a, const float* b, int64_t ldb,
                      int64_t depth) {
   multiply<Mode>(c, ldc, rows, cols, a, Parts{&b, ldb, depth}, depth);
 }
 
 // to[d, j] = from[j, d] for j < rows, d < cols; columns of `to` from `rows` up to the next multiple of kWidth become
 // zero, and so do rows from `cols` up to the next multiple.
-INLINE void pack_transposed(float *to, int64_t ld_to, const float *from, int64_t ld_from, int64_t rows, int64_t cols) {
+INLINE void pack_transposed(float* to, int64_t ld_to, const float* from, int64_t ld_from, int64_t rows, int64_t cols) {
   for (int64_t j = 0; j < rows; j += kWidth)
     for (int64_t d = 0; d < cols; d += kWidth) {
       Vec square[kWidth];
@@ -107,7 +106,7 @@ INLINE void pack_transposed(float *to, int64_t ld_to, const float *from, int64_t
 }
 
 // to[j, 0 .. padded) = factor * from[j, 0 .. cols), zero beyond cols; rows from `rows` to `padded_rows` become zero.
-INLINE void pack_rows(float *to, int64_t padded, const float *from, int64_t ld_from, int64_t rows, int64_t padded_rows,
+INLINE void pack_rows(float* to, int64_t padded, const float* from, int64_t ld_from, int64_t rows, int64_t padded_rows,
                       int64_t cols, float factor) {
   for (int64_t j = 0; j < rows; ++j) {
     for (int64_t d = 0; d < cols; ++d) to[j * padded + d] = factor * from[j * ld_from + d];
@@ -116,7 +115,7 @@ INLINE void pack_rows(float *to, int64_t padded, const float *from, int64_t ld_f
   std::memset(to + rows * padded, 0, sizeof(float) * padded * (padded_rows - rows));
 }
 
-INLINE void scale_row(float *row, int64_t padded, float factor) {
+INLINE void scale_row(float* row, int64_t padded, float factor) {
   for (int64_t d = 0; d < padded; d += kWidth) store(row + d, load(row + d) * factor);
 }
 

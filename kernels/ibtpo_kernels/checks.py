@@ -22,7 +22,9 @@ def _fail(op: str, name: str, x: Tensor, expected: str) -> ValueError:
 def _like(op: str, name: str, x: Tensor, shape: tuple[int, ...], other: Tensor, other_name: str) -> None:
     """Raise unless x has this shape and the dtype and device of `other`."""
     if x.shape != shape or x.dtype is not other.dtype or x.device != other.device:
-        raise _fail(op, name, x, f"{list(shape)} with the dtype and device of {other_name} ({other.dtype}, {other.device})")
+        raise _fail(
+            op, name, x, f"{list(shape)} with the dtype and device of {other_name} ({other.dtype}, {other.device})"
+        )
 
 
 def _index(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, other: Tensor) -> None:
@@ -40,7 +42,9 @@ def _in_range(op: str, name: str, x: Tensor, low: int, high: int) -> None:
     if x.is_cpu and x.numel():
         smallest, largest = x.aminmax()
         if smallest < low or largest >= high:
-            raise ValueError(f"{op}: {name} spans [{int(smallest)}, {int(largest)}]; expected values in [{low}, {high})")
+            raise ValueError(
+                f"{op}: {name} spans [{int(smallest)}, {int(largest)}]; expected values in [{low}, {high})"
+            )
 
 
 def _heads(op: str, num_query_heads: int, num_kv_heads: int) -> None:

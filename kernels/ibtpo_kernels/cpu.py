@@ -10,6 +10,8 @@ one OpenMP runtime and torch.set_num_threads governs these kernels too.
 
 from __future__ import annotations
 
+from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -18,11 +20,9 @@ from torch import Tensor
 from ibtpo_kernels import logprob
 from ibtpo_kernels.plan import DecodePlan
 
-native: Any
-try:
-    from ibtpo_kernels import _cpu as native
-except ImportError:
-    native = None
+native: Any = None
+with suppress(ImportError):
+    native = import_module("ibtpo_kernels._cpu")
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -260,16 +260,15 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return _silu_mul(gate, up)
 
 
-def _row_stats(z: Tensor) -> tuple[Tensor, Tensor]:
-    lse, entropy = z.new_empty(len(z)), z.new_empty(len(z))
-    native.row_stats(z.data_ptr(), lse.data_ptr(), entropy.data_ptr(), *z.shape)
-    return lse, entropy
+def _row_stats(z: Tensor) -> Tensor:
+    stats = z.new_empty(3, len(z))
+    native.row_stats(z.data_ptr(), stats.data_ptr(), *z.shape)
+    return stats
 
 
-def _logit_grad(z: Tensor, lse: Tensor, entropy: Tensor, grad_rows: Tensor, grad_entropy: Tensor) -> Tensor:
-    native.logit_grad(
-        z.data_ptr(), lse.data_ptr(), entropy.data_ptr(), grad_rows.data_ptr(), grad_entropy.data_ptr(), *z.shape
-    )
+def _logit_grad(z: Tensor, stats: Tensor, grad_rows: Tensor, grad_entropy: Tensor) -> Tensor:
+    stats, grad_entropy = _dense(stats), _dense(grad_entropy)
+    native.logit_grad(z.data_ptr(), stats.data_ptr(), grad_rows.data_ptr(), grad_entropy.data_ptr(), *z.shape)
     return z
 
 

@@ -50,7 +50,9 @@ def _require(name: str) -> None:
     if name == "cpu" and not has_compiled():
         raise ValueError(f"backend 'cpu': the compiled module is missing; {_REMEDY}")
     if name in ("triton", "flashinfer"):
-        raise ValueError(f"backend {name!r}: this release has no GPU kernels; use 'reference', which runs on any device")
+        raise ValueError(
+            f"backend {name!r}: this release has no GPU kernels; use 'reference', which runs on any device"
+        )
 
 
 def active_backend(device: torch.device | str) -> str:
@@ -79,5 +81,7 @@ def implementation(x: Tensor) -> ModuleType:
         elif x.dtype in _SERVED:
             return cpu
     elif chosen == "cpu" and not x.is_cpu:
-        raise ValueError(f"backend 'cpu' was given a tensor on {x.device}; move it to the CPU or leave the backend block")
+        raise ValueError(
+            f"backend 'cpu' was given a tensor on {x.device}; move it to the CPU or leave the backend block"
+        )
     return reference

@@ -57,9 +57,7 @@ def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, *, page_size:
     return DecodePlan(page_table, rows, lengths, items, page_size)
 
 
-def tree_decode(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, *, scale: float | None = None
-) -> Tensor:
+def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, *, scale: float | None = None) -> Tensor:
     """Attention of B queries, each against its own path of a paged cache; no autograd.
 
     Each query meets its pages one by one in depth order, so its result does not depend on the rest of the batch.
@@ -162,9 +160,7 @@ def rope_append(
         ValueError: a shape, dtype or device is wrong, or a slot lies outside the cache.
     """
     checks.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, q_weight, k_weight)
-    out: Tensor = implementation(q).rope_append(
-        q, k, v, cos, sin, k_pages, v_pages, slots, q_weight, k_weight, eps
-    )
+    out: Tensor = implementation(q).rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, q_weight, k_weight, eps)
     return out
 
 
@@ -235,4 +231,3 @@ def sample(
 
 def _scale(scale: float | None, q: Tensor) -> float:
     return q.shape[-1] ** -0.5 if scale is None else scale
-

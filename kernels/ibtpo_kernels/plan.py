@@ -74,4 +74,3 @@ def plan_items(page_table: Ints, rows: Ints, lengths: Ints, page_size: int) -> I
             cuts = [begin, *(b + 1 for b in range(begin, end - 1) if shared[b] == depth), end]
             groups.extend((a, b, depth) for a, b in zip(cuts[-2::-1], cuts[:0:-1], strict=True))
     return np.array(items, np.int32).reshape(-1, 4)
-

@@ -61,9 +61,7 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, s
         pages = plan.page_table[row, : -(-length // plan.page_size)].long()
         if bool(((pages < 0) | (pages >= len(k_pages))).any()):
             raise ValueError(f"tree_decode: query {b} of length {length} needs a page that table row {row} lacks")
-        k_LHD, v_LHD = (
-            _wide(x[pages].flatten(0, 1)[:length]).repeat_interleave(group, 1) for x in (k_pages, v_pages)
-        )
+        k_LHD, v_LHD = (_wide(x[pages].flatten(0, 1)[:length]).repeat_interleave(group, 1) for x in (k_pages, v_pages))
         p = (torch.einsum("hd,lhd->hl", _wide(q[b]), k_LHD) * scale).softmax(-1)
         if length:
             out[b] = torch.einsum("hl,lhd->hd", p, v_LHD).to(q.dtype)

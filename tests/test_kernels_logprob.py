@@ -1,0 +1,141 @@
+"""linear_logprob: the chunked, analytic form equals autograd through log_softmax, in both outputs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import BACKENDS, assert_within_budget
+from torch import Tensor
+
+import ibtpo_kernels as K
+from ibtpo_kernels import logprob as chunked
+from ibtpo_kernels.reference import plain_linear_logprob
+
+SHAPES = [(0, 0, 8, 5), (1, 0, 8, 1), (1, 3, 4, 7), (19, 40, 16, 33), (130, 61, 24, 257)]  # T, E, H, V
+
+
+def problem(num_rows: int, num_edges: int, hidden: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random edges: some rows have several, some none."""
+    rows = torch.randint(0, max(num_rows, 1), (num_edges,))
+    targets = torch.randint(0, vocabulary, (num_edges,))
+    return torch.randn(num_rows, hidden), torch.randn(vocabulary, hidden), rows, targets
+
+
+def gradients(outputs: tuple[Tensor, ...], inputs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+    loss = torch.stack([(x * w.to(x.dtype)).sum() for x, w in zip(outputs, weights, strict=True)]).sum()
+    return list(torch.autograd.grad(loss, inputs))
+
+
+@pytest.mark.parametrize("chunk_elements", [1 << 22, 64], ids=["one-chunk", "many-chunks"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_autograd_through_log_softmax_in_float64(
+    shape: tuple[int, int, int, int], chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS", chunk_elements)
+    hidden, weight, rows, targets = problem(*shape)
+    inputs = [x.double().requires_grad_() for x in (hidden, weight)]
+    weights = [torch.randn(shape[1]), torch.randn(shape[0])]
+    ours = K.linear_logprob(*inputs, rows, targets, temperature=0.7)
+    plain = plain_linear_logprob(*inputs, rows, targets, 0.7)
+    for x, y in zip(ours, plain, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-12, rtol=1e-12)
+    for x, y in zip(gradients(ours, inputs, weights), gradients(plain, inputs, weights), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-11, rtol=1e-11)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_within_budget(backend: str, shape: tuple[int, int, int, int]) -> None:
+    hidden, weight, rows, targets = problem(*shape)
+    weights = [torch.randn(shape[1]), torch.randn(shape[0])]
+
+    def run(dtype: torch.dtype, plain: bool) -> list[Tensor]:
+        inputs = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        with K.backend(backend):
+            outputs = (
+                plain_linear_logprob(*inputs, rows, targets, 1.3)
+                if plain
+                else K.linear_logprob(*inputs, rows, targets, temperature=1.3)
+            )
+        return [*(x.detach() for x in outputs), *gradients(outputs, inputs, weights)]
+
+    exact, plain, ours = run(torch.float64, True), run(torch.float32, True), run(torch.float32, False)
+    for x, y, z in zip(ours, plain, exact, strict=True):
+        assert_within_budget(x, y, z, floor=1e-5)
+
+
+def test_gradcheck_of_both_outputs_with_repeated_and_missing_rows() -> None:
+    hidden, weight = torch.randn(5, 4).double().requires_grad_(), torch.randn(7, 4).double().requires_grad_()
+    rows, targets = torch.tensor([0, 0, 0, 3]), torch.tensor([1, 1, 6, 2])
+    assert torch.autograd.gradcheck(
+        lambda h, w: K.linear_logprob(h, w, rows, targets, temperature=0.5), (hidden, weight)
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("output", [0, 1], ids=["logprob", "entropy"])
+@pytest.mark.parametrize("wanted", [0, 1], ids=["hidden", "weight"])
+def test_each_gradient_alone(backend: str, output: int, wanted: int) -> None:
+    hidden, weight, rows, targets = problem(19, 40, 16, 33)
+    inputs = [hidden.requires_grad_(wanted == 0), weight.requires_grad_(wanted == 1)]
+    with K.backend(backend):
+        (ours,) = torch.autograd.grad(K.linear_logprob(*inputs, rows, targets)[output].sum(), inputs[wanted])
+    (plain,) = torch.autograd.grad(plain_linear_logprob(*inputs, rows, targets, 1.0)[output].sum(), inputs[wanted])
+    torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("spread", [3e4, 1e30])
+def test_probabilities_that_vanish_give_no_nan(backend: str, spread: float) -> None:
+    """One-hot features make logits of 0 and -spread: all but one probability underflow."""
+    hidden = torch.eye(4).requires_grad_()
+    weight = (-spread * (1 - torch.eye(4))).requires_grad_()
+    with K.backend(backend):
+        logprob, entropy = K.linear_logprob(hidden, weight, torch.arange(4), torch.arange(4))
+        grads = torch.autograd.grad(logprob.sum() + entropy.sum(), (hidden, weight))
+    assert torch.equal(logprob, torch.zeros(4))
+    assert torch.equal(entropy, torch.zeros(4))
+    assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_logits_very_negative(backend: str) -> None:
+    with K.backend(backend):
+        logprob, entropy = K.linear_logprob(
+            torch.ones(1, 1), torch.full((8, 1), -1e30), torch.tensor([0]), torch.tensor([3])
+        )
+    torch.testing.assert_close(logprob, torch.tensor([-2.0794415]))
+    torch.testing.assert_close(entropy, torch.tensor([2.0794415]))
+
+
+def test_bfloat16_accumulates_in_float32() -> None:
+    hidden, weight, rows, targets = problem(19, 40, 16, 33)
+    hidden, weight = hidden.bfloat16().requires_grad_(), weight.bfloat16()
+    logprob, entropy = K.linear_logprob(hidden, weight, rows, targets)
+    expected = plain_linear_logprob(hidden.float(), weight.float(), rows, targets, 1.0)
+    assert logprob.dtype == entropy.dtype == torch.float32
+    torch.testing.assert_close((logprob, entropy), expected, atol=1e-5, rtol=1e-5)
+    assert torch.autograd.grad(logprob.sum(), hidden)[0].dtype == torch.bfloat16
+
+
+def test_backward_twice_is_bit_identical() -> None:
+    hidden, weight, rows, targets = problem(130, 300, 24, 257)
+    inputs = [hidden.requires_grad_(), weight.requires_grad_()]
+    logprob, entropy = K.linear_logprob(*inputs, rows, targets)
+    loss = logprob.sum() + entropy.sum()
+    first, second = (torch.autograd.grad(loss, inputs, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def test_errors_name_the_argument() -> None:
+    hidden, weight, rows, targets = problem(5, 4, 3, 7)
+    with pytest.raises(ValueError, match=r"rows spans .* expected values in \[0, 5\)"):
+        K.linear_logprob(hidden, weight, rows + 5, targets)
+    with pytest.raises(ValueError, match=r"targets spans .* expected values in \[0, 7\)"):
+        K.linear_logprob(hidden, weight, rows, targets - 7)
+    with pytest.raises(ValueError, match="temperature=0 must be greater than 0"):
+        K.linear_logprob(hidden, weight, rows, targets, temperature=0)
+    with pytest.raises(ValueError, match=r"weight is .* expected \[7, 3\]"):
+        K.linear_logprob(hidden, weight[:, :2], rows, targets)
+    with pytest.raises(ValueError, match="targets is torch.int32"):
+        K.linear_logprob(hidden, weight, rows, targets.int())
