@@ -133,6 +133,8 @@ def _train(arguments: list[str], console: Console) -> int:
 
 def _eval(arguments: list[str], console: Console) -> int:
     parsed = _parse(EvalArguments, EvalArguments(run=_base(arguments)), "ibtpo eval", arguments)
+    if parsed.json is not None and not parsed.json.parent.is_dir():
+        raise ValueError(f"json: {parsed.json.parent} is no folder; make it, or name another file")
     config, policy, task = _open(parsed.run)
     try:
         check_prompts(task, policy, config)

@@ -66,7 +66,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return Path(value)
         if wanted is int and isinstance(value, str):
             return int(value)
-    except ValueError:
+    except (TypeError, ValueError):
         pass
     if type(value) is wanted:
         return value

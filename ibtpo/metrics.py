@@ -93,6 +93,7 @@ GROUPS: tuple[Group, ...] = (
             Metric("entropy", "nats", "Entropy of the policy being trained, mean over token weights."),
             Metric("kl_old_k1", "nats", "KL to the policy that sampled, k1 estimate, mean over token weights."),
             Metric("kl_old_k3", "nats", "KL to the policy that sampled, k3 estimate, mean over token weights."),
+            Metric("kl_ref_k1", "nats", "KL to the frozen reference, k1 estimate; only where it is penalised."),
             Metric("kl_ref_k3", "nats", "KL to the frozen reference, k3 estimate; only where it is penalised."),
             Metric("logprob_gap", "nats", "Sampler's against trainer's log-prob: absolute difference, weighted mean."),
             Metric("logprob_gap_max", "nats", "The largest such gap."),

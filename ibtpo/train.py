@@ -17,6 +17,7 @@ from types import FrameType
 import torch
 from ibtpo_engine import Engine, Model, Sampling, Tree
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ibtpo.config import TrainConfig
@@ -30,7 +31,7 @@ from ibtpo.report import write_report
 from ibtpo.runlog import RunFolder, latest_checkpoint, tree_record
 from ibtpo.search import make_search
 from ibtpo.steps import StepSplitter
-from ibtpo.tasks import JsonlTask, Problem, Task, TeachableTask, format_prompt, make_task
+from ibtpo.tasks import DigitChain, JsonlTask, Problem, Task, TeachableTask, format_prompt, make_task
 from ibtpo.update import Updater, frozen_copy
 from ibtpo.warmstart import warm_start
 
@@ -54,10 +55,13 @@ class Trainer:
         folder: its open run folder.
         policy: trained in place.
         task: poses and grades.
+        engine: samples from the policy.
         console: where progress goes.
     """
 
-    def __init__(self, config: TrainConfig, folder: RunFolder, policy: Policy, task: Task, console: Console) -> None:
+    def __init__(
+        self, config: TrainConfig, folder: RunFolder, policy: Policy, task: Task, engine: Engine, console: Console
+    ) -> None:
         self.config = config
         self.folder = folder
         self.policy = policy
@@ -65,10 +69,11 @@ class Trainer:
         self.console = console
         self.state = State()
         self.stop_requested = False
+        self.stop_signal = 0  # the signal that asked for it
         self.sampling = make_sampling(config, policy)
         self.optimizer = MasterAdamW(policy.model, config.optim)
-        self.engine = make_engine(config, policy)
-        self.grower = Grower(self.engine, task, policy.tokenizer, config.jsonl, lambda: self.stop_requested)
+        self.engine = engine
+        self.grower = Grower(engine, task, policy.tokenizer, config.jsonl, lambda: self.stop_requested)
         splitter = StepSplitter(policy.tokenizer, config.search.separator, step_tokens=config.search.step_tokens)
         self.search = make_search(config.search, config.ib, splitter, config.sampling.max_tokens)
         self.held_out = task.eval_problems(config.eval.prompts)
@@ -88,17 +93,23 @@ class Trainer:
                 self._train()
                 self._evaluate("Evaluating after")
             except Interrupted:
-                if self._started:
-                    self._checkpoint()
-                raise
+                kept = f"saved {self._checkpoint()}" if self._started else "nothing is saved of a warm start"
+                how = f"{kept}; go on with: ibtpo train --resume {self.folder.path}"
+                raise Interrupted(f"stopped at step {self.state.step}; {how}", self.stop_signal) from None
 
     def resume(self) -> None:
         """Go on from the folder's last checkpoint; without one the run starts over."""
         last = latest_checkpoint(self.folder.path)
         if last is None:
             return
-        self.state = State(**json.loads((last.path / "state.json").read_text(encoding="utf-8")))
-        self.optimizer.load_state(load_file(last.path / "optimizer.safetensors"))
+        try:
+            self.state = State(**json.loads((last.path / "state.json").read_text(encoding="utf-8")))
+            self.optimizer.load_state(load_file(last.path / "optimizer.safetensors"))
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            raise ValueError(
+                f"resume: {last.path} is damaged, its state.json or optimizer.safetensors cannot be read ({error}); "
+                "remove this folder to go on from the checkpoint before it, or give it to --model to start a new run"
+            ) from None
         self.engine.weights_changed()
         self._started = True
 
@@ -113,8 +124,7 @@ class Trainer:
 
     def _warm_start(self) -> None:
         task, config = self.task, self.config.warm_start
-        if not isinstance(task, TeachableTask):
-            raise ValueError(f"task {task.name} has no worked solutions for the built-in policy; give a --model folder")
+        assert isinstance(task, TeachableTask)  # see train()
         begin = time.perf_counter()
         with track(self.console, "Warm start", config.updates) as tracker:
 
@@ -234,7 +244,7 @@ class Trainer:
         def ask(number: int, frame: FrameType | None) -> None:
             if self.stop_requested and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.stop_requested = True
+            self.stop_requested, self.stop_signal = True, number
             self.console.print("\nstopping at the next safe point; Ctrl-C again to stop at once", highlight=False)
 
         if threading.current_thread() is not threading.main_thread():
@@ -261,14 +271,23 @@ def make_sampling(config: TrainConfig, policy: Policy) -> Sampling:
 
 
 def make_engine(config: TrainConfig, policy: Policy) -> Engine:
-    """The engine of a run, borrowing the policy's parameters."""
-    return Engine(
-        policy.model,
-        kv_tokens=config.engine.kv_tokens,
-        seed=config.seed,
-        max_branches=config.engine.max_branches,
-        prefill_tokens=config.engine.prefill_tokens,
-    )
+    """The engine of a run, borrowing the policy's parameters.
+
+    Raises:
+        ValueError: there is no memory for its pool.
+    """
+    try:
+        return Engine(
+            policy.model,
+            kv_tokens=config.engine.kv_tokens,
+            seed=config.seed,
+            max_branches=config.engine.max_branches,
+            prefill_tokens=config.engine.prefill_tokens,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"engine.kv_tokens: no memory for a pool of {config.engine.kv_tokens} tokens; lower it ({error})"
+        ) from None
 
 
 def choose_device(name: str) -> torch.device:
@@ -283,8 +302,10 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device: {name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {name!r}, but torch sees no GPU here; use auto or cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device: {name!r}, but torch sees {count or 'no'} GPU here; use another, auto or cpu")
     return device
 
 
@@ -313,12 +334,18 @@ def train(config: TrainConfig, console: Console) -> Path:
         policy = load_policy(source, dtype=dtype, device=device)
     task = make_task(config)
     try:
+        if source == "built-in" and not isinstance(task, TeachableTask):
+            raise ValueError(
+                f"model: the built-in policy knows the characters of digit-chain only, task {task.name} needs a "
+                "checkpoint; give one with --model DIR"
+            )
         check_prompts(task, policy, config)
+        engine = make_engine(config, policy)
         opened = RunFolder.create(out, config) if config.resume is None else RunFolder.open(out)
         gc.collect()
         gc.freeze()  # what is loaded by now stays; the collector need not walk it while trees come and go
         with opened as folder:
-            trainer = Trainer(config, folder, policy, task, console)
+            trainer = Trainer(config, folder, policy, task, engine, console)
             if config.resume is not None:
                 trainer.resume()
             try:
@@ -327,6 +354,7 @@ def train(config: TrainConfig, console: Console) -> Path:
                 report = write_report(out)
                 console.print(f"report: {report}", highlight=False, soft_wrap=True)
     finally:
+        gc.unfreeze()
         task.close()
     return out
 
@@ -337,19 +365,35 @@ def default_folder(config: TrainConfig) -> Path:
 
 
 def check_prompts(task: Task, policy: Policy, config: TrainConfig) -> None:
-    """Raise ValueError, naming the line, if a prompt of a data file leaves no room in the context or the KV pool."""
-    if not isinstance(task, JsonlTask):
-        return
-    context, pool = policy.model.config.max_positions, config.engine.kv_tokens
-    problems = [task.train_problem(index) for index in range(task.num_train)] + task.eval_problems(sys.maxsize)
+    """Raise ValueError, naming the line of a data file, if a prompt is not for this policy or leaves it no room."""
+    if isinstance(task, JsonlTask):
+        problems = [task.train_problem(index) for index in range(task.num_train)] + task.eval_problems(sys.maxsize)
+    elif isinstance(task, DigitChain):
+        problems = [task.longest_problem()]
+    else:
+        problems = task.eval_problems(config.eval.prompts)
     for problem in problems:
-        length = len(format_prompt(policy.tokenizer, problem, config.jsonl))
-        if length == 0 or length >= min(context, pool):
-            where = f"{config.data}, line {problem.data['line']}"
-            if length == 0:
-                raise ValueError(f"{where}: the prompt has no tokens; give it a text or remove the line")
-            if length >= context:
-                remedy = f"the model's context is {context}; shorten the prompt or remove the line"
-            else:
-                remedy = f"the KV pool holds {pool}; raise engine.kv_tokens"
-            raise ValueError(f"{where}: the prompt has {length} tokens and leaves no room for an answer, {remedy}")
+        fault = _fault(format_prompt(policy.tokenizer, problem, config.jsonl), policy, config.engine.kv_tokens)
+        if fault is not None:
+            from_file = isinstance(task, JsonlTask)
+            where = f"{config.data}, line {problem.data['line']}" if from_file else f"task {task.name}"
+            raise ValueError(f"{where}: {fault}")
+
+
+def _fault(prompt: list[int], policy: Policy, pool: int) -> str | None:
+    """What is wrong with a prompt, and the remedy."""
+    model = policy.model.config
+    if not prompt:
+        return "the prompt has no tokens; give it a text or remove it"
+    if max(prompt) >= model.vocab_size:
+        return (
+            f"the prompt has token {max(prompt)}, but the model's vocab_size is {model.vocab_size}; "
+            "give it the tokenizer it was trained with"
+        )
+    if len(prompt) >= model.max_positions:
+        limit = f"the model's context is {model.max_positions}; shorten the prompt or remove it"
+    elif len(prompt) >= pool:
+        limit = f"the KV pool holds {pool}; raise engine.kv_tokens"
+    else:
+        return None
+    return f"the prompt has {len(prompt)} tokens and leaves no room for an answer, {limit}"

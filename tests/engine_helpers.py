@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from ibtpo_kernels import sample
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -24,6 +23,7 @@ from transformers import (
 )
 
 from ibtpo_engine import Engine, Model, ModelConfig, Node, Sampling, Tree
+from ibtpo_kernels import sample
 
 VOCABULARY = 40
 FAMILIES = {
@@ -58,12 +58,12 @@ def tiny_model(
 
 
 def randomise(model: torch.nn.Module, seed: int, scale: float = 0.3) -> None:
-    """Overwrite every parameter in place: matrices normal, vectors (norms, biases) shifted by as much."""
+    """Overwrite every parameter in place: matrices and biases normal around 0, norms around 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * scale
-            parameter.copy_(noise if parameter.ndim > 1 else parameter.float() + noise)
+            parameter.copy_(noise + (parameter.ndim == 1 and name.endswith("weight")))
 
 
 def save_checkpoint(folder: Path, family: str, *, seed: int = 0, shard: str = "1GB", **fields: Any) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from ibtpo_engine.model import Model
 from ibtpo_engine.model_config import ModelConfig
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 
 
 def load_model(
@@ -70,7 +71,7 @@ def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
                     yield path, name, file.get_tensor(name)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: not found, but {INDEX} names it. Download the missing shard.") from None
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: truncated or damaged ({error}). Download or save it again.") from None
 
 
@@ -78,12 +79,16 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if index.exists():
         try:
-            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
-            raise CheckpointError(f"{index}: not a safetensors index. Download the file again.") from None
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [folder / name for name in names]
+        except (ValueError, KeyError, AttributeError, TypeError):
+            files = []
+        if not files:
+            raise CheckpointError(f"{index}: not a safetensors index. Download the file again.")
+        return files
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
-    others = sorted(path.name for path in folder.glob("*.bin")) + sorted(path.name for path in folder.glob("*.pt"))
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
     hint = f" Found {others[0]}: convert it to safetensors (loading pickles runs code)." if others else ""
     raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX} is there.{hint}")
 
@@ -110,12 +115,15 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: there is none, it cannot be read, or it names no end-of-sequence token.
     """
+    present = {path.name for path in Path(folder).glob("*")}
+    if "tokenizer_config.json" not in present or not present & VOCABULARIES:  # transformers would make one up
+        raise CheckpointError(f"{folder}: there is no tokenizer; it needs tokenizer.json and tokenizer_config.json.")
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
         raise CheckpointError(
-            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {str(error).splitlines()[0]}). "
-            "The folder needs tokenizer.json and tokenizer_config.json."
+            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
+            "Download tokenizer.json and tokenizer_config.json again."
         ) from None
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
@@ -131,8 +139,10 @@ def stop_tokens(folder: Path | str, tokenizer: PreTrainedTokenizerBase) -> tuple
     path = Path(folder) / "generation_config.json"
     if path.exists():
         try:
-            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{path}: not valid JSON ({error}).") from None
-        stops.update([named] if isinstance(named, int) else named)
+            named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            stops.update(int(stop) for stop in (named if isinstance(named, list) else [named]) if stop is not None)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path}: eos_token_id must be a token id or a list of them ({error}). Correct or delete the file."
+            ) from None
     return tuple(sorted(stops))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import ExitStack
 from dataclasses import asdict
+
 import numpy.typing as npt
 import torch
 
@@ -51,6 +53,7 @@ class Engine:
         self.max_branches = max_branches
         self.prefill_tokens = prefill_tokens
         self._trees: dict[int, Tree] = {}  # open trees by ordinal
+        self._growing: dict[int, _Growing] = {}  # those of them that a search grows
         self._opened = 0
         self._weights = self._weight_stamp()
         self._build()
@@ -133,7 +136,7 @@ class Engine:
             The same nodes, in the same order, finished.
 
         Raises:
-            ValueError: a node is not pending, or its tree is closed or of another engine.
+            ValueError: a node is given twice, is not pending, was dropped, or its tree is closed or of another engine.
             OutOfPages: the pool is full of what open trees own; the nodes are taken off their trees again.
             StaleWeights: parameters changed since the last call without `weights_changed`.
         """
@@ -142,7 +145,7 @@ class Engine:
         self._submit(nodes, sampling)
         try:
             while any(node.in_flight for node in nodes):
-                self._step(suspendable=[])
+                self._step()
         except BaseException:
             self.scheduler.cancel(nodes)
             raise
@@ -171,6 +174,8 @@ class Engine:
 
         Raises:
             OutOfPages: not even the oldest tree alone fits into the pool.
+            StaleWeights: parameters changed, also between two trees, without `weights_changed`.
+            ValueError: a search yields a node it may not extend, or there are fewer keys than prompts.
         """
         self._check_weights()
         waiting = iter(enumerate(prompts))
@@ -178,16 +183,18 @@ class Engine:
         growing: dict[int, _Growing] = {}
         try:
             while True:
-                self._open_more(search, waiting, names, sampling, growing)
+                self._open_more(search, waiting, names, sampling, reward, growing)
                 if not growing:
                     return
-                self._advance(growing, reward)
+                self._advance(growing)
                 yield from self._resume(growing, sampling)
         finally:
-            for growth in growing.values():
-                if growth.generator is not None:
-                    growth.generator.close()
-                growth.tree.close()
+            with ExitStack() as closing:  # calls them all, last first, whatever a search does about its end
+                for growth in growing.values():
+                    del self._growing[growth.tree.ordinal]
+                    if growth.generator is not None:
+                        closing.callback(growth.generator.close)
+                    closing.callback(growth.tree.close)
 
     def _open_more(
         self,
@@ -195,25 +202,27 @@ class Engine:
         waiting: Iterator[tuple[int, npt.ArrayLike]],
         names: Iterator[int] | None,
         sampling: Sampling,
+        reward: Reward | None,
         growing: dict[int, _Growing],
     ) -> None:
-        """Open trees until there are branches enough to fill a batch."""
-        while self.scheduler.num_branches < self.max_branches:
+        """Open trees until there are branches enough to fill a batch, but at least one."""
+        while not growing or self.scheduler.num_branches < self.max_branches:
             item = next(waiting, None)
             if item is None:
                 return
             index, prompt = item
-            tree = self.tree(prompt, key=None if names is None else next(names))
-            growth = growing[tree.ordinal] = _Growing(index, tree, search)
+            key = None if names is None else next(names, None)
+            if names is not None and key is None:
+                raise ValueError(f"run: no key is left for prompt {index}; give one key a prompt")
+            tree = self.tree(prompt, key=key)
+            growth = growing[tree.ordinal] = self._growing[tree.ordinal] = _Growing(index, tree, search, reward)
             growth.ask([])
             self._submit(growth.nodes, sampling)
 
-    def _advance(self, growing: dict[int, _Growing], reward: Reward | None) -> None:
+    def _advance(self, growing: dict[int, _Growing]) -> None:
         """One step of the scheduler, or, if every tree waits for its rewards, wait for the first."""
         if self.scheduler.num_branches:
-            for node in self._step(suspendable=[growth.tree for growth in growing.values()]):
-                if node.tree.ordinal in growing:
-                    growing[node.tree.ordinal].finished(node, reward)
+            self._step()
             return
         futures = [future for growth in growing.values() for future in growth.rewards.values()]
         if futures:
@@ -226,38 +235,58 @@ class Engine:
         for growth in [growth for growth in growing.values() if growth.is_ready()]:
             growth.ask(growth.nodes)
             if growth.done:
-                del growing[growth.tree.ordinal]
+                del growing[growth.tree.ordinal], self._growing[growth.tree.ordinal]
                 growth.tree.close()
                 yield growth.index, growth.tree
+                self._check_weights()  # the caller had a turn
             else:
                 self._submit(growth.nodes, sampling)
 
     def _submit(self, nodes: Sequence[Node], sampling: Sampling) -> None:
-        for node in nodes:
-            if node.tree.closed or self._trees.get(node.tree.ordinal) is not node.tree:
-                raise ValueError(f"{node!r} belongs to a tree that is closed or of another engine")
-            if not node.is_pending or node.in_flight:
-                raise ValueError(f"{node!r} is not pending; use node.fork() to grow below it")
-            limit = min(node.tree.prompt_len + sampling.max_tokens, self.model.config.max_positions, self.kv_tokens)
-            if node.start >= limit:
-                raise ValueError(f"{node!r} starts at depth {node.start}, but paths end at {limit}; raise max_tokens")
-        for node in nodes:
-            limit = min(node.tree.prompt_len + sampling.max_tokens, self.model.config.max_positions, self.kv_tokens)
+        limits = {node: self._limit(node, sampling) for node in nodes}
+        if len(limits) < len(nodes):
+            raise ValueError("a node is given twice; use node.fork(n=2) for two branches")
+        for node, limit in limits.items():
             self.scheduler.submit(node, sampling, limit)
 
-    @torch.inference_mode()
-    def _step(self, *, suspendable: list[Tree]) -> list[Node]:
-        """One scheduler step; when pages are short, the youngest of `suspendable` gives its KV up for now."""
-        self.cache.pool.restore_memory()
-        finished = self.scheduler.step(self.version)
+    def _limit(self, node: Node, sampling: Sampling) -> int:
+        """Depth a node may reach.
+
+        Raises:
+            ValueError: it cannot be extended.
+        """
+        if node.tree.closed or self._trees.get(node.tree.ordinal) is not node.tree:
+            raise ValueError(f"{node!r} belongs to a tree that is closed or of another engine")
+        if node.dropped:
+            raise ValueError(f"{node!r} was dropped from its tree; fork again")
+        if not node.is_pending or node.in_flight:
+            raise ValueError(f"{node!r} is not pending; use node.fork() to grow below it")
+        limit = min(node.tree.prompt_len + sampling.max_tokens, self.model.config.max_positions)
+        if node.start >= limit:
+            raise ValueError(f"{node!r} starts at depth {node.start}, but paths end at {limit}; raise max_tokens")
+        return limit
+
+    def _step(self) -> None:
+        """One scheduler step; what finished is reported to its search, whoever is calling."""
+        with torch.inference_mode():
+            self.cache.pool.restore_memory()
+            finished = self.scheduler.step(self.version)
         if finished is None:
-            oldest = self.scheduler.waiting[0].node.tree
-            holders = [tree for tree in suspendable if tree is not oldest and self.cache.owned_by(tree)]
-            if not holders:
-                raise self._out_of_pages()
-            self.cache.forget(max(holders, key=lambda tree: tree.ordinal))
-            return []
-        return finished
+            self._suspend_one()
+            return
+        for node in finished:
+            growth = self._growing.get(node.tree.ordinal)
+            if growth is not None:
+                growth.finished(node)
+
+    def _suspend_one(self) -> None:
+        """Pages are short: the youngest tree that a search grows gives its KV up for now; the oldest branch's stays."""
+        oldest = self.scheduler.waiting[0].node.tree
+        trees = [growth.tree for growth in self._growing.values() if growth.tree is not oldest]
+        holders = [tree for tree in trees if self.cache.owned_by(tree)]
+        if not holders:
+            raise self._out_of_pages()
+        self.cache.forget(max(holders, key=lambda tree: tree.ordinal))
 
     def _out_of_pages(self) -> OutOfPages:
         owned = {tree.ordinal: self.cache.owned_by(tree) for tree in self._trees.values()}
@@ -323,10 +352,11 @@ class Engine:
 class _Growing:
     """A search under way: its generator, what it waits for, and the rewards on their way."""
 
-    def __init__(self, index: int, tree: Tree, search: Search) -> None:
+    def __init__(self, index: int, tree: Tree, search: Search, reward: Reward | None) -> None:
         self.index = index
         self.tree = tree
         self.search = search
+        self.reward = reward
         self.generator: Growth | None = None
         self.nodes: list[Node] = []
         self.unfinished = 0
@@ -343,12 +373,14 @@ class _Growing:
                 self.nodes = list(self.generator.send(finished))
         except StopIteration:
             self.nodes, self.done = [], True
+        if any(node.tree is not self.tree for node in self.nodes):
+            raise ValueError("a search may yield nodes of its own tree only; use engine.extend for others")
         self.unfinished = len(self.nodes)
 
-    def finished(self, node: Node, reward: Reward | None) -> None:
+    def finished(self, node: Node) -> None:
         """A branch ended: grade it."""
         self.unfinished -= 1
-        graded = reward(self.tree, node) if reward is not None else None
+        graded = self.reward(self.tree, node) if self.reward is not None else None
         if isinstance(graded, Future):
             self.rewards[node] = graded
         else:

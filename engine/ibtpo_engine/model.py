@@ -10,10 +10,10 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from ibtpo_kernels import rms_norm, rope, silu_mul, tree_attention
 from torch import Tensor, nn
 
 from ibtpo_engine.model_config import ModelConfig
+from ibtpo_kernels import rms_norm, rope, silu_mul, tree_attention
 
 
 class Attend(Protocol):

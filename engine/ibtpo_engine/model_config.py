@@ -90,6 +90,8 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any], *, source: str = "config") -> ModelConfig:
         """The same from the parsed JSON."""
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{source}: holds a {type(raw).__name__}, not an object. Download the file again.")
         names = raw.get("architectures") or []
         name = names[0] if names else raw.get("model_type", "none named")
         architecture = ARCHITECTURES.get(name)
@@ -98,40 +100,37 @@ class ModelConfig:
                 f"{source}: architecture {name!r} is not supported; dense {', '.join(ARCHITECTURES)} are."
             )
         _refuse_unsupported(raw, source)
-        try:
-            hidden_size, num_heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
-            bias = bool(raw.get("attention_bias", False))
-            config = cls(
-                architecture=architecture,  # type: ignore[arg-type]
-                vocab_size=int(raw["vocab_size"]),
-                hidden_size=hidden_size,
-                intermediate_size=int(raw["intermediate_size"]),
-                num_layers=int(raw["num_hidden_layers"]),
-                num_heads=num_heads,
-                num_kv_heads=int(raw.get("num_key_value_heads") or num_heads),
-                head_dim=int(raw.get("head_dim") or hidden_size // num_heads),
-                max_positions=int(raw.get("max_position_embeddings", 32_768)),
-                rms_eps=float(raw.get("rms_norm_eps", 1e-6)),
-                tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-                qkv_bias=architecture == "qwen2" or bias,
-                out_bias=architecture != "qwen2" and bias,
-                mlp_bias=architecture == "llama" and bool(raw.get("mlp_bias", False)),
-                rope=_rope(raw, source),
-                raw=raw,
-            )
-        except KeyError as error:
-            raise CheckpointError(f"{source}: field {error} is missing.") from None
-        except (TypeError, ValueError) as error:
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(f"{source}: {error}.") from None
+
+        def size(name: str, default: int | None = None) -> int:
+            value = int(_number(raw, name, default, source))
+            if value < 1:
+                raise CheckpointError(f"{source}: {name} = {value} must be at least 1.")
+            return value
+
+        hidden_size, num_heads = size("hidden_size"), size("num_attention_heads")
+        bias = bool(raw.get("attention_bias", False))
+        config = cls(
+            architecture=architecture,  # type: ignore[arg-type]
+            vocab_size=size("vocab_size"),
+            hidden_size=hidden_size,
+            intermediate_size=size("intermediate_size"),
+            num_layers=size("num_hidden_layers"),
+            num_heads=num_heads,
+            num_kv_heads=size("num_key_value_heads", num_heads),
+            head_dim=size("head_dim", hidden_size // num_heads),
+            max_positions=size("max_position_embeddings", 32_768),
+            rms_eps=_number(raw, "rms_norm_eps", 1e-6, source),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=architecture == "qwen2" or bias,
+            out_bias=architecture != "qwen2" and bias,
+            mlp_bias=architecture == "llama" and bool(raw.get("mlp_bias", False)),
+            rope=_rope(raw, source),
+            raw=raw,
+        )
         config._validate(source)
         return config
 
     def _validate(self, source: str) -> None:
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-            if getattr(self, name) < 1:
-                raise CheckpointError(f"{source}: {name} = {getattr(self, name)} must be at least 1.")
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
                 f"{source}: {self.num_heads} attention heads are not a multiple of {self.num_kv_heads} key-value heads."
@@ -151,18 +150,40 @@ def _refuse_unsupported(raw: dict[str, Any], source: str) -> None:
         raise CheckpointError(f"{source}: quantized weights are not supported; use the bf16 or fp32 checkpoint.")
 
 
+def _number(fields: dict[str, Any], name: str, default: float | None, source: str) -> float:
+    """A field of the JSON; null counts as absent."""
+    value = fields.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise CheckpointError(f"{source}: field {name!r} is missing.")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CheckpointError(f"{source}: {name} = {value!r} must be a number.")
+    return value
+
+
 def _rope(raw: dict[str, Any], source: str) -> RopeConfig:
     """Both spellings: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (before)."""
-    settings = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
+    settings: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(raw.get(name) or {}, dict):
+            raise CheckpointError(f"{source}: {name} = {raw[name]!r} must be an object.")
+        settings |= raw.get(name) or {}
     kind = settings.get("rope_type", settings.get("type", "default"))
-    theta = float(settings.get("rope_theta", raw.get("rope_theta", 10_000.0)))
+    settings.setdefault("rope_theta", raw.get("rope_theta"))
     if kind not in ("default", "linear", "llama3"):
         raise CheckpointError(f"{source}: rope type {kind!r} is not supported; default, linear and llama3 are.")
+
+    def positive(name: str, default: float) -> float:
+        value = _number(settings, name, default, source)
+        if not value > 0:
+            raise CheckpointError(f"{source}: {name} = {value} must be above 0.")
+        return value
+
     return RopeConfig(
-        theta=theta,
+        theta=positive("rope_theta", 10_000.0),
         kind=kind,
-        factor=float(settings.get("factor", 1.0)),
-        low_freq_factor=float(settings.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(settings.get("high_freq_factor", 4.0)),
-        original_positions=int(settings.get("original_max_position_embeddings", 8192)),
+        factor=positive("factor", 1.0),
+        low_freq_factor=positive("low_freq_factor", 1.0),
+        high_freq_factor=positive("high_freq_factor", 4.0),
+        original_positions=int(positive("original_max_position_embeddings", 8192)),
     )

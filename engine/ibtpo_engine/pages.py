@@ -68,10 +68,11 @@ class PagePool:
             self.layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
 
     def release_memory(self) -> None:
-        """Free the tensors; every page must be free."""
+        """Free the tensors if they are there; every page must be free."""
         assert not self.refs.any(), "pages are still owned"
-        self.layers = []
-        del self.keys, self.values
+        if self.layers:
+            self.layers = []
+            del self.keys, self.values
 
     @property
     def num_free(self) -> int:
@@ -143,7 +144,7 @@ class KV:
         """Divide at depth `at`; the page that straddles the cut is owned by both halves."""
         upper_end, lower_first = pages_for(at), at // PAGE
         upper = KV(self.pool, self.first, self.pages[: max(upper_end - self.first, 0)], min(self.computed, at))
-        lower = KV(self.pool, lower_first, self.pages[lower_first - self.first :], self.computed)
+        lower = KV(self.pool, lower_first, self.pages[lower_first - self.first :], max(self.computed, at))
         lower.hidden = self.hidden
         self.pool.share(self.pages[lower_first - self.first : upper_end - self.first])
         self.pages = []

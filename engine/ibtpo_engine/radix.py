@@ -6,6 +6,8 @@ a live tree owns too has a second and cannot be evicted.
 
 from __future__ import annotations
 
+import heapq
+
 import numpy as np
 import numpy.typing as npt
 
@@ -105,17 +107,21 @@ class RadixIndex:
 
     def evict(self, n: int) -> int:
         """Free at least `n` pages if that many are evictable, oldest leaves first; returns how many were freed."""
+        leaves = [(entry.used, i, entry) for i, entry in enumerate(self._entries()) if self._is_loose(entry)]
+        heapq.heapify(leaves)  # the index breaks ties
         freed = 0
-        while freed < n:
-            leaves = [entry for entry in self._entries() if not entry.children and self._pool.refs[entry.page] == 1]
-            if not leaves:
-                break
-            leaves.sort(key=lambda entry: entry.used)
-            for entry in leaves[: n - freed]:
-                self._remove(entry)
-                freed += 1
+        while freed < n and leaves:
+            _, i, entry = heapq.heappop(leaves)
+            self._remove(entry)
+            freed += 1
+            parent = entry.parent
+            if parent is not None and parent is not self._root and self._is_loose(parent):  # it ends a prefix now
+                heapq.heappush(leaves, (parent.used, i, parent))
         self.evicted += freed
         return freed
+
+    def _is_loose(self, entry: Entry) -> bool:
+        return not entry.children and bool(self._pool.refs[entry.page] == 1)
 
     def clear(self) -> None:
         """Forget everything (the keys and values became stale)."""

@@ -22,5 +22,5 @@ def mix(*values: int) -> int:
     """Hash integers, in order, to one signed 64-bit integer."""
     state = 0
     for value in values:
-        state = _splitmix(state ^ (value & _MASK))
+        state = _splitmix(state ^ (int(value) & _MASK))
     return state - (1 << 64) if state >> 63 else state

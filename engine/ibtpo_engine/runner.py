@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-from ibtpo_kernels import DecodePlan, plan_decode, rope_append, tree_decode
 from torch import Tensor
 
 from ibtpo_engine.model import Model, QKNorm
 from ibtpo_engine.pages import PAGE, PagePool
+from ibtpo_kernels import DecodePlan, plan_decode, rope_append, tree_decode
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from ibtpo_kernels import sample
 
 from ibtpo_engine.cache import PageCache, is_computed
 from ibtpo_engine.pages import KV, PAGE, pages_for
@@ -32,6 +31,7 @@ from ibtpo_engine.runner import Rows, Runner
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.slots import FINISH, Ints, Outputs, Slots
 from ibtpo_engine.tree import Node
+from ibtpo_kernels import sample
 
 SlotIds = npt.NDArray[np.int64]
 
@@ -141,15 +141,22 @@ class Scheduler:
             The nodes that finished, filled with their tokens and marked with `version`; None if nothing could be run
             because pages are short.
         """
-        ready = self._admit()
-        self._grow()
-        fills, decoding = list(self.fills.values()), self._decoding_slots()
-        hidden = self._forward(decoding, fills)
-        ready += self._complete(len(decoding), fills, hidden)
-        started = self._start(ready)
-        if hidden is None and not started and not self.running:
-            return None
-        return self._sample(decoding, hidden, started, version)
+        ready: list[Branch] = []
+        try:
+            self._admit(ready)
+            self._grow()
+            fills, decoding = list(self.fills.values()), self._decoding_slots()
+            hidden = self._forward(decoding, fills)
+            self._complete(len(decoding), fills, hidden, ready)
+            started = self._start(ready)
+            if hidden is None and not started and not self.running:
+                return None
+            return self._sample(decoding, hidden, started, version)
+        except BaseException:  # an interrupt, or logits that are NaN: whoever was about to start waits again
+            for branch in ready:
+                if branch.node.in_flight and branch not in self.waiting and self.running.get(branch.slot) is not branch:
+                    self._wait_again(branch)
+            raise
 
     def cancel(self, nodes: Iterable[Node]) -> None:
         """Forget pending nodes: their branches end unfinished and the nodes leave their trees."""
@@ -196,32 +203,43 @@ class Scheduler:
 
     # ---- admission -------------------------------------------------------------------------------------------
 
-    def _admit(self) -> list[Branch]:
-        """Look at the oldest waiting branches: begin the fills they need; return those that can start at once."""
-        ready: list[Branch] = []
+    def _admit(self, ready: list[Branch]) -> None:
+        """Look at the oldest waiting branches: begin the fills they need; add to `ready` those that can start at once.
+
+        Pages go strictly by age: once a branch has to wait for pages, no younger one is given any. Otherwise a
+        younger one could take what was just freed for it, again and again.
+        """
         room = self.max_branches - (self.num_branches - len(self.waiting))
-        if room <= 0 or not self.waiting:
-            return ready
         filling_prompts = {fill.tokens.tobytes() for fill in self.fills.values() if fill.start == 0}
-        kept_waiting: list[Branch] = []
-        candidates, rest = self.waiting[: room + FILL_SLOTS], self.waiting[room + FILL_SLOTS :]
-        for branch in candidates:
+        for branch in self.waiting[: max(room, 0) + FILL_SLOTS]:
+            if room <= 0:
+                return
             blocker = self._blocker(branch)
-            if room > 0 and blocker is None and branch.kept is None:
-                ready.append(branch)
-                room -= 1
-            elif room > 0 and blocker is None and self._fill_branch(branch):
-                room -= 1
-            elif room > 0 and blocker is not None and self._fill_node(blocker, filling_prompts):
-                if blocker is branch.node.parent:
-                    self.fills[id(blocker)].children.append(branch)
-                    room -= 1
-                else:
-                    kept_waiting.append(branch)
+            if blocker is None:
+                if not self._begin(branch, ready):
+                    return
+            elif self._must_wait(blocker, filling_prompts):
+                continue
+            elif not self._fill_node(blocker):
+                return
+            elif blocker is branch.node.parent:
+                self.fills[id(blocker)].children.append(branch)
             else:
-                kept_waiting.append(branch)
-        self.waiting = kept_waiting + rest
-        return ready
+                continue
+            self.waiting.remove(branch)
+            room -= 1
+
+    def _begin(self, branch: Branch, ready: list[Branch]) -> bool:
+        """Give a branch whose path is computed its first pages; False if pages are short."""
+        if branch.kept is not None:
+            return self._fill_branch(branch)
+        parent = branch.node.parent
+        assert parent is not None
+        branch.kv = self.cache.open(parent, parent.end + 1)
+        if branch.kv is None:
+            return False
+        ready.append(branch)
+        return True
 
     def _blocker(self, branch: Branch) -> Node | None:
         """The node that must be filled before the branch can go on; None if it can."""
@@ -233,17 +251,23 @@ class Scheduler:
             parent = parent.parent
         return parent
 
-    def _fill_node(self, node: Node, filling_prompts: set[bytes]) -> bool:
-        """Begin to fill a node, unless it is being filled already; False if slots or pages are short."""
+    def _must_wait(self, node: Node, filling_prompts: set[bytes]) -> bool:
+        """May a node not be filled yet, for another reason than pages?"""
         if id(node) in self.fills:
-            return True
-        if self.slots.num_free <= self.max_branches - len(self.running):  # keep slots for the branches
             return False
+        if self.slots.num_free <= self.max_branches - len(self.running):  # keep slots for the branches
+            return True
         if node.parent is None:
             prompt = node.tokens.tobytes()
             if node.kv is None and prompt in filling_prompts:
-                return False  # the same prompt is under way: find it in the index afterwards
+                return True  # the same prompt is under way: find it in the index afterwards
             filling_prompts.add(prompt)
+        return False
+
+    def _fill_node(self, node: Node) -> bool:
+        """Begin to fill a node, unless it is being filled already; False if pages are short."""
+        if id(node) in self.fills:
+            return True
         if not self._give_pages(node):
             return False
         slot = self.slots.take(self.cache.path_pages(node))
@@ -335,9 +359,10 @@ class Scheduler:
         self.counters.computed += len(rows.tokens)
         return hidden
 
-    def _complete(self, num_decoding: int, fills: list[Fill], hidden: torch.Tensor | None) -> list[Branch]:
-        """Account for the chunks just run; returns the children of the nodes that are full now."""
-        ready: list[Branch] = []
+    def _complete(
+        self, num_decoding: int, fills: list[Fill], hidden: torch.Tensor | None, ready: list[Branch]
+    ) -> None:
+        """Account for the chunks just run; adds the children of the nodes that are full now to `ready`."""
         row, budget = num_decoding, self.fill_tokens
         for fill in fills:
             depths = fill.chunk(budget)
@@ -356,7 +381,6 @@ class Scheduler:
             ready += self._drop_fill(id(fill.node)).children
             if fill.node.parent is None:
                 self.cache.remember(fill.node)
-        return ready
 
     def _start(self, ready: list[Branch]) -> list[Branch]:
         """Give each branch a slot and the page its first token will lie on; those without a page wait again."""
@@ -364,7 +388,7 @@ class Scheduler:
         for branch in ready:
             parent = branch.node.parent
             assert parent is not None
-            kv = self.cache.open(parent, parent.end + 1)
+            kv = branch.kv or self.cache.open(parent, parent.end + 1)
             if kv is None:
                 self._wait_again(branch)
             else:
@@ -452,11 +476,12 @@ class Scheduler:
         self._wait_again(branch)
 
     def _wait_again(self, branch: Branch) -> None:
-        if branch.slot >= 0:  # it was being filled
-            assert branch.kv is not None
-            branch.kept = self.slots.outputs(branch.slot)
+        if branch.slot >= 0:  # it was being filled, or about to start
+            outputs = self.slots.outputs(branch.slot)
+            branch.kept = outputs if len(outputs[0]) else None
             self.slots.give_back(branch.slot)
             branch.slot = -1
+        if branch.kv is not None:
             branch.kv.release()
             branch.kv = None
         bisect.insort(self.waiting, branch, key=lambda waiting: waiting.ticket)
@@ -473,5 +498,6 @@ class Scheduler:
         if branch.kv is not None:
             branch.kv.release()
         branch.node.in_flight = False
+        branch.node.dropped = True
         if branch.node.parent is not None:
             branch.node.parent.children.remove(branch.node)

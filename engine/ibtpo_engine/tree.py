@@ -44,8 +44,8 @@ class Node:
     """
 
     __slots__ = (
-        "children", "entropy", "finish", "forks", "in_flight", "kv", "logprob", "logprob_raw", "notes", "parent",
-        "reward", "serial", "start", "stream", "tokens", "tree", "version",
+        "children", "dropped", "entropy", "finish", "forks", "in_flight", "kv", "logprob", "logprob_raw", "notes",
+        "parent", "reward", "serial", "start", "stream", "tokens", "tree", "version",
     )  # fmt: skip
 
     def __init__(self, tree: Tree, parent: Node | None, start: int, stream: int) -> None:
@@ -64,6 +64,7 @@ class Node:
         self.reward: float | None = None
         self.version = 0
         self.in_flight = False  # is the engine extending it?
+        self.dropped = False  # cut off its tree?
         self.kv: Any = None  # the engine's; opaque here
         self.notes: dict[str, Any] = {}  # the search's scratch space
 
@@ -89,7 +90,7 @@ class Node:
     @property
     def is_leaf(self) -> bool:
         """True where a trajectory ends: sampled, with nothing sampled below."""
-        return self.finish is not None
+        return self.finish is not None and all(child.is_pending for child in self.children)
 
     def path(self) -> list[Node]:
         """The nodes from the root to this one, both included."""
@@ -162,12 +163,14 @@ class Node:
             `n` pending nodes, to be given to `Engine.extend` (or yielded by a search).
 
         Raises:
-            ValueError: `n` < 1, `at` out of range, or the node is still pending.
+            ValueError: `n` < 1, `at` out of range, or the node is still pending or was dropped.
         """
         if n < 1:
             raise ValueError(f"fork: n={n} must be at least 1")
         if self.is_pending:
             raise ValueError(f"fork: {self!r} has no tokens yet; extend it first")
+        if self.dropped:
+            raise ValueError(f"fork: {self!r} was dropped from its tree; fork a node that is still there")
         base = self if at is None else self.split(at)
         return [base._branch() for _ in range(n)]
 
@@ -196,10 +199,10 @@ class Node:
         """Cut this node and everything below it off the tree and give its pages back.
 
         Raises:
-            ValueError: this is the root (close the tree instead), or a branch below is being extended.
+            ValueError: this is the prompt (close the tree instead), or a branch below is being extended.
         """
-        if self.parent is None:
-            raise ValueError("drop: the root cannot be dropped; close the tree instead")
+        if self.parent is None or self.stream == self.tree.root.stream:
+            raise ValueError("drop: the prompt cannot be dropped; close the tree instead")
         below = [self]
         for node in below:
             below.extend(node.children)
@@ -207,6 +210,7 @@ class Node:
             raise ValueError(f"drop: a branch below {self!r} is being extended; wait until it has finished")
         self.parent.children.remove(self)
         for node in below:
+            node.dropped = True
             if node.kv is not None:
                 node.kv.release()
                 node.kv = None
@@ -232,9 +236,11 @@ class Tree:
         ordinal: int = 0,
         on_close: Callable[[Tree], None] | None = None,
     ) -> None:
-        prompt = np.asarray(prompt, np.int32)
+        prompt = np.asarray(prompt)
         if prompt.ndim != 1 or len(prompt) == 0:
             raise ValueError(f"a tree needs a flat prompt of at least one token, got shape {prompt.shape}")
+        if prompt.dtype.kind not in "iu" or not np.array_equal(prompt, prompt.astype(np.int32)):
+            raise ValueError(f"a prompt is made of token ids, 32-bit integers; got {prompt.dtype} {prompt[:4]}...")
         self.key = key
         self.ordinal = ordinal
         self._serials = 0

@@ -8,7 +8,7 @@ from ibtpo.tasks.digit_chain import DigitChain
 from ibtpo.tasks.gym import PREFIX, GymTask
 from ibtpo.tasks.jsonl import JsonlTask
 
-__all__ = ["JsonlTask", "Problem", "Task", "TeachableTask", "format_prompt", "make_task"]
+__all__ = ["DigitChain", "JsonlTask", "Problem", "Task", "TeachableTask", "format_prompt", "make_task"]
 
 TASK_NAMES = (DigitChain.name, JsonlTask.name, PREFIX + "NAME")
 

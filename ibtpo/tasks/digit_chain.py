@@ -86,6 +86,10 @@ class DigitChain:
         """`n` held-out problems."""
         return [self._draw(_EVAL, index, held_out=True) for index in range(n)]
 
+    def longest_problem(self) -> Problem:
+        """A problem with the longest prompt there is."""
+        return make_problem(0, [(OPERATIONS[0], OPERANDS.start)] * self.config.max_ops)
+
     def grade(self, problem: Problem, completion: str, truncated: bool) -> float:
         """1 if the derivation is right (strict: every line of it; last: the final digit alone), else 0."""
         text = completion.removesuffix(END)

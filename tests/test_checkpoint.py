@@ -1,0 +1,291 @@
+"""Damaged and unsupported checkpoint folders: one clear error each, naming the file, the field and the remedy."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from engine_helpers import save_checkpoint, save_tokenizer
+from safetensors.torch import load_file, save_file
+
+from ibtpo_engine import CheckpointError, load_model, load_tokenizer, stop_tokens
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good checkpoint in one file."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "whole"
+    save_checkpoint(folder, "qwen3", head_dim=24, tie_word_embeddings=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A good checkpoint in several files."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "sharded"
+    save_checkpoint(folder, "qwen3", head_dim=24, shard="20KB")
+    return folder
+
+
+@pytest.fixture
+def folder(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "model"))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    state = load_file(folder / WEIGHTS)
+    change(state)
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def edit_json(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def refused(folder: Path, *parts: str) -> str:
+    """Assert that loading fails with one paragraph that holds every part."""
+    with pytest.raises(CheckpointError) as error:
+        load_model(folder)
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(folder) in message
+    for part in parts:
+        assert part in message
+    return message
+
+
+def test_the_folders_damaged_below_are_good_to_begin_with(whole: Path, sharded: Path) -> None:
+    assert load_model(whole).state_dict().keys() == load_file(whole / WEIGHTS).keys()
+    load_model(sharded)
+    assert load_tokenizer(whole).eos_token_id == 2
+
+
+# ---- files ---------------------------------------------------------------------------------------------------
+
+
+def test_no_folder(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", "no such folder", "Give a Hugging Face checkpoint folder")
+
+
+def test_a_file_in_place_of_the_folder(folder: Path) -> None:
+    refused(folder / WEIGHTS, "no such folder")
+
+
+def test_no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    refused(folder, "config.json: not found", "safetensors")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\x00garbage", b"[1, 2]", b"null", b'"text"'])
+def test_config_that_is_not_a_json_object(folder: Path, content: bytes) -> None:
+    (folder / "config.json").write_bytes(content)
+    refused(folder, "config.json", "Download the file again")
+
+
+def test_no_weights(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    refused(folder, WEIGHTS, INDEX)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
+def test_pickles_are_named_and_not_opened(folder: Path, name: str) -> None:
+    (folder / WEIGHTS).rename(folder / name)
+    refused(folder, name, "convert it to safetensors")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 8, 100, -1, -5000], ids=lambda keep: f"keep{keep}")
+def test_truncated_weights(folder: Path, keep: int) -> None:
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[:keep])
+    refused(folder, WEIGHTS, "truncated or damaged", "again")
+
+
+def test_weights_that_are_garbage(folder: Path) -> None:
+    (folder / WEIGHTS).write_bytes(bytes(range(256)) * 100)
+    refused(folder, WEIGHTS, "truncated or damaged")
+
+
+def test_weights_that_are_a_folder(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).mkdir()
+    refused(folder, WEIGHTS)
+
+
+def test_a_missing_shard(sharded: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sharded, tmp_path / "model"))
+    gone = sorted(folder.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    refused(folder, gone.name, "not found", INDEX, "Download the missing shard")
+
+
+def test_a_truncated_shard(sharded: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sharded, tmp_path / "model"))
+    cut = sorted(folder.glob("model-*.safetensors"))[1]
+    cut.write_bytes(cut.read_bytes()[:-7])
+    refused(folder, cut.name, "truncated or damaged")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b'{"weight_map": 3}',
+        b'{"weight_map": {"a": 1}}',
+        b'{"weight_map": {}}',
+        b"\xff\xfe\x00",
+    ],
+)
+def test_an_index_that_is_none(sharded: Path, tmp_path: Path, content: bytes) -> None:
+    folder = Path(shutil.copytree(sharded, tmp_path / "model"))
+    (folder / INDEX).write_bytes(content)
+    refused(folder, INDEX, "not a safetensors index", "again")
+
+
+# ---- tensors -------------------------------------------------------------------------------------------------
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def test_a_tensor_of_the_wrong_shape(folder: Path) -> None:
+    edit_weights(folder, lambda state: state.update({DOWN: torch.zeros(3, 5)}))
+    refused(folder, WEIGHTS, DOWN, "(3, 5)", "(48, 56)", "do not belong together")
+
+
+def test_a_config_of_another_size(folder: Path) -> None:
+    edit_json(folder / "config.json", vocab_size=41)
+    refused(folder, "(40, 48)", "(41, 48)")
+
+
+def test_a_missing_tensor(folder: Path) -> None:
+    edit_weights(folder, lambda state: state.pop(DOWN))
+    refused(folder, "1 tensors are missing", DOWN, "shard")
+
+
+def test_a_missing_head(folder: Path) -> None:
+    """An untied model without its head must not be run with the embeddings in its place."""
+    edit_weights(folder, lambda state: state.pop("lm_head.weight"))
+    refused(folder, "lm_head.weight")
+
+
+def test_an_unexpected_tensor(folder: Path) -> None:
+    edit_weights(folder, lambda state: state.update({"model.layers.0.extra": torch.zeros(2)}))
+    refused(folder, WEIGHTS, "unexpected tensor", "model.layers.0.extra", "config.json")
+
+
+def test_a_layer_more_than_the_config_says(folder: Path) -> None:
+    edit_json(folder / "config.json", num_hidden_layers=1, layer_types=["full_attention"])
+    refused(folder, "unexpected tensor", "model.layers.1")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
+    edit_weights(folder, lambda state: state[DOWN].view(-1).__setitem__(7, value))
+    refused(folder, WEIGHTS, DOWN, "NaN or Inf", "damaged")
+
+
+# ---- config fields -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, ("GPT2LMHeadModel", "not supported", "Qwen3ForCausalLM")),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, ("Qwen3MoeForCausalLM", "dense")),
+        ({"architectures": None, "model_type": "mamba"}, ("mamba",)),
+        ({"use_sliding_window": True}, ("sliding-window", "not supported")),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, ("sliding-window",)),
+        ({"quantization_config": {"quant_method": "gptq"}}, ("quantized", "bf16 or fp32")),
+        ({"hidden_act": "gelu"}, ("hidden_act", "gelu", "silu")),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ("rope type", "yarn", "llama3")),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, ("rope type", "dynamic")),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, ("factor", "0")),
+        ({"rope_parameters": {"rope_theta": -1.0}}, ("rope_theta", "-1")),
+        ({"rope_parameters": [1]}, ("rope_parameters",)),
+        ({"num_key_value_heads": 3}, ("4 attention heads", "multiple", "3 key-value heads")),
+        ({"head_dim": 7}, ("head_dim", "7", "even")),
+        ({"num_attention_heads": 0, "head_dim": None}, ("num_attention_heads", "0")),
+        ({"num_hidden_layers": -1}, ("-1", "at least 1")),
+        ({"hidden_size": "wide"}, ("hidden_size", "wide")),
+        ({"max_position_embeddings": 0}, ("max_position_embeddings", "0")),
+        ({"rms_norm_eps": "tiny"}, ("rms_norm_eps", "tiny")),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+)
+def test_config_fields_we_do_not_run(folder: Path, fields: dict[str, object], parts: tuple[str, ...]) -> None:
+    edit_json(folder / "config.json", **fields)
+    refused(folder, "config.json", *parts)
+
+
+@pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])
+def test_a_missing_config_field(folder: Path, field: str) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    del raw[field]
+    (folder / "config.json").write_text(json.dumps(raw))
+    refused(folder, "config.json", field, "missing")
+
+
+# ---- tokenizer -----------------------------------------------------------------------------------------------
+
+
+def tokenizer_refused(folder: Path, *parts: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        load_tokenizer(folder)
+    for part in (str(folder), *parts):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("gone", ["tokenizer*", "tokenizer.json", "tokenizer_config.json"])
+def test_no_tokenizer(folder: Path, gone: str) -> None:
+    """`transformers` would make up an empty one, with an end of sequence the model has never seen."""
+    for path in folder.glob(gone):
+        path.unlink()
+    tokenizer_refused(folder, "tokenizer.json", "tokenizer_config.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff\xfe\x00"])
+def test_a_damaged_tokenizer(folder: Path, content: bytes) -> None:
+    (folder / "tokenizer.json").write_bytes(content)
+    tokenizer_refused(folder, "tokenizer.json")
+
+
+def test_a_tokenizer_without_an_end(folder: Path) -> None:
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    save_tokenizer(folder, eos=False)
+    tokenizer_refused(folder, "tokenizer_config.json", "eos_token", "no answer would ever end")
+
+
+# ---- stop tokens ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("named", "stops"),
+    [(None, (2,)), (7, (2, 7)), ([7, 5, 2], (2, 5, 7)), ([], (2,))],
+    ids=["none", "one", "list", "empty"],
+)
+def test_generation_config_adds_stop_tokens(folder: Path, named: object, stops: tuple[int, ...]) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    assert stop_tokens(folder, load_tokenizer(folder)) == stops
+
+
+def test_without_a_generation_config_the_tokenizers_end_stops(folder: Path) -> None:
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    assert stop_tokens(folder, load_tokenizer(folder)) == (2,)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"\xff\xfe\x00", b'{"eos_token_id": "</s>"}', b'{"eos_token_id": ["a"]}']
+)
+def test_a_damaged_generation_config(folder: Path, content: bytes) -> None:
+    (folder / "generation_config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        stop_tokens(folder, load_tokenizer(folder))

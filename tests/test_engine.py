@@ -1,0 +1,605 @@
+"""What the engine samples depends on seed, key and place in the tree, and on nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from engine_helpers import (
+    VOCABULARY,
+    assert_idle,
+    expected_tokens,
+    grow,
+    path_logits,
+    prompt_of,
+    randomise,
+    same,
+    tiny_model,
+)
+
+from ibtpo_engine import Engine, Model, Node, OutOfPages, Sampling, StaleWeights, Tree
+from ibtpo_engine.tree import Tree as BareTree
+from ibtpo_kernels import backend, linear_logprob
+
+PROMPT = prompt_of(70)
+SAMPLING = Sampling(max_tokens=45, stop_tokens=(2,))
+GREEDY = Sampling(max_tokens=30, temperature=0)
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["fp32", "fp64"])
+def model(request: pytest.FixtureRequest) -> Model:
+    return tiny_model(dtype=request.param)
+
+
+@pytest.fixture(scope="module")
+def cold(model: Model) -> list[Node]:
+    """The tree every other way of growing it must reproduce."""
+    engine = Engine(model, kv_tokens=8192)
+    with grow(engine, PROMPT, SAMPLING, key=5) as tree:
+        nodes = tree.nodes()
+    assert len(nodes) > 8
+    assert tree.num_sampled > 100
+    stats = engine.stats()
+    assert (stats["reused"], stats["preemptions"], stats["evicted_pages"]) == (0, 0, 0)
+    return nodes
+
+
+# ---- same seed and key, same tree ----------------------------------------------------------------------------
+
+
+def test_every_token_is_what_one_forward_pass_over_its_path_draws(model: Model, cold: list[Node]) -> None:
+    for node in cold[1:]:
+        assert np.array_equal(node.tokens, expected_tokens(model, node, SAMPLING))
+
+
+def test_a_replay_is_exact_to_the_bit(model: Model, cold: list[Node]) -> None:
+    with grow(Engine(model, kv_tokens=8192), PROMPT, SAMPLING, key=5) as tree:
+        same(tree.nodes(), cold, atol=0)
+
+
+def test_a_prefix_found_in_the_index_changes_nothing(model: Model, cold: list[Node]) -> None:
+    engine = Engine(model, kv_tokens=8192)
+    for repeat in range(3):
+        before = engine.stats()["reused"]
+        with grow(engine, PROMPT, SAMPLING, key=5) as tree:
+            same(tree.nodes(), cold)
+        assert engine.stats()["reused"] - before == (64 if repeat else 0)
+    assert_idle(engine)
+
+
+def test_a_prompt_of_whole_pages_found_whole_changes_nothing(model: Model) -> None:
+    """Then only the hidden state of its last token is missing."""
+    engine = Engine(model, kv_tokens=8192)
+    trees = []
+    for _ in range(2):
+        computed = engine.stats()["computed"]
+        with engine.tree(PROMPT[:64], key=1) as tree:
+            engine.extend(tree.root.fork(2), Sampling(max_tokens=1))
+        trees.append((tree, engine.stats()["computed"] - computed))
+    assert [computed for _, computed in trees] == [64, 1]
+    same(trees[0][0].nodes(), trees[1][0].nodes())
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("prefill_tokens", [1, 16, 23])
+def test_prefill_in_chunks_changes_nothing(model: Model, cold: list[Node], prefill_tokens: int) -> None:
+    engine = Engine(model, kv_tokens=8192, prefill_tokens=prefill_tokens)
+    with grow(engine, PROMPT, SAMPLING, key=5) as tree:
+        same(tree.nodes(), cold)
+    assert engine.stats()["steps"] >= 70 // prefill_tokens
+
+
+def test_preemption_changes_nothing(model: Model) -> None:
+    """Branches that lose their pages under way are filled again and go on where they were."""
+
+    def search(tree: Tree) -> Iterator[list[Node]]:
+        yield tree.root.fork(3)
+
+    grown, preemptions = [], []
+    for kv_tokens in (8192, 16 * 20):
+        engine = Engine(model, kv_tokens=kv_tokens)
+        trees = dict(engine.run(search, [prompt_of(40, seed=i) for i in range(4)], Sampling(max_tokens=60)))
+        grown.append([node for i in range(4) for node in trees[i].nodes()])
+        preemptions.append(engine.stats()["preemptions"])
+        assert_idle(engine)
+    same(*grown)
+    assert preemptions[0] == 0 < preemptions[1]
+
+
+@pytest.mark.parametrize("max_branches", [1, 2, 64])
+def test_batch_mates_change_nothing(model: Model, cold: list[Node], max_branches: int) -> None:
+    engine = Engine(model, kv_tokens=8192, max_branches=max_branches)
+    others = [engine.tree(prompt_of(9 + i, seed=i)) for i in range(6)]
+    tree = engine.tree(PROMPT, key=5)
+    mates = [node for other in others for node in other.root.fork(2)]
+    branches = tree.root.fork(3)
+    widths = watch(engine, lambda: len(engine.scheduler.running))
+    engine.extend([*mates[:5], branches[0], *mates[5:], *branches[1:]], SAMPLING)
+    first, second, _ = branches
+    engine.extend([*first.fork(2, at=max(len(first) // 2, 1)), *second.fork(1, at=len(second) - 1)], SAMPLING)
+    same(tree.nodes(), cold)
+    for node in mates:
+        assert np.array_equal(node.tokens, expected_tokens(model, node, SAMPLING))
+    assert max(widths) == min(max_branches, 15)
+
+
+def watch(engine: Engine, look: Callable[[], int]) -> list[int]:
+    """What `look` says after every step from now on."""
+    seen, step = [], engine.scheduler.step
+
+    def watched(version: int) -> list[Node] | None:
+        finished = step(version)
+        seen.append(look())
+        return finished
+
+    engine.scheduler.step = watched
+    return seen
+
+
+def test_run_grows_what_extend_grows(model: Model, cold: list[Node]) -> None:
+    def search(tree: Tree) -> Iterator[list[Node]]:
+        first, second, _ = yield tree.root.fork(3)
+        yield [*first.fork(2, at=max(len(first) // 2, 1)), *second.fork(1, at=len(second) - 1)]
+
+    engine = Engine(model, kv_tokens=8192)
+    prompts = [prompt_of(30, seed=1), PROMPT, prompt_of(31, seed=2)]
+    trees = dict(engine.run(search, prompts, SAMPLING, keys=[3, 5, 4]))
+    same(trees[1].nodes(), cold)
+    assert_idle(engine)
+
+
+def test_after_release_the_tree_goes_on_as_if_nothing_happened(model: Model, cold: list[Node]) -> None:
+    engine = Engine(model, kv_tokens=8192)
+    tree = engine.tree(PROMPT, key=5)
+    first, second, _ = engine.extend(tree.root.fork(3), SAMPLING)
+    engine.release()
+    engine.release()
+    assert not engine.cache.pool.layers
+    engine.check_integrity()
+    engine.extend([*first.fork(2, at=max(len(first) // 2, 1)), *second.fork(1, at=len(second) - 1)], SAMPLING)
+    same(tree.nodes(), cold)
+    tree.close()
+    engine.release()
+    assert_idle(engine)
+
+
+def test_compiled_and_reference_ops_sample_the_same_tree(model: Model, cold: list[Node]) -> None:
+    with backend("reference"), grow(Engine(model, kv_tokens=8192), PROMPT, SAMPLING, key=5) as tree:
+        same(tree.nodes(), cold)
+
+
+def test_two_engines_and_the_process_do_not_disturb_each_other(model: Model, cold: list[Node]) -> None:
+    before = (torch.get_rng_state(), torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled())
+    one, two = Engine(model, kv_tokens=8192), Engine(tiny_model(seed=1), kv_tokens=512, seed=3, max_branches=2)
+    ours, theirs = one.tree(PROMPT, key=5), two.tree(PROMPT, key=5)
+    first, second, _ = one.extend(ours.root.fork(3), SAMPLING)
+    other = two.extend(theirs.root.fork(2), SAMPLING)
+    torch.rand(3)
+    torch.set_rng_state(before[0])
+    two.release()
+    one.extend([*first.fork(2, at=max(len(first) // 2, 1)), *second.fork(1, at=len(second) - 1)], SAMPLING)
+    same(ours.nodes(), cold)
+    assert other[0].tokens.tolist() != first.prefix()[len(PROMPT) :][: len(other[0])].tolist()
+    after = (torch.get_rng_state(), torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled())
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
+    assert not torch.is_inference_mode_enabled()
+
+
+# ---- randomness ----------------------------------------------------------------------------------------------
+
+
+def test_siblings_prompts_keys_and_seeds_all_differ() -> None:
+    model = tiny_model()
+
+    def tokens(seed: int, key: int | None) -> list[tuple[int, ...]]:
+        engine = Engine(model, kv_tokens=4096, seed=seed)
+        with engine.tree(PROMPT, key=key) as tree:
+            nodes = engine.extend(tree.root.fork(8), Sampling(max_tokens=12))
+            nodes += engine.extend(nodes[0].fork(8, at=3), Sampling(max_tokens=12))
+        return [tuple(node.tokens.tolist()) for node in nodes[1:]]
+
+    drawn = tokens(0, 0)
+    assert len(set(drawn)) == 15
+    for other in (tokens(0, 1), tokens(1, 0)):
+        assert not set(drawn) & set(other)
+    assert tokens(0, None) == drawn, "by default a tree's key is its place in the order of opening"
+
+
+def test_the_same_prompt_twice_in_a_run_gives_different_samples_unless_the_keys_are_equal() -> None:
+    engine = Engine(tiny_model(), kv_tokens=4096)
+
+    def search(tree: Tree) -> Iterator[list[Node]]:
+        yield tree.root.fork(4)
+
+    def leaves(keys: list[int] | None) -> list[list[list[int]]]:
+        trees = dict(engine.run(search, [PROMPT] * 2, Sampling(max_tokens=10), keys=keys))
+        return [[leaf.tokens.tolist() for leaf in trees[i].leaves()] for i in range(2)]
+
+    one, two = leaves(None)
+    assert not any(tokens in two for tokens in one)
+    one, two = leaves([7, 7])
+    assert one == two
+    assert engine.stats()["reused"] > 0
+
+
+# ---- forks ---------------------------------------------------------------------------------------------------
+
+
+def test_a_fork_of_a_finished_node_goes_on_like_a_fresh_tree_on_the_same_prefix(model: Model) -> None:
+    """Greedy, so that only what was cached can make a difference; at every kind of place, page ends included."""
+    engine = Engine(model, kv_tokens=8192)
+    with engine.tree(prompt_of(13)) as tree:
+        [leaf] = engine.extend(tree.root.fork(), Sampling(max_tokens=50))
+        whole = leaf.prefix()
+        for depth in (63, 62, 49, 48, 47, 33, 32, 31, 20, 14, 13):  # from the end: what is cut is the upper part
+            node = next(node for node in leaf.path() if node.start < depth <= node.end)
+            [ours] = engine.extend(node.fork(at=depth - node.start), replace(GREEDY, max_tokens=depth - 13 + 20))
+            assert ours.start == depth
+            same([ours], [node_on(model, whole[:depth].tolist(), replace(GREEDY, max_tokens=20))])
+            assert ours.prefix()[:depth].tolist() == whole[:depth].tolist()
+            engine.check_integrity()
+        assert len(tree.nodes()) >= 20
+
+
+def test_a_fork_within_the_prompt_samples_from_there(model: Model) -> None:
+    engine = Engine(model, kv_tokens=1024)
+    with engine.tree(prompt_of(40)) as tree:
+        [whole] = engine.extend(tree.root.fork(), GREEDY)
+        [short] = engine.extend(whole.path()[0].fork(at=17), GREEDY)
+        assert (short.start, short.end, whole.end) == (17, 70, 70)
+        same([short], [node_on(model, prompt_of(40)[:17], replace(GREEDY, max_tokens=53))])
+        engine.check_integrity()
+
+
+def node_on(model: Model, prompt: list[int], sampling: Sampling) -> Node:
+    engine = Engine(model, kv_tokens=1024)
+    with engine.tree(prompt) as tree:
+        return engine.extend(tree.root.fork(), sampling)[0]
+
+
+# ---- sampler and trainer -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_tokens=60),
+        Sampling(max_tokens=60, temperature=0.7),
+        Sampling(max_tokens=60, temperature=1.3, top_p=0.8),
+        Sampling(max_tokens=60, top_k=5),
+    ],
+    ids=["plain", "temperature", "top-p", "top-k"],
+)
+def test_sampler_and_trainer_agree_on_logprob_and_entropy(sampling: Sampling) -> None:
+    """On every edge of a forked tree, within fp32 rounding: the sampler's numbers are the trainer's old policy."""
+    model = tiny_model()
+    engine = Engine(model, kv_tokens=8192)
+    with grow(engine, PROMPT, sampling) as tree:
+        packed = tree.export()
+    tokens, pos, end, row, token = (
+        torch.from_numpy(array.copy())
+        for array in (packed.tokens.astype(np.int64), packed.pos, packed.end, packed.edge_row, packed.edge_token)
+    )
+    with torch.no_grad():
+        hidden = model.packed(tokens, pos, end)
+        logprob, entropy = linear_logprob(hidden, model.head, row.long(), tokens[token.long()])
+        tempered, _ = linear_logprob(
+            hidden, model.head, row.long(), tokens[token.long()], temperature=sampling.temperature
+        )
+    assert len(token) > 150
+    agree(packed.logprob_raw[packed.edge_token], logprob)
+    agree(packed.entropy[packed.edge_token], entropy[row.long()])
+    if (sampling.top_p, sampling.top_k) == (1, 0):
+        agree(packed.logprob[packed.edge_token], tempered)
+    else:  # renormalised over what was kept: never less likely
+        assert (packed.logprob[packed.edge_token] >= tempered.numpy() - 1e-5).all()
+        assert (packed.logprob[packed.edge_token] > tempered.numpy() + 0.01).any()
+    assert not packed.logprob[: tree.prompt_len].any()
+
+
+def agree(sampled: np.ndarray, trained: torch.Tensor) -> None:
+    difference = np.abs(sampled - trained.numpy())
+    assert difference.max() < 1e-5
+    assert difference.mean() < 1e-6
+
+
+# ---- how branches end ----------------------------------------------------------------------------------------
+
+
+def test_a_stop_token_ends_a_branch_and_is_kept() -> None:
+    engine = Engine(tiny_model(), kv_tokens=8192)
+    sampling = Sampling(max_tokens=40, stop_tokens=(2, 7, 11))
+    with engine.tree(PROMPT) as tree:
+        nodes = engine.extend(tree.root.fork(40), sampling)
+    stopped = [node for node in nodes if node.finish == "stop"]
+    assert len(stopped) > 20
+    for node in nodes:
+        stops = np.isin(node.tokens, (2, 7, 11))
+        assert not stops[:-1].any()
+        assert stops[-1] == (node.finish == "stop")
+        assert node.finish == "stop" or len(node) == 40
+        assert len(node) == len(node.logprob) == len(node.logprob_raw) == len(node.entropy) <= 40
+
+
+def test_max_tokens_counts_from_the_end_of_the_prompt_wherever_the_fork_is() -> None:
+    engine = Engine(tiny_model(), kv_tokens=8192)
+    with engine.tree(PROMPT) as tree:
+        [leaf] = engine.extend(tree.root.fork(), Sampling(max_tokens=20))
+        nodes = engine.extend([*leaf.fork(at=13), *leaf.fork(), *tree.root.fork()], Sampling(max_tokens=25))
+    assert [leaf.end, *(node.end for node in nodes)] == [90, 95, 95, 95]
+    assert [len(node) for node in nodes] == [12, 5, 25]
+    assert {node.finish for node in nodes} == {"length"}
+
+
+def test_a_stop_token_at_the_limit_counts_as_stop() -> None:
+    engine = Engine(tiny_model(), kv_tokens=1024)
+    with engine.tree(PROMPT) as tree:
+        [free] = engine.extend(tree.root.fork(), replace(GREEDY, max_tokens=6))
+        last = int(free.tokens[-1])
+        n = free.tokens.tolist().index(last) + 1
+        [node] = engine.extend(tree.root.fork(), replace(GREEDY, max_tokens=n, stop_tokens=(last,)))
+    assert (len(node), node.finish) == (n, "stop")
+
+
+def test_a_path_ends_at_the_models_context() -> None:
+    engine = Engine(tiny_model(positions=50), kv_tokens=1024)
+    with engine.tree(prompt_of(40)) as tree:
+        [node] = engine.extend(tree.root.fork(), Sampling(max_tokens=400))
+        assert (node.end, node.finish) == (50, "length")
+        with pytest.raises(ValueError, match="starts at depth 50, but paths end at 50"):
+            engine.extend(node.fork(), Sampling(max_tokens=400))
+
+
+def test_greedy_is_the_most_likely_token_and_certain_of_it(model: Model) -> None:
+    engine = Engine(model, kv_tokens=1024)
+    with engine.tree(PROMPT) as tree:
+        one, two = engine.extend(tree.root.fork(2), GREEDY)
+    same([one], [two], atol=0)
+    assert one.tokens.tolist() == path_logits(model, one.prefix())[one.start - 1 : -1].argmax(-1).tolist()
+    assert not one.logprob.any()
+    assert (one.logprob_raw < 0).all()
+    assert (one.entropy > 0).all()
+
+
+def test_branches_with_different_parameters_share_a_batch(model: Model) -> None:
+    """A search that extends with parameters of its own while other branches are under way."""
+    kinds = [
+        Sampling(max_tokens=25),
+        Sampling(max_tokens=33, temperature=0.6, top_p=0.7, stop_tokens=(4, 9, 2)),
+        Sampling(max_tokens=20, top_k=3, stop_tokens=(2,)),
+        Sampling(max_tokens=30, temperature=0),
+    ]
+    alone = []
+    for i, sampling in enumerate(kinds):
+        engine = Engine(model, kv_tokens=4096)
+        with engine.tree(prompt_of(20, seed=i), key=i) as tree:
+            alone += engine.extend(tree.root.fork(2), sampling)
+    engine = Engine(model, kv_tokens=4096)
+    nodes = []
+    for i, sampling in enumerate(kinds):
+        forks = engine.tree(prompt_of(20, seed=i), key=i).root.fork(2)
+        engine._submit(forks, sampling)
+        nodes += forks
+    engine._step()
+    assert len(engine.scheduler.running) == 8, "all of them are in one batch"
+    while any(node.in_flight for node in nodes):
+        engine._step()
+    same(nodes, alone)
+
+
+# ---- weights -------------------------------------------------------------------------------------------------
+
+
+def test_keys_and_values_of_old_weights_are_never_read() -> None:
+    """Neither a tree's own nor those in the index: all that follows equals a fresh engine on the new weights."""
+    model = tiny_model()
+    engine = Engine(model, kv_tokens=4096)
+    tree = engine.tree(PROMPT)
+    old = engine.extend(tree.root.fork(2), Sampling(max_tokens=20))
+    before = [(node.tokens.copy(), node.logprob.copy()) for node in old]
+    engine.tree(prompt_of(40, seed=1)).close()
+    with engine.tree(prompt_of(64, seed=2)) as closed:
+        engine.extend(closed.root.fork(), Sampling(max_tokens=5))
+    assert engine.cache.index.num_entries > 4, "there is something to be found"
+    randomise(model, seed=77)
+    engine.weights_changed()
+    reused = engine.stats()["reused"]
+    new = engine.extend([*old[0].fork(at=9), *old[1].fork(), *tree.root.fork()], replace(GREEDY, max_tokens=40))
+    with engine.tree(prompt_of(64, seed=2)) as again:
+        new += engine.extend(again.root.fork(), GREEDY)
+    assert engine.stats()["reused"] == reused == 0, "nothing of the old weights was found"
+    fresh = tiny_model(seed=77)
+    for node in new:
+        prefix = node.prefix()[: node.start].tolist()
+        same([node], [node_on(fresh, prefix, replace(GREEDY, max_tokens=len(node)))])
+    assert [node.version for node in new] == [1] * 4
+    assert [node.version for node in [*old, old[0].parent]] == [0] * 3
+    for nodes, (tokens, logprob) in zip([[old[0].parent, old[0]], [old[1]]], before, strict=True):
+        assert np.array_equal(np.concatenate([node.tokens for node in nodes]), tokens)
+        assert np.array_equal(np.concatenate([node.logprob for node in nodes]), logprob)
+    assert set(tree.export().version.tolist()) == {0, 1}
+
+
+def _in_place(model: Model) -> None:
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+
+
+def _optimizer(model: Model) -> None:
+    model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model.model.norm.weight.sum().backward()
+    optimizer.step()
+
+
+def _load(model: Model) -> None:
+    model.load_state_dict(tiny_model(seed=5).state_dict())
+
+
+def _replace(model: Model) -> None:
+    model.model.norm.weight = torch.nn.Parameter(torch.ones(24))
+
+
+@pytest.mark.parametrize("change", [_in_place, _optimizer, _load, _replace])
+def test_changed_weights_nobody_told_of_are_an_error(change: Callable[[Model], None]) -> None:
+    model = tiny_model()
+    engine = Engine(model, kv_tokens=1024)
+    tree = engine.tree(PROMPT)
+    engine.extend(tree.root.fork(), GREEDY)
+    change(model)
+    pending = tree.root.fork()
+    with pytest.raises(StaleWeights, match=r"call engine\.weights_changed\(\)"):
+        engine.extend(pending, GREEDY)
+    with pytest.raises(StaleWeights, match=r"call engine\.weights_changed\(\)"):
+        list(engine.run(lambda tree: iter([]), [PROMPT], GREEDY))
+    engine.weights_changed()
+    [node] = engine.extend(pending, GREEDY)
+    same([node], [node_on(model, PROMPT, GREEDY)])
+
+
+def test_weights_changed_between_two_trees_of_a_run_are_an_error_too() -> None:
+    model = tiny_model()
+    engine = Engine(model, kv_tokens=1024, max_branches=2)
+
+    def search(tree: Tree) -> Iterator[list[Node]]:
+        yield tree.root.fork()
+
+    run = engine.run(search, [prompt_of(9, seed=i) for i in range(6)], SAMPLING)
+    next(run)
+    _in_place(model)
+    with pytest.raises(StaleWeights):
+        next(run)
+    engine.weights_changed()
+    assert_idle(engine)
+
+
+def test_weights_may_change_while_a_run_goes_on_if_the_engine_is_told() -> None:
+    """What is under way keeps its tokens and goes on under the new weights, on keys and values of the new ones."""
+    model = tiny_model()
+    engine = Engine(model, kv_tokens=2048, max_branches=2)
+
+    def search(tree: Tree) -> Iterator[list[Node]]:
+        yield tree.root.fork()
+
+    sampling = Sampling(max_tokens=40, temperature=0, stop_tokens=(2,))
+    trees = []
+    for _, tree in engine.run(search, [prompt_of(9, seed=i) for i in range(4)], sampling):
+        if not trees:
+            _in_place(model)
+            engine.weights_changed()
+        trees.append(tree)
+    assert sorted({leaf.version for tree in trees for leaf in tree.leaves()}) == [0, 1]
+    last = trees[-1].leaves()[0]
+    same([last], [node_on(model, trees[-1].root.tokens.tolist(), sampling)])
+    assert_idle(engine)
+
+
+# ---- bad calls -----------------------------------------------------------------------------------------------
+
+
+def test_bad_calls_of_extend_name_the_remedy_and_change_nothing() -> None:
+    model = tiny_model()
+    engine, other = Engine(model, kv_tokens=1024), Engine(model, kv_tokens=1024)
+    tree, closed, foreign = engine.tree(PROMPT), engine.tree(PROMPT), other.tree(PROMPT)
+    [leaf] = engine.extend(tree.root.fork(), GREEDY)
+    [lost] = engine.extend(tree.root.fork(), GREEDY)
+    orphan = lost.fork()[0]
+    lost.drop()
+    of_closed = closed.root.fork()[0]
+    closed.close()
+    twice, good = tree.root.fork(2)
+    for message, node in {
+        "not pending; use node.fork": leaf,
+        "closed or of another engine": of_closed,
+        "closed or of another": foreign.root.fork()[0],
+        "of another engine": BareTree(PROMPT).root.fork()[0],
+        "raise max_tokens": leaf.fork()[0],
+        "was dropped": orphan,
+    }.items():
+        for nodes in ([node], [good, node]):
+            with pytest.raises(ValueError, match=message):
+                engine.extend(nodes, GREEDY)
+            assert good.is_pending
+            assert not good.in_flight
+    with pytest.raises(ValueError, match="given twice"):
+        engine.extend([twice, good, twice], GREEDY)
+    assert [len(node) for node in engine.extend([twice, good], GREEDY)] == [30, 30]
+    assert engine.extend([], GREEDY) == []
+    tree.close()
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "at least one token"),
+        ([3, VOCABULARY], "40 lies outside the vocabulary"),
+        ([3, -1], "-1 lies outside the vocabulary"),
+        (np.array([3, 2**32]), "32-bit"),
+        ([0.5], "token ids"),
+        ([3] * 50, "50 tokens leaves no room in the model's context of 50"),
+    ],
+)
+def test_bad_prompts_are_named(prompt: list[int], message: str) -> None:
+    engine = Engine(tiny_model(positions=50), kv_tokens=1024)
+    with pytest.raises(ValueError, match=message):
+        engine.tree(prompt)
+    with pytest.raises(ValueError, match=message):
+        list(engine.run(lambda tree: iter([]), [prompt], GREEDY))
+    assert_idle(engine)
+
+
+def test_a_prompt_larger_than_the_pool_is_named() -> None:
+    engine = Engine(tiny_model(), kv_tokens=50)
+    with pytest.raises(
+        OutOfPages, match=r"prompt of 70 tokens needs 5 pages, the pool has 4; raise kv_tokens \(now 64\)"
+    ):
+        engine.tree(PROMPT)
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("field", ["kv_tokens", "max_branches", "prefill_tokens"])
+def test_sizes_must_be_positive(field: str) -> None:
+    with pytest.raises(ValueError, match=f"Engine: {field}=0 must be at least 1"):
+        Engine(tiny_model(), **{field: 0})
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"max_tokens": 0},
+    ],
+)
+def test_sampling_fields_are_checked(field: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=rf"Sampling\.{next(iter(field))}"):
+        Sampling(**field)
+
+
+def test_weights_gone_bad_are_an_error_that_leaves_the_engine_usable() -> None:
+    """NaN logits, as after a diverged update."""
+    model = tiny_model()
+    engine = Engine(model, kv_tokens=1024)
+    tree = engine.tree(PROMPT)
+    saved = model.model.norm.weight.clone()
+    for _ in range(2):
+        model.model.norm.weight.fill_(float("nan"))
+        engine.weights_changed()
+        with pytest.raises(ValueError, match="NaN"):
+            engine.extend(tree.root.fork(3), GREEDY)
+        engine.check_integrity()
+        assert tree.nodes() == [tree.root]
+        model.model.norm.weight.copy_(saved)
+        engine.weights_changed()
+        same(engine.extend(tree.root.fork(), GREEDY), [node_on(model, PROMPT, GREEDY)])
+        tree.root.children[0].drop()
+    tree.close()
+    assert_idle(engine)

@@ -1,0 +1,210 @@
+"""Our one model definition against `transformers`, and its two callers against each other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from engine_helpers import (
+    VOCABULARY,
+    expected_tokens,
+    path_logits,
+    prompt_of,
+    randomise,
+    save_checkpoint,
+    tiny_model,
+)
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ibtpo_engine import Engine, Model, ModelConfig, Sampling, initialise, load_model, load_tokenizer, save_model
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.5}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3-head24-tied": ("qwen3", {"head_dim": 24, "tie_word_embeddings": True}),
+    "qwen3-head40-untied": ("qwen3", {"head_dim": 40, "tie_word_embeddings": False}),
+    "qwen3-attention-bias": ("qwen3", {"head_dim": 16, "attention_bias": True}),
+    "qwen3-7-to-1": ("qwen3", {"head_dim": 8, "num_attention_heads": 7, "num_key_value_heads": 1}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-14-to-2-untied": (
+        "qwen2",
+        {"hidden_size": 56, "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": False},
+    ),
+    "llama-head24": ("llama", {"hidden_size": 72, "num_attention_heads": 3, "num_key_value_heads": 3}),
+    "llama-head40-own": ("llama", {"head_dim": 40, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
+    "qwen2-linear-rope": ("qwen2", {"rope_parameters": LINEAR}),
+}
+
+
+def reference_logits(model: PreTrainedModel, tokens: list[int]) -> torch.Tensor:
+    """[n, V] by `transformers`."""
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_and_greedy_tokens_equal_transformers(case: str, tmp_path: Path) -> None:
+    """Per token within fp32 rounding, past the original context where rope is stretched; the same greedy path."""
+    family, fields = CASES[case]
+    theirs = save_checkpoint(tmp_path, family, **fields)
+    ours = load_model(tmp_path)
+    prompt = prompt_of(70)
+    wanted = reference_logits(theirs, prompt)
+    assert wanted.std() > 0.3, "logits are too flat for the comparison to mean much"
+    assert (path_logits(ours, prompt) - wanted).abs().max() < 1e-4
+
+    engine_tokens = _greedy(Engine(ours, kv_tokens=1024), prompt, 40)
+    theirs.generation_config.eos_token_id = None
+    generated = theirs.generate(
+        torch.tensor([prompt]), do_sample=False, max_new_tokens=40, min_new_tokens=40, pad_token_id=0
+    )
+    assert engine_tokens == generated[0, len(prompt) :].tolist()
+    assert len(set(engine_tokens)) > 2, "a constant continuation would prove little"
+
+
+def _greedy(engine: Engine, prompt: list[int], n: int) -> list[int]:
+    with engine.tree(prompt) as tree:
+        [node] = engine.extend(tree.root.fork(), Sampling(temperature=0, max_tokens=n))
+        return node.tokens.tolist()
+
+
+def test_sharded_and_single_files_load_the_same_parameters(tmp_path: Path) -> None:
+    for folder, shard in ((tmp_path / "one", "1GB"), (tmp_path / "many", "20KB")):
+        save_checkpoint(folder, "qwen3", head_dim=24, shard=shard)
+    shards = list((tmp_path / "many").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert not (tmp_path / "many" / "model.safetensors").exists()
+    one, many = load_model(tmp_path / "one").state_dict(), load_model(tmp_path / "many").state_dict()
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+@pytest.mark.parametrize("case", ["qwen3-head24-tied", "qwen3-head40-untied", "qwen2-tied", "llama3-rope"])
+def test_what_we_save_transformers_loads_with_identical_logits(case: str, tmp_path: Path) -> None:
+    """Also after training: the weights saved are ours, not those we loaded."""
+    family, fields = CASES[case]
+    theirs = save_checkpoint(tmp_path / "theirs", family, **fields)
+    ours = load_model(tmp_path / "theirs")
+    prompt = prompt_of(50)
+    for changed in (False, True):
+        if changed:
+            randomise(ours, seed=9, scale=0.2)
+        save_model(ours, load_tokenizer(tmp_path / "theirs"), tmp_path / "ours")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+        same = torch.equal(reference_logits(again, prompt), reference_logits(theirs, prompt))
+        assert same is not changed
+        assert (reference_logits(again, prompt) - path_logits(ours, prompt)).abs().max() < 1e-4
+        reloaded = load_model(tmp_path / "ours").state_dict()
+        assert all(torch.equal(reloaded[name], tensor) for name, tensor in ours.state_dict().items())
+    assert load_tokenizer(tmp_path / "ours").eos_token_id == 2
+
+
+def test_the_config_we_save_keeps_every_field_it_came_with(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "theirs", "llama", rope_parameters=LLAMA3)
+    save_model(load_model(tmp_path / "theirs", dtype=torch.bfloat16), None, tmp_path / "ours")
+    theirs, ours = (json.loads((tmp_path / side / "config.json").read_text()) for side in ("theirs", "ours"))
+    assert ours.pop("dtype") == "bfloat16"
+    assert theirs.pop("dtype") == "float32"
+    assert ours == theirs
+
+
+def test_bf16_weights_load_as_saved_and_run(tmp_path: Path) -> None:
+    """A bf16 model's logits lie within bf16's three digits of the fp32 ones; the engine samples from it."""
+    save_checkpoint(tmp_path / "fp32", "qwen3", head_dim=24)
+    exact = load_model(tmp_path / "fp32")
+    save_model(load_model(tmp_path / "fp32", dtype=torch.bfloat16), None, tmp_path / "bf16")
+    half = load_model(tmp_path / "bf16", dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    widened = load_model(tmp_path / "bf16")
+    assert {parameter.dtype for parameter in widened.parameters()} == {torch.float32}
+    for name, tensor in half.state_dict().items():
+        assert torch.equal(tensor.float(), widened.state_dict()[name])
+        assert torch.equal(tensor, exact.state_dict()[name].bfloat16())
+    prompt = prompt_of(40)
+    wanted = path_logits(exact, prompt)
+    assert (path_logits(half, prompt).float() - wanted).abs().max() < 0.05 * wanted.abs().max()
+    engine = Engine(half, kv_tokens=512)
+    with engine.tree(prompt) as tree:
+        nodes = engine.extend(tree.root.fork(2), Sampling(max_tokens=10))
+    assert [len(node) for node in nodes] == [10, 10]
+    assert engine.cache.pool.keys.dtype == torch.bfloat16
+
+
+def test_old_and_new_spelling_of_rope_give_the_same_model(tmp_path: Path) -> None:
+    """`rope_theta` + `rope_scaling` (before transformers 5) and `rope_parameters` (since)."""
+    save_checkpoint(tmp_path, "llama", rope_parameters=LLAMA3)
+    new = ModelConfig.from_folder(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    settings = raw.pop("rope_parameters")
+    raw |= {"rope_theta": settings.pop("rope_theta"), "rope_scaling": settings}
+    old = ModelConfig.from_dict(raw)
+    assert new.rope.kind == "llama3"
+    assert old.rope == new.rope
+
+
+def test_packed_forward_of_a_tree_equals_the_forward_of_each_path_alone() -> None:
+    """float64, so that agreement is to 1e-12: nothing leaks between branches, and positions are depths."""
+    model = tiny_model(dtype=torch.float64)
+    engine = Engine(model, kv_tokens=2048)
+    with engine.tree(prompt_of(11)) as tree:
+        first, *_ = engine.extend(tree.root.fork(3), Sampling(max_tokens=25))
+        engine.extend([*first.fork(2, at=7), *first.fork(1)], Sampling(max_tokens=40))
+    packed = tree.export()
+    with torch.no_grad():
+        hidden = model.packed(
+            *(torch.from_numpy(x.copy()) for x in (packed.tokens.astype(np.int64), packed.pos, packed.end))
+        )
+    logits = hidden @ model.head.T
+    compared = 0
+    for n, node in enumerate(packed.nodes):
+        alone = path_logits(model, node.prefix())[node.start :]
+        rows = logits[packed.first[n] : packed.first[n] + len(node)]
+        assert (rows - alone).abs().max() < 1e-12
+        compared += len(rows)
+    assert compared == len(packed) > 100
+
+
+def test_the_engine_draws_what_one_forward_pass_over_the_path_would() -> None:
+    """In float64, where the two do not differ by rounding."""
+    model, sampling = tiny_model(dtype=torch.float64), Sampling(max_tokens=60, temperature=0.8, top_p=0.9)
+    engine = Engine(model, kv_tokens=1024)
+    with engine.tree(prompt_of(21)) as tree:
+        nodes = engine.extend(tree.root.fork(3), sampling)
+    for node in nodes:
+        assert np.array_equal(node.tokens, expected_tokens(model, node, sampling))
+
+
+def test_initialise_is_reproducible_and_as_documented() -> None:
+    config = ModelConfig.from_dict(
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+        }
+    )
+    one, two, other = (initialise(Model(config), seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
+    for name, tensor in one.items():
+        if name.endswith(".bias"):
+            assert not tensor.any()
+        elif tensor.ndim == 1:
+            assert (tensor == 1).all()
+        else:
+            assert abs(tensor.std() - 0.02) < 0.002
