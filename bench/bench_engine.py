@@ -1,6 +1,6 @@
-"""Engine against `transformers`: decoding tokens a second on the built-in policy, log-prob and entropy included on our side.
+"""Engine against `transformers`: decoding with the built-in policy, log-prob and entropy included on our side.
 
-    make bench ARGS="bench/bench_engine.py"
+make bench ARGS="bench/bench_engine.py"
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from ibtpo_engine import Engine, Sampling
 from transformers import AutoModelForCausalLM
 
 from ibtpo.policy import built_in_policy
+from ibtpo_engine import Engine, Sampling
 
 PROMPT, NEW = 24, 64
 BATCHES = (1, 8, 32, 128, 256)

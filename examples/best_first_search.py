@@ -1,6 +1,6 @@
 """A search of your own on the engine: keep sampling below the trajectory the model is most sure of.
 
-    python examples/best_first_search.py CHECKPOINT_FOLDER "first prompt" "second prompt"
+python examples/best_first_search.py CHECKPOINT_FOLDER "first prompt" "second prompt"
 """
 
 from __future__ import annotations

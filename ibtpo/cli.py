@@ -7,13 +7,13 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, TypeVar
 
 import torch
 import tyro
-from ibtpo_engine import EngineError, Tree
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -28,12 +28,14 @@ from ibtpo.optim import NonFiniteGradient
 from ibtpo.policy import Policy, load_policy
 from ibtpo.progress import track
 from ibtpo.report import NOT_ACCURACY, summarize_run
-from ibtpo.runlog import latest_checkpoint
+from ibtpo.runlog import CONFIG, latest_checkpoint
 from ibtpo.search import make_search
+from ibtpo.setup import check_prompts, choose_device, make_engine, make_sampling
 from ibtpo.steps import StepSplitter
-from ibtpo.tasks import Problem, Task, make_task
+from ibtpo.tasks import AnswerGrades, DigitChain, Grades, Problem, Task, make_task
 from ibtpo.tasks.digit_chain import parse_prompt
-from ibtpo.train import check_prompts, choose_device, make_engine, make_sampling, train
+from ibtpo.train import train
+from ibtpo_engine import EngineError, Tree
 
 USAGE = """usage: ibtpo {train,eval,sample} [--help] [flags]
 
@@ -118,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(arguments: list[str], console: Console) -> int:
-    base = TrainArguments(run=_base(arguments))
+    base = TrainArguments(run=_base(arguments, run=_early(arguments).resume))
     parsed = _parse(TrainArguments, replace(base, preset=_early(arguments).preset), "ibtpo train", arguments)
     out = train(_with_data(parsed.run), console)
     for table in _result_tables(out):
@@ -132,11 +134,13 @@ def _train(arguments: list[str], console: Console) -> int:
 
 
 def _eval(arguments: list[str], console: Console) -> int:
-    parsed = _parse(EvalArguments, EvalArguments(run=_base(arguments)), "ibtpo eval", arguments)
+    parsed = _parse(
+        EvalArguments, EvalArguments(run=_base(arguments, run=_run_of_model(arguments))), "ibtpo eval", arguments
+    )
     if parsed.json is not None and not parsed.json.parent.is_dir():
         raise ValueError(f"json: {parsed.json.parent} is no folder; make it, or name another file")
     config, policy, task = _open(parsed.run)
-    try:
+    with closing(task):
         check_prompts(task, policy, config)
         problems = task.eval_problems(config.eval.prompts)
         grower = Grower(make_engine(config, policy), task, policy.tokenizer, config.jsonl)
@@ -148,8 +152,6 @@ def _eval(arguments: list[str], console: Console) -> int:
                 config.eval.samples,
                 on_prompt=lambda tree: tracker.advance(1),
             )
-    finally:
-        task.close()
     table = Table("", "mean", "95 % interval", title=f"{len(problems)} held-out prompts, k = {config.eval.samples}")
     for name, title in (("eval_avg", "avg@k"), ("eval_pass", "pass@k"), ("eval_greedy", "greedy")):
         table.add_row(title, f"{values[name]:.3f}", f"{values[f'{name}_low']:.3f} – {values[f'{name}_high']:.3f}")
@@ -160,17 +162,16 @@ def _eval(arguments: list[str], console: Console) -> int:
 
 
 def _sample(arguments: list[str], console: Console) -> int:
-    base = SampleArguments(run=_base(arguments), preset=_early(arguments).preset)
+    base = SampleArguments(run=_base(arguments, run=_run_of_model(arguments)), preset=_early(arguments).preset)
     parsed = _parse(SampleArguments, base, "ibtpo sample", arguments)
     config, policy, task = _open(parsed.run)
-    try:
-        problem = _problem(parsed, task)
-        grower = Grower(make_engine(config, policy), task, policy.tokenizer, config.jsonl)
-        splitter = StepSplitter(policy.tokenizer, config.search.separator, step_tokens=config.search.step_tokens)
-        search = make_search(config.search, config.ib, splitter, config.sampling.max_tokens)
-        [tree], _ = grower.grow([problem], [parsed.index], search, make_sampling(config, policy))
-    finally:
-        task.close()
+    with closing(task):
+        problem, grades = _problem(parsed, task)
+        with closing(grades):
+            grower = Grower(make_engine(config, policy), grades, policy.tokenizer, config.jsonl)
+            splitter = StepSplitter(policy.tokenizer, config.search.separator, step_tokens=config.search.step_tokens)
+            search = make_search(config.search, config.ib, splitter, config.sampling.max_tokens)
+            [tree], _ = grower.grow([problem], [parsed.index], search, make_sampling(config, policy))
     console.print(_outline(tree, policy, problem))
     leaves = tree.leaves()
     console.print(
@@ -198,7 +199,7 @@ def _early(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset", default="ib-tpo")
     parser.add_argument("--task", default=None)
-    for name in ("--config", "--resume", "--data"):
+    for name in ("--config", "--resume", "--data", "--model"):
         parser.add_argument(name, type=Path, default=None)
     try:
         return parser.parse_known_args(arguments)[0]
@@ -206,10 +207,17 @@ def _early(arguments: list[str]) -> argparse.Namespace:
         return parser.parse_known_args([])[0]
 
 
-def _base(arguments: list[str]) -> TrainConfig:
+def _base(arguments: list[str], *, run: Path | None) -> TrainConfig:
     early = _early(arguments)
     task = early.task or ("jsonl" if early.data is not None else None)
-    return base_config(task=task, preset=early.preset, file=early.config, resume=early.resume)
+    return base_config(task=task, preset=early.preset, file=early.config, run=run)
+
+
+def _run_of_model(arguments: list[str]) -> Path | None:
+    """The run folder that --model is, or is a checkpoint of: what is measured there, is measured as it was trained."""
+    model = _early(arguments).model
+    folders = [] if model is None else [model, model.absolute().parent.parent]
+    return next((folder for folder in folders if (folder / CONFIG).is_file()), None)
 
 
 def _parse(kind: type[Arguments], default: Arguments, program: str, arguments: list[str]) -> Arguments:
@@ -234,15 +242,16 @@ def _open(config: TrainConfig) -> tuple[TrainConfig, Policy, Task]:
     return config, policy, make_task(config)
 
 
-def _problem(arguments: SampleArguments, task: Task) -> Problem:
+def _problem(arguments: SampleArguments, task: Task) -> tuple[Problem, Grades]:
+    """What to sample for, and who grades it."""
     if arguments.prompt is None:
-        return task.train_problem(arguments.index)
+        return task.train_problem(arguments.index), task
     prompt = arguments.prompt.replace("\\n", "\n")
-    if task.name == "digit-chain":
-        return parse_prompt(prompt if prompt.endswith("\n") else prompt + "\n")
-    if arguments.answer is None:
-        raise ValueError("prompt: give the right --answer too; without rewards there is nothing to score")
-    return Problem(prompt, arguments.answer)
+    if arguments.answer is not None:
+        return Problem(prompt, arguments.answer), AnswerGrades(arguments.run.jsonl)
+    if task.name == DigitChain.name:
+        return parse_prompt(prompt if prompt.endswith("\n") else prompt + "\n"), task
+    raise ValueError("prompt: give the right --answer too; without rewards there is nothing to score")
 
 
 def _outline(tree: Tree, policy: Policy, problem: Problem) -> Outline:

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 
 from ibtpo.config import TrainConfig
 
@@ -90,29 +90,29 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return content or {}
 
 
-def base_config(*, task: str | None, preset: str, file: Path | None, resume: Path | None) -> TrainConfig:
+def base_config(*, task: str | None, preset: str, file: Path | None, run: Path | None) -> TrainConfig:
     """The configuration before the command line's own flags: defaults, task file, preset, then `file`.
 
     Args:
         task: the task if a flag names one; the built-in one brings settings of its own.
         preset: a name of `PRESETS`.
         file: a YAML file, or None.
-        resume: a run folder whose configuration is taken as it is, or None.
+        run: a run folder whose configuration takes the place of defaults, task file and preset, or None.
 
     Raises:
         ValueError: an unknown preset, or a file that cannot be used.
     """
-    if resume is not None:
-        path = resume / "config.yaml"
+    changes = {} if file is None else load_yaml(file)
+    if run is not None:
+        path = run / "config.yaml"
         if not path.is_file():
-            raise ValueError(f"resume: {resume} is not a run folder (it has no config.yaml); check the path")
-        return merge(TrainConfig(), load_yaml(path), source=str(path))
+            raise ValueError(f"resume: {run} is not a run folder (it has no config.yaml); check the path")
+        return merge(merge(TrainConfig(), load_yaml(path), source=str(path)), changes, source=str(file))
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.3)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise ValueError(f"preset: {preset!r} is not one of {', '.join(PRESETS)}.{hint}")
     config = TrainConfig()
-    changes = {} if file is None else load_yaml(file)
     task = task or ("jsonl" if changes.get("data") else changes.get("task", config.task))
     if task == config.task:
         shipped = resources.files("ibtpo.configs") / "digit-chain.yaml"

@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from ibtpo_engine import Node, Sampling, Tree
-
 from ibtpo.grow import Grower, chains
 from ibtpo.metrics import evaluation_metrics
 from ibtpo.tasks import Problem
+from ibtpo_engine import Node, Sampling, Tree
 
 
 def evaluate(

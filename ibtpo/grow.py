@@ -7,11 +7,11 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from ibtpo_engine import Engine, Node, Sampling, Search, Tree
 from transformers import PreTrainedTokenizerBase
 
 from ibtpo.config import JsonlConfig
-from ibtpo.tasks import Problem, Task, format_prompt
+from ibtpo.tasks import Grades, Problem, format_prompt
+from ibtpo_engine import Engine, Node, Sampling, Search, Tree
 
 
 class Interrupted(Exception):
@@ -31,7 +31,7 @@ class Grading:
         seconds: time spent in grading on this side of any worker process.
     """
 
-    task: Task
+    task: Grades
     tokenizer: PreTrainedTokenizerBase
     problems: dict[int, Problem]
     seconds: float = field(default=0.0, init=False)
@@ -55,7 +55,7 @@ class Grower:
     """
 
     engine: Engine
-    task: Task
+    task: Grades
     tokenizer: PreTrainedTokenizerBase
     data: JsonlConfig
     should_stop: Callable[[], bool] = lambda: False

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml  # type: ignore[import-untyped]
+import yaml
 from markupsafe import Markup
 
 from ibtpo.config import TrainConfig

@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Self
 
-import yaml  # type: ignore[import-untyped]
+import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from ibtpo.config import TrainConfig
@@ -84,7 +84,7 @@ class RunFolder:
         try:
             with no_space(path, "nothing"):
                 (path / CHECKPOINTS).mkdir()
-                write_atomically(path / CONFIG, yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
+                _write_config(path, config)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
             lock.close()
@@ -92,8 +92,11 @@ class RunFolder:
         return cls(path, lock, None)
 
     @classmethod
-    def open(cls, path: Path, step: int | None = None) -> Self:
+    def open(cls, path: Path, config: TrainConfig | None = None, *, step: int | None = None) -> Self:
         """Go on with a run: what was logged after `step` (default: that of its last checkpoint) is dropped.
+
+        Args:
+            config: what the run goes on with, if that differs from what is written there.
 
         Raises:
             RunFolderError: this is no run folder, or another run uses it.
@@ -109,6 +112,8 @@ class RunFolder:
         for name in (METRICS, TREES):
             rows = [row for row in read_rows(path / name) if row["step"] <= step]
             write_atomically(path / name, "".join(json.dumps(row) + "\n" for row in rows))
+        if config is not None:
+            _write_config(path, config)
         return cls(path, lock, step + 1)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -214,7 +219,9 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                     yield row
 
 
-def tree_record(tree: Tree, decode: Callable[[list[int]], object], *, answer: str = "", title: str = "") -> dict[str, Any]:
+def tree_record(
+    tree: Tree, decode: Callable[[list[int]], object], *, answer: str = "", title: str = ""
+) -> dict[str, Any]:
     """A tree as plain data: what `RunFolder.add_tree` keeps and the report draws.
 
     Nodes are depth first; each names its parent's index (None for the prompt, which comes first).
@@ -306,6 +313,10 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _write_config(path: Path, config: TrainConfig) -> None:
+    write_atomically(path / CONFIG, yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
 
 
 def _plain(value: Any) -> Any:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from ibtpo_engine import Model, PackedTree, Tree
-from ibtpo_kernels import linear_logprob
 from torch import Tensor
 
 from ibtpo.advantage import NodeAdvantage, advantage
@@ -18,6 +17,8 @@ from ibtpo.config import TrainConfig
 from ibtpo.loss import policy_loss, summarize
 from ibtpo.optim import MasterAdamW
 from ibtpo.pack import MicroBatch, pack
+from ibtpo_engine import Model, PackedTree, Tree
+from ibtpo_kernels import linear_logprob
 
 
 def frozen_copy(model: Model) -> Model:
@@ -166,7 +167,7 @@ def _divide(trees: Sequence[NodeAdvantage], parts: int) -> list[list[NodeAdvanta
     """Split in order into at most `parts` runs whose sizes differ by one at most; no run is empty."""
     parts = min(parts, len(trees))
     bounds = [round(i * len(trees) / parts) for i in range(parts + 1)] if parts else []
-    return [list(trees[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [list(trees[a:b]) for a, b in pairwise(bounds)]
 
 
 def _sampled_raw(trees: Sequence[PackedTree], batch: MicroBatch) -> Tensor:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from ibtpo_kernels import linear_logprob
 from torch import Tensor
 
 from ibtpo.config import OptimConfig, WarmStartConfig
 from ibtpo.optim import MasterAdamW
 from ibtpo.policy import Policy
 from ibtpo.tasks import Problem, TeachableTask
+from ibtpo_kernels import linear_logprob
 
 ADAMW = {"beta1": 0.9, "beta2": 0.98, "weight_decay": 0.05, "grad_clip": 1.0}
 FINAL_RATE = 0.1  # the cosine ends at this share of the peak rate

@@ -6,11 +6,11 @@ import math
 
 import numpy as np
 import pytest
+from trees import chain, estimate
 
 from ibtpo.advantage import advantage
 from ibtpo.config import AdvantageConfig, IBConfig
 from ibtpo_engine.tree import Node, Tree
-from trees import chain, estimate
 
 
 def small_tree(rewards: tuple[float, float, float] = (1.0, 0.0, 0.0)) -> tuple[Tree, list[list[Node]]]:

@@ -134,6 +134,27 @@ def test_eviction_takes_whole_old_prefixes_before_newer_ones() -> None:
     assert len(index.match(tokens_of((4,)))) == 1
 
 
+@pytest.mark.parametrize("use", ["match", "insert"])
+def test_using_a_prefix_makes_it_recent(use: str) -> None:
+    """Found by a new tree, or remembered again by one that is closed; neither takes another page."""
+    pool = make_pool(4)
+    index = RadixIndex(pool)
+    for symbol in (1, 2):
+        pages = pool.allocate(1)
+        assert index.insert(tokens_of((symbol,)), pages) == 1
+        pool.release(pages)
+    if use == "match":
+        pool.release(index.match(tokens_of((1,))))
+    else:
+        pages = pool.allocate(1)
+        assert index.insert(tokens_of((1,)), pages) == 0
+        pool.release(pages)
+    assert pool.num_free == 2
+    assert index.evict(1) == 1
+    assert index.match(tokens_of((2,))) == []
+    assert len(index.match(tokens_of((1,)))) == 1
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Index and pool against a dictionary from prefixes to (page, last use).
 

@@ -20,14 +20,16 @@ from checkpoints import byte_tokenizer, save_additions, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 import ibtpo.runlog
-import ibtpo.train
+import ibtpo.trainer
 from ibtpo import cli
 from ibtpo.cli import main
 from ibtpo.config import TrainConfig
+from ibtpo.config_io import load_yaml
 from ibtpo.policy import built_in_policy
+from ibtpo.runlog import latest_checkpoint
 
 SMALL = [
-    "--sampled-tokens", "150", "--prompts-per-step", "4", "--search.rounds", "2", "--sampling.max-tokens", "5",
+    "--sampled-tokens", "150", "--prompts-per-step", "4", "--search.rounds", "2", "--sampling.max-tokens", "14",
     "--eval.prompts", "3", "--eval.samples", "2",
 ]  # fmt: skip
 DIGITS = ["--digits.min-ops", "1", "--digits.max-ops", "2", "--warm-start.updates", "2", "--warm-start.batch-size", "4"]
@@ -511,7 +513,7 @@ def _leftovers(folder: Path) -> list[str]:
 def test_full_disk_at_a_checkpoint_keeps_the_last_one(
     refused: Refusal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original, calls = ibtpo.train.save_file, iter(range(100))
+    original, calls = ibtpo.trainer.save_file, iter(range(100))
 
     def save(tensors: Any, path: Path) -> None:
         if next(calls) == 2:
@@ -521,7 +523,7 @@ def test_full_disk_at_a_checkpoint_keeps_the_last_one(
 
     flags = [*DIGITS, *SMALL, "--checkpoint-every", "1", "--sampled-tokens", "600"]
     with monkeypatch.context() as patch:
-        patch.setattr(ibtpo.train, "save_file", save)
+        patch.setattr(ibtpo.trainer, "save_file", save)
         message = refused(*flags, written=True)
     assert f"no space left on the disk of {refused.out}" in message
     assert f"--resume {refused.out}" in message
@@ -536,9 +538,9 @@ def test_full_disk_as_safetensors_puts_it(refused: Refusal, monkeypatch: pytest.
     text = "Error while serializing: I/O error: No space left on device (os error 28)"
 
     def save(tensors: Any, path: Path) -> None:
-        raise ibtpo.train.SafetensorError(text)
+        raise ibtpo.trainer.SafetensorError(text)
 
-    monkeypatch.setattr(ibtpo.train, "save_file", save)
+    monkeypatch.setattr(ibtpo.trainer, "save_file", save)
     assert "no space left on the disk of" in refused(*DIGITS, *SMALL, written=True)
     assert list((refused.out / "checkpoints").iterdir()) == []
 
@@ -585,3 +587,26 @@ def test_more_tokens_than_the_context_holds_are_fine(model: Path, data: Path, tm
 def test_cli_keeps_no_state_between_calls(refused: Refusal) -> None:
     assert "search.rounds" in refused("--search.rounds", "0")
     assert cli.main(["train", "--out", str(refused.out), *DIGITS, *SMALL]) == 0
+
+
+def test_eval_of_a_run_measures_the_task_it_was_trained_on(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the run's own configuration, eval would grade digit chains and print a meaningless number."""
+    run = tmp_path / "run"
+    flags = ["--model", model, "--data", data, "--jsonl.grade", "exact", "--out", run, *SMALL]
+    assert main(["train", *map(str, flags)]) == 0
+    held_out = load_yaml(run / "config.yaml")["jsonl"]["eval_fraction"]
+    capsys.readouterr()
+    last = latest_checkpoint(run)
+    assert last is not None
+    for folder in (run, last.path):
+        assert main(["eval", "--model", str(folder), "--eval.samples", "2"]) == 0
+        num_rows = len(data.read_text().splitlines())
+        assert f"{max(1, round(held_out * num_rows))} held-out prompts, k = 2" in capsys.readouterr().out
+
+
+def test_sample_grades_a_text_prompt_without_a_data_file(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--prompt", "1+1", "--answer", "2", "--search.rounds", "2", "--sampling.max-tokens", "4"]
+    assert main(["sample", "--model", *map(str, [model, *flags])]) == 0
+    assert "5 trajectories" in capsys.readouterr().out

@@ -166,7 +166,7 @@ def test_data_in_the_file_means_the_jsonl_task_too(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_differ_from_the_default_in_method_alone(name: str) -> None:
-    config = base_config(task="jsonl", preset=name, file=None, resume=None)
+    config = base_config(task="jsonl", preset=name, file=None, run=None)
     kinds = {"ib-tpo": ("ibtree", "ib-tpo"), "grpo": ("independent", "grpo")}
     assert (config.search.method, config.advantage.kind) == kinds[name]
     method = {"search": {"method": "ibtree"}, "advantage": {"kind": "ib-tpo"}}
@@ -258,7 +258,7 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, content: bytes
     if content is not None:
         file.write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
-        base_config(task=None, preset="ib-tpo", file=file, resume=None)
+        base_config(task=None, preset="ib-tpo", file=file, run=None)
     assert str(file) in str(error.value)
 
 
@@ -276,7 +276,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 
 def test_unknown_preset_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"preset: 'grop' is not one of ib-tpo, grpo\. Did you mean grpo\?"):
-        base_config(task=None, preset="grop", file=None, resume=None)
+        base_config(task=None, preset="grop", file=None, run=None)
 
 
 def test_the_configuration_of_a_run_folder_reads_back_equal(tmp_path: Path) -> None:
@@ -289,7 +289,7 @@ def test_the_configuration_of_a_run_folder_reads_back_equal(tmp_path: Path) -> N
         folder = tmp_path / str(number)
         RunFolder.create(folder, config).close()
         assert merge(TrainConfig(), load_yaml(folder / CONFIG), source="") == config
-        assert base_config(task=None, preset="grpo", file=None, resume=folder) == config
+        assert base_config(task=None, preset="grpo", file=None, run=folder) == config
     assert all(a != b for a, b in zip(_leaves(asdict(changed)), _leaves(asdict(TrainConfig())), strict=True))
 
 

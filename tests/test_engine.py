@@ -226,6 +226,15 @@ def test_the_same_prompt_twice_in_a_run_gives_different_samples_unless_the_keys_
     assert engine.stats()["reused"] > 0
 
 
+def test_equal_prompts_opened_at_once_are_computed_once() -> None:
+    engine = Engine(tiny_model(), kv_tokens=4096)
+    trees = [engine.tree(PROMPT) for _ in range(5)]
+    engine.extend([node for tree in trees for node in tree.root.fork(2)], Sampling(max_tokens=1))
+    stats = engine.stats()
+    assert stats["reused"] == 4 * 64
+    assert stats["computed"] == 70 + 4 * 6
+
+
 # ---- forks ---------------------------------------------------------------------------------------------------
 
 
@@ -323,6 +332,18 @@ def test_a_stop_token_ends_a_branch_and_is_kept() -> None:
         assert stops[-1] == (node.finish == "stop")
         assert node.finish == "stop" or len(node) == 40
         assert len(node) == len(node.logprob) == len(node.logprob_raw) == len(node.entropy) <= 40
+
+
+def test_nothing_of_a_branchs_parameters_stays_behind_for_the_next() -> None:
+    """Branches take over the places of finished ones; their stop tokens, temperature and cuts go with them."""
+    engine = Engine(tiny_model(), kv_tokens=8192, max_branches=3)
+    loose, strict = Sampling(max_tokens=20), Sampling(max_tokens=20, temperature=0, stop_tokens=tuple(range(30)))
+    with engine.tree(PROMPT) as tree:
+        for sampling in (strict, loose, replace(strict, top_k=2, top_p=0.5, temperature=0.5), loose):
+            nodes = engine.extend(tree.root.fork(6), sampling)
+            for node in nodes:
+                assert np.array_equal(node.tokens, expected_tokens(engine.model, node, sampling))
+            assert {node.finish for node in nodes} == {"length"} if sampling is loose else {"stop"}
 
 
 def test_max_tokens_counts_from_the_end_of_the_prompt_wherever_the_fork_is() -> None:

@@ -81,6 +81,18 @@ def test_few_slots_and_few_pages_together_make_progress(model: Model, roomy: lis
     assert_idle(engine)
 
 
+def test_a_long_prompt_gets_its_pages_although_many_short_ones_came_later(model: Model) -> None:
+    """What is freed for the oldest must not be taken by the younger, or the run would never end."""
+    prompts = [*PROMPTS[:2], prompt_of(170, seed=20), *PROMPTS[2:]]
+    engine = Engine(model, kv_tokens=16 * 24)
+    trees = dict(engine.run(two_rounds, prompts, replace(SAMPLING, max_tokens=20)))
+    assert len(trees) == 9
+    for node in trees[2].nodes()[1:]:
+        assert node.tokens.tolist() == expected_tokens(model, node, SAMPLING).tolist()
+    assert engine.stats()["evicted_pages"] > 0
+    assert_idle(engine)
+
+
 def out_of_pages(call: Callable[[], object]) -> tuple[int, ...]:
     """(needed, free, size of the pool, pinned, number of trees) as the error says."""
     with pytest.raises(OutOfPages) as error:
@@ -335,16 +347,18 @@ def test_a_search_that_will_not_end_cannot_keep_pages(model: Model) -> None:
 
 def test_the_caller_may_extend_and_run_while_a_run_is_under_way(model: Model, roomy: list[Node]) -> None:
     """Between two trees of a run; what the inner calls finish for the outer run is not lost."""
-    engine = Engine(model, kv_tokens=16 * 600, max_branches=4)
+    engine = Engine(model, kv_tokens=16 * 600, max_branches=2)
     own = engine.tree(prompt_of(30, seed=50), key=100)
-    trees, inner = {}, []
+    trees, inner, full = {}, [], 0
     for index, tree in engine.run(two_rounds, PROMPTS, SAMPLING, keys=range(8)):
         trees[index] = tree
-        [node] = engine.extend(own.root.fork(), SAMPLING)
+        full += engine.scheduler.num_branches >= 2
         inner += engine.run(two_rounds, [PROMPTS[index]], SAMPLING, keys=[index])
+        [node] = engine.extend(own.root.fork(), SAMPLING)
         assert node.tokens.tolist() == expected_tokens(model, node, SAMPLING).tolist()
     same([node for i in range(8) for node in trees[i].nodes()], roomy)
     assert len(inner) == 8
+    assert full > 1, "the outer run's branches filled the batch when the inner one began"
     own.close()
     assert_idle(engine)
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trees import chain, estimate, fill, random_trajectories
 
 from ibtpo.config import IBConfig
 from ibtpo.ib import IBEstimates, step_probability
 from ibtpo_engine.tree import Node, Tree
-from trees import chain, estimate, fill, random_trajectories
 
 CONFIGS = st.builds(
     IBConfig,

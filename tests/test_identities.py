@@ -10,14 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from ibtpo.advantage import advantage
-from ibtpo.config import AdvantageConfig, IBConfig, LossConfig, SearchConfig
-from ibtpo.ib import IBEstimates
-from ibtpo.loss import policy_loss
-from ibtpo.pack import pack
-from ibtpo.search import make_search
-from ibtpo_engine.tree import Tree
 from trees import (
     VOCABULARY,
     TablePolicy,
@@ -28,6 +20,14 @@ from trees import (
     log_probs,
     random_trajectories,
 )
+
+from ibtpo.advantage import advantage
+from ibtpo.config import AdvantageConfig, IBConfig, LossConfig, SearchConfig
+from ibtpo.ib import IBEstimates
+from ibtpo.loss import policy_loss
+from ibtpo.pack import pack
+from ibtpo.search import make_search
+from ibtpo_engine.tree import Tree
 
 SIMPLEX = st.lists(st.tuples(st.floats(0.01, 1), st.floats(0.0, 1.0)), min_size=2, max_size=6)
 

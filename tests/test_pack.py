@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trees import VOCABULARY, TinyModel, chain, estimate, gradients, log_probs, random_trajectories, unpacked_loss
 
 from ibtpo.advantage import NodeAdvantage, advantage
 from ibtpo.config import AdvantageConfig, LossConfig
@@ -18,7 +19,6 @@ from ibtpo_engine.model import Model, initialise
 from ibtpo_engine.model_config import ModelConfig
 from ibtpo_engine.tree import Node, Tree
 from ibtpo_kernels import linear_logprob
-from trees import VOCABULARY, TinyModel, chain, estimate, gradients, log_probs, random_trajectories, unpacked_loss
 
 MAX_TOKENS = 40
 LOSSES = st.builds(

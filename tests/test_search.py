@@ -5,12 +5,12 @@ from __future__ import annotations
 from random import Random
 
 import pytest
+from trees import TablePolicy, fill
 
 from ibtpo.config import IBConfig, SearchConfig
 from ibtpo.ib import IBEstimates
 from ibtpo.search import anywhere, highest_scores, make_search
 from ibtpo_engine.tree import Node, Tree
-from trees import TablePolicy, fill
 
 POLICY = TablePolicy()
 
@@ -107,7 +107,7 @@ def test_ties_are_broken_at_random():
     nodes = [(fill(tree.root.fork()[0], [2]), score) for score in (0.5, 1.0, 1.0, 1.0)]
     picked = [highest_scores(nodes, 1, Random(seed))[0] for seed in range(60)]
     assert {node: picked.count(node) > 8 for node, _ in nodes[1:]} == dict.fromkeys(dict(nodes[1:]), True)
-    assert [score for score in (dict(nodes)[node] for node in highest_scores(nodes, 4, Random(0)))] == [1, 1, 1, 0.5]
+    assert [dict(nodes)[node] for node in highest_scores(nodes, 4, Random(0))] == [1, 1, 1, 0.5]
     assert len(set(anywhere(nodes, 9, Random(0)))) == 4
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trees import fill
 
 from ibtpo.steps import StepSplitter, split_steps
 from ibtpo_engine.tree import Tree
-from trees import fill
 
 
 class PieceTokenizer:

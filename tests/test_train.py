@@ -23,7 +23,7 @@ import ibtpo.warmstart
 from ibtpo.cli import main
 from ibtpo.runlog import latest_checkpoint
 from ibtpo.tasks import DigitChain
-from ibtpo.train import Trainer
+from ibtpo.trainer import Trainer
 from ibtpo_engine import load_model
 
 CHAIN = ["--digits.min-ops", "2", "--digits.max-ops", "3", "--digits.teacher-exponent", "3"]

@@ -20,9 +20,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 
 
-def load_model(
-    folder: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> Model:
+def load_model(folder: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
     """Load a dense Qwen3, Qwen2/2.5 or Llama checkpoint, memory-mapped and shard by shard.
 
     Args:
@@ -57,7 +55,9 @@ def load_model(
         state[name] = tensor
     missing = sorted(set(expected) - set(state))
     if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}. Is a shard missing?")
+        raise CheckpointError(
+            f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}. Is a shard missing?"
+        )
     model.load_state_dict(state, assign=True)
     return model
 

@@ -40,9 +40,19 @@ class Engine:
     """
 
     def __init__(
-        self, model: Model, *, kv_tokens: int = 200_000, seed: int = 0, max_branches: int = 256, prefill_tokens: int = 2048
+        self,
+        model: Model,
+        *,
+        kv_tokens: int = 200_000,
+        seed: int = 0,
+        max_branches: int = 256,
+        prefill_tokens: int = 2048,
     ) -> None:
-        for name, value in (("kv_tokens", kv_tokens), ("max_branches", max_branches), ("prefill_tokens", prefill_tokens)):
+        for name, value in (
+            ("kv_tokens", kv_tokens),
+            ("max_branches", max_branches),
+            ("prefill_tokens", prefill_tokens),
+        ):
             if value < 1:
                 raise ValueError(f"Engine: {name}={value} must be at least 1")
         self.model = model
@@ -91,9 +101,7 @@ class Engine:
             OutOfPages: the prompt alone is larger than the whole pool.
         """
         ordinal = self._opened
-        tree = Tree(
-            prompt, key=ordinal if key is None else key, seed=self.seed, ordinal=ordinal, on_close=self._close
-        )
+        tree = Tree(prompt, key=ordinal if key is None else key, seed=self.seed, ordinal=ordinal, on_close=self._close)
         self._check_prompt(tree)
         self._opened += 1
         self._trees[ordinal] = tree
@@ -364,7 +372,7 @@ class _Growing:
         self.done = False
 
     def ask(self, finished: list[Node]) -> None:
-        """Send the finished nodes into the search (which begins at the first call); take what it wants extended next."""
+        """Send the finished nodes into the search (begun at the first call); take what it wants extended next."""
         try:
             if self.generator is None:
                 self.generator = self.search(self.tree)

@@ -145,7 +145,9 @@ def _refuse_unsupported(raw: dict[str, Any], source: str) -> None:
         raise CheckpointError(f"{source}: hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is.")
     layer_types = set(raw.get("layer_types") or ["full_attention"])
     if raw.get("use_sliding_window") or layer_types != {"full_attention"}:
-        raise CheckpointError(f"{source}: sliding-window attention is not supported; every layer must see the whole path.")
+        raise CheckpointError(
+            f"{source}: sliding-window attention is not supported; every layer must see the whole path."
+        )
     if raw.get("quantization_config"):
         raise CheckpointError(f"{source}: quantized weights are not supported; use the bf16 or fp32 checkpoint.")
 

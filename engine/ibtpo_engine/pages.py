@@ -53,7 +53,11 @@ class PagePool:
     def __init__(
         self, *, layers: int, num_pages: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self._like: dict[str, Any] = {"size": (layers, num_pages, PAGE, kv_heads, head_dim), "dtype": dtype, "device": device}
+        self._like: dict[str, Any] = {
+            "size": (layers, num_pages, PAGE, kv_heads, head_dim),
+            "dtype": dtype,
+            "device": device,
+        }
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.restore_memory()
         self.num_pages = num_pages

@@ -69,9 +69,7 @@ class Runner:
     def forward(self, rows: Rows, table: npt.NDArray[np.int32]) -> Tensor:
         """Hidden states [T, H] of `rows`, whose paths' pages are in `table` (int32 [R, P])."""
         device = self.model.device
-        tokens, pos, address = (
-            torch.from_numpy(array).to(device) for array in (rows.tokens, rows.pos, rows.address)
-        )
+        tokens, pos, address = (torch.from_numpy(array).to(device) for array in (rows.tokens, rows.pos, rows.address))
         if self._plan is None:
             self._plan = plan_decode(
                 torch.from_numpy(table).to(device),

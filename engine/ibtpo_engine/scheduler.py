@@ -359,9 +359,7 @@ class Scheduler:
         self.counters.computed += len(rows.tokens)
         return hidden
 
-    def _complete(
-        self, num_decoding: int, fills: list[Fill], hidden: torch.Tensor | None, ready: list[Branch]
-    ) -> None:
+    def _complete(self, num_decoding: int, fills: list[Fill], hidden: torch.Tensor | None, ready: list[Branch]) -> None:
         """Account for the chunks just run; adds the children of the nodes that are full now to `ready`."""
         row, budget = num_decoding, self.fill_tokens
         for fill in fills:

@@ -182,7 +182,14 @@ class Node:
         return child
 
     def fill(
-        self, tokens: Ints, logprob: Floats, logprob_raw: Floats, entropy: Floats, *, finish: str | None, version: int = 0
+        self,
+        tokens: Ints,
+        logprob: Floats,
+        logprob_raw: Floats,
+        entropy: Floats,
+        *,
+        finish: str | None,
+        version: int = 0,
     ) -> Self:
         """Give a pending node its tokens (each array [n]); the engine calls this when a branch ends."""
         if not self.is_pending:

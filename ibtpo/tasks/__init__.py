@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from ibtpo.config import TrainConfig
-from ibtpo.tasks.base import Problem, Task, TeachableTask, format_prompt, suggest
+from ibtpo.tasks.base import Grades, Problem, Task, TeachableTask, format_prompt, suggest
 from ibtpo.tasks.digit_chain import DigitChain
 from ibtpo.tasks.gym import PREFIX, GymTask
-from ibtpo.tasks.jsonl import JsonlTask
+from ibtpo.tasks.jsonl import AnswerGrades, JsonlTask
 
-__all__ = ["DigitChain", "JsonlTask", "Problem", "Task", "TeachableTask", "format_prompt", "make_task"]
+__all__ = [
+    "AnswerGrades",
+    "DigitChain",
+    "Grades",
+    "JsonlTask",
+    "Problem",
+    "Task",
+    "TeachableTask",
+    "format_prompt",
+    "make_task",
+]
 
 TASK_NAMES = (DigitChain.name, JsonlTask.name, PREFIX + "NAME")
 

@@ -30,7 +30,17 @@ class Problem:
     """Whatever the task itself needs for grading."""
 
 
-class Task(Protocol):
+class Grades(Protocol):
+    """Whoever can say how good a completion is."""
+
+    def grade(self, problem: Problem, completion: str, truncated: bool) -> float | Future[float]:
+        """Reward in [0, 1] of a completion, now or later; a truncated one gets 0."""
+
+    def close(self) -> None:
+        """End whatever runs in the background."""
+
+
+class Task(Grades, Protocol):
     """Poses problems and grades completions; every method is deterministic given the task's seed."""
 
     @property
@@ -46,12 +56,6 @@ class Task(Protocol):
 
     def eval_problems(self, n: int) -> list[Problem]:
         """Up to `n` held-out problems, none of which `train_problem` ever returns."""
-
-    def grade(self, problem: Problem, completion: str, truncated: bool) -> float | Future[float]:
-        """Reward in [0, 1] of a completion, now or later; a truncated one gets 0."""
-
-    def close(self) -> None:
-        """End whatever the task runs in the background."""
 
 
 @runtime_checkable

@@ -14,7 +14,31 @@ from ibtpo.tasks.base import Problem, seeded
 _SPLIT, _ORDER = range(2)  # streams of random numbers
 
 
-class JsonlTask:
+class AnswerGrades:
+    """Grades completions against a reference answer, whoever posed the problem.
+
+    With ``config.grade == "math"`` worker processes run until `close`.
+    """
+
+    def __init__(self, config: JsonlConfig) -> None:
+        self.config = config
+        self.grader = Grader(config.grade_workers, config.grade_timeout) if config.grade == "math" else None
+
+    def grade(self, problem: Problem, completion: str, truncated: bool) -> float | Future[float]:
+        """1 if the completion's final answer equals the reference (math-verify, or the stripped last line), else 0."""
+        if truncated:
+            return 0.0
+        if self.grader is None:
+            return float(last_line(completion) == problem.answer.strip())
+        return self.grader.submit(problem.answer, completion)
+
+    def close(self) -> None:
+        """End the grading processes."""
+        if self.grader is not None:
+            self.grader.close()
+
+
+class JsonlTask(AnswerGrades):
     """Prompts and answers of a file, divided by seed into training and evaluation rows.
 
     Rows with the same prompt always land on the same side. Training passes over its rows in a new seeded order every
@@ -28,11 +52,10 @@ class JsonlTask:
 
     def __init__(self, path: Path, config: JsonlConfig, seed: int = 0, separator: str = "\n\n") -> None:
         self.separator = separator
-        self.config = config
         self.seed = seed
         self._train, self._eval = _divide(read_problems(path, config), config.eval_fraction, seed, path)
         self._epoch, self._order = -1, self._shuffled(0)
-        self.grader = Grader(config.grade_workers, config.grade_timeout) if config.grade == "math" else None
+        super().__init__(config)
 
     def train_problem(self, index: int) -> Problem:
         """The training problem of this index; every ``num_train`` indices are one pass over the rows."""
@@ -49,19 +72,6 @@ class JsonlTask:
     def eval_problems(self, n: int) -> list[Problem]:
         """The first `n` held-out rows, or all where there are fewer."""
         return self._eval[:n]
-
-    def grade(self, problem: Problem, completion: str, truncated: bool) -> float | Future[float]:
-        """1 if the completion's final answer equals the reference (math-verify, or the stripped last line), else 0."""
-        if truncated:
-            return 0.0
-        if self.grader is None:
-            return float(last_line(completion) == problem.answer.strip())
-        return self.grader.submit(problem.answer, completion)
-
-    def close(self) -> None:
-        """End the grading processes."""
-        if self.grader is not None:
-            self.grader.close()
 
     def _shuffled(self, epoch: int) -> list[int]:
         return [int(i) for i in seeded(self.seed, _ORDER, epoch).permutation(len(self._train))]

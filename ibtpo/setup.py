@@ -1,0 +1,118 @@
+"""What a run needs before it begins, made from its configuration and checked."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ibtpo.config import TrainConfig
+from ibtpo.policy import Policy
+from ibtpo.tasks import DigitChain, JsonlTask, Task, format_prompt
+from ibtpo.tasks.digit_chain import right_solution
+from ibtpo_engine import Engine, Sampling
+
+
+def make_sampling(config: TrainConfig, policy: Policy) -> Sampling:
+    """The engine's sampling parameters of a run."""
+    sampling = config.sampling
+    return Sampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_tokens,
+        stop_tokens=policy.stops,
+    )
+
+
+def make_engine(config: TrainConfig, policy: Policy) -> Engine:
+    """The engine of a run, borrowing the policy's parameters.
+
+    Raises:
+        ValueError: there is no memory for its pool.
+    """
+    try:
+        return Engine(
+            policy.model,
+            kv_tokens=config.engine.kv_tokens,
+            seed=config.seed,
+            max_branches=config.engine.max_branches,
+            prefill_tokens=config.engine.prefill_tokens,
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"engine.kv_tokens: no memory for a pool of {config.engine.kv_tokens} tokens; lower it ({error})"
+        ) from None
+
+
+def choose_device(name: str) -> torch.device:
+    """The device a configuration names; "auto" takes a GPU if there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: {name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: {name!r} is not supported; use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ValueError(f"device: {name!r}, but torch sees {count or 'no'} GPU here; use another, auto or cpu")
+    return device
+
+
+def default_folder(config: TrainConfig) -> Path:
+    """runs/<task>-<method>-<date and time>."""
+    return Path("runs") / f"{config.task.replace(':', '-')}-{config.advantage.kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def check_prompts(task: Task, policy: Policy, config: TrainConfig) -> None:
+    """Raise ValueError, naming the line of a data file, if a prompt is not for this policy or leaves it no room."""
+    if isinstance(task, JsonlTask):
+        problems = [task.train_problem(index) for index in range(task.num_train)] + task.eval_problems(sys.maxsize)
+    elif isinstance(task, DigitChain):
+        problems = [task.longest_problem()]
+    else:
+        problems = task.eval_problems(config.eval.prompts)
+    for problem in problems:
+        fault = _fault(format_prompt(policy.tokenizer, problem, config.jsonl), policy, config.engine.kv_tokens)
+        if fault is not None:
+            from_file = isinstance(task, JsonlTask)
+            where = f"{config.data}, line {problem.data['line']}" if from_file else f"task {task.name}"
+            raise ValueError(f"{where}: {fault}")
+    if isinstance(task, DigitChain):
+        _check_room_for_answer(task, policy, config)
+
+
+def _check_room_for_answer(task: DigitChain, policy: Policy, config: TrainConfig) -> None:
+    """The length of a right answer is known here, so say at once if none could ever be finished."""
+    tokens = len(policy.tokenizer.encode(right_solution(task.longest_problem()), add_special_tokens=False))
+    if tokens > config.sampling.max_tokens:
+        raise ValueError(
+            f"sampling.max_tokens: {config.sampling.max_tokens} cuts off right answers of {tokens} tokens; raise it, "
+            f"or lower digits.max_ops (now {config.digits.max_ops})"
+        )
+
+
+def _fault(prompt: list[int], policy: Policy, pool: int) -> str | None:
+    """What is wrong with a prompt, and the remedy."""
+    model = policy.model.config
+    if not prompt:
+        return "the prompt has no tokens; give it a text or remove it"
+    if max(prompt) >= model.vocab_size:
+        return (
+            f"the prompt has token {max(prompt)}, but the model's vocab_size is {model.vocab_size}; "
+            "give it the tokenizer it was trained with"
+        )
+    if len(prompt) >= model.max_positions:
+        limit = f"the model's context is {model.max_positions}; shorten the prompt or remove it"
+    elif len(prompt) >= pool:
+        limit = f"the KV pool holds {pool}; raise engine.kv_tokens"
+    else:
+        return None
+    return f"the prompt has {len(prompt)} tokens and leaves no room for an answer, {limit}"

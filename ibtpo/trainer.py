@@ -1,0 +1,260 @@
+"""The training loop: grow trees, update on them, measure, save; resumable, stoppable."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+import torch
+from rich.console import Console
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ibtpo.config import TrainConfig
+from ibtpo.evaluate import evaluate
+from ibtpo.grow import Grower, Interrupted
+from ibtpo.metrics import tree_metrics
+from ibtpo.optim import MasterAdamW
+from ibtpo.policy import Policy, load_policy
+from ibtpo.progress import Tracker, track
+from ibtpo.runlog import METRICS, RunFolder, latest_checkpoint, read_rows, tree_record
+from ibtpo.search import make_search
+from ibtpo.setup import make_sampling
+from ibtpo.steps import StepSplitter
+from ibtpo.tasks import JsonlTask, Problem, Task, TeachableTask
+from ibtpo.update import Updater, frozen_copy
+from ibtpo.warmstart import warm_start
+from ibtpo_engine import Engine, Model, Tree
+
+START = "start"  # in the run folder: the warm-started policy, where a frozen reference of it is needed
+
+
+@dataclass
+class State:
+    """How far a run is; with the weights and the optimizer, all that is needed to go on."""
+
+    step: int = 0
+    sampled_tokens: int = 0
+    next_problem: int = 0
+
+
+class Trainer:
+    """One run in one process.
+
+    Args:
+        config: the run.
+        folder: its open run folder.
+        policy: trained in place.
+        task: poses and grades.
+        engine: samples from the policy.
+        console: where progress goes.
+    """
+
+    def __init__(
+        self, config: TrainConfig, folder: RunFolder, policy: Policy, task: Task, engine: Engine, console: Console
+    ) -> None:
+        self.config = config
+        self.folder = folder
+        self.policy = policy
+        self.task = task
+        self.console = console
+        self.state = State()
+        self.stop_requested = False
+        self.stop_signal = 0  # the signal that asked for it
+        self.sampling = make_sampling(config, policy)
+        self.optimizer = MasterAdamW(policy.model, config.optim)
+        self.engine = engine
+        self.grower = Grower(engine, task, policy.tokenizer, config.jsonl, lambda: self.stop_requested)
+        splitter = StepSplitter(policy.tokenizer, config.search.separator, step_tokens=config.search.step_tokens)
+        self.search = make_search(config.search, config.ib, splitter, config.sampling.max_tokens)
+        self.held_out = task.eval_problems(config.eval.prompts)
+        self._updater: Updater | None = None
+        self._started = False  # is there a policy worth saving?
+
+    def run(self) -> None:
+        """Evaluate, train until the token budget is spent, evaluate; Ctrl-C or SIGTERM saves a checkpoint.
+
+        Raises:
+            Interrupted: the run was stopped; a checkpoint was written, unless the warm start was still under way.
+        """
+        with self._stop_on_signal():
+            try:
+                if self.state.step == 0:
+                    self._start()
+                self._train()
+                self._evaluate("Evaluating after")
+            except Interrupted:
+                kept = f"saved {self._checkpoint()}" if self._started else "nothing is saved of a warm start"
+                how = f"{kept}; go on with: ibtpo train --resume {self.folder.path}"
+                raise Interrupted(f"stopped at step {self.state.step}; {how}", self.stop_signal) from None
+
+    def resume(self) -> None:
+        """Go on from the folder's last checkpoint; without one the run starts over."""
+        last = latest_checkpoint(self.folder.path)
+        if last is None:
+            return
+        try:
+            self.state = State(**json.loads((last.path / "state.json").read_text(encoding="utf-8")))
+            self.optimizer.load_state(load_file(last.path / "optimizer.safetensors"))
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+            raise ValueError(
+                f"resume: {last.path} is damaged, its state.json or optimizer.safetensors cannot be read ({error}); "
+                "remove this folder to go on from the checkpoint before it, or give it to --model to start a new run"
+            ) from None
+        self.engine.weights_changed()
+        self._started = True
+
+    # ---- phases ----------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if self.config.model == "built-in" and not self._started:
+            self._warm_start()
+        self._started = True
+        self._checkpoint()
+        self._evaluate("Evaluating before")
+
+    def _warm_start(self) -> None:
+        task, config = self.task, self.config.warm_start
+        assert isinstance(task, TeachableTask)  # see train()
+        begin = time.perf_counter()
+        with track(self.console, "Warm start", config.updates) as tracker:
+
+            def on_update(update: int, loss: float) -> None:
+                tracker.advance(1, f"loss {loss:.3f}")
+                if self.stop_requested:
+                    raise Interrupted
+
+            loss = warm_start(
+                self.policy, task, config, seed=self.config.seed, problem=task.train_problem, on_update=on_update
+            )
+        self.engine.weights_changed()
+        if Updater.needs_reference(self.config):
+            self.policy.save(self.folder.path / START)
+        seconds = time.perf_counter() - begin
+        self.folder.log(0, {"warm_start_loss": loss, "warm_start_seconds": seconds})
+
+    def _evaluate(self, title: str) -> None:
+        """Held-out accuracy at this step, unless the log has it already (the run was resumed)."""
+        rows = read_rows(self.folder.path / METRICS)
+        if any(row["step"] == self.state.step and "eval_avg" in row for row in rows):
+            return
+        with track(self.console, title, 2 * len(self.held_out)) as tracker:
+            values = evaluate(
+                self.grower,
+                self.held_out,
+                self.sampling,
+                self.config.eval.samples,
+                on_prompt=lambda tree: tracker.advance(1),
+            )
+        self.folder.log(self.state.step, values)
+
+    def _train(self) -> None:
+        self._updater = Updater(self.policy.model, self.optimizer, self._reference(), self.config)
+        with track(self.console, "Training", self.config.sampled_tokens) as tracker:
+            tracker.advance(self.state.sampled_tokens)
+            while self.state.sampled_tokens < self.config.sampled_tokens:
+                self._step(tracker)
+                if self.stop_requested:
+                    raise Interrupted
+        self._checkpoint()
+
+    def _step(self, tracker: Tracker) -> None:
+        begin = time.perf_counter()
+        before = self.engine.stats()
+        problems, keys = self._next_problems()
+        trees, reward_seconds = self.grower.grow(problems, keys, self.search, self.sampling)
+        sampled = time.perf_counter()
+        assert self._updater is not None
+        values = tree_metrics(trees) | self._updater.update(trees)
+        self.engine.weights_changed()
+        end = time.perf_counter()
+        computed = self.engine.stats()["computed"] - before["computed"]
+        values |= {
+            "tokens_computed": computed,
+            "sampling_efficiency": values["trajectory_tokens"] / computed,
+            "sampling_seconds": sampled - begin - reward_seconds,
+            "reward_seconds": reward_seconds,
+            "training_seconds": end - sampled,
+            "step_seconds": end - begin,
+            "tokens_per_second": values["tokens_sampled"] / (sampled - begin - reward_seconds),
+        }
+        self._finish_step(values, trees, problems)
+        tracker.advance(
+            int(values["tokens_sampled"]),
+            f"step {self.state.step}  avg-rate (iid) {values['avg_rate_iid']:.2f}  eff-rate {values['eff_rate']:.2f}",
+        )
+
+    def _finish_step(self, values: dict[str, float], trees: list[Tree], problems: list[Problem]) -> None:
+        state = self.state
+        state.step += 1
+        state.sampled_tokens += int(values["tokens_sampled"])
+        state.next_problem += len(problems)
+        if isinstance(self.task, JsonlTask) and self.task.grader is not None:
+            values |= {"grade_timeouts": self.task.grader.timeouts, "grade_failures": self.task.grader.failures}
+        if self.policy.model.device.type == "cuda":
+            values["peak_memory"] = float(torch.cuda.max_memory_allocated(self.policy.model.device))
+        self.folder.log(state.step, values)
+        self._keep_tree(trees[0], problems[0])
+        if state.step % self.config.checkpoint_every == 0:
+            self._checkpoint()
+        if self.config.eval.every and state.step % self.config.eval.every == 0:
+            self._evaluate(f"Evaluating at step {state.step}")
+
+    def _next_problems(self) -> tuple[list[Problem], list[int]]:
+        indices = range(self.state.next_problem, self.state.next_problem + self.config.prompts_per_step)
+        return [self.task.train_problem(index) for index in indices], list(indices)
+
+    def _keep_tree(self, tree: Tree, problem: Problem) -> None:
+        """Keep the first tree of a step for the report."""
+        if self.config.report_trees:
+            record = tree_record(
+                tree, self.policy.tokenizer.decode, answer=problem.answer, title=f"step {self.state.step}"
+            )
+            self.folder.add_tree(self.state.step, record)
+
+    # ---- saving and stopping ---------------------------------------------------------------------------------
+
+    def _reference(self) -> Model | None:
+        """The frozen starting policy, if the configuration needs it."""
+        if not Updater.needs_reference(self.config):
+            return None
+        if self.state.step == 0:
+            return frozen_copy(self.policy.model)
+        start = self.folder.path / START if self.config.model == "built-in" else Path(self.config.model)
+        model = self.policy.model
+        return frozen_copy(load_policy(start, dtype=model.dtype, device=model.device).model)
+
+    def _checkpoint(self) -> Path:
+        def write(path: Path) -> None:
+            self.policy.save(path)
+            save_file(self.optimizer.state(), path / "optimizer.safetensors")
+            (path / "state.json").write_text(json.dumps(asdict(self.state)), encoding="utf-8")
+
+        return self.folder.checkpoint(self.state.step, write)
+
+    @contextmanager
+    def _stop_on_signal(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM asks for a stop at the next safe point; a second Ctrl-C stops at once."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self.stop_requested and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.stop_requested, self.stop_signal = True, number
+            self.console.print("\nstopping at the next safe point; Ctrl-C again to stop at once", highlight=False)
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals are the main thread's
+            return
+        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
