@@ -132,6 +132,8 @@ class OptimConfig:
     """Decoupled weight decay, on matrices only."""
     warmup_steps: int = 5
     """Optimizer steps over which the learning rate rises linearly from 0."""
+    final_share: float = 1.0
+    """Share of the learning rate left when the run's tokens are spent; in between it falls linearly with them."""
     grad_clip: float = 1.0
     """Largest L2 norm of the gradient; longer ones are scaled down."""
 
@@ -142,6 +144,7 @@ class OptimConfig:
         check_range("optim.eps", self.eps, low=0.0, low_open=True)
         check_range("optim.weight_decay", self.weight_decay, low=0.0)
         check_range("optim.warmup_steps", self.warmup_steps, low=0)
+        check_range("optim.final_share", self.final_share, low=0.0, high=1.0)
         check_range("optim.grad_clip", self.grad_clip, low=0.0, low_open=True)
 
 
@@ -285,7 +288,7 @@ class TrainConfig:
     """Type the model computes in; master weights are float32 either way."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
-    sampled_tokens: int = 400_000
+    sampled_tokens: int = 600_000
     """Training ends when this many tokens have been sampled."""
     prompts_per_step: int = 24
     """Prompts (trees) a training step."""

@@ -172,6 +172,8 @@ class Trainer:
         trees, reward_seconds = self.grower.grow(problems, keys, self.search, self.sampling)
         sampled = time.perf_counter()
         assert self._updater is not None
+        spent = min(self.state.sampled_tokens / self.config.sampled_tokens, 1.0)
+        self.optimizer.scale = 1.0 - (1.0 - self.config.optim.final_share) * spent
         values = tree_metrics(trees) | self._updater.update(trees)
         self.engine.weights_changed()
         end = time.perf_counter()

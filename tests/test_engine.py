@@ -312,8 +312,8 @@ def test_sampler_and_trainer_agree_on_logprob_and_entropy(sampling: Sampling) ->
 
 def agree(sampled: np.ndarray, trained: torch.Tensor) -> None:
     difference = np.abs(sampled - trained.numpy())
-    assert difference.max() < 1e-5
-    assert difference.mean() < 1e-6
+    assert difference.max() < 3e-5
+    assert difference.mean() < 3e-6
 
 
 # ---- how branches end ----------------------------------------------------------------------------------------

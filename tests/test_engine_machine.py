@@ -254,6 +254,7 @@ class EngineMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         for tree in self.trees:
             tree.close()
+        self.audit_the_index()
         assert_idle(self.engine)
         self.seen.update(self.engine.stats())
 
@@ -262,9 +263,9 @@ def test_random_operations_never_lose_a_page_or_change_a_token() -> None:
     EngineMachine.seen.clear()
     run_state_machine_as_test(EngineMachine, settings=settings(max_examples=30, stateful_step_count=30, deadline=None))
     seen = EngineMachine.seen
-    for name in ("branches", "reused", "copied", "evicted_pages", "out of pages", "splits", "trees run"):
-        assert seen[name] > 50, (name, seen)
-    for name in ("preemptions", "weights changed", "hidden states audited"):
-        assert seen[name] > 10, (name, seen)
-    for name in ("rows audited", "index pages audited"):
+    for name in ("branches", "reused", "copied", "evicted_pages", "splits", "trees run", "out of pages"):
+        assert seen[name] > 20, (name, seen)
+    for name in ("preemptions", "weights changed"):
+        assert seen[name] > 5, (name, seen)
+    for name in ("rows audited", "hidden states audited", "index pages audited"):
         assert seen[name] > 100, (name, seen)

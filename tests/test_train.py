@@ -471,3 +471,15 @@ def test_the_run_folder_holds_what_the_readme_says(uninterrupted: Path) -> None:
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "optimizer.safetensors", "state.json",
     }  # fmt: skip
+
+
+def test_learning_rate_falls_linearly_with_the_tokens_spent(tmp_path: Path) -> None:
+    """Step s runs at lr * (1 - (1 - final_share) * spent), spent being the share of the budget sampled before it."""
+    flags = [*QUICK, "--warm-start.updates", "2", "--optim.final-share", "0.2", "--optim.warmup-steps", "0"]
+    assert _run("--out", tmp_path / "run", *flags, "--optim.lr", "1e-3") == 0
+    spent, checked = 0.0, 0
+    for row in _rows(tmp_path / "run"):
+        if "tokens_sampled" in row:
+            assert row["lr"] == pytest.approx(1e-3 * (1 - 0.8 * spent / 3000), rel=1e-6)
+            spent, checked = spent + row["tokens_sampled"], checked + 1
+    assert checked >= 3

@@ -18,6 +18,7 @@ from ibtpo_engine.pages import PAGE, PagePool, pages_for
 from ibtpo_engine.runner import Runner
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.scheduler import Scheduler
+from ibtpo_engine.threads import threads_for
 from ibtpo_engine.tree import Node, Tree
 
 Growth = Generator[Sequence[Node], list[Node], None]
@@ -66,6 +67,7 @@ class Engine:
         self._growing: dict[int, _Growing] = {}  # those of them that a search grows
         self._opened = 0
         self._weights = self._weight_stamp()
+        self._num_parameters = sum(p.numel() for p in model.parameters())
         self._build()
 
     def _build(self) -> None:
@@ -276,7 +278,8 @@ class Engine:
 
     def _step(self) -> None:
         """One scheduler step; what finished is reported to its search, whoever is calling."""
-        with torch.inference_mode():
+        flops = 2.0 * self._num_parameters * self.scheduler.num_rows
+        with torch.inference_mode(), threads_for(flops):
             self.cache.pool.restore_memory()
             finished = self.scheduler.step(self.version)
         if finished is None:

@@ -117,7 +117,7 @@ class ModelConfig:
             num_layers=size("num_hidden_layers"),
             num_heads=num_heads,
             num_kv_heads=size("num_key_value_heads", num_heads),
-            head_dim=size("head_dim", hidden_size // num_heads),
+            head_dim=size("head_dim", 128 if architecture == "qwen3" else hidden_size // num_heads),
             max_positions=size("max_position_embeddings", 32_768),
             rms_eps=_number(raw, "rms_norm_eps", 1e-6, source),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),

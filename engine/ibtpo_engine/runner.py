@@ -79,6 +79,8 @@ class Runner:
             )
         else:  # same rows, one token further
             self._plan.lengths.copy_(pos + 1)
+            if device.type != "cpu":  # there the plan holds a copy of the table, which may have new pages
+                self._plan.page_table.copy_(torch.from_numpy(table), non_blocking=True)
         attend = PagedAttention(self.pool, self._plan, address, *self.model.rotation(pos))
         hidden: Tensor = self.model(tokens, attend)
         return hidden

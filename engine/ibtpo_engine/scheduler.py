@@ -18,62 +18,25 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
+from ibtpo_engine.branches import Branch, Fill
 from ibtpo_engine.cache import PageCache, is_computed
 from ibtpo_engine.pages import KV, PAGE, pages_for
 from ibtpo_engine.runner import Rows, Runner
 from ibtpo_engine.sampling import Sampling
-from ibtpo_engine.slots import FINISH, Ints, Outputs, Slots
+from ibtpo_engine.slots import FINISH, Outputs, Slots
 from ibtpo_engine.tree import Node
 from ibtpo_kernels import sample
 
 SlotIds = npt.NDArray[np.int64]
 
 FILL_SLOTS = 32  # most nodes filled in one step
-
-
-@dataclass(eq=False)
-class Branch:
-    """A pending node being sampled; `kept` holds what a preempted one has sampled."""
-
-    node: Node
-    sampling: Sampling
-    limit: int  # depth it may reach
-    ticket: int  # order of arrival: the youngest is preempted first
-    kv: KV | None = None
-    slot: int = -1
-    kept: Outputs | None = None
-    place: tuple[int, ...] = ()  # depth-first sort key while running
-
-
-@dataclass(eq=False)
-class Fill:
-    """Known tokens whose keys and values are computed next: a node's, or (`branch` given) a preempted branch's."""
-
-    kv: KV
-    tokens: Ints
-    start: int  # depth of tokens[0]
-    slot: int
-    node: Node
-    branch: Branch | None = None
-    children: list[Branch] = field(default_factory=list)  # they start as soon as the node is filled
-
-    @property
-    def end(self) -> int:
-        """Depth to fill up to; a branch's last token stays for its next decode row."""
-        return self.start + len(self.tokens) - (self.branch is not None)
-
-    def chunk(self, budget: int) -> Ints:
-        """Depths of the rows to run in this step, at most `budget`."""
-        if self.kv.computed < self.end:
-            return np.arange(self.kv.computed, min(self.end, self.kv.computed + budget), dtype=np.int32)
-        return np.arange(self.end - 1, self.end, dtype=np.int32)[: budget if self.branch is None else 0]
 
 
 @dataclass
@@ -127,6 +90,12 @@ class Scheduler:
         """Branches submitted and not yet finished."""
         filling = sum(len(fill.children) + (fill.branch is not None) for fill in self.fills.values())
         return len(self.waiting) + len(self.running) + filling
+
+    @property
+    def num_rows(self) -> int:
+        """About how many rows the next step runs."""
+        filling = sum(fill.end - fill.kv.computed for fill in self.fills.values())
+        return len(self.running) + min(filling, self.fill_tokens)
 
     def submit(self, node: Node, sampling: Sampling, limit: int) -> None:
         """Queue a pending node; it may grow to depth `limit`."""
