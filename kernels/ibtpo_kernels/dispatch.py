@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -16,8 +17,10 @@ from ibtpo_kernels import cpu, reference
 
 BACKENDS = ("reference", "cpu", "triton", "flashinfer")
 _REMEDY = "install ibtpo with a C++17 compiler at hand (make setup)"
+_INTERPRET = "set TRITON_INTERPRET=1 before Python starts to run on the CPU, slowly"
 
 _SERVED = (torch.float32, torch.int32)  # what `_cpu` computes: activations, and the page tables of plan_decode
+_SERVED_BY_TRITON = (torch.bfloat16, torch.float32, torch.float16, torch.int32)
 
 _chosen: ContextVar[str | None] = ContextVar("ibtpo_backend", default=None)
 
@@ -31,7 +34,8 @@ def has_compiled() -> bool:
 def backend(name: str) -> Iterator[None]:
     """Run the ops called inside on one backend; nestable, and private to the thread or task.
 
-    A backend serves the dtypes and ops it has kernels for (cpu: float32); the rest goes to "reference".
+    A backend serves the dtypes it has kernels for (cpu: float32; triton: float32, float16, bfloat16); the rest goes to
+    "reference".
 
     Raises:
         ValueError: `name` is unknown, or not available here; the message says what is missing.
@@ -49,10 +53,29 @@ def _require(name: str) -> None:
         raise ValueError(f"backend: {name!r} is not one of {', '.join(map(repr, BACKENDS))}")
     if name == "cpu" and not has_compiled():
         raise ValueError(f"backend 'cpu': the compiled module is missing; {_REMEDY}")
-    if name in ("triton", "flashinfer"):
-        raise ValueError(
-            f"backend {name!r}: this release has no GPU kernels; use 'reference', which runs on any device"
-        )
+    if name == "triton":
+        if _triton() is None:
+            raise ValueError("backend 'triton': Triton is missing; install ibtpo[gpu] (Linux), or use 'reference'")
+        if not torch.cuda.is_available() and not _interprets():
+            raise ValueError(f"backend 'triton': there is no CUDA device; {_INTERPRET}, or use 'reference'")
+    if name == "flashinfer":
+        raise ValueError("backend 'flashinfer': this release has no adapter to it; on a GPU use 'triton'")
+
+
+@cache
+def _triton() -> ModuleType | None:
+    """The Triton kernels; None where Triton is not installed. Imported when first asked for."""
+    try:
+        import_module("triton")
+    except ImportError:
+        return None
+    return import_module("ibtpo_kernels.gpu")
+
+
+@cache
+def _interprets() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
+    return bool(import_module("triton").knobs.runtime.interpret)
 
 
 def active_backend(device: torch.device | str) -> str:
@@ -60,13 +83,16 @@ def active_backend(device: torch.device | str) -> str:
     chosen = _chosen.get()
     if chosen is not None:
         return chosen
-    return "cpu" if torch.device(device).type == "cpu" and has_compiled() else "reference"
+    kind = torch.device(device).type
+    if kind == "cuda" and _triton() is not None:
+        return "triton"
+    return "cpu" if kind == "cpu" and has_compiled() else "reference"
 
 
 @cache
-def _say_missing() -> None:
+def _say_missing(kernels: str, remedy: str) -> None:
     warnings.warn(
-        f"ibtpo_kernels: compiled CPU kernels are missing, plain torch is used instead (slower); {_REMEDY}",
+        f"ibtpo_kernels: {kernels} are missing, plain torch is used instead (slower); {remedy}",
         RuntimeWarning,
         stacklevel=4,
     )
@@ -75,13 +101,28 @@ def _say_missing() -> None:
 def implementation(x: Tensor) -> ModuleType:
     """The module whose functions run ops on `x`; asked on every decode step, so nothing here allocates."""
     chosen = _chosen.get()
-    if x.is_cpu and chosen != "reference":
-        if cpu.native is None:
-            _say_missing()
-        elif x.dtype in _SERVED:
-            return cpu
-    elif chosen == "cpu" and not x.is_cpu:
+    if chosen == "reference":
+        return reference
+    if chosen == "triton" and not x.is_cuda and not _interprets():
+        raise ValueError(f"backend 'triton' was given a tensor on {x.device}; move it to a GPU, or {_INTERPRET}")
+    if chosen == "cpu" and not x.is_cpu:
         raise ValueError(
             f"backend 'cpu' was given a tensor on {x.device}; move it to the CPU or leave the backend block"
         )
+    if x.is_cuda or chosen == "triton":
+        return _on_gpu(x)
+    if x.is_cpu:
+        if cpu.native is None:
+            _say_missing("compiled CPU kernels", _REMEDY)
+        elif x.dtype in _SERVED:
+            return cpu
+    return reference
+
+
+def _on_gpu(x: Tensor) -> ModuleType:
+    kernels = _triton()
+    if kernels is None:
+        _say_missing("Triton kernels", "install ibtpo[gpu] (Linux)")
+    elif x.dtype in _SERVED_BY_TRITON:
+        return kernels
     return reference

@@ -1,0 +1,73 @@
+"""Append the result of a training run to bench/results/make_train.csv: accuracies before and after, tokens, seconds.
+
+make train ARGS="--out runs/demo" && .venv/bin/python bench/record_run.py runs/demo
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from ibtpo.runlog import read_rows
+
+RESULTS = Path(__file__).parent / "results" / "make_train.csv"
+
+
+def processor() -> str:
+    """The processor's name and the number of cores this process may use."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()} ({len(os.sched_getaffinity(0))} cores)"
+
+
+def row(run: Path) -> dict[str, object]:
+    """One line of the CSV."""
+    rows = list(read_rows(run / "metrics.jsonl"))
+    evaluations = [r for r in rows if "eval_avg" in r]
+    before, after = evaluations[0], evaluations[-1]
+    steps = [r for r in rows if "tokens_sampled" in r]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    seconds = sum(r.get("warm_start_seconds", 0) + r.get("evaluation_seconds", 0) for r in rows)
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip(),
+        "machine": processor(),
+        "torch": torch.__version__,
+        "sampled_before": round(before["eval_avg"], 4),
+        "sampled_after": round(after["eval_avg"], 4),
+        "greedy_before": round(before["eval_greedy"], 4),
+        "greedy_after": round(after["eval_greedy"], 4),
+        "trajectories": int(sum(r["trajectories"] for r in steps)),
+        "tokens_sampled": int(sum(r["tokens_sampled"] for r in steps)),
+        "tokens_computed": int(sum(r["tokens_computed"] for r in steps)),
+        "tokens_trained": int(sum(r["tokens_trained"] for r in steps)),
+        "sampling_seconds": round(sum(r["sampling_seconds"] for r in steps), 1),
+        "training_seconds": round(sum(r["training_seconds"] for r in steps), 1),
+        "all_seconds": round(seconds + sum(r["step_seconds"] for r in steps), 1),
+    }
+
+
+def main(run: Path) -> None:
+    """Append, with a header if the file is new."""
+    values = row(run)
+    RESULTS.parent.mkdir(exist_ok=True)
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(values))
+        if new:
+            writer.writeheader()
+        writer.writerow(values)
+    print(values)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    main(Path(sys.argv[1]))

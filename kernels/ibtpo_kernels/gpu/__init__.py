@@ -1,0 +1,37 @@
+"""The ops as Triton kernels: backend "triton", the default for CUDA tensors of float32, float16 and bfloat16.
+
+Imported only where Triton is. With TRITON_INTERPRET=1 in the environment before the import the kernels run on CPU
+tensors, slowly, in float32 and float16; that is how they are tested without a GPU.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ibtpo_kernels import cpu, reference
+from ibtpo_kernels.gpu.logprob import linear_logprob
+from ibtpo_kernels.gpu.norm import rms_norm
+from ibtpo_kernels.gpu.sample import sample
+from ibtpo_kernels.gpu.small import append_kv, rope, rope_append, silu_mul
+from ibtpo_kernels.gpu.tree_attention import tree_attention
+from ibtpo_kernels.gpu.tree_decode import tree_decode
+
+__all__ = [
+    "append_kv",
+    "linear_logprob",
+    "plan_decode",
+    "rms_norm",
+    "rope",
+    "rope_append",
+    "sample",
+    "silu_mul",
+    "tree_attention",
+    "tree_decode",
+]
+
+
+def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: int) -> Tensor:
+    """Planned on the host, by the compiled planner where it is; the device is waited for."""
+    planner = reference if cpu.native is None else cpu
+    items: Tensor = planner.plan_decode(page_table.cpu(), rows.cpu(), lengths.cpu(), page_size)
+    return items.to(page_table.device)

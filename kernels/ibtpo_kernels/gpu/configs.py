@@ -1,0 +1,109 @@
+"""Tile shapes of every Triton kernel: one table, fixed, so that a result never depends on what a tuner measured.
+
+A choice depends on the head size (padded to a power of two), the bytes of an element and the compute capability, not on
+the batch. The limits behind the numbers: 255 registers a thread without spilling, and shared memory of 99 KiB (sm_86,
+sm_89), 163 KiB (sm_80) or 227 KiB (sm_90, sm_100) a thread block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+MAX_HEAD = 256  # heads are padded to 16, 32, 64, 128 or 256
+SPLIT = 256  # tokens a decode work item: the unit of the canonical reduction, so a constant of the results
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """One kernel's launch: `block_m` query rows against `block_n` keys."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+    uncapped: bool = False  # left alone, the assembler sometimes spills in order to stay within 128 registers
+
+    @property
+    def options(self) -> dict[str, int]:
+        """Launch options of Triton."""
+        options = {"num_warps": self.warps, "num_stages": self.stages}
+        return options | {"maxnreg": 255} if self.uncapped else options
+
+
+def padded(size: int) -> int:
+    """The power of two, at least 16, that a head of this size is padded to: what a matrix instruction can take."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def capability(device: torch.device) -> int:
+    """8 for sm_8x, 9 for sm_90, 10 for sm_10x and up; the interpreter counts as 9."""
+    return min(torch.cuda.get_device_capability(device)[0], 10) if device.type == "cuda" else 9
+
+
+# {(bytes an element, padded head size): {capability: tiles}}; a capability not listed uses the next lower one.
+# Found by compiling ahead of time: the largest tile without spilled registers, the smaller one where it lets two thread
+# blocks share a multiprocessor. float32 multiplies as three tf32 products, whose operands live in registers, twice.
+_FORWARD = {
+    (2, 64): {8: Tiles(128, 64, 8, 3), 9: Tiles(128, 64, 4, 3)},
+    (2, 128): {8: Tiles(128, 64, 8, 2), 9: Tiles(128, 64, 8, 3)},
+    (2, 256): {8: Tiles(64, 32, 8, 2), 9: Tiles(128, 32, 8, 2), 10: Tiles(64, 64, 8, 2)},
+    (4, 64): {8: Tiles(32, 32, 4, 1), 9: Tiles(64, 32, 4, 1)},
+    (4, 128): {8: Tiles(16, 32, 4, 1), 9: Tiles(32, 32, 4, 1)},
+    (4, 256): {8: Tiles(16, 16, 8, 1)},
+}
+_BACKWARD_KEYS = {
+    (2, 64): {8: Tiles(64, 64, 8, 3), 9: Tiles(64, 128, 8, 3)},
+    (2, 128): {8: Tiles(64, 64, 8, 2), 9: Tiles(64, 128, 8, 2)},
+    (2, 256): {8: Tiles(32, 32, 8, 1), 10: Tiles(64, 64, 8, 1)},
+    (4, 64): {8: Tiles(32, 32, 4, 1)},
+    (4, 128): {8: Tiles(16, 16, 4, 1)},
+    (4, 256): {8: Tiles(16, 16, 8, 1)},
+}
+_BACKWARD_QUERIES = {
+    (2, 64): {8: Tiles(128, 64, 8, 3)},
+    (2, 128): {8: Tiles(64, 64, 8, 2), 9: Tiles(128, 64, 8, 2)},
+    (2, 256): {8: Tiles(64, 32, 8, 1), 9: Tiles(32, 32, 8, 1, True), 10: Tiles(64, 64, 8, 1)},
+    (4, 64): {8: Tiles(32, 32, 4, 1)},
+    (4, 128): {8: Tiles(16, 16, 4, 1)},
+    (4, 256): {8: Tiles(16, 16, 8, 1)},
+}
+_Table = dict[tuple[int, int], dict[int, Tiles]]
+
+
+def _look_up(table: _Table, head_dim: int, element_size: int, major: int) -> Tiles:
+    by_capability = table[element_size, max(head_dim, 64)]
+    return by_capability[max(known for known in by_capability if known <= major or known == 8)]
+
+
+def tree_forward(head_dim: int, element_size: int, major: int) -> Tiles:
+    """Tiles of the forward kernel."""
+    return _look_up(_FORWARD, head_dim, element_size, major)
+
+
+def tree_backward_keys(head_dim: int, element_size: int, major: int) -> Tiles:
+    """Tiles of the dK/dV kernel: block_n keys stay, block_m query rows stream past."""
+    return _look_up(_BACKWARD_KEYS, head_dim, element_size, major)
+
+
+def tree_backward_queries(head_dim: int, element_size: int, major: int) -> Tiles:
+    """Tiles of the dQ kernel."""
+    return _look_up(_BACKWARD_QUERIES, head_dim, element_size, major)
+
+
+def decode_rows(group: int, head_dim: int, element_size: int) -> tuple[int, int]:
+    """(narrow, wide) rows of a decode tile: for what one path has to itself, and for what many share."""
+    narrow = padded(group)
+    if element_size == 4:
+        return narrow, narrow
+    return narrow, max(narrow, 32 if head_dim == 256 else 64)
+
+
+def decode(head_dim: int, element_size: int, has_wide: bool) -> Tiles:
+    """Tiles of the decode kernel, the same for every capability; block_m is chosen per item, see `decode_rows`."""
+    if element_size == 4:
+        return Tiles(0, 16, 8, 1, True) if head_dim == 256 else Tiles(0, 32, 4, 1, True)
+    if head_dim == 256:
+        return Tiles(0, 32, 8 if has_wide else 4, 2, has_wide)
+    return Tiles(0, 64, 8 if has_wide else 4, 3, has_wide)

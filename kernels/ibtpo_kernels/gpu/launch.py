@@ -1,0 +1,29 @@
+"""What every wrapper around a Triton kernel needs."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634  # scores are kept in base 2: exp2 is one instruction
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the one of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def rows_dense(x: Tensor) -> Tensor:
+    """x with its last axis dense; the others may be strided, as in views of a fused projection."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """float32 products as three tf32 ones, which keep about 22 bits, on the tensor cores; 16-bit ones are exact."""
+    return "tf32x3" if dtype is torch.float32 else "tf32"

@@ -1,0 +1,115 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="import-untyped,import-not-found"
+"""RMS norm, forward and backward: bound by memory, so each reads its inputs once and writes its outputs once.
+
+    y = w * round(x r),  r = 1 / sqrt(mean(x^2) + eps)
+    with xh = x r and d = dy * w:    dx = r (d - xh mean(d xh)),    dw = sum over rows of dy * round(xh)
+
+`round` is to the type of x, as in transformers. The rows of dw are summed by a fixed number of programs, each in order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ibtpo_kernels.gpu.launch import needs_grad, on_device
+
+_TILE = 4096  # elements a program of the norms
+_PARTIALS = 256  # programs of the norm's backward, each with its own partial sum of the weight's gradient
+
+
+@triton.jit
+def _normed(x, weight, eps, SIZE: tl.constexpr):
+    """rms_norm of rows x [R, P] in float32, zero past SIZE; rounded to the weight's type before the product."""
+    scale = tl.rsqrt(tl.sum(x * x, 1) / SIZE + eps)
+    y = (x * scale[:, None]).to(weight.dtype)
+    return (y.to(tl.float32) * weight.to(tl.float32)[None, :]).to(weight.dtype)
+
+
+@triton.jit
+def norm_forward(
+    x_ptr, weight_ptr, out_ptr, num_rows, eps, SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    cols = tl.arange(0, PADDED)
+    mask = (rows < num_rows)[:, None] & (cols < SIZE)[None, :]
+    at = rows[:, None] * SIZE + cols[None, :]
+    weight = tl.load(weight_ptr + cols, mask=cols < SIZE, other=0.0)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, _normed(x, weight, eps, SIZE), mask=mask)
+
+
+@triton.jit
+def norm_backward(
+    x_ptr, weight_ptr, d_out_ptr, dx_ptr, partial_ptr, num_rows, eps,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dx of every num_programs-th tile of rows, and the sum of their dy * xh in order."""
+    cols = tl.arange(0, PADDED)
+    weight = tl.load(weight_ptr + cols, mask=cols < SIZE, other=0.0).to(tl.float32)
+    partial = tl.zeros([ROWS, PADDED], tl.float32)
+    for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
+        rows = tl.cast(tile, tl.int64) * ROWS + tl.arange(0, ROWS)
+        mask = (rows < num_rows)[:, None] & (cols < SIZE)[None, :]
+        at = rows[:, None] * SIZE + cols[None, :]
+        x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        d_out = tl.load(d_out_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(x * x, 1) / SIZE + eps)[:, None]
+        xh, d = x * scale, d_out * weight[None, :]
+        dx = scale * (d - xh * (tl.sum(d * xh, 1) / SIZE)[:, None])
+        tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        partial += d_out * xh.to(x_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(partial_ptr + tl.program_id(0) * SIZE + cols, tl.sum(partial, 0), mask=cols < SIZE)
+
+
+def _tile(size: int) -> dict[str, int]:
+    padded = triton.next_power_of_2(size)
+    rows = max(1, _TILE // padded)
+    return {"SIZE": size, "PADDED": padded, "ROWS": rows, "num_warps": min(16, max(4, padded * rows // 1024))}
+
+
+def _norm_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    out = torch.empty_like(x)
+    size = x.shape[-1]
+    if x.numel():
+        shape = _tile(size)
+        num_rows = x.numel() // size
+        with on_device(x):
+            norm_forward[(triton.cdiv(num_rows, shape["ROWS"]),)](x, weight, out, num_rows, eps, **shape)
+    return out
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _norm_forward(x, weight, eps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        if not x.numel():
+            return dx, torch.zeros_like(weight), None
+        size = x.shape[-1]
+        num_rows, shape = x.numel() // size, _tile(size)
+        programs = min(_PARTIALS, triton.cdiv(num_rows, shape["ROWS"]))
+        partial = torch.empty(programs, size, device=x.device)
+        with on_device(x):
+            norm_backward[(programs,)](x, weight, d_out.contiguous(), dx, partial, num_rows, ctx.eps, **shape)
+        return dx, partial.sum(0).to(weight.dtype), None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x, weight = x.contiguous(), weight.contiguous()
+    if needs_grad(x, weight):
+        out: Tensor = _RMSNorm.apply(x, weight, eps)
+        return out
+    return _norm_forward(x, weight, eps)

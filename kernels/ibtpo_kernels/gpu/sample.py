@@ -1,0 +1,291 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: disable-error-code="import-untyped,import-not-found"
+"""Sampling: token, its log-prob under what was sampled from and under the plain softmax, and the entropy.
+
+    w_v = exp((z_v - max z) / temperature)         token = first v with  sum_{v' <= v, kept} w_v'  >  u * sum_kept w
+
+`block_sums` reads the logits once and leaves four numbers for each block of 4096 columns. `draw`, one program a row,
+finds the block that holds the token from those and reads that block only. u is Philox4x32-10 of the row's key, bit for
+bit that of `ibtpo_kernels.philox`; weights and their sums are in double, as in the reference, so the same logits give
+the same token.
+
+A row with top-k or top-p first finds its boundary, the smallest key c with F(c) < goal, where F(c) is the number
+(top-k) or the mass (top-p) of tokens above c: at most 32 halvings over the integer order of float32, each a sweep of
+the row in L2 that computes no exponential in blocks the boundary has left. Kept are the tokens above c and the first
+few at c.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ibtpo_kernels.gpu.launch import on_device
+
+_BLOCK = 4096
+_NONE = tl.constexpr(2147483647)
+
+
+@triton.jit
+def _uniform(stream, position):
+    """53 random bits as a double in [0, 1): ibtpo_kernels.philox.uniform."""
+    low = (position & 0xFFFFFFFF).to(tl.uint32)
+    high = ((position >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    x0, x1, _, _ = tl.philox(stream, low, high, low * 0, low * 0)
+    a = (x0 >> 5).to(tl.float64)
+    b = (x1 >> 6).to(tl.float64)
+    return (a * 67108864.0 + b) * 1.1102230246251565e-16
+
+
+@triton.jit
+def _logits(row_ptr, cols, num_cols):
+    """float32 logits, -inf past the vocabulary, and no negative zero."""
+    return tl.load(row_ptr + cols, mask=cols < num_cols, other=float("-inf")).to(tl.float32) + 0.0
+
+
+@triton.jit
+def _weights(z, top, inverse):
+    """exp((z - top) / temperature) in double."""
+    return tl.exp((z.to(tl.float64) - top.to(tl.float64)) * inverse)
+
+
+@triton.jit
+def _order(z):
+    """An int32 that orders as the float32 does."""
+    bits = z.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def block_sums(
+    logits_ptr, tops_ptr, sums_ptr, temperature_ptr, stride_row, stride_parameter, num_cols, num_blocks, num_rows,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """max (NaN if any logit is NaN or inf), and the sums of e, of e (z - max) and of w over one block of one row."""
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    z = _logits(logits_ptr + row * stride_row, block * BLOCK + tl.arange(0, BLOCK), num_cols)
+    top = tl.max(z, 0)
+    bad = tl.max(((z != z) | (z == float("inf"))).to(tl.int32), 0)
+    base = tl.where((top == float("-inf")) | (bad != 0), 0.0, top)
+    x = z - base
+    e = tl.exp(x)
+    at = row * num_blocks + block
+    tl.store(tops_ptr + at, tl.where(bad != 0, float("nan"), top))
+    size = num_rows * num_blocks
+    tl.store(sums_ptr + at, tl.sum(e.to(tl.float64), 0))
+    tl.store(sums_ptr + size + at, tl.sum(tl.where(e > 0.0, e * x, 0.0).to(tl.float64), 0))
+    temperature = tl.load(temperature_ptr + row * stride_parameter)
+    if temperature > 0:
+        tl.store(sums_ptr + 2 * size + at, tl.sum(_weights(z, base, 1.0 / temperature), 0))
+
+
+@triton.jit
+def _boundary(row_ptr, num_cols, top, inverse, low, high, goal, BY_MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """(c, F(c)) for the smallest c in (low, high] with F(c) < goal; F(high) = 0 is known, F(low) >= goal assumed."""
+    above = goal * 0.0
+    while high - low > 1:
+        middle = low + (high - low) // 2
+        found = tl.zeros([BLOCK], tl.float64)
+        for start in range(0, num_cols, BLOCK):
+            z = _logits(row_ptr, start + tl.arange(0, BLOCK), num_cols)
+            key = _order(z).to(tl.int64)
+            between = (key > middle) & (key <= high)
+            if BY_MASS:
+                if tl.max(between.to(tl.int32), 0) > 0:
+                    found += tl.where(between, _weights(z, top, inverse), 0.0)
+            else:
+                found += between.to(tl.float64)
+        inside = tl.sum(found, 0)
+        fits = above + inside < goal
+        above = tl.where(fits, above + inside, above)
+        high = tl.where(fits, middle, high)
+        low = tl.where(fits, low, middle)
+    return high, above
+
+
+@triton.jit
+def _kept(row_ptr, start, num_cols, cut, ties, seen, BLOCK: tl.constexpr):
+    """Logits of a block, which are kept, and how many at the boundary have been seen after it."""
+    cols = start + tl.arange(0, BLOCK)
+    z = _logits(row_ptr, cols, num_cols)
+    key = _order(z).to(tl.int64)
+    at_cut = ((key == cut) & (cols < num_cols)).to(tl.int32)
+    rank = seen + tl.cumsum(at_cut, 0) - at_cut
+    kept = (key > cut) | ((at_cut != 0) & (rank < ties))
+    return z, kept & (cols < num_cols), seen + tl.sum(at_cut, 0)
+
+
+@triton.jit
+def _kept_mass(row_ptr, num_cols, top, inverse, cut, ties, BLOCK: tl.constexpr):
+    total = tl.zeros([1], tl.float64)
+    seen = 0
+    for start in range(0, num_cols, BLOCK):
+        z, kept, seen = _kept(row_ptr, start, num_cols, cut, ties, seen, BLOCK)
+        if tl.max(kept.to(tl.int32), 0) > 0:
+            total += tl.sum(tl.where(kept, _weights(z, top, inverse), 0.0), 0)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _find_kept(row_ptr, num_cols, top, inverse, cut, ties, goal, BLOCK: tl.constexpr):
+    """The first kept column whose cumulative weight exceeds `goal`; the last kept one if rounding lets none."""
+    before = tl.zeros([1], tl.float64)
+    token, last, seen = _NONE, 0, 0
+    for start in range(0, num_cols, BLOCK):
+        z, kept, seen = _kept(row_ptr, start, num_cols, cut, ties, seen, BLOCK)
+        if (token == _NONE) & (tl.max(kept.to(tl.int32), 0) > 0):
+            cols = start + tl.arange(0, BLOCK)
+            w = tl.where(kept, _weights(z, top, inverse), 0.0)
+            sums = before + tl.cumsum(w, 0)
+            token = tl.min(tl.where(kept & (w > 0.0) & (sums > goal), cols, _NONE), 0)
+            last = tl.maximum(last, tl.max(tl.where(w > 0.0, cols, 0), 0))
+            before += tl.sum(w, 0)
+    return tl.where(token == _NONE, last, token)
+
+
+@triton.jit
+def _filter(row_ptr, num_cols, top, inverse, mass, top_k, top_p, BLOCK: tl.constexpr):
+    """(cut, ties): kept are the tokens whose key is above cut, and the first `ties` at it."""
+    cut, ties = tl.cast(-2147483648, tl.int64), num_cols
+    high = _order(top).to(tl.int64)
+    low = tl.cast(-2147483649, tl.int64)
+    if (top_k > 0) & (top_k < num_cols):
+        cut, above = _boundary(row_ptr, num_cols, top, inverse, low, high, top_k.to(tl.float64), False, BLOCK)
+        ties = (top_k - above.to(tl.int64)).to(tl.int32)
+        low = cut - 1
+        mass = _kept_mass(row_ptr, num_cols, top, inverse, cut, ties, BLOCK)
+    if top_p < 1:
+        goal = top_p * mass
+        edge, above = _boundary(row_ptr, num_cols, top, inverse, low, high, goal, True, BLOCK)
+        # of the tokens at the edge, all of weight w, the j-th is kept while above + j w < goal
+        w = _weights(((edge ^ ((edge >> 63) & 0x7FFFFFFF)).to(tl.int32)).to(tl.float32, bitcast=True), top, inverse)
+        count = tl.minimum(tl.ceil((goal - above) / w), 2147483647.0).to(tl.int32)
+        ties = tl.where(edge == cut, tl.minimum(ties, count), count)
+        cut = edge
+    return cut, ties
+
+
+@triton.jit
+def _find(row_ptr, tops, masses, num_cols, top, inverse, goal, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """As `_find_kept` where all is kept: the block from the blocks' masses, then the column within it."""
+    blocks = tl.arange(0, BLOCKS)
+    sums = tl.cumsum(masses, 0)
+    last_block = tl.max(tl.where(masses > 0.0, blocks, 0), 0)
+    block = tl.minimum(tl.min(tl.where((sums > goal) & (masses > 0.0), blocks, _NONE), 0), last_block)
+    before = tl.sum(tl.where(blocks < block, masses, 0.0), 0)
+    cols = block * BLOCK + tl.arange(0, BLOCK)
+    w = _weights(_logits(row_ptr, cols, num_cols), top, inverse)
+    token = tl.min(tl.where((before + tl.cumsum(w, 0) > goal) & (w > 0.0), cols, _NONE), 0)
+    return tl.where(token == _NONE, tl.max(tl.where(w > 0.0, cols, 0), 0), token)
+
+
+@triton.jit
+def draw(
+    logits_ptr, keys_ptr, tops_ptr, sums_ptr, temperature_ptr, top_p_ptr, top_k_ptr, token_ptr, logprob_ptr, raw_ptr,
+    entropy_ptr, stride_row, stride_temperature, stride_top_p, stride_top_k, num_cols, num_blocks, num_rows,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, FILTERED: tl.constexpr,
+):  # fmt: skip
+    """All four outputs of one row; token -1 and NaN where the row has no distribution."""
+    row = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + row * stride_row
+    blocks = tl.arange(0, BLOCKS)
+    at, size = row * num_blocks + blocks, num_rows * num_blocks
+    tops = tl.load(tops_ptr + at, mask=blocks < num_blocks, other=float("-inf"))
+    top = tl.max(tl.where(tops == tops, tops, float("-inf")), 0)
+    if (tl.max((tops != tops).to(tl.int32), 0) > 0) | (top == float("-inf")):
+        tl.store(token_ptr + row, tl.cast(-1, tl.int64))
+        tl.store(logprob_ptr + row, float("nan"))
+        tl.store(raw_ptr + row, float("nan"))
+        tl.store(entropy_ptr + row, float("nan"))
+    else:
+        shift = tl.where(tops == float("-inf"), 0.0, tops.to(tl.float64) - top)
+        share = tl.where(tops == float("-inf"), 0.0, tl.exp(shift))
+        sums = tl.load(sums_ptr + at, mask=blocks < num_blocks, other=0.0)
+        means = tl.load(sums_ptr + size + at, mask=blocks < num_blocks, other=0.0)
+        total = tl.sum(sums * share, 0)
+        mean = tl.sum((means + shift * sums) * share, 0) / total
+        temperature = tl.load(temperature_ptr + row * stride_temperature)
+        if temperature > 0:
+            inverse = 1.0 / temperature
+            masses = tl.load(sums_ptr + 2 * size + at, mask=blocks < num_blocks, other=0.0)
+            masses = tl.where(tops == float("-inf"), 0.0, masses * tl.exp(shift * inverse))
+            mass = tl.sum(masses, 0)
+            u = _uniform(tl.load(keys_ptr + row * 2), tl.load(keys_ptr + row * 2 + 1))
+            top_p, top_k = tl.load(top_p_ptr + row * stride_top_p), tl.load(top_k_ptr + row * stride_top_k)
+            if FILTERED and ((top_p < 1) | ((top_k > 0) & (top_k < num_cols))):
+                cut, ties = _filter(row_ptr, num_cols, top, inverse, mass, top_k, top_p, BLOCK)
+                mass = _kept_mass(row_ptr, num_cols, top, inverse, cut, ties, BLOCK)
+                token = _find_kept(row_ptr, num_cols, top, inverse, cut, ties, u * mass, BLOCK)
+            else:
+                token = _find(row_ptr, tops, masses, num_cols, top, inverse, u * mass, BLOCK, BLOCKS)
+            z = tl.load(row_ptr + token).to(tl.float64)
+            logprob = (z - top) * inverse - tl.log(mass)
+        else:
+            first = tl.min(tl.where(tops == top, blocks, _NONE), 0)
+            cols = first * BLOCK + tl.arange(0, BLOCK)
+            token = tl.min(tl.where(_logits(row_ptr, cols, num_cols) == top, cols, _NONE), 0)
+            z = tl.load(row_ptr + token).to(tl.float64)
+            logprob = z * 0.0
+        tl.store(token_ptr + row, token.to(tl.int64))
+        tl.store(logprob_ptr + row, logprob.to(tl.float32))
+        tl.store(raw_ptr + row, ((z - top) - tl.log(total)).to(tl.float32))
+        tl.store(entropy_ptr + row, (tl.log(total) - mean).to(tl.float32))
+
+
+@lru_cache(maxsize=64)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((1,), value, dtype=dtype, device=device)
+
+
+def _parameter(value: float | Tensor, dtype: torch.dtype, logits: Tensor) -> tuple[Tensor, int]:
+    """A sampling parameter on the device, and its stride from row to row; a kernel argument would lose the double."""
+    if isinstance(value, Tensor):
+        return value.to(dtype).contiguous(), 1
+    return _constant(value, dtype, logits.device), 0
+
+
+def _plain(top_p: float | Tensor, top_k: int | Tensor) -> bool:
+    """Whether it is known on the host that no row is filtered."""
+    return not isinstance(top_p, Tensor) and not isinstance(top_k, Tensor) and top_p >= 1 and top_k == 0
+
+
+def sample(
+    logits: Tensor, keys: Tensor, temperature: float | Tensor, top_p: float | Tensor, top_k: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `ibtpo_kernels.sample`. Raising waits for the device; under graph capture a bad row is token -1 instead."""
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    num_rows, num_cols = logits.shape
+    token = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
+    logprob, logprob_raw, entropy = torch.empty(3, num_rows, device=logits.device).unbind()
+    if not num_rows:
+        return token, logprob, logprob_raw, entropy
+    num_blocks = triton.cdiv(num_cols, _BLOCK)
+    tops = torch.empty(num_rows, num_blocks, device=logits.device)
+    sums = torch.empty(3, num_rows, num_blocks, dtype=torch.float64, device=logits.device)
+    temperatures, stride_temperature = _parameter(temperature, torch.float64, logits)
+    top_ps, stride_top_p = _parameter(top_p, torch.float64, logits)
+    top_ks, stride_top_k = _parameter(top_k, torch.int64, logits)
+    with on_device(logits):
+        block_sums[(num_rows, num_blocks)](
+            logits, tops, sums, temperatures, logits.stride(0), stride_temperature, num_cols, num_blocks, num_rows,
+            BLOCK=_BLOCK, num_warps=8,
+        )  # fmt: skip
+        draw[(num_rows,)](
+            logits, keys.contiguous(), tops, sums, temperatures, top_ps, top_ks, token, logprob, logprob_raw, entropy,
+            logits.stride(0), stride_temperature, stride_top_p, stride_top_k, num_cols, num_blocks, num_rows,
+            BLOCK=_BLOCK, BLOCKS=triton.next_power_of_2(num_blocks), FILTERED=not _plain(top_p, top_k), num_warps=8,
+            maxnreg=255,
+        )  # fmt: skip
+    if not (logits.is_cuda and torch.cuda.is_current_stream_capturing()):
+        _raise_bad_row(token)
+    return token, logprob, logprob_raw, entropy
+
+
+def _raise_bad_row(token: Tensor) -> None:
+    row = int(token.argmin())
+    if int(token[row]) < 0:
+        raise ValueError(f"sample: row {int((token < 0).nonzero()[0])} has no distribution (NaN or inf logits)")

@@ -1,0 +1,58 @@
+"""Runs `triton_interpreter_cases.py` in a process of its own: TRITON_INTERPRET must be set before Triton is imported,
+and the rest of the suite must not see it. Also what the dispatcher says of a backend that cannot run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ibtpo_kernels as K
+
+HERE = Path(__file__).parent
+
+
+def test_the_interpreted_kernels_match_the_reference() -> None:
+    pytest.importorskip("triton", reason="Triton is not available on this platform")
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            str(HERE / "triton_interpreter_cases.py"),
+        ],
+        cwd=HERE.parent,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
+
+
+def test_a_backend_that_cannot_run_says_what_is_missing() -> None:
+    if torch.cuda.is_available():
+        with (
+            K.backend("triton"),
+            pytest.raises(ValueError, match="was given a tensor on cpu; move it to a GPU, or set"),
+        ):
+            K.silu_mul(torch.ones(3), torch.ones(3))
+    else:
+        with pytest.raises(
+            ValueError, match="backend 'triton': (Triton is missing|there is no CUDA device; set TRITON_)"
+        ):
+            K.backend("triton").__enter__()
+
+
+def test_importing_the_kernels_does_not_import_triton() -> None:
+    code = "import sys, ibtpo_kernels, torch; print('ibtpo_kernels.gpu' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"

@@ -1,0 +1,106 @@
+"""The calls whose launches are compiled ahead of time: every kernel, at the shapes and types it ships for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from ibtpo_kernels.gpu import (
+    append_kv,
+    linear_logprob,
+    rms_norm,
+    rope,
+    rope_append,
+    sample,
+    silu_mul,
+    tree_attention,
+    tree_decode,
+)
+from ibtpo_kernels.plan import DecodePlan, plan_items
+
+HALF, FLOAT = torch.bfloat16, torch.float32
+
+
+def attention(head_dim: int, dtype: torch.dtype) -> None:
+    """Four query heads on two key/value heads, forward and backward."""
+    q = torch.zeros(64, 4, head_dim, dtype=dtype, requires_grad=True)
+    k = torch.zeros(64, 2, head_dim, dtype=dtype, requires_grad=True)
+    tree_attention(q, k, k, torch.full((64,), 64, dtype=torch.int32), 0.1).sum().backward()
+
+
+def decode(head_dim: int, dtype: torch.dtype, *, shared: bool) -> None:
+    """64 queries that share two splits, or two that share nothing."""
+    count = 64 if shared else 2
+    table = torch.arange(40, dtype=torch.int32).repeat(count, 1)
+    if shared:
+        table[:, 39] = torch.arange(100, 100 + count)
+    else:
+        table[1] += 40
+    rows, lengths = torch.arange(count, dtype=torch.int32), torch.full((count,), 640, dtype=torch.int32)
+    items = torch.from_numpy(plan_items(table.numpy(), rows.numpy(), lengths.numpy(), 16))
+    pages = torch.zeros(200, 16, 2, head_dim, dtype=dtype)
+    plan = DecodePlan(table, rows, lengths, items, 16)
+    tree_decode(torch.zeros(count, 4, head_dim, dtype=dtype), pages, pages, plan, 0.1)
+
+
+def logprob(dtype: torch.dtype) -> None:
+    hidden, weight = (torch.zeros(n, 64, dtype=dtype, requires_grad=True) for n in (32, 5003))
+    rows = torch.arange(32)
+    out = linear_logprob(hidden, weight, rows, rows, 0.7)
+    (out[0].sum() + out[1].sum()).backward()
+
+
+def draw(dtype: torch.dtype, top_p: float) -> None:
+    """A vocabulary of 151,936; the row that was never sampled then looks like one without a distribution."""
+    try:
+        sample(torch.zeros(4, 151936, dtype=dtype), torch.zeros(4, 2, dtype=torch.int64), 0.7, top_p, 0)
+    except (ValueError, RuntimeError):
+        return
+
+
+def small(dtype: torch.dtype) -> None:
+    x = torch.zeros(64, 16, 128, dtype=dtype, requires_grad=True)
+    k = torch.zeros(64, 8, 128, dtype=dtype)
+    cos = torch.zeros(64, 64)
+    pages, slots = torch.zeros(8, 16, 8, 128, dtype=dtype), torch.arange(64)
+    weight = torch.ones(128, dtype=dtype, requires_grad=True)
+    rms_norm(x, weight, 1e-6).sum().backward()
+    wide = torch.zeros(64, 4096, dtype=dtype, requires_grad=True)
+    rms_norm(wide, torch.ones(4096, dtype=dtype), 1e-6).sum().backward()
+    rope(x, cos, cos).sum().backward()
+    silu_mul(wide, wide).sum().backward()
+    append_kv(k, k, pages, pages, slots)
+    rope_append(x.detach(), k, k, cos, cos, pages, pages, slots, weight.detach(), weight.detach(), 1e-6)
+
+
+def calls(*, full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(name, call) of what ships: every kernel in bfloat16; if `full`, every head size and type too."""
+    for head_dim in (64, 128):
+        yield f"attention-D{head_dim}-bf16", partial(attention, head_dim, HALF)
+    for shared in (False, True):
+        yield f"decode-D128-bf16-shared{shared:d}", partial(decode, 128, HALF, shared=shared)
+    yield from _rows("bf16", HALF)
+    if full:
+        yield from _more_heads()
+        yield from _rows("fp32", FLOAT)
+
+
+def _rows(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
+    yield f"logprob-{name}", partial(logprob, dtype)
+    yield f"small-{name}", partial(small, dtype)
+    for top_p in (1.0, 0.9):
+        yield f"sample-{name}-p{top_p}", partial(draw, dtype, top_p)
+
+
+def _more_heads() -> Iterator[tuple[str, Callable[[], None]]]:
+    for head_dim in (16, 32, 80, 96, 256):
+        yield f"attention-D{head_dim}-bf16", partial(attention, head_dim, HALF)
+    for head_dim in (64, 128, 256):
+        yield f"attention-D{head_dim}-fp32", partial(attention, head_dim, FLOAT)
+        yield f"decode-D{head_dim}-fp32", partial(decode, head_dim, FLOAT, shared=False)
+    for head_dim in (64, 256):
+        for shared in (False, True):
+            yield f"decode-D{head_dim}-bf16-shared{shared:d}", partial(decode, head_dim, HALF, shared=shared)
+    yield "attention-D128-fp16", partial(attention, 128, torch.float16)
