@@ -6,7 +6,7 @@ CSRC := $(wildcard kernels/csrc/*.cpp kernels/csrc/*.h)
 STAMP := .venv/.installed
 
 # Idle threads sleep instead of spinning: several times faster where other processes want the cores too (docs/log.md).
-export OMP_WAIT_POLICY ?= passive
+train test: export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test bench lint format clean

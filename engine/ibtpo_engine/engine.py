@@ -291,7 +291,7 @@ class Engine:
                 growth.finished(node)
 
     def _suspend_one(self) -> None:
-        """Pages are short: the youngest tree that a search grows gives its KV up for now; the oldest branch's stays."""
+        """Pages are short: the youngest tree that a search grows gives its KV up; the oldest branch's stays."""
         oldest = self.scheduler.waiting[0].node.tree
         trees = [growth.tree for growth in self._growing.values() if growth.tree is not oldest]
         holders = [tree for tree in trees if self.cache.owned_by(tree)]

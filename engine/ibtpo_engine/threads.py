@@ -16,7 +16,7 @@ def threads_for(flops: float) -> Iterator[None]:
     """Run a small step on one thread, whatever torch is set to.
 
     Sharing out a region of 20 µs saves little on an idle machine, and on a busy one each region waits for a thread
-    that is not running: a decode step of the built-in policy then takes many times as long (docs/log.md).
+    that is not running: a decode step of the built-in policy then takes several times as long (docs/log.md).
     """
     before = torch.get_num_threads()
     if flops >= SMALL_STEP or before == 1:
