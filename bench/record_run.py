@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ibtpo.config_io import load_yaml
 from ibtpo.runlog import read_rows
 
 RESULTS = Path(__file__).parent / "results" / "make_train.csv"
@@ -40,6 +41,8 @@ def row(run: Path) -> dict[str, object]:
         "commit": commit.stdout.strip(),
         "machine": processor(),
         "torch": torch.__version__,
+        "seed": load_yaml(run / "config.yaml")["seed"],
+        "warm_start_loss": next((round(r["warm_start_loss"], 4) for r in rows if "warm_start_loss" in r), ""),
         "sampled_before": round(before["eval_avg"], 4),
         "sampled_after": round(after["eval_avg"], 4),
         "greedy_before": round(before["eval_greedy"], 4),
