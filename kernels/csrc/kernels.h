@@ -53,6 +53,7 @@ struct Sample {
   const int64_t* keys;                     // [B, 2]
   const double *temperature, *top_p;       // [B]
   const int64_t* top_k;                    // [B]
+  const double* log_min_p;                 // [B], -inf: off
   int64_t* token;                          // [B]
   float *logprob, *logprob_raw, *entropy;  // [B]
   int64_t num_rows, vocabulary;

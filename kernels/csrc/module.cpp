@@ -184,17 +184,18 @@ NB_MODULE(_cpu, m) {
       },
       release);
 
-  // temperature, top_p, top_k: the address of one value a row, or 0 and one value for all.
+  // temperature, top_p, top_k, log_min_p: the address of one value a row, or 0 and one value for all.
   m.def(
       "sample",
-      [](Address logits, Address keys, Address temperature, Address top_p, Address top_k, double temperature_all,
-         double top_p_all, int64_t top_k_all, Address token, Address logprob, Address logprob_raw, Address entropy,
-         int64_t num_rows, int64_t vocabulary) {
-        const Column<double> temperatures(temperature, temperature_all, num_rows), masses(top_p, top_p_all, num_rows);
+      [](Address logits, Address keys, Address temperature, Address top_p, Address top_k, Address log_min_p,
+         double temperature_all, double top_p_all, int64_t top_k_all, double log_min_p_all, Address token,
+         Address logprob, Address logprob_raw, Address entropy, int64_t num_rows, int64_t vocabulary) {
+        const Column<double> temperatures(temperature, temperature_all, num_rows), masses(top_p, top_p_all, num_rows),
+            floors(log_min_p, log_min_p_all, num_rows);
         const Column<int64_t> counts(top_k, top_k_all, num_rows);
         return active->sample({at<float>(logits), at<int64_t>(keys), temperatures.data, masses.data, counts.data,
-                               at<int64_t>(token), at<float>(logprob), at<float>(logprob_raw), at<float>(entropy),
-                               num_rows, vocabulary});
+                               floors.data, at<int64_t>(token), at<float>(logprob), at<float>(logprob_raw),
+                               at<float>(entropy), num_rows, vocabulary});
       },
       release);
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ibtpo_kernels import logprob
 from ibtpo_kernels.plan import DecodePlan
+from ibtpo_kernels.reference import log_of
 
 native: Any = None
 with suppress(ImportError):
@@ -287,13 +288,24 @@ def _column(value: float | Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def sample(
-    logits: Tensor, keys: Tensor, temperature: float | Tensor, top_p: float | Tensor, top_k: int | Tensor
+    logits: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    top_p: float | Tensor,
+    top_k: int | Tensor,
+    min_p: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits, keys = _dense(logits), _dense(keys)
     num_rows, vocabulary = logits.shape
-    columns = (_column(temperature, torch.float64), _column(top_p, torch.float64), _column(top_k, torch.int64))
+    log_min_p = log_of(min_p)
+    columns = (
+        _column(temperature, torch.float64),
+        _column(top_p, torch.float64),
+        _column(top_k, torch.int64),
+        _column(log_min_p, torch.float64),
+    )
     addresses = [0 if x is None else x.data_ptr() for x in columns]
-    numbers = [x if not isinstance(x, Tensor) else 0 for x in (temperature, top_p, top_k)]
+    numbers = [x if not isinstance(x, Tensor) else 0 for x in (temperature, top_p, top_k, log_min_p)]
     token = torch.empty(num_rows, dtype=torch.int64)
     logprob, logprob_raw, entropy = torch.empty(3, num_rows).unbind()
     failed = native.sample(

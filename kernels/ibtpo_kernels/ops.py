@@ -205,17 +205,21 @@ def sample(
     temperature: float | Tensor = 1.0,
     top_p: float | Tensor = 1.0,
     top_k: int | Tensor = 0,
+    min_p: float | Tensor = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw one token a row; the random number is a function of the row's key alone.
 
     Kept are the `top_k` most likely tokens (0: all), of those the shortest prefix, most likely first, that holds mass
-    `top_p` of theirs. The token is the first, in vocabulary order, whose cumulative kept probability exceeds u times
-    the total; u comes from Philox4x32-10 (see `philox`). All sums are in double.
+    `top_p` of theirs, and of those the ones at least `min_p` times as likely as the most likely token, which is to say
+    z_v - max z >= temperature log(min_p). The token is the first, in vocabulary order, whose cumulative kept
+    probability exceeds u times the total; u comes from Philox4x32-10 (see `philox`). All sums are in double.
 
     Args:
         logits: [B, V]; keys: int64 [B, 2] = (stream, position).
         temperature: at least 0; 0 is greedy (lowest index among ties, logprob 0).
-        top_p: in (0, 1]; top_k: at least 0. Each of the three is a number or a tensor [B].
+        top_p: in (0, 1]; top_k: at least 0.
+        min_p: in [0, 1]; 0 is off, 1 keeps the most likely token and its equals. Greedy rows ignore all three.
+            Each of the four is a number or a tensor [B].
 
     Returns:
         (token int64 [B], logprob, logprob_raw, entropy, all float32 [B]): `logprob` under the distribution sampled
@@ -224,8 +228,9 @@ def sample(
     Raises:
         ValueError: a shape, dtype, device or parameter is wrong, or a row has NaN or +inf logits.
     """
-    checks.sample(logits, keys, temperature, top_p, top_k)
-    token, logprob, logprob_raw, entropy = implementation(logits).sample(logits, keys, temperature, top_p, top_k)
+    checks.sample(logits, keys, temperature, top_p, top_k, min_p)
+    drawn = implementation(logits).sample(logits, keys, temperature, top_p, top_k, min_p)
+    token, logprob, logprob_raw, entropy = drawn
     return token, logprob, logprob_raw, entropy
 
 
