@@ -53,10 +53,10 @@ struct Sample {
   const int64_t* keys;                     // [B, 2]
   const double *temperature, *top_p;       // [B]
   const int64_t* top_k;                    // [B]
-  const double* log_min_p;                 // [B], -inf: off
   int64_t* token;                          // [B]
   float *logprob, *logprob_raw, *entropy;  // [B]
   int64_t num_rows, vocabulary;
+  const double* min_p = nullptr;  // [B], or null: off
 };
 
 // Functions returning int64_t give -1, or the index of the first query, token or row that is in error.

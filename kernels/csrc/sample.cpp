@@ -223,8 +223,8 @@ INLINE bool sample_row(const Sample& p, int64_t r, double* x, double* w, double*
     const bool cut_k = p.top_k[r] > 0 && p.top_k[r] < p.vocabulary;
     for (int64_t i = p.vocabulary; i < padded; ++i) w[i] = 0.0;
     if (cut_k || p.top_p[r] < 1.0) keep(z, w, p.vocabulary, padded, p.top_k[r], p.top_p[r]);
-    if (p.log_min_p[r] > -__builtin_inf()) {
-      const double floor = temperature * p.log_min_p[r];
+    if (p.min_p != nullptr && p.min_p[r] > 0.0) {
+      const double floor = temperature * __builtin_log(p.min_p[r]);
       for (int64_t i = 0; i < padded / kDoubles; ++i) vectors(w)[i] = vectors(x)[i] < floor ? DVec{} : vectors(w)[i];
     }
     chosen = draw(w, padded, uniform(p.keys[2 * r], p.keys[2 * r + 1]), sums);

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ibtpo_kernels import checks
-from ibtpo_kernels.dispatch import implementation
+from ibtpo_kernels.dispatch import direct, direct_forward, implementation
 from ibtpo_kernels.plan import DecodePlan
 
 
@@ -73,6 +73,11 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, *
     Raises:
         ValueError: a shape, dtype or device is wrong, or a page that a query needs is not in the table or the cache.
     """
+    if (fast := direct()) is not None:
+        table, rows, lengths, items = plan.page_table, plan.rows, plan.lengths, plan.items
+        done = fast.tree_decode(q, k_pages, v_pages, table, rows, lengths, items, plan.page_size, scale)
+        if done is not None:
+            return done
     checks.tree_decode(q, k_pages, v_pages, plan)
     out: Tensor = implementation(q).tree_decode(q, k_pages, v_pages, plan, _scale(scale, q))
     return out
@@ -88,6 +93,8 @@ def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Ten
     Raises:
         ValueError: a shape, dtype or device is wrong, or a slot lies outside the cache.
     """
+    if (fast := direct()) is not None and fast.append_kv(k, v, k_pages, v_pages, slots) is not None:
+        return
     checks.append_kv(k, v, k_pages, v_pages, slots)
     implementation(k).append_kv(k, v, k_pages, v_pages, slots)
 
@@ -106,6 +113,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
     Source: Zhang and Sennrich, "Root mean square layer normalization" (2019).
     """
+    if (fast := direct_forward()) is not None and (done := fast.rms_norm(x, weight, eps)) is not None:
+        return done
     checks.rms_norm(x, weight)
     out: Tensor = implementation(x).rms_norm(x, weight, eps)
     return out
@@ -126,6 +135,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Source: Su et al., "RoFormer" (2021), in the layout of transformers.
     """
+    if (fast := direct_forward()) is not None and (done := fast.rope(x, cos, sin)) is not None:
+        return done
     checks.rope(x, cos, sin)
     out: Tensor = implementation(x).rope(x, cos, sin)
     return out
@@ -159,6 +170,10 @@ def rope_append(
     Raises:
         ValueError: a shape, dtype or device is wrong, or a slot lies outside the cache.
     """
+    if (fast := direct()) is not None:
+        done = fast.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, q_weight, k_weight, eps)
+        if done is not None:
+            return done
     checks.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, q_weight, k_weight)
     out: Tensor = implementation(q).rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, q_weight, k_weight, eps)
     return out
@@ -170,6 +185,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices differ.
     """
+    if (fast := direct_forward()) is not None and (done := fast.silu_mul(gate, up)) is not None:
+        return done
     checks.silu_mul(gate, up)
     out: Tensor = implementation(gate).silu_mul(gate, up)
     return out
@@ -228,6 +245,10 @@ def sample(
     Raises:
         ValueError: a shape, dtype, device or parameter is wrong, or a row has NaN or +inf logits.
     """
+    if (fast := direct()) is not None:
+        done = fast.sample(logits, keys, temperature, top_p, top_k, min_p)
+        if done is not None:
+            return done
     checks.sample(logits, keys, temperature, top_p, top_k, min_p)
     drawn = implementation(logits).sample(logits, keys, temperature, top_p, top_k, min_p)
     token, logprob, logprob_raw, entropy = drawn

@@ -155,9 +155,10 @@ def sample(
 
 
 def log_of(min_p: float | Tensor) -> float | Tensor:
-    """log(min_p) in double, the same for every backend: a token at the very limit is kept by all or by none."""
+    """log(min_p) in double, by the C library as in C++: a token at the very limit is kept by all or by none."""
     if isinstance(min_p, Tensor):
-        return min_p.double().log()
+        logs = [log_of(value) for value in min_p.tolist()]
+        return torch.tensor(logs, dtype=torch.float64, device=min_p.device)
     return math.log(min_p) if min_p > 0 else -math.inf
 
 

@@ -251,6 +251,11 @@ def _parameter(value: float | Tensor, dtype: torch.dtype, logits: Tensor) -> tup
     return _constant(value, dtype, logits.device), 0
 
 
+def _log(min_p: float | Tensor) -> float | Tensor:
+    """log(min_p), on the device where min_p is a tensor."""
+    return min_p.double().log() if isinstance(min_p, Tensor) else log_of(min_p)
+
+
 def _plain(top_p: float | Tensor, top_k: int | Tensor, min_p: float | Tensor) -> bool:
     """Whether it is known on the host that no row is filtered."""
     if any(isinstance(x, Tensor) for x in (top_p, top_k, min_p)):
@@ -279,7 +284,7 @@ def sample(
     temperatures, stride_temperature = _parameter(temperature, torch.float64, logits)
     top_ps, stride_top_p = _parameter(top_p, torch.float64, logits)
     top_ks, stride_top_k = _parameter(top_k, torch.int64, logits)
-    log_min_ps, stride_min_p = _parameter(log_of(min_p), torch.float64, logits)
+    log_min_ps, stride_min_p = _parameter(_log(min_p), torch.float64, logits)
     with on_device(logits):
         block_sums[(num_rows, num_blocks)](
             logits, tops, sums, temperatures, logits.stride(0), stride_temperature, num_cols, num_blocks, num_rows,
