@@ -75,8 +75,16 @@ def draw(**parameters: Any) -> Call:
     return "sample", (logits, parameters.pop("keys", torch.arange(6).view(3, 2))), parameters
 
 
+def half(problem: dict[str, Any]) -> dict[str, Any]:
+    """What the kernels store in bf16."""
+    stored = {name: problem[name].bfloat16() for name in ("q", "k", "v", "pages")}
+    return {**problem, **stored, "weight": problem["weight"].detach().bfloat16()}
+
+
 P = decode_problem()
+H = half(P)
 X = torch.randn(3, 5, 24)
+W = torch.randn(24)
 SERVED: list[Call] = [
     append(P),
     rotate(P),
@@ -87,8 +95,16 @@ SERVED: list[Call] = [
     decode(P, scale=0.25),
     ("rms_norm", (X, torch.nn.Parameter(torch.randn(24))), {"eps": 1e-5}),
     ("rms_norm", (X[:0], torch.randn(24)), {"eps": 1e-5}),
+    ("add_rms_norm", (X, X + 1, W), {"eps": 1e-5}),
     ("rope", (X, torch.rand(3, 12), torch.rand(3, 12)), {}),
     ("silu_mul", (X, X + 1), {}),
+    append(H),
+    rotate(H, k_weight=H["weight"]),
+    ("rms_norm", (X.bfloat16(), W.bfloat16()), {"eps": 1e-5}),
+    ("add_rms_norm", (X.bfloat16(), X.bfloat16(), W.bfloat16()), {"eps": 1e-5}),
+    ("rope", (X.bfloat16(), torch.rand(3, 12), torch.rand(3, 12)), {}),
+    ("silu_mul", (X.bfloat16(), X.bfloat16()), {}),
+    draw(logits=torch.randn(3, 50).bfloat16(), top_p=0.8),
     ("silu_mul", (X[0, :, :7], X[1, :, 9:16]), {}),
     ("silu_mul", (torch.tensor(2.0), torch.tensor(3.0)), {}),
     draw(),
@@ -103,6 +119,8 @@ NOT_SERVED: list[Call] = [  # layouts and types that only the long way knows
     decode(P, q=P["q"]),
     ("rms_norm", (X.transpose(0, 1), torch.randn(24)), {"eps": 1e-5}),
     ("rms_norm", (X.double(), torch.randn(24).double()), {"eps": 1e-5}),
+    ("add_rms_norm", (X, X.transpose(0, 1).contiguous().transpose(0, 1), W), {"eps": 1e-5}),
+    ("rms_norm", (X.half(), W.half()), {"eps": 1e-5}),
     ("rope", (X, torch.rand(12, 3).t(), torch.rand(3, 12)), {}),
     ("silu_mul", (X, X.transpose(0, 1).contiguous().transpose(0, 1)), {}),
     draw(logits=torch.randn(50, 3).t()),
@@ -128,6 +146,11 @@ WRONG: list[Call] = [
     decode(P, pages=torch.randn(2, 3, 16, 2, 12)),  # the plan needs page 3
     ("rms_norm", (X, torch.randn(23)), {"eps": 1e-5}),
     ("rms_norm", (X.long(), torch.randn(24)), {"eps": 1e-5}),
+    ("rms_norm", (X.bfloat16(), W), {"eps": 1e-5}),
+    ("add_rms_norm", (X, X[:2], W), {"eps": 1e-5}),
+    ("add_rms_norm", (X, X.bfloat16(), W), {"eps": 1e-5}),
+    append(P, pages=H["pages"]),
+    rotate(H, q_weight=P["weight"]),
     ("rope", (X[..., :23], torch.rand(3, 11), torch.rand(3, 11)), {}),
     ("rope", (X, torch.rand(2, 12), torch.rand(3, 12)), {}),
     ("silu_mul", (X, X[:, :, :23]), {}),
@@ -172,11 +195,13 @@ def flat(result: Any) -> list[Tensor]:
 @pytest.mark.parametrize("call", SERVED, ids=lambda call: call[0])
 def test_it_serves_what_the_long_way_does(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert served(call)
-    before = P["pages"].clone()
-    theirs, written = flat(long_way(call, monkeypatch)), P["pages"].clone()
-    P["pages"].copy_(before)
+    pages = [P["pages"], H["pages"]]
+    before = [x.clone() for x in pages]
+    theirs, written = flat(long_way(call, monkeypatch)), [x.clone() for x in pages]
+    for x, y in zip(pages, before, strict=True):
+        x.copy_(y)
     ours = flat(run(call))
-    assert torch.equal(P["pages"], written)
+    assert all(torch.equal(x, y) for x, y in zip(pages, written, strict=True))
     for x, y in zip(ours, theirs, strict=True):
         assert (x.dtype, x.shape, x.stride(), x.device) == (y.dtype, y.shape, y.stride(), y.device)
         assert torch.equal(x, y)

@@ -55,11 +55,13 @@ def test_uniform_is_53_bits_of_philox() -> None:
     assert abs(u.mean().item() - 0.5) < 4 / math.sqrt(12 * 100_000)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("parameters", PARAMETERS, ids=str)
 @pytest.mark.parametrize("vocabulary", [1, 11, 256, 1000, 5003])
-def test_backends_draw_the_same_tokens(vocabulary: int, parameters: dict[str, Any]) -> None:
+def test_backends_draw_the_same_tokens(vocabulary: int, parameters: dict[str, Any], dtype: torch.dtype) -> None:
     logits = 3 * torch.randn(64, vocabulary)
     logits[:, ::3] = logits[:, ::3].round()  # ties
+    logits = logits.to(dtype)
     results = []
     for backend in BACKENDS:
         with K.backend(backend):
@@ -210,6 +212,13 @@ def test_impossible_tokens_are_never_drawn(backend: str) -> None:
     assert set(token.tolist()) == {17, 23}
     for x in (logprob, raw, entropy):
         assert x.isfinite().all()
+
+
+@pytest.mark.parametrize("parameters", [{}, {"top_p": 0.9}, {"top_k": 9, "min_p": 0.01}], ids=str)
+def test_bf16_logits_are_their_float32_values(parameters: dict[str, Any]) -> None:
+    logits = (4 * torch.randn(40, 5003)).bfloat16()
+    results = [K.sample(z, keys(40), **parameters) for z in (logits, logits.float())]
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

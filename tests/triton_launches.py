@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from ibtpo_kernels.gpu import (
+    add_rms_norm,
     append_kv,
     linear_logprob,
     rms_norm,
@@ -69,6 +70,8 @@ def small(dtype: torch.dtype) -> None:
     rms_norm(x, weight, 1e-6).sum().backward()
     wide = torch.zeros(64, 4096, dtype=dtype, requires_grad=True)
     rms_norm(wide, torch.ones(4096, dtype=dtype), 1e-6).sum().backward()
+    normed, total = add_rms_norm(wide, wide, torch.ones(4096, dtype=dtype), 1e-6)
+    (normed.sum() + total.sum()).backward()
     rope(x, cos, cos).sum().backward()
     silu_mul(wide, wide).sum().backward()
     append_kv(k, k, pages, pages, slots)

@@ -37,23 +37,32 @@ struct Pages {
   const View k, v;
 };
 
-// An optional [size] of weights: absent, or there and right, or wrong.
-struct Weight {
-  Weight(handle x, Kind kind, int64_t size) {
-    if (x.is_none()) return;
-    const View view(x);
-    wrong = !view.is(kind, {size}) || !view.dense();
-    data = wrong ? nullptr : view.data<float>();
-  }
-  const float* data = nullptr;
-  bool wrong = false;
-};
+// Whether x is None, or [size].
+bool is_weight(handle x, Kind kind, int64_t size) {
+  if (x.is_none()) return true;
+  const View view(x);
+  return view.is(kind, {size}) && view.dense();
+}
+
+template <class T>
+T* weight_of(handle x) {
+  return x.is_none() ? nullptr : View(x).data<T>();
+}
+
+bool same_shape(const View& x, const View& y) {
+  if (x.kind() != y.kind() || x.num_dims() != y.num_dims()) return false;
+  for (int i = 0; i < x.num_dims(); ++i)
+    if (x.size(i) != y.size(i)) return false;
+  return true;
+}
+
+bool served(Kind kind) { return kind == Kind::f32 || kind == Kind::bf16; }
 
 object append_kv(handle k, handle v, handle k_pages, handle v_pages, handle slots) {
   const View key(k), value(v), slot(slots);
   const Pages pages(k_pages, v_pages);
-  const Kind kind = Kind::f32;
-  if (!key.is(kind, {-1, -1, -1}) || !key.dense(2)) return nb::none();
+  const Kind kind = key.kind();
+  if (!served(kind) || !key.is(kind, {-1, -1, -1}) || !key.dense(2)) return nb::none();
   const int64_t count = key.size(0), num_heads = key.size(1), head_dim = key.size(2);
   if (!is_heads(value, kind, count, num_heads, head_dim) || !pages.fit(kind, num_heads, head_dim) ||
       !slot.is(Kind::i64, {count}) || !slot.dense())
@@ -69,37 +78,30 @@ object rope_append(handle q, handle k, handle v, handle cos, handle sin, handle 
                    handle q_weight, handle k_weight, float eps) {
   const View query(q), key(k), value(v), cosine(cos), sine(sin), slot(slots);
   const Pages pages(k_pages, v_pages);
-  const Kind kind = Kind::f32;
-  if (!query.is(kind, {-1, -1, -1}) || !query.dense(2) || !key.is(kind, {query.size(0), -1, query.size(2)}) ||
-      !key.dense(2) || query.size(2) % 2 != 0)
+  const Kind kind = query.kind();
+  if (!served(kind) || !query.is(kind, {-1, -1, -1}) || !query.dense(2) ||
+      !key.is(kind, {query.size(0), -1, query.size(2)}) || !key.dense(2) || query.size(2) % 2 != 0)
     return nb::none();
   const int64_t count = query.size(0), num_heads = query.size(1), num_kv_heads = key.size(1), head_dim = query.size(2);
-  const Weight wq(q_weight, kind, head_dim), wk(k_weight, kind, head_dim);
   if (!is_heads(value, kind, count, num_kv_heads, head_dim) || !cosine.is(Kind::f32, {count, head_dim / 2}) ||
       !cosine.dense() || !sine.is(Kind::f32, {count, head_dim / 2}) || !sine.dense() ||
-      !pages.fit(kind, num_kv_heads, head_dim) || !slot.is(Kind::i64, {count}) || !slot.dense() || wq.wrong || wk.wrong)
+      !pages.fit(kind, num_kv_heads, head_dim) || !slot.is(Kind::i64, {count}) || !slot.dense() ||
+      !is_weight(q_weight, kind, head_dim) || !is_weight(k_weight, kind, head_dim))
     return nb::none();
   const Fresh out(kind, {count, num_heads, head_dim});
-  const int64_t failed = current().rope_append({query.data<float>(),
-                                                key.data<float>(),
-                                                value.data<float>(),
-                                                cosine.data<float>(),
-                                                sine.data<float>(),
-                                                wq.data,
-                                                wk.data,
-                                                out.data<float>(),
-                                                pages.k.data<float>(),
-                                                pages.v.data<float>(),
-                                                slot.data<int64_t>(),
-                                                count,
-                                                num_heads,
-                                                num_kv_heads,
-                                                head_dim,
-                                                query.stride(0),
-                                                key.stride(0),
-                                                value.stride(0),
-                                                pages.num_slots(),
-                                                eps});
+  const int64_t failed = by_element(kind == Kind::bf16, [&](const auto& ops, auto element) {
+    using T = decltype(element);
+    RopeAppendOf<T> call;
+    call.q = query.data<T>(), call.k = key.data<T>(), call.v = value.data<T>();
+    call.cos = cosine.data<float>(), call.sin = sine.data<float>();
+    call.q_weight = weight_of<T>(q_weight), call.k_weight = weight_of<T>(k_weight);
+    call.q_out = out.data<T>(), call.k_pages = pages.k.data<T>(), call.v_pages = pages.v.data<T>();
+    call.slots = slot.data<int64_t>();
+    call.num_tokens = count, call.num_heads = num_heads, call.num_kv_heads = num_kv_heads, call.head_dim = head_dim;
+    call.q_stride = query.stride(0), call.k_stride = key.stride(0), call.v_stride = value.stride(0);
+    call.num_slots = pages.num_slots(), call.eps = eps;
+    return ops.rope_append(call);
+  });
   return failed < 0 ? out.object() : nb::none();
 }
 
@@ -146,44 +148,67 @@ object tree_decode(handle q, handle k_pages, handle v_pages, handle page_table, 
   return failed < 0 ? out.object() : nb::none();
 }
 
+// Whether x is dense [..., H] and weight [H], of one served kind.
+bool is_norm(const View& x, const View& weight) {
+  return served(x.kind()) && x.num_dims() >= 1 && x.num_dims() <= kMaxDims && x.dense() &&
+         weight.is(x.kind(), {x.size(x.num_dims() - 1)}) && weight.dense();
+}
+
 object rms_norm(handle x, handle weight, float eps) {
   const View input(x), scale(weight);
-  if (input.kind() != Kind::f32 || input.num_dims() < 1 || input.num_dims() > kMaxDims || !input.dense())
-    return nb::none();
-  const int64_t size = input.size(input.num_dims() - 1);
-  if (!scale.is(Kind::f32, {size}) || !scale.dense()) return nb::none();
+  if (!is_norm(input, scale)) return nb::none();
+  const int64_t size = scale.size(0);
   const Fresh out = like(input);
-  current().rms_norm(input.data<float>(), scale.data<float>(), out.data<float>(), size > 0 ? input.count() / size : 0,
-                     size, eps);
+  by_element(input.kind() == Kind::bf16, [&](const auto& ops, auto element) {
+    using T = decltype(element);
+    ops.rms_norm(input.data<T>(), scale.data<T>(), out.data<T>(), size > 0 ? input.count() / size : 0, size, eps);
+  });
   return out.object();
+}
+
+object add_rms_norm(handle x, handle residual, handle weight, float eps) {
+  const View input(x), other(residual), scale(weight);
+  if (!is_norm(input, scale) || !same_shape(input, other) || !other.dense()) return nb::none();
+  const int64_t size = scale.size(0);
+  const Fresh out = like(input), total = like(input);
+  by_element(input.kind() == Kind::bf16, [&](const auto& ops, auto element) {
+    using T = decltype(element);
+    ops.add_rms_norm(input.data<T>(), other.data<T>(), scale.data<T>(), out.data<T>(), total.data<T>(),
+                     size > 0 ? input.count() / size : 0, size, eps);
+  });
+  return nb::make_tuple(out.object(), total.object());
 }
 
 object rope(handle x, handle cos, handle sin) {
   const View input(x), cosine(cos), sine(sin);
-  if (!input.is(Kind::f32, {-1, -1, -1}) || !input.dense() || input.size(2) % 2 != 0) return nb::none();
+  if (!served(input.kind()) || !input.is(input.kind(), {-1, -1, -1}) || !input.dense() || input.size(2) % 2 != 0)
+    return nb::none();
   const int64_t half = input.size(2) / 2;
   if (!cosine.is(Kind::f32, {input.size(0), half}) || !cosine.dense() || !sine.is(Kind::f32, {input.size(0), half}) ||
       !sine.dense())
     return nb::none();
   const Fresh out = like(input);
-  current().rope(input.data<float>(), cosine.data<float>(), sine.data<float>(), out.data<float>(), input.size(0),
-                 input.size(1), input.size(2), 1.0f);
+  by_element(input.kind() == Kind::bf16, [&](const auto& ops, auto element) {
+    using T = decltype(element);
+    ops.rope(input.data<T>(), cosine.data<float>(), sine.data<float>(), out.data<T>(), input.size(0), input.size(1),
+             input.size(2), 1.0f);
+  });
   return out.object();
 }
 
 // Rows may lie apart in two dimensions, as in the halves of a fused gate-up projection.
 object silu_mul(handle gate, handle up) {
   const View g(gate), u(up);
-  if (g.kind() != Kind::f32 || u.kind() != g.kind() || g.num_dims() != u.num_dims() || g.num_dims() > kMaxDims)
-    return nb::none();
-  for (int i = 0; i < g.num_dims(); ++i)
-    if (g.size(i) != u.size(i)) return nb::none();
+  if (!served(g.kind()) || !same_shape(g, u) || g.num_dims() > kMaxDims) return nb::none();
   const bool rows = g.num_dims() == 2 && g.dense(1) && u.dense(1);
   if (!rows && !(g.dense() && u.dense())) return nb::none();
   const Fresh out = like(g);
   const int64_t num_rows = rows ? g.size(0) : 1, size = rows ? g.size(1) : g.count();
-  current().silu_mul(g.data<float>(), u.data<float>(), out.data<float>(), num_rows, size, rows ? g.stride(0) : size,
-                     rows ? u.stride(0) : size);
+  by_element(g.kind() == Kind::bf16, [&](const auto& ops, auto element) {
+    using T = decltype(element);
+    ops.silu_mul(g.data<T>(), u.data<T>(), out.data<T>(), num_rows, size, rows ? g.stride(0) : size,
+                 rows ? u.stride(0) : size);
+  });
   return out.object();
 }
 
@@ -224,7 +249,8 @@ class Column {
 
 object sample(handle logits, handle keys, handle temperature, handle top_p, handle top_k, handle min_p) {
   const View z(logits), key(keys);
-  if (!z.is(Kind::f32, {-1, -1}) || !z.dense() || z.size(1) == 0 || !key.is(Kind::i64, {z.size(0), 2}) || !key.dense())
+  if (!served(z.kind()) || !z.is(z.kind(), {-1, -1}) || !z.dense() || z.size(1) == 0 ||
+      !key.is(Kind::i64, {z.size(0), 2}) || !key.dense())
     return nb::none();
   const int64_t count = z.size(0);
   const Column<double> temperatures(temperature, count), masses(top_p, count), floors(min_p, count);
@@ -234,7 +260,8 @@ object sample(handle logits, handle keys, handle temperature, handle top_p, hand
     return nb::none();
   const Fresh token(Kind::i64, {count}), logprob(Kind::f32, {count}), raw(Kind::f32, {count}),
       entropy(Kind::f32, {count});
-  const Sample call{z.data<float>(),
+  const bool half = z.kind() == Kind::bf16;
+  const Sample call{half ? nullptr : z.data<float>(),
                     key.data<int64_t>(),
                     temperatures.data(),
                     masses.data(),
@@ -245,7 +272,8 @@ object sample(handle logits, handle keys, handle temperature, handle top_p, hand
                     entropy.data<float>(),
                     count,
                     z.size(1),
-                    floors.data()};
+                    floors.data(),
+                    half ? z.data<bf16>() : nullptr};
   int64_t failed;
   {
     const nb::gil_scoped_release release;
@@ -293,6 +321,7 @@ void define_direct(nb::module_& m) {
   define(direct, "rope_append", rope_append);
   define(direct, "tree_decode", tree_decode);
   define(direct, "rms_norm", rms_norm);
+  define(direct, "add_rms_norm", add_rms_norm);
   define(direct, "rope", rope);
   define(direct, "silu_mul", silu_mul);
   define(direct, "sample", sample);

@@ -10,6 +10,12 @@ namespace ibtpo {
 const Kernels& current();                  // the kernels in use; module.cpp
 void define_direct(nanobind::module_& m);  // the submodule `direct`
 
+// f(the kernels for float or bfloat16, an element)
+template <class F>
+auto by_element(bool half, F f) {
+  return half ? f(current().half, bf16{}) : f(current().f32, float{});
+}
+
 // Rows of keys and values to copy to slots of row_size bytes; slot -1 skips the row.
 struct Append {
   const char *k, *v;  // rows lie k_stride, v_stride bytes apart

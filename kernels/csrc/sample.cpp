@@ -4,6 +4,7 @@
 //
 // with all sums in double. Beside it the log-prob and entropy of the full softmax at temperature 1.
 #include "kernels.h"
+#include "parts.h"
 #include "simd.h"
 
 namespace ibtpo::IBTPO_ISA {
@@ -211,8 +212,16 @@ INLINE Draw draw(const double* w, int64_t padded, double u, double* sums) {
   return {token, w[token] / total};
 }
 
-INLINE bool sample_row(const Sample& p, int64_t r, double* x, double* w, double* sums, int64_t padded) {
-  const float* z = p.logits + r * p.vocabulary;
+// Row r of the logits; bfloat16 ones are written to `row`.
+INLINE const float* logits_of(const Sample& p, int64_t r, float* row) {
+  if (p.half_logits == nullptr) return p.logits + r * p.vocabulary;
+  const bf16* z = p.half_logits + r * p.vocabulary;
+  for_parts(p.vocabulary, [&](int64_t i, auto n) { store(row + i, load(z + i, n), n); });
+  return row;
+}
+
+INLINE bool sample_row(const Sample& p, int64_t r, float* row, double* x, double* w, double* sums, int64_t padded) {
+  const float* z = logits_of(p, r, row);
   const Highest top = highest(z, p.vocabulary);
   if (top.index < 0) return false;
   const RawStats raw = shift(z, top.value, p.vocabulary, x, padded);
@@ -243,10 +252,11 @@ int64_t sample(const Sample& p) {
   int64_t failed = p.num_rows;
 #pragma omp parallel if (p.num_rows * p.vocabulary > kParallelWork)
   {
+    const Scratch<float> row(p.half_logits == nullptr ? 0 : p.vocabulary);
     const Scratch<double> x(padded), w(padded), sums(padded / kChunk);
 #pragma omp for schedule(dynamic)
     for (int64_t r = 0; r < p.num_rows; ++r)
-      if (!sample_row(p, r, x, w, sums, padded)) {
+      if (!sample_row(p, r, row, x, w, sums, padded)) {
 #pragma omp critical(ibtpo_sample)
         failed = least(failed, r);
       }

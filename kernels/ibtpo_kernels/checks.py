@@ -124,6 +124,13 @@ def rms_norm(x: Tensor, weight: Tensor) -> None:
     _like("rms_norm", "weight", weight, (x.shape[-1],), x, "x")
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> None:
+    op = "add_rms_norm"
+    _floating(op, "x", x, max(x.dim(), 1))
+    _like(op, "residual", residual, tuple(x.shape), x, "x")
+    _like(op, "weight", weight, (x.shape[-1],), x, "x")
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor, op: str = "rope") -> None:
     _floating(op, "x", x, 3)
     if x.shape[2] % 2:

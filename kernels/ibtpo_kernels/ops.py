@@ -120,6 +120,26 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     return out
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """What stands between two layers, in one pass: add to the residual stream, and norm the sum; differentiable.
+
+    Args:
+        x, residual: [..., H]; weight: [H].
+
+    Returns:
+        (rms_norm(x + residual), x + residual), each [..., H]; the sum is rounded to x's dtype, then normed as in
+        `rms_norm`.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong.
+    """
+    if (fast := direct_forward()) is not None and (done := fast.add_rms_norm(x, residual, weight, eps)) is not None:
+        return done
+    checks.add_rms_norm(x, residual, weight)
+    normed, total = implementation(x).add_rms_norm(x, residual, weight, eps)
+    return normed, total
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, rotate-half layout: (x1 cos - x2 sin, x2 cos + x1 sin); differentiable in x.
 

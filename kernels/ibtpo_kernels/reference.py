@@ -18,6 +18,7 @@ from ibtpo_kernels.philox import uniform
 from ibtpo_kernels.plan import DecodePlan, plan_items
 
 __all__ = [
+    "add_rms_norm",
     "append_kv",
     "linear_logprob",
     "plain_linear_logprob",
@@ -82,6 +83,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps), rounded to x's dtype, then times weight: the order of transformers' Qwen3RMSNorm."""
     wide = _wide(x)
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual); the sum is rounded to x's dtype before it is normed."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
