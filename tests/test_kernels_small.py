@@ -1,4 +1,4 @@
-"""append_kv, rms_norm, rope, rope_append, silu_mul, and the choice of a backend."""
+"""append_kv, rms_norm, add_rms_norm, rope, rope_append, silu_mul, and the choice of a backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_
 
 import ibtpo_kernels as K
 
-Op = Callable[..., Tensor]
+Op = Callable[..., Tensor | tuple[Tensor, Tensor]]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
 def angles(num_tokens: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -21,28 +22,60 @@ def angles(num_tokens: int, dim: int) -> tuple[Tensor, Tensor]:
     return x.cos(), x.sin()
 
 
-def check(backend: str, op: Op, *inputs: Tensor) -> None:
-    """Value and every gradient within budget of float64."""
+def check(backend: str, op: Op, *inputs: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """Values and every gradient within budget of float64, for inputs stored as `dtype`."""
+    inputs = tuple(x.to(dtype) for x in inputs)
 
-    def run(name: str, dtype: torch.dtype) -> list[Tensor]:
-        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+    def run(name: str, kind: torch.dtype) -> list[Tensor]:
+        leaves = [x.to(kind).requires_grad_() for x in inputs]
         with K.backend(name):
-            out = op(*leaves)
-            d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-            return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
+            result = op(*leaves)
+            outs = result if isinstance(result, tuple) else (result,)
+            generator = torch.Generator().manual_seed(1)
+            d_outs = [torch.randn(out.shape, generator=generator).to(dtype).to(kind) for out in outs]
+            return [*(out.detach() for out in outs), *torch.autograd.grad(outs, leaves, d_outs, materialize_grads=True)]
 
-    exact, plain = run("reference", torch.float64), run("reference", torch.float32)
-    for actual, torch_fp32, float64 in zip(run(backend, torch.float32), plain, exact, strict=True):
-        assert_within_budget(actual, torch_fp32, float64)
+    exact, plain = run("reference", torch.float64), run("reference", dtype)
+    for actual, torch_plain, float64 in zip(run(backend, dtype), plain, exact, strict=True):
+        assert actual.dtype == dtype
+        assert_within_budget(actual, torch_plain, float64, floor=3e-6 if dtype is torch.float32 else 1e-4)
 
 
+@DTYPES
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (5, 37), (3, 7, 24), (200, 128)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rms_norm(backend: str, shape: tuple[int, ...]) -> None:
-    check(backend, lambda x, w: K.rms_norm(x, w, eps=1e-6), torch.randn(shape), torch.randn(shape[-1]))
+def test_rms_norm(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(backend, lambda x, w: K.rms_norm(x, w, eps=1e-6), torch.randn(shape), torch.randn(shape[-1]), dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@DTYPES
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (5, 37), (3, 7, 24), (200, 128)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_add_rms_norm(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, residual, weight = torch.randn(shape), torch.randn(shape), torch.randn(shape[-1])
+    check(backend, lambda x, r, w: K.add_rms_norm(x, r, w, eps=1e-6), x, residual, weight, dtype=dtype)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_add_rms_norm_with_the_gradient_of_one_result(backend: str, used: int) -> None:
+    check(backend, lambda *inputs: K.add_rms_norm(*inputs, eps=1e-6)[used], *torch.randn(2, 6, 20), torch.randn(20))
+
+
+@DTYPES
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_add_rms_norm_is_the_sum_and_its_norm(backend: str, dtype: torch.dtype) -> None:
+    """Bit for bit, with and without a gradient asked for."""
+    x, residual, weight = (torch.randn(9, 37, dtype=dtype, requires_grad=True) for _ in range(3))
+    with K.backend(backend):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                normed, total = K.add_rms_norm(x, residual, weight[0], eps=1e-6)
+                assert torch.equal(total, x + residual)
+                assert torch.equal(normed, K.rms_norm(x + residual, weight[0], eps=1e-6))
+
+
+@DTYPES
 def test_rms_norm_rounds_like_transformers(dtype: torch.dtype) -> None:
     x, norm = torch.randn(9, 64, dtype=dtype), Qwen3RMSNorm(64, eps=1e-6).to(dtype)
     norm.weight.data.normal_()
@@ -50,11 +83,43 @@ def test_rms_norm_rounds_like_transformers(dtype: torch.dtype) -> None:
         assert torch.equal(K.rms_norm(x, norm.weight, eps=1e-6), norm(x))
 
 
-@pytest.mark.parametrize("shape", [(0, 2, 8), (1, 1, 2), (33, 3, 40), (64, 4, 32)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rope(backend: str, shape: tuple[int, int, int]) -> None:
+def test_bf16_is_rounded_where_the_reference_rounds(backend: str) -> None:
+    """The same numbers but for the few whose float32 value lies within rounding of a tie."""
+    x, y, weight = torch.randn(64, 3, 70).bfloat16(), torch.randn(64, 3, 70).bfloat16(), torch.randn(70).bfloat16()
+    cos, sin = angles(64, 70)
+    for op in (
+        lambda: K.rms_norm(x, weight, eps=1e-6),
+        lambda: K.add_rms_norm(x, y, weight, eps=1e-6)[0],
+        lambda: K.silu_mul(4 * x, y),
+        lambda: K.rope(x, cos, sin),
+    ):
+        with K.backend("reference"):
+            expected = op()
+        with K.backend(backend), torch.no_grad():
+            actual = op()
+        assert actual.dtype is torch.bfloat16
+        assert (actual != expected).double().mean() < 2e-3
+        torch.testing.assert_close(actual, expected, atol=0, rtol=2**-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bf16_keeps_what_is_not_finite(backend: str) -> None:
+    gate = torch.tensor([torch.nan, torch.inf, 3.4e38, 1.0] * 5, dtype=torch.bfloat16)
+    with K.backend(backend):
+        out = K.silu_mul(gate, torch.full((20,), 2.0, dtype=torch.bfloat16))
+    assert out[::4].isnan().all()
+    assert (out[1::4] == torch.inf).all()
+    assert (out[2::4] == torch.inf).all()
+    assert out[3::4].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 8), (1, 1, 2), (33, 3, 40), (64, 4, 32)], ids=str)
+@DTYPES
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rope(backend: str, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     cos, sin = angles(shape[0], shape[2])
-    check(backend, lambda x: K.rope(x, cos, sin), torch.randn(shape))
+    check(backend, lambda x: K.rope(x, cos, sin), torch.randn(shape), dtype=dtype)
 
 
 def test_rope_is_that_of_transformers() -> None:
@@ -65,9 +130,10 @@ def test_rope_is_that_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (7,), (33, 50), (2, 3, 5)], ids=str)
+@DTYPES
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_silu_mul(backend: str, shape: tuple[int, ...]) -> None:
-    check(backend, K.silu_mul, 4 * torch.randn(shape), torch.randn(shape))
+def test_silu_mul(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    check(backend, K.silu_mul, 4 * torch.randn(shape), torch.randn(shape), dtype=dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -83,10 +149,11 @@ def test_silu_mul_of_the_halves_of_a_fused_projection() -> None:
     assert torch.equal(K.silu_mul(gate, up), K.silu_mul(gate.contiguous(), up.contiguous()))
 
 
+@DTYPES
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_append_kv_writes_the_slots_asked_for_and_no_other(backend: str) -> None:
-    k, v = torch.randn(2, 4, 2, 8).unbind()
-    before = torch.randn(2, 3, 16, 2, 8)
+def test_append_kv_writes_the_slots_asked_for_and_no_other(backend: str, dtype: torch.dtype) -> None:
+    k, v = torch.randn(2, 4, 2, 8, dtype=dtype).unbind()
+    before = torch.randn(2, 3, 16, 2, 8, dtype=dtype)
     pages = before.clone()
     with K.backend(backend):
         K.append_kv(k, v, *pages, torch.tensor([17, -1, 0, 47]))
@@ -97,17 +164,18 @@ def test_append_kv_writes_the_slots_asked_for_and_no_other(backend: str) -> None
         K.append_kv(k, v, *pages, torch.tensor([0, 1, 2, 48]))
 
 
+@DTYPES
 @pytest.mark.parametrize("normed", [True, False])
 @pytest.mark.parametrize("fused", [True, False], ids=["view-of-qkv", "dense"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rope_append_is_norm_then_rope_then_append(backend: str, fused: bool, normed: bool) -> None:
-    qkv = torch.randn(6, 8, 24)
+def test_rope_append_is_norm_then_rope_then_append(backend: str, fused: bool, normed: bool, dtype: torch.dtype) -> None:
+    qkv = torch.randn(6, 8, 24, dtype=dtype)
     q, k, v = qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]
     if not fused:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     (cos, sin), slots = angles(6, 24), torch.tensor([3, 31, -1, 0, 16, 17])
-    weights = torch.randn(2, 24).unbind() if normed else (None, None)
-    pages, expected = torch.zeros(2, 2, 2, 16, 2, 24).unbind()
+    weights = torch.randn(2, 24, dtype=dtype).unbind() if normed else (None, None)
+    pages, expected = torch.zeros(2, 2, 2, 16, 2, 24, dtype=dtype).unbind()
     with K.backend("reference"):
         normed_q = K.rms_norm(q, weights[0], eps=1e-5) if weights[0] is not None else q
         normed_k = K.rms_norm(k, weights[1], eps=1e-5) if weights[1] is not None else k
@@ -115,8 +183,9 @@ def test_rope_append_is_norm_then_rope_then_append(backend: str, fused: bool, no
         expected_q = K.rope(normed_q, cos, sin)
     with K.backend(backend):
         out = K.rope_append(q, k, v, cos, sin, *pages, slots, q_weight=weights[0], k_weight=weights[1], eps=1e-5)
-    torch.testing.assert_close(out, expected_q, atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(pages, expected, atol=2e-6, rtol=1e-5)
+    tolerance = {"atol": 2e-6, "rtol": 1e-5} if dtype is torch.float32 else {"atol": 2**-7, "rtol": 2**-7}
+    torch.testing.assert_close(out, expected_q, **tolerance)
+    torch.testing.assert_close(pages, expected, **tolerance)
     with K.backend(backend), pytest.raises(ValueError, match="slots"):
         K.rope_append(q, k, v, cos, sin, *pages, slots + 1, q_weight=weights[0])
 
@@ -129,6 +198,10 @@ def test_errors_name_the_argument() -> None:
         K.rope(x[:, :, :7], cos, sin)
     with pytest.raises(ValueError, match=r"rms_norm: weight is .* expected \[8\]"):
         K.rms_norm(x, torch.ones(7), eps=1e-6)
+    with pytest.raises(ValueError, match="add_rms_norm: residual is .* with the dtype and device of x"):
+        K.add_rms_norm(x, x.bfloat16(), torch.ones(8), eps=1e-6)
+    with pytest.raises(ValueError, match=r"add_rms_norm: weight is .* expected \[8\]"):
+        K.add_rms_norm(x, x, torch.ones(9), eps=1e-6)
     with pytest.raises(ValueError, match="silu_mul: up is"):
         K.silu_mul(x, x.double())
     with pytest.raises(ValueError, match="append_kv: slots is torch.int32"):

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from ibtpo_kernels.gpu import (
+    add_rms_norm,
     append_kv,
     linear_logprob,
     rms_norm,
@@ -55,7 +56,7 @@ def logprob(dtype: torch.dtype) -> None:
 def draw(dtype: torch.dtype, top_p: float) -> None:
     """A vocabulary of 151,936; the row that was never sampled then looks like one without a distribution."""
     try:
-        sample(torch.zeros(4, 151936, dtype=dtype), torch.zeros(4, 2, dtype=torch.int64), 0.7, top_p, 0)
+        sample(torch.zeros(4, 151936, dtype=dtype), torch.zeros(4, 2, dtype=torch.int64), 0.7, top_p, 0, 0.0)
     except (ValueError, RuntimeError):
         return
 
@@ -69,6 +70,8 @@ def small(dtype: torch.dtype) -> None:
     rms_norm(x, weight, 1e-6).sum().backward()
     wide = torch.zeros(64, 4096, dtype=dtype, requires_grad=True)
     rms_norm(wide, torch.ones(4096, dtype=dtype), 1e-6).sum().backward()
+    normed, total = add_rms_norm(wide, wide, torch.ones(4096, dtype=dtype), 1e-6)
+    (normed.sum() + total.sum()).backward()
     rope(x, cos, cos).sum().backward()
     silu_mul(wide, wide).sum().backward()
     append_kv(k, k, pages, pages, slots)

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <vector>
 
+#include "direct.h"
 #include "kernels.h"
 #include "plan.h"
 
@@ -43,28 +44,18 @@ struct Column {
   const T* const data;
 };
 
-// Copies row t of k and v, row_size floats, to slot slots[t]; -1 skips. Returns -1, or the first row with a bad slot,
-// in which case nothing is written.
-int64_t append_kv(const float* k, const float* v, float* k_pages, float* v_pages, const int64_t* slots, int64_t count,
-                  int64_t row_size, int64_t k_stride, int64_t v_stride, int64_t num_slots) {
-  for (int64_t t = 0; t < count; ++t)
-    if (slots[t] < -1 || slots[t] >= num_slots) return t;
-  for (int64_t t = 0; t < count; ++t) {
-    if (slots[t] < 0) continue;
-    std::copy_n(k + t * k_stride, row_size, k_pages + slots[t] * row_size);
-    std::copy_n(v + t * v_stride, row_size, v_pages + slots[t] * row_size);
-  }
-  return -1;
-}
-
 const Kernels* active = &baseline::kernels;
 
 }  // namespace
+
+const Kernels& ibtpo::current() { return *active; }
 
 NB_MODULE(_cpu, m) {
   active = &choose();
   using Address = uintptr_t;
   const auto release = nb::call_guard<nb::gil_scoped_release>();
+
+  define_direct(m);
 
   m.def("isa", [] { return active->isa; });
 
@@ -111,63 +102,75 @@ NB_MODULE(_cpu, m) {
       },
       release);
 
+  // Sizes and strides in bytes.
   m.def("append_kv", [](Address k, Address v, Address k_pages, Address v_pages, Address slots, int64_t count,
                         int64_t row_size, int64_t k_stride, int64_t v_stride, int64_t num_slots) {
-    return append_kv(at<float>(k), at<float>(v), at<float>(k_pages), at<float>(v_pages), at<int64_t>(slots), count,
-                     row_size, k_stride, v_stride, num_slots);
+    return append({at<char>(k), at<char>(v), at<char>(k_pages), at<char>(v_pages), at<int64_t>(slots), count, row_size,
+                   k_stride, v_stride, num_slots});
   });
 
-  m.def("rope_append",
-        [](Address q, Address k, Address v, Address cos, Address sin, Address q_weight, Address k_weight, Address q_out,
-           Address k_pages, Address v_pages, Address slots, int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads,
-           int64_t head_dim, int64_t q_stride, int64_t k_stride, int64_t v_stride, int64_t num_slots, float eps) {
-          return active->rope_append({at<float>(q),
-                                      at<float>(k),
-                                      at<float>(v),
-                                      at<float>(cos),
-                                      at<float>(sin),
-                                      at<float>(q_weight),
-                                      at<float>(k_weight),
-                                      at<float>(q_out),
-                                      at<float>(k_pages),
-                                      at<float>(v_pages),
-                                      at<int64_t>(slots),
-                                      num_tokens,
-                                      num_heads,
-                                      num_kv_heads,
-                                      head_dim,
-                                      q_stride,
-                                      k_stride,
-                                      v_stride,
-                                      num_slots,
-                                      eps});
-        });
+  // From here to silu_mul_backward: `half` says that activations and weights are bfloat16, otherwise float.
+  m.def("rope_append", [](Address q, Address k, Address v, Address cos, Address sin, Address q_weight, Address k_weight,
+                          Address q_out, Address k_pages, Address v_pages, Address slots, int64_t num_tokens,
+                          int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t q_stride, int64_t k_stride,
+                          int64_t v_stride, int64_t num_slots, float eps, bool half) {
+    return by_element(half, [&](const auto& ops, auto element) {
+      using T = decltype(element);
+      return ops.rope_append({at<T>(q),           at<T>(k),        at<T>(v),     at<float>(cos), at<float>(sin),
+                              at<T>(q_weight),    at<T>(k_weight), at<T>(q_out), at<T>(k_pages), at<T>(v_pages),
+                              at<int64_t>(slots), num_tokens,      num_heads,    num_kv_heads,   head_dim,
+                              q_stride,           k_stride,        v_stride,     num_slots,      eps});
+    });
+  });
 
   m.def("rope", [](Address x, Address cos, Address sin, Address out, int64_t num_tokens, int64_t num_heads,
-                   int64_t head_dim, float direction) {
-    active->rope(at<float>(x), at<float>(cos), at<float>(sin), at<float>(out), num_tokens, num_heads, head_dim,
-                 direction);
+                   int64_t head_dim, float direction, bool half) {
+    by_element(half, [&](const auto& ops, auto element) {
+      using T = decltype(element);
+      ops.rope(at<T>(x), at<float>(cos), at<float>(sin), at<T>(out), num_tokens, num_heads, head_dim, direction);
+    });
   });
 
-  m.def("rms_norm", [](Address x, Address weight, Address out, int64_t num_rows, int64_t size, float eps) {
-    active->rms_norm(at<float>(x), at<float>(weight), at<float>(out), num_rows, size, eps);
+  m.def("rms_norm", [](Address x, Address weight, Address out, int64_t num_rows, int64_t size, float eps, bool half) {
+    by_element(half, [&](const auto& ops, auto element) {
+      using T = decltype(element);
+      ops.rms_norm(at<T>(x), at<T>(weight), at<T>(out), num_rows, size, eps);
+    });
   });
 
+  m.def("add_rms_norm", [](Address x, Address residual, Address weight, Address out, Address total, int64_t num_rows,
+                           int64_t size, float eps, bool half) {
+    by_element(half, [&](const auto& ops, auto element) {
+      using T = decltype(element);
+      ops.add_rms_norm(at<T>(x), at<T>(residual), at<T>(weight), at<T>(out), at<T>(total), num_rows, size, eps);
+    });
+  });
+
+  // d_total 0: there is none.
   m.def("rms_norm_backward", [](Address x, Address weight, Address d_out, Address dx, Address d_weight,
-                                int64_t num_rows, int64_t size, float eps) {
-    active->rms_norm_backward(at<float>(x), at<float>(weight), at<float>(d_out), at<float>(dx), at<float>(d_weight),
-                              num_rows, size, eps);
+                                int64_t num_rows, int64_t size, float eps, Address d_total, bool half) {
+    by_element(half, [&](const auto& ops, auto element) {
+      using T = decltype(element);
+      ops.rms_norm_backward(at<T>(x), at<T>(weight), at<T>(d_out), at<T>(dx), at<T>(d_weight), num_rows, size, eps,
+                            at<T>(d_total));
+    });
   });
 
   m.def("silu_mul", [](Address gate, Address up, Address out, int64_t num_rows, int64_t size, int64_t gate_stride,
-                       int64_t up_stride) {
-    active->silu_mul(at<float>(gate), at<float>(up), at<float>(out), num_rows, size, gate_stride, up_stride);
+                       int64_t up_stride, bool half) {
+    by_element(half, [&](const auto& ops, auto element) {
+      using T = decltype(element);
+      ops.silu_mul(at<T>(gate), at<T>(up), at<T>(out), num_rows, size, gate_stride, up_stride);
+    });
   });
 
-  m.def("silu_mul_backward", [](Address gate, Address up, Address d_out, Address d_gate, Address d_up, int64_t count) {
-    active->silu_mul_backward(at<float>(gate), at<float>(up), at<float>(d_out), at<float>(d_gate), at<float>(d_up),
-                              count);
-  });
+  m.def("silu_mul_backward",
+        [](Address gate, Address up, Address d_out, Address d_gate, Address d_up, int64_t count, bool half) {
+          by_element(half, [&](const auto& ops, auto element) {
+            using T = decltype(element);
+            ops.silu_mul_backward(at<T>(gate), at<T>(up), at<T>(d_out), at<T>(d_gate), at<T>(d_up), count);
+          });
+        });
 
   m.def(
       "row_stats",
@@ -184,17 +187,19 @@ NB_MODULE(_cpu, m) {
       },
       release);
 
-  // temperature, top_p, top_k: the address of one value a row, or 0 and one value for all.
+  // temperature, top_p, top_k, min_p: the address of one value a row, or 0 and one value for all.
   m.def(
       "sample",
-      [](Address logits, Address keys, Address temperature, Address top_p, Address top_k, double temperature_all,
-         double top_p_all, int64_t top_k_all, Address token, Address logprob, Address logprob_raw, Address entropy,
-         int64_t num_rows, int64_t vocabulary) {
-        const Column<double> temperatures(temperature, temperature_all, num_rows), masses(top_p, top_p_all, num_rows);
+      [](Address logits, Address keys, Address temperature, Address top_p, Address top_k, Address min_p,
+         double temperature_all, double top_p_all, int64_t top_k_all, double min_p_all, Address token, Address logprob,
+         Address logprob_raw, Address entropy, int64_t num_rows, int64_t vocabulary, bool half) {
+        const Column<double> temperatures(temperature, temperature_all, num_rows), masses(top_p, top_p_all, num_rows),
+            floors(min_p, min_p_all, num_rows);
         const Column<int64_t> counts(top_k, top_k_all, num_rows);
-        return active->sample({at<float>(logits), at<int64_t>(keys), temperatures.data, masses.data, counts.data,
-                               at<int64_t>(token), at<float>(logprob), at<float>(logprob_raw), at<float>(entropy),
-                               num_rows, vocabulary});
+        return active->sample({half ? nullptr : at<float>(logits), at<int64_t>(keys), temperatures.data, masses.data,
+                               counts.data, at<int64_t>(token), at<float>(logprob), at<float>(logprob_raw),
+                               at<float>(entropy), num_rows, vocabulary, floors.data,
+                               half ? at<bf16>(logits) : nullptr});
       },
       release);
 

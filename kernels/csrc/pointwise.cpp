@@ -1,57 +1,47 @@
 // The small ops between the matrix products: norms, rotary embedding, gate, and the two passes over logits that
 // linear_logprob makes. Each row is summed in one fixed order, whatever the batch.
+//
+// T is what activations and weights are stored as, float or bfloat16; see parts.h.
 #include "kernels.h"
+#include "parts.h"
 #include "simd.h"
 
 namespace ibtpo::IBTPO_ISA {
 namespace {
 
-constexpr int64_t kParallelWork = 1 << 17;  // floats; below, starting threads costs more than it saves
+constexpr int64_t kParallelWork = 1 << 17;  // elements; below, starting threads costs more than it saves
 
-INLINE float inverse_rms(const float* x, int64_t size, float eps) {
-  return 1.0f / __builtin_sqrtf(dot(x, x, size) / (float)size + eps);
+template <class T>
+INLINE float inverse_rms(const T* x, int64_t size, float eps) {
+  Vec sum{};
+  for_parts(size, [&](int64_t i, auto n) {
+    const Vec v = load(x + i, n);
+    sum += v * v;
+  });
+  return 1.0f / __builtin_sqrtf(reduce_add(sum) / (float)size + eps);
 }
 
-INLINE void norm_row(const float* x, const float* weight, float* out, int64_t size, float eps) {
+template <class T>
+INLINE void norm_row(const T* x, const T* weight, T* out, int64_t size, float eps) {
   const float factor = inverse_rms(x, size, eps);
-  for_each(
-      size, [&](int64_t i) { store(out + i, load(x + i) * factor * load(weight + i)); },
-      [&](int64_t i) { out[i] = x[i] * factor * weight[i]; });
+  for_parts(size,
+            [&](int64_t i, auto n) { store(out + i, rounded<T>(load(x + i, n) * factor) * load(weight + i, n), n); });
 }
 
 // out = (x1 cos - x2 sin, x2 cos + x1 sin); out may be x.
-INLINE void rotate_row(const float* x, const float* cos, const float* sin, float* out, int64_t half, float direction) {
-  for_each(
-      half,
-      [&](int64_t i) {
-        const Vec x1 = load(x + i), x2 = load(x + half + i), c = load(cos + i), s = load(sin + i) * direction;
-        store(out + i, x1 * c - x2 * s);
-        store(out + half + i, x2 * c + x1 * s);
-      },
-      [&](int64_t i) {
-        const float x1 = x[i], x2 = x[half + i], c = cos[i], s = sin[i] * direction;
-        out[i] = x1 * c - x2 * s;
-        out[half + i] = x2 * c + x1 * s;
-      });
+template <class T>
+INLINE void rotate_row(const T* x, const float* cos, const float* sin, T* out, int64_t half, float direction) {
+  for_parts(half, [&](int64_t i, auto n) {
+    const Vec x1 = load(x + i, n), x2 = load(x + half + i, n), c = load(cos + i, n), s = load(sin + i, n) * direction;
+    store(out + i, x1 * c - x2 * s, n);
+    store(out + half + i, x2 * c + x1 * s, n);
+  });
 }
 
 INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
-INLINE float sigmoid(float x) { return sigmoid(splat(x))[0]; }
 
-INLINE float row_max(const float* z, int64_t size) {
-  Vec lanes = splat(-__builtin_inff());
-  float tail = -__builtin_inff();
-  for_each(
-      size, [&](int64_t i) { lanes = max(lanes, load(z + i)); }, [&](int64_t i) { tail = z[i] > tail ? z[i] : tail; });
-  const float highest = reduce_max(lanes);
-  return highest > tail ? highest : tail;
-}
-
-constexpr float kLowest = -1e30f;  // stands in for -inf, whose product with probability 0 would be NaN
-
-}  // namespace
-
-void rope(const float* x, const float* cos, const float* sin, float* out, int64_t num_tokens, int64_t num_heads,
+template <class T>
+void rope(const T* x, const float* cos, const float* sin, T* out, int64_t num_tokens, int64_t num_heads,
           int64_t head_dim, float direction) {
   const int64_t half = head_dim / 2;
 #pragma omp parallel for if (num_tokens * num_heads * head_dim > kParallelWork)
@@ -62,15 +52,27 @@ void rope(const float* x, const float* cos, const float* sin, float* out, int64_
     }
 }
 
-void rms_norm(const float* x, const float* weight, float* out, int64_t num_rows, int64_t size, float eps) {
+// With a residual, total = x + residual is written, and normed.
+template <class T>
+void norm(const T* x, const T* residual, const T* weight, T* out, T* total, int64_t num_rows, int64_t size, float eps) {
 #pragma omp parallel for if (num_rows * size > kParallelWork)
-  for (int64_t r = 0; r < num_rows; ++r) norm_row(x + r * size, weight, out + r * size, size, eps);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    const T *x_r = x + r * size, *residual_r = residual + r * size;
+    if (residual != nullptr) {
+      T* total_r = total + r * size;
+      for_parts(size, [&](int64_t i, auto n) { store(total_r + i, load(x_r + i, n) + load(residual_r + i, n), n); });
+      x_r = total_r;
+    }
+    norm_row(x_r, weight, out + r * size, size, eps);
+  }
 }
 
-// With n = x f, f = 1 / rms: dx = f (w dO - n mean(w dO n)), dw = sum over rows of dO n. The rows are cut into a fixed
-// number of parts for dw, added in order, so that the result does not depend on the number of threads.
-void rms_norm_backward(const float* x, const float* weight, const float* d_out, float* dx, float* d_weight,
-                       int64_t num_rows, int64_t size, float eps) {
+// With n = x f, f = 1 / rms: dx = f (w dO - n mean(w dO n)) [+ d_total], dw = sum over rows of dO round(n). The rows
+// are cut into a fixed number of parts for dw, added in order, so that the result does not depend on the number of
+// threads.
+template <class T>
+void norm_backward(const T* x, const T* weight, const T* d_out, T* dx, T* d_weight, int64_t num_rows, int64_t size,
+                   float eps, const T* d_total) {
   constexpr int64_t kParts = 16;
   const Scratch<float> partial(kParts * size);
 #pragma omp parallel for if (num_rows * size > kParallelWork)
@@ -78,75 +80,64 @@ void rms_norm_backward(const float* x, const float* weight, const float* d_out, 
     float* sum = partial + part * size;
     std::memset(sum, 0, sizeof(float) * size);
     for (int64_t r = part * num_rows / kParts; r < (part + 1) * num_rows / kParts; ++r) {
-      const float *x_r = x + r * size, *d_r = d_out + r * size;
-      float* dx_r = dx + r * size;
+      const T *x_r = x + r * size, *d_r = d_out + r * size;
       const float f = inverse_rms(x_r, size, eps);
-      for_each(
-          size, [&](int64_t i) { store(dx_r + i, load(weight + i) * load(d_r + i)); },
-          [&](int64_t i) { dx_r[i] = weight[i] * d_r[i]; });
-      const float mean = dot(dx_r, x_r, size) * f / (float)size;
-      for_each(
-          size,
-          [&](int64_t i) {
-            const Vec n = load(x_r + i) * f;
-            store(sum + i, load(sum + i) + load(d_r + i) * n);
-            store(dx_r + i, (load(dx_r + i) - n * mean) * f);
-          },
-          [&](int64_t i) {
-            const float n = x_r[i] * f;
-            sum[i] += d_r[i] * n;
-            dx_r[i] = (dx_r[i] - n * mean) * f;
-          });
+      Vec products{};
+      for_parts(size,
+                [&](int64_t i, auto n) { products += load(weight + i, n) * load(d_r + i, n) * load(x_r + i, n); });
+      const float mean = reduce_add(products) * f / (float)size;
+      for_parts(size, [&](int64_t i, auto n) {
+        const Vec d = load(d_r + i, n), xh = load(x_r + i, n) * f;
+        store(sum + i, load(sum + i, n) + d * rounded<T>(xh), n);
+        Vec result = (load(weight + i, n) * d - xh * mean) * f;
+        if (d_total != nullptr) result += load(d_total + r * size + i, n);
+        store(dx + r * size + i, result, n);
+      });
     }
   }
-  std::memset(d_weight, 0, sizeof(float) * size);
-  for (int64_t part = 0; part < kParts; ++part)
-    for (int64_t i = 0; i < size; ++i) d_weight[i] += partial[part * size + i];
+  for (int64_t part = 1; part < kParts; ++part)
+    for (int64_t i = 0; i < size; ++i) partial[i] += partial[part * size + i];
+  for_parts(size, [&](int64_t i, auto n) { store(d_weight + i, load((const float*)partial + i, n), n); });
 }
 
-void silu_mul(const float* gate, const float* up, float* out, int64_t num_rows, int64_t size, int64_t gate_stride,
-              int64_t up_stride) {
+template <class T>
+void gate(const T* gate, const T* up, T* out, int64_t num_rows, int64_t size, int64_t gate_stride, int64_t up_stride) {
 #pragma omp parallel for if (num_rows * size > kParallelWork)
   for (int64_t r = 0; r < num_rows; ++r) {
-    const float *g = gate + r * gate_stride, *u = up + r * up_stride;
-    float* o = out + r * size;
-    for_each(
-        size, [&](int64_t i) { store(o + i, load(g + i) * sigmoid(load(g + i)) * load(u + i)); },
-        [&](int64_t i) { o[i] = g[i] * sigmoid(g[i]) * u[i]; });
+    const T *g = gate + r * gate_stride, *u = up + r * up_stride;
+    T* o = out + r * size;
+    for_parts(size, [&](int64_t i, auto n) {
+      const Vec x = load(g + i, n);
+      store(o + i, rounded<T>(x * sigmoid(x)) * load(u + i, n), n);
+    });
   }
 }
 
 // d silu(g) / dg = s (1 + g (1 - s)), s = sigmoid(g).
-void silu_mul_backward(const float* gate, const float* up, const float* d_out, float* d_gate, float* d_up,
-                       int64_t count) {
+template <class T>
+void gate_backward(const T* gate, const T* up, const T* d_out, T* d_gate, T* d_up, int64_t count) {
   constexpr int64_t kChunk = 4096;
 #pragma omp parallel for if (count > kParallelWork)
   for (int64_t begin = 0; begin < count; begin += kChunk) {
-    const float *g = gate + begin, *u = up + begin, *d = d_out + begin;
-    float *dg = d_gate + begin, *du = d_up + begin;
-    for_each(
-        least(kChunk, count - begin),
-        [&](int64_t i) {
-          const Vec x = load(g + i), s = sigmoid(x), grad = load(d + i);
-          store(dg + i, grad * load(u + i) * s * (1.0f + x * (1.0f - s)));
-          store(du + i, grad * x * s);
-        },
-        [&](int64_t i) {
-          const float s = sigmoid(g[i]);
-          dg[i] = d[i] * u[i] * s * (1.0f + g[i] * (1.0f - s));
-          du[i] = d[i] * g[i] * s;
-        });
+    const T *g = gate + begin, *u = up + begin, *d = d_out + begin;
+    T *dg = d_gate + begin, *du = d_up + begin;
+    for_parts(least(kChunk, count - begin), [&](int64_t i, auto n) {
+      const Vec x = load(g + i, n), s = sigmoid(x), grad = load(d + i, n);
+      store(dg + i, grad * load(u + i, n) * s * (1.0f + x * (1.0f - s)), n);
+      store(du + i, grad * rounded<T>(x * s), n);
+    });
   }
 }
 
-int64_t rope_append(const RopeAppend& p) {
+template <class T>
+int64_t rope_append(const RopeAppendOf<T>& p) {
   const int64_t half = p.head_dim / 2, row = p.num_kv_heads * p.head_dim;
   for (int64_t t = 0; t < p.num_tokens; ++t)
     if (p.slots[t] < -1 || p.slots[t] >= p.num_slots) return t;  // before anything is written
 #pragma omp parallel for if (p.num_tokens * (p.num_heads + 2 * p.num_kv_heads) * p.head_dim > kParallelWork)
   for (int64_t t = 0; t < p.num_tokens; ++t) {
     const float *cos = p.cos + t * half, *sin = p.sin + t * half;
-    const auto place = [&](const float* x, const float* weight, float* out) {
+    const auto place = [&](const T* x, const T* weight, T* out) {
       if (weight != nullptr) norm_row(x, weight, out, p.head_dim, p.eps);
       rotate_row(weight != nullptr ? out : x, cos, sin, out, half, 1.0f);
     };
@@ -155,10 +146,36 @@ int64_t rope_append(const RopeAppend& p) {
     if (p.slots[t] < 0) continue;
     for (int64_t h = 0; h < p.num_kv_heads; ++h)
       place(p.k + t * p.k_stride + h * p.head_dim, p.k_weight, p.k_pages + p.slots[t] * row + h * p.head_dim);
-    std::memcpy(p.v_pages + p.slots[t] * row, p.v + t * p.v_stride, sizeof(float) * row);
+    std::memcpy(p.v_pages + p.slots[t] * row, p.v + t * p.v_stride, sizeof(T) * row);
   }
   return -1;
 }
+
+INLINE float row_max(const float* z, int64_t size) {
+  Vec lanes = splat(-__builtin_inff());
+  float tail = -__builtin_inff();
+  for_each(
+      size, [&](int64_t i) { lanes = max(lanes, load(z + i)); }, [&](int64_t i) { tail = z[i] > tail ? z[i] : tail; });
+  const float highest = reduce_max(lanes);
+  return highest > tail ? highest : tail;
+}
+
+template <class T>
+void plain_norm(const T* x, const T* weight, T* out, int64_t num_rows, int64_t size, float eps) {
+  norm<T>(x, nullptr, weight, out, nullptr, num_rows, size, eps);
+}
+
+template <class T>
+constexpr Pointwise<T> pointwise() {
+  return {rope_append<T>, rope<T>, plain_norm<T>, norm<T>, norm_backward<T>, gate<T>, gate_backward<T>};
+}
+
+constexpr float kLowest = -1e30f;  // stands in for -inf, whose product with probability 0 would be NaN
+
+}  // namespace
+
+extern const Pointwise<float> pointwise_f32 = pointwise<float>();
+extern const Pointwise<bf16> pointwise_bf16 = pointwise<bf16>();
 
 // stats = (m, l, H): maximum, log of the sum of exp(z - m), entropy.
 void row_stats(const float* z, float* stats, int64_t num_rows, int64_t size) {

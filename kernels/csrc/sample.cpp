@@ -4,6 +4,7 @@
 //
 // with all sums in double. Beside it the log-prob and entropy of the full softmax at temperature 1.
 #include "kernels.h"
+#include "parts.h"
 #include "simd.h"
 
 namespace ibtpo::IBTPO_ISA {
@@ -11,7 +12,7 @@ namespace {
 
 constexpr int kDoubles = kWidth / 2;
 constexpr int64_t kChunk = 256;   // weights summed as one step of the cumulative sum
-constexpr double kLowest = -1e4;  // stands in for -inf: its exp is 0
+constexpr double kLowest = -1e4;  // stands in for -inf, whose product with its exp, 0, would be NaN
 constexpr int64_t kParallelWork = 1 << 15;
 
 typedef double DVec __attribute__((vector_size(8 * kDoubles)));
@@ -101,13 +102,13 @@ struct RawStats {
   double log_sum, entropy;
 };
 
-// x = z - max, padded with kLowest to a whole number of chunks; statistics of softmax(x).
+// x = z - max, padded with -inf to a whole number of chunks; statistics of softmax(x).
 INLINE RawStats shift(const float* z, double top, int64_t size, double* x, int64_t padded) {
-  for (int64_t i = 0; i < size; ++i) x[i] = z[i] - top < kLowest ? kLowest : z[i] - top;
-  for (int64_t i = size; i < padded; ++i) x[i] = kLowest;
+  for (int64_t i = 0; i < size; ++i) x[i] = z[i] - top;
+  for (int64_t i = size; i < padded; ++i) x[i] = -__builtin_inf();
   DVec sum{}, weighted{};
   for (int64_t i = 0; i < padded / kDoubles; ++i) {
-    const DVec v = vectors(x)[i], e = exp(v);
+    const DVec v = vectors(x)[i] < kLowest ? dsplat(kLowest) : vectors(x)[i], e = exp(v);
     sum += e;
     weighted += e * v;
   }
@@ -211,8 +212,16 @@ INLINE Draw draw(const double* w, int64_t padded, double u, double* sums) {
   return {token, w[token] / total};
 }
 
-INLINE bool sample_row(const Sample& p, int64_t r, double* x, double* w, double* sums, int64_t padded) {
-  const float* z = p.logits + r * p.vocabulary;
+// Row r of the logits; bfloat16 ones are written to `row`.
+INLINE const float* logits_of(const Sample& p, int64_t r, float* row) {
+  if (p.half_logits == nullptr) return p.logits + r * p.vocabulary;
+  const bf16* z = p.half_logits + r * p.vocabulary;
+  for_parts(p.vocabulary, [&](int64_t i, auto n) { store(row + i, load(z + i, n), n); });
+  return row;
+}
+
+INLINE bool sample_row(const Sample& p, int64_t r, float* row, double* x, double* w, double* sums, int64_t padded) {
+  const float* z = logits_of(p, r, row);
   const Highest top = highest(z, p.vocabulary);
   if (top.index < 0) return false;
   const RawStats raw = shift(z, top.value, p.vocabulary, x, padded);
@@ -223,6 +232,10 @@ INLINE bool sample_row(const Sample& p, int64_t r, double* x, double* w, double*
     const bool cut_k = p.top_k[r] > 0 && p.top_k[r] < p.vocabulary;
     for (int64_t i = p.vocabulary; i < padded; ++i) w[i] = 0.0;
     if (cut_k || p.top_p[r] < 1.0) keep(z, w, p.vocabulary, padded, p.top_k[r], p.top_p[r]);
+    if (p.min_p != nullptr && p.min_p[r] > 0.0) {
+      const double floor = temperature * __builtin_log(p.min_p[r]);
+      for (int64_t i = 0; i < padded / kDoubles; ++i) vectors(w)[i] = vectors(x)[i] < floor ? DVec{} : vectors(w)[i];
+    }
     chosen = draw(w, padded, uniform(p.keys[2 * r], p.keys[2 * r + 1]), sums);
   }
   p.token[r] = chosen.token;
@@ -239,10 +252,11 @@ int64_t sample(const Sample& p) {
   int64_t failed = p.num_rows;
 #pragma omp parallel if (p.num_rows * p.vocabulary > kParallelWork)
   {
+    const Scratch<float> row(p.half_logits == nullptr ? 0 : p.vocabulary);
     const Scratch<double> x(padded), w(padded), sums(padded / kChunk);
 #pragma omp for schedule(dynamic)
     for (int64_t r = 0; r < p.num_rows; ++r)
-      if (!sample_row(p, r, x, w, sums, padded)) {
+      if (!sample_row(p, r, row, x, w, sums, padded)) {
 #pragma omp critical(ibtpo_sample)
         failed = least(failed, r);
       }

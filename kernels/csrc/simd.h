@@ -9,6 +9,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "kernels.h"
+
 #ifndef IBTPO_ISA
 #define IBTPO_ISA baseline
 #endif
@@ -33,6 +35,8 @@ typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t IVec __attribute__((vector_size(4 * kWidth)));
 typedef float VecAt __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));  // anywhere in an array
 typedef int32_t IVecAt __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+typedef uint32_t UVec __attribute__((vector_size(4 * kWidth)));
+typedef uint16_t HalfAt __attribute__((vector_size(2 * kWidth), aligned(2), may_alias));  // bf16 bits
 
 INLINE Vec load(const float* p) { return *reinterpret_cast<const VecAt*>(p); }
 INLINE IVec load(const int32_t* p) { return *reinterpret_cast<const IVecAt*>(p); }
@@ -40,6 +44,18 @@ INLINE void store(float* p, Vec x) { *reinterpret_cast<VecAt*>(p) = x; }
 INLINE Vec splat(float x) { return x - Vec{}; }
 INLINE IVec isplat(int32_t x) { return x - IVec{}; }
 INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+// ---- bfloat16 ----
+
+INLINE UVec load_bits(const bf16* p) { return __builtin_convertvector(*reinterpret_cast<const HalfAt*>(p), UVec); }
+INLINE Vec load(const bf16* p) { return (Vec)(load_bits(p) << 16); }
+
+// The nearest bf16, ties to even, in the lower half of each lane; NaN stays NaN.
+INLINE UVec round_bits(Vec x) {
+  const UVec bits = (UVec)x, rounded = (bits + ((bits >> 16 & 1u) + 0x7fffu)) >> 16;
+  return x == x ? rounded : (bits >> 16 | 0x40u);
+}
+INLINE void store(bf16* p, Vec x) { *reinterpret_cast<HalfAt*>(p) = __builtin_convertvector(round_bits(x), HalfAt); }
 
 // The lane indices 0 .. kWidth-1.
 INLINE IVec iota() {

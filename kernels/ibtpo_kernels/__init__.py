@@ -2,6 +2,7 @@
 
 from ibtpo_kernels.dispatch import active_backend, backend, has_compiled
 from ibtpo_kernels.ops import (
+    add_rms_norm,
     append_kv,
     linear_logprob,
     plan_decode,
@@ -18,6 +19,7 @@ from ibtpo_kernels.plan import DecodePlan
 __all__ = [
     "DecodePlan",
     "active_backend",
+    "add_rms_norm",
     "append_kv",
     "backend",
     "has_compiled",

@@ -124,6 +124,13 @@ def rms_norm(x: Tensor, weight: Tensor) -> None:
     _like("rms_norm", "weight", weight, (x.shape[-1],), x, "x")
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> None:
+    op = "add_rms_norm"
+    _floating(op, "x", x, max(x.dim(), 1))
+    _like(op, "residual", residual, tuple(x.shape), x, "x")
+    _like(op, "weight", weight, (x.shape[-1],), x, "x")
+
+
 def rope(x: Tensor, cos: Tensor, sin: Tensor, op: str = "rope") -> None:
     _floating(op, "x", x, 3)
     if x.shape[2] % 2:
@@ -177,7 +184,12 @@ def linear_logprob(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor
 
 
 def sample(
-    logits: Tensor, keys: Tensor, temperature: float | Tensor, top_p: float | Tensor, top_k: int | Tensor
+    logits: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    top_p: float | Tensor,
+    top_k: int | Tensor,
+    min_p: float | Tensor,
 ) -> None:
     op = "sample"
     _floating(op, "logits", logits, 2)
@@ -187,6 +199,7 @@ def sample(
     _parameter(op, "temperature", temperature, logits, lambda x: x >= 0, "in [0, inf)")
     _parameter(op, "top_p", top_p, logits, lambda x: (x > 0) & (x <= 1), "in (0, 1]")
     _parameter(op, "top_k", top_k, logits, lambda x: x >= 0, "0 (off) or a count")
+    _parameter(op, "min_p", min_p, logits, lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
 
 
 def _parameter(

@@ -1,4 +1,4 @@
-"""The ops on the compiled module `_cpu`, for float32 tensors on the CPU.
+"""The ops on the compiled module `_cpu`, for float32 and bfloat16 tensors on the CPU.
 
 Arguments arrive checked (see `checks`). `_cpu` takes addresses and sizes: what is passed here must be dense, or its
 stride passed along, and must stay alive for the call. Nothing goes through torch.library, whose dispatch would cost
@@ -10,19 +10,59 @@ one OpenMP runtime and torch.set_num_threads governs these kernels too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ibtpo_kernels import logprob
+from ibtpo_kernels import logprob, reference
 from ibtpo_kernels.plan import DecodePlan
+
+T = TypeVar("T")
 
 native: Any = None
 with suppress(ImportError):
     native = import_module("ibtpo_kernels._cpu")
+
+
+class DirectOps(Protocol):
+    """Ops that take tensors (csrc/direct.cpp); each returns None for a call that it does not serve."""
+
+    def add_rms_norm(self, *args: Any) -> tuple[Tensor, Tensor] | None: ...
+    def append_kv(self, *args: Any) -> bool | None: ...
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor | None: ...
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None: ...
+    def rope_append(self, *args: Any) -> Tensor | None: ...
+    def sample(self, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None: ...
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor | None: ...
+    def tree_decode(self, *args: Any) -> Tensor | None: ...
+
+
+def _open_direct() -> DirectOps | None:
+    """None where this torch offers no C interface to its tensors."""
+    interface = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if native is None or interface is None or not native.direct.open(interface, Tensor, torch.nn.Parameter):
+        return None
+    found: DirectOps = native.direct
+    return found
+
+
+direct = _open_direct()
+
+
+def _float32_only(op: Callable[..., T]) -> Callable[..., T]:
+    """An op whose kernel is for float32: bf16 goes to the reference."""
+    plain: Callable[..., T] = getattr(reference, op.__name__)
+
+    @wraps(op)
+    def choose(x: Tensor, *args: Any) -> T:
+        return op(x, *args) if x.dtype is torch.float32 else plain(x, *args)
+
+    return choose
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -31,6 +71,11 @@ def _dense(x: Tensor) -> Tensor:
 
 def _angles(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
+
+
+def _half(x: Tensor) -> bool:
+    """Which of its two element types a kernel shall run for."""
+    return x.dtype is torch.bfloat16
 
 
 def _needs_grad(*tensors: Tensor) -> bool:
@@ -69,6 +114,7 @@ class _TreeAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
+@_float32_only
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> Tensor:
     q, k, v, end = _dense(q), _dense(k), _dense(v), _dense(end)
     if _needs_grad(q, k, v):
@@ -93,6 +139,7 @@ def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: in
     return items[:count]
 
 
+@_float32_only
 def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
     q = _dense(q)
     out = torch.empty_like(q)
@@ -113,9 +160,10 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, s
 def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     k, v, slots = _packed_rows(k), _packed_rows(v), _dense(slots)
     num_pages, page_size, num_kv_heads, head_dim = k_pages.shape
+    size = k.element_size()
     failed = native.append_kv(
         k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), slots.data_ptr(),
-        len(slots), num_kv_heads * head_dim, k.stride(0), v.stride(0), num_pages * page_size,
+        len(slots), num_kv_heads * head_dim * size, k.stride(0) * size, v.stride(0) * size, num_pages * page_size,
     )  # fmt: skip
     if failed >= 0:
         raise _bad_slot("append_kv", slots, failed, num_pages * page_size)
@@ -148,13 +196,14 @@ def rope_append(
     q_weight = None if q_weight is None else _dense(q_weight)
     k_weight = None if k_weight is None else _dense(k_weight)
     num_tokens, num_heads, head_dim = q.shape
-    out = torch.empty(num_tokens, num_heads, head_dim)
+    out = torch.empty(q.shape, dtype=q.dtype)
     num_slots = k_pages.shape[0] * k_pages.shape[1]
     failed = native.rope_append(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), cos.data_ptr(), sin.data_ptr(),
         0 if q_weight is None else q_weight.data_ptr(), 0 if k_weight is None else k_weight.data_ptr(),
         out.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), slots.data_ptr(),
         num_tokens, num_heads, k.shape[1], head_dim, q.stride(0), k.stride(0), v.stride(0), num_slots, eps,
+        _half(q),
     )  # fmt: skip
     if failed >= 0:
         raise _bad_slot("rope_append", slots, failed, num_slots)
@@ -164,8 +213,22 @@ def rope_append(
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
     size = x.shape[-1]
-    native.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // max(size, 1), size, eps)
+    native.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // max(size, 1), size, eps, _half(x))
     return out
+
+
+def _rms_norm_backward(
+    x: Tensor, weight: Tensor, d_out: Tensor, d_total: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(dx, d_weight); `d_total`, if any, is added to dx."""
+    d_out, dx, d_weight = _dense(d_out), torch.empty_like(x), torch.empty_like(weight)
+    d_total = None if d_total is None else _dense(d_total)
+    size = x.shape[-1]
+    native.rms_norm_backward(
+        x.data_ptr(), weight.data_ptr(), d_out.data_ptr(), dx.data_ptr(), d_weight.data_ptr(),
+        x.numel() // max(size, 1), size, eps, 0 if d_total is None else d_total.data_ptr(), _half(x),
+    )  # fmt: skip
+    return dx, d_weight
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -179,13 +242,7 @@ class _RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        d_out, dx, d_weight = _dense(d_out), torch.empty_like(x), torch.empty_like(weight)
-        size = x.shape[-1]
-        native.rms_norm_backward(
-            x.data_ptr(), weight.data_ptr(), d_out.data_ptr(), dx.data_ptr(), d_weight.data_ptr(),
-            x.numel() // max(size, 1), size, ctx.eps,
-        )  # fmt: skip
-        return dx, d_weight, None
+        return *_rms_norm_backward(x, weight, d_out, None, ctx.eps), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -196,9 +253,43 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _rms_norm(x, weight, eps)
 
 
+def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    out, total = torch.empty_like(x), torch.empty_like(x)
+    size = x.shape[-1]
+    native.add_rms_norm(
+        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), total.data_ptr(),
+        x.numel() // max(size, 1), size, eps, _half(x),
+    )  # fmt: skip
+    return out, total
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        out, total = _add_rms_norm(x, residual, weight, eps)
+        ctx.save_for_backward(total, weight)
+        ctx.eps = eps
+        return out, total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_total: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        total, weight = ctx.saved_tensors
+        dx, d_weight = _rms_norm_backward(total, weight, d_out, d_total, ctx.eps)
+        return dx, dx, d_weight, None
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x, residual, weight = _dense(x), _dense(residual), _dense(weight)
+    if _needs_grad(x, residual, weight):
+        out, total = _AddRMSNorm.apply(x, residual, weight, eps)  # type: ignore[no-untyped-call]
+        return out, total
+    return _add_rms_norm(x, residual, weight, eps)
+
+
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     out = torch.empty_like(x)
-    native.rope(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *x.shape, direction)
+    native.rope(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *x.shape, direction, _half(x))
     return out
 
 
@@ -237,7 +328,13 @@ class _SiluMul(torch.autograd.Function):
         gate, up = (_dense(x) for x in ctx.saved_tensors)
         d_out, d_gate, d_up = _dense(d_out), torch.empty_like(gate), torch.empty_like(up)
         native.silu_mul_backward(
-            gate.data_ptr(), up.data_ptr(), d_out.data_ptr(), d_gate.data_ptr(), d_up.data_ptr(), gate.numel()
+            gate.data_ptr(),
+            up.data_ptr(),
+            d_out.data_ptr(),
+            d_gate.data_ptr(),
+            d_up.data_ptr(),
+            gate.numel(),
+            _half(gate),
         )
         return d_gate, d_up
 
@@ -246,10 +343,10 @@ def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """Rows may lie apart in 2-D inputs, as in the halves of a fused gate-up projection."""
     if gate.dim() != 2 or gate.stride(1) != 1 or up.stride(1) != 1:
         gate, up = _dense(gate), _dense(up)
-    out = torch.empty(gate.shape)
+    out = torch.empty(gate.shape, dtype=gate.dtype)
     rows, size = gate.shape if gate.dim() == 2 else (1, gate.numel())
     strides = (gate.stride(0), up.stride(0)) if gate.dim() == 2 else (size, size)
-    native.silu_mul(gate.data_ptr(), up.data_ptr(), out.data_ptr(), rows, size, *strides)
+    native.silu_mul(gate.data_ptr(), up.data_ptr(), out.data_ptr(), rows, size, *strides, _half(gate))
     return out
 
 
@@ -275,6 +372,7 @@ def _logit_grad(z: Tensor, stats: Tensor, grad_rows: Tensor, grad_entropy: Tenso
 _CHUNK_OPS = logprob.ChunkOps(_row_stats, _logit_grad)
 
 
+@_float32_only
 def linear_logprob(
     hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -287,18 +385,29 @@ def _column(value: float | Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def sample(
-    logits: Tensor, keys: Tensor, temperature: float | Tensor, top_p: float | Tensor, top_k: int | Tensor
+    logits: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    top_p: float | Tensor,
+    top_k: int | Tensor,
+    min_p: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits, keys = _dense(logits), _dense(keys)
     num_rows, vocabulary = logits.shape
-    columns = (_column(temperature, torch.float64), _column(top_p, torch.float64), _column(top_k, torch.int64))
+    columns = (
+        _column(temperature, torch.float64),
+        _column(top_p, torch.float64),
+        _column(top_k, torch.int64),
+        _column(min_p, torch.float64),
+    )
     addresses = [0 if x is None else x.data_ptr() for x in columns]
-    numbers = [x if not isinstance(x, Tensor) else 0 for x in (temperature, top_p, top_k)]
+    numbers = [x if not isinstance(x, Tensor) else 0 for x in (temperature, top_p, top_k, min_p)]
     token = torch.empty(num_rows, dtype=torch.int64)
     logprob, logprob_raw, entropy = torch.empty(3, num_rows).unbind()
     failed = native.sample(
         logits.data_ptr(), keys.data_ptr(), *addresses, *numbers,
         token.data_ptr(), logprob.data_ptr(), logprob_raw.data_ptr(), entropy.data_ptr(), num_rows, vocabulary,
+        _half(logits),
     )  # fmt: skip
     if failed >= 0:
         raise ValueError(f"sample: row {failed} has no distribution (NaN or inf logits)")

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ibtpo_kernels import cpu, reference
 from ibtpo_kernels.gpu.logprob import linear_logprob
-from ibtpo_kernels.gpu.norm import rms_norm
+from ibtpo_kernels.gpu.norm import add_rms_norm, rms_norm
 from ibtpo_kernels.gpu.sample import sample
 from ibtpo_kernels.gpu.small import append_kv, rope, rope_append, silu_mul
 from ibtpo_kernels.gpu.tree_attention import tree_attention
 from ibtpo_kernels.gpu.tree_decode import tree_decode
 
 __all__ = [
+    "add_rms_norm",
     "append_kv",
     "linear_logprob",
     "plan_decode",

@@ -5,6 +5,8 @@
     y = w * round(x r),  r = 1 / sqrt(mean(x^2) + eps)
     with xh = x r and d = dy * w:    dx = r (d - xh mean(d xh)),    dw = sum over rows of dy * round(xh)
 
+`add_rms_norm` norms t = round(x + residual), writes t too, and adds dt to dx.
+
 `round` is to the type of x, as in transformers. The rows of dw are summed by a fixed number of programs, each in order.
 """
 
@@ -33,21 +35,26 @@ def _normed(x, weight, eps, SIZE: tl.constexpr):
 
 @triton.jit
 def norm_forward(
-    x_ptr, weight_ptr, out_ptr, num_rows, eps, SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr
-):
+    x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, num_rows, eps,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     cols = tl.arange(0, PADDED)
     mask = (rows < num_rows)[:, None] & (cols < SIZE)[None, :]
     at = rows[:, None] * SIZE + cols[None, :]
     weight = tl.load(weight_ptr + cols, mask=cols < SIZE, other=0.0)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        total = (x + tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)).to(weight.dtype)
+        tl.store(total_ptr + at, total, mask=mask)
+        x = total.to(tl.float32)
     tl.store(out_ptr + at, _normed(x, weight, eps, SIZE), mask=mask)
 
 
 @triton.jit
 def norm_backward(
-    x_ptr, weight_ptr, d_out_ptr, dx_ptr, partial_ptr, num_rows, eps,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, weight_ptr, d_out_ptr, d_total_ptr, dx_ptr, partial_ptr, num_rows, eps,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
     """dx of every num_programs-th tile of rows, and the sum of their dy * xh in order."""
     cols = tl.arange(0, PADDED)
@@ -62,6 +69,8 @@ def norm_backward(
         scale = tl.rsqrt(tl.sum(x * x, 1) / SIZE + eps)[:, None]
         xh, d = x * scale, d_out * weight[None, :]
         dx = scale * (d - xh * (tl.sum(d * xh, 1) / SIZE)[:, None])
+        if ADD:
+            dx += tl.load(d_total_ptr + at, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         partial += d_out * xh.to(x_ptr.dtype.element_ty).to(tl.float32)
     tl.store(partial_ptr + tl.program_id(0) * SIZE + cols, tl.sum(partial, 0), mask=cols < SIZE)
@@ -73,15 +82,38 @@ def _tile(size: int) -> dict[str, int]:
     return {"SIZE": size, "PADDED": padded, "ROWS": rows, "num_warps": min(16, max(4, padded * rows // 1024))}
 
 
-def _norm_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(normed, x + residual); without a residual the second is x."""
     out = torch.empty_like(x)
+    total = x if residual is None else torch.empty_like(x)
     size = x.shape[-1]
     if x.numel():
         shape = _tile(size)
         num_rows = x.numel() // size
         with on_device(x):
-            norm_forward[(triton.cdiv(num_rows, shape["ROWS"]),)](x, weight, out, num_rows, eps, **shape)
-    return out
+            norm_forward[(triton.cdiv(num_rows, shape["ROWS"]),)](
+                x, residual, weight, out, total, num_rows, eps, **shape, ADD=residual is not None
+            )  # fmt: skip
+    return out, total
+
+
+def _norm_backward(
+    x: Tensor, weight: Tensor, d_out: Tensor, d_total: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(dx, d_weight); `d_total`, if any, is added to dx."""
+    dx = torch.empty_like(x)
+    if not x.numel():
+        return dx, torch.zeros_like(weight)
+    size = x.shape[-1]
+    num_rows, shape = x.numel() // size, _tile(size)
+    programs = min(_PARTIALS, triton.cdiv(num_rows, shape["ROWS"]))
+    partial = torch.empty(programs, size, device=x.device)
+    d_total = None if d_total is None else d_total.contiguous()
+    with on_device(x):
+        norm_backward[(programs,)](
+            x, weight, d_out.contiguous(), d_total, dx, partial, num_rows, eps, **shape, ADD=d_total is not None
+        )  # fmt: skip
+    return dx, partial.sum(0).to(weight.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -89,22 +121,29 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return _norm_forward(x, weight, eps)
+        return _norm_forward(x, None, weight, eps)[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        dx = torch.empty_like(x)
-        if not x.numel():
-            return dx, torch.zeros_like(weight), None
-        size = x.shape[-1]
-        num_rows, shape = x.numel() // size, _tile(size)
-        programs = min(_PARTIALS, triton.cdiv(num_rows, shape["ROWS"]))
-        partial = torch.empty(programs, size, device=x.device)
-        with on_device(x):
-            norm_backward[(programs,)](x, weight, d_out.contiguous(), dx, partial, num_rows, ctx.eps, **shape)
-        return dx, partial.sum(0).to(weight.dtype), None
+        return *_norm_backward(x, weight, d_out, None, ctx.eps), None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        out, total = _norm_forward(x, residual, weight, eps)
+        ctx.save_for_backward(total, weight)
+        ctx.eps = eps
+        return out, total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_total: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        total, weight = ctx.saved_tensors
+        dx, d_weight = _norm_backward(total, weight, d_out, d_total, ctx.eps)
+        return dx, dx, d_weight, None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -112,4 +151,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if needs_grad(x, weight):
         out: Tensor = _RMSNorm.apply(x, weight, eps)
         return out
-    return _norm_forward(x, weight, eps)
+    return _norm_forward(x, None, weight, eps)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
+    if needs_grad(x, residual, weight):
+        out, total = _AddRMSNorm.apply(x, residual, weight, eps)
+        return out, total
+    return _norm_forward(x, residual, weight, eps)
