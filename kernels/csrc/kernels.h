@@ -56,6 +56,7 @@ struct Sample {
   int64_t* token;                          // [B]
   float *logprob, *logprob_raw, *entropy;  // [B]
   int64_t num_rows, vocabulary;
+  const double* min_p = nullptr;  // [B], or null: off
 };
 
 // Functions returning int64_t give -1, or the index of the first query, token or row that is in error.
