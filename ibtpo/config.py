@@ -158,6 +158,8 @@ class SamplingConfig:
     """Smallest set of tokens with at least this probability is kept; 1 keeps all."""
     top_k: int = 0
     """Number of most likely tokens kept; 0 keeps all."""
+    min_p: float = 0.0
+    """Tokens less than this many times as likely as the most likely one are dropped; 0 drops none."""
     max_tokens: int = 2048
     """Most new tokens a trajectory may have below the prompt; what is cut off there gets reward 0."""
 
@@ -165,6 +167,7 @@ class SamplingConfig:
         check_range("sampling.temperature", self.temperature, low=0.0)
         check_range("sampling.top_p", self.top_p, low=0.0, high=1.0, low_open=True)
         check_range("sampling.top_k", self.top_k, low=0)
+        check_range("sampling.min_p", self.min_p, low=0.0, high=1.0)
         check_range("sampling.max_tokens", self.max_tokens, low=1)
 
 
@@ -252,17 +255,23 @@ class EvalConfig:
 class WarmStartConfig:
     """Supervised training of the built-in policy on the task's worked solutions, from random weights."""
 
-    updates: int = 450
-    """Optimizer updates."""
+    excess: float = 0.06
+    """Loss above the teacher's own entropy, in nats a token, at which the learning rate begins to fall."""
+    decay_updates: int = 100
+    """Updates over which it falls, along a cosine, to a tenth; the warm start ends there."""
+    max_updates: int = 1200
+    """Updates at most, the decay included, whatever the loss."""
     batch_size: int = 64
     """Worked solutions an update."""
     lr: float = 3e-3
-    """Peak learning rate; cosine decay to a tenth of it."""
+    """Learning rate before it falls."""
     warmup_steps: int = 50
     """Updates over which the learning rate rises linearly from 0."""
 
     def __post_init__(self) -> None:
-        check_range("warm_start.updates", self.updates, low=1)
+        check_range("warm_start.excess", self.excess, low=0.0, low_open=True)
+        check_range("warm_start.decay_updates", self.decay_updates, low=1)
+        check_range("warm_start.max_updates", self.max_updates, low=1)
         check_range("warm_start.batch_size", self.batch_size, low=1)
         check_range("warm_start.lr", self.lr, low=0.0, low_open=True)
         check_range("warm_start.warmup_steps", self.warmup_steps, low=0)

@@ -12,6 +12,11 @@
 
 namespace ibtpo {
 
+// bfloat16: the upper half of a float.
+struct bf16 {
+  uint16_t bits;
+};
+
 struct TreeShape {
   int64_t num_tokens, num_heads, num_kv_heads, head_dim;
   float scale;
@@ -29,10 +34,11 @@ struct TreeBackward {
   float *dq, *dk, *dv;
 };
 
+template <class T>  // float or bf16
 struct Decode {
-  const float *q, *k_pages, *v_pages;                  // [B, Hq, D], [num_pages, page_size, Hkv, D] x 2
+  const T *q, *k_pages, *v_pages;                      // [B, Hq, D], [num_pages, page_size, Hkv, D] x 2
   const int32_t *page_table, *rows, *lengths, *items;  // [R, P], [B], [B], [I, 4]
-  float* out;                                          // [B, Hq, D]
+  T* out;                                              // [B, Hq, D]
   int64_t num_queries, num_heads, num_kv_heads, head_dim;
   int64_t num_pages, page_size, num_rows, table_width, num_items;
   float scale;
@@ -56,6 +62,7 @@ struct Sample {
   int64_t* token;                          // [B]
   float *logprob, *logprob_raw, *entropy;  // [B]
   int64_t num_rows, vocabulary;
+  const double* min_p = nullptr;  // [B], or null: off
 };
 
 // Functions returning int64_t give -1, or the index of the first query, token or row that is in error.
@@ -63,7 +70,8 @@ struct Kernels {
   const char* isa;
   void (*tree_forward)(const TreeShape&, const TreeForward&);
   void (*tree_backward)(const TreeShape&, const TreeBackward&);
-  int64_t (*tree_decode)(const Decode&);
+  int64_t (*tree_decode)(const Decode<float>&);
+  int64_t (*tree_decode_bf16)(const Decode<bf16>&);  // even head sizes and page sizes only
   int64_t (*rope_append)(const RopeAppend&);
   void (*rope)(const float* x, const float* cos, const float* sin, float* out, int64_t num_tokens, int64_t num_heads,
                int64_t head_dim, float direction);  // direction -1: the inverse rotation, which is the backward
@@ -80,6 +88,9 @@ struct Kernels {
   int64_t (*sample)(const Sample&);
 };
 
+namespace v4bf16 {
+extern const Kernels kernels;
+}
 namespace v4 {
 extern const Kernels kernels;
 }

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <vector>
 
+#include "direct.h"
 #include "kernels.h"
 #include "plan.h"
 
@@ -22,12 +23,18 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+#if defined(IBTPO_EMULATE_AVX512)
+constexpr bool kEmulatesAVX512 = true;  // v4 is built without its instructions: it runs anywhere, slowly
+#else
+constexpr bool kEmulatesAVX512 = false;
+#endif
+
 const Kernels& choose() {
 #if defined(IBTPO_X86)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return v4::kernels;
+    return __builtin_cpu_supports("avx512bf16") ? v4bf16::kernels : v4::kernels;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
     return v3::kernels;
 #endif
@@ -43,35 +50,27 @@ struct Column {
   const T* const data;
 };
 
-// Copies row t of k and v, row_size floats, to slot slots[t]; -1 skips. Returns -1, or the first row with a bad slot,
-// in which case nothing is written.
-int64_t append_kv(const float* k, const float* v, float* k_pages, float* v_pages, const int64_t* slots, int64_t count,
-                  int64_t row_size, int64_t k_stride, int64_t v_stride, int64_t num_slots) {
-  for (int64_t t = 0; t < count; ++t)
-    if (slots[t] < -1 || slots[t] >= num_slots) return t;
-  for (int64_t t = 0; t < count; ++t) {
-    if (slots[t] < 0) continue;
-    std::copy_n(k + t * k_stride, row_size, k_pages + slots[t] * row_size);
-    std::copy_n(v + t * v_stride, row_size, v_pages + slots[t] * row_size);
-  }
-  return -1;
-}
-
 const Kernels* active = &baseline::kernels;
 
 }  // namespace
+
+const Kernels& ibtpo::current() { return *active; }
 
 NB_MODULE(_cpu, m) {
   active = &choose();
   using Address = uintptr_t;
   const auto release = nb::call_guard<nb::gil_scoped_release>();
 
+  define_direct(m);
+
   m.def("isa", [] { return active->isa; });
 
   m.def("use_isa", [](const char* name) {  // for tests: run the kernels of a lesser instruction set
     const Kernels* chosen = nullptr;
 #if defined(IBTPO_X86)
-    if (!strcmp(name, "v4") && &choose() == &v4::kernels) chosen = &v4::kernels;
+    const bool has_bf16 = &choose() == &v4bf16::kernels, has_v4 = has_bf16 || &choose() == &v4::kernels;
+    if (!strcmp(name, "v4bf16") && has_bf16) chosen = &v4bf16::kernels;
+    if (!strcmp(name, "v4") && (has_v4 || kEmulatesAVX512)) chosen = &v4::kernels;
     if (!strcmp(name, "v3") && &choose() != &baseline::kernels) chosen = &v3::kernels;
 #endif
     if (!strcmp(name, "baseline")) chosen = &baseline::kernels;
@@ -103,18 +102,23 @@ NB_MODULE(_cpu, m) {
       "tree_decode",
       [](Address q, Address k_pages, Address v_pages, Address page_table, Address rows, Address lengths, Address items,
          Address out, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t num_pages,
-         int64_t page_size, int64_t num_rows, int64_t table_width, int64_t num_items, float scale) {
-        return active->tree_decode({at<float>(q), at<float>(k_pages), at<float>(v_pages), at<int32_t>(page_table),
-                                    at<int32_t>(rows), at<int32_t>(lengths), at<int32_t>(items), at<float>(out),
-                                    num_queries, num_heads, num_kv_heads, head_dim, num_pages, page_size, num_rows,
-                                    table_width, num_items, scale});
+         int64_t page_size, int64_t num_rows, int64_t table_width, int64_t num_items, float scale, bool is_bf16) {
+        const auto run = [&](auto type, auto kernel) {
+          using T = decltype(type);
+          return kernel(Decode<T>{at<T>(q), at<T>(k_pages), at<T>(v_pages), at<int32_t>(page_table), at<int32_t>(rows),
+                                  at<int32_t>(lengths), at<int32_t>(items), at<T>(out), num_queries, num_heads,
+                                  num_kv_heads, head_dim, num_pages, page_size, num_rows, table_width, num_items,
+                                  scale});
+        };
+        return is_bf16 ? run(bf16{}, active->tree_decode_bf16) : run(0.0f, active->tree_decode);
       },
       release);
 
+  // Sizes and strides in bytes.
   m.def("append_kv", [](Address k, Address v, Address k_pages, Address v_pages, Address slots, int64_t count,
                         int64_t row_size, int64_t k_stride, int64_t v_stride, int64_t num_slots) {
-    return append_kv(at<float>(k), at<float>(v), at<float>(k_pages), at<float>(v_pages), at<int64_t>(slots), count,
-                     row_size, k_stride, v_stride, num_slots);
+    return append({at<char>(k), at<char>(v), at<char>(k_pages), at<char>(v_pages), at<int64_t>(slots), count, row_size,
+                   k_stride, v_stride, num_slots});
   });
 
   m.def("rope_append",
@@ -184,17 +188,18 @@ NB_MODULE(_cpu, m) {
       },
       release);
 
-  // temperature, top_p, top_k: the address of one value a row, or 0 and one value for all.
+  // temperature, top_p, top_k, min_p: the address of one value a row, or 0 and one value for all.
   m.def(
       "sample",
-      [](Address logits, Address keys, Address temperature, Address top_p, Address top_k, double temperature_all,
-         double top_p_all, int64_t top_k_all, Address token, Address logprob, Address logprob_raw, Address entropy,
-         int64_t num_rows, int64_t vocabulary) {
-        const Column<double> temperatures(temperature, temperature_all, num_rows), masses(top_p, top_p_all, num_rows);
+      [](Address logits, Address keys, Address temperature, Address top_p, Address top_k, Address min_p,
+         double temperature_all, double top_p_all, int64_t top_k_all, double min_p_all, Address token, Address logprob,
+         Address logprob_raw, Address entropy, int64_t num_rows, int64_t vocabulary) {
+        const Column<double> temperatures(temperature, temperature_all, num_rows), masses(top_p, top_p_all, num_rows),
+            floors(min_p, min_p_all, num_rows);
         const Column<int64_t> counts(top_k, top_k_all, num_rows);
         return active->sample({at<float>(logits), at<int64_t>(keys), temperatures.data, masses.data, counts.data,
                                at<int64_t>(token), at<float>(logprob), at<float>(logprob_raw), at<float>(entropy),
-                               num_rows, vocabulary});
+                               num_rows, vocabulary, floors.data});
       },
       release);
 

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kDoubles = kWidth / 2;
 constexpr int64_t kChunk = 256;   // weights summed as one step of the cumulative sum
-constexpr double kLowest = -1e4;  // stands in for -inf: its exp is 0
+constexpr double kLowest = -1e4;  // stands in for -inf, whose product with its exp, 0, would be NaN
 constexpr int64_t kParallelWork = 1 << 15;
 
 typedef double DVec __attribute__((vector_size(8 * kDoubles)));
@@ -101,13 +101,13 @@ struct RawStats {
   double log_sum, entropy;
 };
 
-// x = z - max, padded with kLowest to a whole number of chunks; statistics of softmax(x).
+// x = z - max, padded with -inf to a whole number of chunks; statistics of softmax(x).
 INLINE RawStats shift(const float* z, double top, int64_t size, double* x, int64_t padded) {
-  for (int64_t i = 0; i < size; ++i) x[i] = z[i] - top < kLowest ? kLowest : z[i] - top;
-  for (int64_t i = size; i < padded; ++i) x[i] = kLowest;
+  for (int64_t i = 0; i < size; ++i) x[i] = z[i] - top;
+  for (int64_t i = size; i < padded; ++i) x[i] = -__builtin_inf();
   DVec sum{}, weighted{};
   for (int64_t i = 0; i < padded / kDoubles; ++i) {
-    const DVec v = vectors(x)[i], e = exp(v);
+    const DVec v = vectors(x)[i] < kLowest ? dsplat(kLowest) : vectors(x)[i], e = exp(v);
     sum += e;
     weighted += e * v;
   }
@@ -223,6 +223,10 @@ INLINE bool sample_row(const Sample& p, int64_t r, double* x, double* w, double*
     const bool cut_k = p.top_k[r] > 0 && p.top_k[r] < p.vocabulary;
     for (int64_t i = p.vocabulary; i < padded; ++i) w[i] = 0.0;
     if (cut_k || p.top_p[r] < 1.0) keep(z, w, p.vocabulary, padded, p.top_k[r], p.top_p[r]);
+    if (p.min_p != nullptr && p.min_p[r] > 0.0) {
+      const double floor = temperature * __builtin_log(p.min_p[r]);
+      for (int64_t i = 0; i < padded / kDoubles; ++i) vectors(w)[i] = vectors(x)[i] < floor ? DVec{} : vectors(w)[i];
+    }
     chosen = draw(w, padded, uniform(p.keys[2 * r], p.keys[2 * r + 1]), sums);
   }
   p.token[r] = chosen.token;

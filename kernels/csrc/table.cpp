@@ -8,7 +8,8 @@ namespace ibtpo::IBTPO_ISA {
 
 void tree_forward(const TreeShape&, const TreeForward&);
 void tree_backward(const TreeShape&, const TreeBackward&);
-int64_t tree_decode(const Decode&);
+int64_t tree_decode(const Decode<float>&);
+int64_t tree_decode_bf16(const Decode<bf16>&);
 int64_t rope_append(const RopeAppend&);
 void rope(const float*, const float*, const float*, float*, int64_t, int64_t, int64_t, float);
 void rms_norm(const float*, const float*, float*, int64_t, int64_t, float);
@@ -20,8 +21,8 @@ void logit_grad(float*, const float*, const float*, const float*, int64_t, int64
 int64_t sample(const Sample&);
 
 extern const Kernels kernels = {
-    NAME(IBTPO_ISA),   tree_forward, tree_backward,     tree_decode, rope_append, rope,   rms_norm,
-    rms_norm_backward, silu_mul,     silu_mul_backward, row_stats,   logit_grad,  sample,
+    NAME(IBTPO_ISA), tree_forward,      tree_backward, tree_decode,       tree_decode_bf16, rope_append, rope,
+    rms_norm,        rms_norm_backward, silu_mul,      silu_mul_backward, row_stats,        logit_grad,  sample,
 };
 
 }  // namespace ibtpo::IBTPO_ISA

@@ -1,4 +1,4 @@
-"""The ops on the compiled module `_cpu`, for float32 tensors on the CPU.
+"""The ops on the compiled module `_cpu`, for float32 and bfloat16 tensors on the CPU.
 
 Arguments arrive checked (see `checks`). `_cpu` takes addresses and sizes: what is passed here must be dense, or its
 stride passed along, and must stay alive for the call. Nothing goes through torch.library, whose dispatch would cost
@@ -10,19 +10,58 @@ one OpenMP runtime and torch.set_num_threads governs these kernels too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from ibtpo_kernels import logprob
+from ibtpo_kernels import logprob, reference
 from ibtpo_kernels.plan import DecodePlan
+
+T = TypeVar("T")
 
 native: Any = None
 with suppress(ImportError):
     native = import_module("ibtpo_kernels._cpu")
+
+
+class DirectOps(Protocol):
+    """Ops that take tensors (csrc/direct.cpp); each returns None for a call that it does not serve."""
+
+    def append_kv(self, *args: Any) -> bool | None: ...
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor | None: ...
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None: ...
+    def rope_append(self, *args: Any) -> Tensor | None: ...
+    def sample(self, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None: ...
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor | None: ...
+    def tree_decode(self, *args: Any) -> Tensor | None: ...
+
+
+def _open_direct() -> DirectOps | None:
+    """None where this torch offers no C interface to its tensors."""
+    interface = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if native is None or interface is None or not native.direct.open(interface, Tensor, torch.nn.Parameter):
+        return None
+    found: DirectOps = native.direct
+    return found
+
+
+direct = _open_direct()
+
+
+def _float32_only(op: Callable[..., T]) -> Callable[..., T]:
+    """An op whose kernel is for float32: bf16 goes to the reference."""
+    plain: Callable[..., T] = getattr(reference, op.__name__)
+
+    @wraps(op)
+    def choose(x: Tensor, *args: Any) -> T:
+        return op(x, *args) if x.dtype is torch.float32 else plain(x, *args)
+
+    return choose
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -69,6 +108,7 @@ class _TreeAttention(torch.autograd.Function):
         return dq, dk, dv, None, None
 
 
+@_float32_only
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> Tensor:
     q, k, v, end = _dense(q), _dense(k), _dense(v), _dense(end)
     if _needs_grad(q, k, v):
@@ -94,6 +134,8 @@ def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: in
 
 
 def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
+    if q.dtype is torch.bfloat16 and (q.shape[2] % 2 or plan.page_size % 2):  # its products take numbers in pairs
+        return reference.tree_decode(q, k_pages, v_pages, plan, scale)
     q = _dense(q)
     out = torch.empty_like(q)
     num_queries, num_heads, head_dim = q.shape
@@ -102,7 +144,7 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, s
     failed = native.tree_decode(
         q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), table.data_ptr(), plan.rows.data_ptr(),
         plan.lengths.data_ptr(), plan.items.data_ptr(), out.data_ptr(), num_queries, num_heads, num_kv_heads, head_dim,
-        num_pages, page_size, table.shape[0], table.shape[1], plan.items.shape[0], scale,
+        num_pages, page_size, table.shape[0], table.shape[1], plan.items.shape[0], scale, q.dtype is torch.bfloat16,
     )  # fmt: skip
     if failed >= 0:
         row, length = int(plan.rows[failed]), int(plan.lengths[failed])
@@ -110,12 +152,14 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, s
     return out
 
 
+@_float32_only
 def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     k, v, slots = _packed_rows(k), _packed_rows(v), _dense(slots)
     num_pages, page_size, num_kv_heads, head_dim = k_pages.shape
+    size = k.element_size()
     failed = native.append_kv(
         k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), slots.data_ptr(),
-        len(slots), num_kv_heads * head_dim, k.stride(0), v.stride(0), num_pages * page_size,
+        len(slots), num_kv_heads * head_dim * size, k.stride(0) * size, v.stride(0) * size, num_pages * page_size,
     )  # fmt: skip
     if failed >= 0:
         raise _bad_slot("append_kv", slots, failed, num_pages * page_size)
@@ -130,6 +174,7 @@ def _packed_rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
+@_float32_only
 def rope_append(
     q: Tensor,
     k: Tensor,
@@ -188,6 +233,7 @@ class _RMSNorm(torch.autograd.Function):
         return dx, d_weight, None
 
 
+@_float32_only
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x, weight = _dense(x), _dense(weight)
     if _needs_grad(x, weight):
@@ -217,6 +263,7 @@ class _Rope(torch.autograd.Function):
         return _rotate(_dense(d_out), cos, sin, -1.0), None, None
 
 
+@_float32_only
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x, cos, sin = _dense(x), _angles(cos), _angles(sin)
     if _needs_grad(x):
@@ -253,6 +300,7 @@ def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
+@_float32_only
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     if _needs_grad(gate, up):
         out: Tensor = _SiluMul.apply(gate, up)  # type: ignore[no-untyped-call]
@@ -275,6 +323,7 @@ def _logit_grad(z: Tensor, stats: Tensor, grad_rows: Tensor, grad_entropy: Tenso
 _CHUNK_OPS = logprob.ChunkOps(_row_stats, _logit_grad)
 
 
+@_float32_only
 def linear_logprob(
     hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
@@ -286,14 +335,25 @@ def _column(value: float | Tensor, dtype: torch.dtype) -> Tensor | None:
     return _dense(value.to(dtype)) if isinstance(value, Tensor) else None
 
 
+@_float32_only
 def sample(
-    logits: Tensor, keys: Tensor, temperature: float | Tensor, top_p: float | Tensor, top_k: int | Tensor
+    logits: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    top_p: float | Tensor,
+    top_k: int | Tensor,
+    min_p: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits, keys = _dense(logits), _dense(keys)
     num_rows, vocabulary = logits.shape
-    columns = (_column(temperature, torch.float64), _column(top_p, torch.float64), _column(top_k, torch.int64))
+    columns = (
+        _column(temperature, torch.float64),
+        _column(top_p, torch.float64),
+        _column(top_k, torch.int64),
+        _column(min_p, torch.float64),
+    )
     addresses = [0 if x is None else x.data_ptr() for x in columns]
-    numbers = [x if not isinstance(x, Tensor) else 0 for x in (temperature, top_p, top_k)]
+    numbers = [x if not isinstance(x, Tensor) else 0 for x in (temperature, top_p, top_k, min_p)]
     token = torch.empty(num_rows, dtype=torch.int64)
     logprob, logprob_raw, entropy = torch.empty(3, num_rows).unbind()
     failed = native.sample(

@@ -19,7 +19,7 @@ BACKENDS = ("reference", "cpu", "triton", "flashinfer")
 _REMEDY = "install ibtpo with a C++17 compiler at hand (make setup)"
 _INTERPRET = "set TRITON_INTERPRET=1 before Python starts to run on the CPU, slowly"
 
-_SERVED = (torch.float32, torch.int32)  # what `_cpu` computes: activations, and the page tables of plan_decode
+_SERVED = (torch.float32, torch.bfloat16, torch.int32)  # by "cpu": activations, and the page tables of plan_decode
 _SERVED_BY_TRITON = (torch.bfloat16, torch.float32, torch.float16, torch.int32)
 
 _chosen: ContextVar[str | None] = ContextVar("ibtpo_backend", default=None)
@@ -34,7 +34,7 @@ def has_compiled() -> bool:
 def backend(name: str) -> Iterator[None]:
     """Run the ops called inside on one backend; nestable, and private to the thread or task.
 
-    A backend serves the dtypes it has kernels for (cpu: float32; triton: float32, float16, bfloat16); the rest goes to
+    A backend serves the dtypes it has kernels for (cpu: float32, bfloat16; triton: these and float16); the rest goes to
     "reference".
 
     Raises:
@@ -87,6 +87,21 @@ def active_backend(device: torch.device | str) -> str:
     if kind == "cuda" and _triton() is not None:
         return "triton"
     return "cpu" if kind == "cpu" and has_compiled() else "reference"
+
+
+def direct() -> cpu.DirectOps | None:
+    """The compiled ops that take tensors, where ops on the CPU run on "cpu"; else None.
+
+    They return None for a call that they do not serve, having written nothing: it then goes through `checks` and
+    `implementation`, which serve it or say what is wrong.
+    """
+    chosen = _chosen.get()
+    return cpu.direct if chosen is None or chosen == "cpu" else None
+
+
+def direct_forward() -> cpu.DirectOps | None:
+    """As `direct`, for an op that has a gradient: None where one may be asked for, or torch.compile looks on."""
+    return None if torch.is_grad_enabled() or torch.compiler.is_compiling() else direct()
 
 
 @cache
