@@ -6,8 +6,10 @@ namespace ibtpo::IBTPO_ISA {
 #define STRING(x) #x
 #define NAME(x) STRING(x)
 
-void tree_forward(const TreeShape&, const TreeForward&);
-void tree_backward(const TreeShape&, const TreeBackward&);
+void tree_forward(const TreeShape&, const TreeForward<float>&);
+void tree_backward(const TreeShape&, const TreeBackward<float>&);
+void tree_forward_bf16(const TreeShape&, const TreeForward<bf16>&);
+void tree_backward_bf16(const TreeShape&, const TreeBackward<bf16>&);
 int64_t tree_decode(const Decode<float>&);
 int64_t tree_decode_bf16(const Decode<bf16>&);
 int64_t rope_append(const RopeAppend&);
@@ -21,8 +23,22 @@ void logit_grad(float*, const float*, const float*, const float*, int64_t, int64
 int64_t sample(const Sample&);
 
 extern const Kernels kernels = {
-    NAME(IBTPO_ISA), tree_forward,      tree_backward, tree_decode,       tree_decode_bf16, rope_append, rope,
-    rms_norm,        rms_norm_backward, silu_mul,      silu_mul_backward, row_stats,        logit_grad,  sample,
+    NAME(IBTPO_ISA),
+    tree_forward,
+    tree_backward,
+    tree_forward_bf16,
+    tree_backward_bf16,
+    tree_decode,
+    tree_decode_bf16,
+    rope_append,
+    rope,
+    rms_norm,
+    rms_norm_backward,
+    silu_mul,
+    silu_mul_backward,
+    row_stats,
+    logit_grad,
+    sample,
 };
 
 }  // namespace ibtpo::IBTPO_ISA
