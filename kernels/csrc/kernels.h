@@ -22,16 +22,21 @@ struct TreeShape {
   float scale;
 };
 
+template <class T>  // float or bf16
 struct TreeForward {
-  const float *q, *k, *v;  // [N, Hq, D], [N, Hkv, D] x 2
-  const int32_t* end;      // [N]
-  float *out, *lse;        // [N, Hq, D], [Hq, N]
+  const T *q, *k, *v;  // [N, Hq, D], [N, Hkv, D] x 2; D is even if T is bf16
+  const int32_t* end;  // [N]
+  T* out;              // [N, Hq, D]
+  float* lse;          // [Hq, N]
 };
 
+template <class T>
 struct TreeBackward {
-  const float *q, *k, *v, *out, *lse, *d_out;
+  const T *q, *k, *v, *out;
+  const float* lse;
+  const T* d_out;
   const int32_t* end;
-  float *dq, *dk, *dv;
+  T *dq, *dk, *dv;
 };
 
 template <class T>  // float or bf16
@@ -88,8 +93,10 @@ struct Pointwise {
 // Functions returning int64_t give -1, or the index of the first query, token or row that is in error.
 struct Kernels {
   const char* isa;
-  void (*tree_forward)(const TreeShape&, const TreeForward&);
-  void (*tree_backward)(const TreeShape&, const TreeBackward&);
+  void (*tree_forward)(const TreeShape&, const TreeForward<float>&);
+  void (*tree_backward)(const TreeShape&, const TreeBackward<float>&);
+  void (*tree_forward_bf16)(const TreeShape&, const TreeForward<bf16>&);
+  void (*tree_backward_bf16)(const TreeShape&, const TreeBackward<bf16>&);
   int64_t (*tree_decode)(const Decode<float>&);
   int64_t (*tree_decode_bf16)(const Decode<bf16>&);  // even head sizes and page sizes only
   const Pointwise<float>& f32;

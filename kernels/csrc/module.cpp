@@ -50,6 +50,18 @@ struct Column {
   const T* const data;
 };
 
+template <class T>
+TreeForward<T> tree_forward_args(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t end, uintptr_t out, uintptr_t lse) {
+  return {at<T>(q), at<T>(k), at<T>(v), at<int32_t>(end), at<T>(out), at<float>(lse)};
+}
+
+template <class T>
+TreeBackward<T> tree_backward_args(uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t out, uintptr_t lse, uintptr_t d_out,
+                                   uintptr_t end, uintptr_t dq, uintptr_t dk, uintptr_t dv) {
+  return {at<T>(q),     at<T>(k),         at<T>(v),  at<T>(out), at<float>(lse),
+          at<T>(d_out), at<int32_t>(end), at<T>(dq), at<T>(dk),  at<T>(dv)};
+}
+
 const Kernels* active = &baseline::kernels;
 
 }  // namespace
@@ -81,20 +93,25 @@ NB_MODULE(_cpu, m) {
   m.def(
       "tree_forward",
       [](Address q, Address k, Address v, Address end, Address out, Address lse, int64_t num_tokens, int64_t num_heads,
-         int64_t num_kv_heads, int64_t head_dim, float scale) {
-        active->tree_forward(
-            {num_tokens, num_heads, num_kv_heads, head_dim, scale},
-            {at<float>(q), at<float>(k), at<float>(v), at<int32_t>(end), at<float>(out), at<float>(lse)});
+         int64_t num_kv_heads, int64_t head_dim, float scale, bool is_bf16) {
+        const TreeShape shape{num_tokens, num_heads, num_kv_heads, head_dim, scale};
+        if (is_bf16)
+          active->tree_forward_bf16(shape, tree_forward_args<bf16>(q, k, v, end, out, lse));
+        else
+          active->tree_forward(shape, tree_forward_args<float>(q, k, v, end, out, lse));
       },
       release);
 
   m.def(
       "tree_backward",
       [](Address q, Address k, Address v, Address out, Address lse, Address d_out, Address end, Address dq, Address dk,
-         Address dv, int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, float scale) {
-        active->tree_backward({num_tokens, num_heads, num_kv_heads, head_dim, scale},
-                              {at<float>(q), at<float>(k), at<float>(v), at<float>(out), at<float>(lse),
-                               at<float>(d_out), at<int32_t>(end), at<float>(dq), at<float>(dk), at<float>(dv)});
+         Address dv, int64_t num_tokens, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, float scale,
+         bool is_bf16) {
+        const TreeShape shape{num_tokens, num_heads, num_kv_heads, head_dim, scale};
+        if (is_bf16)
+          active->tree_backward_bf16(shape, tree_backward_args<bf16>(q, k, v, out, lse, d_out, end, dq, dk, dv));
+        else
+          active->tree_backward(shape, tree_backward_args<float>(q, k, v, out, lse, d_out, end, dq, dk, dv));
       },
       release);
 

@@ -85,10 +85,10 @@ def _needs_grad(*tensors: Tensor) -> bool:
 def _tree_forward(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(out [N, Hq, D], lse [Hq, N]) of dense tensors."""
     num_tokens, num_heads, head_dim = q.shape
-    out, lse = torch.empty_like(q), q.new_empty(num_heads, num_tokens)
+    out, lse = torch.empty_like(q), q.new_empty(num_heads, num_tokens, dtype=torch.float32)
     native.tree_forward(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), end.data_ptr(), out.data_ptr(), lse.data_ptr(),
-        num_tokens, num_heads, k.shape[1], head_dim, scale,
+        num_tokens, num_heads, k.shape[1], head_dim, scale, q.dtype is torch.bfloat16,
     )  # fmt: skip
     return out, lse
 
@@ -110,12 +110,16 @@ class _TreeAttention(torch.autograd.Function):
         native.tree_backward(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), d_out.data_ptr(), end.data_ptr(),
             dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), q.shape[0], q.shape[1], k.shape[1], q.shape[2], ctx.scale,
+            q.dtype is torch.bfloat16,
         )  # fmt: skip
         return dq, dk, dv, None, None
 
 
-@_float32_only
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> Tensor:
+    head_dim = q.shape[2]
+    if q.dtype is torch.bfloat16 and head_dim % 2:  # products take bf16 in pairs
+        q, k, v = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v))
+        return tree_attention(q, k, v, end, scale)[..., :head_dim]
     q, k, v, end = _dense(q), _dense(k), _dense(v), _dense(end)
     if _needs_grad(q, k, v):
         out: Tensor = _TreeAttention.apply(q, k, v, end, scale)  # type: ignore[no-untyped-call]
