@@ -8,7 +8,7 @@ from kernel_cases import BACKENDS, assert_within_budget
 from torch import Tensor
 
 import ibtpo_kernels as K
-from ibtpo_kernels import logprob as chunked
+from ibtpo_kernels import logprob as tiled
 from ibtpo_kernels.reference import plain_linear_logprob
 
 SHAPES = [(0, 0, 8, 5), (1, 0, 8, 1), (1, 3, 4, 7), (19, 40, 16, 33), (130, 61, 24, 257)]  # T, E, H, V
@@ -26,12 +26,24 @@ def gradients(outputs: tuple[Tensor, ...], inputs: list[Tensor], weights: list[T
     return list(torch.autograd.grad(loss, inputs))
 
 
-@pytest.mark.parametrize("chunk_elements", [1 << 22, 64], ids=["one-chunk", "many-chunks"])
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 9 rows and 7 columns at most: several of both, the last ones cut."""
+    for name, value in (("_TILE_ELEMENTS", 1), ("_TILE_ROWS", 9), ("_TILE_COLS", 7)):
+        monkeypatch.setattr(tiled, name, value)
+
+
+@pytest.fixture
+def one_tile() -> None:
+    """As shipped: shapes this small are one tile."""
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("tiles", ["one_tile", "small_tiles"])
 def test_equals_autograd_through_log_softmax_in_float64(
-    shape: tuple[int, int, int, int], chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int, int], tiles: str, request: pytest.FixtureRequest
 ) -> None:
-    monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS", chunk_elements)
+    request.getfixturevalue(tiles)
     hidden, weight, rows, targets = problem(*shape)
     inputs = [x.double().requires_grad_() for x in (hidden, weight)]
     weights = [torch.randn(shape[1]), torch.randn(shape[0])]

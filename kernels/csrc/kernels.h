@@ -48,6 +48,20 @@ struct RopeAppend {
   float eps;
 };
 
+// Columns [first_col, first_col + num_cols) of rows [first_row, first_row + num_rows) of hidden weight^T; see
+// logits.cpp.
+struct LogitTile {
+  void* u;  // [num_rows, num_cols], float or, if `half`, bfloat16
+  int64_t num_rows, num_cols, first_row, first_col;
+  float inv_temperature, softcap;  // softcap 0: none
+  bool half;
+};
+
+struct LogitEdges {
+  const int64_t *rows, *targets;  // [count], indices into all rows and all columns
+  int64_t count;
+};
+
 struct Sample {
   const float* logits;                     // [B, V]
   const int64_t* keys;                     // [B, 2]
@@ -74,9 +88,10 @@ struct Kernels {
                    int64_t up_stride);
   void (*silu_mul_backward)(const float* gate, const float* up, const float* d_out, float* d_gate, float* d_up,
                             int64_t count);
-  void (*row_stats)(const float* z, float* stats, int64_t num_rows, int64_t size);  // stats [3, num_rows]
-  void (*logit_grad)(float* z, const float* stats, const float* grad_rows, const float* grad_entropy, int64_t num_rows,
-                     int64_t size);
+  void (*logit_stats)(const LogitTile&, const LogitEdges&, float* stats, int64_t total_rows, float* chosen);
+  void (*logit_finish)(float* stats, int64_t total_rows, const LogitEdges&, float* chosen);
+  void (*logit_grad)(const LogitTile&, const LogitEdges&, const float* stats, int64_t total_rows,
+                     const float* grad_rows, const float* grad_entropy, const float* grads);
   int64_t (*sample)(const Sample&);
 };
 

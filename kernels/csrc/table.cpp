@@ -15,13 +15,14 @@ void rms_norm(const float*, const float*, float*, int64_t, int64_t, float);
 void rms_norm_backward(const float*, const float*, const float*, float*, float*, int64_t, int64_t, float);
 void silu_mul(const float*, const float*, float*, int64_t, int64_t, int64_t, int64_t);
 void silu_mul_backward(const float*, const float*, const float*, float*, float*, int64_t);
-void row_stats(const float*, float*, int64_t, int64_t);
-void logit_grad(float*, const float*, const float*, const float*, int64_t, int64_t);
+void logit_stats(const LogitTile&, const LogitEdges&, float*, int64_t, float*);
+void logit_finish(float*, int64_t, const LogitEdges&, float*);
+void logit_grad(const LogitTile&, const LogitEdges&, const float*, int64_t, const float*, const float*, const float*);
 int64_t sample(const Sample&);
 
 extern const Kernels kernels = {
-    NAME(IBTPO_ISA),   tree_forward, tree_backward,     tree_decode, rope_append, rope,   rms_norm,
-    rms_norm_backward, silu_mul,     silu_mul_backward, row_stats,   logit_grad,  sample,
+    NAME(IBTPO_ISA),   tree_forward, tree_backward,     tree_decode, rope_append,  rope,       rms_norm,
+    rms_norm_backward, silu_mul,     silu_mul_backward, logit_stats, logit_finish, logit_grad, sample,
 };
 
 }  // namespace ibtpo::IBTPO_ISA

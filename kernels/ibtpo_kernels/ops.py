@@ -6,11 +6,15 @@ H hidden, V vocabulary. Tensors of one call share device and float dtype unless 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ibtpo_kernels import checks
 from ibtpo_kernels.dispatch import implementation
+from ibtpo_kernels.one_pass import Loss
 from ibtpo_kernels.plan import DecodePlan
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, *, scale: float | None = None) -> Tensor:
@@ -176,26 +180,76 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *, temperature: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of (row, target) edges and the entropy of each row under softmax(hidden @ weight.T / temperature).
+    """Log-probs of (row, target) edges and the entropy of each row under the softmax of a linear head.
+
+    The logits are z = u / temperature with u = hidden @ weight.T; with a soft-cap z = softcap * tanh(u / softcap) /
+    temperature: the cap comes first, as where a Gemma model caps its logits and a sampler divides by the temperature.
 
     Args:
         hidden: [T, H]; weight: [V, H].
         rows, targets: int64 [E]; edge e asks for targets[e] under the distribution of row rows[e]. A row may have any
             number of edges, also none.
         temperature: above 0.
+        softcap: above 0, Gemma 2's `final_logit_softcapping`; None for no cap.
 
     Returns:
         (logprob [E], entropy [T]) in nats, float32 (float64 for float64 inputs); both differentiable in hidden and
-        weight. No [T, V] tensor is kept.
+        weight. No [T, V] tensor is made; for an input that needs no gradient none is computed, and nothing allocated.
 
     Raises:
-        ValueError: a shape, dtype, device or index is wrong, or temperature is not positive.
+        ValueError: a shape, dtype, device or index is wrong, or temperature or softcap is not positive.
     """
-    checks.linear_logprob(hidden, weight, rows, targets, temperature)
-    logprob, entropy = implementation(hidden).linear_logprob(hidden, weight, rows, targets, temperature)
+    checks.linear_logprob(hidden, weight, rows, targets, temperature, softcap)
+    run = implementation(hidden, also=_HALF).linear_logprob
+    logprob, entropy = run(hidden, weight, rows, targets, temperature, softcap)
     return logprob, entropy
+
+
+def policy_head(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    loss: Loss,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A loss of log-probs and entropies, forward and backward in one pass over the logits: 6 T H V operations, not 8.
+
+    The same value and gradients as
+
+        logprob, entropy = linear_logprob(hidden, weight, rows, targets, temperature=temperature, softcap=softcap)
+        value = loss(logprob, entropy, slice(None), slice(None))
+
+    for a loss that is a sum over edges and rows. The rows are taken a chunk at a time, so that only one chunk's logits
+    exist; the gradients are formed then, and the scalar's backward multiplies them by the one that arrives.
+
+    Args:
+        hidden, weight, rows, targets, temperature, softcap: as in `linear_logprob`.
+        loss: called with (logprob [e], entropy [t], edges, rows) of a chunk, returns its share of the sum, one element.
+            `edges` and `rows` are indices or slices: logprob belongs to rows[edges] and targets[edges], entropy to
+            hidden[rows]. A chunk may have no edges. Differentiated once, by log-prob and entropy only: other tensors
+            that `loss` reads get no gradient.
+
+    Returns:
+        (value, logprob [E], entropy [T]) as from `linear_logprob`, of which only the scalar `value` is differentiable.
+
+    Raises:
+        ValueError: as `linear_logprob`, or `loss` does not return one element.
+    """
+    checks.linear_logprob(hidden, weight, rows, targets, temperature, softcap, op="policy_head")
+    run = implementation(hidden, also=_HALF).policy_head
+    value, logprob, entropy = run(hidden, weight, rows, targets, loss, temperature, softcap)
+    return value, logprob, entropy
 
 
 def sample(
