@@ -113,7 +113,7 @@ INLINE void stats_row(const T* u, int64_t size, const S& shape, float& m, float&
     const int64_t count = least(kSegment, size - begin);
     const float highest = segment_logits(u + begin, count, shape, z), top = highest > m ? highest : m;
     const float gap = m == top ? 0.0f : m - top, shift = gap < kLowest ? kLowest : gap;
-    const float shrink = exp(shift), centre = top == -kInfinity ? 0.0f : top;
+    const float shrink = s == 0.0f ? 0.0f : exp(shift), centre = top == -kInfinity ? 0.0f : top;
     Vec sum{}, weighted{};
     for (int64_t i = 0; i < count; i += kWidth) {
       const Vec x = max(splat(kLowest), load(z + i) - centre), e = exp(x);  // in this order, NaN stays NaN

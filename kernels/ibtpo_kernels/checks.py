@@ -40,11 +40,9 @@ def _floating(op: str, name: str, x: Tensor, dims: int) -> None:
 def _in_range(op: str, name: str, x: Tensor, low: int, high: int) -> None:
     """Raise unless every element of a CPU tensor lies in [low, high); elsewhere checking would synchronise."""
     if x.is_cpu and x.numel():
-        smallest, largest = x.aminmax()
+        smallest, largest = map(int, x.aminmax())
         if smallest < low or largest >= high:
-            raise ValueError(
-                f"{op}: {name} spans [{int(smallest)}, {int(largest)}]; expected values in [{low}, {high})"
-            )
+            raise ValueError(f"{op}: {name} spans [{smallest}, {largest}]; expected values in [{low}, {high})")
 
 
 def _heads(op: str, num_query_heads: int, num_kv_heads: int) -> None:

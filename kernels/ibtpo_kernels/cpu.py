@@ -267,7 +267,7 @@ def _tile(u: Tensor, first_row: int, first_col: int, head: Head) -> tuple[Any, .
     """What `_cpu` is told of a tile of logits and of the edges."""
     return (
         u.data_ptr(), *u.shape, first_row, first_col, 1.0 / head.temperature, head.softcap or 0.0,
-        u.dtype is torch.bfloat16, head.rows.data_ptr(), head.targets.data_ptr(), len(head.rows),
+        u.dtype is torch.bfloat16, head.rows.data_ptr(), head.targets.data_ptr(), head.num_edges,
     )  # fmt: skip
 
 
@@ -277,7 +277,7 @@ def _logit_stats(u: Tensor, first_row: int, first_col: int, head: Head, stats: T
 
 
 def _logit_finish(head: Head, stats: Tensor, chosen: Tensor) -> None:
-    edges = head.rows.data_ptr(), head.targets.data_ptr(), len(head.rows)
+    edges = head.rows.data_ptr(), head.targets.data_ptr(), head.num_edges
     native.logit_finish(stats.data_ptr(), stats.shape[1], *edges, chosen.data_ptr())
 
 

@@ -28,6 +28,18 @@ class Head(NamedTuple):
     temperature: float
     softcap: float | None
 
+    @property
+    def num_rows(self) -> int:  # T; len() of a tensor costs more
+        return self.hidden.shape[0]
+
+    @property
+    def num_cols(self) -> int:  # V
+        return self.weight.shape[0]
+
+    @property
+    def num_edges(self) -> int:  # E
+        return self.rows.shape[0]
+
 
 class Grads(NamedTuple):
     """Gradients of a loss by what the head returned, dense, in the type of the sums."""
@@ -40,7 +52,7 @@ class Grads(NamedTuple):
     def of(cls, head: Head, by_logprob: Tensor, by_entropy: Tensor) -> Self:
         """With the sums over rows added in the order of the edges."""
         edges = by_logprob.contiguous()
-        rows = edges.new_zeros(len(head.hidden)).index_add_(0, head.rows, edges)
+        rows = edges.new_zeros(head.num_rows).index_add_(0, head.rows, edges)
         return cls(edges, rows, by_entropy.contiguous())
 
 
@@ -68,7 +80,7 @@ def _logits(u: Tensor, head: Head) -> tuple[Tensor, Tensor | float]:
 
 def _edges(u: Tensor, first_row: int, first_col: int, head: Head) -> tuple[Tensor | slice, Tensor, Tensor]:
     """The edges in a tile, and their rows and columns there."""
-    if u.shape == (len(head.hidden), len(head.weight)):
+    if u.shape == (head.num_rows, head.num_cols):
         return slice(None), head.rows, head.targets
     rows, cols = head.rows - first_row, head.targets - first_col
     mine = ((rows >= 0) & (rows < u.shape[0]) & (cols >= 0) & (cols < u.shape[1])).nonzero()[:, 0]

@@ -17,8 +17,9 @@ makes it, the pass over it, and the products that use it:
     forward     for each block of the vocabulary, for each block of rows     u = x W_b^T,  (m, s, w) of the rows go on
     backward    the same tiles again                                         u -> du,  dx += du W_b,  dW_b += du^T x
 
-Forward keeps m, l and H ([T] each). m and l stay apart, for their sum would round away l where logits are large. A head
-of 16-bit numbers is widened a block at a time.
+Forward keeps m, l and H ([T] each), and where all logits are one tile, as with a vocabulary of characters, that tile:
+so little memory is worth a product. m and l stay apart, for their sum would round away l where logits are large. A head of
+16-bit numbers is widened a block at a time.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def linear_logprob(
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         logprob, entropy = _LinearLogprob.apply(*head, ops)  # type: ignore[no-untyped-call]
         return logprob, entropy
-    logprob, stats = forward(head, ops)
+    logprob, stats, _ = forward(head, ops)
     return logprob, stats[2]
 
 
@@ -58,19 +59,20 @@ class _LinearLogprob(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         *fields, ops = args
         head = Head(*fields)
-        logprob, stats = forward(head, ops)
-        ctx.save_for_backward(head.hidden, head.weight, head.rows, head.targets, stats)
+        logprob, stats, last = forward(head, ops)
+        only = last if last is not None and last.shape == (head.num_rows, head.num_cols) else None
+        ctx.save_for_backward(head.hidden, head.weight, head.rows, head.targets, stats, only)
         ctx.rest = head.temperature, head.softcap, ops
         return logprob, stats[2].clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, rows, targets, stats = ctx.saved_tensors
+        hidden, weight, rows, targets, stats, only = ctx.saved_tensors
         temperature, softcap, ops = ctx.rest
         head = Head(hidden, weight, rows, targets, temperature, softcap)
         grads = Grads.of(head, grad_logprob, grad_entropy)
-        d_hidden, d_weight = backward(head, stats, grads, ctx.needs_input_grad[0], ctx.needs_input_grad[1], ops)
+        d_hidden, d_weight = backward(head, stats, grads, *ctx.needs_input_grad[:2], ops, only)
         return d_hidden, d_weight, None, None, None, None, None
 
 
@@ -86,6 +88,11 @@ def spans(total: int, size: int) -> Iterator[slice]:
         yield slice(first, min(first + size, total))
 
 
+def part(x: Tensor, span: slice) -> Tensor:
+    """x[span]; x itself, which is cheaper, if that is all of it."""
+    return x if span.start == 0 and span.stop == x.shape[0] else x[span]
+
+
 class Products:
     """The matrix products of one call, their operands widened where the hardware does not multiply 16-bit numbers."""
 
@@ -94,10 +101,19 @@ class Products:
         self.dtype = head.hidden.dtype if ops.multiplies(head.hidden) else self.wide
         self.hidden = head.hidden.to(self.dtype)
         self.weight = head.weight
+        self.buffer: Tensor | None = None
 
     def block(self, cols: slice) -> Tensor:
         """[v, H], a block of the head."""
-        return self.weight[cols].to(self.dtype)
+        return part(self.weight, cols).to(self.dtype)
+
+    def tile(self, rows: slice, block: Tensor) -> Tensor:
+        """u [t, v], overwritten by the next one; the first is the largest."""
+        x = part(self.hidden, rows)
+        if self.buffer is None:
+            self.buffer = u = x @ block.t()
+            return u
+        return torch.mm(x, block.t(), out=self.buffer.view(-1)[: len(x) * len(block)].view(len(x), len(block)))
 
     def add(self, total: Tensor, a: Tensor, b: Tensor, begins: bool) -> None:
         """total (+)= a b."""
@@ -110,47 +126,51 @@ class Products:
             torch.addmm(total, a, b, out=total)
 
 
-def forward(head: Head, ops: LogitOps) -> tuple[Tensor, Tensor]:
-    """(logprob [E], stats [3, T] = m, l, H)."""
+def forward(head: Head, ops: LogitOps) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(logprob [E], stats [3, T] = m, l, H, the last tile)."""
     products = Products(head, ops)
-    num_rows, num_cols = len(head.hidden), len(head.weight)
+    num_rows, num_cols = head.num_rows, head.num_cols
     tile_rows, tile_cols = tile_shape(num_rows, num_cols)
-    logprob = head.hidden.new_empty(len(head.rows), dtype=products.wide)
+    logprob = head.hidden.new_empty(head.num_edges, dtype=products.wide)
     stats = head.hidden.new_empty(3, num_rows, dtype=products.wide)
-    buffer = products.hidden.new_empty(tile_rows * tile_cols)
+    u = None
     for cols in spans(num_cols, tile_cols):
-        block = products.block(cols).t()
+        block = products.block(cols)
         for rows in spans(num_rows, tile_rows):
-            u = _product(products.hidden[rows], block, buffer)
+            u = products.tile(rows, block)
             ops.stats(u, rows.start, cols.start, head, stats, logprob)
     ops.finish(head, stats, logprob)
-    return logprob, stats
-
-
-def _product(x: Tensor, block: Tensor, buffer: Tensor) -> Tensor:
-    return torch.mm(x, block, out=buffer[: len(x) * block.shape[1]].view(len(x), block.shape[1]))
+    return logprob, stats, u
 
 
 def backward(
-    head: Head, stats: Tensor, grads: Grads, wants_hidden: bool, wants_weight: bool, ops: LogitOps
+    head: Head,
+    stats: Tensor,
+    grads: Grads,
+    wants_hidden: bool,
+    wants_weight: bool,
+    ops: LogitOps,
+    only: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of hidden and weight, each only if wanted: nothing is computed or allocated for the other."""
+    """Gradients of hidden and weight, each only if wanted: nothing is computed or allocated for the other.
+
+    `only`: the tile that all logits are, if it was kept; it stays as it is.
+    """
     products = Products(head, ops)
-    num_rows, num_cols = len(head.hidden), len(head.weight)
+    num_rows, num_cols = head.num_rows, head.num_cols
     tile_rows, tile_cols = tile_shape(num_rows, num_cols)
     d_hidden = head.hidden.new_empty(head.hidden.shape, dtype=products.wide) if wants_hidden else None
     d_weight = torch.empty_like(head.weight) if wants_weight else None
-    buffer = products.hidden.new_empty(tile_rows * tile_cols)
     for cols in spans(num_cols, tile_cols):
         block = products.block(cols)
-        total = None if d_weight is None else _total(d_weight[cols], products, num_rows <= tile_rows)
+        total = None if d_weight is None else _total(part(d_weight, cols), products, num_rows <= tile_rows)
         for rows in spans(num_rows, tile_rows):
-            x = products.hidden[rows]
-            du = ops.grad(_product(x, block.t(), buffer), rows.start, cols.start, head, stats, grads)
+            u = products.tile(rows, block) if only is None else only.clone()
+            du = ops.grad(u, rows.start, cols.start, head, stats, grads)
             if d_hidden is not None:
-                products.add(d_hidden[rows], du, block, cols.start == 0)
+                products.add(part(d_hidden, rows), du, block, cols.start == 0)
             if total is not None:
-                products.add(total, du.t(), x, rows.start == 0)
+                products.add(total, du.t(), part(products.hidden, rows), rows.start == 0)
         if d_weight is not None and total is not None and total.dtype is not d_weight.dtype:
             d_weight[cols] = total
     if d_weight is not None and num_rows == 0:

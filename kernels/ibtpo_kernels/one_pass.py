@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ibtpo_kernels.logits import Grads, Head, LogitOps, work_dtype
-from ibtpo_kernels.logprob import Products, spans, tile_shape
+from ibtpo_kernels.logprob import Products, part, spans, tile_shape
 
 Selection = Tensor | slice
 Loss = Callable[[Tensor, Tensor, Selection, Selection], Tensor]
@@ -71,8 +71,8 @@ class _PolicyHead(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(head.hidden) if wants_hidden else None
         value = head.hidden.new_zeros((), dtype=wide)
-        logprob = head.hidden.new_empty(len(head.rows), dtype=wide)
-        entropy = head.hidden.new_empty(len(head.hidden), dtype=wide)
+        logprob = head.hidden.new_empty(head.num_edges, dtype=wide)
+        entropy = head.hidden.new_empty(head.num_rows, dtype=wide)
         size = engine.chunk_rows(head)
         d_weight = _weight_sum(head, wide, size) if wants_weight else None
         for rows, edges, local in _split(head, size):
@@ -97,13 +97,13 @@ class _PolicyHead(torch.autograd.Function):
 
 def _weight_sum(head: Head, wide: torch.dtype, chunk_rows: int) -> Tensor:
     """d_weight, to be written by the first chunk; sums over several tiles or chunks are kept in float32."""
-    at_once = len(head.hidden) <= min(chunk_rows, tile_shape(len(head.hidden), len(head.weight))[0])
+    at_once = head.num_rows <= min(chunk_rows, tile_shape(head.num_rows, head.num_cols)[0])
     return torch.empty_like(head.weight, dtype=head.weight.dtype if at_once else wide)
 
 
 def _split(head: Head, size: int) -> Iterator[tuple[slice, Selection, Head]]:
     """(rows, edges, head of these) of each chunk; every edge falls into the chunk of its row. One chunk at least."""
-    num_rows = len(head.hidden)
+    num_rows = head.num_rows
     if num_rows <= size:
         yield slice(0, num_rows), slice(None), head
         return
@@ -137,7 +137,7 @@ def _evaluate(
 
 
 def _chunk_rows(head: Head) -> int:
-    return max(_CHUNK_ROWS, _CHUNK_ELEMENTS // max(len(head.weight), 1))
+    return max(_CHUNK_ROWS, _CHUNK_ELEMENTS // max(head.num_cols, 1))
 
 
 def tiled(ops: LogitOps) -> Engine:
@@ -151,14 +151,14 @@ class _TiledChunk:
     def __init__(self, head: Head, ops: LogitOps) -> None:
         self.head, self.ops, self.products = head, ops, Products(head, ops)
         wide = self.products.wide
-        num_rows, num_cols = len(head.hidden), len(head.weight)
+        num_rows, num_cols = head.num_rows, head.num_cols
         tile_rows, tile_cols = tile_shape(num_rows, num_cols)
         self.cuts = [(cols, rows) for cols in spans(num_cols, tile_cols) for rows in spans(num_rows, tile_rows)]
-        self.logprob = head.hidden.new_empty(len(head.rows), dtype=wide)
+        self.logprob = head.hidden.new_empty(head.num_edges, dtype=wide)
         self.stats = head.hidden.new_empty(3, num_rows, dtype=wide)
         self.tiles = []
         for cols, rows in self.cuts:
-            u = self.products.hidden[rows] @ self.products.block(cols).t()
+            u = part(self.products.hidden, rows) @ self.products.block(cols).t()
             ops.stats(u, rows.start, cols.start, head, self.stats, self.logprob)
             self.tiles.append(u)
         ops.finish(head, self.stats, self.logprob)
@@ -172,9 +172,9 @@ class _TiledChunk:
         for (cols, rows), u in zip(self.cuts, self.tiles, strict=True):
             du = self.ops.grad(u, rows.start, cols.start, self.head, self.stats, grads)
             if total is not None:
-                products.add(total[rows], du, products.block(cols), cols.start == 0)
+                products.add(part(total, rows), du, products.block(cols), cols.start == 0)
             if d_weight is not None:
-                products.add(d_weight[cols], du.t(), products.hidden[rows], begins and rows.start == 0)
+                products.add(part(d_weight, cols), du.t(), part(products.hidden, rows), begins and rows.start == 0)
         if d_hidden is not None and total is not d_hidden:
             d_hidden.copy_(total)
         if d_weight is not None and begins and not self.cuts:
