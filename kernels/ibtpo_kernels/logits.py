@@ -52,7 +52,11 @@ class Grads(NamedTuple):
     def of(cls, head: Head, by_logprob: Tensor, by_entropy: Tensor) -> Self:
         """With the sums over rows added in the order of the edges."""
         edges = by_logprob.contiguous()
-        rows = edges.new_zeros(head.num_rows).index_add_(0, head.rows, edges)
+        rows = edges.new_zeros(head.num_rows)
+        if edges.is_cpu:
+            rows.index_add_(0, head.rows, edges)
+        else:  # sorts, where index_add_ would be atomic
+            rows.index_put_((head.rows,), edges, accumulate=True)
         return cls(edges, rows, by_entropy.contiguous())
 
 

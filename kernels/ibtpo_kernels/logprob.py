@@ -18,8 +18,8 @@ makes it, the pass over it, and the products that use it:
     backward    the same tiles again                                         u -> du,  dx += du W_b,  dW_b += du^T x
 
 Forward keeps m, l and H ([T] each), and where all logits are one tile, as with a vocabulary of characters, that tile:
-so little memory is worth a product. m and l stay apart, for their sum would round away l where logits are large. A head of
-16-bit numbers is widened a block at a time.
+so little memory is worth a product. m and l stay apart, for their sum would round away l where logits are large. A head
+of 16-bit numbers is widened a block at a time.
 """
 
 from __future__ import annotations
@@ -72,7 +72,8 @@ class _LinearLogprob(torch.autograd.Function):
         temperature, softcap, ops = ctx.rest
         head = Head(hidden, weight, rows, targets, temperature, softcap)
         grads = Grads.of(head, grad_logprob, grad_entropy)
-        d_hidden, d_weight = backward(head, stats, grads, *ctx.needs_input_grad[:2], ops, only)
+        wants = ctx.needs_input_grad
+        d_hidden, d_weight = backward(head, stats, grads, wants[0], wants[1], ops, only)
         return d_hidden, d_weight, None, None, None, None, None
 
 

@@ -33,7 +33,9 @@ class Chunk(Protocol):
     logprob: Tensor  # [e]
     entropy: Tensor  # [t]
 
-    def backward(self, grads: Grads, d_hidden: Tensor | None, d_weight: Tensor | None, begins: bool) -> None:
+    def backward(
+        self, by_logprob: Tensor, by_entropy: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None, begins: bool
+    ) -> None:
         """Write the rows' d_hidden [t, H]; write (if `begins`) or add to d_weight [V, H]. The logits are used up."""
 
 
@@ -77,11 +79,11 @@ class _PolicyHead(torch.autograd.Function):
         d_weight = _weight_sum(head, wide, size) if wants_weight else None
         for rows, edges, local in _split(head, size):
             chunk = engine.chunk(local)
-            part, grads = _evaluate(loss, local, chunk, edges, rows, wants_hidden or wants_weight)
-            value += part
+            of_chunk, grads = _evaluate(loss, chunk, edges, rows, wants_hidden or wants_weight)
+            value += of_chunk
             logprob[edges], entropy[rows] = chunk.logprob, chunk.entropy
             if grads is not None:
-                chunk.backward(grads, None if d_hidden is None else d_hidden[rows], d_weight, rows.start == 0)
+                chunk.backward(*grads, None if d_hidden is None else d_hidden[rows], d_weight, rows.start == 0)
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(head.weight.dtype))
         ctx.mark_non_differentiable(logprob, entropy)
         return value, logprob, entropy
@@ -112,28 +114,29 @@ def _split(head: Head, size: int) -> Iterator[tuple[slice, Selection, Head]]:
     bounds = torch.searchsorted(by_row, starts).tolist()
     for i, rows in enumerate(spans(num_rows, size)):
         edges = order[bounds[i] : bounds[i + 1]]
-        local = head.rows[edges] - rows.start, head.targets[edges]
-        yield rows, edges, Head(head.hidden[rows], head.weight, *local, head.temperature, head.softcap)
+        local_rows, targets = head.rows[edges] - rows.start, head.targets[edges]
+        yield rows, edges, head._replace(hidden=head.hidden[rows], rows=local_rows, targets=targets)
 
 
 def _evaluate(
-    loss: Loss, head: Head, chunk: Chunk, edges: Selection, rows: Selection, wants_grad: bool
-) -> tuple[Tensor, Grads | None]:
-    """The loss of a chunk and, if wanted, its gradient."""
+    loss: Loss, chunk: Chunk, edges: Selection, rows: Selection, wants_grad: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The loss of a chunk and, if wanted, its gradient by log-prob and entropy."""
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_(wants_grad) for x in (chunk.logprob, chunk.entropy)]
-        value = loss(*leaves, edges, rows)
+        logprob, entropy = (x.detach().requires_grad_(wants_grad) for x in (chunk.logprob, chunk.entropy))
+        value = loss(logprob, entropy, edges, rows)
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError(
                 "policy_head: loss must return a tensor of one element, a sum over the edges and rows given"
             )
         if not wants_grad:
-            return value.reshape(()), None
+            return value.detach().reshape(()), None
         found: list[Tensor | None] = [None, None]
         if value.requires_grad:
-            found = list(torch.autograd.grad(value.reshape(()), leaves, allow_unused=True))
-    grads = [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found, strict=True)]
-    return value.detach().reshape(()), Grads.of(head, *grads)
+            found = list(torch.autograd.grad(value.reshape(()), (logprob, entropy), allow_unused=True))
+    by_logprob = torch.zeros_like(logprob) if found[0] is None else found[0]
+    by_entropy = torch.zeros_like(entropy) if found[1] is None else found[1]
+    return value.detach().reshape(()), (by_logprob, by_entropy)
 
 
 def _chunk_rows(head: Head) -> int:
@@ -164,18 +167,18 @@ class _TiledChunk:
         ops.finish(head, self.stats, self.logprob)
         self.entropy = self.stats[2]
 
-    def backward(self, grads: Grads, d_hidden: Tensor | None, d_weight: Tensor | None, begins: bool) -> None:
-        products = self.products
-        total = d_hidden
-        if d_hidden is not None and d_hidden.dtype is not products.wide:
-            total = torch.empty_like(d_hidden, dtype=products.wide)
+    def backward(
+        self, by_logprob: Tensor, by_entropy: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None, begins: bool
+    ) -> None:
+        products, grads = self.products, Grads.of(self.head, by_logprob, by_entropy)
+        total = None if d_hidden is None else d_hidden.to(products.wide)  # itself, or a wider one to add up in
         for (cols, rows), u in zip(self.cuts, self.tiles, strict=True):
             du = self.ops.grad(u, rows.start, cols.start, self.head, self.stats, grads)
             if total is not None:
                 products.add(part(total, rows), du, products.block(cols), cols.start == 0)
             if d_weight is not None:
                 products.add(part(d_weight, cols), du.t(), part(products.hidden, rows), begins and rows.start == 0)
-        if d_hidden is not None and total is not d_hidden:
+        if d_hidden is not None and total is not None and total is not d_hidden:
             d_hidden.copy_(total)
         if d_weight is not None and begins and not self.cuts:
             d_weight.zero_()
