@@ -309,6 +309,18 @@ def linear_logprob(
     return logprob.linear_logprob(hidden, weight, rows, targets, temperature, softcap, _LOGIT_OPS)
 
 
+def linear_logprob_stats(
+    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return logprob.linear_logprob_stats(hidden, weight, _dense(rows), _dense(targets), *rest, ops=_LOGIT_OPS)
+
+
+def linear_logprob_grads(
+    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *rest: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    return logprob.linear_logprob_grads(hidden, weight, _dense(rows), _dense(targets), *rest, ops=_LOGIT_OPS)
+
+
 def policy_head(
     hidden: Tensor,
     weight: Tensor,

@@ -54,6 +54,19 @@ def linear_logprob(
     return logprob, stats[2]
 
 
+def linear_logprob_stats(*fields: Any, ops: LogitOps = TORCH_OPS) -> tuple[Tensor, Tensor]:
+    """(logprob [E], stats [3, T]), for `library`; arguments as of `Head`."""
+    logprob, stats, _ = forward(Head(*fields), ops)
+    return logprob, stats
+
+
+def linear_logprob_grads(*given: Any, ops: LogitOps = TORCH_OPS) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of hidden and weight from `Head`'s fields, stats, two gradients and what is wanted, for `library`."""
+    *fields, stats, grad_logprob, grad_entropy, wants_hidden, wants_weight = given
+    head = Head(*fields)
+    return backward(head, stats, Grads.of(head, grad_logprob, grad_entropy), wants_hidden, wants_weight, ops)
+
+
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:

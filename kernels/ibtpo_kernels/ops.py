@@ -6,15 +6,12 @@ H hidden, V vocabulary. Tensors of one call share device and float dtype unless 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ibtpo_kernels import checks
+from ibtpo_kernels import checks, library
 from ibtpo_kernels.dispatch import implementation
 from ibtpo_kernels.one_pass import Loss
 from ibtpo_kernels.plan import DecodePlan
-
-_HALF = (torch.bfloat16, torch.float16)
 
 
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, *, scale: float | None = None) -> Tensor:
@@ -33,6 +30,9 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, *, scale: float
 
     Source: ours; the tiling is FlashAttention-2 (Dao, 2023) with the mask reduced to two integers a key block.
     """
+    if library.traced(q):
+        traced: Tensor = library.call(library.tree_attention, q, k, v, end, _scale(scale, q))
+        return traced
     checks.tree_attention(q, k, v, end)
     out: Tensor = implementation(q).tree_attention(q, k, v, end, _scale(scale, q))
     return out
@@ -110,6 +110,9 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
     Source: Zhang and Sennrich, "Root mean square layer normalization" (2019).
     """
+    if library.traced(x):
+        traced: Tensor = library.call(library.rms_norm, x, weight, eps)
+        return traced
     checks.rms_norm(x, weight)
     out: Tensor = implementation(x).rms_norm(x, weight, eps)
     return out
@@ -130,6 +133,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Source: Su et al., "RoFormer" (2021), in the layout of transformers.
     """
+    if library.traced(x):
+        traced: Tensor = library.call(library.rope, x, cos, sin)
+        return traced
     checks.rope(x, cos, sin)
     out: Tensor = implementation(x).rope(x, cos, sin)
     return out
@@ -174,6 +180,9 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices differ.
     """
+    if library.traced(gate):
+        traced: Tensor = library.call(library.silu_mul, gate, up)
+        return traced
     checks.silu_mul(gate, up)
     out: Tensor = implementation(gate).silu_mul(gate, up)
     return out
@@ -207,8 +216,11 @@ def linear_logprob(
     Raises:
         ValueError: a shape, dtype, device or index is wrong, or temperature or softcap is not positive.
     """
+    if library.traced(hidden):
+        logprob, stats = library.call(library.linear_logprob, hidden, weight, rows, targets, temperature, softcap)
+        return logprob, stats[2]
     checks.linear_logprob(hidden, weight, rows, targets, temperature, softcap)
-    run = implementation(hidden, also=_HALF).linear_logprob
+    run = implementation(hidden, also=library.HALF).linear_logprob
     logprob, entropy = run(hidden, weight, rows, targets, temperature, softcap)
     return logprob, entropy
 
@@ -246,8 +258,11 @@ def policy_head(
     Raises:
         ValueError: as `linear_logprob`, or `loss` does not return one element.
     """
+    if library.traced(hidden):
+        logprob, entropy = linear_logprob(hidden, weight, rows, targets, temperature=temperature, softcap=softcap)
+        return loss(logprob, entropy, slice(None), slice(None)), logprob.detach(), entropy.detach()
     checks.linear_logprob(hidden, weight, rows, targets, temperature, softcap, op="policy_head")
-    run = implementation(hidden, also=_HALF).policy_head
+    run = implementation(hidden, also=library.HALF).policy_head
     value, logprob, entropy = run(hidden, weight, rows, targets, loss, temperature, softcap)
     return value, logprob, entropy
 

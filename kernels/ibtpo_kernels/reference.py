@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ibtpo_kernels import checks, one_pass
 from ibtpo_kernels.logits import TORCH_OPS
-from ibtpo_kernels.logprob import linear_logprob
+from ibtpo_kernels.logprob import linear_logprob, linear_logprob_grads, linear_logprob_stats
 from ibtpo_kernels.one_pass import Loss
 from ibtpo_kernels.philox import uniform
 from ibtpo_kernels.plan import DecodePlan, plan_items
@@ -20,6 +20,8 @@ from ibtpo_kernels.plan import DecodePlan, plan_items
 __all__ = [
     "append_kv",
     "linear_logprob",
+    "linear_logprob_grads",
+    "linear_logprob_stats",
     "plain_linear_logprob",
     "plain_policy_head",
     "plan_decode",

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ibtpo_kernels import cpu, reference
-from ibtpo_kernels.gpu.logprob import linear_logprob, policy_head
+from ibtpo_kernels.gpu.logprob import linear_logprob, linear_logprob_grads, linear_logprob_stats, policy_head
 from ibtpo_kernels.gpu.norm import rms_norm
 from ibtpo_kernels.gpu.sample import sample
 from ibtpo_kernels.gpu.small import append_kv, rope, rope_append, silu_mul
@@ -19,6 +19,8 @@ from ibtpo_kernels.gpu.tree_decode import tree_decode
 __all__ = [
     "append_kv",
     "linear_logprob",
+    "linear_logprob_grads",
+    "linear_logprob_stats",
     "plan_decode",
     "policy_head",
     "rms_norm",

@@ -318,6 +318,25 @@ def linear_logprob(
     return logprob, entropy
 
 
+def linear_logprob_stats(*fields: Any) -> tuple[Tensor, Tensor]:
+    """(logprob [E], stats [3, T]), for `library`; arguments as of `Head`."""
+    head = _dense_head(*fields)
+    with on_device(head.hidden):
+        return _forward(head)
+
+
+def linear_logprob_grads(*given: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of hidden and weight from `Head`'s fields, stats, two gradients and what is wanted, for `library`."""
+    *fields, stats, grad_logprob, grad_entropy, wants_hidden, wants_weight = given
+    head = _dense_head(*fields)
+    with on_device(head.hidden):
+        return backward(head, stats, grad_logprob, grad_entropy, wants_hidden, wants_weight)
+
+
+def _dense_head(*fields: Any) -> Head:
+    return Head(*(x.contiguous() if isinstance(x, Tensor) else x for x in fields))
+
+
 class _Chunk:
     """Some rows of a head with their logits alive; see `one_pass`."""
 
