@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef, custom_op
+from torch.library import CustomOpDef, custom_op  # type: ignore[attr-defined]
 
 from ibtpo_kernels import checks
 from ibtpo_kernels.dispatch import implementation
@@ -286,5 +286,5 @@ def _function(operator: CustomOpDef) -> type[torch.autograd.Function]:
 def call(operator: CustomOpDef, *args: Any) -> Any:
     """The operator, under whatever traces or transforms its arguments."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return _function(operator).apply(*args)
+        return _function(operator).apply(*args)  # type: ignore[no-untyped-call]
     return operator(*args)

@@ -333,8 +333,8 @@ def linear_logprob_grads(*given: Any) -> tuple[Tensor | None, Tensor | None]:
         return backward(head, stats, grad_logprob, grad_entropy, wants_hidden, wants_weight)
 
 
-def _dense_head(*fields: Any) -> Head:
-    return Head(*(x.contiguous() if isinstance(x, Tensor) else x for x in fields))
+def _dense_head(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *rest: Any) -> Head:
+    return Head(hidden.contiguous(), weight.contiguous(), rows.contiguous(), targets.contiguous(), *rest)
 
 
 class _Chunk:
