@@ -44,23 +44,39 @@ def policy_loss(
     Raises:
         ValueError: ``config.kl_coef`` > 0 without `reference_logprob`.
     """
-    if config.kl_coef > 0 and reference_logprob is None:
+    loss = policy_objective(logprob, batch, config, reference_logprob)
+    metrics = policy_metrics(logprob.detach(), entropy.detach(), batch, config, reference_logprob)
+    return loss, metrics | {"loss": loss.detach()}
+
+
+def policy_objective(
+    logprob: Tensor,
+    batch: MicroBatch,
+    config: LossConfig,
+    reference_logprob: Tensor | None = None,
+    edges: Tensor | slice = slice(None),
+) -> Tensor:
+    """The loss of some edges of a micro-batch: a sum, so that `policy_head` can ask for it a part at a time.
+
+    Args:
+        logprob: [e], log-probs of ``batch.targets[edges]`` under the policy being trained.
+        batch, config, reference_logprob: as in `policy_loss`, of the whole micro-batch.
+        edges: which of its edges.
+
+    Returns:
+        scalar, differentiable.
+
+    Raises:
+        ValueError: ``config.kl_coef`` > 0 without `reference_logprob`.
+    """
+    ratio = torch.exp((logprob - batch.old_logprob[edges]).clamp(max=LARGEST_EXPONENT))
+    gained = batch.positive[edges] * ratio.clamp(max=1 + config.clip_high)
+    gained = gained + batch.negative[edges] * ratio.clamp(min=1 - config.clip_low)
+    if config.kl_coef == 0:
+        return -gained.sum()
+    if reference_logprob is None:
         raise ValueError(f"policy_loss: kl_coef={config.kl_coef} needs reference_logprob")
-    gap = logprob - batch.old_logprob
-    ratio = torch.exp(gap.clamp(max=LARGEST_EXPONENT))
-    gained = batch.positive * ratio.clamp(max=1 + config.clip_high) + batch.negative * ratio.clamp(
-        min=1 - config.clip_low
-    )
-    loss = -gained.sum()
-    metrics = _metrics(gap.detach(), ratio.detach(), entropy.detach(), batch, config)
-    if reference_logprob is not None:
-        k3 = _k3(reference_logprob - logprob)
-        if config.kl_coef > 0:
-            loss = loss + config.kl_coef * (batch.weight * k3).sum()
-        metrics["kl_ref_k1"] = (batch.weight * (logprob - reference_logprob)).sum().detach()
-        metrics["kl_ref_k3"] = (batch.weight * k3).sum().detach()
-    metrics["loss"] = loss.detach()
-    return loss, metrics
+    return -gained.sum() + config.kl_coef * (batch.weight[edges] * _k3(reference_logprob[edges] - logprob)).sum()
 
 
 def _k3(log_ratio: Tensor) -> Tensor:
@@ -69,12 +85,21 @@ def _k3(log_ratio: Tensor) -> Tensor:
     return torch.expm1(log_ratio) - log_ratio
 
 
-def _metrics(gap: Tensor, ratio: Tensor, entropy: Tensor, batch: MicroBatch, config: LossConfig) -> dict[str, Tensor]:
-    weight = batch.weight
+def policy_metrics(
+    logprob: Tensor, entropy: Tensor, batch: MicroBatch, config: LossConfig, reference_logprob: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What is logged of a micro-batch beside its loss: scalar sums, to be combined by `summarize`.
+
+    Args:
+        logprob, entropy: as in `policy_loss`, detached.
+        batch, config, reference_logprob: as in `policy_loss`.
+    """
+    gap, weight = logprob - batch.old_logprob, batch.weight
+    ratio = torch.exp(gap.clamp(max=LARGEST_EXPONENT))
     clipped = ((batch.positive > 0) & (ratio > 1 + config.clip_high)) | (
         (batch.negative < 0) & (ratio < 1 - config.clip_low)
     )
-    return {
+    metrics = {
         "weight": weight.sum(),
         "clip_fraction": (weight * clipped).sum(),
         "entropy": (weight * entropy[batch.edge_row]).sum(),
@@ -83,6 +108,10 @@ def _metrics(gap: Tensor, ratio: Tensor, entropy: Tensor, batch: MicroBatch, con
         "logprob_gap": (weight * gap.abs()).sum(),
         "logprob_gap_max": gap.abs().max(),
     }
+    if reference_logprob is not None:
+        metrics["kl_ref_k1"] = (weight * (logprob - reference_logprob)).sum()
+        metrics["kl_ref_k3"] = (weight * _k3(reference_logprob - logprob)).sum()
+    return metrics
 
 
 def summarize(metrics: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:

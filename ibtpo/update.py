@@ -14,11 +14,11 @@ from torch import Tensor
 
 from ibtpo.advantage import NodeAdvantage, advantage
 from ibtpo.config import TrainConfig
-from ibtpo.loss import policy_loss, summarize
+from ibtpo.loss import policy_metrics, policy_objective, summarize
 from ibtpo.optim import MasterAdamW
 from ibtpo.pack import MicroBatch, pack
 from ibtpo_engine import Model, PackedTree, Tree
-from ibtpo_kernels import linear_logprob
+from ibtpo_kernels import linear_logprob, policy_head
 
 
 def frozen_copy(model: Model) -> Model:
@@ -117,10 +117,18 @@ class Updater:
         if self.reference is not None and self.config.loss.kl_coef > 0:
             with torch.no_grad():
                 reference_logprob, _ = edge_logprob(self.reference, batch, temperature)
-        logprob, entropy = edge_logprob(self.model, batch, temperature)
-        loss, metrics = policy_loss(logprob, entropy, batch, self.config.loss, reference_logprob)
+        config = self.config.loss
+
+        def objective(logprob: Tensor, entropy: Tensor, edges: Tensor | slice, rows: Tensor | slice) -> Tensor:
+            return policy_objective(logprob, batch, config, reference_logprob, edges)
+
+        hidden = self.model.packed(batch.tokens, batch.pos, batch.end)[batch.rows]
+        loss, logprob, entropy = policy_head(
+            hidden, self.model.head, batch.edge_row, batch.targets, objective, temperature=temperature
+        )
         loss.backward()  # type: ignore[no-untyped-call]
-        return metrics
+        metrics = policy_metrics(logprob, entropy, batch, config, reference_logprob)
+        return metrics | {"loss": loss.detach()}
 
     @torch.no_grad()
     def _recompute(self, mini_batches: list[list[MicroBatch]], parts: list[list[NodeAdvantage]]) -> dict[str, float]:

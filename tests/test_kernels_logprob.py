@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
 from kernel_cases import BACKENDS, assert_within_budget
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import ibtpo_kernels as K
-from ibtpo_kernels import logprob as chunked
+from ibtpo_kernels import cpu
+from ibtpo_kernels import logprob as tiled
 from ibtpo_kernels.reference import plain_linear_logprob
 
+CAPS = [None, 2.5]
 SHAPES = [(0, 0, 8, 5), (1, 0, 8, 1), (1, 3, 4, 7), (19, 40, 16, 33), (130, 61, 24, 257)]  # T, E, H, V
 
 
@@ -26,26 +33,48 @@ def gradients(outputs: tuple[Tensor, ...], inputs: list[Tensor], weights: list[T
     return list(torch.autograd.grad(loss, inputs))
 
 
-@pytest.mark.parametrize("chunk_elements", [1 << 22, 64], ids=["one-chunk", "many-chunks"])
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 9 rows and 7 columns at most: several of both, the last ones cut."""
+    for name, value in (("_TILE_ELEMENTS", 1), ("_TILE_ROWS", 9), ("_TILE_COLS", 7)):
+        monkeypatch.setattr(tiled, name, value)
+
+
+@pytest.fixture
+def one_tile() -> None:
+    """As shipped: shapes this small are one tile."""
+
+
+@pytest.mark.parametrize("softcap", CAPS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("tiles", ["one_tile", "small_tiles"])
 def test_equals_autograd_through_log_softmax_in_float64(
-    shape: tuple[int, int, int, int], chunk_elements: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int, int], tiles: str, softcap: float | None, request: pytest.FixtureRequest
 ) -> None:
-    monkeypatch.setattr(chunked, "_CHUNK_ELEMENTS", chunk_elements)
+    request.getfixturevalue(tiles)
     hidden, weight, rows, targets = problem(*shape)
     inputs = [x.double().requires_grad_() for x in (hidden, weight)]
     weights = [torch.randn(shape[1]), torch.randn(shape[0])]
-    ours = K.linear_logprob(*inputs, rows, targets, temperature=0.7)
-    plain = plain_linear_logprob(*inputs, rows, targets, 0.7)
+    ours = K.linear_logprob(*inputs, rows, targets, temperature=0.7, softcap=softcap)
+    plain = plain_linear_logprob(*inputs, rows, targets, 0.7, softcap)
     for x, y in zip(ours, plain, strict=True):
         torch.testing.assert_close(x, y, atol=1e-12, rtol=1e-12)
     for x, y in zip(gradients(ours, inputs, weights), gradients(plain, inputs, weights), strict=True):
         torch.testing.assert_close(x, y, atol=1e-11, rtol=1e-11)
 
 
+@pytest.mark.parametrize("softcap", CAPS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("tiles", ["one_tile", "small_tiles"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_float32_within_budget(backend: str, shape: tuple[int, int, int, int]) -> None:
+def test_float32_within_budget(
+    backend: str,
+    shape: tuple[int, int, int, int],
+    tiles: str,
+    softcap: float | None,
+    request: pytest.FixtureRequest,
+) -> None:
+    request.getfixturevalue(tiles)
     hidden, weight, rows, targets = problem(*shape)
     weights = [torch.randn(shape[1]), torch.randn(shape[0])]
 
@@ -53,9 +82,9 @@ def test_float32_within_budget(backend: str, shape: tuple[int, int, int, int]) -
         inputs = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
         with K.backend(backend):
             outputs = (
-                plain_linear_logprob(*inputs, rows, targets, 1.3)
+                plain_linear_logprob(*inputs, rows, targets, 1.3, softcap)
                 if plain
-                else K.linear_logprob(*inputs, rows, targets, temperature=1.3)
+                else K.linear_logprob(*inputs, rows, targets, temperature=1.3, softcap=softcap)
             )
         return [*(x.detach() for x in outputs), *gradients(outputs, inputs, weights)]
 
@@ -64,11 +93,12 @@ def test_float32_within_budget(backend: str, shape: tuple[int, int, int, int]) -
         assert_within_budget(x, y, z, floor=1e-5)
 
 
-def test_gradcheck_of_both_outputs_with_repeated_and_missing_rows() -> None:
+@pytest.mark.parametrize("softcap", CAPS)
+def test_gradcheck_of_both_outputs_with_repeated_and_missing_rows(softcap: float | None) -> None:
     hidden, weight = torch.randn(5, 4).double().requires_grad_(), torch.randn(7, 4).double().requires_grad_()
     rows, targets = torch.tensor([0, 0, 0, 3]), torch.tensor([1, 1, 6, 2])
     assert torch.autograd.gradcheck(
-        lambda h, w: K.linear_logprob(h, w, rows, targets, temperature=0.5), (hidden, weight)
+        lambda h, w: K.linear_logprob(h, w, rows, targets, temperature=0.5, softcap=softcap), (hidden, weight)
     )
 
 
@@ -108,7 +138,83 @@ def test_all_logits_very_negative(backend: str) -> None:
     torch.testing.assert_close(entropy, torch.tensor([2.0794415]))
 
 
-def test_bfloat16_accumulates_in_float32() -> None:
+def test_the_cap_comes_before_the_temperature() -> None:
+    """Gemma 2: logits are capped by the model, then divided by the sampler."""
+    hidden, weight = torch.tensor([[3.0]]), torch.tensor([[1.0], [2.0]])
+    capped = 2.0 * torch.tanh(torch.tensor([3.0, 6.0]) / 2.0)
+    expected = (capped / 0.5).log_softmax(-1)
+    logprob, _ = K.linear_logprob(
+        hidden, weight, torch.tensor([0, 0]), torch.tensor([0, 1]), temperature=0.5, softcap=2.0
+    )
+    torch.testing.assert_close(logprob, expected)
+
+
+class Allocations(TorchDispatchMode):
+    """Counts the shapes of all tensors that ops return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: Counter[tuple[int, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.shapes[tuple(out.shape)] += 1
+        return out
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("wanted", "products"), [((True, True), 3), ((True, False), 2), ((False, True), 2)], ids=str)
+def test_nothing_is_computed_for_what_is_frozen(backend: str, wanted: tuple[bool, bool], products: int) -> None:
+    """One product forward; backward one for the logits and one for each gradient wanted."""
+    num_rows, size, vocabulary = 130, 24, 257
+    hidden, weight, rows, targets = problem(num_rows, 61, size, vocabulary)
+    hidden, weight = hidden.requires_grad_(wanted[0]), weight.requires_grad_(wanted[1])
+    product = 2 * num_rows * size * vocabulary
+    with K.backend(backend):
+        with FlopCounterMode(display=False) as forward:
+            logprob, entropy = K.linear_logprob(hidden, weight, rows, targets)
+        assert forward.get_total_flops() == product
+        loss = logprob.sum() + entropy.sum()
+        with FlopCounterMode(display=False) as backward, Allocations() as made:
+            loss.backward()
+    assert backward.get_total_flops() == products * product
+    assert (hidden.grad is not None, weight.grad is not None) == wanted
+    assert (made.shapes[num_rows, size] > 0, made.shapes[vocabulary, size] > 0) == wanted
+    assert made.shapes[num_rows, vocabulary] == 0
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the compiled module is missing")
+@pytest.mark.parametrize("softcap", CAPS)
+@pytest.mark.parametrize("tiles", ["one_tile", "small_tiles"])
+@pytest.mark.parametrize("rounded", [False, True], ids=["float32-products", "bfloat16-products"])
+def test_bfloat16_within_budget(
+    rounded: bool, tiles: str, softcap: float | None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both ways to multiply, whichever this processor would choose; plain torch rounds everything to bfloat16."""
+    request.getfixturevalue(tiles)
+    monkeypatch.setattr(cpu, "_has_bf16_products", lambda: rounded)
+    hidden, weight, rows, targets = problem(130, 61, 24, 257)
+    hidden, weight = hidden.bfloat16(), weight.bfloat16()
+    weights = [torch.randn(61), torch.randn(130)]
+    results = []
+    for dtype, ours in ((torch.bfloat16, True), (torch.bfloat16, False), (torch.float64, False)):
+        inputs = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        if ours:
+            outputs = K.linear_logprob(*inputs, rows, targets, temperature=1.3, softcap=softcap)
+        else:
+            u = inputs[0] @ inputs[1].t()
+            log_p = ((u if softcap is None else softcap * (u / softcap).tanh()) / 1.3).log_softmax(-1)
+            outputs = log_p[rows, targets], -(log_p.exp() * log_p).sum(-1)
+        results.append([*(x.detach() for x in outputs), *gradients(outputs, inputs, weights)])
+    for x, y, z in zip(*results, strict=True):
+        assert_within_budget(x, y, z, floor=1e-5)
+
+
+def test_bfloat16_accumulates_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor does not multiply bfloat16, logits are as exact as float32's."""
+    monkeypatch.setattr(cpu, "_has_bf16_products", lambda: False)
     hidden, weight, rows, targets = problem(19, 40, 16, 33)
     hidden, weight = hidden.bfloat16().requires_grad_(), weight.bfloat16()
     logprob, entropy = K.linear_logprob(hidden, weight, rows, targets)
@@ -135,6 +241,10 @@ def test_errors_name_the_argument() -> None:
         K.linear_logprob(hidden, weight, rows, targets - 7)
     with pytest.raises(ValueError, match="temperature=0 must be greater than 0"):
         K.linear_logprob(hidden, weight, rows, targets, temperature=0)
+    with pytest.raises(ValueError, match="softcap=0 must be greater than 0 and finite"):
+        K.linear_logprob(hidden, weight, rows, targets, softcap=0)
+    with pytest.raises(ValueError, match=r"weight is .* expected at least one vocabulary entry"):
+        K.linear_logprob(hidden, weight[:0], rows[:0], targets[:0])
     with pytest.raises(ValueError, match=r"weight is .* expected \[7, 3\]"):
         K.linear_logprob(hidden, weight[:, :2], rows, targets)
     with pytest.raises(ValueError, match="targets is torch.int32"):

@@ -14,11 +14,12 @@ from engine_helpers import tiny_model
 from trees import VOCABULARY, chain, estimate, random_trajectories
 
 from ibtpo.config import AdvantageConfig, LossConfig, OptimConfig, SamplingConfig, TrainConfig
+from ibtpo.loss import policy_loss
 from ibtpo.optim import MasterAdamW
-from ibtpo.update import Updater, frozen_copy
+from ibtpo.update import Updater, edge_logprob, frozen_copy
 from ibtpo_engine import Model
 from ibtpo_engine.tree import Node, Tree
-from ibtpo_kernels import linear_logprob
+from ibtpo_kernels import linear_logprob, one_pass
 
 PLAIN = SamplingConfig(temperature=0.8, top_p=1.0, max_tokens=64)
 
@@ -95,6 +96,32 @@ def test_right_steps_become_likelier_and_wrong_ones_less_likely(kind: str, dtype
     assert values["optimizer_steps"] == 1
     assert values["tokens_trained"] == 3 + 2 + 2  # no prediction depends on the last token of a trajectory
     assert values["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+@pytest.mark.parametrize("chunk_rows", [5, 64], ids=["many-chunks", "one-chunk"])
+def test_loss_metrics_and_gradients_are_those_of_log_probs_and_a_loss_after_them(
+    chunk_rows: int, kl_coef: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one-pass head of the update against `policy_loss` of `edge_logprob`, in float64, by every parameter."""
+    monkeypatch.setattr(one_pass, "_CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(one_pass, "_CHUNK_ROWS", chunk_rows)
+    model, reference = _model(dtype=torch.float64), _model(seed=1, dtype=torch.float64)
+    config = _config(loss=LossConfig(kl_coef=kl_coef))
+    updater = _updater(model, config, reference if kl_coef else None)
+    trees = _trees(_model(seed=2))  # sampled by another policy: ratios differ from one, some are clipped
+    (batch,) = updater._pack([updater._advantage(tree) for tree in trees])
+    logprob, entropy = edge_logprob(model, batch, 0.8)
+    of_reference = edge_logprob(reference, batch, 0.8)[0].detach() if kl_coef else None
+    loss, expected = policy_loss(logprob, entropy, batch, config.loss, of_reference)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    metrics = updater._accumulate(batch)
+    assert expected["clip_fraction"] > 0
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value, atol=1e-12, rtol=1e-12)
+    for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-12, rtol=1e-10, msg=name)
 
 
 def test_ratio_is_one_before_the_first_update_when_the_sampler_is_the_trainer() -> None:

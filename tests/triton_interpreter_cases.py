@@ -13,6 +13,7 @@ import pytest
 import test_kernels_attention as attention_tests
 import test_kernels_decode as decode_tests
 import test_kernels_logprob as logprob_tests
+import test_kernels_policy_head as head_tests
 import test_kernels_sample as sample_tests
 import test_kernels_small as small_tests
 import torch
@@ -25,6 +26,7 @@ import ibtpo_kernels as K
 from ibtpo_kernels.gpu import configs, work
 from ibtpo_kernels.gpu.configs import Tiles
 from ibtpo_kernels.philox import uniform
+from ibtpo_kernels.reference import plain_policy_head
 
 gpu_sample = import_module("ibtpo_kernels.gpu.sample")
 gpu_logprob = import_module("ibtpo_kernels.gpu.logprob")
@@ -249,8 +251,12 @@ def test_work_covers_every_query_and_split_once(seed: int) -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("chunk", [1, 768 << 20], ids=["many-chunks", "one-chunk"])
-def test_logprob_and_entropy_match_float64(dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("chunk", "softcap"), [(1, None), (768 << 20, None), (1, 2.5)], ids=["many-chunks", "one-chunk", "capped"]
+)
+def test_logprob_and_entropy_match_float64(
+    dtype: torch.dtype, chunk: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Vocabulary 131 divides nothing; rows with no, one and many edges, some of them twice; each gradient and both."""
     monkeypatch.setattr(gpu_logprob, "_CHUNK_BYTES", chunk)
     hidden, weight, rows, targets = logprob_tests.problem(66, 61, 24, 131)
@@ -262,12 +268,56 @@ def test_logprob_and_entropy_match_float64(dtype: torch.dtype, chunk: int, monke
         for backend, kind in (("triton", dtype), ("reference", torch.float32), ("reference", torch.float64)):
             leaves = [x.to(kind).requires_grad_() for x in (hidden, weight)]
             with K.backend(backend):
-                out = K.linear_logprob(*leaves, rows, targets, temperature=0.7)
+                out = K.linear_logprob(*leaves, rows, targets, temperature=0.7, softcap=softcap)
             loss = (out[0] * g * g_scale).sum() + (out[1] * h * h_scale).sum()
             results.append([*(x.detach() for x in out), *torch.autograd.grad(loss, leaves)])
         for ours, plain, exact in zip(*results, strict=True):
             floor = 1e-5 if dtype is torch.float32 else 2e-3  # gradients are rounded to float16
             assert_within_budget(ours, plain, exact, floor=floor)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    ("dtype", "chunk", "softcap"),
+    [
+        (torch.float32, 768 << 20, None),
+        (torch.float32, 1, 2.5),
+        (torch.float16, 1, None),
+        (torch.float16, 768 << 20, 2.5),
+    ],
+    ids=str,
+)
+def test_policy_head_matches_float64(
+    dtype: torch.dtype, chunk: int, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_logprob, "_CHUNK_BYTES", chunk)
+    hidden, weight, rows, targets = logprob_tests.problem(66, 61, 24, 131)
+    inputs, loss = [(x / 2).to(dtype) for x in (hidden, weight)], head_tests.curved_loss(61, 66)
+    with K.backend("triton"):
+        ours = head_tests.run(K.policy_head, inputs, rows, targets, loss, temperature=0.7, softcap=softcap)
+    results = [
+        head_tests.run(plain_policy_head, [x.to(kind) for x in inputs], rows, targets, loss, 0.7, softcap)
+        for kind in (torch.float32, torch.float64)
+    ]
+    for mine, plain, exact in zip(ours, *results, strict=True):
+        assert_within_budget(mine, plain, exact, floor=1e-5 if dtype is torch.float32 else 2e-3)
+
+
+def test_policy_head_of_nothing_and_of_frozen_inputs() -> None:
+    with K.backend("triton"):
+        head_tests.run(
+            K.policy_head,
+            [torch.randn(0, 8), torch.randn(5, 8)],
+            *torch.zeros(2, 0).long(),
+            head_tests.curved_loss(0, 0),
+        )
+        hidden, weight, rows, targets = logprob_tests.problem(5, 9, 8, 7)
+        for frozen in (hidden, weight):
+            other = weight if frozen is hidden else hidden
+            other.requires_grad_()
+            K.policy_head(hidden, weight, rows, targets, head_tests.curved_loss(9, 5))[0].backward()
+            assert (frozen.grad is None, other.grad is None) == (True, False)
+            other.requires_grad_(False).grad = None
 
 
 @pytest.mark.parametrize("spread", [3e4, 1e30])

@@ -46,10 +46,10 @@ def decode(head_dim: int, dtype: torch.dtype, *, shared: bool) -> None:
     tree_decode(torch.zeros(count, 4, head_dim, dtype=dtype), pages, pages, plan, 0.1)
 
 
-def logprob(dtype: torch.dtype) -> None:
+def logprob(dtype: torch.dtype, cap: float | None) -> None:
     hidden, weight = (torch.zeros(n, 64, dtype=dtype, requires_grad=True) for n in (32, 5003))
     rows = torch.arange(32)
-    out = linear_logprob(hidden, weight, rows, rows, 0.7)
+    out = linear_logprob(hidden, weight, rows, rows, 0.7, cap)
     (out[0].sum() + out[1].sum()).backward()
 
 
@@ -91,7 +91,8 @@ def calls(*, full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 def _rows(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
-    yield f"logprob-{name}", partial(logprob, dtype)
+    for cap in (None, 30.0):
+        yield f"logprob-{name}-cap{cap}", partial(logprob, dtype, cap)
     yield f"small-{name}", partial(small, dtype)
     for top_p in (1.0, 0.9):
         yield f"sample-{name}-p{top_p}", partial(draw, dtype, top_p)

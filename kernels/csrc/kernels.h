@@ -61,6 +61,20 @@ struct RopeAppendOf {
 };
 using RopeAppend = RopeAppendOf<float>;
 
+// Columns [first_col, first_col + num_cols) of rows [first_row, first_row + num_rows) of hidden weight^T; see
+// logits.cpp.
+struct LogitTile {
+  void* u;  // [num_rows, num_cols], float or, if `half`, bfloat16
+  int64_t num_rows, num_cols, first_row, first_col;
+  float inv_temperature, softcap;  // softcap 0: none
+  bool half;
+};
+
+struct LogitEdges {
+  const int64_t *rows, *targets;  // [count], indices into all rows and all columns
+  int64_t count;
+};
+
 struct Sample {
   const float* logits;                     // [B, V], or null and `half_logits`
   const int64_t* keys;                     // [B, 2]
@@ -101,9 +115,10 @@ struct Kernels {
   int64_t (*tree_decode_bf16)(const Decode<bf16>&);  // even head sizes and page sizes only
   const Pointwise<float>& f32;
   const Pointwise<bf16>& half;
-  void (*row_stats)(const float* z, float* stats, int64_t num_rows, int64_t size);  // stats [3, num_rows]
-  void (*logit_grad)(float* z, const float* stats, const float* grad_rows, const float* grad_entropy, int64_t num_rows,
-                     int64_t size);
+  void (*logit_stats)(const LogitTile&, const LogitEdges&, float* stats, int64_t total_rows, float* chosen);
+  void (*logit_finish)(float* stats, int64_t total_rows, const LogitEdges&, float* chosen);
+  void (*logit_grad)(const LogitTile&, const LogitEdges&, const float* stats, int64_t total_rows,
+                     const float* grad_rows, const float* grad_entropy, const float* grads);
   int64_t (*sample)(const Sample&);
 };
 

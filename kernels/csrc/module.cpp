@@ -202,17 +202,32 @@ NB_MODULE(_cpu, m) {
         });
 
   m.def(
-      "row_stats",
-      [](Address z, Address stats, int64_t num_rows, int64_t size) {
-        active->row_stats(at<float>(z), at<float>(stats), num_rows, size);
+      "logit_stats",
+      [](Address u, int64_t num_rows, int64_t num_cols, int64_t first_row, int64_t first_col, float inv_temperature,
+         float softcap, bool half, Address rows, Address targets, int64_t num_edges, Address stats, int64_t total_rows,
+         Address chosen) {
+        active->logit_stats({at<void>(u), num_rows, num_cols, first_row, first_col, inv_temperature, softcap, half},
+                            {at<int64_t>(rows), at<int64_t>(targets), num_edges}, at<float>(stats), total_rows,
+                            at<float>(chosen));
+      },
+      release);
+
+  m.def(
+      "logit_finish",
+      [](Address stats, int64_t total_rows, Address rows, Address targets, int64_t num_edges, Address chosen) {
+        active->logit_finish(at<float>(stats), total_rows, {at<int64_t>(rows), at<int64_t>(targets), num_edges},
+                             at<float>(chosen));
       },
       release);
 
   m.def(
       "logit_grad",
-      [](Address z, Address stats, Address grad_rows, Address grad_entropy, int64_t num_rows, int64_t size) {
-        active->logit_grad(at<float>(z), at<float>(stats), at<float>(grad_rows), at<float>(grad_entropy), num_rows,
-                           size);
+      [](Address u, int64_t num_rows, int64_t num_cols, int64_t first_row, int64_t first_col, float inv_temperature,
+         float softcap, bool half, Address rows, Address targets, int64_t num_edges, Address stats, int64_t total_rows,
+         Address grad_rows, Address grad_entropy, Address grads) {
+        active->logit_grad({at<void>(u), num_rows, num_cols, first_row, first_col, inv_temperature, softcap, half},
+                           {at<int64_t>(rows), at<int64_t>(targets), num_edges}, at<float>(stats), total_rows,
+                           at<float>(grad_rows), at<float>(grad_entropy), at<float>(grads));
       },
       release);
 

@@ -1,5 +1,5 @@
-// The small ops between the matrix products: norms, rotary embedding, gate, and the two passes over logits that
-// linear_logprob makes. Each row is summed in one fixed order, whatever the batch.
+// The small ops between the matrix products: norms, rotary embedding, gate. Each row is summed in one fixed order,
+// whatever the batch.
 //
 // T is what activations and weights are stored as, float or bfloat16; see parts.h.
 #include "kernels.h"
@@ -151,15 +151,6 @@ int64_t rope_append(const RopeAppendOf<T>& p) {
   return -1;
 }
 
-INLINE float row_max(const float* z, int64_t size) {
-  Vec lanes = splat(-__builtin_inff());
-  float tail = -__builtin_inff();
-  for_each(
-      size, [&](int64_t i) { lanes = max(lanes, load(z + i)); }, [&](int64_t i) { tail = z[i] > tail ? z[i] : tail; });
-  const float highest = reduce_max(lanes);
-  return highest > tail ? highest : tail;
-}
-
 template <class T>
 void plain_norm(const T* x, const T* weight, T* out, int64_t num_rows, int64_t size, float eps) {
   norm<T>(x, nullptr, weight, out, nullptr, num_rows, size, eps);
@@ -170,59 +161,9 @@ constexpr Pointwise<T> pointwise() {
   return {rope_append<T>, rope<T>, plain_norm<T>, norm<T>, norm_backward<T>, gate<T>, gate_backward<T>};
 }
 
-constexpr float kLowest = -1e30f;  // stands in for -inf, whose product with probability 0 would be NaN
-
 }  // namespace
 
 extern const Pointwise<float> pointwise_f32 = pointwise<float>();
 extern const Pointwise<bf16> pointwise_bf16 = pointwise<bf16>();
-
-// stats = (m, l, H): maximum, log of the sum of exp(z - m), entropy.
-void row_stats(const float* z, float* stats, int64_t num_rows, int64_t size) {
-#pragma omp parallel for if (num_rows * size > kParallelWork)
-  for (int64_t r = 0; r < num_rows; ++r) {
-    const float* z_r = z + r * size;
-    const float highest = row_max(z_r, size);
-    Vec sum{}, weighted{};
-    float sum_tail = 0.0f, weighted_tail = 0.0f;
-    for_each(
-        size,
-        [&](int64_t i) {
-          const Vec x = max(load(z_r + i) - highest, splat(kLowest)), e = exp(x);
-          sum += e;
-          weighted += e * x;
-        },
-        [&](int64_t i) {
-          const float shifted = z_r[i] - highest, x = shifted < kLowest ? kLowest : shifted, e = exp(x);
-          sum_tail += e;
-          weighted_tail += e * x;
-        });
-    const float total = reduce_add(sum) + sum_tail, log_total = __builtin_logf(total);
-    stats[r] = highest;
-    stats[num_rows + r] = log_total;
-    stats[2 * num_rows + r] = log_total - (reduce_add(weighted) + weighted_tail) / total;
-  }
-}
-
-// z becomes -p G - h p (log p + H), with log p = (z - m) - l.
-void logit_grad(float* z, const float* stats, const float* grad_rows, const float* grad_entropy, int64_t num_rows,
-                int64_t size) {
-#pragma omp parallel for if (num_rows * size > kParallelWork)
-  for (int64_t r = 0; r < num_rows; ++r) {
-    float* z_r = z + r * size;
-    const float top = stats[r], log_sum = stats[num_rows + r], entropy = stats[2 * num_rows + r];
-    const float slope = grad_entropy[r], offset = slope * entropy + grad_rows[r];
-    for_each(
-        size,
-        [&](int64_t i) {
-          const Vec log_p = max(load(z_r + i) - top - log_sum, splat(kLowest));
-          store(z_r + i, -exp(log_p) * (log_p * slope + offset));
-        },
-        [&](int64_t i) {
-          const float shifted = z_r[i] - top - log_sum, log_p = shifted < kLowest ? kLowest : shifted;
-          z_r[i] = -exp(log_p) * (log_p * slope + offset);
-        });
-  }
-}
 
 }  // namespace ibtpo::IBTPO_ISA

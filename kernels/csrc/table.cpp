@@ -12,26 +12,18 @@ void tree_forward_bf16(const TreeShape&, const TreeForward<bf16>&);
 void tree_backward_bf16(const TreeShape&, const TreeBackward<bf16>&);
 int64_t tree_decode(const Decode<float>&);
 int64_t tree_decode_bf16(const Decode<bf16>&);
-void row_stats(const float*, float*, int64_t, int64_t);
-void logit_grad(float*, const float*, const float*, const float*, int64_t, int64_t);
+void logit_stats(const LogitTile&, const LogitEdges&, float*, int64_t, float*);
+void logit_finish(float*, int64_t, const LogitEdges&, float*);
+void logit_grad(const LogitTile&, const LogitEdges&, const float*, int64_t, const float*, const float*, const float*);
 int64_t sample(const Sample&);
 
 extern const Pointwise<float> pointwise_f32;
 extern const Pointwise<bf16> pointwise_bf16;
 
 extern const Kernels kernels = {
-    NAME(IBTPO_ISA),
-    tree_forward,
-    tree_backward,
-    tree_forward_bf16,
-    tree_backward_bf16,
-    tree_decode,
-    tree_decode_bf16,
-    pointwise_f32,
-    pointwise_bf16,
-    row_stats,
-    logit_grad,
-    sample,
+    NAME(IBTPO_ISA), tree_forward,     tree_backward, tree_forward_bf16, tree_backward_bf16,
+    tree_decode,     tree_decode_bf16, pointwise_f32, pointwise_bf16,    logit_stats,
+    logit_finish,    logit_grad,       sample,
 };
 
 }  // namespace ibtpo::IBTPO_ISA

@@ -40,11 +40,9 @@ def _floating(op: str, name: str, x: Tensor, dims: int) -> None:
 def _in_range(op: str, name: str, x: Tensor, low: int, high: int) -> None:
     """Raise unless every element of a CPU tensor lies in [low, high); elsewhere checking would synchronise."""
     if x.is_cpu and x.numel():
-        smallest, largest = x.aminmax()
+        smallest, largest = map(int, x.aminmax())
         if smallest < low or largest >= high:
-            raise ValueError(
-                f"{op}: {name} spans [{int(smallest)}, {int(largest)}]; expected values in [{low}, {high})"
-            )
+            raise ValueError(f"{op}: {name} spans [{smallest}, {largest}]; expected values in [{low}, {high})")
 
 
 def _heads(op: str, num_query_heads: int, num_kv_heads: int) -> None:
@@ -168,17 +166,28 @@ def silu_mul(gate: Tensor, up: Tensor) -> None:
     _like("silu_mul", "up", up, tuple(gate.shape), gate, "gate")
 
 
-def linear_logprob(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float) -> None:
-    op = "linear_logprob"
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    op: str = "linear_logprob",
+) -> None:
     _floating(op, "hidden", hidden, 2)
     _floating(op, "weight", weight, 2)
     _like(op, "weight", weight, (weight.shape[0], hidden.shape[1]), hidden, "hidden")
+    if weight.shape[0] == 0:
+        raise _fail(op, "weight", weight, "at least one vocabulary entry")
     if rows.dim() != 1:
         raise _fail(op, "rows", rows, "torch.int64 [E]")
     _index(op, "rows", rows, tuple(rows.shape), torch.int64, hidden)
     _index(op, "targets", targets, tuple(rows.shape), torch.int64, hidden)
     if not temperature > 0:
         raise ValueError(f"{op}: temperature={temperature} must be greater than 0")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"{op}: softcap={softcap} must be greater than 0 and finite, or None for no cap")
     _in_range(op, "rows", rows, 0, hidden.shape[0])
     _in_range(op, "targets", targets, 0, weight.shape[0])
 

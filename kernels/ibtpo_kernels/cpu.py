@@ -10,19 +10,18 @@ one OpenMP runtime and torch.set_num_threads governs these kernels too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
-from functools import wraps
+from functools import cache
 from importlib import import_module
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ibtpo_kernels import logprob, reference
+from ibtpo_kernels import logprob, one_pass, reference
+from ibtpo_kernels.logits import Grads, Head, LogitOps
+from ibtpo_kernels.one_pass import Loss
 from ibtpo_kernels.plan import DecodePlan
-
-T = TypeVar("T")
 
 native: Any = None
 with suppress(ImportError):
@@ -52,17 +51,6 @@ def _open_direct() -> DirectOps | None:
 
 
 direct = _open_direct()
-
-
-def _float32_only(op: Callable[..., T]) -> Callable[..., T]:
-    """An op whose kernel is for float32: bf16 goes to the reference."""
-    plain: Callable[..., T] = getattr(reference, op.__name__)
-
-    @wraps(op)
-    def choose(x: Tensor, *args: Any) -> T:
-        return op(x, *args) if x.dtype is torch.float32 else plain(x, *args)
-
-    return choose
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -362,26 +350,75 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return _silu_mul(gate, up)
 
 
-def _row_stats(z: Tensor) -> Tensor:
-    stats = z.new_empty(3, len(z))
-    native.row_stats(z.data_ptr(), stats.data_ptr(), *z.shape)
-    return stats
+def _tile(u: Tensor, first_row: int, first_col: int, head: Head) -> tuple[Any, ...]:
+    """What `_cpu` is told of a tile of logits and of the edges."""
+    return (
+        u.data_ptr(), *u.shape, first_row, first_col, 1.0 / head.temperature, head.softcap or 0.0,
+        u.dtype is torch.bfloat16, head.rows.data_ptr(), head.targets.data_ptr(), head.num_edges,
+    )  # fmt: skip
 
 
-def _logit_grad(z: Tensor, stats: Tensor, grad_rows: Tensor, grad_entropy: Tensor) -> Tensor:
-    stats, grad_entropy = _dense(stats), _dense(grad_entropy)
-    native.logit_grad(z.data_ptr(), stats.data_ptr(), grad_rows.data_ptr(), grad_entropy.data_ptr(), *z.shape)
-    return z
+def _logit_stats(u: Tensor, first_row: int, first_col: int, head: Head, stats: Tensor, chosen: Tensor) -> None:
+    tile = _tile(u, first_row, first_col, head)
+    native.logit_stats(*tile, stats.data_ptr(), stats.shape[1], chosen.data_ptr())
 
 
-_CHUNK_OPS = logprob.ChunkOps(_row_stats, _logit_grad)
+def _logit_finish(head: Head, stats: Tensor, chosen: Tensor) -> None:
+    edges = head.rows.data_ptr(), head.targets.data_ptr(), head.num_edges
+    native.logit_finish(stats.data_ptr(), stats.shape[1], *edges, chosen.data_ptr())
 
 
-@_float32_only
+def _logit_grad(u: Tensor, first_row: int, first_col: int, head: Head, stats: Tensor, grads: Grads) -> Tensor:
+    tile = _tile(u, first_row, first_col, head)
+    native.logit_grad(
+        *tile, stats.data_ptr(), stats.shape[1],
+        grads.rows.data_ptr(), grads.entropy.data_ptr(), grads.edges.data_ptr(),
+    )  # fmt: skip
+    return u
+
+
+@cache
+def _has_bf16_products() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+_LOGIT_OPS = LogitOps(
+    _logit_stats, _logit_finish, _logit_grad, lambda x: x.dtype is torch.bfloat16 and _has_bf16_products()
+)
+_HEAD = one_pass.tiled(_LOGIT_OPS)
+
+
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float
+    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    return logprob.linear_logprob(hidden, weight, rows, targets, temperature, _CHUNK_OPS)
+    rows, targets = _dense(rows), _dense(targets)
+    return logprob.linear_logprob(hidden, weight, rows, targets, temperature, softcap, _LOGIT_OPS)
+
+
+def linear_logprob_stats(
+    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    return logprob.linear_logprob_stats(hidden, weight, _dense(rows), _dense(targets), *rest, ops=_LOGIT_OPS)
+
+
+def linear_logprob_grads(
+    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *rest: Any
+) -> tuple[Tensor | None, Tensor | None]:
+    return logprob.linear_logprob_grads(hidden, weight, _dense(rows), _dense(targets), *rest, ops=_LOGIT_OPS)
+
+
+def policy_head(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    loss: Loss,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, targets = _dense(rows), _dense(targets)
+    return one_pass.policy_head(hidden, weight, rows, targets, loss, temperature, softcap, _HEAD)
 
 
 def _column(value: float | Tensor, dtype: torch.dtype) -> Tensor | None:

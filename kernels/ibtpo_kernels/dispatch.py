@@ -113,8 +113,11 @@ def _say_missing(kernels: str, remedy: str) -> None:
     )
 
 
-def implementation(x: Tensor) -> ModuleType:
-    """The module whose functions run ops on `x`; asked on every decode step, so nothing here allocates."""
+def implementation(x: Tensor, also: tuple[torch.dtype, ...] = ()) -> ModuleType:
+    """The module whose functions run ops on `x`; asked on every decode step, so nothing here allocates.
+
+    `also`: dtypes that this op has on the CPU beside those that every op has.
+    """
     chosen = _chosen.get()
     if chosen == "reference":
         return reference
@@ -129,7 +132,7 @@ def implementation(x: Tensor) -> ModuleType:
     if x.is_cpu:
         if cpu.native is None:
             _say_missing("compiled CPU kernels", _REMEDY)
-        elif x.dtype in _SERVED:
+        elif x.dtype in _SERVED or x.dtype in also:
             return cpu
     return reference
 

@@ -1,6 +1,7 @@
-"""Log-probability and entropy of a linear head, without a [T, V] tensor that outlives a chunk of rows.
+"""Log-probability and entropy of a linear head, without a [T, V] tensor.
 
-With z = hidden @ weight.T / temperature, p = softmax(z), and for each row r
+With u = hidden @ weight.T, z = cap tanh(u / cap) / temperature (without a cap z = u / temperature), p = softmax(z), and
+for each row r
 
     m_r = max_v z_rv,  l_r = log sum_v exp(z_rv - m_r)      logprob_e = (z[row_e, target_e] - m[row_e]) - l[row_e]
     H_r = l_r - sum_v p_rv (z_rv - m_r)
@@ -8,137 +9,191 @@ With z = hidden @ weight.T / temperature, p = softmax(z), and for each row r
 the gradient of a loss L with respect to z, with g_e = dL/dlogprob_e, h_r = dL/dH_r and G_r the sum of g_e over the
 edges of r, is
 
-    dz_rv = sum_e g_e [target_e = v] - p_rv G_r - h_r p_rv (log p_rv + H_r).
+    dz_rv = sum_e g_e [target_e = v] - p_rv G_r - h_r p_rv (log p_rv + H_r),    du = dz (1 - tanh^2) / temperature.
 
-Forward keeps m, l and H ([T] each); backward computes the chunk's logits again. m and l stay apart, for their sum would
-round away l where logits are large.
+Logits exist a tile at a time, rows by vocabulary, small enough to stay in the cache between the matrix product that
+makes it, the pass over it, and the products that use it:
+
+    forward     for each block of the vocabulary, for each block of rows     u = x W_b^T,  (m, s, w) of the rows go on
+    backward    the same tiles again                                         u -> du,  dx += du W_b,  dW_b += du^T x
+
+Forward keeps m, l and H ([T] each), and where all logits are one tile, as with a vocabulary of characters, that tile:
+so little memory is worth a product. m and l stay apart, for their sum would round away l where logits are large. A head
+of 16-bit numbers is widened a block at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-_CHUNK_ELEMENTS = 1 << 22  # logits alive at a time: 16 MiB in float32, which stays near the last-level cache
+from ibtpo_kernels.logits import TORCH_OPS, Grads, Head, LogitOps, work_dtype
 
-RowStats = Callable[[Tensor], Tensor]
-LogitGrad = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-class ChunkOps(NamedTuple):
-    """The two passes over a chunk of logits z [t, V]; a backend may bring fused ones."""
-
-    row_stats: RowStats  # z -> [3, t]: m, l, H
-    logit_grad: LogitGrad  # z, [3, t], G, h -> -p G - h p (log p + H), may overwrite z
-
-
-def row_stats(z: Tensor) -> Tensor:
-    """[3, t], (m, l, H) of logits z [t, V]; a logit of -inf has probability and contribution zero."""
-    top = z.amax(-1)
-    shifted = (z - top[:, None]).clamp_(min=torch.finfo(z.dtype).min)  # 0 * -inf would be NaN
-    p = shifted.exp()
-    total = p.sum(-1)
-    log_sum = total.log()
-    return torch.stack((top, log_sum, log_sum - p.mul_(shifted).sum(-1) / total))
-
-
-def logit_grad(z: Tensor, stats: Tensor, grad_rows: Tensor, grad_entropy: Tensor) -> Tensor:
-    """[t, V], the dense part of dz: -p G - h p (log p + H); overwrites z."""
-    top, log_sum, entropy = stats[:, :, None]
-    log_p = z.sub_(top).sub_(log_sum).clamp_(min=torch.finfo(z.dtype).min)
-    p = log_p.exp()
-    factor = log_p.add_(entropy).mul_(grad_entropy[:, None]).add_(grad_rows[:, None])
-    return factor.mul_(p).neg_()
-
-
-TORCH_OPS = ChunkOps(row_stats, logit_grad)
+_TILE_ELEMENTS = 1 << 18  # logits alive at a time: 1 MiB in float32
+_TILE_ROWS, _TILE_COLS = 512, 256  # at least, where there are as many: below, matrix products lose speed
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float, ops: ChunkOps = TORCH_OPS
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    temperature: float,
+    softcap: float | None,
+    ops: LogitOps = TORCH_OPS,
 ) -> tuple[Tensor, Tensor]:
     """(logprob [E], entropy [T]) as in `ibtpo_kernels.linear_logprob`; autograd through both."""
-    logprob, entropy = _LinearLogprob.apply(hidden, weight, rows, targets, temperature, ops)  # type: ignore[no-untyped-call]
-    return logprob, entropy
+    head = Head(hidden, weight, rows, targets, temperature, softcap)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        logprob, entropy = _LinearLogprob.apply(*head, ops)  # type: ignore[no-untyped-call]
+        return logprob, entropy
+    logprob, stats, _ = forward(head, ops)
+    return logprob, stats[2]
 
 
-def _work_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+def linear_logprob_stats(*fields: Any, ops: LogitOps = TORCH_OPS) -> tuple[Tensor, Tensor]:
+    """(logprob [E], stats [3, T]), for `library`; arguments as of `Head`."""
+    logprob, stats, _ = forward(Head(*fields), ops)
+    return logprob, stats
 
 
-class _Chunk(NamedTuple):
-    rows: slice  # rows [start, stop) of hidden
-    edges: Tensor | slice  # which edges start in them
-    local_rows: Tensor  # their row within the chunk
-    targets: Tensor
-
-
-def _chunks(rows: Tensor, targets: Tensor, num_rows: int, vocabulary: int) -> Iterator[_Chunk]:
-    """Cut the rows so that a chunk's logits stay small; every edge falls into the chunk of its row."""
-    size = max(64, _CHUNK_ELEMENTS // max(vocabulary, 1))
-    if num_rows <= size:
-        yield _Chunk(slice(0, num_rows), slice(None), rows, targets)
-        return
-    by_row, order = rows.sort(stable=True)
-    starts = torch.arange(0, num_rows + size, size, device=rows.device)
-    bounds = torch.searchsorted(by_row, starts).tolist()
-    for i in range(-(-num_rows // size)):
-        first = i * size
-        edges = order[bounds[i] : bounds[i + 1]]
-        yield _Chunk(slice(first, min(first + size, num_rows)), edges, rows[edges] - first, targets[edges])
+def linear_logprob_grads(*given: Any, ops: LogitOps = TORCH_OPS) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of hidden and weight from `Head`'s fields, stats, two gradients and what is wanted, for `library`."""
+    *fields, stats, grad_logprob, grad_entropy, wants_hidden, wants_weight = given
+    head = Head(*fields)
+    return backward(head, stats, Grads.of(head, grad_logprob, grad_entropy), wants_hidden, wants_weight, ops)
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float, ops: ChunkOps
-    ) -> tuple[Tensor, Tensor]:
-        dtype = _work_dtype(hidden.dtype)
-        head = weight.to(dtype)
-        logprob = torch.empty(len(rows), dtype=dtype, device=hidden.device)
-        stats = torch.empty(3, len(hidden), dtype=dtype, device=hidden.device)
-        for chunk in _chunks(rows, targets, len(hidden), len(weight)):
-            z = _logits(hidden[chunk.rows].to(dtype), head, temperature)
-            chosen = z[chunk.local_rows, chunk.targets]
-            stats[:, chunk.rows] = local = ops.row_stats(z)
-            logprob[chunk.edges] = (chosen - local[0, chunk.local_rows]) - local[1, chunk.local_rows]
-        ctx.save_for_backward(hidden, weight, rows, targets, stats)
-        ctx.temperature, ctx.ops = temperature, ops
-        ctx.set_materialize_grads(True)
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+        *fields, ops = args
+        head = Head(*fields)
+        logprob, stats, last = forward(head, ops)
+        only = last if last is not None and last.shape == (head.num_rows, head.num_cols) else None
+        ctx.save_for_backward(head.hidden, head.weight, head.rows, head.targets, stats, only)
+        ctx.rest = head.temperature, head.softcap, ops
         return logprob, stats[2].clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
-        hidden, weight, rows, targets, stats = ctx.saved_tensors
-        grad_logprob, grad_entropy = grads[0].contiguous(), grads[1].contiguous()
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        dtype = stats.dtype
-        head = weight.to(dtype)
-        d_hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if wants_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if wants_weight else None
-        for chunk in _chunks(rows, targets, len(hidden), len(weight)):
-            x, own = hidden[chunk.rows].to(dtype), grad_logprob[chunk.edges]
-            z = _logits(x, head, ctx.temperature)
-            grad_rows = z.new_zeros(len(z)).index_put_((chunk.local_rows,), own, accumulate=True)
-            dz = ctx.ops.logit_grad(z, stats[:, chunk.rows], grad_rows, grad_entropy[chunk.rows])
-            dz.index_put_((chunk.local_rows, chunk.targets), own, accumulate=True)
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, rows, targets, stats, only = ctx.saved_tensors
+        temperature, softcap, ops = ctx.rest
+        head = Head(hidden, weight, rows, targets, temperature, softcap)
+        grads = Grads.of(head, grad_logprob, grad_entropy)
+        wants = ctx.needs_input_grad
+        d_hidden, d_weight = backward(head, stats, grads, wants[0], wants[1], ops, only)
+        return d_hidden, d_weight, None, None, None, None, None
+
+
+def tile_shape(num_rows: int, num_cols: int) -> tuple[int, int]:
+    """Rows and columns of a tile: what does not exceed the budget by more than the least sizes ask for."""
+    rows = min(num_rows, max(_TILE_ROWS, _TILE_ELEMENTS // max(num_cols, 1)))
+    return max(rows, 1), min(num_cols, max(_TILE_COLS, _TILE_ELEMENTS // max(rows, 1)))
+
+
+def spans(total: int, size: int) -> Iterator[slice]:
+    """[0, total) cut into runs of `size`."""
+    for first in range(0, total, size):
+        yield slice(first, min(first + size, total))
+
+
+def part(x: Tensor, span: slice) -> Tensor:
+    """x[span]; x itself, which is cheaper, if that is all of it."""
+    return x if span.start == 0 and span.stop == x.shape[0] else x[span]
+
+
+class Products:
+    """The matrix products of one call, their operands widened where the hardware does not multiply 16-bit numbers."""
+
+    def __init__(self, head: Head, ops: LogitOps) -> None:
+        self.wide = work_dtype(head.hidden.dtype)
+        self.dtype = head.hidden.dtype if ops.multiplies(head.hidden) else self.wide
+        self.hidden = head.hidden.to(self.dtype)
+        self.weight = head.weight
+        self.buffer: Tensor | None = None
+
+    def block(self, cols: slice) -> Tensor:
+        """[v, H], a block of the head."""
+        return part(self.weight, cols).to(self.dtype)
+
+    def tile(self, rows: slice, block: Tensor) -> Tensor:
+        """u [t, v], overwritten by the next one; the first is the largest."""
+        x = part(self.hidden, rows)
+        if self.buffer is None:
+            self.buffer = u = x @ block.t()
+            return u
+        return torch.mm(x, block.t(), out=self.buffer.view(-1)[: len(x) * len(block)].view(len(x), len(block)))
+
+    def add(self, total: Tensor, a: Tensor, b: Tensor, begins: bool) -> None:
+        """total (+)= a b."""
+        if total.dtype is not self.dtype:
+            product = a @ b
+            total.copy_(product) if begins else total.add_(product)
+        elif begins:
+            torch.mm(a, b, out=total)
+        else:
+            torch.addmm(total, a, b, out=total)
+
+
+def forward(head: Head, ops: LogitOps) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(logprob [E], stats [3, T] = m, l, H, the last tile)."""
+    products = Products(head, ops)
+    num_rows, num_cols = head.num_rows, head.num_cols
+    tile_rows, tile_cols = tile_shape(num_rows, num_cols)
+    logprob = head.hidden.new_empty(head.num_edges, dtype=products.wide)
+    stats = head.hidden.new_empty(3, num_rows, dtype=products.wide)
+    u = None
+    for cols in spans(num_cols, tile_cols):
+        block = products.block(cols)
+        for rows in spans(num_rows, tile_rows):
+            u = products.tile(rows, block)
+            ops.stats(u, rows.start, cols.start, head, stats, logprob)
+    ops.finish(head, stats, logprob)
+    return logprob, stats, u
+
+
+def backward(
+    head: Head,
+    stats: Tensor,
+    grads: Grads,
+    wants_hidden: bool,
+    wants_weight: bool,
+    ops: LogitOps,
+    only: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of hidden and weight, each only if wanted: nothing is computed or allocated for the other.
+
+    `only`: the tile that all logits are, if it was kept; it stays as it is.
+    """
+    products = Products(head, ops)
+    num_rows, num_cols = head.num_rows, head.num_cols
+    tile_rows, tile_cols = tile_shape(num_rows, num_cols)
+    d_hidden = head.hidden.new_empty(head.hidden.shape, dtype=products.wide) if wants_hidden else None
+    d_weight = torch.empty_like(head.weight) if wants_weight else None
+    for cols in spans(num_cols, tile_cols):
+        block = products.block(cols)
+        total = None if d_weight is None else _total(part(d_weight, cols), products, num_rows <= tile_rows)
+        for rows in spans(num_rows, tile_rows):
+            u = products.tile(rows, block) if only is None else only.clone()
+            du = ops.grad(u, rows.start, cols.start, head, stats, grads)
             if d_hidden is not None:
-                torch.mm(dz, head, out=d_hidden[chunk.rows]).div_(ctx.temperature)
-            if d_weight is not None:
-                d_weight.addmm_(dz.t(), x, alpha=1.0 / ctx.temperature)
-        return (
-            None if d_hidden is None else d_hidden.to(hidden.dtype),
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None,
-            None,
-            None,
-            None,
-        )
+                products.add(part(d_hidden, rows), du, block, cols.start == 0)
+            if total is not None:
+                products.add(total, du.t(), part(products.hidden, rows), rows.start == 0)
+        if d_weight is not None and total is not None and total.dtype is not d_weight.dtype:
+            d_weight[cols] = total
+    if d_weight is not None and num_rows == 0:
+        d_weight.zero_()
+    return None if d_hidden is None else d_hidden.to(head.hidden.dtype), d_weight
 
 
-def _logits(x: Tensor, head: Tensor, temperature: float) -> Tensor:
-    z = x @ head.t()  # dense, as the compiled chunk ops expect
-    return z if temperature == 1.0 else z.div_(temperature)
+def _total(d_block: Tensor, products: Products, at_once: bool) -> Tensor:
+    """Where a block of d_weight is added up: in place, but for 16-bit sums of several tiles."""
+    if d_block.dtype is products.wide or (at_once and d_block.dtype is products.dtype):
+        return d_block
+    return torch.empty(d_block.shape, dtype=products.wide, device=d_block.device)

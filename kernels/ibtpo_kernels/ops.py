@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ibtpo_kernels import checks
+from ibtpo_kernels import checks, library
 from ibtpo_kernels.dispatch import direct, direct_forward, implementation
+from ibtpo_kernels.one_pass import Loss
 from ibtpo_kernels.plan import DecodePlan
 
 
@@ -29,6 +30,9 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, *, scale: float
 
     Source: ours; the tiling is FlashAttention-2 (Dao, 2023) with the mask reduced to two integers a key block.
     """
+    if library.traced(q):
+        traced: Tensor = library.call(library.tree_attention, q, k, v, end, _scale(scale, q))
+        return traced
     checks.tree_attention(q, k, v, end)
     out: Tensor = implementation(q).tree_attention(q, k, v, end, _scale(scale, q))
     return out
@@ -115,6 +119,9 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """
     if (fast := direct_forward()) is not None and (done := fast.rms_norm(x, weight, eps)) is not None:
         return done
+    if library.traced(x):
+        traced: Tensor = library.call(library.rms_norm, x, weight, eps)
+        return traced
     checks.rms_norm(x, weight)
     out: Tensor = implementation(x).rms_norm(x, weight, eps)
     return out
@@ -157,6 +164,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if (fast := direct_forward()) is not None and (done := fast.rope(x, cos, sin)) is not None:
         return done
+    if library.traced(x):
+        traced: Tensor = library.call(library.rope, x, cos, sin)
+        return traced
     checks.rope(x, cos, sin)
     out: Tensor = implementation(x).rope(x, cos, sin)
     return out
@@ -207,32 +217,91 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """
     if (fast := direct_forward()) is not None and (done := fast.silu_mul(gate, up)) is not None:
         return done
+    if library.traced(gate):
+        traced: Tensor = library.call(library.silu_mul, gate, up)
+        return traced
     checks.silu_mul(gate, up)
     out: Tensor = implementation(gate).silu_mul(gate, up)
     return out
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *, temperature: float = 1.0
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of (row, target) edges and the entropy of each row under softmax(hidden @ weight.T / temperature).
+    """Log-probs of (row, target) edges and the entropy of each row under the softmax of a linear head.
+
+    The logits are z = u / temperature with u = hidden @ weight.T; with a soft-cap z = softcap * tanh(u / softcap) /
+    temperature: the cap comes first, as where a Gemma model caps its logits and a sampler divides by the temperature.
 
     Args:
         hidden: [T, H]; weight: [V, H].
         rows, targets: int64 [E]; edge e asks for targets[e] under the distribution of row rows[e]. A row may have any
             number of edges, also none.
         temperature: above 0.
+        softcap: above 0, Gemma 2's `final_logit_softcapping`; None for no cap.
 
     Returns:
         (logprob [E], entropy [T]) in nats, float32 (float64 for float64 inputs); both differentiable in hidden and
-        weight. No [T, V] tensor is kept.
+        weight. No [T, V] tensor is made; for an input that needs no gradient none is computed, and nothing allocated.
 
     Raises:
-        ValueError: a shape, dtype, device or index is wrong, or temperature is not positive.
+        ValueError: a shape, dtype, device or index is wrong, or temperature or softcap is not positive.
     """
-    checks.linear_logprob(hidden, weight, rows, targets, temperature)
-    logprob, entropy = implementation(hidden).linear_logprob(hidden, weight, rows, targets, temperature)
+    if library.traced(hidden):
+        logprob, stats = library.call(library.linear_logprob, hidden, weight, rows, targets, temperature, softcap)
+        return logprob, stats[2]
+    checks.linear_logprob(hidden, weight, rows, targets, temperature, softcap)
+    run = implementation(hidden, also=library.HALF).linear_logprob
+    logprob, entropy = run(hidden, weight, rows, targets, temperature, softcap)
     return logprob, entropy
+
+
+def policy_head(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    loss: Loss,
+    *,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A loss of log-probs and entropies, forward and backward in one pass over the logits: 6 T H V operations, not 8.
+
+    The same value and gradients as
+
+        logprob, entropy = linear_logprob(hidden, weight, rows, targets, temperature=temperature, softcap=softcap)
+        value = loss(logprob, entropy, slice(None), slice(None))
+
+    for a loss that is a sum over edges and rows. The rows are taken a chunk at a time, so that only one chunk's logits
+    exist; the gradients are formed then, and the scalar's backward multiplies them by the one that arrives.
+
+    Args:
+        hidden, weight, rows, targets, temperature, softcap: as in `linear_logprob`.
+        loss: called with (logprob [e], entropy [t], edges, rows) of a chunk, returns its share of the sum, one element.
+            `edges` and `rows` are indices or slices: logprob belongs to rows[edges] and targets[edges], entropy to
+            hidden[rows]. A chunk may have no edges. Differentiated once, by log-prob and entropy only: other tensors
+            that `loss` reads get no gradient.
+
+    Returns:
+        (value, logprob [E], entropy [T]) as from `linear_logprob`, of which only the scalar `value` is differentiable.
+
+    Raises:
+        ValueError: as `linear_logprob`, or `loss` does not return one element.
+    """
+    if library.traced(hidden):
+        logprob, entropy = linear_logprob(hidden, weight, rows, targets, temperature=temperature, softcap=softcap)
+        return loss(logprob, entropy, slice(None), slice(None)), logprob.detach(), entropy.detach()
+    checks.linear_logprob(hidden, weight, rows, targets, temperature, softcap, op="policy_head")
+    run = implementation(hidden, also=library.HALF).policy_head
+    value, logprob, entropy = run(hidden, weight, rows, targets, loss, temperature, softcap)
+    return value, logprob, entropy
 
 
 def sample(

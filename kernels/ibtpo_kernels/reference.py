@@ -12,8 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-from ibtpo_kernels import checks
-from ibtpo_kernels.logprob import linear_logprob
+from ibtpo_kernels import checks, one_pass
+from ibtpo_kernels.logits import TORCH_OPS
+from ibtpo_kernels.logprob import linear_logprob, linear_logprob_grads, linear_logprob_stats
+from ibtpo_kernels.one_pass import Loss
 from ibtpo_kernels.philox import uniform
 from ibtpo_kernels.plan import DecodePlan, plan_items
 
@@ -21,8 +23,12 @@ __all__ = [
     "add_rms_norm",
     "append_kv",
     "linear_logprob",
+    "linear_logprob_grads",
+    "linear_logprob_stats",
     "plain_linear_logprob",
+    "plain_policy_head",
     "plan_decode",
+    "policy_head",
     "rms_norm",
     "rope",
     "rope_append",
@@ -126,11 +132,42 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def plain_linear_logprob(
-    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float
+    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`linear_logprob` the plain way, [T, V] kept and autograd left to torch: what the chunked form must equal."""
-    log_p = ((_wide(hidden) @ _wide(weight).t()) / temperature).log_softmax(-1)
+    """`linear_logprob` with all logits at once and autograd left to torch: what the tiled form must equal."""
+    u = _wide(hidden) @ _wide(weight).t()
+    log_p = ((u if softcap is None else softcap * (u / softcap).tanh()) / temperature).log_softmax(-1)
     return log_p[rows, targets], -(log_p.exp() * log_p).sum(-1)
+
+
+def policy_head(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    loss: Loss,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, logprob [E], entropy [T])."""
+    return one_pass.policy_head(hidden, weight, rows, targets, loss, temperature, softcap, _HEAD)
+
+
+_HEAD = one_pass.tiled(TORCH_OPS)
+
+
+def plain_policy_head(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    loss: Loss,
+    temperature: float,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of what `plain_linear_logprob` returns, in one piece: what `policy_head` must equal."""
+    logprob, entropy = plain_linear_logprob(hidden, weight, rows, targets, temperature, softcap)
+    return loss(logprob, entropy, slice(None), slice(None)), logprob.detach(), entropy.detach()
 
 
 def sample(

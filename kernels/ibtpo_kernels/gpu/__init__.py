@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ibtpo_kernels import cpu, reference
-from ibtpo_kernels.gpu.logprob import linear_logprob
+from ibtpo_kernels.gpu.logprob import linear_logprob, linear_logprob_grads, linear_logprob_stats, policy_head
 from ibtpo_kernels.gpu.norm import add_rms_norm, rms_norm
 from ibtpo_kernels.gpu.sample import sample
 from ibtpo_kernels.gpu.small import append_kv, rope, rope_append, silu_mul
@@ -20,7 +20,10 @@ __all__ = [
     "add_rms_norm",
     "append_kv",
     "linear_logprob",
+    "linear_logprob_grads",
+    "linear_logprob_stats",
     "plan_decode",
+    "policy_head",
     "rms_norm",
     "rope",
     "rope_append",

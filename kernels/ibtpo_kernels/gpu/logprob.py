@@ -2,15 +2,18 @@
 # mypy: disable-error-code="import-untyped,import-not-found"
 """Log-probability and entropy of a linear head: library matrix products, and one Triton pass over each chunk of logits.
 
-With z = hidden weight^T / temperature, a row's m = max z, l = log sum exp(z - m), p = exp(z - m - l):
+With u = hidden weight^T, z = cap tanh(u / cap) / temperature (without a cap z = u / temperature), a row's m = max z,
+l = log sum exp(z - m), p = exp(z - m - l):
 
     forward    logprob_e = z[row_e, target_e] - m - l           H = l - sum p (z - m)
     backward   dz = sum_e g_e [target_e = v] - p G - h p (log p + H)         G = sum of g_e over the row's edges
+               du = dz (1 - tanh^2) / temperature
 
 A chunk of rows has its logits in float32, straight from the matrix product's accumulator (bf16 logits are off by up to
-0.06 at a logit of 20), and its dz in the type of `hidden`, so that the two products of the backward run on the tensor
-cores. The pass reads each logit once. Edges are sorted by (row, target) on the device: sums over a row's edges and over
-repeated edges have one order, there are no atomics, and the host never waits.
+0.06 at a logit of 20), and its du in the type of `hidden`, so that the two products of the backward run on the tensor
+cores. A pass reads each logit once; `policy_head` keeps a chunk's logits from one pass to the next. Edges are sorted by
+(row, target) on the device: sums over a row's edges and over repeated edges have one order, there are no atomics, and
+`linear_logprob` never makes the host wait.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ibtpo_kernels import one_pass
 from ibtpo_kernels.gpu.launch import on_device
+from ibtpo_kernels.logits import Head
 
 _CHUNK_BYTES = 768 << 20  # logits and their gradient alive at a time: enough rows for a full-size matrix product
 _BLOCK = 4096  # columns a step of the row passes
@@ -31,7 +36,40 @@ _EDGES = 128
 
 
 @triton.jit
-def row_stats(z_ptr, stats_ptr, num_cols, num_rows, first, inv_temperature, BLOCK: tl.constexpr):
+def _tanh(x):
+    """The polynomial of Cephes' tanhf near zero, where 1 - 2 / (e^2x + 1) would cancel."""
+    square = x * x
+    y = square * -5.70498872745e-3 + 2.06390887954e-2
+    y = y * square - 5.37397155531e-2
+    y = y * square + 1.33314422036e-1
+    y = y * square - 3.33332819422e-1
+    y = y * square * x + x
+    size = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp(size + size) + 1.0)
+    return tl.where(size < 0.625, y, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def _logit(u, inv_temperature, cap, CAPPED: tl.constexpr):
+    """z of u."""
+    return _tanh(u / cap) * (cap * inv_temperature) if CAPPED else u * inv_temperature
+
+
+@triton.jit
+def _slope(z, inv_temperature, cap, CAPPED: tl.constexpr):
+    """dz/du."""
+    if CAPPED:
+        t = z / (cap * inv_temperature)
+        slope = (1.0 - t * t) * inv_temperature
+    else:
+        slope = inv_temperature
+    return slope
+
+
+@triton.jit
+def row_stats(
+    z_ptr, stats_ptr, num_cols, num_rows, first, inv_temperature, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
+):
     """m, l, H of one row, into stats[:, first + row]; columns past num_cols count for nothing."""
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * num_cols
@@ -40,7 +78,8 @@ def row_stats(z_ptr, stats_ptr, num_cols, num_rows, first, inv_temperature, BLOC
     mean = tl.zeros([BLOCK], tl.float32)  # of exp(z - top) (z - top)
     for start in range(0, num_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + cols, mask=cols < num_cols, other=float("-inf")) * inv_temperature
+        u = tl.load(z_ptr + cols, mask=cols < num_cols, other=0.0)
+        z = tl.where(cols < num_cols, _logit(u, inv_temperature, cap, CAPPED), float("-inf"))
         new_top = tl.maximum(top, tl.max(z, 0))
         shift = tl.maximum(top - new_top, -1.0e4)  # exp of it is zero already, and 0 * -inf would be NaN
         shrink = tl.exp(shift)
@@ -59,8 +98,8 @@ def row_stats(z_ptr, stats_ptr, num_cols, num_rows, first, inv_temperature, BLOC
 
 @triton.jit
 def edge_logprob(
-    z_ptr, stats_ptr, rows_ptr, targets_ptr, out_ptr, num_edges, num_cols, num_rows, first, stop, inv_temperature,
-    BLOCK: tl.constexpr,
+    z_ptr, stats_ptr, rows_ptr, targets_ptr, out_ptr, num_edges, num_cols, num_rows, first, stop, inv_temperature, cap,
+    CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Log-prob of the edges whose row lies in this chunk, [first, stop); NaN where a target is out of range."""
     edge = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -68,7 +107,8 @@ def edge_logprob(
     target = tl.load(targets_ptr + edge, mask=edge < num_edges, other=-1)
     mine = (row >= first) & (row < stop)
     valid = mine & (target >= 0) & (target < num_cols)
-    z = tl.load(z_ptr + (row - first) * num_cols + target, mask=valid, other=float("nan")) * inv_temperature
+    u = tl.load(z_ptr + (row - first) * num_cols + target, mask=valid, other=float("nan"))
+    z = _logit(u, inv_temperature, cap, CAPPED)
     top = tl.load(stats_ptr + row, mask=mine, other=0.0)
     log_total = tl.load(stats_ptr + num_rows + row, mask=mine, other=0.0)
     tl.store(out_ptr + edge, (z - top) - log_total, mask=mine)
@@ -85,9 +125,9 @@ def _dense(z, top, log_total, entropy, grad_rows, grad_entropy):
 @triton.jit
 def logit_grad(
     z_ptr, dz_ptr, stats_ptr, starts_ptr, grads_ptr, row_grads_ptr, grad_entropy_ptr, num_cols, num_rows, first,
-    inv_temperature, BLOCK: tl.constexpr, EDGES: tl.constexpr,
+    inv_temperature, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
-    """The dense part of one row's dz / temperature, and the row's G for `edge_grad`."""
+    """The dense part of one row's du, and the row's G for `edge_grad`."""
     row = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(starts_ptr + first + row), tl.load(starts_ptr + first + row + 1)
     sums = tl.zeros([EDGES], tl.float32)
@@ -101,17 +141,19 @@ def logit_grad(
     grad_entropy = tl.load(grad_entropy_ptr + first + row)
     for start in range(0, num_cols, BLOCK):
         cols = start + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + row * num_cols + cols, mask=cols < num_cols, other=float("-inf")) * inv_temperature
-        dz = _dense(z, top, log_total, entropy, grad_rows, grad_entropy) * inv_temperature
+        u = tl.load(z_ptr + row * num_cols + cols, mask=cols < num_cols, other=0.0)
+        z = _logit(u, inv_temperature, cap, CAPPED)
+        dz = _dense(z, top, log_total, entropy, grad_rows, grad_entropy)
+        dz *= _slope(z, inv_temperature, cap, CAPPED)
         tl.store(dz_ptr + row * num_cols + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < num_cols)
 
 
 @triton.jit
 def edge_grad(
     z_ptr, dz_ptr, stats_ptr, rows_ptr, targets_ptr, grads_ptr, row_grads_ptr, grad_entropy_ptr, num_edges, num_cols,
-    num_rows, first, stop, inv_temperature, BLOCK: tl.constexpr,
+    num_rows, first, stop, inv_temperature, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """dz / temperature of the entries that edges point at. Edges are sorted; the first of equal ones writes for all."""
+    """du of the entries that edges point at. Edges are sorted; the first of equal ones writes for all."""
     edge = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = edge < num_edges
     row = tl.load(rows_ptr + edge, mask=inside, other=-1)
@@ -130,22 +172,33 @@ def edge_grad(
         grad += tl.load(grads_ptr + next_edge, mask=same, other=0.0)
         next_edge += 1
     at = (row - first) * num_cols + target
-    z = tl.load(z_ptr + at, mask=leads, other=0.0) * inv_temperature
+    z = _logit(tl.load(z_ptr + at, mask=leads, other=0.0), inv_temperature, cap, CAPPED)
     top = tl.load(stats_ptr + row, mask=leads, other=0.0)
     log_total = tl.load(stats_ptr + num_rows + row, mask=leads, other=0.0)
     entropy = tl.load(stats_ptr + 2 * num_rows + row, mask=leads, other=0.0)
     grad_rows = tl.load(row_grads_ptr + row, mask=leads, other=0.0)
     grad_entropy = tl.load(grad_entropy_ptr + row, mask=leads, other=0.0)
-    dz = (_dense(z, top, log_total, entropy, grad_rows, grad_entropy) + grad) * inv_temperature
+    dz = _dense(z, top, log_total, entropy, grad_rows, grad_entropy) + grad
+    dz *= _slope(z, inv_temperature, cap, CAPPED)
     tl.store(dz_ptr + at, dz.to(dz_ptr.dtype.element_ty), mask=leads)
 
 
-def _chunks(num_rows: int, num_cols: int, element_size: int) -> Iterator[tuple[int, int]]:
-    """[first, stop) of each chunk of rows, a multiple of the matrix product's tile."""
+def _chunk_rows(num_cols: int, element_size: int) -> int:
+    """Rows of a chunk, a multiple of the matrix product's tile."""
     rows = _CHUNK_BYTES // ((4 + element_size) * max(num_cols, 1))
-    size = max(rows // 128 * 128, 64)
-    for first in range(0, num_rows, size):
-        yield first, min(first + size, num_rows)
+    return max(rows // 128 * 128, 64)
+
+
+def _chunks(head: Head) -> Iterator[tuple[int, int]]:
+    """[first, stop) of each chunk."""
+    size = _chunk_rows(head.num_cols, head.hidden.element_size())
+    for first in range(0, head.num_rows, size):
+        yield first, min(first + size, head.num_rows)
+
+
+def _shape(head: Head) -> dict[str, float | bool]:
+    """What turns u into logits, as the kernels take it."""
+    return {"inv_temperature": 1.0 / head.temperature, "cap": head.softcap or 1.0, "CAPPED": head.softcap is not None}
 
 
 def _library_casts(x: Tensor) -> bool:
@@ -153,11 +206,11 @@ def _library_casts(x: Tensor) -> bool:
     return x.is_cuda and x.element_size() == 2
 
 
-def _logits(x: Tensor, head: Tensor) -> Tensor:
-    """x head^T in float32."""
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T in float32."""
     if _library_casts(x):
-        return torch.mm(x, head.t(), out_dtype=torch.float32)
-    return x.float() @ head.float().t()
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
+    return x.float() @ weight.float().t()
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -175,81 +228,157 @@ class _Edges(NamedTuple):
     starts: Tensor  # int64 [T + 1], first edge of each row
 
 
-def _sorted(rows: Tensor, targets: Tensor, grads: Tensor, num_rows: int) -> _Edges:
-    by_target, order = targets.sort(stable=True)
-    by_row, then = rows[order].sort(stable=True)
-    starts = torch.searchsorted(by_row, torch.arange(num_rows + 1, device=rows.device))
-    return _Edges(by_row, by_target[then], grads[order[then]].contiguous(), starts)
+def _sorted(head: Head, grads: Tensor) -> _Edges:
+    by_target, order = head.targets.sort(stable=True)
+    by_row, then = head.rows[order].sort(stable=True)
+    starts = torch.searchsorted(by_row, torch.arange(head.num_rows + 1, device=by_row.device))
+    return _Edges(by_row, by_target[then], grads.float()[order[then]].contiguous(), starts)
 
 
-class _LinearLogprob(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        num_rows, num_cols, num_edges = len(hidden), len(weight), len(rows)
-        logprob = torch.full((num_edges,), float("nan"), device=hidden.device)  # of a row that does not exist
-        stats = torch.empty(3, num_rows, device=hidden.device)
-        for first, stop in _chunks(num_rows, num_cols, hidden.element_size()):
-            z = _logits(hidden[first:stop], weight)
-            row_stats[(stop - first,)](
-                z, stats, num_cols, num_rows, first, 1.0 / temperature, BLOCK=_BLOCK, num_warps=8
-            )
-            if num_edges:
-                edge_logprob[(triton.cdiv(num_edges, _EDGES),)](
-                    z, stats, rows, targets, logprob, num_edges, num_cols, num_rows, first, stop, 1.0 / temperature,
-                    BLOCK=_EDGES, num_warps=4,
-                )  # fmt: skip
-        ctx.save_for_backward(hidden, weight, rows, targets, stats)
-        ctx.temperature = temperature
-        ctx.set_materialize_grads(True)
-        return logprob, stats[2].clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        hidden, weight, rows, targets, stats = ctx.saved_tensors
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = torch.zeros(weight.shape, device=weight.device) if wants_weight else None
-        edges = _sorted(rows, targets, grad_logprob.float(), len(hidden))
-        with on_device(hidden):
-            for first, stop in _chunks(len(hidden), len(weight), hidden.element_size()):
-                x = hidden[first:stop]
-                dz = _chunk_grad(_logits(x, weight), stats, edges, grad_entropy.contiguous(), first, ctx.temperature, x)
-                if d_hidden is not None:
-                    torch.mm(dz, weight, out=d_hidden[first:stop])
-                if d_weight is not None:
-                    _add_product(d_weight, dz, x)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+def _chunk_stats(z: Tensor, head: Head, stats: Tensor, logprob: Tensor, first: int) -> None:
+    """Stats of rows [first, first + len(z)) and log-prob of their edges."""
+    shape = _shape(head)
+    row_stats[(len(z),)](z, stats, head.num_cols, head.num_rows, first, **shape, BLOCK=_BLOCK, num_warps=8)
+    if head.num_edges:
+        edge_logprob[(triton.cdiv(head.num_edges, _EDGES),)](
+            z, stats, head.rows, head.targets, logprob, head.num_edges, head.num_cols, head.num_rows,
+            first, first + len(z), **shape, BLOCK=_EDGES, num_warps=4,
+        )  # fmt: skip
 
 
-def _chunk_grad(
-    z: Tensor, stats: Tensor, edges: _Edges, grad_entropy: Tensor, first: int, temperature: float, like: Tensor
-) -> Tensor:
-    """dz / temperature [t, V] in the type of `like`."""
-    dz = torch.empty(z.shape, dtype=like.dtype, device=z.device)
+def _chunk_grad(z: Tensor, head: Head, stats: Tensor, edges: _Edges, grad_entropy: Tensor, first: int) -> Tensor:
+    """du [t, V] of rows [first, first + t) in the type of hidden."""
+    dz = torch.empty(z.shape, dtype=head.hidden.dtype, device=z.device)
     row_grads = torch.empty_like(grad_entropy)
-    num_rows, num_cols, num_edges = stats.shape[1], z.shape[1], len(edges.rows)
+    shape = _shape(head)
     logit_grad[(len(z),)](
-        z, dz, stats, edges.starts, edges.grads, row_grads, grad_entropy, num_cols, num_rows, first, 1.0 / temperature,
-        BLOCK=_BLOCK, EDGES=_EDGES, num_warps=8,
+        z, dz, stats, edges.starts, edges.grads, row_grads, grad_entropy, head.num_cols, head.num_rows, first,
+        **shape, BLOCK=_BLOCK, EDGES=_EDGES, num_warps=8,
     )  # fmt: skip
-    if num_edges:
-        edge_grad[(triton.cdiv(num_edges, _EDGES),)](
-            z, dz, stats, edges.rows, edges.targets, edges.grads, row_grads, grad_entropy, num_edges, num_cols,
-            num_rows, first, first + len(z), 1.0 / temperature, BLOCK=_EDGES, num_warps=4,
+    if head.num_edges:
+        edge_grad[(triton.cdiv(head.num_edges, _EDGES),)](
+            z, dz, stats, edges.rows, edges.targets, edges.grads, row_grads, grad_entropy, head.num_edges,
+            head.num_cols, head.num_rows, first, first + len(z), **shape, BLOCK=_EDGES, num_warps=4,
         )  # fmt: skip
     return dz
 
 
+def _forward(head: Head) -> tuple[Tensor, Tensor]:
+    """(logprob [E], NaN of a row that does not exist; stats [3, T])."""
+    logprob = torch.full((head.num_edges,), float("nan"), device=head.hidden.device)
+    stats = torch.empty(3, head.num_rows, device=head.hidden.device)
+    for first, stop in _chunks(head):
+        _chunk_stats(_product(head.hidden[first:stop], head.weight), head, stats, logprob, first)
+    return logprob, stats
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *fields: Any) -> tuple[Tensor, Tensor]:
+        head = Head(*fields)
+        logprob, stats = _forward(head)
+        ctx.save_for_backward(head.hidden, head.weight, head.rows, head.targets, stats)
+        ctx.rest = head.temperature, head.softcap
+        return logprob, stats[2].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        *tensors, stats = ctx.saved_tensors
+        head = Head(*tensors, *ctx.rest)
+        with on_device(head.hidden):
+            grads = backward(head, stats, grad_logprob, grad_entropy, *ctx.needs_input_grad[:2])
+        return *grads, None, None, None, None
+
+
+def backward(
+    head: Head, stats: Tensor, grad_logprob: Tensor, grad_entropy: Tensor, wants_hidden: bool, wants_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of hidden and weight, each only if wanted: nothing is computed or allocated for the other."""
+    d_hidden = torch.empty_like(head.hidden) if wants_hidden else None
+    d_weight = torch.zeros(head.weight.shape, device=head.weight.device) if wants_weight else None
+    edges = _sorted(head, grad_logprob)
+    for first, stop in _chunks(head):
+        x = head.hidden[first:stop]
+        dz = _chunk_grad(_product(x, head.weight), head, stats, edges, grad_entropy.contiguous(), first)
+        if d_hidden is not None:
+            torch.mm(dz, head.weight, out=d_hidden[first:stop])
+        if d_weight is not None:
+            _add_product(d_weight, dz, x)
+    return d_hidden, None if d_weight is None else d_weight.to(head.weight.dtype)
+
+
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float
+    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """As `ibtpo_kernels.linear_logprob`; an index out of range gives NaN on a GPU, where raising would have to wait."""
     hidden, weight, rows, targets = (x.contiguous() for x in (hidden, weight, rows, targets))
     with on_device(hidden):
-        logprob, entropy = _LinearLogprob.apply(hidden, weight, rows, targets, temperature)
+        logprob, entropy = _LinearLogprob.apply(hidden, weight, rows, targets, temperature, softcap)
     return logprob, entropy
+
+
+def linear_logprob_stats(*fields: Any) -> tuple[Tensor, Tensor]:
+    """(logprob [E], stats [3, T]), for `library`; arguments as of `Head`."""
+    head = _dense_head(*fields)
+    with on_device(head.hidden):
+        return _forward(head)
+
+
+def linear_logprob_grads(*given: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of hidden and weight from `Head`'s fields, stats, two gradients and what is wanted, for `library`."""
+    *fields, stats, grad_logprob, grad_entropy, wants_hidden, wants_weight = given
+    head = _dense_head(*fields)
+    with on_device(head.hidden):
+        return backward(head, stats, grad_logprob, grad_entropy, wants_hidden, wants_weight)
+
+
+def _dense_head(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *rest: Any) -> Head:
+    return Head(hidden.contiguous(), weight.contiguous(), rows.contiguous(), targets.contiguous(), *rest)
+
+
+class _Chunk:
+    """Some rows of a head with their logits alive; see `one_pass`."""
+
+    def __init__(self, head: Head) -> None:
+        self.head = head
+        self.logprob = torch.full((head.num_edges,), float("nan"), device=head.hidden.device)
+        self.stats = torch.empty(3, head.num_rows, device=head.hidden.device)
+        self.logits = _product(head.hidden, head.weight)
+        if head.num_rows:
+            _chunk_stats(self.logits, head, self.stats, self.logprob, 0)
+        self.entropy = self.stats[2]
+
+    def backward(
+        self, by_logprob: Tensor, by_entropy: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None, begins: bool
+    ) -> None:
+        if d_weight is not None and begins:
+            d_weight.zero_()
+        if not self.head.num_rows:
+            return
+        edges = _sorted(self.head, by_logprob)
+        dz = _chunk_grad(self.logits, self.head, self.stats, edges, by_entropy.contiguous(), 0)
+        if d_hidden is not None:
+            torch.mm(dz, self.head.weight, out=d_hidden)
+        if d_weight is not None and d_weight.dtype is torch.float32:
+            _add_product(d_weight, dz, self.head.hidden)
+        elif d_weight is not None:  # one chunk, rounded once
+            torch.mm(dz.t(), self.head.hidden, out=d_weight)
+
+
+_HEAD = one_pass.Engine(_Chunk, lambda head: _chunk_rows(head.num_cols, head.hidden.element_size()))
+
+
+def policy_head(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    loss: one_pass.Loss,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `ibtpo_kernels.policy_head`; with several chunks the host waits once, for how many edges each has."""
+    hidden, weight, rows, targets = (x.contiguous() for x in (hidden, weight, rows, targets))
+    with on_device(hidden):
+        return one_pass.policy_head(hidden, weight, rows, targets, loss, temperature, softcap, _HEAD)

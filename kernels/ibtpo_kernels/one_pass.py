@@ -1,0 +1,185 @@
+"""Forward and backward of a linear head in one pass, for a loss that is known once the log-probs are.
+
+    linear_logprob, loss, backward       u = x W^T | then again u = x W^T, dx = du W, dW = du^T x            8 T H V
+    policy_head                          u = x W^T, loss of these rows, dx = du W, dW = du^T x               6 T H V
+
+The loss is a sum over rows and edges, so it is taken apart by rows: of a chunk of rows the logits are made, the loss
+and its gradient by log-prob and entropy are found, and the gradients of hidden and weight are formed while these logits
+are alive. The backward of the scalar returned multiplies what was found by the gradient that arrives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ibtpo_kernels.logits import Grads, Head, LogitOps, work_dtype
+from ibtpo_kernels.logprob import Products, part, spans, tile_shape
+
+Selection = Tensor | slice
+Loss = Callable[[Tensor, Tensor, Selection, Selection], Tensor]
+"""(logprob [e], entropy [t], edges, rows) -> scalar; `edges` and `rows` say which of all E and T these are."""
+
+_CHUNK_ELEMENTS = 1 << 24  # logits alive at a time: 64 MiB in float32
+_CHUNK_ROWS = 64  # at least
+
+
+class Chunk(Protocol):
+    """Some rows of a head with their logits alive."""
+
+    logprob: Tensor  # [e]
+    entropy: Tensor  # [t]
+
+    def backward(
+        self, by_logprob: Tensor, by_entropy: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None, begins: bool
+    ) -> None:
+        """Write the rows' d_hidden [t, H]; write (if `begins`) or add to d_weight [V, H]. The logits are used up."""
+
+
+class Engine(NamedTuple):
+    """How a backend makes chunks."""
+
+    chunk: Callable[[Head], Chunk]
+    chunk_rows: Callable[[Head], int]  # rows a chunk
+
+
+def policy_head(
+    hidden: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    loss: Loss,
+    temperature: float,
+    softcap: float | None,
+    engine: Engine,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, logprob [E], entropy [T]) as in `ibtpo_kernels.policy_head`; autograd through the first."""
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()
+    head = Head(hidden, weight, rows, targets, temperature, softcap)
+    value, logprob, entropy = _PolicyHead.apply(*head, loss, engine)  # type: ignore[no-untyped-call]
+    return value, logprob, entropy
+
+
+class _PolicyHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *fields, loss, engine = args
+        head = Head(*fields)
+        wide = work_dtype(head.hidden.dtype)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(head.hidden) if wants_hidden else None
+        value = head.hidden.new_zeros((), dtype=wide)
+        logprob = head.hidden.new_empty(head.num_edges, dtype=wide)
+        entropy = head.hidden.new_empty(head.num_rows, dtype=wide)
+        size = engine.chunk_rows(head)
+        d_weight = _weight_sum(head, wide, size) if wants_weight else None
+        for rows, edges, local in _split(head, size):
+            chunk = engine.chunk(local)
+            of_chunk, grads = _evaluate(loss, chunk, edges, rows, wants_hidden or wants_weight)
+            value += of_chunk
+            logprob[edges], entropy[rows] = chunk.logprob, chunk.entropy
+            if grads is not None:
+                chunk.backward(*grads, None if d_hidden is None else d_hidden[rows], d_weight, rows.start == 0)
+        ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(head.weight.dtype))
+        ctx.mark_non_differentiable(logprob, entropy)
+        return value, logprob, entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.saved_tensors
+        if grad.is_cpu and grad.item() == 1.0:
+            return *found, None, None, None, None, None, None
+        return *(None if x is None else x * grad.to(x.dtype) for x in found), None, None, None, None, None, None
+
+
+def _weight_sum(head: Head, wide: torch.dtype, chunk_rows: int) -> Tensor:
+    """d_weight, to be written by the first chunk; sums over several tiles or chunks are kept in float32."""
+    at_once = head.num_rows <= min(chunk_rows, tile_shape(head.num_rows, head.num_cols)[0])
+    return torch.empty_like(head.weight, dtype=head.weight.dtype if at_once else wide)
+
+
+def _split(head: Head, size: int) -> Iterator[tuple[slice, Selection, Head]]:
+    """(rows, edges, head of these) of each chunk; every edge falls into the chunk of its row. One chunk at least."""
+    num_rows = head.num_rows
+    if num_rows <= size:
+        yield slice(0, num_rows), slice(None), head
+        return
+    by_row, order = head.rows.sort(stable=True)
+    starts = torch.arange(0, num_rows + size, size, device=by_row.device)
+    bounds = torch.searchsorted(by_row, starts).tolist()
+    for i, rows in enumerate(spans(num_rows, size)):
+        edges = order[bounds[i] : bounds[i + 1]]
+        local_rows, targets = head.rows[edges] - rows.start, head.targets[edges]
+        yield rows, edges, head._replace(hidden=head.hidden[rows], rows=local_rows, targets=targets)
+
+
+def _evaluate(
+    loss: Loss, chunk: Chunk, edges: Selection, rows: Selection, wants_grad: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """The loss of a chunk and, if wanted, its gradient by log-prob and entropy."""
+    with torch.enable_grad():
+        logprob, entropy = (x.detach().requires_grad_(wants_grad) for x in (chunk.logprob, chunk.entropy))
+        value = loss(logprob, entropy, edges, rows)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise ValueError(
+                "policy_head: loss must return a tensor of one element, a sum over the edges and rows given"
+            )
+        if not wants_grad:
+            return value.detach().reshape(()), None
+        found: list[Tensor | None] = [None, None]
+        if value.requires_grad:
+            found = list(torch.autograd.grad(value.reshape(()), (logprob, entropy), allow_unused=True))
+    by_logprob = torch.zeros_like(logprob) if found[0] is None else found[0]
+    by_entropy = torch.zeros_like(entropy) if found[1] is None else found[1]
+    return value.detach().reshape(()), (by_logprob, by_entropy)
+
+
+def _chunk_rows(head: Head) -> int:
+    return max(_CHUNK_ROWS, _CHUNK_ELEMENTS // max(head.num_cols, 1))
+
+
+def tiled(ops: LogitOps) -> Engine:
+    """Chunks made of tiles: see `logprob` for the tiles and `logits` for the passes."""
+    return Engine(lambda head: _TiledChunk(head, ops), _chunk_rows)
+
+
+class _TiledChunk:
+    """Logits of some rows as tiles, each dense."""
+
+    def __init__(self, head: Head, ops: LogitOps) -> None:
+        self.head, self.ops, self.products = head, ops, Products(head, ops)
+        wide = self.products.wide
+        num_rows, num_cols = head.num_rows, head.num_cols
+        tile_rows, tile_cols = tile_shape(num_rows, num_cols)
+        self.cuts = [(cols, rows) for cols in spans(num_cols, tile_cols) for rows in spans(num_rows, tile_rows)]
+        self.logprob = head.hidden.new_empty(head.num_edges, dtype=wide)
+        self.stats = head.hidden.new_empty(3, num_rows, dtype=wide)
+        self.tiles = []
+        for cols, rows in self.cuts:
+            u = part(self.products.hidden, rows) @ self.products.block(cols).t()
+            ops.stats(u, rows.start, cols.start, head, self.stats, self.logprob)
+            self.tiles.append(u)
+        ops.finish(head, self.stats, self.logprob)
+        self.entropy = self.stats[2]
+
+    def backward(
+        self, by_logprob: Tensor, by_entropy: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None, begins: bool
+    ) -> None:
+        products, grads = self.products, Grads.of(self.head, by_logprob, by_entropy)
+        total = None if d_hidden is None else d_hidden.to(products.wide)  # itself, or a wider one to add up in
+        for (cols, rows), u in zip(self.cuts, self.tiles, strict=True):
+            du = self.ops.grad(u, rows.start, cols.start, self.head, self.stats, grads)
+            if total is not None:
+                products.add(part(total, rows), du, products.block(cols), cols.start == 0)
+            if d_weight is not None:
+                products.add(part(d_weight, cols), du.t(), part(products.hidden, rows), begins and rows.start == 0)
+        if d_hidden is not None and total is not None and total is not d_hidden:
+            d_hidden.copy_(total)
+        if d_weight is not None and begins and not self.cuts:
+            d_weight.zero_()
+        self.tiles.clear()
