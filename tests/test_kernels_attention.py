@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import BACKENDS, ISAS, assert_within_budget, forest, on_isa, path_of, qkv
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 import ibtpo_kernels as K
 
@@ -160,12 +161,92 @@ def test_any_forest_matches_float64(num_tokens: int, branch: float, root: float,
     torch.testing.assert_close(K.tree_attention(q, k, v, end).double(), exact, atol=3e-6, rtol=1e-5)
 
 
-def test_bfloat16_falls_back_to_the_reference() -> None:
-    q, k, v = (x.bfloat16() for x in qkv(20, 2, 1, 8))
-    end = forest(20)
-    with K.backend("reference"):
-        expected = K.tree_attention(q, k, v, end)
-    assert torch.equal(K.tree_attention(q, k, v, end), expected)
+# ---- bfloat16, in the compiled kernels ----
+
+needs_compiled = pytest.mark.skipif(not K.has_compiled(), reason="the compiled kernels are missing")
+FORESTS = {
+    "forest": forest,
+    "chain": lambda n: torch.full((n,), n, dtype=torch.int32),
+    "fork": lambda n: torch.cat((torch.full((5,), n, dtype=torch.int32), torch.arange(6, n + 1, dtype=torch.int32))),
+}
+
+
+def torch_sdpa(q: Tensor, k: Tensor, v: Tensor, end: Tensor, d_out: Tensor) -> list[Tensor]:
+    """[out, dq, dk, dv] of torch's own attention with a dense mask, in the dtype of its inputs."""
+    index = torch.arange(len(end))
+    mask = (index <= index[:, None]) & (end > index[:, None])
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    heads_first = (x.transpose(0, 1)[None] for x in leaves)
+    out = scaled_dot_product_attention(*heads_first, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+    return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
+
+
+def assert_bf16_within_budget(end: Tensor, heads: int, kv_heads: int, dim: int) -> None:
+    q, k, v = (x.bfloat16() for x in qkv(len(end), heads, kv_heads, dim))
+    d_out = torch.randn_like(q)
+    exact = run("reference", q.double(), k.double(), v.double(), end, d_out.double())
+    plain = torch_sdpa(q, k, v, end, d_out)
+    for actual, torch_bf16, float64 in zip(run("cpu", q, k, v, end, d_out), plain, exact, strict=True):
+        assert actual.dtype is torch.bfloat16
+        assert_within_budget(actual, torch_bf16, float64)
+
+
+@needs_compiled
+@pytest.mark.parametrize("dim", [16, 32, 64, 80, 96, 128, 256, 5])
+@pytest.mark.parametrize("shape", [(37, 4, 2), (301, 3, 1), (1, 2, 2)], ids=str)
+def test_bfloat16_errs_no_more_than_twice_torch(shape: tuple[int, int, int], dim: int) -> None:
+    tokens, heads, kv_heads = shape
+    assert_bf16_within_budget(forest(tokens), heads, kv_heads, dim)
+
+
+@needs_compiled
+@pytest.mark.parametrize("kind", ["chain", "fork"])
+def test_bfloat16_of_a_long_chain_and_of_a_thousand_way_fork(kind: str) -> None:
+    assert_bf16_within_budget(FORESTS[kind](1005), 2, 1, 32)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_bfloat16_on_every_instruction_set(isa: str) -> None:
+    with on_isa(isa):
+        assert_bf16_within_budget(forest(150), 4, 2, 40)
+
+
+@needs_compiled
+def test_bfloat16_of_no_tokens() -> None:
+    q, k, v = (x.bfloat16() for x in qkv(0, 2, 1, 8))
+    assert [len(x) for x in run("cpu", q, k, v, forest(0), q)] == [0, 0, 0, 0]
+
+
+# ---- one tree on many threads ----
+
+
+@needs_compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("kind", FORESTS)
+def test_one_key_value_head_gives_the_same_bits_on_1_2_and_8_threads(kind: str, dtype: torch.dtype) -> None:
+    """Large enough that the backward cuts the queries into chunks whose parts of dK and dV are added up at the end."""
+    q, k, v = (x.to(dtype) for x in qkv(1501, 4, 1, 32))
+    end, d_out = FORESTS[kind](1501), torch.randn_like(q)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 8):
+            torch.set_num_threads(threads)
+            results.append(run("cpu", q, k, v, end, d_out))
+    finally:
+        torch.set_num_threads(before)
+    for several in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(several, results[0], strict=True))
+
+
+@needs_compiled
+def test_a_long_chain_of_one_head_matches_float64() -> None:
+    q, k, v = qkv(1501, 2, 1, 32)
+    end, d_out = FORESTS["chain"](1501), torch.randn_like(q)
+    exact = run("reference", q.double(), k.double(), v.double(), end, d_out.double())
+    plain = run("reference", q, k, v, end, d_out)
+    for actual, torch_fp32, float64 in zip(run("cpu", q, k, v, end, d_out), plain, exact, strict=True):
+        assert_within_budget(actual, torch_fp32, float64)
 
 
 @pytest.mark.parametrize(
