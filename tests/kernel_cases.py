@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 import ibtpo_kernels as K
+from ibtpo_kernels import cpu
 
 BACKENDS = ["reference", "cpu"] if K.has_compiled() else ["reference"]
+
+
+def _runnable() -> list[str]:
+    if not K.has_compiled():
+        return []
+    best = cpu.native.isa()
+    found = [isa for isa in ("baseline", "v3", "v4", "v4bf16") if cpu.native.use_isa(isa)]
+    cpu.native.use_isa(best)
+    return found
+
+
+ISAS = _runnable()
+"""Instruction sets of the compiled kernels that run on this processor."""
+
+
+@contextmanager
+def on_isa(isa: str) -> Iterator[None]:
+    """Run the ops inside on the compiled kernels of one instruction set."""
+    best = cpu.native.isa()
+    assert cpu.native.use_isa(isa)
+    try:
+        with K.backend("cpu"):
+            yield
+    finally:
+        cpu.native.use_isa(best)
 
 
 def forest(num_tokens: int, *, branch: float = 0.15, root: float = 0.02, seed: int = 0) -> Tensor:

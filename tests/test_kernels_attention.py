@@ -6,11 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import BACKENDS, assert_within_budget, forest, path_of, qkv
+from kernel_cases import BACKENDS, ISAS, assert_within_budget, forest, on_isa, path_of, qkv
 from torch import Tensor
 
 import ibtpo_kernels as K
-from ibtpo_kernels import cpu
 
 SHAPES = [  # tokens, query heads, key/value heads, head size
     (0, 2, 1, 8),
@@ -45,20 +44,16 @@ def test_value_and_gradients_match_float64(backend: str, shape: tuple[int, int, 
         assert_within_budget(actual, torch_fp32, float64)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "v3", "v4"] if K.has_compiled() else [])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_matches_float64(isa: str) -> None:
-    best = cpu.native.isa()
-    if not cpu.native.use_isa(isa):
-        return  # this processor lacks it
-    try:
-        q, k, v = qkv(150, 4, 2, 40)
-        end, d_out = forest(150), torch.randn_like(q)
-        exact = run("reference", q.double(), k.double(), v.double(), end, d_out.double())
-        plain = run("reference", q, k, v, end, d_out)
-        for actual, torch_fp32, float64 in zip(run("cpu", q, k, v, end, d_out), plain, exact, strict=True):
-            assert_within_budget(actual, torch_fp32, float64)
-    finally:
-        cpu.native.use_isa(best)
+    q, k, v = qkv(150, 4, 2, 40)
+    end, d_out = forest(150), torch.randn_like(q)
+    exact = run("reference", q.double(), k.double(), v.double(), end, d_out.double())
+    plain = run("reference", q, k, v, end, d_out)
+    with on_isa(isa):
+        ours = run("cpu", q, k, v, end, d_out)
+    for actual, torch_fp32, float64 in zip(ours, plain, exact, strict=True):
+        assert_within_budget(actual, torch_fp32, float64)
 
 
 def test_reference_gradients_by_finite_differences() -> None:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from kernel_cases import BACKENDS, assert_within_budget, forest, paged, path_of, qkv
+from kernel_cases import BACKENDS, ISAS, assert_within_budget, forest, on_isa, paged, path_of, qkv
+from torch import Tensor
 
 import ibtpo_kernels as K
 from ibtpo_kernels.plan import plan_items
@@ -23,18 +24,32 @@ CASES = [  # lengths, pages shared with the query before, page size, query heads
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"B{len(c[0])}-page{c[2]}-{c[3]}:{c[4]}-D{c[5]}")
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_matches_float64(backend: str, case: tuple[list[int], list[int], int, int, int, int]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_matches_float64(isa: str, dtype: torch.dtype, case: tuple[list[int], list[int], int, int, int, int]) -> None:
+    """Every instruction set there is, against scores, softmax and sum as torch ops in the same dtype."""
     lengths, shares, page_size, heads, kv_heads, dim = case
     table, rows, seen, num_pages = paged(lengths, shares, page_size)
-    pages = torch.randn(2, num_pages, page_size, kv_heads, dim)
-    q = torch.randn(len(lengths), heads, dim)
+    pages = torch.randn(2, num_pages, page_size, kv_heads, dim, dtype=dtype)
+    q = torch.randn(len(lengths), heads, dim, dtype=dtype)
     plan = K.plan_decode(table, rows, seen, page_size=page_size)
-    with K.backend(backend):
+    with on_isa(isa):
         actual = K.tree_decode(q, *pages, plan)
     with K.backend("reference"):
-        plain, exact = K.tree_decode(q, *pages, plan), K.tree_decode(q.double(), *pages.double(), plan)
-    assert_within_budget(actual, plain, exact)
+        exact = K.tree_decode(q.double(), *pages.double(), plan)
+    assert actual.dtype == dtype
+    assert_within_budget(actual, _plain(q, pages, plan), exact)
+
+
+def _plain(q: Tensor, pages: Tensor, plan: K.DecodePlan) -> Tensor:
+    """Each query alone, in q's dtype throughout."""
+    out = []
+    for b, length in enumerate(plan.lengths.tolist()):
+        columns = plan.page_table[plan.rows[b], : -(-length // plan.page_size)].long()
+        k, v = (x[columns].flatten(0, 1)[:length].repeat_interleave(q.shape[1] // x.shape[2], 1) for x in pages)
+        p = (torch.einsum("hd,lhd->hl", q[b], k) * q.shape[2] ** -0.5).softmax(-1)
+        out.append(torch.einsum("hl,lhd->hd", p, v))
+    return torch.stack(out)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -77,14 +92,15 @@ def test_chunked_prefill_is_packed_attention(backend: str) -> None:
         torch.testing.assert_close(K.tree_decode(q[37:], *pages, plan), expected, atol=3e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("group", [1, 3])
-def test_a_query_does_not_notice_its_batch(backend: str, group: int) -> None:
+def test_a_query_does_not_notice_its_batch(isa: str, dtype: torch.dtype, group: int) -> None:
     """Bit for bit the same alone, in any sub-batch, with sharing found or not, on one thread or two."""
     lengths = [200, 210, 190, 64, 64, 17, 300]
     table, rows, seen, num_pages = paged(lengths, [0, 9, 10, 3, 4, 1, 0], 16)
-    pages, q = 3 * torch.randn(2, num_pages, 16, 2, 32), torch.randn(7, 2 * group, 32)
-    with K.backend(backend):
+    pages, q = 3 * torch.randn(2, num_pages, 16, 2, 32, dtype=dtype), torch.randn(7, 2 * group, 32, dtype=dtype)
+    with on_isa(isa):
         together = K.tree_decode(q, *pages, K.plan_decode(table, rows, seen))
         for chosen in ([0], [5], [6, 1], [2, 3, 4], [6, 5, 4, 3, 2, 1, 0]):
             index = torch.tensor(chosen)

@@ -6,6 +6,9 @@
 // several of its queries is read, and its keys are transposed, once for all of them, head after head. Each query's
 // state (m, l, acc) is carried page by page in depth order: its sums never depend on which other queries share the
 // page.
+//
+// In bf16 the two products are of bf16 numbers (tile.h), the weights p rounded to bf16 for the second; all else is
+// float: scores, state and sums.
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -28,14 +31,32 @@ struct Item {
 };
 
 // Neighbouring queries [begin, end) on the same pages, from table column `column` on.
+template <class T>
 struct Run {
   int64_t begin, end, column, longest;  // longest: the greatest length among them
-  const float* values[kPages];          // this head's first value in each page
+  const T* values[kPages];              // this head's first value in each page
 };
 
+// What one step of a product's depth takes of B: a number, or a pair of bf16.
+template <class T>
+struct StepOf {
+  using type = float;
+  static constexpr int64_t size = 1;
+};
+template <>
+struct StepOf<bf16> {
+  using type = Pair;
+  static constexpr int64_t size = 2;
+};
+
+template <class T>
 class Task {
+  using Step = typename StepOf<T>::type;
+  static constexpr int64_t kStep = StepOf<T>::size;
+  static constexpr bool kPairs = kStep == 2;
+
  public:
-  INLINE_MEMBER Task(const Decode& p, int64_t head_begin, int64_t head_end, int64_t begin, int64_t end)
+  INLINE_MEMBER Task(const Decode<T>& p, int64_t head_begin, int64_t head_end, int64_t begin, int64_t end)
       : p_(p),
         head_begin_(head_begin),
         head_end_(head_end),
@@ -51,8 +72,9 @@ class Task {
         max_(states_),
         sum_(states_),
         keys_(padded_ * kPages * page_),
-        values_(kPages * p.page_size * padded_),
-        scores_(rows_ * kPages * page_) {}
+        values_(kPages * p.page_size * padded_ / kStep),
+        scores_(rows_ * kPages * page_),
+        weights_(kPairs ? rows_ * kPages * page_ : 0) {}
 
   // Returns -1, or the first query found whose page is missing.
   INLINE_MEMBER int64_t run() {
@@ -74,7 +96,10 @@ class Task {
  private:
   INLINE_MEMBER void start() {
     for (int64_t r = 0; r < states_; ++r) {
-      pack_rows(q_ + r * padded_, padded_, query(r), p_.head_dim, 1, 1, p_.head_dim, p_.scale);
+      if constexpr (kPairs)
+        std::memcpy(q_ + r * padded_, query(r), sizeof(T) * p_.head_dim);
+      else
+        pack_rows(q_ + r * padded_, padded_, query(r), p_.head_dim, 1, 1, p_.head_dim, p_.scale);
       max_[r] = kMinimum;
       sum_[r] = Vec{};
     }
@@ -85,13 +110,16 @@ class Task {
     for (int64_t r = 0; r < states_; ++r) {
       const float sum = reduce_add(sum_[r]);
       const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-      float* out = p_.out + (query(r) - p_.q);
-      for (int64_t d = 0; d < p_.head_dim; ++d) out[d] = acc_[r * padded_ + d] * inverse;
+      T* out = p_.out + (query(r) - p_.q);
+      const float* acc = acc_ + r * padded_;
+      for_each(
+          p_.head_dim, [&](int64_t d) { store(out + d, load(acc + d) * inverse); },
+          [&](int64_t d) { put(out + d, acc[d] * inverse); });
     }
   }
 
   // The query of state r; states are ordered by key/value head, query, and head within the group.
-  INLINE_MEMBER const float* query(int64_t r) const {
+  INLINE_MEMBER const T* query(int64_t r) const {
     const int64_t kv_head = head_begin_ + r / rows_, b = begin_ + r % rows_ / group_;
     return p_.q + (b * p_.num_heads + kv_head * group_ + r % group_) * p_.head_dim;
   }
@@ -133,18 +161,25 @@ class Task {
   // Queries [begin, end), all of which see the first of pages [column, column + count).
   INLINE_MEMBER int64_t attend(int64_t begin, int64_t end, int64_t column, int64_t count) {
     const int64_t kv_stride = p_.num_kv_heads * p_.head_dim, ld = kPages * page_;
-    Run run{begin, end, column, 0, {}};
+    Run<T> run{begin, end, column, 0, {}};
     for (int64_t b = begin; b < end; ++b) run.longest = most(run.longest, p_.lengths[b]);
     count = least(count, (run.longest - column * p_.page_size + p_.page_size - 1) / p_.page_size);
     for (int64_t c = 0; c < count; ++c) {
       const int64_t first = page_begin(begin, column + c);
       if (first < 0) return begin;
-      pack_transposed(keys_ + c * page_, ld, p_.k_pages + first, kv_stride, p_.page_size, p_.head_dim);
+      if constexpr (kPairs)
+        pack_pairs_transposed(keys_ + c * page_, ld, p_.k_pages + first, kv_stride, p_.page_size, p_.head_dim);
+      else
+        pack_transposed(keys_ + c * page_, ld, p_.k_pages + first, kv_stride, p_.page_size, p_.head_dim);
       run.values[c] = p_.v_pages + first;
       prefetch(run.values[c], kv_stride);
     }
-    multiply<Into::kStore>(scores_, ld, (end - begin) * group_, count * page_,
-                           {q_ + state(begin) * padded_, padded_, 1}, keys_, ld, padded_);
+    const Step* q = reinterpret_cast<const Step*>(q_ + state(begin) * padded_);
+    const int64_t rows = (end - begin) * group_;
+    if constexpr (kPairs)
+      multiply_pairs<Into::kStore>(scores_, ld, rows, count * page_, {q, padded_ / 2, 1}, keys_, ld, p_.head_dim / 2);
+    else
+      multiply<Into::kStore>(scores_, ld, rows, count * page_, {q, padded_, 1}, keys_, ld, padded_);
     int64_t taken = 0;  // of this run's pages, acc holds [0, taken)
     for (int64_t c = 0; c < count; ++c) taken = page_ == kWidth ? weigh<1>(run, taken, c) : weigh<0>(run, taken, c);
     accumulate(run, taken, count);
@@ -167,8 +202,8 @@ class Task {
   }
 
   // A head's slots lie Hkv * D apart, which the hardware does not foresee.
-  INLINE_MEMBER void prefetch(const float* slot, int64_t kv_stride) const {
-    constexpr int64_t kLine = 64 / sizeof(float);
+  INLINE_MEMBER void prefetch(const T* slot, int64_t kv_stride) const {
+    constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t j = 0; j < p_.page_size; ++j, slot += kv_stride)
       for (int64_t d = 0; d < p_.head_dim; d += kLine) __builtin_prefetch(slot + d);
   }
@@ -177,13 +212,16 @@ class Task {
   // weighed with the old m. Returns how many pages acc then holds. Vecs: vectors in a page, 0 if known at run time
   // only.
   template <int Vecs>
-  INLINE_MEMBER int64_t weigh(const Run& run, int64_t taken, int64_t c) {
+  INLINE_MEMBER int64_t weigh(const Run<T>& run, int64_t taken, int64_t c) {
     const int64_t width = Vecs > 0 ? Vecs * kWidth : page_, ld = kPages * page_, group = group_;
     float *scores = scores_ + c * page_, *row_max = max_ + state(run.begin);
     Vec* row_sum = sum_ + state(run.begin);
+    bf16* weights = kPairs ? weights_ + c * page_ : nullptr;
     for (int64_t b = run.begin; b < run.end; ++b) {
       const auto seen = static_cast<int32_t>(visible(b, run.column + c));
-      for (int64_t g = 0; g < group; ++g, scores += ld, ++row_max, ++row_sum) {
+      for (int64_t g = 0; g < group; ++g, scores += ld, weights += kPairs ? ld : 0, ++row_max, ++row_sum) {
+        if constexpr (kPairs)
+          for (int64_t j = 0; j < width; j += kWidth) store(scores + j, load(scores + j) * p_.scale);
         if (seen < width)
           for (int64_t j = 0; j < width; j += kWidth)
             store(scores + j, iota() + (int32_t)j < seen ? load(scores + j) : splat(-__builtin_inff()));
@@ -203,7 +241,10 @@ class Task {
         for (int64_t j = 0; j < width; j += kWidth) {
           const Vec weight = exp(load(scores + j) - m);
           sum += weight;
-          store(scores + j, weight);
+          if constexpr (kPairs)
+            store(weights + j, weight);
+          else
+            store(scores + j, weight);
         }
         *row_sum = sum;
       }
@@ -213,33 +254,53 @@ class Task {
 
   // acc += weights * values over pages [from, to) of the run; slots beyond every query's length are never read, for
   // they may hold anything, NaN included. Cut anywhere, the sum has the same bits (Into::kChain).
-  INLINE_MEMBER void accumulate(const Run& run, int64_t from, int64_t to) {
-    const int64_t step = page_ == p_.page_size ? to - from : 1;  // pages whose weights lie next to each other
-    for (int64_t c = from; c < to; c += step) {
-      const int64_t depth = least(step * p_.page_size, run.longest - (run.column + c) * p_.page_size);
-      const float* parts[kPages];
-      int64_t ld = p_.num_kv_heads * p_.head_dim;
-      for (int64_t i = 0; i < step; ++i) parts[i] = run.values[c + i];
-      if (padded_ != p_.head_dim) {
-        for (int64_t i = 0; i < step; ++i) {
-          const int64_t rows = least(p_.page_size, depth - i * p_.page_size);
-          parts[i] = values_ + i * p_.page_size * padded_;
-          pack_rows(values_ + i * p_.page_size * padded_, padded_, run.values[c + i], ld, rows, rows, p_.head_dim,
-                    1.0f);
-        }
-        ld = padded_;
+  INLINE_MEMBER void accumulate(const Run<T>& run, int64_t from, int64_t to) {
+    const int64_t together = page_ == p_.page_size ? to - from : 1;  // pages whose weights lie next to each other
+    const int64_t rows = (run.end - run.begin) * group_, ld = kPages * page_;
+    float* acc = acc_ + state(run.begin) * padded_;
+    for (int64_t c = from; c < to; c += together) {
+      const int64_t depth = least(together * p_.page_size, run.longest - (run.column + c) * p_.page_size);
+      const Step* parts[kPages];
+      const int64_t ld_values = gather(run, c, together, depth, parts);
+      if constexpr (kPairs) {
+        const Pair* weights = reinterpret_cast<const Pair*>(weights_ + c * page_);
+        multiply_pairs<Into::kChain>(acc, padded_, rows, padded_, {weights, ld / 2, 1},
+                                     PartsOf<Pair>{parts, ld_values, p_.page_size / 2}, (depth + 1) / 2);
+      } else {
+        multiply<Into::kChain>(acc, padded_, rows, padded_, {scores_ + c * page_, ld, 1},
+                               Parts{parts, ld_values, p_.page_size}, depth);
       }
-      multiply<Into::kChain>(acc_ + state(run.begin) * padded_, padded_, (run.end - run.begin) * group_, padded_,
-                             {scores_ + c * page_, kPages * page_, 1}, Parts{parts, ld, p_.page_size}, depth);
     }
   }
 
-  const Decode& p_;
+  // Where the values of `count` pages of the run begin, of which `depth` slots are used; returns the stride of a step.
+  // They are read where they lie, but for bf16 and for head sizes that are no whole number of vectors: those are
+  // copied.
+  INLINE_MEMBER int64_t gather(const Run<T>& run, int64_t c, int64_t count, int64_t depth, const Step** parts) const {
+    const int64_t kv_stride = p_.num_kv_heads * p_.head_dim;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t slots = least(p_.page_size, depth - i * p_.page_size);
+      Step* copy = values_ + i * p_.page_size / kStep * padded_;
+      parts[i] = copy;
+      if constexpr (kPairs)
+        pack_pairs(copy, padded_, run.values[c + i], kv_stride, slots, p_.head_dim);
+      else if (padded_ != p_.head_dim)
+        pack_rows(copy, padded_, run.values[c + i], kv_stride, slots, slots, p_.head_dim, 1.0f);
+      else
+        parts[i] = run.values[c + i];
+    }
+    return kPairs || padded_ != p_.head_dim ? padded_ : kv_stride;
+  }
+
+  const Decode<T>& p_;
   const int64_t head_begin_, head_end_, begin_, end_, group_, padded_, page_, rows_, states_;
   int64_t head_ = head_begin_;  // the key/value head being worked on
-  const Scratch<float> q_, acc_, max_;
+  const Scratch<T> q_;          // of float: scaled
+  const Scratch<float> acc_, max_;
   const Scratch<Vec> sum_;
-  const Scratch<float> keys_, values_, scores_;
+  const Scratch<Step> keys_, values_;
+  const Scratch<float> scores_;  // of float they become the weights
+  const Scratch<bf16> weights_;  // of bf16
 };
 
 INLINE int64_t max_threads() {
@@ -250,9 +311,8 @@ INLINE int64_t max_threads() {
 #endif
 }
 
-}  // namespace
-
-int64_t tree_decode(const Decode& p) {
+template <class T>
+static int64_t decode(const Decode<T>& p) {
   int64_t visible = 0, unique = 0;  // (query, slot) pairs; the same with shared slots counted once
   for (int64_t b = 0; b < p.num_queries; ++b) {
     if (p.rows[b] < 0 || p.rows[b] >= p.num_rows || p.lengths[b] > p.table_width * p.page_size) return b;
@@ -277,7 +337,7 @@ int64_t tree_decode(const Decode& p) {
   for (int64_t i = 0; i < blocks; ++i)
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t head = part * p.num_kv_heads / parts, stop = (part + 1) * p.num_kv_heads / parts;
-      const int64_t result = Task(p, head, stop, i * block, least(p.num_queries, (i + 1) * block)).run();
+      const int64_t result = Task<T>(p, head, stop, i * block, least(p.num_queries, (i + 1) * block)).run();
       if (result >= 0) {
 #pragma omp critical(ibtpo_decode)
         failed = result;
@@ -285,5 +345,10 @@ int64_t tree_decode(const Decode& p) {
     }
   return failed;
 }
+
+}  // namespace
+
+int64_t tree_decode(const Decode<float>& p) { return decode(p); }
+int64_t tree_decode_bf16(const Decode<bf16>& p) { return decode(p); }
 
 }  // namespace ibtpo::IBTPO_ISA

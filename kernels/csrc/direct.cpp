@@ -110,8 +110,9 @@ object tree_decode(handle q, handle k_pages, handle v_pages, handle page_table, 
                    handle items, int64_t page_size, handle scale) {
   const View query(q), table(page_table), row(rows), length(lengths), item(items);
   const Pages pages(k_pages, v_pages);
-  const Kind kind = Kind::f32;
-  if (!query.is(kind, {-1, -1, -1}) || !query.dense() || !pages.k.is(kind, {-1, page_size, -1, query.size(2)}))
+  const Kind kind = query.kind();
+  if (!served(kind) || !query.is(kind, {-1, -1, -1}) || !query.dense() ||
+      !pages.k.is(kind, {-1, page_size, -1, query.size(2)}))
     return nb::none();
   const int64_t count = query.size(0), num_heads = query.size(1), head_dim = query.size(2);
   const int64_t num_kv_heads = pages.k.size(2);
@@ -121,29 +122,19 @@ object tree_decode(handle q, handle k_pages, handle v_pages, handle page_table, 
     return nb::none();
   double factor = std::pow(static_cast<double>(head_dim), -0.5);
   if (!scale.is_none() && !nb::try_cast<double>(scale, factor)) return nb::none();
+  if (kind == Kind::bf16 && (head_dim % 2 != 0 || page_size % 2 != 0)) return nb::none();
   const Fresh out(kind, {count, num_heads, head_dim});
-  const Decode call{query.data<float>(),
-                    pages.k.data<float>(),
-                    pages.v.data<float>(),
-                    table.data<int32_t>(),
-                    row.data<int32_t>(),
-                    length.data<int32_t>(),
-                    item.data<int32_t>(),
-                    out.data<float>(),
-                    count,
-                    num_heads,
-                    num_kv_heads,
-                    head_dim,
-                    pages.k.size(0),
-                    page_size,
-                    table.size(0),
-                    table.size(1),
-                    item.size(0),
-                    static_cast<float>(factor)};
+  const auto run = [&](auto type, auto kernel) {
+    using T = decltype(type);
+    return kernel(Decode<T>{query.data<T>(), pages.k.data<T>(), pages.v.data<T>(), table.data<int32_t>(),
+                            row.data<int32_t>(), length.data<int32_t>(), item.data<int32_t>(), out.data<T>(), count,
+                            num_heads, num_kv_heads, head_dim, pages.k.size(0), page_size, table.size(0), table.size(1),
+                            item.size(0), static_cast<float>(factor)});
+  };
   int64_t failed;
   {
     const nb::gil_scoped_release release;
-    failed = current().tree_decode(call);
+    failed = kind == Kind::bf16 ? run(bf16{}, current().tree_decode_bf16) : run(0.0f, current().tree_decode);
   }
   return failed < 0 ? out.object() : nb::none();
 }

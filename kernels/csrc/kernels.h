@@ -34,10 +34,11 @@ struct TreeBackward {
   float *dq, *dk, *dv;
 };
 
+template <class T>  // float or bf16
 struct Decode {
-  const float *q, *k_pages, *v_pages;                  // [B, Hq, D], [num_pages, page_size, Hkv, D] x 2
+  const T *q, *k_pages, *v_pages;                      // [B, Hq, D], [num_pages, page_size, Hkv, D] x 2
   const int32_t *page_table, *rows, *lengths, *items;  // [R, P], [B], [B], [I, 4]
-  float* out;                                          // [B, Hq, D]
+  T* out;                                              // [B, Hq, D]
   int64_t num_queries, num_heads, num_kv_heads, head_dim;
   int64_t num_pages, page_size, num_rows, table_width, num_items;
   float scale;
@@ -89,7 +90,8 @@ struct Kernels {
   const char* isa;
   void (*tree_forward)(const TreeShape&, const TreeForward&);
   void (*tree_backward)(const TreeShape&, const TreeBackward&);
-  int64_t (*tree_decode)(const Decode&);
+  int64_t (*tree_decode)(const Decode<float>&);
+  int64_t (*tree_decode_bf16)(const Decode<bf16>&);  // even head sizes and page sizes only
   const Pointwise<float>& f32;
   const Pointwise<bf16>& half;
   void (*row_stats)(const float* z, float* stats, int64_t num_rows, int64_t size);  // stats [3, num_rows]
@@ -98,6 +100,9 @@ struct Kernels {
   int64_t (*sample)(const Sample&);
 };
 
+namespace v4bf16 {
+extern const Kernels kernels;
+}
 namespace v4 {
 extern const Kernels kernels;
 }

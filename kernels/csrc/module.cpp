@@ -23,12 +23,18 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+#if defined(IBTPO_EMULATE_AVX512)
+constexpr bool kEmulatesAVX512 = true;  // v4 is built without its instructions: it runs anywhere, slowly
+#else
+constexpr bool kEmulatesAVX512 = false;
+#endif
+
 const Kernels& choose() {
 #if defined(IBTPO_X86)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return v4::kernels;
+    return __builtin_cpu_supports("avx512bf16") ? v4bf16::kernels : v4::kernels;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
     return v3::kernels;
 #endif
@@ -62,7 +68,9 @@ NB_MODULE(_cpu, m) {
   m.def("use_isa", [](const char* name) {  // for tests: run the kernels of a lesser instruction set
     const Kernels* chosen = nullptr;
 #if defined(IBTPO_X86)
-    if (!strcmp(name, "v4") && &choose() == &v4::kernels) chosen = &v4::kernels;
+    const bool has_bf16 = &choose() == &v4bf16::kernels, has_v4 = has_bf16 || &choose() == &v4::kernels;
+    if (!strcmp(name, "v4bf16") && has_bf16) chosen = &v4bf16::kernels;
+    if (!strcmp(name, "v4") && (has_v4 || kEmulatesAVX512)) chosen = &v4::kernels;
     if (!strcmp(name, "v3") && &choose() != &baseline::kernels) chosen = &v3::kernels;
 #endif
     if (!strcmp(name, "baseline")) chosen = &baseline::kernels;
@@ -94,11 +102,15 @@ NB_MODULE(_cpu, m) {
       "tree_decode",
       [](Address q, Address k_pages, Address v_pages, Address page_table, Address rows, Address lengths, Address items,
          Address out, int64_t num_queries, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, int64_t num_pages,
-         int64_t page_size, int64_t num_rows, int64_t table_width, int64_t num_items, float scale) {
-        return active->tree_decode({at<float>(q), at<float>(k_pages), at<float>(v_pages), at<int32_t>(page_table),
-                                    at<int32_t>(rows), at<int32_t>(lengths), at<int32_t>(items), at<float>(out),
-                                    num_queries, num_heads, num_kv_heads, head_dim, num_pages, page_size, num_rows,
-                                    table_width, num_items, scale});
+         int64_t page_size, int64_t num_rows, int64_t table_width, int64_t num_items, float scale, bool is_bf16) {
+        const auto run = [&](auto type, auto kernel) {
+          using T = decltype(type);
+          return kernel(Decode<T>{at<T>(q), at<T>(k_pages), at<T>(v_pages), at<int32_t>(page_table), at<int32_t>(rows),
+                                  at<int32_t>(lengths), at<int32_t>(items), at<T>(out), num_queries, num_heads,
+                                  num_kv_heads, head_dim, num_pages, page_size, num_rows, table_width, num_items,
+                                  scale});
+        };
+        return is_bf16 ? run(bf16{}, active->tree_decode_bf16) : run(0.0f, active->tree_decode);
       },
       release);
 

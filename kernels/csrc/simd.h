@@ -9,6 +9,10 @@
 #include <cstdlib>
 #include <cstring>
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 #include "kernels.h"
 
 #ifndef IBTPO_ISA
@@ -20,21 +24,25 @@
 
 namespace ibtpo::IBTPO_ISA {
 
-#if defined(__AVX512F__)
+// IBTPO_EMULATE_AVX512 runs the shapes of AVX-512 on any CPU: the compiler splits the vectors.
+#if defined(__AVX512F__) || defined(IBTPO_EMULATE_AVX512)
+#define IBTPO_WIDTH 16
 constexpr int kWidth = 16;
 constexpr int kTileRows = 8;  // rows of C held in registers: 8 rows x 2 vectors of 32 registers
 #elif defined(__AVX__)
+#define IBTPO_WIDTH 8
 constexpr int kWidth = 8;
 constexpr int kTileRows = 4;
 #else
+#define IBTPO_WIDTH 4
 constexpr int kWidth = 4;
 constexpr int kTileRows = 4;
 #endif
 
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t IVec __attribute__((vector_size(4 * kWidth)));
-typedef float VecAt __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));  // anywhere in an array
-typedef int32_t IVecAt __attribute__((vector_size(4 * kWidth), aligned(4), may_alias));
+typedef float VecAt __attribute__((vector_size(4 * kWidth), aligned(2), may_alias));  // anywhere in an array
+typedef int32_t IVecAt __attribute__((vector_size(4 * kWidth), aligned(2), may_alias));
 typedef uint32_t UVec __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t HalfAt __attribute__((vector_size(2 * kWidth), aligned(2), may_alias));  // bf16 bits
 
@@ -57,6 +65,16 @@ INLINE UVec round_bits(Vec x) {
 }
 INLINE void store(bf16* p, Vec x) { *reinterpret_cast<HalfAt*>(p) = __builtin_convertvector(round_bits(x), HalfAt); }
 
+INLINE float to_float(float x) { return x; }
+INLINE float to_float(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+INLINE void put(float* p, float x) { *p = x; }
+INLINE void put(bf16* p, float x) { p->bits = static_cast<uint16_t>(round_bits(splat(x))[0]); }
+
 // The lane indices 0 .. kWidth-1.
 INLINE IVec iota() {
   IVec x;
@@ -67,12 +85,12 @@ INLINE IVec iota() {
 // x with its lanes rotated by `by`, which a reduction over all lanes halves step by step.
 template <int By>
 INLINE Vec rotate(Vec x) {
-#if defined(__AVX512F__)
+#if IBTPO_WIDTH == 16
   return __builtin_shufflevector(x, x, By % 16, (By + 1) % 16, (By + 2) % 16, (By + 3) % 16, (By + 4) % 16,
                                  (By + 5) % 16, (By + 6) % 16, (By + 7) % 16, (By + 8) % 16, (By + 9) % 16,
                                  (By + 10) % 16, (By + 11) % 16, (By + 12) % 16, (By + 13) % 16, (By + 14) % 16,
                                  (By + 15) % 16);
-#elif defined(__AVX__)
+#elif IBTPO_WIDTH == 8
   return __builtin_shufflevector(x, x, By % 8, (By + 1) % 8, (By + 2) % 8, (By + 3) % 8, (By + 4) % 8, (By + 5) % 8,
                                  (By + 6) % 8, (By + 7) % 8);
 #else
@@ -96,9 +114,9 @@ INLINE float reduce_add(Vec x) {
 
 // Interleave the low (high) halves of a and b: a0 b0 a1 b1 ...
 INLINE Vec zip_low(Vec a, Vec b) {
-#if defined(__AVX512F__)
+#if IBTPO_WIDTH == 16
   return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-#elif defined(__AVX__)
+#elif IBTPO_WIDTH == 8
   return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
 #else
   return __builtin_shufflevector(a, b, 0, 4, 1, 5);
@@ -106,9 +124,9 @@ INLINE Vec zip_low(Vec a, Vec b) {
 }
 
 INLINE Vec zip_high(Vec a, Vec b) {
-#if defined(__AVX512F__)
+#if IBTPO_WIDTH == 16
   return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
-#elif defined(__AVX__)
+#elif IBTPO_WIDTH == 8
   return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
 #else
   return __builtin_shufflevector(a, b, 2, 6, 3, 7);

@@ -5,17 +5,61 @@
 
 namespace ibtpo::IBTPO_ISA {
 
-// A's element (m, k) is a[m * row + k * col], so a transposed A costs nothing.
-struct Strided {
-  const float* a;
-  int64_t row, col;
+// Two bf16 numbers next to each other along the depth. A product of bf16 matrices takes both at once: A's rows are
+// bf16 arrays read as pairs, B is packed so that a row holds the pairs of two of its rows.
+struct Pair {
+  bf16 even, odd;
 };
 
+// A factor of a product, in a register: kWidth numbers, or kWidth pairs.
+#if defined(__AVX512BF16__)
+struct Pairs {
+  IVec bits;
+};
+INLINE Pairs to_pairs(IVec bits) { return {bits}; }
+#else
+struct Pairs {
+  Vec even, odd;
+};
+INLINE Pairs to_pairs(IVec bits) { return {(Vec)(bits << 16), (Vec)(bits & -65536)}; }
+#endif
+
+INLINE Vec factor(const float* p) { return load(p); }
+INLINE Pairs factor(const Pair* p) { return to_pairs(*reinterpret_cast<const IVecAt*>(p)); }
+INLINE Vec broadcast(const float* p) { return splat(*p); }
+INLINE Pairs broadcast(const Pair* p) {
+  int32_t bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return to_pairs(isplat(bits));
+}
+
+// acc + a b, of pairs acc + a_odd b_odd + a_even b_even, each product added with one rounding. AVX512_BF16 has one
+// instruction for it, which takes subnormal numbers for zero; apart from them the bits are the same.
+INLINE Vec mul_add(Vec acc, Vec a, Vec b) { return acc + a * b; }
+INLINE Vec mul_add(Vec acc, const Pairs& a, const Pairs& b) {
+#if defined(__AVX512BF16__)
+  return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a.bits, (__m512bh)b.bits);
+#else
+  acc += a.odd * b.odd;
+  return acc + a.even * b.even;
+#endif
+}
+
+// A's element (m, k) is a[m * row + k * col], so a transposed A costs nothing. T is float or Pair.
+template <class T>
+struct StridedOf {
+  const T* a;
+  int64_t row, col;
+};
+using Strided = StridedOf<float>;
+
 // B in parts of `part` rows, each somewhere in memory, its rows `ld` apart; a plain matrix is one part.
-struct Parts {
-  const float* const* parts;
+template <class T>
+struct PartsOf {
+  const T* const* parts;
   int64_t ld, part;
 };
+using Parts = PartsOf<float>;
 
 // What becomes of C. In all three an element has one accumulator and k ascends, so its value does not depend on the
 // shape of the tile it is computed in.
@@ -25,26 +69,27 @@ enum class Into {
   kChain,  // C = ((C + a_0 b_0) + a_1 b_1) ...: the same bits however the depth is cut into calls
 };
 
-template <int Rows, int Vecs, Into Mode>
-INLINE void tile(float* c, int64_t ldc, Strided a, Parts b, int64_t column, int64_t depth) {
+template <int Rows, int Vecs, Into Mode, class T>
+INLINE void tile(float* c, int64_t ldc, StridedOf<T> a, PartsOf<T> b, int64_t column, int64_t depth) {
+  using Factor = decltype(factor((const T*)nullptr));
   Vec acc[Rows][Vecs];
 #pragma GCC unroll 16
   for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 4
     for (int n = 0; n < Vecs; ++n) acc[m][n] = Mode == Into::kChain ? load(c + m * ldc + n * kWidth) : Vec{};
-  const float* const* part = b.parts;
+  const T* const* part = b.parts;
   for (int64_t begin = 0; begin < depth; begin += b.part, ++part) {
-    const float* b_k = *part + column;
+    const T* b_k = *part + column;
     const int64_t end = least(depth, begin + b.part);
     for (int64_t k = begin; k < end; ++k, b_k += b.ld) {
-      Vec b_kn[Vecs];
+      Factor b_kn[Vecs];
 #pragma GCC unroll 4
-      for (int n = 0; n < Vecs; ++n) b_kn[n] = load(b_k + n * kWidth);
+      for (int n = 0; n < Vecs; ++n) b_kn[n] = factor(b_k + n * kWidth);
 #pragma GCC unroll 16
       for (int m = 0; m < Rows; ++m) {
-        const Vec a_mk = splat(a.a[m * a.row + k * a.col]);
+        const Factor a_mk = broadcast(a.a + m * a.row + k * a.col);
 #pragma GCC unroll 4
-        for (int n = 0; n < Vecs; ++n) acc[m][n] += a_mk * b_kn[n];
+        for (int n = 0; n < Vecs; ++n) acc[m][n] = mul_add(acc[m][n], a_mk, b_kn[n]);
       }
     }
   }
@@ -57,19 +102,18 @@ INLINE void tile(float* c, int64_t ldc, Strided a, Parts b, int64_t column, int6
     }
 }
 
-template <int Rows, Into Mode>
-INLINE void row_panel(float* c, int64_t ldc, int64_t cols, Strided a, Parts b, int64_t depth) {
+template <int Rows, Into Mode, class T>
+INLINE void row_panel(float* c, int64_t ldc, int64_t cols, StridedOf<T> a, PartsOf<T> b, int64_t depth) {
   constexpr int kVecs = Rows >= 4 ? 2 : 4;  // few rows: more columns at once keep the multipliers busy
   int64_t n = 0;
   for (; n + kVecs * kWidth <= cols; n += kVecs * kWidth) tile<Rows, kVecs, Mode>(c + n, ldc, a, b, n, depth);
   for (; n < cols; n += kWidth) tile<Rows, 1, Mode>(c + n, ldc, a, b, n, depth);
 }
 
-// C[rows, cols] from A[rows, depth] and B[depth, cols]; cols is a multiple of kWidth.
-template <Into Mode>
-static void multiply(float* c, int64_t ldc, int64_t rows, int64_t cols, Strided a, Parts b, int64_t depth) {
+template <Into Mode, class T>
+INLINE void row_panels(float* c, int64_t ldc, int64_t rows, int64_t cols, StridedOf<T> a, PartsOf<T> b, int64_t depth) {
   int64_t m = 0;
-  const auto at = [&](int64_t row) { return Strided{a.a + row * a.row, a.row, a.col}; };
+  const auto at = [&](int64_t row) { return StridedOf<T>{a.a + row * a.row, a.row, a.col}; };
   for (; m + kTileRows <= rows; m += kTileRows) row_panel<kTileRows, Mode>(c + m * ldc, ldc, cols, at(m), b, depth);
   if constexpr (kTileRows > 4)
     for (; m + 4 <= rows; m += 4) row_panel<4, Mode>(c + m * ldc, ldc, cols, at(m), b, depth);
@@ -77,10 +121,29 @@ static void multiply(float* c, int64_t ldc, int64_t rows, int64_t cols, Strided 
   for (; m < rows; ++m) row_panel<1, Mode>(c + m * ldc, ldc, cols, at(m), b, depth);
 }
 
+// C[rows, cols] from A[rows, depth] and B[depth, cols]; cols is a multiple of kWidth.
+template <Into Mode>
+static void multiply(float* c, int64_t ldc, int64_t rows, int64_t cols, Strided a, Parts b, int64_t depth) {
+  row_panels<Mode>(c, ldc, rows, cols, a, b, depth);
+}
+
 template <Into Mode>
 static void multiply(float* c, int64_t ldc, int64_t rows, int64_t cols, Strided a, const float* b, int64_t ldb,
                      int64_t depth) {
   multiply<Mode>(c, ldc, rows, cols, a, Parts{&b, ldb, depth}, depth);
+}
+
+// The same of bf16 matrices; strides and the depth count pairs, C is float.
+template <Into Mode>
+static void multiply_pairs(float* c, int64_t ldc, int64_t rows, int64_t cols, StridedOf<Pair> a, PartsOf<Pair> b,
+                           int64_t depth) {
+  row_panels<Mode>(c, ldc, rows, cols, a, b, depth);
+}
+
+template <Into Mode>
+static void multiply_pairs(float* c, int64_t ldc, int64_t rows, int64_t cols, StridedOf<Pair> a, const Pair* b,
+                           int64_t ldb, int64_t depth) {
+  multiply_pairs<Mode>(c, ldc, rows, cols, a, PartsOf<Pair>{&b, ldb, depth}, depth);
 }
 
 // to[d, j] = from[j, d] for j < rows, d < cols; columns of `to` from `rows` up to the next multiple of kWidth become
@@ -103,6 +166,31 @@ INLINE void pack_transposed(float* to, int64_t ld_to, const float* from, int64_t
 #pragma GCC unroll 16
       for (int i = 0; i < kWidth; ++i) store(to + (d + i) * ld_to + j, square[i]);
     }
+}
+
+// B's pairs from a matrix whose columns are its depth: to[d / 2, j] = (from[j, d], from[j, d + 1]) for j < rows and
+// even d < cols; zeros beyond, as in pack_transposed. A pair moves like a float.
+INLINE void pack_pairs_transposed(Pair* to, int64_t ld_to, const bf16* from, int64_t ld_from, int64_t rows,
+                                  int64_t cols) {
+  pack_transposed(reinterpret_cast<float*>(to), ld_to, reinterpret_cast<const float*>(from), ld_from / 2, rows,
+                  cols / 2);
+}
+
+// B's pairs from a matrix whose rows are its depth: to[j / 2, d] = (from[j, d], from[j + 1, d]) for even j < rows;
+// zeros for d from `cols` to `padded` and in place of row `rows`, if that is odd.
+INLINE void pack_pairs(Pair* to, int64_t padded, const bf16* from, int64_t ld_from, int64_t rows, int64_t cols) {
+  for (int64_t j = 0; j < rows; j += 2, to += padded) {
+    const bf16 *even = from + j * ld_from, *odd = even + ld_from;
+    const bool both = j + 1 < rows;
+    for_each(
+        cols,
+        [&](int64_t d) {
+          const UVec bits = load_bits(even + d) | (both ? load_bits(odd + d) : UVec{}) << 16;
+          *reinterpret_cast<IVecAt*>(to + d) = (IVec)bits;
+        },
+        [&](int64_t d) { to[d] = {even[d], both ? odd[d] : bf16{}}; });
+    for (int64_t d = cols; d < padded; ++d) to[d] = {};
+  }
 }
 
 // to[j, 0 .. padded) = factor * from[j, 0 .. cols), zero beyond cols; rows from `rows` to `padded_rows` become zero.

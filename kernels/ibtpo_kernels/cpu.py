@@ -139,8 +139,9 @@ def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: in
     return items[:count]
 
 
-@_float32_only
 def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
+    if q.dtype is torch.bfloat16 and (q.shape[2] % 2 or plan.page_size % 2):  # its products take numbers in pairs
+        return reference.tree_decode(q, k_pages, v_pages, plan, scale)
     q = _dense(q)
     out = torch.empty_like(q)
     num_queries, num_heads, head_dim = q.shape
@@ -149,7 +150,7 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, s
     failed = native.tree_decode(
         q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), table.data_ptr(), plan.rows.data_ptr(),
         plan.lengths.data_ptr(), plan.items.data_ptr(), out.data_ptr(), num_queries, num_heads, num_kv_heads, head_dim,
-        num_pages, page_size, table.shape[0], table.shape[1], plan.items.shape[0], scale,
+        num_pages, page_size, table.shape[0], table.shape[1], plan.items.shape[0], scale, q.dtype is torch.bfloat16,
     )  # fmt: skip
     if failed >= 0:
         row, length = int(plan.rows[failed]), int(plan.lengths[failed])

@@ -34,8 +34,8 @@ def has_compiled() -> bool:
 def backend(name: str) -> Iterator[None]:
     """Run the ops called inside on one backend; nestable, and private to the thread or task.
 
-    A backend serves the dtypes it has kernels for (cpu: float32, bfloat16; triton: float32, float16, bfloat16); the
-    rest goes to "reference".
+    A backend serves the dtypes it has kernels for (cpu: float32, bfloat16; triton: these and float16); the rest goes to
+    "reference".
 
     Raises:
         ValueError: `name` is unknown, or not available here; the message says what is missing.
