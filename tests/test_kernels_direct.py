@@ -99,6 +99,7 @@ SERVED: list[Call] = [
     ("rope", (X, torch.rand(3, 12), torch.rand(3, 12)), {}),
     ("silu_mul", (X, X + 1), {}),
     append(H),
+    decode(H),
     rotate(H, k_weight=H["weight"]),
     ("rms_norm", (X.bfloat16(), W.bfloat16()), {"eps": 1e-5}),
     ("add_rms_norm", (X.bfloat16(), X.bfloat16(), W.bfloat16()), {"eps": 1e-5}),

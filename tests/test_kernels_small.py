@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, assert_within_budget
+from kernel_cases import BACKENDS, ISAS, assert_within_budget, on_isa
 from torch import Tensor
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
 
@@ -101,6 +101,19 @@ def test_bf16_is_rounded_where_the_reference_rounds(backend: str) -> None:
         assert actual.dtype is torch.bfloat16
         assert (actual != expected).double().mean() < 2e-3
         torch.testing.assert_close(actual, expected, atol=0, rtol=2**-7)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("size", [1, 14, 37, 64])
+def test_every_instruction_set(isa: str, size: int) -> None:
+    """Sizes below, at and above the width of a vector, in both types."""
+    x, y, weight = torch.randn(5, 3, size), torch.randn(5, 3, size), torch.randn(size)
+    cos, sin = angles(5, 2 * size)
+    for dtype in (torch.float32, torch.bfloat16):
+        with on_isa(isa):
+            check("cpu", lambda *inputs: K.add_rms_norm(*inputs, eps=1e-6), x, y, weight, dtype=dtype)
+            check("cpu", K.silu_mul, x, y, dtype=dtype)
+            check("cpu", lambda x: K.rope(x, cos, sin), torch.cat((x, y), -1), dtype=dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

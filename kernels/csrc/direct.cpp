@@ -111,8 +111,8 @@ object tree_decode(handle q, handle k_pages, handle v_pages, handle page_table, 
   const View query(q), table(page_table), row(rows), length(lengths), item(items);
   const Pages pages(k_pages, v_pages);
   const Kind kind = query.kind();
-  if (kind != Kind::f32 && kind != Kind::bf16) return nb::none();
-  if (!query.is(kind, {-1, -1, -1}) || !query.dense() || !pages.k.is(kind, {-1, page_size, -1, query.size(2)}))
+  if (!served(kind) || !query.is(kind, {-1, -1, -1}) || !query.dense() ||
+      !pages.k.is(kind, {-1, page_size, -1, query.size(2)}))
     return nb::none();
   const int64_t count = query.size(0), num_heads = query.size(1), head_dim = query.size(2);
   const int64_t num_kv_heads = pages.k.size(2);
