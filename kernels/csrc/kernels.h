@@ -48,6 +48,13 @@ struct RopeAppend {
   float eps;
 };
 
+struct Linear {
+  const float *x, *weight, *bias;  // [M, K] with rows x_stride apart, [N, K], [N] or null
+  float* out;                      // [M, N] with rows out_stride apart
+  int64_t num_rows, num_cols, depth, x_stride, out_stride;
+  bool add;  // to what is in `out`
+};
+
 struct Sample {
   const float* logits;                     // [B, V]
   const int64_t* keys;                     // [B, 2]
@@ -78,6 +85,7 @@ struct Kernels {
   void (*logit_grad)(float* z, const float* stats, const float* grad_rows, const float* grad_entropy, int64_t num_rows,
                      int64_t size);
   int64_t (*sample)(const Sample&);
+  void (*linear)(const Linear&);
 };
 
 namespace v4 {

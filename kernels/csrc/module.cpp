@@ -184,6 +184,15 @@ NB_MODULE(_cpu, m) {
       },
       release);
 
+  m.def(
+      "linear",
+      [](Address x, Address weight, Address bias, Address out, int64_t num_rows, int64_t num_cols, int64_t depth,
+         int64_t x_stride) {
+        active->linear({at<float>(x), at<float>(weight), at<float>(bias), at<float>(out), num_rows, num_cols, depth,
+                        x_stride, num_cols, false});
+      },
+      release);
+
   // temperature, top_p, top_k: the address of one value a row, or 0 and one value for all.
   m.def(
       "sample",
