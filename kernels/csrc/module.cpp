@@ -193,6 +193,27 @@ NB_MODULE(_cpu, m) {
       },
       release);
 
+  // Addresses of structs of kernels.h.
+  m.def(
+      "decoder_forward",
+      [](Address decoder, Address rows) {
+        return active->decoder_forward(*at<Decoder>(decoder), *at<DecoderRows>(rows));
+      },
+      release);
+
+  m.def(
+      "decoder_step",
+      [](Address decoder, Address pool, Address branches, Address chosen, int64_t count, Address items,
+         int64_t num_items, Address code) {
+        DecoderRows rows = *at<DecoderRows>(pool);
+        rows.num_rows = count;
+        rows.items = at<int32_t>(items);
+        rows.num_items = num_items;
+        return active->decoder_step(*at<Decoder>(decoder), rows, *at<Branches>(branches), at<int64_t>(chosen),
+                                    at<int64_t>(code));
+      },
+      release);
+
   // temperature, top_p, top_k: the address of one value a row, or 0 and one value for all.
   m.def(
       "sample",

@@ -161,6 +161,15 @@ def silu_mul(gate: Tensor, up: Tensor) -> None:
     _like("silu_mul", "up", up, tuple(gate.shape), gate, "gate")
 
 
+def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    op = "batch_invariant_linear"
+    _floating(op, "x", x, max(x.dim(), 1))
+    _floating(op, "weight", weight, 2)
+    _like(op, "weight", weight, (weight.shape[0], x.shape[-1]), x, "x")
+    if bias is not None:
+        _like(op, "bias", bias, (weight.shape[0],), x, "x")
+
+
 def linear_logprob(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float) -> None:
     op = "linear_logprob"
     _floating(op, "hidden", hidden, 2)

@@ -260,6 +260,42 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return _silu_mul(gate, up)
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    num_cols, depth = weight.shape
+    out = torch.empty(*x.shape[:-1], num_cols)
+    native.linear(
+        x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
+        x.shape[:-1].numel(), num_cols, depth, depth,
+    )  # fmt: skip
+    return out
+
+
+class _BatchInvariantLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows, (needs_x, needs_weight, needs_bias) = d_out.reshape(-1, len(weight)), ctx.needs_input_grad
+        return (
+            d_out @ weight if needs_x else None,
+            rows.T @ x.reshape(len(rows), -1) if needs_weight else None,
+            rows.sum(0) if needs_bias else None,
+        )
+
+
+def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x, weight, bias = _dense(x), _dense(weight), None if bias is None else _dense(bias)
+    if _needs_grad(x, weight, *(() if bias is None else (bias,))):
+        out: Tensor = _BatchInvariantLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return out
+    return _linear(x, weight, bias)
+
+
 def _row_stats(z: Tensor) -> Tensor:
     stats = z.new_empty(3, len(z))
     native.row_stats(z.data_ptr(), stats.data_ptr(), *z.shape)

@@ -17,6 +17,7 @@ from ibtpo_kernels.plan import DecodePlan, plan_items
 
 __all__ = [
     "append_kv",
+    "batch_invariant_linear",
     "linear_logprob",
     "plain_linear_logprob",
     "plan_decode",
@@ -160,3 +161,11 @@ def _kept(w: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     before = torch.nn.functional.pad(cumulative, (1, 0))[:, :-1]  # mass of all heavier tokens
     in_top_p = (top_p >= 1) | (before < top_p * cumulative[:, -1:]) | (rank == 0)
     return torch.zeros_like(in_top_k & in_top_p).scatter(-1, order, in_top_k & in_top_p)
+
+
+def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias, one k after the other in ascending order."""
+    out = _wide(x).new_zeros(*x.shape[:-1], weight.shape[0])
+    for x_k, weight_k in zip(_wide(x).unbind(-1), _wide(weight).unbind(-1), strict=True):
+        out = out + x_k[..., None] * weight_k
+    return (out if bias is None else out + _wide(bias)).to(x.dtype)
