@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibtpo_kernels import logprob
+from ibtpo_kernels import linear, logprob
 from ibtpo_kernels.plan import DecodePlan
 
 native: Any = None
@@ -270,30 +270,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-class _BatchInvariantLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return _linear(x, weight, bias)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        rows, (needs_x, needs_weight, needs_bias) = d_out.reshape(-1, len(weight)), ctx.needs_input_grad
-        return (
-            d_out @ weight if needs_x else None,
-            rows.T @ x.reshape(len(rows), -1) if needs_weight else None,
-            rows.sum(0) if needs_bias else None,
-        )
-
-
 def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    x, weight, bias = _dense(x), _dense(weight), None if bias is None else _dense(bias)
-    if _needs_grad(x, weight, *(() if bias is None else (bias,))):
-        out: Tensor = _BatchInvariantLinear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-        return out
-    return _linear(x, weight, bias)
+    return linear.batch_invariant_linear(x, weight, bias, _linear)
 
 
 def _row_stats(z: Tensor) -> Tensor:
