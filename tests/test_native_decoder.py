@@ -1,4 +1,4 @@
-"""The native decoder: what it runs, that it agrees with the module, and that a branch's numbers do not know the batch."""
+"""The native decoder: what it runs, that it agrees with the module, and that no branch's numbers know the batch."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def is_native(engine: Engine) -> bool:
 def grow(model: Model, *, batch: int, prefill_tokens: int = 2048, only: int | None = None) -> list[Node]:
     """The branches of `batch` trees of different prompts; with `only`, of that tree alone."""
     engine = Engine(model, kv_tokens=batch * 160, prefill_tokens=prefill_tokens)
-    trees = [
-        engine.tree(prompt_of(5 + 3 * i % 40, seed=i), key=i) for i in range(batch) if only is None or i == only
-    ]
+    trees = [engine.tree(prompt_of(5 + 3 * i % 40, seed=i), key=i) for i in range(batch) if only is None or i == only]
     nodes = engine.extend([node for tree in trees for node in tree.root.fork(2)], SAMPLING)
     for tree in trees:
         tree.close()

@@ -378,7 +378,9 @@ def test_float64_goes_to_the_reference() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("shape", [((5,), 1, 1), ((2, 3), 100, 20), ((67,), 40, 70), ((0,), 8, 3), ((3,), 70, 0)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [((5,), 1, 1), ((2, 3), 100, 20), ((67,), 40, 70), ((0,), 8, 3), ((3,), 70, 0)], ids=str
+)
 def test_linear_and_its_gradients_match_float64(shape: tuple[tuple[int, ...], int, int], dtype: torch.dtype) -> None:
     inputs = [x.to(dtype) for x in linear_tests.leaves(*shape, bias=True)]
     plain = [x.clone().requires_grad_() for x in inputs]

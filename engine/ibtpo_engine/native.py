@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ibtpo_engine.model import MLP, Attention, Block, Decoder as Layers, Model, RMSNorm
+from ibtpo_engine.model import MLP, Attention, Block, Model, RMSNorm
+from ibtpo_engine.model import Decoder as Layers
 from ibtpo_kernels import Decoder, LayerWeights, can_borrow, has_compiled
 
 MOST_BYTES = 64 << 20
@@ -50,7 +53,7 @@ def _is_plain(module: nn.Module) -> bool:
     return type(module) in _KNOWN and not (module._forward_hooks or module._forward_pre_hooks)
 
 
-def _layer(block: nn.Module) -> LayerWeights:
+def _layer(block: Any) -> LayerWeights:
     attention, mlp = block.self_attn, block.mlp
     norms: tuple[Tensor | None, Tensor | None] = (None, None)
     if attention.has_norms:

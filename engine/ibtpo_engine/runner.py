@@ -19,8 +19,8 @@ from ibtpo_engine.native import native_decoder
 from ibtpo_engine.pages import PAGE, PagePool
 from ibtpo_engine.slots import Slots
 from ibtpo_kernels import (
-    Decoder,
     DecodePlan,
+    Decoder,
     DecodeStep,
     active_backend,
     batch_invariant_linear,

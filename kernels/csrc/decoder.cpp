@@ -84,8 +84,26 @@ class Part {
     product(normed_, d_.hidden, w.q, w.q_bias, q, q_size_, row, false);
     product(normed_, d_.hidden, w.k, w.k_bias, k, kv_size_, row, false);
     product(normed_, d_.hidden, w.v, w.v_bias, v, kv_size_, row, false);
-    kernels.rope_append({q, k, v, cos_, sin_, w.q_norm, w.k_norm, q_, k_pages, v_pages, r_.slots + begin_, count_,
-                         d_.num_heads, d_.num_kv_heads, d_.head_dim, row, row, row, pool, *d_.eps});
+    kernels.rope_append({q,
+                         k,
+                         v,
+                         cos_,
+                         sin_,
+                         w.q_norm,
+                         w.k_norm,
+                         q_,
+                         k_pages,
+                         v_pages,
+                         r_.slots + begin_,
+                         count_,
+                         d_.num_heads,
+                         d_.num_kv_heads,
+                         d_.head_dim,
+                         row,
+                         row,
+                         row,
+                         pool,
+                         *d_.eps});
 #pragma omp barrier
     const float scale = 1.0f / __builtin_sqrtf((float)d_.head_dim);
     const int64_t failed = kernels.tree_decode(
@@ -143,8 +161,8 @@ INLINE int64_t threads_for(const Decoder& d, int64_t num_rows) {
 #endif
 }
 
-// The rows in as many parts as there are threads for; then(part, begin, end) is called with a part's hidden states done.
-// Both return -1 or what is in error.
+// The rows in as many parts as there are threads for; then(part, begin, end) is called with a part's hidden states
+// done. Both return -1 or what is in error.
 template <class Then>
 INLINE int64_t for_parts(const Decoder& d, const DecoderRows& r, Then then) {
   const int64_t wanted = threads_for(d, r.num_rows);

@@ -83,23 +83,23 @@ struct Decoder {
 // A page pool, and T rows to run over it: tokens of paths whose pages lie in row rows[t] of the page table.
 struct DecoderRows {
   int64_t num_pages, page_size, table_rows, table_width, num_rows, num_items;
-  float *k_pages, *v_pages;                   // [num_layers, num_pages, page_size, Hkv, D]
-  const int32_t *page_table, *items;          // [R, P], [I, 4]
-  const int32_t *rows, *lengths;              // [T], lengths = pos + 1
-  const int64_t *tokens, *pos, *slots;        // [T]; slots as in RopeAppend
-  float* out;                                 // [T, H], hidden states after the final norm
+  float *k_pages, *v_pages;             // [num_layers, num_pages, page_size, Hkv, D]
+  const int32_t *page_table, *items;    // [R, P], [I, 4]
+  const int32_t *rows, *lengths;        // [T], lengths = pos + 1
+  const int64_t *tokens, *pos, *slots;  // [T]; slots as in RopeAppend
+  float* out;                           // [T, H], hidden states after the final norm
 };
 
 // Running branches as a structure of arrays, of which a step names B by index; see ibtpo_engine/slots.py.
 struct Branches {
   int64_t num_stops, width;
-  const int32_t *start, *limit;                     // [S]: depth of the first sampled token, and the depth to end at
-  int32_t* length;                                  // [S]: depth of the next token
-  const int64_t *stream, *stops;                    // [S], [S, num_stops]
-  const float *temperature, *top_p;                 // [S]
-  const int32_t* top_k;                             // [S]
-  int32_t* tokens;                                  // [S, width]: what was sampled, and of it
-  float *logprob, *logprob_raw, *entropy;           // [S, width]
+  const int32_t *start, *limit;            // [S]: depth of the first sampled token, and the depth to end at
+  int32_t* length;                         // [S]: depth of the next token
+  const int64_t *stream, *stops;           // [S], [S, num_stops]
+  const float *temperature, *top_p;        // [S]
+  const int32_t* top_k;                    // [S]
+  int32_t* tokens;                         // [S, width]: what was sampled, and of it
+  float *logprob, *logprob_raw, *entropy;  // [S, width]
 };
 
 // Functions returning int64_t give -1, or the index of the first query, token or row that is in error.
@@ -125,7 +125,8 @@ struct Kernels {
   void (*linear)(const Linear&);
   int64_t (*decoder_forward)(const Decoder&, const DecoderRows&);
   // One token for each of the branches chosen [B], whose last one is run first. code [B]: 0 goes on, 1 stop token,
-  // 2 length, 3 goes on to a depth that has no page yet. An error T + t: row t has no distribution; nothing is recorded.
+  // 2 length, 3 goes on to a depth that has no page yet. An error T + t: row t has no distribution; nothing is
+  // recorded.
   int64_t (*decoder_step)(const Decoder&, DecoderRows, const Branches&, const int64_t* chosen, int64_t* code);
 };
 

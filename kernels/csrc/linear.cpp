@@ -12,11 +12,11 @@
 namespace ibtpo::IBTPO_ISA {
 namespace {
 
-constexpr int kCols = 4;                            // columns whose lanes are added together at the end of a tile
-constexpr int kRows = kWidth > 8 ? 6 : 3;           // rows of a tile: with kCols columns, all the registers
-constexpr int64_t kBlockRows = 48;                  // rows of x that stay in cache while the weight passes by
-constexpr int64_t kPanel = 64;                      // columns of a task
-constexpr int64_t kParallelWork = 1 << 19;          // multiplications; below, starting threads costs more
+constexpr int kCols = 4;                    // columns whose lanes are added together at the end of a tile
+constexpr int kRows = kWidth > 8 ? 6 : 3;   // rows of a tile: with kCols columns, all the registers
+constexpr int64_t kBlockRows = 48;          // rows of x that stay in cache while the weight passes by
+constexpr int64_t kPanel = 64;              // columns of a task
+constexpr int64_t kParallelWork = 1 << 19;  // multiplications; below, starting threads costs more
 typedef float Quad __attribute__((vector_size(16)));
 
 // (sum a, sum b, sum c, sum d): within each group of four lanes first, then over the groups.

@@ -24,8 +24,8 @@ int64_t decoder_step(const Decoder&, DecoderRows, const Branches&, const int64_t
 
 extern const Kernels kernels = {
     NAME(IBTPO_ISA),   tree_forward, tree_backward,     tree_decode, rope_append, rope,   rms_norm,
-    rms_norm_backward, silu_mul,     silu_mul_backward, row_stats,   logit_grad,  sample,
-    linear,            decoder_forward, decoder_step,
+    rms_norm_backward, silu_mul,     silu_mul_backward, row_stats,   logit_grad,  sample, linear,
+    decoder_forward,   decoder_step,
 };
 
 }  // namespace ibtpo::IBTPO_ISA

@@ -1,8 +1,8 @@
 """A whole decoder in one native call: for models so small that the calls cost more than the arithmetic.
 
-The counterpart, on the CPU, of a captured CUDA graph: what a step runs is written down once, as addresses of weights and
-sizes, and then run without Python between the kernels. Weights are borrowed, never copied or packed: an update in place is
-seen by the next call.
+The counterpart, on the CPU, of a captured CUDA graph: what a step runs is written down once, as addresses of weights
+and sizes, and then run without Python between the kernels. Weights are borrowed, never copied or packed: an update in
+place is seen by the next call.
 """
 
 from __future__ import annotations
@@ -113,7 +113,15 @@ class Decoder:
         if native is None:
             raise ValueError("Decoder: the compiled module is missing; use the model itself")
         weights = [layer.tensors() for layer in layers]
-        self._tensors = [*sum(weights, []), embedding, norm, head, cos, sin, torch.tensor([eps], dtype=torch.float32)]
+        self._tensors = [
+            *(x for row in weights for x in row),
+            embedding,
+            norm,
+            head,
+            cos,
+            sin,
+            torch.tensor([eps], dtype=torch.float32),
+        ]
         if not all(map(can_borrow, self._tensors)):
             raise ValueError("Decoder: every tensor must be float32, contiguous and on the CPU; use the model itself")
         self._tensors = [None if x is None else x.detach() for x in self._tensors]  # keeps their memory
@@ -207,7 +215,9 @@ class DecodeStep:
         if failed >= len(chosen):
             raise ValueError(f"sample: row {failed - len(chosen)} has no distribution (NaN or inf logits)")
         if failed >= 0:
-            raise ValueError(f"DecodeStep: branch {int(chosen[failed])} lacks a page, or its last token is out of range")
+            raise ValueError(
+                f"DecodeStep: branch {int(chosen[failed])} lacks a page, or its last token is out of range"
+            )
         return code
 
 
