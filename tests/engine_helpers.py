@@ -119,7 +119,14 @@ def expected_tokens(model: Model, node: Node, sampling: Sampling) -> npt.NDArray
     """What `node` must hold: each token drawn, with its own random number, from one forward pass over the path."""
     logits = path_logits(model, node.prefix())[node.start - 1 : node.end - 1].float()
     keys = torch.tensor([[node.stream, depth] for depth in range(node.start, node.end)])
-    drawn = sample(logits, keys, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
+    drawn = sample(
+        logits,
+        keys,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+    )
     return drawn[0].numpy()
 
 

@@ -24,7 +24,7 @@ CASES = {
     "llama": ("llama", {"hidden_size": 72, "num_attention_heads": 3, "num_key_value_heads": 3}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
 }
-SAMPLING = Sampling(max_tokens=40, temperature=0.9, top_p=0.95, top_k=30, stop_tokens=(7, 9))
+SAMPLING = Sampling(max_tokens=40, temperature=0.9, top_p=0.95, top_k=30, min_p=0.01, stop_tokens=(7, 9))
 
 
 def is_native(engine: Engine) -> bool:

@@ -56,6 +56,7 @@ SAID_OF_EVERY_BACKEND = [
         for name in (
             "test_greedy_takes_the_first_of_equals_with_logprob_zero",
             "test_parameters_per_row_equal_parameters_per_call",
+            "test_min_p_at_the_very_limit",
         )
     ),
     small_tests.test_append_kv_writes_the_slots_asked_for_and_no_other,

@@ -62,7 +62,7 @@ def product(dtype: torch.dtype) -> None:
 def draw(dtype: torch.dtype, top_p: float) -> None:
     """A vocabulary of 151,936; the row that was never sampled then looks like one without a distribution."""
     try:
-        sample(torch.zeros(4, 151936, dtype=dtype), torch.zeros(4, 2, dtype=torch.int64), 0.7, top_p, 0)
+        sample(torch.zeros(4, 151936, dtype=dtype), torch.zeros(4, 2, dtype=torch.int64), 0.7, top_p, 0, 0.0)
     except (ValueError, RuntimeError):
         return
 

@@ -410,6 +410,7 @@ class Scheduler:
             temperature=torch.from_numpy(slots.temperature[chosen]),
             top_p=torch.from_numpy(slots.top_p[chosen]),
             top_k=torch.from_numpy(slots.top_k[chosen]),
+            min_p=torch.from_numpy(slots.min_p[chosen]),
         )
         self._has_pages = False
         code = slots.record(chosen, *(part.cpu().numpy() for part in drawn))

@@ -212,6 +212,7 @@ struct Drawn {
         token(num_rows),
         temperature(num_rows),
         top_p(num_rows),
+        min_p(num_rows),
         logprob(num_rows),
         logprob_raw(num_rows),
         entropy(num_rows) {
@@ -221,6 +222,7 @@ struct Drawn {
       keys[2 * t + 1] = b.length[s];
       temperature[t] = b.temperature[s];
       top_p[t] = b.top_p[s];
+      min_p[t] = b.min_p[s];
       top_k[t] = b.top_k[s];
     }
   }
@@ -232,6 +234,7 @@ struct Drawn {
     s.keys = keys + 2 * begin;
     s.temperature = temperature + begin;
     s.top_p = top_p + begin;
+    s.min_p = min_p + begin;
     s.top_k = top_k + begin;
     s.token = token + begin;
     s.logprob = logprob + begin;
@@ -244,7 +247,7 @@ struct Drawn {
   }
 
   const Scratch<int64_t> keys, top_k, token;
-  const Scratch<double> temperature, top_p;
+  const Scratch<double> temperature, top_p, min_p;
   const Scratch<float> logprob, logprob_raw, entropy;
 };
 

@@ -63,6 +63,7 @@ struct Sample {
   int64_t* token;                          // [B]
   float *logprob, *logprob_raw, *entropy;  // [B]
   int64_t num_rows, vocabulary;
+  const double* min_p = nullptr;  // [B], or null: off
 };
 
 // The structs from here to `Branches` are filled by ibtpo_kernels/decoder.py, field by field as 64-bit integers.
@@ -93,13 +94,13 @@ struct DecoderRows {
 // Running branches as a structure of arrays, of which a step names B by index; see ibtpo_engine/slots.py.
 struct Branches {
   int64_t num_stops, width;
-  const int32_t *start, *limit;            // [S]: depth of the first sampled token, and the depth to end at
-  int32_t* length;                         // [S]: depth of the next token
-  const int64_t *stream, *stops;           // [S], [S, num_stops]
-  const float *temperature, *top_p;        // [S]
-  const int32_t* top_k;                    // [S]
-  int32_t* tokens;                         // [S, width]: what was sampled, and of it
-  float *logprob, *logprob_raw, *entropy;  // [S, width]
+  const int32_t *start, *limit;              // [S]: depth of the first sampled token, and the depth to end at
+  int32_t* length;                           // [S]: depth of the next token
+  const int64_t *stream, *stops;             // [S], [S, num_stops]
+  const float *temperature, *top_p, *min_p;  // [S]
+  const int32_t* top_k;                      // [S]
+  int32_t* tokens;                           // [S, width]: what was sampled, and of it
+  float *logprob, *logprob_raw, *entropy;    // [S, width]
 };
 
 // Functions returning int64_t give -1, or the index of the first query, token or row that is in error.

@@ -21,7 +21,7 @@ typedef float Quad __attribute__((vector_size(16)));
 
 // (sum a, sum b, sum c, sum d): within each group of four lanes first, then over the groups.
 INLINE Quad add_lanes(Vec a, Vec b, Vec c, Vec d) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(IBTPO_EMULATE_AVX512)
   const auto low = [](Vec u, Vec v) {
     return __builtin_shufflevector(u, v, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
   };
@@ -47,7 +47,7 @@ INLINE Quad add_lanes(Vec a, Vec b, Vec c, Vec d) {
 #endif
   const Vec ab = low(a, b) + high(a, b), cd = low(c, d) + high(c, d);
   const Vec abcd = even(ab, cd) + odd(ab, cd);
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(IBTPO_EMULATE_AVX512)
   return (__builtin_shufflevector(abcd, abcd, 0, 1, 2, 3) + __builtin_shufflevector(abcd, abcd, 8, 9, 10, 11)) +
          (__builtin_shufflevector(abcd, abcd, 4, 5, 6, 7) + __builtin_shufflevector(abcd, abcd, 12, 13, 14, 15));
 #elif defined(__AVX__)

@@ -186,7 +186,12 @@ def linear_logprob(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor
 
 
 def sample(
-    logits: Tensor, keys: Tensor, temperature: float | Tensor, top_p: float | Tensor, top_k: int | Tensor
+    logits: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    top_p: float | Tensor,
+    top_k: int | Tensor,
+    min_p: float | Tensor,
 ) -> None:
     op = "sample"
     _floating(op, "logits", logits, 2)
@@ -196,6 +201,7 @@ def sample(
     _parameter(op, "temperature", temperature, logits, lambda x: x >= 0, "in [0, inf)")
     _parameter(op, "top_p", top_p, logits, lambda x: (x > 0) & (x <= 1), "in (0, 1]")
     _parameter(op, "top_k", top_k, logits, lambda x: x >= 0, "0 (off) or a count")
+    _parameter(op, "min_p", min_p, logits, lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
 
 
 def _parameter(

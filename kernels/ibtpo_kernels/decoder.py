@@ -63,6 +63,7 @@ class Branches(Protocol):
     stops: Longs
     temperature: Floats
     top_p: Floats
+    min_p: Floats
     top_k: Ints
     tokens: Ints
     logprob: Floats
@@ -71,7 +72,7 @@ class Branches(Protocol):
 
 
 _BRANCH_FIELDS = (
-    "start", "limit", "length", "stream", "stops", "temperature", "top_p", "top_k",
+    "start", "limit", "length", "stream", "stops", "temperature", "top_p", "min_p", "top_k",
     "tokens", "logprob", "logprob_raw", "entropy",
 )  # fmt: skip
 
@@ -181,6 +182,7 @@ class DecodeStep:
         self._decoder = decoder
         self._branches = branches
         self._arrays = [branches.table, *(getattr(branches, name) for name in _BRANCH_FIELDS)]
+        self._stops, self._tokens = branches.stops, branches.tokens  # the arrays that are replaced when they grow
         self._pages = (k_pages, v_pages)
         table = branches.table
         self._pool = _rows_image(k_pages, v_pages, table.shape, table.ctypes.data, 0, 0, (0,) * 7)
@@ -192,7 +194,7 @@ class DecodeStep:
     def is_current(self, k_pages: Tensor) -> bool:
         """Whether it still refers to the branches' arrays, and to this pool."""
         now = self._branches
-        return self._pages[0] is k_pages and self._arrays[5] is now.stops and self._arrays[9] is now.tokens
+        return self._pages[0] is k_pages and self._stops is now.stops and self._tokens is now.tokens
 
     def run(self, chosen: Longs, items: Tensor) -> Longs:
         """Run the last token of each branch chosen and sample the next one, with its log-probs and entropy.
