@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -144,6 +145,20 @@ def test_an_update_of_the_weights_is_seen() -> None:
     engine.weights_changed()
     assert sampled() == first != second
     assert is_native(engine)
+
+
+def test_a_released_pool_is_freed_and_taken_again() -> None:
+    engine = Engine(tiny_model(), kv_tokens=1024)
+
+    def sampled() -> list[Node]:
+        with engine.tree(prompt_of(9), key=3) as tree:
+            return engine.extend(tree.root.fork(), Sampling(max_tokens=20))
+
+    before = sampled()
+    pages = weakref.ref(engine.cache.pool.keys)
+    engine.release()
+    assert pages() is None
+    equal(sampled(), before)
 
 
 def test_logits_without_a_distribution_leave_the_branch_as_it_was() -> None:

@@ -11,8 +11,9 @@ from ibtpo_engine.model import MLP, Attention, Block, Model, RMSNorm
 from ibtpo_engine.model import Decoder as Layers
 from ibtpo_kernels import Decoder, LayerWeights, can_borrow, has_compiled
 
-MOST_BYTES = 64 << 20
-"""Weights of a model that the native decoder runs; above, torch's products are worth their calls."""
+MOST_BYTES = 16 << 20
+"""Weights of a model that the native decoder runs. A few rows run on one thread there: in a larger model their products
+are worth a second one, and take so long that the calls do not matter."""
 
 _KNOWN = (Model, Layers, nn.ModuleList, Block, Attention, MLP, RMSNorm, nn.Linear, nn.Embedding)
 

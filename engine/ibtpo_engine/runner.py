@@ -29,6 +29,8 @@ from ibtpo_kernels import (
     tree_decode,
 )
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -78,11 +80,12 @@ class Runner:
         self._plan: DecodePlan | None = None
         self._decoder: Decoder | None = None
         self._step: DecodeStep | None = None
+        self._chosen: npt.NDArray[np.int64] | None = None  # what the step was told to run
         self.weights_changed()
 
     def invalidate(self) -> None:
         """The rows changed in kind: plan anew at the next `forward` or `decode`."""
-        self._plan = None
+        self._plan = self._chosen = None
 
     def weights_changed(self) -> None:
         """Parameters may lie elsewhere now."""
@@ -92,7 +95,7 @@ class Runner:
     @property
     def is_native(self) -> bool:
         """Whether a forward pass is one native call."""
-        return self._decoder is not None and active_backend("cpu") == "cpu"
+        return self._decoder is not None and active_backend(_CPU) == "cpu"
 
     def forward(self, rows: Rows, table: npt.NDArray[np.int32]) -> Tensor:
         """Hidden states [T, H] of `rows`, whose paths' pages are in `table` (int32 [R, P])."""
@@ -125,16 +128,18 @@ class Runner:
         """Run the last token of each slot chosen and record the next one, all in one native call.
 
         Returns:
-            int64 [len(chosen)], as `DecodeStep.run`. Only where `is_native`.
+            int64 [len(chosen)], as `DecodeStep.run`, of which it is a view. Only where `is_native`.
         """
         assert self._decoder is not None
-        if self._plan is None:
+        if self._step is None or not self._step.is_current(self.pool.keys, self.pool.values):
+            self._step, self._chosen = self._decoder.record(slots, self.pool.keys, self.pool.values), None
+        if self._plan is None or self._chosen is not chosen:
             self._plan = plan_decode(
                 torch.from_numpy(slots.table),
                 torch.from_numpy(chosen.astype(np.int32)),
                 torch.from_numpy(slots.length[chosen]),
                 page_size=PAGE,
             )
-        if self._step is None or not self._step.is_current(self.pool.keys):
-            self._step = self._decoder.record(slots, self.pool.keys, self.pool.values)
-        return self._step.run(chosen, self._plan.items)
+            self._step.choose(chosen, self._plan.items)
+            self._chosen = chosen
+        return self._step.run()

@@ -183,7 +183,7 @@ class DecodeStep:
         self._branches = branches
         self._arrays = [branches.table, *(getattr(branches, name) for name in _BRANCH_FIELDS)]
         self._stops, self._tokens = branches.stops, branches.tokens  # the arrays that are replaced when they grow
-        self._pages = (k_pages, v_pages)
+        self._pages = (k_pages.data_ptr(), v_pages.data_ptr())  # not the tensors: the pool may be released
         table = branches.table
         self._pool = _rows_image(k_pages, v_pages, table.shape, table.ctypes.data, 0, 0, (0,) * 7)
         self._image = np.array(
@@ -191,36 +191,47 @@ class DecodeStep:
         )
         self._addresses = (self._decoder, self._pool.ctypes.data, self._image.ctypes.data)
 
-    def is_current(self, k_pages: Tensor) -> bool:
-        """Whether it still refers to the branches' arrays, and to this pool."""
+    def is_current(self, k_pages: Tensor, v_pages: Tensor) -> bool:
+        """Whether it still refers to the branches' arrays, and to this pool; asked before a run."""
         now = self._branches
-        return self._pages[0] is k_pages and self._stops is now.stops and self._tokens is now.tokens
+        return (
+            self._stops is now.stops
+            and self._tokens is now.tokens
+            and self._pages == (k_pages.data_ptr(), v_pages.data_ptr())
+        )
 
-    def run(self, chosen: Longs, items: Tensor) -> Longs:
-        """Run the last token of each branch chosen and sample the next one, with its log-probs and entropy.
+    def choose(self, chosen: Longs, items: Tensor) -> None:
+        """Say which branches the next runs are for.
 
         Args:
             chosen: int64 [B], branches by index.
             items: of a plan for these branches, whose rows of the table are their indices.
+        """
+        items = items.contiguous()
+        self._chosen, self._items = chosen, items
+        self._code = np.zeros(len(chosen), np.int64)
+        self._call = (
+            *self._addresses, chosen.ctypes.data, len(chosen), items.data_ptr(), len(items), self._code.ctypes.data,
+        )  # fmt: skip
+
+    def run(self) -> Longs:
+        """Run the last token of each branch chosen and sample the next one, with its log-probs and entropy.
 
         Returns:
-            int64 [B]: 0 the branch goes on, 1 it drew a stop token, 2 it reached its limit, 3 it goes on to a depth
-            that has no page yet.
+            int64 [B], overwritten by the next run: 0 the branch goes on, 1 it drew a stop token, 2 it reached its
+            limit, 3 it goes on to a depth that has no page yet.
 
         Raises:
             ValueError: a branch has NaN or inf logits, or lacks a page; then nothing is recorded.
         """
-        code = np.empty(len(chosen), np.int64)
-        failed = native.decoder_step(
-            *self._addresses, chosen.ctypes.data, len(chosen), items.data_ptr(), len(items), code.ctypes.data
-        )
-        if failed >= len(chosen):
-            raise ValueError(f"sample: row {failed - len(chosen)} has no distribution (NaN or inf logits)")
+        failed = native.decoder_step(*self._call)
+        if failed >= len(self._code):
+            raise ValueError(f"sample: row {failed - len(self._code)} has no distribution (NaN or inf logits)")
         if failed >= 0:
             raise ValueError(
-                f"DecodeStep: branch {int(chosen[failed])} lacks a page, or its last token is out of range"
+                f"DecodeStep: branch {int(self._chosen[failed])} lacks a page, or its last token is out of range"
             )
-        return code
+        return self._code
 
 
 def _address(x: Tensor | None) -> int:
