@@ -119,6 +119,11 @@ def implementation(x: Tensor) -> ModuleType:
     return reference
 
 
+def host_planner() -> ModuleType:
+    """The module that plans on the host, whatever device the kernels run on."""
+    return reference if cpu.native is None or _chosen.get() == "reference" else cpu
+
+
 def _on_gpu(x: Tensor) -> ModuleType:
     kernels = _triton()
     if kernels is None:
