@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ibtpo_engine.model import Model, QKNorm
-from ibtpo_engine.pages import PAGE, PagePool
-from ibtpo_kernels import DecodePlan, plan_decode, rope_append, tree_decode
+from ibtpo_engine.pages import PagePool
+from ibtpo_kernels import DecodePlan, DecodePlanner, rope_append, tree_decode
 
 
 @dataclass(frozen=True)
@@ -66,21 +66,16 @@ class Runner:
         """The rows changed in kind: plan anew at the next `forward`."""
         self._plan = None
 
-    def forward(self, rows: Rows, table: npt.NDArray[np.int32]) -> Tensor:
-        """Hidden states [T, H] of `rows`, whose paths' pages are in `table` (int32 [R, P])."""
+    def forward(self, rows: Rows, planner: DecodePlanner) -> Tensor:
+        """Hidden states [T, H] of `rows`, whose paths' pages are in the table of `planner`."""
         device = self.model.device
         tokens, pos, address = (torch.from_numpy(array).to(device) for array in (rows.tokens, rows.pos, rows.address))
         if self._plan is None:
-            self._plan = plan_decode(
-                torch.from_numpy(table).to(device),
-                torch.from_numpy(rows.row).to(device),
-                (pos + 1).to(torch.int32),
-                page_size=PAGE,
-            )
-        else:  # same rows, one token further
+            lengths = (rows.pos + 1).astype(np.int32)
+            self._plan = planner.plan(torch.from_numpy(rows.row), torch.from_numpy(lengths))
+        else:  # same rows, one token further; some have a new page
             self._plan.lengths.copy_(pos + 1)
-            if device.type != "cpu":  # there the plan holds a copy of the table, which may have new pages
-                self._plan.page_table.copy_(torch.from_numpy(table), non_blocking=True)
+            planner.upload()
         attend = PagedAttention(self.pool, self._plan, address, *self.model.rotation(pos))
         hidden: Tensor = self.model(tokens, attend)
         return hidden
