@@ -158,6 +158,8 @@ class SamplingConfig:
     """Smallest set of tokens with at least this probability is kept; 1 keeps all."""
     top_k: int = 0
     """Number of most likely tokens kept; 0 keeps all."""
+    min_p: float = 0.0
+    """Tokens less than this many times as likely as the most likely one are dropped; 0 drops none."""
     max_tokens: int = 2048
     """Most new tokens a trajectory may have below the prompt; what is cut off there gets reward 0."""
 
@@ -165,6 +167,7 @@ class SamplingConfig:
         check_range("sampling.temperature", self.temperature, low=0.0)
         check_range("sampling.top_p", self.top_p, low=0.0, high=1.0, low_open=True)
         check_range("sampling.top_k", self.top_k, low=0)
+        check_range("sampling.min_p", self.min_p, low=0.0, high=1.0)
         check_range("sampling.max_tokens", self.max_tokens, low=1)
 
 

@@ -22,6 +22,7 @@ def make_sampling(config: TrainConfig, policy: Policy) -> Sampling:
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
+        min_p=sampling.min_p,
         max_tokens=sampling.max_tokens,
         stop_tokens=policy.stops,
     )

@@ -51,7 +51,7 @@ class Updater:
         self.reference = reference
         self.config = config
         sampling = config.sampling
-        truncated = sampling.top_p < 1 or sampling.top_k > 0
+        truncated = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
         self.recompute = truncated or config.loss.old_logprob == "recompute"
 
     @staticmethod

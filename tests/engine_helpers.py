@@ -36,14 +36,19 @@ ROUNDING = 2e-5  # fp32 log-probs of these models, computed in batches of differ
 
 
 def tiny_model(
-    seed: int = 0, *, vocabulary: int = VOCABULARY, positions: int = 512, dtype: torch.dtype = torch.float32
+    seed: int = 0,
+    *,
+    vocabulary: int = VOCABULARY,
+    positions: int = 512,
+    hidden: int = 24,
+    dtype: torch.dtype = torch.float32,
 ) -> Model:
     """A Qwen3 of two layers whose weights are large enough for tokens to depend on everything before them."""
     config = ModelConfig.from_dict(
         {
             "architectures": ["Qwen3ForCausalLM"],
             "vocab_size": vocabulary,
-            "hidden_size": 24,
+            "hidden_size": hidden,
             "intermediate_size": 32,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
@@ -114,7 +119,14 @@ def expected_tokens(model: Model, node: Node, sampling: Sampling) -> npt.NDArray
     """What `node` must hold: each token drawn, with its own random number, from one forward pass over the path."""
     logits = path_logits(model, node.prefix())[node.start - 1 : node.end - 1].float()
     keys = torch.tensor([[node.stream, depth] for depth in range(node.start, node.end)])
-    drawn = sample(logits, keys, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
+    drawn = sample(
+        logits,
+        keys,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+    )
     return drawn[0].numpy()
 
 

@@ -216,6 +216,7 @@ def test_unknown_fields_and_wrong_types_are_named(changes: dict[str, Any], messa
         ({"optim": {"lr": 0}}, r"optim\.lr: 0\.0 lies outside \(0\.0, inf\)"),
         ({"optim": {"beta2": 1}}, r"optim\.beta2: 1\.0 lies outside \[0\.0, 1\.0\)"),
         ({"sampling": {"top_p": 0}}, r"sampling\.top_p: 0\.0 lies outside \(0\.0, 1\.0\]"),
+        ({"sampling": {"min_p": 2}}, r"sampling\.min_p: 2\.0 lies outside \[0\.0, 1\.0\]"),
         ({"sampling": {"temperature": -1}}, r"sampling\.temperature: -1\.0 lies outside \[0\.0, inf\)"),
         ({"sampling": {"max_tokens": 0}}, r"sampling\.max_tokens: 0 lies outside \[1, inf\)"),
         ({"engine": {"kv_tokens": 15}}, r"engine\.kv_tokens: 15 lies outside \[16, inf\)"),

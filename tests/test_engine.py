@@ -280,8 +280,9 @@ def node_on(model: Model, prompt: list[int], sampling: Sampling) -> Node:
         Sampling(max_tokens=60, temperature=0.7),
         Sampling(max_tokens=60, temperature=1.3, top_p=0.8),
         Sampling(max_tokens=60, top_k=5),
+        Sampling(max_tokens=60, min_p=0.5),
     ],
-    ids=["plain", "temperature", "top-p", "top-k"],
+    ids=["plain", "temperature", "top-p", "top-k", "min-p"],
 )
 def test_sampler_and_trainer_agree_on_logprob_and_entropy(sampling: Sampling) -> None:
     """On every edge of a forked tree, within fp32 rounding: the sampler's numbers are the trainer's old policy."""
@@ -302,7 +303,7 @@ def test_sampler_and_trainer_agree_on_logprob_and_entropy(sampling: Sampling) ->
     assert len(token) > 150
     agree(packed.logprob_raw[packed.edge_token], logprob)
     agree(packed.entropy[packed.edge_token], entropy[row.long()])
-    if (sampling.top_p, sampling.top_k) == (1, 0):
+    if (sampling.top_p, sampling.top_k, sampling.min_p) == (1, 0, 0):
         agree(packed.logprob[packed.edge_token], tempered)
     else:  # renormalised over what was kept: never less likely
         assert (packed.logprob[packed.edge_token] >= tempered.numpy() - 1e-5).all()
@@ -339,7 +340,7 @@ def test_nothing_of_a_branchs_parameters_stays_behind_for_the_next() -> None:
     engine = Engine(tiny_model(), kv_tokens=8192, max_branches=3)
     loose, strict = Sampling(max_tokens=20), Sampling(max_tokens=20, temperature=0, stop_tokens=tuple(range(30)))
     with engine.tree(PROMPT) as tree:
-        for sampling in (strict, loose, replace(strict, top_k=2, top_p=0.5, temperature=0.5), loose):
+        for sampling in (strict, loose, replace(strict, top_k=2, top_p=0.5, min_p=0.3, temperature=0.5), loose):
             nodes = engine.extend(tree.root.fork(6), sampling)
             for node in nodes:
                 assert np.array_equal(node.tokens, expected_tokens(engine.model, node, sampling))
@@ -597,6 +598,7 @@ def test_sizes_must_be_positive(field: str) -> None:
         {"top_p": 0.0},
         {"top_p": 1.5},
         {"top_k": -1},
+        {"min_p": 1.5},
         {"max_tokens": 0},
     ],
 )

@@ -22,6 +22,10 @@ PARAMETERS: list[dict[str, Any]] = [
     {"top_k": 5},
     {"temperature": 1.3, "top_k": 20, "top_p": 0.6},
     {"top_k": 10**6, "top_p": 0.999},
+    {"min_p": 0.05},
+    {"min_p": 1.0},
+    {"temperature": 0.0, "min_p": 0.5},
+    {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.1},
 ]
 
 
@@ -71,7 +75,9 @@ def _fixed() -> torch.Generator:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("parameters", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.7}], ids=str)
+@pytest.mark.parametrize(
+    "parameters", [{}, {"temperature": 0.5}, {"top_k": 4}, {"top_p": 0.7}, {"min_p": 0.2}], ids=str
+)
 def test_frequencies_follow_the_distribution(backend: str, parameters: dict[str, Any]) -> None:
     """Chi-square with 40,000 draws at fixed keys; the bound is 6 standard deviations above the mean."""
     logits, draws = torch.linspace(-2, 2, 9), 40_000
@@ -81,6 +87,7 @@ def test_frequencies_follow_the_distribution(backend: str, parameters: dict[str,
         by_weight[parameters["top_k"] :] = 0
     if "top_p" in parameters:
         by_weight[1:][by_weight.cumsum(-1)[:-1] >= parameters["top_p"]] = 0
+    by_weight[by_weight < parameters.get("min_p", 0) * by_weight[0]] = 0
     p = by_weight.flip(0) / by_weight.sum()
     with K.backend(backend):
         tokens, logprob, *_ = K.sample(logits.expand(draws, -1), keys(draws), **parameters)
@@ -115,6 +122,47 @@ def test_top_p_keeps_the_shortest_prefix_that_reaches_the_mass(backend: str) -> 
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(backend: str) -> None:
+    """Weights 1, 1/2, 1/4, 1/8 at temperature 1, their squares at temperature 1/2; top-k and top-p cut further."""
+    logits = -math.log(2) * torch.arange(4.0).expand(2000, -1)
+    cases: list[tuple[dict[str, Any], int]] = [
+        ({"min_p": 0.2}, 3),
+        ({"min_p": 0.3}, 2),
+        ({"min_p": 1.0}, 1),
+        ({"min_p": 0.1, "temperature": 0.5}, 2),
+        ({"min_p": 0.2, "top_k": 2}, 2),
+        ({"min_p": 0.2, "top_k": 4}, 3),
+        ({"min_p": 0.2, "top_p": 0.5}, 1),
+        ({"min_p": 0.3, "top_p": 0.9}, 2),  # top-p alone: 3
+    ]
+    with K.backend(backend):
+        for parameters, kept in cases:
+            token, logprob, *_ = K.sample(logits, keys(2000), **parameters)
+            assert set(token.tolist()) == set(range(kept)), parameters
+            w = 0.5 ** (torch.arange(float(kept)) / parameters.get("temperature", 1.0))
+            torch.testing.assert_close(logprob, (w / w.sum()).log()[token], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_min_p_at_the_very_limit(backend: str) -> None:
+    """z - max z == temperature log(min_p) is kept: by every backend, whatever its exp rounds to."""
+    logits = torch.tensor([0.0, -1.0, -2.0, -3.0]).expand(60, -1) / 2
+    for row in (math.exp(-1.0), torch.full((60,), math.exp(-1.0), dtype=torch.float64)):
+        with K.backend(backend):
+            token, *_ = K.sample(logits, keys(60), min_p=row)
+        assert set(token.tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_high_temperature_draws_no_impossible_token(backend: str) -> None:
+    logits = torch.full((2000, 300), -torch.inf)
+    logits[:, 5], logits[:, 7] = 0.0, -3e4
+    with K.backend(backend):
+        assert set(K.sample(logits, keys(2000), temperature=1e3)[0].tolist()) == {5}
+        assert set(K.sample(logits, keys(2000), temperature=1e5)[0].tolist()) == {5, 7}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_greedy_takes_the_first_of_equals_with_logprob_zero(backend: str) -> None:
     with K.backend(backend):
         token, logprob, raw, _ = K.sample(torch.tensor([[0.0, 2.0, 1.0, 2.0]]), keys(1), temperature=0)
@@ -127,8 +175,9 @@ def test_greedy_takes_the_first_of_equals_with_logprob_zero(backend: str) -> Non
 def test_parameters_per_row_equal_parameters_per_call(backend: str) -> None:
     logits = torch.randn(3, 40)
     temperature, top_p, top_k = torch.tensor([0.0, 0.5, 1.5]), torch.tensor([1.0, 0.7, 0.9]), torch.tensor([0, 9, 0])
+    min_p = torch.tensor([0.5, 0.0, 0.25])
     with K.backend(backend):
-        together = K.sample(logits, keys(3), temperature=temperature, top_p=top_p, top_k=top_k)
+        together = K.sample(logits, keys(3), temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
         for b in range(3):
             row = slice(b, b + 1)
             alone = K.sample(
@@ -137,6 +186,7 @@ def test_parameters_per_row_equal_parameters_per_call(backend: str) -> None:
                 temperature=temperature[b].item(),
                 top_p=top_p[b].item(),
                 top_k=int(top_k[b]),
+                min_p=min_p[b].item(),
             )
             assert all(torch.equal(x[row], y) for x, y in zip(together, alone, strict=True))
 
@@ -182,6 +232,9 @@ def test_a_row_without_a_distribution_is_named(backend: str, bad: float) -> None
         ({"temperature": math.nan}, "temperature=nan"),
         ({"top_p": 0.0}, r"top_p=0.0 must be in \(0, 1\]"),
         ({"top_k": -1}, "top_k=-1 must be 0"),
+        ({"min_p": -0.1}, r"min_p=-0.1 must be in \[0, 1\]"),
+        ({"min_p": math.nan}, "min_p=nan"),
+        ({"min_p": torch.tensor([0.5, math.inf])}, r"min_p has a row that is not in \[0, 1\]"),
         ({"top_p": torch.tensor([0.5, 2.0])}, "top_p has a row"),
         ({"temperature": torch.ones(3)}, r"temperature is .* or \[2\]"),
     ],

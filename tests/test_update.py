@@ -110,11 +110,12 @@ def test_ratio_is_one_before_the_first_update_when_the_sampler_is_the_trainer() 
     [
         {"sampling": SamplingConfig(temperature=0.8, top_p=0.9, max_tokens=64)},
         {"sampling": SamplingConfig(temperature=0.8, top_p=1.0, top_k=5, max_tokens=64)},
+        {"sampling": SamplingConfig(temperature=0.8, top_p=1.0, min_p=0.1, max_tokens=64)},
         {"loss": LossConfig(kl_coef=0.0, old_logprob="recompute")},
     ],
 )
 def test_recomputed_ratio_is_exactly_one_whatever_the_sampler_renormalised(changes: dict[str, Any]) -> None:
-    """Top-p and top-k make the sampler's log-probs those of another distribution; the gap is measured on raw ones."""
+    """Top-p, top-k, min-p: the sampler's log-probs are those of another distribution; the gap is taken on raw ones."""
     model = _model()
     trees = _trees(model)
     for tree in trees:

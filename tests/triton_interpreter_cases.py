@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import test_kernels_attention as attention_tests
 import test_kernels_decode as decode_tests
+import test_kernels_linear as linear_tests
 import test_kernels_logprob as logprob_tests
 import test_kernels_sample as sample_tests
 import test_kernels_small as small_tests
@@ -55,6 +56,7 @@ SAID_OF_EVERY_BACKEND = [
         for name in (
             "test_greedy_takes_the_first_of_equals_with_logprob_zero",
             "test_parameters_per_row_equal_parameters_per_call",
+            "test_min_p_at_the_very_limit",
         )
     ),
     small_tests.test_append_kv_writes_the_slots_asked_for_and_no_other,
@@ -377,3 +379,31 @@ def test_float64_goes_to_the_reference() -> None:
     x = torch.randn(4, 6, dtype=torch.float64)
     with K.backend("triton"):
         assert K.silu_mul(x, x).dtype is torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "shape", [((5,), 1, 1), ((2, 3), 100, 20), ((67,), 40, 70), ((0,), 8, 3), ((3,), 70, 0)], ids=str
+)
+def test_linear_and_its_gradients_match_float64(shape: tuple[tuple[int, ...], int, int], dtype: torch.dtype) -> None:
+    inputs = [x.to(dtype) for x in linear_tests.leaves(*shape, bias=True)]
+    plain = [x.clone().requires_grad_() for x in inputs]
+    out = torch.nn.functional.linear(*plain)
+    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = [out.detach(), *torch.autograd.grad(out, plain, d_out)]
+    exact = linear_tests.run("reference", [x.double() for x in inputs], torch.float64)
+    floor = 3e-6 if dtype is torch.float32 else 1e-3
+    for ours, theirs, float64 in zip(linear_tests.run("triton", inputs, dtype), expected, exact, strict=True):
+        assert_within_budget(ours, theirs, float64, floor=floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_a_product_does_not_depend_on_the_rows_that_follow(dtype: torch.dtype) -> None:
+    """Any number of rows from the start of a tile: the interpreter's `dot` is numpy's, whose rows know their place."""
+    x, weight, bias = (y.to(dtype) for y in linear_tests.leaves((131,), 100, 70, bias=True))
+    with K.backend("triton"):
+        whole = K.batch_invariant_linear(x, weight, bias)
+        for first in (0, 64):
+            for size in range(1, 68):
+                rows = x[first : first + size]
+                assert torch.equal(K.batch_invariant_linear(rows, weight, bias), whole[first : first + size])

@@ -9,6 +9,7 @@ import torch
 
 from ibtpo_kernels.gpu import (
     append_kv,
+    batch_invariant_linear,
     linear_logprob,
     rms_norm,
     rope,
@@ -52,10 +53,16 @@ def logprob(dtype: torch.dtype) -> None:
     (out[0].sum() + out[1].sum()).backward()
 
 
+def product(dtype: torch.dtype) -> None:
+    x, weight = torch.zeros(64, 1024, dtype=dtype), torch.zeros(512, 1024, dtype=dtype)
+    batch_invariant_linear(x, weight, None)
+    batch_invariant_linear(x, weight, weight[:, 0])
+
+
 def draw(dtype: torch.dtype, top_p: float) -> None:
     """A vocabulary of 151,936; the row that was never sampled then looks like one without a distribution."""
     try:
-        sample(torch.zeros(4, 151936, dtype=dtype), torch.zeros(4, 2, dtype=torch.int64), 0.7, top_p, 0)
+        sample(torch.zeros(4, 151936, dtype=dtype), torch.zeros(4, 2, dtype=torch.int64), 0.7, top_p, 0, 0.0)
     except (ValueError, RuntimeError):
         return
 
@@ -90,6 +97,7 @@ def calls(*, full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
 def _rows(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
     yield f"logprob-{name}", partial(logprob, dtype)
     yield f"small-{name}", partial(small, dtype)
+    yield f"linear-{name}", partial(product, dtype)
     for top_p in (1.0, 0.9):
         yield f"sample-{name}-p{top_p}", partial(draw, dtype, top_p)
 

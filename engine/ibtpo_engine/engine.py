@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -278,7 +279,8 @@ class Engine:
 
     def _step(self) -> None:
         """One scheduler step; what finished is reported to its search, whoever is calling."""
-        flops = 2.0 * self._num_parameters * self.scheduler.num_rows
+        native = self.scheduler.runner.is_native  # chooses its threads itself
+        flops = math.inf if native else 2.0 * self._num_parameters * self.scheduler.num_rows
         with torch.inference_mode(), threads_for(flops):
             self.cache.pool.restore_memory()
             finished = self.scheduler.step(self.version)
@@ -317,6 +319,7 @@ class Engine:
         computed anew with the new weights.
         """
         self._drop_all_kv()
+        self.scheduler.runner.weights_changed()
         self.version += 1
         self._weights = self._weight_stamp()
 

@@ -34,7 +34,7 @@ class Slots:
         planner: plans steps over the table; it is told of each write.
         start, length, limit: int32 [num], depths as drawn above.
         stream: int64 [num], names the branch's random numbers.
-        temperature, top_p: float32 [num]; top_k: int32 [num].
+        temperature, top_p, min_p: float32 [num]; top_k: int32 [num].
         stops: int64 [num, S], stop tokens, padded with -1.
         tokens: int32 [num, width]; logprob, logprob_raw, entropy: float32 [num, width]: what was sampled.
     """
@@ -52,6 +52,7 @@ class Slots:
         self.temperature: Floats = np.ones(num, np.float32)
         self.top_p: Floats = np.ones(num, np.float32)
         self.top_k: Ints = np.zeros(num, np.int32)
+        self.min_p: Floats = np.zeros(num, np.float32)
         self.stops: npt.NDArray[np.int64] = np.full((num, 1), -1, np.int64)
         self.tokens: Ints = np.zeros((num, 64), np.int32)
         self.logprob: Floats = np.zeros((num, 64), np.float32)
@@ -93,6 +94,7 @@ class Slots:
         self.temperature[slot] = sampling.temperature
         self.top_p[slot] = sampling.top_p
         self.top_k[slot] = sampling.top_k
+        self.min_p[slot] = sampling.min_p
         if len(sampling.stop_tokens) > self.stops.shape[1]:
             self.stops = _widen(self.stops, len(sampling.stop_tokens), fill=-1)
         self.stops[slot] = -1

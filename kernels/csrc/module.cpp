@@ -9,6 +9,7 @@
 #include <cstring>
 #include <vector>
 
+#include "direct.h"
 #include "kernels.h"
 #include "plan.h"
 
@@ -43,28 +44,18 @@ struct Column {
   const T* const data;
 };
 
-// Copies row t of k and v, row_size floats, to slot slots[t]; -1 skips. Returns -1, or the first row with a bad slot,
-// in which case nothing is written.
-int64_t append_kv(const float* k, const float* v, float* k_pages, float* v_pages, const int64_t* slots, int64_t count,
-                  int64_t row_size, int64_t k_stride, int64_t v_stride, int64_t num_slots) {
-  for (int64_t t = 0; t < count; ++t)
-    if (slots[t] < -1 || slots[t] >= num_slots) return t;
-  for (int64_t t = 0; t < count; ++t) {
-    if (slots[t] < 0) continue;
-    std::copy_n(k + t * k_stride, row_size, k_pages + slots[t] * row_size);
-    std::copy_n(v + t * v_stride, row_size, v_pages + slots[t] * row_size);
-  }
-  return -1;
-}
-
 const Kernels* active = &baseline::kernels;
 
 }  // namespace
+
+const Kernels& ibtpo::current() { return *active; }
 
 NB_MODULE(_cpu, m) {
   active = &choose();
   using Address = uintptr_t;
   const auto release = nb::call_guard<nb::gil_scoped_release>();
+
+  define_direct(m);
 
   m.def("isa", [] { return active->isa; });
 
@@ -111,10 +102,11 @@ NB_MODULE(_cpu, m) {
       },
       release);
 
+  // Sizes and strides in bytes.
   m.def("append_kv", [](Address k, Address v, Address k_pages, Address v_pages, Address slots, int64_t count,
                         int64_t row_size, int64_t k_stride, int64_t v_stride, int64_t num_slots) {
-    return append_kv(at<float>(k), at<float>(v), at<float>(k_pages), at<float>(v_pages), at<int64_t>(slots), count,
-                     row_size, k_stride, v_stride, num_slots);
+    return append({at<char>(k), at<char>(v), at<char>(k_pages), at<char>(v_pages), at<int64_t>(slots), count, row_size,
+                   k_stride, v_stride, num_slots});
   });
 
   m.def("rope_append",
@@ -184,17 +176,48 @@ NB_MODULE(_cpu, m) {
       },
       release);
 
-  // temperature, top_p, top_k: the address of one value a row, or 0 and one value for all.
+  m.def(
+      "linear",
+      [](Address x, Address weight, Address bias, Address out, int64_t num_rows, int64_t num_cols, int64_t depth,
+         int64_t x_stride) {
+        active->linear({at<float>(x), at<float>(weight), at<float>(bias), at<float>(out), num_rows, num_cols, depth,
+                        x_stride, num_cols, false});
+      },
+      release);
+
+  // Addresses of structs of kernels.h.
+  m.def(
+      "decoder_forward",
+      [](Address decoder, Address rows) {
+        return active->decoder_forward(*at<Decoder>(decoder), *at<DecoderRows>(rows));
+      },
+      release);
+
+  m.def(
+      "decoder_step",
+      [](Address decoder, Address pool, Address branches, Address chosen, int64_t count, Address items,
+         int64_t num_items, Address code) {
+        DecoderRows rows = *at<DecoderRows>(pool);
+        rows.num_rows = count;
+        rows.items = at<int32_t>(items);
+        rows.num_items = num_items;
+        return active->decoder_step(*at<Decoder>(decoder), rows, *at<Branches>(branches), at<int64_t>(chosen),
+                                    at<int64_t>(code));
+      },
+      release);
+
+  // temperature, top_p, top_k, min_p: the address of one value a row, or 0 and one value for all.
   m.def(
       "sample",
-      [](Address logits, Address keys, Address temperature, Address top_p, Address top_k, double temperature_all,
-         double top_p_all, int64_t top_k_all, Address token, Address logprob, Address logprob_raw, Address entropy,
-         int64_t num_rows, int64_t vocabulary) {
-        const Column<double> temperatures(temperature, temperature_all, num_rows), masses(top_p, top_p_all, num_rows);
+      [](Address logits, Address keys, Address temperature, Address top_p, Address top_k, Address min_p,
+         double temperature_all, double top_p_all, int64_t top_k_all, double min_p_all, Address token, Address logprob,
+         Address logprob_raw, Address entropy, int64_t num_rows, int64_t vocabulary) {
+        const Column<double> temperatures(temperature, temperature_all, num_rows), masses(top_p, top_p_all, num_rows),
+            floors(min_p, min_p_all, num_rows);
         const Column<int64_t> counts(top_k, top_k_all, num_rows);
         return active->sample({at<float>(logits), at<int64_t>(keys), temperatures.data, masses.data, counts.data,
                                at<int64_t>(token), at<float>(logprob), at<float>(logprob_raw), at<float>(entropy),
-                               num_rows, vocabulary});
+                               num_rows, vocabulary, floors.data});
       },
       release);
 

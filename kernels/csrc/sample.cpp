@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kDoubles = kWidth / 2;
 constexpr int64_t kChunk = 256;   // weights summed as one step of the cumulative sum
-constexpr double kLowest = -1e4;  // stands in for -inf: its exp is 0
+constexpr double kLowest = -1e4;  // stands in for -inf, whose product with its exp, 0, would be NaN
 constexpr int64_t kParallelWork = 1 << 15;
 
 typedef double DVec __attribute__((vector_size(8 * kDoubles)));
@@ -101,13 +101,13 @@ struct RawStats {
   double log_sum, entropy;
 };
 
-// x = z - max, padded with kLowest to a whole number of chunks; statistics of softmax(x).
+// x = z - max, padded with -inf to whole vectors; statistics of softmax(x).
 INLINE RawStats shift(const float* z, double top, int64_t size, double* x, int64_t padded) {
-  for (int64_t i = 0; i < size; ++i) x[i] = z[i] - top < kLowest ? kLowest : z[i] - top;
-  for (int64_t i = size; i < padded; ++i) x[i] = kLowest;
+  for (int64_t i = 0; i < size; ++i) x[i] = z[i] - top;
+  for (int64_t i = size; i < padded; ++i) x[i] = -__builtin_inf();
   DVec sum{}, weighted{};
   for (int64_t i = 0; i < padded / kDoubles; ++i) {
-    const DVec v = vectors(x)[i], e = exp(v);
+    const DVec v = vectors(x)[i] < kLowest ? dsplat(kLowest) : vectors(x)[i], e = exp(v);
     sum += e;
     weighted += e * v;
   }
@@ -190,10 +190,10 @@ struct Draw {
 
 // Whole chunks are skipped by their sums; within the chunk the weights are added one by one.
 INLINE Draw draw(const double* w, int64_t padded, double u, double* sums) {
-  const int64_t chunks = padded / kChunk;
+  const int64_t chunks = (padded + kChunk - 1) / kChunk;
   double total = 0.0;
   for (int64_t c = 0; c < chunks; ++c) {
-    sums[c] = total_of(const_cast<double*>(w) + c * kChunk, kChunk);
+    sums[c] = total_of(const_cast<double*>(w) + c * kChunk, least(kChunk, padded - c * kChunk));
     total += sums[c];
   }
   const double target = u * total;
@@ -202,7 +202,7 @@ INLINE Draw draw(const double* w, int64_t padded, double u, double* sums) {
   for (int64_t c = 0; c < chunks && token < 0; ++c) {
     double inside = cumulative;
     if (cumulative + sums[c] > target)
-      for (int64_t i = c * kChunk; i < (c + 1) * kChunk && token < 0; ++i)
+      for (int64_t i = c * kChunk; i < least(padded, (c + 1) * kChunk) && token < 0; ++i)
         if ((inside += w[i]) > target) token = i;
     cumulative += sums[c];
   }
@@ -223,6 +223,10 @@ INLINE bool sample_row(const Sample& p, int64_t r, double* x, double* w, double*
     const bool cut_k = p.top_k[r] > 0 && p.top_k[r] < p.vocabulary;
     for (int64_t i = p.vocabulary; i < padded; ++i) w[i] = 0.0;
     if (cut_k || p.top_p[r] < 1.0) keep(z, w, p.vocabulary, padded, p.top_k[r], p.top_p[r]);
+    if (p.min_p != nullptr && p.min_p[r] > 0.0) {
+      const double floor = temperature * __builtin_log(p.min_p[r]);
+      for (int64_t i = 0; i < padded / kDoubles; ++i) vectors(w)[i] = vectors(x)[i] < floor ? DVec{} : vectors(w)[i];
+    }
     chosen = draw(w, padded, uniform(p.keys[2 * r], p.keys[2 * r + 1]), sums);
   }
   p.token[r] = chosen.token;
@@ -235,11 +239,11 @@ INLINE bool sample_row(const Sample& p, int64_t r, double* x, double* w, double*
 }  // namespace
 
 int64_t sample(const Sample& p) {
-  const int64_t padded = round_up(p.vocabulary, kChunk);
+  const int64_t padded = round_up(p.vocabulary, kWidth);
   int64_t failed = p.num_rows;
 #pragma omp parallel if (p.num_rows * p.vocabulary > kParallelWork)
   {
-    const Scratch<double> x(padded), w(padded), sums(padded / kChunk);
+    const Scratch<double> x(padded), w(padded), sums(padded / kChunk + 1);
 #pragma omp for schedule(dynamic)
     for (int64_t r = 0; r < p.num_rows; ++r)
       if (!sample_row(p, r, x, w, sums, padded)) {

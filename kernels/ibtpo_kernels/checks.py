@@ -168,6 +168,15 @@ def silu_mul(gate: Tensor, up: Tensor) -> None:
     _like("silu_mul", "up", up, tuple(gate.shape), gate, "gate")
 
 
+def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    op = "batch_invariant_linear"
+    _floating(op, "x", x, max(x.dim(), 1))
+    _floating(op, "weight", weight, 2)
+    _like(op, "weight", weight, (weight.shape[0], x.shape[-1]), x, "x")
+    if bias is not None:
+        _like(op, "bias", bias, (weight.shape[0],), x, "x")
+
+
 def linear_logprob(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float) -> None:
     op = "linear_logprob"
     _floating(op, "hidden", hidden, 2)
@@ -184,7 +193,12 @@ def linear_logprob(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor
 
 
 def sample(
-    logits: Tensor, keys: Tensor, temperature: float | Tensor, top_p: float | Tensor, top_k: int | Tensor
+    logits: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    top_p: float | Tensor,
+    top_k: int | Tensor,
+    min_p: float | Tensor,
 ) -> None:
     op = "sample"
     _floating(op, "logits", logits, 2)
@@ -194,6 +208,7 @@ def sample(
     _parameter(op, "temperature", temperature, logits, lambda x: x >= 0, "in [0, inf)")
     _parameter(op, "top_p", top_p, logits, lambda x: (x > 0) & (x <= 1), "in (0, 1]")
     _parameter(op, "top_k", top_k, logits, lambda x: x >= 0, "0 (off) or a count")
+    _parameter(op, "min_p", min_p, logits, lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
 
 
 def _parameter(

@@ -12,17 +12,41 @@ from __future__ import annotations
 
 from contextlib import suppress
 from importlib import import_module
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ibtpo_kernels import logprob
+from ibtpo_kernels import linear, logprob
 from ibtpo_kernels.plan import DecodePlan
 
 native: Any = None
 with suppress(ImportError):
     native = import_module("ibtpo_kernels._cpu")
+
+
+class DirectOps(Protocol):
+    """Ops that take tensors (csrc/direct.cpp); each returns None for a call that it does not serve."""
+
+    def append_kv(self, *args: Any) -> bool | None: ...
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor | None: ...
+    def rope(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None: ...
+    def rope_append(self, *args: Any) -> Tensor | None: ...
+    def sample(self, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor] | None: ...
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor | None: ...
+    def tree_decode(self, *args: Any) -> Tensor | None: ...
+
+
+def _open_direct() -> DirectOps | None:
+    """None where this torch offers no C interface to its tensors."""
+    interface = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if native is None or interface is None or not native.direct.open(interface, Tensor, torch.nn.Parameter):
+        return None
+    found: DirectOps = native.direct
+    return found
+
+
+direct = _open_direct()
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -115,9 +139,10 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, s
 def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     k, v, slots = _packed_rows(k), _packed_rows(v), _dense(slots)
     num_pages, page_size, num_kv_heads, head_dim = k_pages.shape
+    size = k.element_size()
     failed = native.append_kv(
         k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), slots.data_ptr(),
-        len(slots), num_kv_heads * head_dim, k.stride(0), v.stride(0), num_pages * page_size,
+        len(slots), num_kv_heads * head_dim * size, k.stride(0) * size, v.stride(0) * size, num_pages * page_size,
     )  # fmt: skip
     if failed >= 0:
         raise _bad_slot("append_kv", slots, failed, num_pages * page_size)
@@ -262,6 +287,20 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return _silu_mul(gate, up)
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    num_cols, depth = weight.shape
+    out = torch.empty(*x.shape[:-1], num_cols)
+    native.linear(
+        x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
+        x.shape[:-1].numel(), num_cols, depth, depth,
+    )  # fmt: skip
+    return out
+
+
+def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return linear.batch_invariant_linear(x, weight, bias, _linear)
+
+
 def _row_stats(z: Tensor) -> Tensor:
     stats = z.new_empty(3, len(z))
     native.row_stats(z.data_ptr(), stats.data_ptr(), *z.shape)
@@ -289,13 +328,23 @@ def _column(value: float | Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def sample(
-    logits: Tensor, keys: Tensor, temperature: float | Tensor, top_p: float | Tensor, top_k: int | Tensor
+    logits: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    top_p: float | Tensor,
+    top_k: int | Tensor,
+    min_p: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits, keys = _dense(logits), _dense(keys)
     num_rows, vocabulary = logits.shape
-    columns = (_column(temperature, torch.float64), _column(top_p, torch.float64), _column(top_k, torch.int64))
+    columns = (
+        _column(temperature, torch.float64),
+        _column(top_p, torch.float64),
+        _column(top_k, torch.int64),
+        _column(min_p, torch.float64),
+    )
     addresses = [0 if x is None else x.data_ptr() for x in columns]
-    numbers = [x if not isinstance(x, Tensor) else 0 for x in (temperature, top_p, top_k)]
+    numbers = [x if not isinstance(x, Tensor) else 0 for x in (temperature, top_p, top_k, min_p)]
     token = torch.empty(num_rows, dtype=torch.int64)
     logprob, logprob_raw, entropy = torch.empty(3, num_rows).unbind()
     failed = native.sample(

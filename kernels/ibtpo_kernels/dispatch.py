@@ -93,6 +93,21 @@ def active_backend(device: torch.device | str) -> str:
     return "cpu" if kind == "cpu" and has_compiled() else "reference"
 
 
+def direct() -> cpu.DirectOps | None:
+    """The compiled ops that take tensors, where ops on the CPU run on "cpu"; else None.
+
+    They return None for a call that they do not serve, having written nothing: it then goes through `checks` and
+    `implementation`, which serve it or say what is wrong.
+    """
+    chosen = _chosen.get()
+    return cpu.direct if chosen is None or chosen == "cpu" else None
+
+
+def direct_forward() -> cpu.DirectOps | None:
+    """As `direct`, for an op that has a gradient: None where one may be asked for, or torch.compile looks on."""
+    return None if torch.is_grad_enabled() or torch.compiler.is_compiling() else direct()
+
+
 @cache
 def _say_missing(kernels: str, remedy: str) -> None:
     warnings.warn(

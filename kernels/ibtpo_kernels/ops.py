@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ibtpo_kernels import checks
-from ibtpo_kernels.dispatch import implementation
+from ibtpo_kernels.dispatch import direct, direct_forward, implementation
 from ibtpo_kernels.plan import DecodePlan
 
 
@@ -73,6 +73,11 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, *
     Raises:
         ValueError: a shape, dtype or device is wrong, or a page that a query needs is not in the table or the cache.
     """
+    if (fast := direct()) is not None:
+        table, rows, lengths, items = plan.page_table, plan.rows, plan.lengths, plan.items
+        done = fast.tree_decode(q, k_pages, v_pages, table, rows, lengths, items, plan.page_size, scale)
+        if done is not None:
+            return done
     checks.tree_decode(q, k_pages, v_pages, plan)
     out: Tensor = implementation(q).tree_decode(q, k_pages, v_pages, plan, _scale(scale, q))
     return out
@@ -88,6 +93,8 @@ def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Ten
     Raises:
         ValueError: a shape, dtype or device is wrong, or a slot lies outside the cache.
     """
+    if (fast := direct()) is not None and fast.append_kv(k, v, k_pages, v_pages, slots) is not None:
+        return
     checks.append_kv(k, v, k_pages, v_pages, slots)
     implementation(k).append_kv(k, v, k_pages, v_pages, slots)
 
@@ -106,6 +113,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
     Source: Zhang and Sennrich, "Root mean square layer normalization" (2019).
     """
+    if (fast := direct_forward()) is not None and (done := fast.rms_norm(x, weight, eps)) is not None:
+        return done
     checks.rms_norm(x, weight)
     out: Tensor = implementation(x).rms_norm(x, weight, eps)
     return out
@@ -126,6 +135,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     Source: Su et al., "RoFormer" (2021), in the layout of transformers.
     """
+    if (fast := direct_forward()) is not None and (done := fast.rope(x, cos, sin)) is not None:
+        return done
     checks.rope(x, cos, sin)
     out: Tensor = implementation(x).rope(x, cos, sin)
     return out
@@ -159,6 +170,10 @@ def rope_append(
     Raises:
         ValueError: a shape, dtype or device is wrong, or a slot lies outside the cache.
     """
+    if (fast := direct()) is not None:
+        done = fast.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, q_weight, k_weight, eps)
+        if done is not None:
+            return done
     checks.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, q_weight, k_weight)
     out: Tensor = implementation(q).rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, q_weight, k_weight, eps)
     return out
@@ -170,8 +185,33 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     Raises:
         ValueError: shapes, dtypes or devices differ.
     """
+    if (fast := direct_forward()) is not None and (done := fast.silu_mul(gate, up)) is not None:
+        return done
     checks.silu_mul(gate, up)
     out: Tensor = implementation(gate).silu_mul(gate, up)
+    return out
+
+
+def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, where a row's result has the same bits alone and in any batch; differentiable.
+
+    The sum over K has one order, whatever the number of rows and threads; it differs between backends, dtypes and kinds
+    of processor. The backward is plain products, without that promise.
+
+    Args:
+        x: [..., K]; weight: [N, K]; bias: [N].
+
+    Returns:
+        [..., N] in the dtype of x; 16-bit inputs are summed in float32 and rounded once.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong.
+
+    Source: ours; that batch-dependent sums are what makes inference vary is from Thinking Machines Lab, "Defeating
+    nondeterminism in LLM inference" (2025).
+    """
+    checks.batch_invariant_linear(x, weight, bias)
+    out: Tensor = implementation(x).batch_invariant_linear(x, weight, bias)
     return out
 
 
@@ -205,17 +245,21 @@ def sample(
     temperature: float | Tensor = 1.0,
     top_p: float | Tensor = 1.0,
     top_k: int | Tensor = 0,
+    min_p: float | Tensor = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw one token a row; the random number is a function of the row's key alone.
 
     Kept are the `top_k` most likely tokens (0: all), of those the shortest prefix, most likely first, that holds mass
-    `top_p` of theirs. The token is the first, in vocabulary order, whose cumulative kept probability exceeds u times
-    the total; u comes from Philox4x32-10 (see `philox`). All sums are in double.
+    `top_p` of theirs, and of those the ones at least `min_p` times as likely as the most likely token, which is to say
+    z_v - max z >= temperature log(min_p). The token is the first, in vocabulary order, whose cumulative kept
+    probability exceeds u times the total; u comes from Philox4x32-10 (see `philox`). All sums are in double.
 
     Args:
         logits: [B, V]; keys: int64 [B, 2] = (stream, position).
         temperature: at least 0; 0 is greedy (lowest index among ties, logprob 0).
-        top_p: in (0, 1]; top_k: at least 0. Each of the three is a number or a tensor [B].
+        top_p: in (0, 1]; top_k: at least 0.
+        min_p: in [0, 1]; 0 is off, 1 keeps the most likely token and its equals. Greedy rows ignore all three.
+            Each of the four is a number or a tensor [B].
 
     Returns:
         (token int64 [B], logprob, logprob_raw, entropy, all float32 [B]): `logprob` under the distribution sampled
@@ -224,8 +268,13 @@ def sample(
     Raises:
         ValueError: a shape, dtype, device or parameter is wrong, or a row has NaN or +inf logits.
     """
-    checks.sample(logits, keys, temperature, top_p, top_k)
-    token, logprob, logprob_raw, entropy = implementation(logits).sample(logits, keys, temperature, top_p, top_k)
+    if (fast := direct()) is not None:
+        done = fast.sample(logits, keys, temperature, top_p, top_k, min_p)
+        if done is not None:
+            return done
+    checks.sample(logits, keys, temperature, top_p, top_k, min_p)
+    drawn = implementation(logits).sample(logits, keys, temperature, top_p, top_k, min_p)
+    token, logprob, logprob_raw, entropy = drawn
     return token, logprob, logprob_raw, entropy
 
 

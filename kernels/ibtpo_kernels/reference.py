@@ -7,6 +7,8 @@ Shapes: N packed tokens, B queries, T rows, E edges, Hq/Hkv heads, D head size, 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from ibtpo_kernels.plan import DecodePlan, plan_items
 
 __all__ = [
     "append_kv",
+    "batch_invariant_linear",
     "linear_logprob",
     "plain_linear_logprob",
     "plan_decode",
@@ -128,7 +131,12 @@ def plain_linear_logprob(
 
 
 def sample(
-    logits: Tensor, keys: Tensor, temperature: float | Tensor, top_p: float | Tensor, top_k: int | Tensor
+    logits: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    top_p: float | Tensor,
+    top_k: int | Tensor,
+    min_p: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw one token a row by inverting the cumulative distribution in vocabulary order; all sums in double."""
     z = logits.double()
@@ -136,10 +144,11 @@ def sample(
     if bool(raw.isnan().any()):
         raise ValueError(f"sample: row {int(raw.isnan().any(-1).nonzero()[0])} has no distribution (NaN or inf logits)")
     temperature, top_p, top_k = (_column(x, logits) for x in (temperature, top_p, top_k))
-    greedy = temperature == 0
-    w = ((z - z.amax(-1, keepdim=True)) / torch.where(greedy, 1.0, temperature)).exp()
-    w = torch.where(greedy, (z == z.amax(-1, keepdim=True)).double(), w)
+    floor = temperature * _column(log_of(min_p), logits)
+    greedy, x = temperature == 0, z - z.amax(-1, keepdim=True)
+    w = torch.where(greedy, (x == 0).double(), (x / torch.where(greedy, 1.0, temperature)).exp())
     w = w.masked_fill(~_kept(w, torch.where(greedy, 1.0, top_k), torch.where(greedy, 1.0, top_p)), 0.0)
+    w = w.masked_fill(~greedy & (x < floor), 0.0)
     cumulative = w.cumsum(-1)
     total = cumulative[:, -1:]
     below = torch.nextafter(total, torch.zeros_like(total))  # u * total may round up to total
@@ -147,6 +156,14 @@ def sample(
     logprob = (w.gather(-1, token) / total).log()[:, 0]
     entropy = torch.special.entr(raw.exp()).sum(-1)
     return token[:, 0], logprob.float(), raw.gather(-1, token)[:, 0].float(), entropy.float()
+
+
+def log_of(min_p: float | Tensor) -> float | Tensor:
+    """log(min_p) in double, by the C library as in C++: a token at the very limit is kept by all or by none."""
+    if isinstance(min_p, Tensor):
+        logs = [log_of(value) for value in min_p.tolist()]
+        return torch.tensor(logs, dtype=torch.float64, device=min_p.device)
+    return math.log(min_p) if min_p > 0 else -math.inf
 
 
 def _column(value: float | Tensor, logits: Tensor) -> Tensor:
@@ -163,3 +180,11 @@ def _kept(w: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     before = torch.nn.functional.pad(cumulative, (1, 0))[:, :-1]  # mass of all heavier tokens
     in_top_p = (top_p >= 1) | (before < top_p * cumulative[:, -1:]) | (rank == 0)
     return torch.zeros_like(in_top_k & in_top_p).scatter(-1, order, in_top_k & in_top_p)
+
+
+def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias, one k after the other in ascending order."""
+    out = _wide(x).new_zeros(*x.shape[:-1], weight.shape[0])
+    for x_k, weight_k in zip(_wide(x).unbind(-1), _wide(weight).unbind(-1), strict=True):
+        out = out + x_k[..., None] * weight_k
+    return (out if bias is None else out + _wide(bias)).to(x.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ibtpo_kernels import cpu, reference
+from ibtpo_kernels.gpu.linear import batch_invariant_linear
 from ibtpo_kernels.gpu.logprob import linear_logprob
 from ibtpo_kernels.gpu.norm import rms_norm
 from ibtpo_kernels.gpu.sample import sample
@@ -18,6 +19,7 @@ from ibtpo_kernels.gpu.tree_decode import tree_decode
 
 __all__ = [
     "append_kv",
+    "batch_invariant_linear",
     "linear_logprob",
     "plan_decode",
     "rms_norm",

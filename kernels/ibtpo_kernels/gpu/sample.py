@@ -12,7 +12,7 @@ the same token.
 A row with top-k or top-p first finds its boundary, the smallest key c with F(c) < goal, where F(c) is the number
 (top-k) or the mass (top-p) of tokens above c: at most 32 halvings over the integer order of float32, each a sweep of
 the row in L2 that computes no exponential in blocks the boundary has left. Kept are the tokens above c and the first
-few at c.
+few at c, and of those the ones that min-p lets pass: z - max z >= temperature log(min_p).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ibtpo_kernels.gpu.launch import on_device
+from ibtpo_kernels.reference import log_of
 
 _BLOCK = 4096
 _NONE = tl.constexpr(2147483647)
@@ -108,7 +109,7 @@ def _boundary(row_ptr, num_cols, top, inverse, low, high, goal, BY_MASS: tl.cons
 
 
 @triton.jit
-def _kept(row_ptr, start, num_cols, cut, ties, seen, BLOCK: tl.constexpr):
+def _kept(row_ptr, start, num_cols, top, floor, cut, ties, seen, BLOCK: tl.constexpr):
     """Logits of a block, which are kept, and how many at the boundary have been seen after it."""
     cols = start + tl.arange(0, BLOCK)
     z = _logits(row_ptr, cols, num_cols)
@@ -116,27 +117,28 @@ def _kept(row_ptr, start, num_cols, cut, ties, seen, BLOCK: tl.constexpr):
     at_cut = ((key == cut) & (cols < num_cols)).to(tl.int32)
     rank = seen + tl.cumsum(at_cut, 0) - at_cut
     kept = (key > cut) | ((at_cut != 0) & (rank < ties))
+    kept &= (z.to(tl.float64) - top.to(tl.float64)) >= floor
     return z, kept & (cols < num_cols), seen + tl.sum(at_cut, 0)
 
 
 @triton.jit
-def _kept_mass(row_ptr, num_cols, top, inverse, cut, ties, BLOCK: tl.constexpr):
+def _kept_mass(row_ptr, num_cols, top, inverse, floor, cut, ties, BLOCK: tl.constexpr):
     total = tl.zeros([1], tl.float64)
     seen = 0
     for start in range(0, num_cols, BLOCK):
-        z, kept, seen = _kept(row_ptr, start, num_cols, cut, ties, seen, BLOCK)
+        z, kept, seen = _kept(row_ptr, start, num_cols, top, floor, cut, ties, seen, BLOCK)
         if tl.max(kept.to(tl.int32), 0) > 0:
             total += tl.sum(tl.where(kept, _weights(z, top, inverse), 0.0), 0)
     return tl.sum(total, 0)
 
 
 @triton.jit
-def _find_kept(row_ptr, num_cols, top, inverse, cut, ties, goal, BLOCK: tl.constexpr):
+def _find_kept(row_ptr, num_cols, top, inverse, floor, cut, ties, goal, BLOCK: tl.constexpr):
     """The first kept column whose cumulative weight exceeds `goal`; the last kept one if rounding lets none."""
     before = tl.zeros([1], tl.float64)
     token, last, seen = _NONE, 0, 0
     for start in range(0, num_cols, BLOCK):
-        z, kept, seen = _kept(row_ptr, start, num_cols, cut, ties, seen, BLOCK)
+        z, kept, seen = _kept(row_ptr, start, num_cols, top, floor, cut, ties, seen, BLOCK)
         if (token == _NONE) & (tl.max(kept.to(tl.int32), 0) > 0):
             cols = start + tl.arange(0, BLOCK)
             w = tl.where(kept, _weights(z, top, inverse), 0.0)
@@ -157,7 +159,7 @@ def _filter(row_ptr, num_cols, top, inverse, mass, top_k, top_p, BLOCK: tl.const
         cut, above = _boundary(row_ptr, num_cols, top, inverse, low, high, top_k.to(tl.float64), False, BLOCK)
         ties = (top_k - above.to(tl.int64)).to(tl.int32)
         low = cut - 1
-        mass = _kept_mass(row_ptr, num_cols, top, inverse, cut, ties, BLOCK)
+        mass = _kept_mass(row_ptr, num_cols, top, inverse, float("-inf"), cut, ties, BLOCK)
     if top_p < 1:
         goal = top_p * mass
         edge, above = _boundary(row_ptr, num_cols, top, inverse, low, high, goal, True, BLOCK)
@@ -185,9 +187,9 @@ def _find(row_ptr, tops, masses, num_cols, top, inverse, goal, BLOCK: tl.constex
 
 @triton.jit
 def draw(
-    logits_ptr, keys_ptr, tops_ptr, sums_ptr, temperature_ptr, top_p_ptr, top_k_ptr, token_ptr, logprob_ptr, raw_ptr,
-    entropy_ptr, stride_row, stride_temperature, stride_top_p, stride_top_k, num_cols, num_blocks, num_rows,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, FILTERED: tl.constexpr,
+    logits_ptr, keys_ptr, tops_ptr, sums_ptr, temperature_ptr, top_p_ptr, top_k_ptr, log_min_p_ptr, token_ptr,
+    logprob_ptr, raw_ptr, entropy_ptr, stride_row, stride_temperature, stride_top_p, stride_top_k, stride_min_p,
+    num_cols, num_blocks, num_rows, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, FILTERED: tl.constexpr,
 ):  # fmt: skip
     """All four outputs of one row; token -1 and NaN where the row has no distribution."""
     row = tl.program_id(0).to(tl.int64)
@@ -216,10 +218,11 @@ def draw(
             mass = tl.sum(masses, 0)
             u = _uniform(tl.load(keys_ptr + row * 2), tl.load(keys_ptr + row * 2 + 1))
             top_p, top_k = tl.load(top_p_ptr + row * stride_top_p), tl.load(top_k_ptr + row * stride_top_k)
-            if FILTERED and ((top_p < 1) | ((top_k > 0) & (top_k < num_cols))):
+            floor = temperature * tl.load(log_min_p_ptr + row * stride_min_p)
+            if FILTERED and ((top_p < 1) | ((top_k > 0) & (top_k < num_cols)) | (floor > float("-inf"))):
                 cut, ties = _filter(row_ptr, num_cols, top, inverse, mass, top_k, top_p, BLOCK)
-                mass = _kept_mass(row_ptr, num_cols, top, inverse, cut, ties, BLOCK)
-                token = _find_kept(row_ptr, num_cols, top, inverse, cut, ties, u * mass, BLOCK)
+                mass = _kept_mass(row_ptr, num_cols, top, inverse, floor, cut, ties, BLOCK)
+                token = _find_kept(row_ptr, num_cols, top, inverse, floor, cut, ties, u * mass, BLOCK)
             else:
                 token = _find(row_ptr, tops, masses, num_cols, top, inverse, u * mass, BLOCK, BLOCKS)
             z = tl.load(row_ptr + token).to(tl.float64)
@@ -248,13 +251,25 @@ def _parameter(value: float | Tensor, dtype: torch.dtype, logits: Tensor) -> tup
     return _constant(value, dtype, logits.device), 0
 
 
-def _plain(top_p: float | Tensor, top_k: int | Tensor) -> bool:
+def _log(min_p: float | Tensor) -> float | Tensor:
+    """log(min_p), on the device where min_p is a tensor."""
+    return min_p.double().log() if isinstance(min_p, Tensor) else log_of(min_p)
+
+
+def _plain(top_p: float | Tensor, top_k: int | Tensor, min_p: float | Tensor) -> bool:
     """Whether it is known on the host that no row is filtered."""
-    return not isinstance(top_p, Tensor) and not isinstance(top_k, Tensor) and top_p >= 1 and top_k == 0
+    if any(isinstance(x, Tensor) for x in (top_p, top_k, min_p)):
+        return False
+    return bool(top_p >= 1 and top_k == 0 and min_p == 0)
 
 
 def sample(
-    logits: Tensor, keys: Tensor, temperature: float | Tensor, top_p: float | Tensor, top_k: int | Tensor
+    logits: Tensor,
+    keys: Tensor,
+    temperature: float | Tensor,
+    top_p: float | Tensor,
+    top_k: int | Tensor,
+    min_p: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `ibtpo_kernels.sample`. Raising waits for the device; under graph capture a bad row is token -1 instead."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
@@ -269,16 +284,17 @@ def sample(
     temperatures, stride_temperature = _parameter(temperature, torch.float64, logits)
     top_ps, stride_top_p = _parameter(top_p, torch.float64, logits)
     top_ks, stride_top_k = _parameter(top_k, torch.int64, logits)
+    log_min_ps, stride_min_p = _parameter(_log(min_p), torch.float64, logits)
     with on_device(logits):
         block_sums[(num_rows, num_blocks)](
             logits, tops, sums, temperatures, logits.stride(0), stride_temperature, num_cols, num_blocks, num_rows,
             BLOCK=_BLOCK, num_warps=8,
         )  # fmt: skip
         draw[(num_rows,)](
-            logits, keys.contiguous(), tops, sums, temperatures, top_ps, top_ks, token, logprob, logprob_raw, entropy,
-            logits.stride(0), stride_temperature, stride_top_p, stride_top_k, num_cols, num_blocks, num_rows,
-            BLOCK=_BLOCK, BLOCKS=triton.next_power_of_2(num_blocks), FILTERED=not _plain(top_p, top_k), num_warps=8,
-            maxnreg=255,
+            logits, keys.contiguous(), tops, sums, temperatures, top_ps, top_ks, log_min_ps, token, logprob,
+            logprob_raw, entropy, logits.stride(0), stride_temperature, stride_top_p, stride_top_k, stride_min_p,
+            num_cols, num_blocks, num_rows, BLOCK=_BLOCK, BLOCKS=triton.next_power_of_2(num_blocks),
+            FILTERED=not _plain(top_p, top_k, min_p), num_warps=8, maxnreg=255,
         )  # fmt: skip
     if not (logits.is_cuda and torch.cuda.is_current_stream_capturing()):
         _raise_bad_row(token)
