@@ -255,17 +255,23 @@ class EvalConfig:
 class WarmStartConfig:
     """Supervised training of the built-in policy on the task's worked solutions, from random weights."""
 
-    updates: int = 450
-    """Optimizer updates."""
+    excess: float = 0.06
+    """Loss above the teacher's own entropy, in nats a token, at which the learning rate begins to fall."""
+    decay_updates: int = 100
+    """Updates over which it falls, along a cosine, to a tenth; the warm start ends there."""
+    max_updates: int = 1200
+    """Updates at most, the decay included, whatever the loss."""
     batch_size: int = 64
     """Worked solutions an update."""
     lr: float = 3e-3
-    """Peak learning rate; cosine decay to a tenth of it."""
+    """Learning rate before it falls."""
     warmup_steps: int = 50
     """Updates over which the learning rate rises linearly from 0."""
 
     def __post_init__(self) -> None:
-        check_range("warm_start.updates", self.updates, low=1)
+        check_range("warm_start.excess", self.excess, low=0.0, low_open=True)
+        check_range("warm_start.decay_updates", self.decay_updates, low=1)
+        check_range("warm_start.max_updates", self.max_updates, low=1)
         check_range("warm_start.batch_size", self.batch_size, low=1)
         check_range("warm_start.lr", self.lr, low=0.0, low_open=True)
         check_range("warm_start.warmup_steps", self.warmup_steps, low=0)

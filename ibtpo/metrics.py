@@ -136,7 +136,9 @@ GROUPS: tuple[Group, ...] = (
     Group(
         "Warm start",
         (
+            Metric("warm_start_updates", "count", "Updates until the loss was near the teacher's, and the decay."),
             Metric("warm_start_loss", "nats", "Cross-entropy on the worked solutions, mean over their tokens."),
+            Metric("warm_start_excess", "nats", "Loss above the teacher's on the same solutions; last 10 updates."),
             Metric("warm_start_seconds", "s", "Wall clock of the warm start."),
         ),
     ),

@@ -18,7 +18,7 @@ class Tracker:
     def __init__(self, console: Console, description: str, total: int, bar: Progress | None) -> None:
         self._console = console
         self._description = description
-        self._total = total
+        self.total = total  # may change on the way
         self._done = 0
         self._bar = bar
         self._task = None if bar is None else bar.add_task(description, total=total, note="")
@@ -28,10 +28,10 @@ class Tracker:
         """Move on by `amount`; `note` is shown beside it."""
         self._done += amount
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=min(self._done, self._total), note=note)
-        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES or self._done >= self._total:
+            self._bar.update(self._task, completed=min(self._done, self.total), total=self.total, note=note)
+        elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES or self._done >= self.total:
             self._last_line = time.monotonic()
-            share = min(self._done / self._total, 1.0)
+            share = min(self._done / self.total, 1.0)
             self._console.print(f"{self._description}: {share:4.0%}  {note}", highlight=False)
 
 

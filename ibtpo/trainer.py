@@ -30,7 +30,7 @@ from ibtpo.setup import make_sampling
 from ibtpo.steps import StepSplitter
 from ibtpo.tasks import JsonlTask, Problem, Task, TeachableTask
 from ibtpo.update import Updater, frozen_copy
-from ibtpo.warmstart import warm_start
+from ibtpo.warmstart import WarmStart, warm_start
 from ibtpo_engine import Engine, Model, Tree
 
 START = "start"  # in the run folder: the warm-started policy, where a frozen reference of it is needed
@@ -124,21 +124,30 @@ class Trainer:
         task, config = self.task, self.config.warm_start
         assert isinstance(task, TeachableTask)  # see train()
         begin = time.perf_counter()
-        with track(self.console, "Warm start", config.updates) as tracker:
+        with track(self.console, "Warm start", config.max_updates) as tracker:
 
-            def on_update(update: int, loss: float) -> None:
-                tracker.advance(1, f"loss {loss:.3f}")
+            def on_update(state: WarmStart) -> None:
+                tracker.total = state.total
+                tracker.advance(1, f"loss {state.loss:.3f}, {state.excess:.3f} above the teacher's")
                 if self.stop_requested:
                     raise Interrupted
 
-            loss = warm_start(
+            end = warm_start(
                 self.policy, task, config, seed=self.config.seed, problem=task.train_problem, on_update=on_update
             )
         self.engine.weights_changed()
         if Updater.needs_reference(self.config):
             self.policy.save(self.folder.path / START)
         seconds = time.perf_counter() - begin
-        self.folder.log(0, {"warm_start_loss": loss, "warm_start_seconds": seconds})
+        self.folder.log(
+            0,
+            {
+                "warm_start_updates": end.updates,
+                "warm_start_loss": end.loss,
+                "warm_start_excess": end.excess,
+                "warm_start_seconds": seconds,
+            },
+        )
 
     def _evaluate(self, title: str) -> None:
         """Held-out accuracy at this step, unless the log has it already (the run was resumed)."""

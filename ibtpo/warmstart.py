@@ -1,9 +1,15 @@
-"""Supervised warm start: the built-in policy learns the task's worked solutions from random weights."""
+"""Supervised warm start: the built-in policy learns the task's worked solutions from random weights.
+
+How many updates that takes differs from seed to seed, so the loss decides: the learning rate stays up until the
+policy's loss is near the teacher's own entropy, the least that any policy can reach, and then falls.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,7 +22,23 @@ from ibtpo.tasks import Problem, TeachableTask
 from ibtpo_kernels import linear_logprob
 
 ADAMW = {"beta1": 0.9, "beta2": 0.98, "weight_decay": 0.05, "grad_clip": 1.0}
-FINAL_RATE = 0.1  # the cosine ends at this share of the peak rate
+FINAL_RATE = 0.1  # the cosine ends at this share of the rate before it
+WINDOW = 10  # updates whose excess losses are averaged
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """How a warm start stands, or ended."""
+
+    updates: int
+    """Updates made."""
+    loss: float
+    """Of the last update's batch, in nats a token."""
+    excess: float
+    """Loss above the teacher's on the same solutions, mean over the last `WINDOW` updates, in nats a token: an estimate
+    of the divergence KL(teacher | policy)."""
+    total: int
+    """Updates in all as far as is known: the limit, until the learning rate begins to fall."""
 
 
 def warm_start(
@@ -26,45 +48,72 @@ def warm_start(
     *,
     seed: int,
     problem: Callable[[int], Problem],
-    on_update: Callable[[int, float], None],
-) -> float:
+    on_update: Callable[[WarmStart], None],
+) -> WarmStart:
     """Train on fresh worked solutions, the loss on the answer alone.
 
     Args:
         policy: trained in place.
         task: draws the worked solutions.
-        config: updates, batch size, learning rate.
+        config: when to end, batch size, learning rate.
         seed: of the teacher's draws.
         problem: the problem of an index; update u of batch size b uses indices [u*b, (u+1)*b).
-        on_update: called with (update, loss) after each update.
+        on_update: called after each update.
 
     Returns:
-        Loss of the last update, in nats a token.
+        How it ended.
     """
     optimizer = MasterAdamW(policy.model, OptimConfig(lr=config.lr, warmup_steps=config.warmup_steps, **ADAMW))
     rng = np.random.default_rng([seed, 1])
-    loss = math.nan
-    for update in range(config.updates):
-        indices = range(update * config.batch_size, (update + 1) * config.batch_size)
-        problems = [problem(index) for index in indices]
-        batch = [(str(p.prompt), task.worked_solution(p, rng)) for p in problems]
-        value = supervised_loss(policy, batch)
-        value.backward()  # type: ignore[no-untyped-call]
-        optimizer.scale = _cosine(update, config)
+    schedule = _Schedule(config)
+    recent: deque[float] = deque(maxlen=WINDOW)
+    while True:
+        first = schedule.updates * config.batch_size
+        problems = [problem(index) for index in range(first, first + config.batch_size)]
+        solutions = [task.worked_solution(p, rng) for p in problems]
+        texts = [(str(p.prompt), s.text) for p, s in zip(problems, solutions, strict=True)]
+        loss, num_tokens = supervised_loss(policy, texts)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.scale = schedule.rate()
         optimizer.step()
-        loss = float(value.detach())
-        on_update(update, loss)
-    return loss
+        value = float(loss.detach())
+        recent.append(value + sum(s.logprob for s in solutions) / num_tokens)
+        excess = sum(recent) / len(recent)
+        schedule.advance(excess)
+        state = WarmStart(schedule.updates, value, excess, schedule.total)
+        on_update(state)
+        if state.updates == state.total:
+            return state
 
 
-def _cosine(update: int, config: WarmStartConfig) -> float:
-    """Share of the peak rate: 1 at the start, `FINAL_RATE` at the end."""
-    progress = update / max(config.updates - 1, 1)
-    return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * progress))
+class _Schedule:
+    """The learning rate of each update: up, then down a cosine once the loss is low enough or time is short."""
+
+    def __init__(self, config: WarmStartConfig) -> None:
+        self._config = config
+        self._fall = max(config.max_updates - config.decay_updates, 0)  # the first update at a falling rate
+        self.updates = 0
+        self.total = config.max_updates
+
+    def rate(self) -> float:
+        """Share of the peak rate at the update to come; the last one has `FINAL_RATE`."""
+        progress = max(self.updates + 1 - self._fall, 0) / self._config.decay_updates
+        return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+    def advance(self, excess: float) -> None:
+        """An update was made; the mean excess loss of late is `excess`."""
+        self.updates += 1
+        if WINDOW <= self.updates < self._fall and excess <= self._config.excess:
+            self._fall = self.updates
+            self.total = self.updates + self._config.decay_updates
 
 
-def supervised_loss(policy: Policy, batch: list[tuple[str, str]]) -> Tensor:
-    """Mean negative log-prob of the completions' tokens; (prompt, completion) pairs, packed as chains of one forest."""
+def supervised_loss(policy: Policy, batch: Sequence[tuple[str, str]]) -> tuple[Tensor, int]:
+    """Mean negative log-prob of the completions' tokens, and how many those are.
+
+    Args:
+        batch: (prompt, completion) pairs, packed as chains of one forest.
+    """
     tokens: list[int] = []
     pos: list[int] = []
     end: list[int] = []
@@ -85,4 +134,4 @@ def supervised_loss(policy: Policy, batch: list[tuple[str, str]]) -> Tensor:
     )
     edges = torch.arange(len(rows), device=device)
     logprob, _ = linear_logprob(hidden[rows_T], policy.model.head, edges, tokens_N[rows_T + 1])
-    return -logprob.mean()
+    return -logprob.mean(), len(rows)

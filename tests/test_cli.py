@@ -32,7 +32,16 @@ SMALL = [
     "--sampled-tokens", "150", "--prompts-per-step", "4", "--search.rounds", "2", "--sampling.max-tokens", "14",
     "--eval.prompts", "3", "--eval.samples", "2",
 ]  # fmt: skip
-DIGITS = ["--digits.min-ops", "1", "--digits.max-ops", "2", "--warm-start.updates", "2", "--warm-start.batch-size", "4"]
+DIGITS = [
+    "--digits.min-ops",
+    "1",
+    "--digits.max-ops",
+    "2",
+    "--warm-start.max-updates",
+    "2",
+    "--warm-start.batch-size",
+    "4",
+]
 
 
 @pytest.fixture(scope="module")

@@ -223,7 +223,7 @@ def test_unknown_fields_and_wrong_types_are_named(changes: dict[str, Any], messa
         ({"eval": {"prompts": 0}}, r"eval\.prompts: 0 lies outside \[1, inf\)"),
         ({"jsonl": {"eval_fraction": 1}}, r"jsonl\.eval_fraction: 1\.0 lies outside \[0\.0, 1\.0\)"),
         ({"digits": {"min_ops": 5, "max_ops": 4}}, r"digits\.max_ops: 4 lies outside \[5, inf\)"),
-        ({"warm_start": {"updates": 0}}, r"warm_start\.updates: 0 lies outside \[1, inf\)"),
+        ({"warm_start": {"max_updates": 0}}, r"warm_start\.max_updates: 0 lies outside \[1, inf\)"),
         ({"sampled_tokens": 0}, r"sampled_tokens: 0 lies outside \[1, inf\)"),
         ({"prompts_per_step": 2, "mini_batches": 3}, r"mini_batches: 3 lies outside \[1, 2\]"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import types
 from itertools import pairwise
@@ -81,7 +82,7 @@ def test_the_teacher_errs_at_its_own_rates() -> None:
     task, rng = DigitChain(DigitChainConfig(min_ops=1, max_ops=1), 0), np.random.default_rng(0)
     fact, mistakes = max(task.teacher.items(), key=lambda item: item[1].rate)
     problem = parse_prompt("{}{}{}=?\n".format(*fact))
-    digits = [int(task.worked_solution(problem, rng)[-2]) for _ in range(4000)]
+    digits = [int(task.worked_solution(problem, rng).text[-2]) for _ in range(4000)]
     wrong = [digit for digit in digits if digit != result(fact)]
     assert mistakes.digit != result(fact)
     assert len(wrong) / len(digits) == pytest.approx(mistakes.rate, abs=0.03)
@@ -91,7 +92,7 @@ def test_the_teacher_errs_at_its_own_rates() -> None:
 
 def test_after_a_mistake_the_chain_goes_on_from_it() -> None:
     task, rng = DigitChain(DigitChainConfig(teacher_exponent=0.1), 0), np.random.default_rng(0)
-    text = task.worked_solution(task.train_problem(0), rng)
+    text = task.worked_solution(task.train_problem(0), rng).text
     lines = text.removesuffix(".").split("\n")
     assert all(after[0] == before[-1] for before, after in pairwise(lines))
     assert task.grade(task.train_problem(0), text, truncated=False) == 0.0
@@ -114,7 +115,7 @@ def test_exact_value_is_the_share_of_right_derivations() -> None:
     task, rng = DigitChain(DigitChainConfig(min_ops=3, max_ops=3, teacher_exponent=1.0), 4), np.random.default_rng(0)
     problem = task.eval_problems(1)[0]
     exact = task.exact_value(problem, 0, lambda fact: 1 - task.teacher[fact].rate)
-    sampled = np.mean([task.grade(problem, task.worked_solution(problem, rng), False) for _ in range(6000)])
+    sampled = np.mean([task.grade(problem, task.worked_solution(problem, rng).text, False) for _ in range(6000)])
     assert 0.05 < exact < 0.95
     assert sampled == pytest.approx(exact, abs=0.025)
     assert task.exact_value(problem, 3, lambda fact: 0.0) == 1.0
@@ -323,3 +324,15 @@ def test_final_answer_reads_nested_braces() -> None:
     assert final_answer(r"\boxed{1} then \boxed{\frac{1}{2}} done") == r"\frac{1}{2}"
     assert final_answer(r"\boxed{\frac{1}{2") == r"\frac{1}{2"
     assert final_answer("") == ""
+
+
+def test_teacher_knows_the_probability_of_what_it_writes() -> None:
+    """Solutions of one short problem, by their frequency; all of them together have probability 1."""
+    task, rng = DigitChain(DigitChainConfig(min_ops=1, max_ops=1, teacher_exponent=0.5), 3), np.random.default_rng(0)
+    problem = task.train_problem(0)
+    draws = [task.worked_solution(problem, rng) for _ in range(4000)]
+    probability = {solution.text: math.exp(solution.logprob) for solution in draws}
+    assert sum(probability.values()) == pytest.approx(1.0)
+    for text, p in probability.items():
+        share = sum(solution.text == text for solution in draws) / len(draws)
+        assert share == pytest.approx(p, abs=4 * math.sqrt(p * (1 - p) / len(draws)) + 1e-9)

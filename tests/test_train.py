@@ -103,7 +103,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The newcomer's run, on an easy chain: warm start, evaluation, training, evaluation."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("trained") / "run"
-    warm = ["--warm-start.updates", "300", "--warm-start.batch-size", "128"]
+    warm = ["--warm-start.max-updates", "300", "--warm-start.batch-size", "128"]
     scale = ["--sampled-tokens", "40_000", "--search.rounds", "5", "--eval.prompts", "96", "--eval.samples", "4"]
     assert _run("--out", folder, *CHAIN, *warm, *scale, "--sampling.max-tokens", "32") == 0
     return folder
@@ -252,7 +252,7 @@ def test_second_ctrl_c_stops_at_once(
 def test_interrupted_warm_start_begins_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    warm = ["--warm-start.updates", "6", "--warm-start.batch-size", "8"]
+    warm = ["--warm-start.max-updates", "6", "--warm-start.batch-size", "8"]
     settings = [*QUICK, *warm, "--sampled-tokens", "200", "--loss.kl-coef", "0.01"]
     whole, folder = tmp_path / "whole", tmp_path / "run"
     assert _run("--out", whole, *settings) == 0
@@ -475,7 +475,7 @@ def test_the_run_folder_holds_what_the_readme_says(uninterrupted: Path) -> None:
 
 def test_learning_rate_falls_linearly_with_the_tokens_spent(tmp_path: Path) -> None:
     """Step s runs at lr * (1 - (1 - final_share) * spent), spent being the share of the budget sampled before it."""
-    flags = [*QUICK, "--warm-start.updates", "2", "--optim.final-share", "0.2", "--optim.warmup-steps", "0"]
+    flags = [*QUICK, "--warm-start.max-updates", "2", "--optim.final-share", "0.2", "--optim.warmup-steps", "0"]
     assert _run("--out", tmp_path / "run", *flags, "--optim.lr", "1e-3") == 0
     spent, checked = 0.0, 0
     for row in _rows(tmp_path / "run"):

@@ -216,8 +216,7 @@ def test_the_work_list_of_the_picture() -> None:
     table[2, :5] = torch.tensor([0, 1, 2, 3, 20])
     rows, lengths = torch.arange(3, dtype=torch.int32), torch.tensor([112, 144, 80], dtype=torch.int32)
     plan = K.plan_decode(table, rows, lengths)
-    shared = work.neighbours(plan.items.numpy(), 3)
-    items, splits = work.cut(shared, lengths.numpy().astype("int64"), 12, 16, 4)
+    items, splits = work.cut(plan.items.numpy(), lengths.numpy().astype("int64"), 12, 16, 4)
     assert sorted(items.tolist()) == [[0, 1, 1, 1], [0, 3, 0, 0], [1, 1, 1, 0], [1, 1, 2, 1], [2, 1, 1, 1]]
     assert splits.tolist() == [2, 3, 2]
 
@@ -233,10 +232,9 @@ def test_work_covers_every_query_and_split_once(seed: int) -> None:
         if torch.rand((), generator=generator) < 0.2:
             rows[b], seen[b] = rows[b - 1], max(int(seen[b - 1]) - 1, 0)
     plan = K.plan_decode(table, rows, seen)
-    items, splits = work.cut(
-        work.neighbours(plan.items.numpy(), count), seen.numpy().astype("int64"), table.shape[1], 16, 4
-    )
-    items = work.tiled(items, 2, 16, 64)
+    on_host = seen.numpy().astype("int64")
+    items, splits = work.cut(plan.items.numpy(), on_host, table.shape[1], 16, 4)
+    items = work.tiled(items, on_host, 2, 16, 64, 64)
     for b in range(count):
         mine = sorted((s, is_open) for begin, n, s, is_open in items.tolist() if begin <= b < begin + n)
         assert [s for s, _ in mine] == list(range(int(splits[b])))
@@ -247,6 +245,11 @@ def test_work_covers_every_query_and_split_once(seed: int) -> None:
         pages = table[rows[begin : begin + n].long(), columns]
         assert torch.equal(pages, pages[:1].expand_as(pages))
         assert is_open or int((pages < 0).sum()) == 0
+    cost = [
+        (64 if n * 2 > 16 else 16) * min(max(int(seen[begin]) - split * 64, 0), 64)
+        for begin, n, split, _ in items.tolist()
+    ]
+    assert cost == sorted(cost, reverse=True), "those that take longest come first"
 
 
 @pytest.mark.usefixtures("small_tiles")

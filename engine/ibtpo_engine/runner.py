@@ -20,11 +20,11 @@ from ibtpo_engine.pages import PAGE, PagePool
 from ibtpo_engine.slots import Slots
 from ibtpo_kernels import (
     DecodePlan,
+    DecodePlanner,
     Decoder,
     DecodeStep,
     active_backend,
     batch_invariant_linear,
-    plan_decode,
     rope_append,
     tree_decode,
 )
@@ -97,21 +97,16 @@ class Runner:
         """Whether a forward pass is one native call."""
         return self._decoder is not None and active_backend(_CPU) == "cpu"
 
-    def forward(self, rows: Rows, table: npt.NDArray[np.int32]) -> Tensor:
-        """Hidden states [T, H] of `rows`, whose paths' pages are in `table` (int32 [R, P])."""
+    def forward(self, rows: Rows, planner: DecodePlanner) -> Tensor:
+        """Hidden states [T, H] of `rows`, whose paths' pages are in the table of `planner`."""
         device = self.model.device
         tokens, pos, address = (torch.from_numpy(array).to(device) for array in (rows.tokens, rows.pos, rows.address))
         if self._plan is None:
-            self._plan = plan_decode(
-                torch.from_numpy(table).to(device),
-                torch.from_numpy(rows.row).to(device),
-                (pos + 1).to(torch.int32),
-                page_size=PAGE,
-            )
-        else:  # same rows, one token further
+            lengths = (rows.pos + 1).astype(np.int32)
+            self._plan = planner.plan(torch.from_numpy(rows.row), torch.from_numpy(lengths))
+        else:  # same rows, one token further; some have a new page
             self._plan.lengths.copy_(pos + 1)
-            if device.type != "cpu":  # there the plan holds a copy of the table, which may have new pages
-                self._plan.page_table.copy_(torch.from_numpy(table), non_blocking=True)
+            planner.upload()
         if self._decoder is not None and self.is_native:
             return self._decoder.forward(tokens, pos, address, self._plan, self.pool.keys, self.pool.values)
         attend = PagedAttention(self.pool, self._plan, address, *self.model.rotation(pos))
@@ -134,12 +129,8 @@ class Runner:
         if self._step is None or not self._step.is_current(self.pool.keys, self.pool.values):
             self._step, self._chosen = self._decoder.record(slots, self.pool.keys, self.pool.values), None
         if self._plan is None or self._chosen is not chosen:
-            self._plan = plan_decode(
-                torch.from_numpy(slots.table),
-                torch.from_numpy(chosen.astype(np.int32)),
-                torch.from_numpy(slots.length[chosen]),
-                page_size=PAGE,
-            )
+            lengths = torch.from_numpy(slots.length[chosen])
+            self._plan = slots.planner.plan(torch.from_numpy(chosen.astype(np.int32)), lengths)
             self._step.choose(chosen, self._plan.items)
             self._chosen = chosen
         return self._step.run()

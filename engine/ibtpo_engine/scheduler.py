@@ -74,7 +74,7 @@ class Scheduler:
         self.cache = cache
         self.max_branches = max_branches
         self.fill_tokens = fill_tokens
-        self.slots = Slots(max_branches + FILL_SLOTS, max_pages)
+        self.slots = Slots(max_branches + FILL_SLOTS, max_pages, runner.model.device)
         self.waiting: list[Branch] = []  # by ticket
         self.running: dict[int, Branch] = {}  # by slot
         self.fills: dict[int, Fill] = {}  # by id of node or branch
@@ -294,7 +294,7 @@ class Scheduler:
                 fresh = self.cache.take(1)
                 if fresh is not None:
                     assert branch.kv is not None
-                    slots.table[slot, branch.kv.first + len(branch.kv.pages)] = fresh[0]
+                    slots.add_page(slot, branch.kv.first + len(branch.kv.pages), fresh[0])
                     branch.kv.pages += fresh
                     break
                 self._preempt(max(self.running.values(), key=lambda running: running.ticket))
@@ -343,7 +343,7 @@ class Scheduler:
             return None
         if fills:
             self.runner.invalidate()
-        hidden = self.runner.forward(rows, slots.table)
+        hidden = self.runner.forward(rows, slots.planner)
         if fills:
             self.runner.invalidate()
         self.counters.steps += 1

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -58,11 +58,19 @@ class Task(Grades, Protocol):
         """Up to `n` held-out problems, none of which `train_problem` ever returns."""
 
 
+class WorkedSolution(NamedTuple):
+    """A completion drawn from a task's teacher."""
+
+    text: str
+    logprob: float
+    """Log-probability of the text under the teacher, in nats."""
+
+
 @runtime_checkable
 class TeachableTask(Protocol):
     """A task that can show how it is done: what the warm start of the built-in policy learns from."""
 
-    def worked_solution(self, problem: Problem, rng: np.random.Generator) -> str:
+    def worked_solution(self, problem: Problem, rng: np.random.Generator) -> WorkedSolution:
         """A completion of the problem's prompt, drawn from the task's teacher."""
 
 

@@ -12,6 +12,7 @@ headroom above it is known exactly.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ibtpo.config import DigitChainConfig
-from ibtpo.tasks.base import Problem, is_held_out, seeded
+from ibtpo.tasks.base import Problem, WorkedSolution, is_held_out, seeded
 
 OPERATIONS = "+-*"
 OPERANDS = range(2, 10)
@@ -55,6 +56,12 @@ class Mistakes:
     """Probability of a mistake."""
     digit: int
     """The wrong digit that half the mistakes are; the others are any wrong digit."""
+
+    def probability(self, digit: int, right: int) -> float:
+        """How often the teacher answers `digit` where `right` is right."""
+        if digit == right:
+            return 1 - self.rate
+        return self.rate * (_FIXED_MISTAKE_SHARE * (digit == self.digit) + (1 - _FIXED_MISTAKE_SHARE) / 9)
 
 
 def imperfect_teacher(seed: int, exponent: float) -> dict[Fact, Mistakes]:
@@ -99,9 +106,17 @@ class DigitChain:
             return float(text.rsplit("\n", 1)[-1] == problem.answer)
         return float(text == right_solution(problem).removesuffix(END))
 
-    def worked_solution(self, problem: Problem, rng: np.random.Generator) -> str:
+    def worked_solution(self, problem: Problem, rng: np.random.Generator) -> WorkedSolution:
         """A worked answer by the imperfect teacher; after a mistake the chain goes on from the wrong digit."""
-        return _work(problem, lambda fact: self._teach(fact, rng))
+        logprob = 0.0
+
+        def answer(fact: Fact) -> int:
+            nonlocal logprob
+            digit = self._teach(fact, rng)
+            logprob += math.log(self.teacher[fact].probability(digit, result(fact)))
+            return digit
+
+        return WorkedSolution(_work(problem, answer), logprob)
 
     def exact_value(self, problem: Problem, steps_done: int, fact_probability: Callable[[Fact], float]) -> float:
         """V(s): probability that a derivation with `steps_done` right steps is finished right (strict grading).

@@ -16,9 +16,11 @@ from ibtpo_kernels.ops import (
     tree_decode,
 )
 from ibtpo_kernels.plan import DecodePlan
+from ibtpo_kernels.planner import DecodePlanner
 
 __all__ = [
     "DecodePlan",
+    "DecodePlanner",
     "DecodeStep",
     "Decoder",
     "LayerWeights",

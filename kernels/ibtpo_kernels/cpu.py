@@ -101,12 +101,14 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -
     return _tree_forward(q, k, v, end, scale)[0]
 
 
-def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: int) -> Tensor:
+def plan_decode(
+    page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: int, state: Tensor | None = None
+) -> Tensor:
     rows, lengths = _dense(rows), _dense(lengths)
     items = torch.empty(2 * len(rows), 4, dtype=torch.int32)
     count = native.plan_decode(
         page_table.data_ptr(), rows.data_ptr(), lengths.data_ptr(), items.data_ptr(),
-        page_table.shape[0], page_table.shape[1], len(rows), page_size,
+        0 if state is None else state.data_ptr(), page_table.shape[0], page_table.shape[1], len(rows), page_size,
     )  # fmt: skip
     if count < 0:
         b = -1 - count

@@ -48,10 +48,13 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -
     return torch.einsum("hij,jhd->ihd", p, v_NHD).to(q.dtype)
 
 
-def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: int) -> Tensor:
+def plan_decode(
+    page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: int, state: Tensor | None = None
+) -> Tensor:
     """The plan's items, int32 [I, 4] on the device of `page_table`; computed on the host."""
     checks.plan_in_range(page_table, rows, lengths, page_size)
-    items = plan_items(page_table.cpu().numpy(), rows.cpu().numpy(), lengths.cpu().numpy(), page_size)
+    known = None if state is None else state.numpy()
+    items = plan_items(page_table.cpu().numpy(), rows.cpu().numpy(), lengths.cpu().numpy(), page_size, known)
     return torch.from_numpy(items).to(page_table.device)
 
 

@@ -1,0 +1,56 @@
+"""The warm start ends when the policy is near its teacher, sooner or later, or when its updates are used up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ibtpo.config import DigitChainConfig, WarmStartConfig
+from ibtpo.policy import built_in_policy
+from ibtpo.tasks import DigitChain
+from ibtpo.warmstart import FINAL_RATE, WINDOW, WarmStart, _Schedule, warm_start
+
+CONFIG = WarmStartConfig(excess=0.5, decay_updates=4, max_updates=40, batch_size=4)
+
+
+def _rates(config: WarmStartConfig, excess: list[float]) -> list[float]:
+    """The rate of every update, where the mean excess loss after update u is excess[u]."""
+    schedule, rates = _Schedule(config), []
+    while schedule.updates < schedule.total:
+        rates.append(schedule.rate())
+        schedule.advance(excess[schedule.updates])
+    return rates
+
+
+def test_rate_falls_once_the_loss_is_near_the_teachers() -> None:
+    """Low at update 20, and never mind that it rises again: four updates later all is over."""
+    rates = _rates(CONFIG, [1.0] * 20 + [0.4] + [1.0] * 20)
+    assert rates[:21] == [1.0] * 21
+    assert rates[21:] == pytest.approx([0.868198, 0.55, 0.231802, FINAL_RATE], abs=1e-6)
+
+
+def test_first_updates_alone_do_not_end_it() -> None:
+    assert len(_rates(CONFIG, [0.0] * 40)) == WINDOW + CONFIG.decay_updates
+
+
+@pytest.mark.parametrize("decay_updates", [4, 40, 100])
+def test_updates_never_exceed_the_limit(decay_updates: int) -> None:
+    rates = _rates(replace(CONFIG, decay_updates=decay_updates), [1.0] * 40)
+    assert len(rates) == CONFIG.max_updates
+    assert rates[-1] == pytest.approx(FINAL_RATE if decay_updates <= 40 else 0.68, abs=0.02)
+
+
+def test_policy_comes_near_its_teacher() -> None:
+    """One operation, a teacher that errs a lot: the loss ends between the teacher's entropy and the bar."""
+    torch.set_num_threads(1)
+    task = DigitChain(DigitChainConfig(min_ops=1, max_ops=1, teacher_exponent=1.0), 0)
+    policy = built_in_policy(0, dtype=torch.float32, device=torch.device("cpu"))
+    config = WarmStartConfig(excess=0.3, decay_updates=20, max_updates=400, batch_size=32)
+    seen: list[WarmStart] = []
+    end = warm_start(policy, task, config, seed=0, problem=task.train_problem, on_update=seen.append)
+    assert end == seen[-1]
+    assert WINDOW + config.decay_updates < end.updates == end.total == len(seen) < config.max_updates
+    assert 0.0 < end.excess < config.excess < seen[10].excess
+    assert all(state.total == config.max_updates for state in seen[: -config.decay_updates - 1])
