@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ibtpo.policy import built_in_policy
-from ibtpo_engine import Engine, Sampling
+from ibtpo_engine import Engine, Sampling, native
 
 PROMPT, NEW = 24, 64
 BATCHES = (1, 8, 32, 128, 256)
@@ -43,6 +43,28 @@ def test_engine(benchmark, policy, batch):
         return sum(len(node) for node in nodes)
 
     assert benchmark.pedantic(run, rounds=7, warmup_rounds=1) == batch * NEW
+
+
+@pytest.mark.parametrize("how", ["native", "module"])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_step(benchmark, policy, batch, how, monkeypatch):
+    """One decode step in the middle of its pages, the engine's own work included, again and again at one length."""
+    if how == "module":
+        monkeypatch.setattr(native, "MOST_BYTES", 0)
+    engine = Engine(policy.model, kv_tokens=batch * 128)
+    assert engine.scheduler.runner.is_native == (how == "native")
+    nodes = [engine.tree(prompt).root.fork()[0] for prompt in prompts(batch)]
+    engine._submit(nodes, Sampling(max_tokens=NEW))
+    length = engine.scheduler.slots.length
+    while len(engine.scheduler.running) < batch:
+        engine._step()
+    before = length.copy()
+
+    def again() -> None:
+        length[:] = before
+
+    benchmark.group = f"step batch {batch}"
+    benchmark.pedantic(engine._step, setup=again, rounds=50, warmup_rounds=3)
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 import ibtpo_kernels as K
 
@@ -136,6 +136,18 @@ def test_attention(benchmark: Any, name: str, how: str, backward: bool) -> None:
         benchmark(lambda: torch.autograd.grad(forward(), (q, k, v), d_out))
     else:
         benchmark(forward)
+
+
+@pytest.mark.parametrize("how", ["batch_invariant_linear", "F.linear"])
+@pytest.mark.parametrize("rows", [1, 32, 256])
+@pytest.mark.parametrize(("depth", "columns"), [(96, 256), (256, 96), (1024, 4096)])
+def test_linear(benchmark: Any, depth: int, columns: int, rows: int, how: str) -> None:
+    """What a fixed order of summation costs."""
+    x, weight = torch.randn(rows, depth), torch.randn(columns, depth)
+    product = K.batch_invariant_linear if how == "batch_invariant_linear" else linear
+    benchmark.group = f"linear M{rows} K{depth} N{columns}"
+    with torch.inference_mode():
+        benchmark(product, x, weight)
 
 
 @pytest.mark.parametrize("how", ["linear_logprob", "log_softmax"])

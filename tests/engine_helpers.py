@@ -36,14 +36,19 @@ ROUNDING = 2e-5  # fp32 log-probs of these models, computed in batches of differ
 
 
 def tiny_model(
-    seed: int = 0, *, vocabulary: int = VOCABULARY, positions: int = 512, dtype: torch.dtype = torch.float32
+    seed: int = 0,
+    *,
+    vocabulary: int = VOCABULARY,
+    positions: int = 512,
+    hidden: int = 24,
+    dtype: torch.dtype = torch.float32,
 ) -> Model:
     """A Qwen3 of two layers whose weights are large enough for tokens to depend on everything before them."""
     config = ModelConfig.from_dict(
         {
             "architectures": ["Qwen3ForCausalLM"],
             "vocab_size": vocabulary,
-            "hidden_size": 24,
+            "hidden_size": hidden,
             "intermediate_size": 32,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import test_kernels_attention as attention_tests
 import test_kernels_decode as decode_tests
+import test_kernels_linear as linear_tests
 import test_kernels_logprob as logprob_tests
 import test_kernels_policy_head as head_tests
 import test_kernels_sample as sample_tests
@@ -216,8 +217,7 @@ def test_the_work_list_of_the_picture() -> None:
     table[2, :5] = torch.tensor([0, 1, 2, 3, 20])
     rows, lengths = torch.arange(3, dtype=torch.int32), torch.tensor([112, 144, 80], dtype=torch.int32)
     plan = K.plan_decode(table, rows, lengths)
-    shared = work.neighbours(plan.items.numpy(), 3)
-    items, splits = work.cut(shared, lengths.numpy().astype("int64"), 12, 16, 4)
+    items, splits = work.cut(plan.items.numpy(), lengths.numpy().astype("int64"), 12, 16, 4)
     assert sorted(items.tolist()) == [[0, 1, 1, 1], [0, 3, 0, 0], [1, 1, 1, 0], [1, 1, 2, 1], [2, 1, 1, 1]]
     assert splits.tolist() == [2, 3, 2]
 
@@ -233,10 +233,9 @@ def test_work_covers_every_query_and_split_once(seed: int) -> None:
         if torch.rand((), generator=generator) < 0.2:
             rows[b], seen[b] = rows[b - 1], max(int(seen[b - 1]) - 1, 0)
     plan = K.plan_decode(table, rows, seen)
-    items, splits = work.cut(
-        work.neighbours(plan.items.numpy(), count), seen.numpy().astype("int64"), table.shape[1], 16, 4
-    )
-    items = work.tiled(items, 2, 16, 64)
+    on_host = seen.numpy().astype("int64")
+    items, splits = work.cut(plan.items.numpy(), on_host, table.shape[1], 16, 4)
+    items = work.tiled(items, on_host, 2, 16, 64, 64)
     for b in range(count):
         mine = sorted((s, is_open) for begin, n, s, is_open in items.tolist() if begin <= b < begin + n)
         assert [s for s, _ in mine] == list(range(int(splits[b])))
@@ -247,6 +246,11 @@ def test_work_covers_every_query_and_split_once(seed: int) -> None:
         pages = table[rows[begin : begin + n].long(), columns]
         assert torch.equal(pages, pages[:1].expand_as(pages))
         assert is_open or int((pages < 0).sum()) == 0
+    cost = [
+        (64 if n * 2 > 16 else 16) * min(max(int(seen[begin]) - split * 64, 0), 64)
+        for begin, n, split, _ in items.tolist()
+    ]
+    assert cost == sorted(cost, reverse=True), "those that take longest come first"
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -446,3 +450,31 @@ def test_float64_goes_to_the_reference() -> None:
     x = torch.randn(4, 6, dtype=torch.float64)
     with K.backend("triton"):
         assert K.silu_mul(x, x).dtype is torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(
+    "shape", [((5,), 1, 1), ((2, 3), 100, 20), ((67,), 40, 70), ((0,), 8, 3), ((3,), 70, 0)], ids=str
+)
+def test_linear_and_its_gradients_match_float64(shape: tuple[tuple[int, ...], int, int], dtype: torch.dtype) -> None:
+    inputs = [x.to(dtype) for x in linear_tests.leaves(*shape, bias=True)]
+    plain = [x.clone().requires_grad_() for x in inputs]
+    out = torch.nn.functional.linear(*plain)
+    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected = [out.detach(), *torch.autograd.grad(out, plain, d_out)]
+    exact = linear_tests.run("reference", [x.double() for x in inputs], torch.float64)
+    floor = 3e-6 if dtype is torch.float32 else 1e-3
+    for ours, theirs, float64 in zip(linear_tests.run("triton", inputs, dtype), expected, exact, strict=True):
+        assert_within_budget(ours, theirs, float64, floor=floor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_a_product_does_not_depend_on_the_rows_that_follow(dtype: torch.dtype) -> None:
+    """Any number of rows from the start of a tile: the interpreter's `dot` is numpy's, whose rows know their place."""
+    x, weight, bias = (y.to(dtype) for y in linear_tests.leaves((131,), 100, 70, bias=True))
+    with K.backend("triton"):
+        whole = K.batch_invariant_linear(x, weight, bias)
+        for first in (0, 64):
+            for size in range(1, 68):
+                rows = x[first : first + size]
+                assert torch.equal(K.batch_invariant_linear(rows, weight, bias), whole[first : first + size])

@@ -10,6 +10,7 @@ import torch
 from ibtpo_kernels.gpu import (
     add_rms_norm,
     append_kv,
+    batch_invariant_linear,
     linear_logprob,
     rms_norm,
     rope,
@@ -53,6 +54,12 @@ def logprob(dtype: torch.dtype, cap: float | None) -> None:
     (out[0].sum() + out[1].sum()).backward()
 
 
+def product(dtype: torch.dtype) -> None:
+    x, weight = torch.zeros(64, 1024, dtype=dtype), torch.zeros(512, 1024, dtype=dtype)
+    batch_invariant_linear(x, weight, None)
+    batch_invariant_linear(x, weight, weight[:, 0])
+
+
 def draw(dtype: torch.dtype, top_p: float) -> None:
     """A vocabulary of 151,936; the row that was never sampled then looks like one without a distribution."""
     try:
@@ -94,6 +101,7 @@ def _rows(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Non
     for cap in (None, 30.0):
         yield f"logprob-{name}-cap{cap}", partial(logprob, dtype, cap)
     yield f"small-{name}", partial(small, dtype)
+    yield f"linear-{name}", partial(product, dtype)
     for top_p in (1.0, 0.9):
         yield f"sample-{name}-p{top_p}", partial(draw, dtype, top_p)
 

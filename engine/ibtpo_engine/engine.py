@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 
 import numpy.typing as npt
@@ -278,8 +278,7 @@ class Engine:
 
     def _step(self) -> None:
         """One scheduler step; what finished is reported to its search, whoever is calling."""
-        flops = 2.0 * self._num_parameters * self.scheduler.num_rows
-        with torch.inference_mode(), threads_for(flops):
+        with torch.inference_mode(), self._threads():
             self.cache.pool.restore_memory()
             finished = self.scheduler.step(self.version)
         if finished is None:
@@ -289,6 +288,11 @@ class Engine:
             growth = self._growing.get(node.tree.ordinal)
             if growth is not None:
                 growth.finished(node)
+
+    def _threads(self) -> AbstractContextManager[None]:
+        if self.scheduler.runner.is_native:  # it chooses its threads itself
+            return nullcontext()
+        return threads_for(2.0 * self._num_parameters * self.scheduler.num_rows)
 
     def _suspend_one(self) -> None:
         """Pages are short: the youngest tree that a search grows gives its KV up; the oldest branch's stays."""
@@ -317,6 +321,7 @@ class Engine:
         computed anew with the new weights.
         """
         self._drop_all_kv()
+        self.scheduler.runner.weights_changed()
         self.version += 1
         self._weights = self._weight_stamp()
 

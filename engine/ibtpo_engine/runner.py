@@ -11,11 +11,25 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ibtpo_engine.model import Model, QKNorm
+from ibtpo_engine.native import native_decoder
 from ibtpo_engine.pages import PAGE, PagePool
-from ibtpo_kernels import DecodePlan, plan_decode, rope_append, tree_decode
+from ibtpo_engine.slots import Slots
+from ibtpo_kernels import (
+    DecodePlan,
+    DecodePlanner,
+    Decoder,
+    DecodeStep,
+    active_backend,
+    batch_invariant_linear,
+    rope_append,
+    tree_decode,
+)
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -55,32 +69,68 @@ class PagedAttention:
 
 
 class Runner:
-    """Runs rows; keeps the attention plan while the set of rows stays the same."""
+    """Runs rows; keeps the attention plan while the set of rows stays the same.
+
+    A model that `native_decoder` accepts is run by it, any other as the module it is.
+    """
 
     def __init__(self, model: Model, pool: PagePool) -> None:
         self.model = model
         self.pool = pool
         self._plan: DecodePlan | None = None
+        self._decoder: Decoder | None = None
+        self._step: DecodeStep | None = None
+        self._chosen: npt.NDArray[np.int64] | None = None  # what the step was told to run
+        self.weights_changed()
 
     def invalidate(self) -> None:
-        """The rows changed in kind: plan anew at the next `forward`."""
-        self._plan = None
+        """The rows changed in kind: plan anew at the next `forward` or `decode`."""
+        self._plan = self._chosen = None
 
-    def forward(self, rows: Rows, table: npt.NDArray[np.int32]) -> Tensor:
-        """Hidden states [T, H] of `rows`, whose paths' pages are in `table` (int32 [R, P])."""
+    def weights_changed(self) -> None:
+        """Parameters may lie elsewhere now."""
+        self._decoder = native_decoder(self.model, max_positions=(self.pool.num_pages + 1) * PAGE)
+        self._step = None
+
+    @property
+    def is_native(self) -> bool:
+        """Whether a forward pass is one native call."""
+        return self._decoder is not None and active_backend(_CPU) == "cpu"
+
+    def forward(self, rows: Rows, planner: DecodePlanner) -> Tensor:
+        """Hidden states [T, H] of `rows`, whose paths' pages are in the table of `planner`."""
         device = self.model.device
         tokens, pos, address = (torch.from_numpy(array).to(device) for array in (rows.tokens, rows.pos, rows.address))
         if self._plan is None:
-            self._plan = plan_decode(
-                torch.from_numpy(table).to(device),
-                torch.from_numpy(rows.row).to(device),
-                (pos + 1).to(torch.int32),
-                page_size=PAGE,
-            )
-        else:  # same rows, one token further
+            lengths = (rows.pos + 1).astype(np.int32)
+            self._plan = planner.plan(torch.from_numpy(rows.row), torch.from_numpy(lengths))
+        else:  # same rows, one token further; some have a new page
             self._plan.lengths.copy_(pos + 1)
-            if device.type != "cpu":  # there the plan holds a copy of the table, which may have new pages
-                self._plan.page_table.copy_(torch.from_numpy(table), non_blocking=True)
+            planner.upload()
+        if self._decoder is not None and self.is_native:
+            return self._decoder.forward(tokens, pos, address, self._plan, self.pool.keys, self.pool.values)
         attend = PagedAttention(self.pool, self._plan, address, *self.model.rotation(pos))
         hidden: Tensor = self.model(tokens, attend)
         return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[T, H] -> [T, V], float32 or wider; summed in the order of `decode` where that is native."""
+        if self.is_native:
+            return batch_invariant_linear(hidden, self.model.head)
+        return F.linear(hidden, self.model.head).float()
+
+    def decode(self, slots: Slots, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Run the last token of each slot chosen and record the next one, all in one native call.
+
+        Returns:
+            int64 [len(chosen)], as `DecodeStep.run`, of which it is a view. Only where `is_native`.
+        """
+        assert self._decoder is not None
+        if self._step is None or not self._step.is_current(self.pool.keys, self.pool.values):
+            self._step, self._chosen = self._decoder.record(slots, self.pool.keys, self.pool.values), None
+        if self._plan is None or self._chosen is not chosen:
+            lengths = torch.from_numpy(slots.length[chosen])
+            self._plan = slots.planner.plan(torch.from_numpy(chosen.astype(np.int32)), lengths)
+            self._step.choose(chosen, self._plan.items)
+            self._chosen = chosen
+        return self._step.run()

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 
 from ibtpo_engine.branches import Branch, Fill
 from ibtpo_engine.cache import PageCache, is_computed
@@ -36,6 +35,7 @@ from ibtpo_kernels import sample
 
 SlotIds = npt.NDArray[np.int64]
 
+LACKS_PAGE = 3  # code of `Runner.decode`: the branch goes on, once it has another page
 FILL_SLOTS = 32  # most nodes filled in one step
 
 
@@ -74,13 +74,14 @@ class Scheduler:
         self.cache = cache
         self.max_branches = max_branches
         self.fill_tokens = fill_tokens
-        self.slots = Slots(max_branches + FILL_SLOTS, max_pages)
+        self.slots = Slots(max_branches + FILL_SLOTS, max_pages, runner.model.device)
         self.waiting: list[Branch] = []  # by ticket
         self.running: dict[int, Branch] = {}  # by slot
         self.fills: dict[int, Fill] = {}  # by id of node or branch
         self.counters = Counters()
         self._order: list[tuple[tuple[int, ...], int]] = []  # (place, slot) of the running, sorted
         self._decoding: npt.NDArray[np.int64] | None = None  # the slots of _order; None when it changed
+        self._has_pages = False  # whether every running branch has the page its next row begins or lies on
         self._tickets = 0
 
     # ---- what the engine calls -------------------------------------------------------------------------------
@@ -113,6 +114,8 @@ class Scheduler:
         ready: list[Branch] = []
         try:
             self._admit(ready)
+            if self.running and not ready and not self.fills and self.runner.is_native:
+                return self._decode(version)
             self._grow()
             fills, decoding = list(self.fills.values()), self._decoding_slots()
             hidden = self._forward(decoding, fills)
@@ -178,6 +181,8 @@ class Scheduler:
         Pages go strictly by age: once a branch has to wait for pages, no younger one is given any. Otherwise a
         younger one could take what was just freed for it, again and again.
         """
+        if not self.waiting:
+            return
         room = self.max_branches - (self.num_branches - len(self.waiting))
         filling_prompts = {fill.tokens.tobytes() for fill in self.fills.values() if fill.start == 0}
         for branch in self.waiting[: max(room, 0) + FILL_SLOTS]:
@@ -289,11 +294,28 @@ class Scheduler:
                 fresh = self.cache.take(1)
                 if fresh is not None:
                     assert branch.kv is not None
-                    slots.table[slot, branch.kv.first + len(branch.kv.pages)] = fresh[0]
+                    slots.add_page(slot, branch.kv.first + len(branch.kv.pages), fresh[0])
                     branch.kv.pages += fresh
                     break
                 self._preempt(max(self.running.values(), key=lambda running: running.ticket))
                 branch = self.running.get(slot)
+
+    def _decode(self, version: int) -> list[Node]:
+        """A step of nothing but decode rows, in one native call."""
+        if not self._has_pages:
+            self._grow()
+        decoding = self._decoding_slots()
+        if len(decoding) == 0:  # the last one was preempted
+            return []
+        code = self.runner.decode(self.slots, decoding)
+        self.counters.steps += 1
+        self.counters.computed += len(decoding)
+        self.counters.sampled += len(decoding)
+        self._has_pages = True
+        if not code.any():
+            return []
+        self._has_pages = not (code == LACKS_PAGE).any()
+        return self._settle(decoding, np.where(code == LACKS_PAGE, 0, code), [], version)
 
     def _forward(self, decoding: SlotIds, fills: list[Fill]) -> torch.Tensor | None:
         """Hidden states of the decode rows, then of each fill's chunk; None if there is no row."""
@@ -321,7 +343,7 @@ class Scheduler:
             return None
         if fills:
             self.runner.invalidate()
-        hidden = self.runner.forward(rows, slots.table)
+        hidden = self.runner.forward(rows, slots.planner)
         if fills:
             self.runner.invalidate()
         self.counters.steps += 1
@@ -379,7 +401,7 @@ class Scheduler:
         if len(chosen) == 0:
             return []
         state = states[0] if len(states) == 1 else torch.cat(states)
-        logits = F.linear(state, self.runner.model.head).float()
+        logits = self.runner.logits(state)
         if pick is not None:
             logits = logits[torch.tensor(pick, device=logits.device)]
         drawn = sample(
@@ -390,6 +412,7 @@ class Scheduler:
             top_k=torch.from_numpy(slots.top_k[chosen]),
             min_p=torch.from_numpy(slots.min_p[chosen]),
         )
+        self._has_pages = False
         code = slots.record(chosen, *(part.cpu().numpy() for part in drawn))
         self.counters.sampled += len(chosen)
         return self._settle(chosen, code, started, version)
@@ -420,6 +443,7 @@ class Scheduler:
     def _join(self, branch: Branch) -> None:
         branch.place = (branch.node.tree.ordinal, *(node.serial for node in branch.node.path()))
         self.running[branch.slot] = branch
+        self._has_pages = False
         bisect.insort(self._order, (branch.place, branch.slot))
         self._decoding = None
 

@@ -6,8 +6,11 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from ibtpo_engine.pages import PAGE
 from ibtpo_engine.sampling import Sampling
+from ibtpo_kernels import DecodePlanner
 
 Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
@@ -27,7 +30,8 @@ class Slots:
         [ancestors )[sampled here: out_tokens  )               most it may reach
 
     Attributes:
-        table: int32 [num, max_pages], page ids of the path; -1 past them.
+        table: int32 [num, max_pages], page ids of the path; -1 past them. Written by `set_pages` and `add_page` alone.
+        planner: plans steps over the table; it is told of each write.
         start, length, limit: int32 [num], depths as drawn above.
         stream: int64 [num], names the branch's random numbers.
         temperature, top_p, min_p: float32 [num]; top_k: int32 [num].
@@ -37,8 +41,10 @@ class Slots:
 
     OUTPUTS = ("tokens", "logprob", "logprob_raw", "entropy")
 
-    def __init__(self, num: int, max_pages: int) -> None:
+    def __init__(self, num: int, max_pages: int, device: torch.device | None = None) -> None:
         self.table: Ints = np.full((num, max_pages), -1, np.int32)
+        elsewhere = device if device is not None and device.type != "cpu" else None
+        self.planner = DecodePlanner(torch.from_numpy(self.table), page_size=PAGE, device=elsewhere)
         self.start: Ints = np.zeros(num, np.int32)
         self.length: Ints = np.zeros(num, np.int32)
         self.limit: Ints = np.zeros(num, np.int32)
@@ -69,6 +75,12 @@ class Slots:
         """Write the page-table row."""
         self.table[slot, : len(pages)] = pages
         self.table[slot, len(pages) :] = -1
+        self.planner.rewrote(slot)
+
+    def add_page(self, slot: int, column: int, page: int) -> None:
+        """Put a page at the end of a path."""
+        self.table[slot, column] = page
+        self.planner.extended(slot, column)
 
     def give_back(self, slot: int) -> None:
         """Free a slot."""

@@ -75,6 +75,13 @@ struct LogitEdges {
   int64_t count;
 };
 
+struct Linear {
+  const float *x, *weight, *bias;  // [M, K] with rows x_stride apart, [N, K], [N] or null
+  float* out;                      // [M, N] with rows out_stride apart
+  int64_t num_rows, num_cols, depth, x_stride, out_stride;
+  bool add;  // to what is in `out`
+};
+
 struct Sample {
   const float* logits;                     // [B, V], or null and `half_logits`
   const int64_t* keys;                     // [B, 2]
@@ -104,6 +111,43 @@ struct Pointwise {
   void (*silu_mul_backward)(const T* gate, const T* up, const T* d_out, T* d_gate, T* d_up, int64_t count);
 };
 
+// The structs from here to `Branches` are filled by ibtpo_kernels/decoder.py, field by field as 64-bit integers.
+
+struct DecoderLayer {  // weights [out, in]; biases and the norms of single heads may be null
+  const float *attention_norm, *q, *q_bias, *k, *k_bias, *v, *v_bias, *q_norm, *k_norm, *o, *o_bias;
+  const float *mlp_norm, *gate, *gate_bias, *up, *up_bias, *down, *down_bias;
+};
+
+struct Decoder {
+  int64_t num_layers, hidden, inner, num_heads, num_kv_heads, head_dim, vocabulary, num_positions;
+  const float *embedding, *norm, *head;  // [V, H], [H], [V, H]
+  const float *cos, *sin;                // [num_positions, D/2]
+  const float* eps;                      // [1]
+  const DecoderLayer* layers;            // [num_layers]
+};
+
+// A page pool, and T rows to run over it: tokens of paths whose pages lie in row rows[t] of the page table.
+struct DecoderRows {
+  int64_t num_pages, page_size, table_rows, table_width, num_rows, num_items;
+  float *k_pages, *v_pages;             // [num_layers, num_pages, page_size, Hkv, D]
+  const int32_t *page_table, *items;    // [R, P], [I, 4]
+  const int32_t *rows, *lengths;        // [T], lengths = pos + 1
+  const int64_t *tokens, *pos, *slots;  // [T]; slots as in RopeAppend
+  float* out;                           // [T, H], hidden states after the final norm
+};
+
+// Running branches as a structure of arrays, of which a step names B by index; see ibtpo_engine/slots.py.
+struct Branches {
+  int64_t num_stops, width;
+  const int32_t *start, *limit;              // [S]: depth of the first sampled token, and the depth to end at
+  int32_t* length;                           // [S]: depth of the next token
+  const int64_t *stream, *stops;             // [S], [S, num_stops]
+  const float *temperature, *top_p, *min_p;  // [S]
+  const int32_t* top_k;                      // [S]
+  int32_t* tokens;                           // [S, width]: what was sampled, and of it
+  float *logprob, *logprob_raw, *entropy;    // [S, width]
+};
+
 // Functions returning int64_t give -1, or the index of the first query, token or row that is in error.
 struct Kernels {
   const char* isa;
@@ -120,6 +164,12 @@ struct Kernels {
   void (*logit_grad)(const LogitTile&, const LogitEdges&, const float* stats, int64_t total_rows,
                      const float* grad_rows, const float* grad_entropy, const float* grads);
   int64_t (*sample)(const Sample&);
+  void (*linear)(const Linear&);
+  int64_t (*decoder_forward)(const Decoder&, const DecoderRows&);
+  // One token for each of the branches chosen [B], whose last one is run first. code [B]: 0 goes on, 1 stop token,
+  // 2 length, 3 goes on to a depth that has no page yet. An error T + t: row t has no distribution; nothing is
+  // recorded.
+  int64_t (*decoder_step)(const Decoder&, DecoderRows, const Branches&, const int64_t* chosen, int64_t* code);
 };
 
 namespace v4bf16 {

@@ -231,6 +231,36 @@ NB_MODULE(_cpu, m) {
       },
       release);
 
+  m.def(
+      "linear",
+      [](Address x, Address weight, Address bias, Address out, int64_t num_rows, int64_t num_cols, int64_t depth,
+         int64_t x_stride) {
+        active->linear({at<float>(x), at<float>(weight), at<float>(bias), at<float>(out), num_rows, num_cols, depth,
+                        x_stride, num_cols, false});
+      },
+      release);
+
+  // Addresses of structs of kernels.h.
+  m.def(
+      "decoder_forward",
+      [](Address decoder, Address rows) {
+        return active->decoder_forward(*at<Decoder>(decoder), *at<DecoderRows>(rows));
+      },
+      release);
+
+  m.def(
+      "decoder_step",
+      [](Address decoder, Address pool, Address branches, Address chosen, int64_t count, Address items,
+         int64_t num_items, Address code) {
+        DecoderRows rows = *at<DecoderRows>(pool);
+        rows.num_rows = count;
+        rows.items = at<int32_t>(items);
+        rows.num_items = num_items;
+        return active->decoder_step(*at<Decoder>(decoder), rows, *at<Branches>(branches), at<int64_t>(chosen),
+                                    at<int64_t>(code));
+      },
+      release);
+
   // temperature, top_p, top_k, min_p: the address of one value a row, or 0 and one value for all.
   m.def(
       "sample",
@@ -248,16 +278,18 @@ NB_MODULE(_cpu, m) {
       release);
 
   // Writes at most 2 B items of four int32 to `items` and returns how many, or -1 - b where query b is out of range.
+  // state: the address of int32 [3, R] (see PlanState), or 0: compare every page.
   m.def(
       "plan_decode",
-      [](Address page_table, Address rows, Address lengths, Address items, int64_t num_rows, int64_t width,
-         int64_t num_queries, int64_t page_size) -> int64_t {
+      [](Address page_table, Address rows, Address lengths, Address items, Address state, int64_t num_rows,
+         int64_t width, int64_t num_queries, int64_t page_size) -> int64_t {
         const PlanInput p{
             at<int32_t>(page_table), at<int32_t>(rows), at<int32_t>(lengths), num_rows, width, num_queries, page_size};
         for (int64_t b = 0; b < num_queries; ++b)
           if (p.rows[b] < 0 || p.rows[b] >= num_rows || p.lengths[b] < 0 || p.lengths[b] > width * page_size)
             return -1 - b;
-        const std::vector<PlanItem> found = plan_items(p);
+        const PlanState known{at<int32_t>(state), at<int32_t>(state) + num_rows, at<int32_t>(state) + 2 * num_rows};
+        const std::vector<PlanItem> found = plan_items(p, state == 0 ? nullptr : &known);
         std::copy(found.begin(), found.end(), at<PlanItem>(items));
         return static_cast<int64_t>(found.size());
       });

@@ -102,7 +102,7 @@ struct RawStats {
   double log_sum, entropy;
 };
 
-// x = z - max, padded with -inf to a whole number of chunks; statistics of softmax(x).
+// x = z - max, padded with -inf to whole vectors; statistics of softmax(x).
 INLINE RawStats shift(const float* z, double top, int64_t size, double* x, int64_t padded) {
   for (int64_t i = 0; i < size; ++i) x[i] = z[i] - top;
   for (int64_t i = size; i < padded; ++i) x[i] = -__builtin_inf();
@@ -191,10 +191,10 @@ struct Draw {
 
 // Whole chunks are skipped by their sums; within the chunk the weights are added one by one.
 INLINE Draw draw(const double* w, int64_t padded, double u, double* sums) {
-  const int64_t chunks = padded / kChunk;
+  const int64_t chunks = (padded + kChunk - 1) / kChunk;
   double total = 0.0;
   for (int64_t c = 0; c < chunks; ++c) {
-    sums[c] = total_of(const_cast<double*>(w) + c * kChunk, kChunk);
+    sums[c] = total_of(const_cast<double*>(w) + c * kChunk, least(kChunk, padded - c * kChunk));
     total += sums[c];
   }
   const double target = u * total;
@@ -203,7 +203,7 @@ INLINE Draw draw(const double* w, int64_t padded, double u, double* sums) {
   for (int64_t c = 0; c < chunks && token < 0; ++c) {
     double inside = cumulative;
     if (cumulative + sums[c] > target)
-      for (int64_t i = c * kChunk; i < (c + 1) * kChunk && token < 0; ++i)
+      for (int64_t i = c * kChunk; i < least(padded, (c + 1) * kChunk) && token < 0; ++i)
         if ((inside += w[i]) > target) token = i;
     cumulative += sums[c];
   }
@@ -248,12 +248,12 @@ INLINE bool sample_row(const Sample& p, int64_t r, float* row, double* x, double
 }  // namespace
 
 int64_t sample(const Sample& p) {
-  const int64_t padded = round_up(p.vocabulary, kChunk);
+  const int64_t padded = round_up(p.vocabulary, kWidth);
   int64_t failed = p.num_rows;
 #pragma omp parallel if (p.num_rows * p.vocabulary > kParallelWork)
   {
     const Scratch<float> row(p.half_logits == nullptr ? 0 : p.vocabulary);
-    const Scratch<double> x(padded), w(padded), sums(padded / kChunk);
+    const Scratch<double> x(padded), w(padded), sums(padded / kChunk + 1);
 #pragma omp for schedule(dynamic)
     for (int64_t r = 0; r < p.num_rows; ++r)
       if (!sample_row(p, r, row, x, w, sums, padded)) {

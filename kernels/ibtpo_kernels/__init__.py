@@ -1,9 +1,11 @@
 """Kernels for reasoning trees: attention over packed trees, decode over shared pages, fused log-prob and sampling."""
 
+from ibtpo_kernels.decoder import Decoder, DecodeStep, LayerWeights, can_borrow
 from ibtpo_kernels.dispatch import active_backend, backend, has_compiled
 from ibtpo_kernels.ops import (
     add_rms_norm,
     append_kv,
+    batch_invariant_linear,
     linear_logprob,
     plan_decode,
     policy_head,
@@ -16,13 +18,20 @@ from ibtpo_kernels.ops import (
     tree_decode,
 )
 from ibtpo_kernels.plan import DecodePlan
+from ibtpo_kernels.planner import DecodePlanner
 
 __all__ = [
     "DecodePlan",
+    "DecodePlanner",
+    "DecodeStep",
+    "Decoder",
+    "LayerWeights",
     "active_backend",
     "add_rms_norm",
     "append_kv",
     "backend",
+    "batch_invariant_linear",
+    "can_borrow",
     "has_compiled",
     "linear_logprob",
     "plan_decode",

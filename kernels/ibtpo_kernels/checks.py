@@ -88,6 +88,13 @@ def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: in
         raise ValueError(f"{op}: page_size={page_size} must be at least 1")
 
 
+def planner(page_table: Tensor, page_size: int) -> None:
+    none = page_table.new_empty(0, dtype=torch.int32)
+    plan_decode(page_table, none, none, page_size)
+    if not page_table.is_cpu:
+        raise _fail("DecodePlanner", "page_table", page_table, "a table on the CPU; name the GPU as device=")
+
+
 def plan_in_range(page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: int) -> None:
     _in_range("plan_decode", "rows", rows, 0, page_table.shape[0])
     _in_range("plan_decode", "lengths", lengths, 0, page_table.shape[1] * page_size + 1)
@@ -164,6 +171,15 @@ def rope_append(
 def silu_mul(gate: Tensor, up: Tensor) -> None:
     _floating("silu_mul", "gate", gate, gate.dim())
     _like("silu_mul", "up", up, tuple(gate.shape), gate, "gate")
+
+
+def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    op = "batch_invariant_linear"
+    _floating(op, "x", x, max(x.dim(), 1))
+    _floating(op, "weight", weight, 2)
+    _like(op, "weight", weight, (weight.shape[0], x.shape[-1]), x, "x")
+    if bias is not None:
+        _like(op, "bias", bias, (weight.shape[0],), x, "x")
 
 
 def linear_logprob(

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ibtpo_kernels import logprob, one_pass, reference
+from ibtpo_kernels import linear, logprob, one_pass, reference
 from ibtpo_kernels.logits import Grads, Head, LogitOps
 from ibtpo_kernels.one_pass import Loss
 from ibtpo_kernels.plan import DecodePlan
@@ -115,12 +115,14 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -
     return _tree_forward(q, k, v, end, scale)[0]
 
 
-def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: int) -> Tensor:
+def plan_decode(
+    page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: int, state: Tensor | None = None
+) -> Tensor:
     rows, lengths = _dense(rows), _dense(lengths)
     items = torch.empty(2 * len(rows), 4, dtype=torch.int32)
     count = native.plan_decode(
         page_table.data_ptr(), rows.data_ptr(), lengths.data_ptr(), items.data_ptr(),
-        page_table.shape[0], page_table.shape[1], len(rows), page_size,
+        0 if state is None else state.data_ptr(), page_table.shape[0], page_table.shape[1], len(rows), page_size,
     )  # fmt: skip
     if count < 0:
         b = -1 - count
@@ -348,6 +350,20 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
         out: Tensor = _SiluMul.apply(gate, up)  # type: ignore[no-untyped-call]
         return out
     return _silu_mul(gate, up)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    num_cols, depth = weight.shape
+    out = torch.empty(*x.shape[:-1], num_cols)
+    native.linear(
+        x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
+        x.shape[:-1].numel(), num_cols, depth, depth,
+    )  # fmt: skip
+    return out
+
+
+def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return linear.batch_invariant_linear(x, weight, bias, _linear)
 
 
 def _tile(u: Tensor, first_row: int, first_col: int, head: Head) -> tuple[Any, ...]:

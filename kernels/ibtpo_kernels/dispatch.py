@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -35,7 +36,7 @@ def backend(name: str) -> Iterator[None]:
     """Run the ops called inside on one backend; nestable, and private to the thread or task.
 
     A backend serves the dtypes it has kernels for (cpu: float32, bfloat16; triton: these and float16); the rest goes to
-    "reference".
+    "reference". "flashinfer" has `tree_decode` in float16 and bfloat16; the rest goes to "triton".
 
     Raises:
         ValueError: `name` is unknown, or not available here; the message says what is missing.
@@ -59,7 +60,10 @@ def _require(name: str) -> None:
         if not torch.cuda.is_available() and not _interprets():
             raise ValueError(f"backend 'triton': there is no CUDA device; {_INTERPRET}, or use 'reference'")
     if name == "flashinfer":
-        raise ValueError("backend 'flashinfer': this release has no adapter to it; on a GPU use 'triton'")
+        if find_spec("flashinfer") is None:
+            raise ValueError("backend 'flashinfer': FlashInfer is missing; install ibtpo[gpu] (Linux), or use 'triton'")
+        if not torch.cuda.is_available():
+            raise ValueError("backend 'flashinfer': there is no CUDA device, and it runs on no other; use 'reference'")
 
 
 @cache
@@ -127,6 +131,10 @@ def implementation(x: Tensor, also: tuple[torch.dtype, ...] = ()) -> ModuleType:
         raise ValueError(
             f"backend 'cpu' was given a tensor on {x.device}; move it to the CPU or leave the backend block"
         )
+    if chosen == "flashinfer" and not x.is_cuda:
+        raise ValueError(
+            f"backend 'flashinfer' was given a tensor on {x.device}; move it to a GPU or leave the backend block"
+        )
     if x.is_cuda or chosen == "triton":
         return _on_gpu(x)
     if x.is_cpu:
@@ -137,7 +145,16 @@ def implementation(x: Tensor, also: tuple[torch.dtype, ...] = ()) -> ModuleType:
     return reference
 
 
+def host_planner() -> ModuleType:
+    """The module that plans on the host, whatever device the kernels run on."""
+    return reference if cpu.native is None or _chosen.get() == "reference" else cpu
+
+
 def _on_gpu(x: Tensor) -> ModuleType:
+    if _chosen.get() == "flashinfer":
+        adapter = import_module("ibtpo_kernels.flashinfer_backend")
+        if x.dtype in adapter.SERVED:
+            return adapter
     kernels = _triton()
     if kernels is None:
         _say_missing("Triton kernels", "install ibtpo[gpu] (Linux)")

@@ -225,6 +225,29 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
+def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, where a row's result has the same bits alone and in any batch; differentiable.
+
+    The sum over K has one order, whatever the number of rows and threads; it differs between backends, dtypes and kinds
+    of processor. The backward is plain products, without that promise.
+
+    Args:
+        x: [..., K]; weight: [N, K]; bias: [N].
+
+    Returns:
+        [..., N] in the dtype of x; 16-bit inputs are summed in float32 and rounded once.
+
+    Raises:
+        ValueError: a shape, dtype or device is wrong.
+
+    Source: ours; that batch-dependent sums are what makes inference vary is from Thinking Machines Lab, "Defeating
+    nondeterminism in LLM inference" (2025).
+    """
+    checks.batch_invariant_linear(x, weight, bias)
+    out: Tensor = implementation(x).batch_invariant_linear(x, weight, bias)
+    return out
+
+
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,

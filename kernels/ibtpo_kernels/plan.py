@@ -34,6 +34,7 @@ class DecodePlan:
         items: int32 [I, 4] = (query_begin, query_end, page_begin, page_end): queries [query_begin, query_end) all have
             the same pages in columns [page_begin, page_end). Each (query, page) is covered once, in depth order.
         page_size: slots a page.
+        on_host: (items, lengths) as they were planned, on the CPU; None: whoever wants them there asks the device.
     """
 
     page_table: Tensor
@@ -41,28 +42,46 @@ class DecodePlan:
     lengths: Tensor
     items: Tensor
     page_size: int
+    on_host: tuple[Tensor, Tensor] | None = None
 
 
-def shared_columns(page_table: Ints, rows: Ints, lengths: Ints, page_size: int) -> list[int]:
-    """For each pair of neighbouring queries, how many leading columns of the page table they share."""
+def shared_columns(page_table: Ints, rows: Ints, lengths: Ints, page_size: int, state: Ints | None = None) -> list[int]:
+    """For each pair of neighbouring queries, how many leading columns of the page table they share.
+
+    `state`, int32 [3, R], is what `DecodePlanner` keeps: row r was last followed by row next[r], which was last
+    preceded by previous[next[r]]; shared[r] columns of them are equal: n where they differ in column n, -1 - n where
+    column n was not there to be compared.
+    """
     width = page_table.shape[1]
     num_pages = -(-lengths.astype(np.int64) // page_size)
-    shared = []
+    result = []
     for b in range(len(rows) - 1):
-        if rows[b] == rows[b + 1]:
-            shared.append(width)  # two queries of one path, as in a chunked prefill
+        row, after = rows[b], rows[b + 1]
+        if row == after:
+            result.append(width)  # two queries of one path, as in a chunked prefill
             continue
-        limit = int(min(num_pages[b], num_pages[b + 1], width))
-        ours, theirs = page_table[rows[b], :limit], page_table[rows[b + 1], :limit]
+        limit, start = int(min(num_pages[b], num_pages[b + 1], width)), 0
+        if state is not None and state[0, row] == after and state[1, after] == row:
+            known = int(state[2, row])
+            start = known if known >= 0 else -1 - known
+            if known >= 0 or start >= limit:
+                result.append(min(start, limit))
+                continue
+        ours, theirs = page_table[row, start:limit], page_table[after, start:limit]
         differ = np.flatnonzero((ours != theirs) | (ours < 0))
-        shared.append(int(differ[0]) if len(differ) else limit)
-    return shared
+        found = start + int(differ[0]) if len(differ) else limit
+        if state is not None:
+            state[0, row], state[1, after] = after, row
+            is_final = found < limit and page_table[row, found] >= 0 and page_table[after, found] >= 0
+            state[2, row] = found if is_final else -1 - found
+        result.append(found)
+    return result
 
 
-def plan_items(page_table: Ints, rows: Ints, lengths: Ints, page_size: int) -> Ints:
+def plan_items(page_table: Ints, rows: Ints, lengths: Ints, page_size: int, state: Ints | None = None) -> Ints:
     """int32 [I, 4], the items in depth-first order: the spec of the compiled planner."""
     width = page_table.shape[1]
-    shared = shared_columns(page_table, rows, lengths, page_size)
+    shared = shared_columns(page_table, rows, lengths, page_size, state)
     items: list[Item] = []
     groups = [(0, len(rows), 0)] if len(rows) else []  # (query_begin, query_end, first column not yet covered)
     while groups:

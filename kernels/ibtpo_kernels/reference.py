@@ -22,6 +22,7 @@ from ibtpo_kernels.plan import DecodePlan, plan_items
 __all__ = [
     "add_rms_norm",
     "append_kv",
+    "batch_invariant_linear",
     "linear_logprob",
     "linear_logprob_grads",
     "linear_logprob_stats",
@@ -54,10 +55,13 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -
     return torch.einsum("hij,jhd->ihd", p, v_NHD).to(q.dtype)
 
 
-def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: int) -> Tensor:
+def plan_decode(
+    page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: int, state: Tensor | None = None
+) -> Tensor:
     """The plan's items, int32 [I, 4] on the device of `page_table`; computed on the host."""
     checks.plan_in_range(page_table, rows, lengths, page_size)
-    items = plan_items(page_table.cpu().numpy(), rows.cpu().numpy(), lengths.cpu().numpy(), page_size)
+    known = None if state is None else state.numpy()
+    items = plan_items(page_table.cpu().numpy(), rows.cpu().numpy(), lengths.cpu().numpy(), page_size, known)
     return torch.from_numpy(items).to(page_table.device)
 
 
@@ -220,3 +224,11 @@ def _kept(w: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     before = torch.nn.functional.pad(cumulative, (1, 0))[:, :-1]  # mass of all heavier tokens
     in_top_p = (top_p >= 1) | (before < top_p * cumulative[:, -1:]) | (rank == 0)
     return torch.zeros_like(in_top_k & in_top_p).scatter(-1, order, in_top_k & in_top_p)
+
+
+def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x weight^T + bias, one k after the other in ascending order."""
+    out = _wide(x).new_zeros(*x.shape[:-1], weight.shape[0])
+    for x_k, weight_k in zip(_wide(x).unbind(-1), _wide(weight).unbind(-1), strict=True):
+        out = out + x_k[..., None] * weight_k
+    return (out if bias is None else out + _wide(bias)).to(x.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ibtpo_kernels import cpu, reference
+from ibtpo_kernels.gpu.linear import batch_invariant_linear
 from ibtpo_kernels.gpu.logprob import linear_logprob, linear_logprob_grads, linear_logprob_stats, policy_head
 from ibtpo_kernels.gpu.norm import add_rms_norm, rms_norm
 from ibtpo_kernels.gpu.sample import sample
@@ -19,6 +20,7 @@ from ibtpo_kernels.gpu.tree_decode import tree_decode
 __all__ = [
     "add_rms_norm",
     "append_kv",
+    "batch_invariant_linear",
     "linear_logprob",
     "linear_logprob_grads",
     "linear_logprob_stats",

@@ -92,6 +92,11 @@ def tree_backward_queries(head_dim: int, element_size: int, major: int) -> Tiles
     return _look_up(_BACKWARD_QUERIES, head_dim, element_size, major)
 
 
+def linear(element_size: int) -> Tiles:
+    """Tiles of the batch-invariant product, the same for every shape and capability: block_m rows, block_n columns."""
+    return Tiles(32, 32, 4, 1) if element_size == 4 else Tiles(64, 64, 4, 3)
+
+
 def decode_rows(group: int, head_dim: int, element_size: int) -> tuple[int, int]:
     """(narrow, wide) rows of a decode tile: for what one path has to itself, and for what many share."""
     narrow = padded(group)

@@ -52,50 +52,41 @@ class Work:
     has_wide: bool
 
 
-def neighbours(items: npt.NDArray[np.int32], num_queries: int) -> Ints:
-    """[B - 1], for each pair of neighbouring queries how many leading page-table columns a plan says they share."""
-    shared = np.zeros(max(num_queries - 1, 0), np.int64)
-    for begin, end, _, page_end in items[items[:, 1] - items[:, 0] > 1].tolist():
-        np.maximum(shared[begin : end - 1], page_end, out=shared[begin : end - 1])
-    return shared
+def cut(items: npt.NDArray[np.int32], lengths: Ints, width: int, page_size: int, split_pages: int) -> tuple[Ints, Ints]:
+    """A plan's items in whole splits: (items [W, 4] of whole groups, not yet cut into tiles; splits of each query [B]).
+
+    O(plan items + W), without a loop: queries that share pages [first, last), and everything before, share the splits
+    that end by `last`; those that end by `first` belong to a larger group. An item up to the table's width is the tail
+    of one path, and the tails are in the order of the queries.
+    """
+    begin, end, first, last = items.astype(np.int64).T
+    if not width:  # nobody has a page, and the plan no item
+        begin, end, first, last = (np.full(min(len(lengths), 1), x) for x in (0, len(lengths), 0, 0))
+    is_tail = last == width
+    low, high = first // split_pages, last // split_pages
+    begins, sizes = begin[is_tail], (end - begin)[is_tail]
+    longest = np.maximum.reduceat(lengths, begins) if len(begins) else lengths
+    tail = np.maximum(-(-longest // (split_pages * page_size)) - 1, low[is_tail])
+    high[is_tail] = tail
+    count = np.maximum(high - low, 0)
+    split = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count - low, count)
+    closed = np.stack((np.repeat(begin, count), np.repeat(end - begin, count), split, np.zeros_like(split)), -1)
+    return np.concatenate((closed, np.stack((begins, sizes, tail, np.ones_like(tail)), -1))), np.repeat(tail + 1, sizes)
 
 
-def cut(shared: Ints, lengths: Ints, width: int, page_size: int, split_pages: int) -> tuple[Ints, Ints]:
-    """(items [W, 4], number of splits of each query [B]); items of whole groups, not yet cut into tiles."""
-    num_queries = len(lengths)
-    if not num_queries:
-        return np.zeros((0, 4), np.int64), np.zeros(0, np.int64)
-    edges = np.flatnonzero(shared < width) + 1
-    begins, ends = np.r_[0, edges], np.r_[edges, num_queries]  # classes: neighbours on one and the same path
-    link = shared[edges - 1]
-    longest = np.maximum.reduceat(lengths, begins)
-    tail = np.maximum(-(-longest // (split_pages * page_size)) - 1, 0)
-    if len(link):  # a tail is never shared with another class, or it could not grow
-        tail[:-1] = np.maximum(tail[:-1], link // split_pages)
-        tail[1:] = np.maximum(tail[1:], link // split_pages)
-    found = []
-    for split in range(int(tail.max())):
-        active = tail > split
-        joined = active[:-1] & active[1:] & (link >= (split + 1) * split_pages)
-        first, last = active.copy(), active.copy()
-        first[1:] &= ~joined
-        last[:-1] &= ~joined
-        begin, end = begins[first], ends[last]
-        found.append(np.stack((begin, end - begin, np.full_like(begin, split), np.zeros_like(begin)), -1))
-    found.append(np.stack((begins, ends - begins, tail, np.ones_like(tail)), -1))
-    return np.concatenate(found), np.repeat(tail + 1, ends - begins)
-
-
-def tiled(items: Ints, group: int, narrow: int, wide: int) -> Ints:
-    """Items of at most one tile of rows each, those with most rows first."""
+def tiled(items: Ints, lengths: Ints, group: int, narrow: int, wide: int, split_tokens: int) -> Ints:
+    """Items of at most one tile of rows each, those that take longest first: rows of the tile times keys."""
     rows = items[:, 1] * group
-    size = np.maximum(np.where(rows > narrow, wide, narrow) // group, 1)  # queries a tile
+    height = np.where(rows > narrow, wide, narrow)
+    size = np.maximum(height // group, 1)  # queries a tile
     count = -(-items[:, 1] // size)
     index = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
     out, size = np.repeat(items, count, axis=0), np.repeat(size, count)
     out[:, 0] += index * size
     out[:, 1] = np.minimum(out[:, 1] - index * size, size)
-    return out[np.argsort(-out[:, 1], kind="stable")]
+    keys = np.clip(lengths[out[:, 0]] - out[:, 2] * split_tokens, 0, split_tokens)
+    height = np.where(out[:, 1] * group > narrow, wide, narrow)
+    return out[np.argsort(-height * keys, kind="stable")]
 
 
 _CACHE: WeakKeyDictionary[DecodePlan, dict[tuple[int, int, int], Work]] = WeakKeyDictionary()
@@ -104,7 +95,7 @@ _CACHE: WeakKeyDictionary[DecodePlan, dict[tuple[int, int, int], Work]] = WeakKe
 def work_list(plan: DecodePlan, group: int, narrow: int, wide: int) -> Work:
     """The plan's work for `group` query heads a key/value head, in tiles of `narrow` or `wide` rows.
 
-    Made once a plan, when the first layer asks, with one copy from the device.
+    Made once a plan, when the first layer asks: for a plan of `DecodePlanner` without waiting for the device.
     """
     known = _CACHE.setdefault(plan, {})
     shape = (group, narrow, wide)
@@ -114,17 +105,18 @@ def work_list(plan: DecodePlan, group: int, narrow: int, wide: int) -> Work:
 
 
 def _build(plan: DecodePlan, group: int, narrow: int, wide: int) -> Work:
-    lengths = plan.lengths.cpu().numpy().astype(np.int64)
+    planned, seen = plan.on_host or (plan.items.cpu(), plan.lengths.cpu())
+    lengths = seen.numpy().astype(np.int64)
     split_pages = max(1, configs.SPLIT // plan.page_size)
-    shared = neighbours(plan.items.cpu().numpy(), len(lengths))
-    items, num_splits = cut(shared, lengths, plan.page_table.shape[1], plan.page_size, split_pages)
-    items = tiled(items, group, narrow, wide)
+    split_tokens = split_pages * plan.page_size
+    items, num_splits = cut(planned.numpy(), lengths, plan.page_table.shape[1], plan.page_size, split_pages)
+    items = tiled(items, lengths, group, narrow, wide, split_tokens)
     first_slot = np.r_[0, np.cumsum(num_splits)]
     device = plan.lengths.device
     return Work(
         items=torch.from_numpy(items.astype(np.int32)).to(device),
         first_slot=torch.from_numpy(first_slot.astype(np.int32)).to(device),
         num_slots=int(first_slot[-1]),
-        split_tokens=split_pages * plan.page_size,
+        split_tokens=split_tokens,
         has_wide=bool((items[:, 1] * group > narrow).any()),
     )

@@ -1,0 +1,248 @@
+"""A whole decoder in one native call: for models so small that the calls cost more than the arithmetic.
+
+The counterpart, on the CPU, of a captured CUDA graph: what a step runs is written down once, as addresses of weights
+and sizes, and then run without Python between the kernels. Weights are borrowed, never copied or packed: an update in
+place is seen by the next call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ibtpo_kernels.cpu import native
+from ibtpo_kernels.plan import DecodePlan
+
+Ints = npt.NDArray[np.int32]
+Longs = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """Weights of one layer, in the order of `DecoderLayer` in kernels.h: matrices [out, in], vectors [out]."""
+
+    attention_norm: Tensor
+    q: Tensor
+    q_bias: Tensor | None
+    k: Tensor
+    k_bias: Tensor | None
+    v: Tensor
+    v_bias: Tensor | None
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Tensor
+    o_bias: Tensor | None
+    mlp_norm: Tensor
+    gate: Tensor
+    gate_bias: Tensor | None
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+
+    def tensors(self) -> list[Tensor | None]:
+        """The fields, in order."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+class Branches(Protocol):
+    """Running branches as arrays of one entry, or row, a branch; see `ibtpo_engine.slots.Slots`."""
+
+    table: Ints
+    start: Ints
+    limit: Ints
+    length: Ints
+    stream: Longs
+    stops: Longs
+    temperature: Floats
+    top_p: Floats
+    min_p: Floats
+    top_k: Ints
+    tokens: Ints
+    logprob: Floats
+    logprob_raw: Floats
+    entropy: Floats
+
+
+_BRANCH_FIELDS = (
+    "start", "limit", "length", "stream", "stops", "temperature", "top_p", "min_p", "top_k",
+    "tokens", "logprob", "logprob_raw", "entropy",
+)  # fmt: skip
+
+
+def can_borrow(x: Tensor | None) -> bool:
+    """Whether the native decoder can read a weight where it lies."""
+    return x is None or (x.is_cpu and x.dtype is torch.float32 and x.is_contiguous())
+
+
+class Decoder:
+    """A dense decoder (Qwen3, Qwen2, Llama) over a page pool, float32 on the CPU, in one native call.
+
+    A row's result has the same bits alone and in any batch, decoded and prefilled, on any number of threads.
+
+    Args:
+        layers: weights a layer.
+        embedding, head: [V, H]; norm: [H], the final one.
+        cos, sin: [positions, D/2], the rotation of every position that may occur.
+        num_heads, num_kv_heads: of the attention.
+        eps: of every norm.
+
+    Raises:
+        ValueError: there is no compiled module, or a tensor is not a contiguous float32 one on the CPU.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerWeights],
+        *,
+        embedding: Tensor,
+        norm: Tensor,
+        head: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        eps: float,
+    ) -> None:
+        if native is None:
+            raise ValueError("Decoder: the compiled module is missing; use the model itself")
+        weights = [layer.tensors() for layer in layers]
+        self._tensors = [
+            *(x for row in weights for x in row),
+            embedding,
+            norm,
+            head,
+            cos,
+            sin,
+            torch.tensor([eps], dtype=torch.float32),
+        ]
+        if not all(map(can_borrow, self._tensors)):
+            raise ValueError("Decoder: every tensor must be float32, contiguous and on the CPU; use the model itself")
+        self._tensors = [None if x is None else x.detach() for x in self._tensors]  # keeps their memory
+        self.hidden_size, self.vocab_size = embedding.shape[1], embedding.shape[0]
+        head_dim, inner = layers[0].q.shape[0] // num_heads, layers[0].gate.shape[0]
+        self._layers = np.array([[_address(x) for x in row] for row in weights], np.int64)
+        self._image = np.array(
+            [
+                len(layers), self.hidden_size, inner, num_heads, num_kv_heads, head_dim, self.vocab_size, len(cos),
+                *(_address(x) for x in self._tensors[-6:]), self._layers.ctypes.data,
+            ],
+            np.int64,
+        )  # fmt: skip
+        self._address = self._image.ctypes.data
+
+    def forward(
+        self, tokens: Tensor, pos: Tensor, slots: Tensor, plan: DecodePlan, k_pages: Tensor, v_pages: Tensor
+    ) -> Tensor:
+        """Hidden states [T, H], after the final norm, of T rows; their keys and values are appended first.
+
+        Args:
+            tokens, pos: int64 [T].
+            slots: int64 [T], where each row's key and value go, as in `append_kv`.
+            plan: for these rows, its lengths pos + 1; its table [R, P] must be contiguous.
+            k_pages, v_pages: contiguous [layers, num_pages, page_size, Hkv, D].
+
+        Raises:
+            ValueError: a token, position or slot is out of range, or a page that a row needs is missing.
+        """
+        tokens, pos, slots = tokens.contiguous(), pos.contiguous(), slots.contiguous()
+        row, lengths, items = plan.rows.contiguous(), plan.lengths.contiguous(), plan.items.contiguous()
+        out = torch.empty(len(tokens), self.hidden_size)
+        image = _rows_image(
+            k_pages, v_pages, plan.page_table.shape, plan.page_table.data_ptr(), len(tokens), len(items),
+            (items.data_ptr(), *(x.data_ptr() for x in (row, lengths, tokens, pos, slots, out))),
+        )  # fmt: skip
+        failed = native.decoder_forward(self._address, image.ctypes.data)
+        if failed >= 0:
+            raise ValueError(
+                f"Decoder: row {failed} has token {int(tokens[failed])}, position {int(pos[failed])} and slot "
+                f"{int(slots[failed])}: one is out of range, or a page of its path is missing"
+            )
+        return out
+
+    def record(self, branches: Branches, k_pages: Tensor, v_pages: Tensor) -> DecodeStep:
+        """A decode step over these arrays and this pool, to be run any number of times."""
+        return DecodeStep(self._address, branches, k_pages, v_pages)
+
+
+class DecodeStep:
+    """One token for each of a choice of branches, in place; made by `Decoder.record`.
+
+    The arrays of the branches are borrowed like the weights: where one is replaced, record the step again.
+    """
+
+    def __init__(self, decoder: int, branches: Branches, k_pages: Tensor, v_pages: Tensor) -> None:
+        self._decoder = decoder
+        self._branches = branches
+        self._arrays = [branches.table, *(getattr(branches, name) for name in _BRANCH_FIELDS)]
+        self._stops, self._tokens = branches.stops, branches.tokens  # the arrays that are replaced when they grow
+        self._pages = (k_pages.data_ptr(), v_pages.data_ptr())  # not the tensors: the pool may be released
+        table = branches.table
+        self._pool = _rows_image(k_pages, v_pages, table.shape, table.ctypes.data, 0, 0, (0,) * 7)
+        self._image = np.array(
+            [branches.stops.shape[1], branches.tokens.shape[1], *(x.ctypes.data for x in self._arrays[1:])], np.int64
+        )
+        self._addresses = (self._decoder, self._pool.ctypes.data, self._image.ctypes.data)
+
+    def is_current(self, k_pages: Tensor, v_pages: Tensor) -> bool:
+        """Whether it still refers to the branches' arrays, and to this pool; asked before a run."""
+        now = self._branches
+        return (
+            self._stops is now.stops
+            and self._tokens is now.tokens
+            and self._pages == (k_pages.data_ptr(), v_pages.data_ptr())
+        )
+
+    def choose(self, chosen: Longs, items: Tensor) -> None:
+        """Say which branches the next runs are for.
+
+        Args:
+            chosen: int64 [B], branches by index.
+            items: of a plan for these branches, whose rows of the table are their indices.
+        """
+        items = items.contiguous()
+        self._chosen, self._items = chosen, items
+        self._code = np.zeros(len(chosen), np.int64)
+        self._call = (
+            *self._addresses, chosen.ctypes.data, len(chosen), items.data_ptr(), len(items), self._code.ctypes.data,
+        )  # fmt: skip
+
+    def run(self) -> Longs:
+        """Run the last token of each branch chosen and sample the next one, with its log-probs and entropy.
+
+        Returns:
+            int64 [B], overwritten by the next run: 0 the branch goes on, 1 it drew a stop token, 2 it reached its
+            limit, 3 it goes on to a depth that has no page yet.
+
+        Raises:
+            ValueError: a branch has NaN or inf logits, or lacks a page; then nothing is recorded.
+        """
+        failed = native.decoder_step(*self._call)
+        if failed >= len(self._code):
+            raise ValueError(f"sample: row {failed - len(self._code)} has no distribution (NaN or inf logits)")
+        if failed >= 0:
+            raise ValueError(
+                f"DecodeStep: branch {int(self._chosen[failed])} lacks a page, or its last token is out of range"
+            )
+        return self._code
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _rows_image(
+    k_pages: Tensor, v_pages: Tensor, table_shape: tuple[int, ...], table: int, num_rows: int, num_items: int,
+    rest: tuple[int, ...],
+) -> Longs:  # fmt: skip
+    """`DecoderRows` of kernels.h; `rest` is what follows the page table."""
+    _, num_pages, page_size, _, _ = k_pages.shape
+    pages = (k_pages.data_ptr(), v_pages.data_ptr())
+    return np.array([num_pages, page_size, *table_shape, num_rows, num_items, *pages, table, *rest], np.int64)

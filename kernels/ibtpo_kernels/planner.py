@@ -1,0 +1,113 @@
+"""Decode plans made again and again, each from what the last one knew.
+
+Comparing the pages of neighbouring queries is nearly all the work of a plan: O(B x pages of a path), 12 MB for 512
+branches behind 100,000 tokens. But a structural event touches few neighbours. With the number of leading pages that
+neighbours share written between them ::
+
+    rows       4 --6250-- 7 --6250-- 2 --0-- 9          a branch in row 5 is born after row 7
+    rows       4 --6250-- 7 --?-- 5 --?-- 2 --0-- 9     two comparisons
+    rows       4 --6250-- 7 --?-- 2 --0-- 9             it ends again: one
+
+The planner keeps these numbers by pair of rows. A path that gets pages is compared on only where it was its length that
+ended the comparison. Making the items of the numbers is O(B), some nanoseconds a branch, and is done anew.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ibtpo_kernels import checks
+from ibtpo_kernels.dispatch import host_planner
+from ibtpo_kernels.plan import DecodePlan
+
+
+class DecodePlanner:
+    """Plans the decode steps of branches whose pages are in one page table, comparing only what changed.
+
+    The table lies on the host and is written by its owner, who tells what was written: `rewrote` for a row whose path
+    is another now, `extended` for one that was given a page. Its plans equal those of `plan_decode`.
+
+    For a GPU the planner keeps a copy of the table there, to which it sends what was written and no more. Its plans
+    refer to the copy. Between structural events lengths are bumped on the device, `plan.lengths.add_(1)`, perhaps in a
+    CUDA graph with the decode step; pages added meanwhile are sent by `upload`, outside of the graph.
+
+    Args:
+        page_table: contiguous int32 [R, P] on the CPU, page ids of each row's path in depth order; -1 past its pages.
+        page_size: slots a page.
+        device: where the kernels run; None: on the CPU, from the table itself.
+
+    Raises:
+        ValueError: the table is not such a tensor, or page_size is less than 1.
+    """
+
+    def __init__(self, page_table: Tensor, *, page_size: int = 16, device: torch.device | str | None = None) -> None:
+        checks.planner(page_table, page_size)
+        self.page_table = page_table
+        self.page_size = page_size
+        self._state = torch.full((3, page_table.shape[0]), -1, dtype=torch.int32)  # see plan.shared_columns
+        self._partners = self._state[:2].numpy()
+        self._copy = None if device is None else page_table.to(device, copy=True)
+        self._rows: set[int] = set()  # written since the last upload
+        self._cells: set[int] = set()  # row * P + column of pages added since
+
+    def rewrote(self, row: int) -> None:
+        """The pages of a row were replaced, all or some: another branch has the row, or its path was moved."""
+        self._check("row", row, self.page_table.shape[0])
+        self._partners[:, row] = -1
+        if self._copy is not None:
+            self._rows.add(row)
+
+    def extended(self, row: int, column: int) -> None:
+        """A row was given a page in a column where it had none."""
+        self._check("row", row, self.page_table.shape[0])
+        self._check("column", column, self.page_table.shape[1])
+        if self._copy is not None:
+            self._cells.add(row * self.page_table.shape[1] + column)
+
+    def upload(self) -> None:
+        """Send what was written to the device's copy of the table, without waiting for it; on the CPU nothing."""
+        if self._copy is None:
+            return
+        if self._rows:
+            rows = torch.tensor(sorted(self._rows))
+            self._copy.index_copy_(0, rows.to(self._copy.device), self.page_table[rows].to(self._copy.device))
+        if self._cells:
+            cells = torch.tensor(sorted(self._cells))
+            pages = self.page_table.view(-1)[cells]
+            self._copy.view(-1).index_copy_(0, cells.to(self._copy.device), pages.to(self._copy.device))
+        self._rows.clear()
+        self._cells.clear()
+
+    def plan(self, rows: Tensor, lengths: Tensor) -> DecodePlan:
+        """The plan of a structural event: what `plan_decode` returns for this table.
+
+        Args:
+            rows: int32 [B] on the CPU, the table row of each query, siblings side by side.
+            lengths: int32 [B] on the CPU, query b sees slots [0, lengths[b]) of its path.
+
+        Returns:
+            A `DecodePlan`; on the CPU it refers to these tensors, on another device to copies there.
+
+        Raises:
+            ValueError: a shape, dtype or device is wrong, or a row or length is out of range.
+        """
+        table, page_size = self.page_table, self.page_size
+        checks.plan_decode(table, rows, lengths, page_size)
+        items: Tensor = host_planner().plan_decode(table, rows, lengths, page_size, self._state)
+        if self._copy is None:
+            return DecodePlan(table, rows, lengths, items, page_size)
+        self.upload()
+        there = self._copy.device
+        return DecodePlan(
+            self._copy,
+            rows.to(there, copy=True),
+            lengths.to(there, copy=True),
+            items.to(there),
+            page_size,
+            on_host=(items, lengths.clone()),
+        )
+
+    def _check(self, name: str, value: int, size: int) -> None:
+        if not 0 <= value < size:
+            raise ValueError(f"DecodePlanner: {name} {value} is outside of the page table; expected one in [0, {size})")

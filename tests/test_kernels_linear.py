@@ -1,0 +1,120 @@
+"""batch_invariant_linear: right to rounding, and a row's bits do not depend on the rest of the batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import BACKENDS, assert_within_budget
+from torch import Tensor
+
+import ibtpo_kernels as K
+
+SHAPES = [  # leading shape of x, K, N
+    ((1,), 96, 256),
+    ((5,), 1, 1),
+    ((7,), 37, 5),
+    ((2, 3), 24, 20),
+    ((), 40, 12),
+    ((67,), 100, 67),
+    ((130,), 256, 9),
+    ((0,), 8, 3),
+    ((3,), 8, 0),
+]
+
+
+def leaves(shape: tuple[int, ...], depth: int, num_cols: int, *, bias: bool) -> list[Tensor]:
+    inputs = [torch.randn(*shape, depth), torch.randn(num_cols, depth)]
+    return [*inputs, torch.randn(num_cols)] if bias else inputs
+
+
+def run(backend: str, inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """[out, gradient of each input]."""
+    variables = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    with K.backend(backend):
+        out = K.batch_invariant_linear(*variables)
+    d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return [out.detach(), *torch.autograd.grad(out, variables, d_out)]
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_value_and_gradients_match_float64(backend: str, case: tuple[tuple[int, ...], int, int], bias: bool) -> None:
+    inputs = leaves(*case, bias=bias)
+    exact = [x.double().requires_grad_() for x in inputs]
+    plain = [x.detach().clone().requires_grad_() for x in inputs]
+    expected = []
+    for variables in (exact, plain):
+        out = torch.nn.functional.linear(*variables)
+        d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+        expected.append([out.detach(), *torch.autograd.grad(out, variables, d_out)])
+    for actual, float64, torch_fp32 in zip(run(backend, inputs, torch.float32), *expected, strict=True):
+        assert actual.shape == float64.shape
+        assert_within_budget(actual, torch_fp32, float64)
+
+
+@pytest.mark.parametrize(("depth", "num_cols"), [(96, 256), (256, 96), (37, 21), (1024, 130)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_has_the_same_bits_in_every_batch(backend: str, depth: int, num_cols: int) -> None:
+    """Batches of 1 to 67 rows, beginning anywhere, dense and strided."""
+    x, weight, bias = leaves((67,), depth, num_cols, bias=True)
+    with K.backend(backend):
+        alone = torch.stack([K.batch_invariant_linear(row, weight, bias) for row in x])
+        for size in range(1, 68):
+            first = (5 * size) % (68 - size)
+            rows = x[first : first + size]
+            assert torch.equal(K.batch_invariant_linear(rows, weight, bias), alone[first : first + size])
+        assert torch.equal(K.batch_invariant_linear(x.T.contiguous().T, weight, bias), alone)
+        trained = K.batch_invariant_linear(x.view(67, 1, depth), weight.clone().requires_grad_(), bias)
+        assert torch.equal(trained[:, 0], alone)
+
+
+@pytest.mark.parametrize("isa", ["v4", "v3", "baseline"])
+def test_columns_and_threads_cannot_be_seen(isa: str) -> None:
+    """For every instruction set of this machine: any slice of the weight, on one thread and on three."""
+    native = pytest.importorskip("ibtpo_kernels._cpu")
+    before, threads = native.isa(), torch.get_num_threads()
+    if not native.use_isa(isa):
+        pytest.skip(f"no {isa} here")
+    try:
+        x, weight = leaves((200,), 133, 150, bias=False)
+        torch.set_num_threads(1)
+        whole = K.batch_invariant_linear(x, weight)
+        torch.testing.assert_close(whole, x @ weight.T, atol=2e-4, rtol=1e-4)
+        for first, last in ((0, 1), (3, 70), (64, 150), (149, 150)):
+            assert torch.equal(K.batch_invariant_linear(x, weight[first:last]), whole[:, first:last])
+        torch.set_num_threads(3)
+        assert torch.equal(K.batch_invariant_linear(x, weight), whole)
+    finally:
+        torch.set_num_threads(threads)
+        native.use_isa(before)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_sum_is_the_bias(backend: str) -> None:
+    bias = torch.randn(4)
+    with K.backend(backend):
+        out = K.batch_invariant_linear(torch.randn(3, 0), torch.randn(4, 0), bias)
+    assert torch.equal(out, bias.expand(3, 4))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_the_gradients_asked_for(backend: str) -> None:
+    x, weight, bias = leaves((6,), 9, 4, bias=True)
+    with K.backend(backend):
+        for wanted in range(3):
+            inputs = [y.clone().requires_grad_(i == wanted) for i, y in enumerate((x, weight, bias))]
+            K.batch_invariant_linear(*inputs).sum().backward()
+            assert [y.grad is not None for y in inputs] == [i == wanted for i in range(3)]
+
+
+def test_errors_name_the_argument() -> None:
+    x, weight = torch.randn(3, 8), torch.randn(5, 8)
+    with pytest.raises(ValueError, match=r"batch_invariant_linear: weight is .* expected \[5, 8\]"):
+        K.batch_invariant_linear(x, weight[:, :7])
+    with pytest.raises(ValueError, match="batch_invariant_linear: weight is"):
+        K.batch_invariant_linear(x, weight.double())
+    with pytest.raises(ValueError, match=r"batch_invariant_linear: bias is .* expected \[5\]"):
+        K.batch_invariant_linear(x, weight, torch.randn(4))
+    with pytest.raises(ValueError, match="batch_invariant_linear: x is"):
+        K.batch_invariant_linear(x.long(), weight)

@@ -1,0 +1,212 @@
+"""The native decoder: what it runs, that it agrees with the module, and that no branch's numbers know the batch."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engine_helpers import prompt_of, randomise, same, save_checkpoint, tiny_model
+
+import ibtpo_kernels as K
+from ibtpo_engine import Engine, Model, Node, Sampling, load_model
+from ibtpo_engine import native as native_module
+
+pytestmark = pytest.mark.skipif(not K.has_compiled(), reason="needs the compiled kernels")
+
+CASES = {
+    "qwen3": ("qwen3", {"head_dim": 24}),
+    "qwen3-tied-1-layer": ("qwen3", {"head_dim": 20, "tie_word_embeddings": True, "num_hidden_layers": 1}),
+    "qwen2": ("qwen2", {}),
+    "llama": ("llama", {"hidden_size": 72, "num_attention_heads": 3, "num_key_value_heads": 3}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+}
+SAMPLING = Sampling(max_tokens=40, temperature=0.9, top_p=0.95, top_k=30, min_p=0.01, stop_tokens=(7, 9))
+
+
+def is_native(engine: Engine) -> bool:
+    return engine.scheduler.runner.is_native
+
+
+def grow(model: Model, *, batch: int, prefill_tokens: int = 2048, only: int | None = None) -> list[Node]:
+    """The branches of `batch` trees of different prompts; with `only`, of that tree alone."""
+    engine = Engine(model, kv_tokens=batch * 160, prefill_tokens=prefill_tokens)
+    trees = [engine.tree(prompt_of(5 + 3 * i % 40, seed=i), key=i) for i in range(batch) if only is None or i == only]
+    nodes = engine.extend([node for tree in trees for node in tree.root.fork(2)], SAMPLING)
+    for tree in trees:
+        tree.close()
+    return nodes
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_the_module(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every architecture, with and without biases and head norms: the same tokens, log-probs within rounding."""
+    family, fields = CASES[case]
+    save_checkpoint(tmp_path, family, **fields)
+    model = load_model(tmp_path)
+    assert is_native(Engine(model, kv_tokens=64))
+    ours = grow(model, batch=7)
+    monkeypatch.setattr(native_module, "MOST_BYTES", 0)
+    assert not is_native(Engine(model, kv_tokens=64))
+    theirs = grow(model, batch=7)
+    same(ours, theirs, atol=1e-4)
+    assert {node.finish for node in ours} == {"stop", "length"}
+
+
+def test_what_only_torch_can_run_is_left_to_it() -> None:
+    def accepted(model: Model) -> bool:
+        return is_native(Engine(model, kv_tokens=64))
+
+    assert accepted(tiny_model())
+    assert not accepted(tiny_model(dtype=torch.float64))
+    assert not accepted(tiny_model(dtype=torch.bfloat16))
+    hooked = tiny_model()
+    hooked.model.layers[1].mlp.register_forward_hook(lambda module, inputs, out: 2 * out)
+    assert not accepted(hooked)
+    replaced = tiny_model()
+    replaced.model.layers[0].mlp.up_proj = torch.nn.Sequential(replaced.model.layers[0].mlp.up_proj)
+    assert not accepted(replaced)
+    strided = tiny_model()
+    weight = strided.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.T.contiguous().T
+    assert not accepted(strided)
+    with K.backend("reference"):
+        assert not accepted(tiny_model())
+
+
+def equal(left: list[Node], right: list[Node]) -> None:
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right, strict=True):
+        for name in ("tokens", "logprob", "logprob_raw", "entropy"):
+            assert np.array_equal(getattr(a, name), getattr(b, name)), name
+
+
+def test_a_branch_has_the_same_bits_alone_and_in_any_batch() -> None:
+    """And on any number of threads: a step is work for three of them."""
+    model = tiny_model(hidden=400)
+    together = grow(model, batch=60)
+    for i in (0, 17, 59):
+        equal(grow(model, batch=60, only=i), together[2 * i : 2 * i + 2])
+    for count in (1, 3):
+        with threads(count):
+            equal(grow(model, batch=60), together)
+
+
+@pytest.mark.parametrize("prefill_tokens", [1, 7, 16])
+def test_a_branch_has_the_same_bits_however_its_prompt_is_cut(prefill_tokens: int) -> None:
+    model = tiny_model()
+    equal(grow(model, batch=4, prefill_tokens=prefill_tokens), grow(model, batch=4))
+
+
+@pytest.mark.parametrize("cut", [1, 15, 16, 30])
+def test_decoded_and_prefilled_have_the_same_bits(cut: int) -> None:
+    """What follows a path is the same whether its tokens were sampled one by one or came as a prompt."""
+    model, greedy = tiny_model(), Sampling(temperature=0, max_tokens=40)
+    engine = Engine(model, kv_tokens=1024)
+    with engine.tree(prompt_of(20)) as tree:
+        [decoded] = engine.extend(tree.root.fork(), greedy)
+    other = Engine(model, kv_tokens=1024)
+    with other.tree([*prompt_of(20), *decoded.tokens[:cut].tolist()]) as tree:
+        [prefilled] = other.extend(tree.root.fork(), greedy)
+    for name in ("tokens", "logprob_raw", "entropy"):
+        assert np.array_equal(getattr(prefilled, name)[: 40 - cut], getattr(decoded, name)[cut:]), name
+
+
+def test_an_update_of_the_weights_is_seen() -> None:
+    """In place, and where a parameter's memory is another one."""
+    model = tiny_model(0)
+    engine = Engine(model, kv_tokens=1024)
+
+    def sampled() -> list[int]:
+        with engine.tree(prompt_of(9), key=3) as tree:
+            return engine.extend(tree.root.fork(), Sampling(max_tokens=20))[0].tokens.tolist()
+
+    first = sampled()
+    randomise(model, 1)
+    engine.weights_changed()
+    second = sampled()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    randomise(model, 0)
+    engine.weights_changed()
+    assert sampled() == first != second
+    assert is_native(engine)
+
+
+def test_a_released_pool_is_freed_and_taken_again() -> None:
+    engine = Engine(tiny_model(), kv_tokens=1024)
+
+    def sampled() -> list[Node]:
+        with engine.tree(prompt_of(9), key=3) as tree:
+            return engine.extend(tree.root.fork(), Sampling(max_tokens=20))
+
+    before = sampled()
+    pages = weakref.ref(engine.cache.pool.keys)
+    engine.release()
+    assert pages() is None
+    equal(sampled(), before)
+
+
+def test_logits_without_a_distribution_leave_the_branch_as_it_was() -> None:
+    model = tiny_model()
+    engine = Engine(model, kv_tokens=1024)
+    runner, slots = engine.scheduler.runner, engine.scheduler.slots
+    tree = engine.tree(prompt_of(9))
+    node = tree.root.fork()[0]
+    engine._submit([node], Sampling(max_tokens=20))
+    for _ in range(3):
+        engine._step()
+    before = slots.length.copy()
+    norm = model.model.norm.weight
+    kept = norm.detach().clone()
+    norm.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="row 0 has no distribution"):
+        engine._step()
+    assert np.array_equal(slots.length, before)
+    norm.data.copy_(kept)
+    while node.in_flight:
+        engine._step()
+    assert runner.is_native
+    other = Engine(model, kv_tokens=1024)
+    with other.tree(prompt_of(9)) as again:
+        equal(other.extend(again.root.fork(), Sampling(max_tokens=20)), [node])
+    tree.close()
+
+
+def test_rows_out_of_range_are_errors() -> None:
+    """Checked before anything is written."""
+    model = tiny_model()
+    runner = Engine(model, kv_tokens=64).scheduler.runner
+    decoder, pool = runner._decoder, runner.pool
+    assert decoder is not None
+    table = torch.zeros(1, 4, dtype=torch.int32)
+    table[0, 1:] = -1
+    plan = K.plan_decode(table, torch.zeros(1, dtype=torch.int32), torch.ones(1, dtype=torch.int32))
+
+    def forward(token: int, pos: int, slot: int, plan: K.DecodePlan = plan) -> torch.Tensor:
+        rows = (torch.tensor([value]) for value in (token, pos, slot))
+        return decoder.forward(*rows, plan, pool.keys, pool.values)
+
+    for bad in ((40, 0, 0), (-1, 0, 0), (1, 512, 0), (1, -1, 0), (1, 0, 16 * pool.num_pages), (1, 0, -2)):
+        with pytest.raises(ValueError, match="Decoder: row 0 has token"):
+            forward(*bad)
+    assert not pool.keys.any()
+    missing = K.plan_decode(table, torch.zeros(1, dtype=torch.int32), torch.full((1,), 17, dtype=torch.int32))
+    with pytest.raises(ValueError, match="a page of its path is missing"):
+        forward(1, 16, -1, missing)
+    assert forward(1, 0, 0).isfinite().all()
+    assert pool.keys.any()
