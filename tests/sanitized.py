@@ -1,13 +1,15 @@
 """Puts the kernels built by scripts/sanitize.sh in place of the installed ones; a pytest plugin (`-p sanitized`).
 
-As a program it makes an access past the end of a tensor, which the sanitizer must stop, or lists instruction sets.
+As a program it reads past the end of a tensor, which the sanitizer must stop, or lists the instruction sets (--isas).
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from typing import Any
 
 import torch  # first: the kernels use its OpenMP runtime
@@ -41,8 +43,11 @@ def main() -> None:
         names = ("baseline", "v3", "v4", "v4bf16", "neon")
         print(*(name for name in names if native.use_isa(name)))
         return
+    code = Path(os.environ["IBTPO_CHECKED"]).read_bytes()
+    if b"__asan_report_" not in code or b"__ubsan_handle_" not in code:
+        sys.exit("the module was built without checks")
     x = torch.zeros(37)
-    native.row_stats(x.data_ptr(), torch.zeros(8).data_ptr(), 1, 38)
+    ctypes.memmove(torch.zeros(1).data_ptr(), x.data_ptr() + x.nbytes, 4)
 
 
 if __name__ == "__main__":
