@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 train test: export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench lint format clean
+.PHONY: help setup train test bench sanitize lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ test: $(STAMP) ## run the tests; flags through ARGS="..."
 
 bench: $(STAMP) ## run the benchmarks; flags through ARGS="..."
 	@$(PYTHON_IN_VENV) -m pytest bench -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds $(ARGS)
+
+sanitize: $(STAMP) ## run the kernel tests under the address and undefined-behaviour sanitizers
+	@scripts/sanitize.sh $(ARGS)
 
 lint: $(STAMP) ## check style and types
 	$(PYTHON_IN_VENV) -m ruff check $(LINTED)
