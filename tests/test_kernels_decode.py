@@ -92,22 +92,26 @@ def test_chunked_prefill_is_packed_attention(backend: str) -> None:
         torch.testing.assert_close(K.tree_decode(q[37:], *pages, plan), expected, atol=3e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("group", [1, 3])
-def test_a_query_does_not_notice_its_batch(isa: str, dtype: torch.dtype, group: int) -> None:
+def assert_no_query_notices_its_batch(group: int, dtype: torch.dtype) -> None:
     """Bit for bit the same alone, in any sub-batch, with sharing found or not, on one thread or two."""
     lengths = [200, 210, 190, 64, 64, 17, 300]
     table, rows, seen, num_pages = paged(lengths, [0, 9, 10, 3, 4, 1, 0], 16)
     pages, q = 3 * torch.randn(2, num_pages, 16, 2, 32, dtype=dtype), torch.randn(7, 2 * group, 32, dtype=dtype)
+    together = K.tree_decode(q, *pages, K.plan_decode(table, rows, seen))
+    for chosen in ([0], [5], [6, 1], [2, 3, 4], [6, 5, 4, 3, 2, 1, 0]):
+        index = torch.tensor(chosen)
+        plan = K.plan_decode(table, rows[index], seen[index])
+        assert torch.equal(K.tree_decode(q[index], *pages, plan), together[index])
+    torch.set_num_threads(2)
+    assert torch.equal(K.tree_decode(q, *pages, K.plan_decode(table, rows, seen)), together)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("group", [1, 3])
+def test_a_query_does_not_notice_its_batch(isa: str, dtype: torch.dtype, group: int) -> None:
     with on_isa(isa):
-        together = K.tree_decode(q, *pages, K.plan_decode(table, rows, seen))
-        for chosen in ([0], [5], [6, 1], [2, 3, 4], [6, 5, 4, 3, 2, 1, 0]):
-            index = torch.tensor(chosen)
-            plan = K.plan_decode(table, rows[index], seen[index])
-            assert torch.equal(K.tree_decode(q[index], *pages, plan), together[index])
-        torch.set_num_threads(2)
-        assert torch.equal(K.tree_decode(q, *pages, K.plan_decode(table, rows, seen)), together)
+        assert_no_query_notices_its_batch(group, dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -193,7 +193,8 @@ def test_decode_matches_float64(case: Any, dtype: torch.dtype, split: int, monke
 @pytest.mark.usefixtures("small_tiles")
 def test_a_query_does_not_notice_its_batch_within_a_tile_height() -> None:
     """Seven queries, all in narrow tiles: bit for bit the same in any sub-batch, with sharing found or not."""
-    decode_tests.test_a_query_does_not_notice_its_batch("triton", 1)
+    with K.backend("triton"):
+        decode_tests.assert_no_query_notices_its_batch(1, torch.float32)
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -24,9 +24,9 @@ extern const Pointwise<float> pointwise_f32;
 extern const Pointwise<bf16> pointwise_bf16;
 
 extern const Kernels kernels = {
-    NAME(IBTPO_ISA), tree_forward,     tree_backward, tree_forward_bf16, tree_backward_bf16,
-    tree_decode,     tree_decode_bf16, pointwise_f32, pointwise_bf16,    logit_stats,
-    logit_finish,    logit_grad,       sample, linear, decoder_forward, decoder_step,
+    NAME(IBTPO_ISA),  tree_forward,  tree_backward,   tree_forward_bf16, tree_backward_bf16, tree_decode,
+    tree_decode_bf16, pointwise_f32, pointwise_bf16,  logit_stats,       logit_finish,       logit_grad,
+    sample,           linear,        decoder_forward, decoder_step,
 };
 
 }  // namespace ibtpo::IBTPO_ISA
