@@ -19,7 +19,7 @@ def _runnable() -> list[str]:
     if not K.has_compiled():
         return []
     best = cpu.native.isa()
-    found = [isa for isa in ("baseline", "v3", "v4", "v4bf16") if cpu.native.use_isa(isa)]
+    found = [isa for isa in ("baseline", "v3", "v4", "v4bf16", "v4amx") if cpu.native.use_isa(isa)]
     cpu.native.use_isa(best)
     return found
 

@@ -40,7 +40,7 @@ def pytest_report_header() -> str:
 
 def main() -> None:
     if sys.argv[1:] == ["--isas"]:
-        names = ("baseline", "v3", "v4", "v4bf16", "neon")
+        names = ("baseline", "v3", "v4", "v4bf16", "v4amx", "neon")
         print(*(name for name in names if native.use_isa(name)))
         return
     code = Path(os.environ["IBTPO_CHECKED"]).read_bytes()

@@ -78,6 +78,7 @@ class Task {
 
   // Returns -1, or the first query found whose page is missing.
   INLINE_MEMBER int64_t run() {
+    [[maybe_unused]] const RegistersFor<Step> registers;
     start();
     const Item* items = reinterpret_cast<const Item*>(p_.items);
     for (int64_t i = 0; i < p_.num_items; ++i) {

@@ -172,6 +172,9 @@ struct Kernels {
   int64_t (*decoder_step)(const Decoder&, DecoderRows, const Branches&, const int64_t* chosen, int64_t* code);
 };
 
+namespace v4amx {
+extern const Kernels kernels;
+}
 namespace v4bf16 {
 extern const Kernels kernels;
 }

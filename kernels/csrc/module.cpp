@@ -5,6 +5,12 @@
 // releases the GIL.
 #include <nanobind/nanobind.h>
 
+#if defined(IBTPO_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -23,22 +29,40 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-#if defined(IBTPO_EMULATE_AVX512)
-constexpr bool kEmulatesAVX512 = true;  // v4 is built without its instructions: it runs anywhere, slowly
-#else
-constexpr bool kEmulatesAVX512 = false;
+#if defined(IBTPO_AMX)
+// Whether the CPU multiplies bfloat16 tiles and Linux lets this process keep them; asks for it.
+bool has_amx() {
+  unsigned eax, ebx, ecx, edx;
+  constexpr unsigned kBits = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kBits) != kBits) return false;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
 #endif
 
-const Kernels& choose() {
+// The instruction sets that were built and that this CPU runs, best first.
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> found;
 #if defined(IBTPO_X86)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return __builtin_cpu_supports("avx512bf16") ? v4bf16::kernels : v4::kernels;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"))
-    return v3::kernels;
+  const bool has_v3 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool has_v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  const bool has_bf16 = has_v4 && __builtin_cpu_supports("avx512bf16");
+#if defined(IBTPO_AMX)
+  if (has_bf16 && has_amx()) found.push_back(&v4amx::kernels);
 #endif
-  return baseline::kernels;
+  if (has_bf16) found.push_back(&v4bf16::kernels);
+  if (has_v4) found.push_back(&v4::kernels);
+  if (has_v3) found.push_back(&v3::kernels);
+#if defined(IBTPO_EMULATE_AVX512)
+  if (!has_v4) found.push_back(&v4::kernels);  // built without its instructions: it runs anywhere, slowly
+#endif
+#endif
+  found.push_back(&baseline::kernels);
+  return found;
 }
 
 // One value a row: the caller's array, or copies of a single value.
@@ -69,7 +93,7 @@ const Kernels* active = &baseline::kernels;
 const Kernels& ibtpo::current() { return *active; }
 
 NB_MODULE(_cpu, m) {
-  active = &choose();
+  active = runnable().front();
   using Address = uintptr_t;
   const auto release = nb::call_guard<nb::gil_scoped_release>();
 
@@ -78,16 +102,12 @@ NB_MODULE(_cpu, m) {
   m.def("isa", [] { return active->isa; });
 
   m.def("use_isa", [](const char* name) {  // for tests: run the kernels of a lesser instruction set
-    const Kernels* chosen = nullptr;
-#if defined(IBTPO_X86)
-    const bool has_bf16 = &choose() == &v4bf16::kernels, has_v4 = has_bf16 || &choose() == &v4::kernels;
-    if (!strcmp(name, "v4bf16") && has_bf16) chosen = &v4bf16::kernels;
-    if (!strcmp(name, "v4") && (has_v4 || kEmulatesAVX512)) chosen = &v4::kernels;
-    if (!strcmp(name, "v3") && &choose() != &baseline::kernels) chosen = &v3::kernels;
-#endif
-    if (!strcmp(name, "baseline")) chosen = &baseline::kernels;
-    if (chosen != nullptr) active = chosen;
-    return chosen != nullptr;
+    for (const Kernels* kernels : runnable())
+      if (!strcmp(name, kernels->isa)) {
+        active = kernels;
+        return true;
+      }
+    return false;
   });
 
   m.def(

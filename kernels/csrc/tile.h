@@ -133,12 +133,34 @@ static void multiply(float* c, int64_t ldc, int64_t rows, int64_t cols, Strided 
   multiply<Mode>(c, ldc, rows, cols, a, Parts{&b, ldb, depth}, depth);
 }
 
+}  // namespace ibtpo::IBTPO_ISA
+
 // The same of bf16 matrices; strides and the depth count pairs, C is float.
+#if defined(IBTPO_AMX)
+#include "amx.h"
+#else
+namespace ibtpo::IBTPO_ISA {
+
+struct MatrixRegisters {};
+
 template <Into Mode>
 static void multiply_pairs(float* c, int64_t ldc, int64_t rows, int64_t cols, StridedOf<Pair> a, PartsOf<Pair> b,
                            int64_t depth) {
   row_panels<Mode>(c, ldc, rows, cols, a, b, depth);
 }
+
+}  // namespace ibtpo::IBTPO_ISA
+#endif
+
+namespace ibtpo::IBTPO_ISA {
+
+// What a thread has to hold while it multiplies words of type T.
+template <class T>
+struct RegistersFor {};
+template <>
+struct RegistersFor<Pair> {
+  MatrixRegisters registers;
+};
 
 template <Into Mode>
 static void multiply_pairs(float* c, int64_t ldc, int64_t rows, int64_t cols, StridedOf<Pair> a, const Pair* b,
