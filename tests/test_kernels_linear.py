@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import BACKENDS, assert_within_budget
+from kernel_cases import BACKENDS, ISAS, assert_within_budget, on_isa
 from torch import Tensor
 
 import ibtpo_kernels as K
@@ -53,41 +53,64 @@ def test_value_and_gradients_match_float64(backend: str, case: tuple[tuple[int, 
         assert_within_budget(actual, torch_fp32, float64)
 
 
-@pytest.mark.parametrize(("depth", "num_cols"), [(96, 256), (256, 96), (37, 21), (1024, 130)])
+def assert_rows_are_alone(depth: int, num_cols: int, dtype: torch.dtype) -> None:
+    """Batches of 1 to 67 rows, beginning anywhere, dense and strided."""
+    x, weight, bias = (y.to(dtype) for y in leaves((67,), depth, num_cols, bias=True))
+    alone = torch.stack([K.batch_invariant_linear(row, weight, bias) for row in x])
+    for size in range(1, 68):
+        first = (5 * size) % (68 - size)
+        rows = x[first : first + size]
+        assert torch.equal(K.batch_invariant_linear(rows, weight, bias), alone[first : first + size])
+    assert torch.equal(K.batch_invariant_linear(x.T.contiguous().T, weight, bias), alone)
+    trained = K.batch_invariant_linear(x.view(67, 1, depth), weight.clone().requires_grad_(), bias)
+    assert torch.equal(trained[:, 0], alone)
+
+
+DEPTHS = pytest.mark.parametrize(("depth", "num_cols"), [(96, 256), (256, 96), (37, 21), (1024, 130)])
+
+
+@DEPTHS
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_row_has_the_same_bits_in_every_batch(backend: str, depth: int, num_cols: int) -> None:
-    """Batches of 1 to 67 rows, beginning anywhere, dense and strided."""
-    x, weight, bias = leaves((67,), depth, num_cols, bias=True)
     with K.backend(backend):
-        alone = torch.stack([K.batch_invariant_linear(row, weight, bias) for row in x])
-        for size in range(1, 68):
-            first = (5 * size) % (68 - size)
-            rows = x[first : first + size]
-            assert torch.equal(K.batch_invariant_linear(rows, weight, bias), alone[first : first + size])
-        assert torch.equal(K.batch_invariant_linear(x.T.contiguous().T, weight, bias), alone)
-        trained = K.batch_invariant_linear(x.view(67, 1, depth), weight.clone().requires_grad_(), bias)
-        assert torch.equal(trained[:, 0], alone)
+        assert_rows_are_alone(depth, num_cols, torch.float32)
 
 
-@pytest.mark.parametrize("isa", ["v4", "v3", "baseline"])
-def test_columns_and_threads_cannot_be_seen(isa: str) -> None:
-    """For every instruction set of this machine: any slice of the weight, on one thread and on three."""
-    native = pytest.importorskip("ibtpo_kernels._cpu")
-    before, threads = native.isa(), torch.get_num_threads()
-    if not native.use_isa(isa):
-        pytest.skip(f"no {isa} here")
+@DEPTHS
+@pytest.mark.parametrize("isa", ISAS)
+def test_so_it_has_in_bfloat16(isa: str, depth: int, num_cols: int) -> None:
+    with on_isa(isa):
+        assert_rows_are_alone(depth, num_cols, torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+def test_bfloat16_is_rounded_once(isa: str, case: tuple[tuple[int, ...], int, int]) -> None:
+    """From sums in float32, as close to float64 as a library's product of bfloat16."""
+    inputs = [y.bfloat16() for y in leaves(*case, bias=True)]
+    with on_isa(isa):
+        actual = K.batch_invariant_linear(*inputs)
+    assert actual.dtype == torch.bfloat16
+    plain, exact = (torch.nn.functional.linear(*(y.to(t) for y in inputs)) for t in (torch.bfloat16, torch.float64))
+    assert_within_budget(actual, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_columns_and_threads_cannot_be_seen(isa: str, dtype: torch.dtype) -> None:
+    """Any slice of the weight, on one thread and on three."""
+    x, weight = (y.to(dtype) for y in leaves((200,), 333, 150, bias=False))
+    threads = torch.get_num_threads()
     try:
-        x, weight = leaves((200,), 133, 150, bias=False)
-        torch.set_num_threads(1)
-        whole = K.batch_invariant_linear(x, weight)
-        torch.testing.assert_close(whole, x @ weight.T, atol=2e-4, rtol=1e-4)
-        for first, last in ((0, 1), (3, 70), (64, 150), (149, 150)):
-            assert torch.equal(K.batch_invariant_linear(x, weight[first:last]), whole[:, first:last])
-        torch.set_num_threads(3)
-        assert torch.equal(K.batch_invariant_linear(x, weight), whole)
+        with on_isa(isa):
+            torch.set_num_threads(1)
+            whole = K.batch_invariant_linear(x, weight)
+            for first, last in ((0, 1), (3, 70), (64, 150), (149, 150)):
+                assert torch.equal(K.batch_invariant_linear(x, weight[first:last]), whole[:, first:last])
+            torch.set_num_threads(3)
+            assert torch.equal(K.batch_invariant_linear(x, weight), whole)
     finally:
         torch.set_num_threads(threads)
-        native.use_isa(before)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

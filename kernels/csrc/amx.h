@@ -1,4 +1,4 @@
-// Products of bfloat16 matrices on AMX, Intel's matrix registers: multiply_pairs of tile.h, where IBTPO_AMX is defined.
+// Products of bfloat16 matrices on AMX, Intel's matrix registers: the product of tile.h, where IBTPO_AMX is defined.
 //
 // A tile register holds 16 rows of 64 bytes. One instruction adds to 16 x 16 sums of C what 16 rows of A and 16 columns
 // of B have along a step of the depth, at most 16 pairs: the even products of the step are summed in a chain of their
@@ -90,9 +90,9 @@ INLINE void copy_a(TileBuffer& to, const StridedOf<Pair>& a, int64_t m, int64_t 
   const Pair* from = a.a + m * a.row + k * a.col;
   if (a.row == 1 && a.col != 1) {  // transposed: a pair's rows lie side by side
     for (int64_t i = 0; i < kTile; ++i)
-      to.row[i] = i < pairs ? (rows == kTile ? load((const float*)(from + i * a.col))
-                                             : gather_words(from + i * a.col, rows, 1))
-                            : Vec{};
+      to.row[i] =
+          i < pairs ? (rows == kTile ? load((const float*)(from + i * a.col)) : gather_words(from + i * a.col, rows, 1))
+                    : Vec{};
     transpose(to.row);
   } else {
     for (int64_t i = 0; i < rows; ++i) to.row[i] = gather_words(from + i * a.row, pairs, a.col);
@@ -163,8 +163,8 @@ INLINE void tile_row(float* c, int64_t ldc, int64_t rows, const StridedOf<Pair>&
 }
 
 template <Into Mode>
-static void multiply_pairs(float* c, int64_t ldc, int64_t rows, int64_t cols, StridedOf<Pair> a, PartsOf<Pair> b,
-                           int64_t depth) {
+static void product(float* c, int64_t ldc, int64_t rows, int64_t cols, StridedOf<Pair> a, PartsOf<Pair> b,
+                    int64_t depth) {
   for (int64_t m = 0; m < rows; m += kTile) {
     const int64_t count = least(kTile, rows - m);
     float* c_m = c + m * ldc;

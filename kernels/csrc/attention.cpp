@@ -104,7 +104,7 @@ INLINE void forward(const TreeShape& shape, const TreeForward<T>& p) {
         lay.pack_columns(keys + h * head_words + b * lay.block_words, p.k, kv_heads, h, b);
         lay.pack_rows(values + h * head_words + b * lay.block_words, p.v, kv_heads, h, b);
       }
-    [[maybe_unused]] const RegistersFor<Word<T>> registers;
+    [[maybe_unused]] const RegistersFor<T> registers;
     QueryBlock<T> block(lay, p);
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t i = lay.blocks.count - 1; i >= 0; --i)  // the last block of a tree sees most: begin there

@@ -290,7 +290,7 @@ INLINE void backward(const TreeShape& shape, const TreeBackward<T>& p) {
 #pragma omp parallel if (lay.parallel)
   {
     keys.pack(lay, p);
-    [[maybe_unused]] const RegistersFor<Word<T>> registers;
+    [[maybe_unused]] const RegistersFor<T> registers;
     Worker<T> worker(lay, p, chunks, keys);
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t chunk = chunks.count - 1; chunk >= 0; --chunk)

@@ -9,11 +9,8 @@
 //
 // In bf16 the two products are of bf16 numbers (tile.h), the weights p rounded to bf16 for the second; all else is
 // float: scores, state and sums.
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "kernels.h"
+#include "threads.h"
 #include "tile.h"
 
 namespace ibtpo::IBTPO_ISA {
@@ -37,22 +34,10 @@ struct Run {
   const T* values[kPages];              // this head's first value in each page
 };
 
-// What one step of a product's depth takes of B: a number, or a pair of bf16.
-template <class T>
-struct StepOf {
-  using type = float;
-  static constexpr int64_t size = 1;
-};
-template <>
-struct StepOf<bf16> {
-  using type = Pair;
-  static constexpr int64_t size = 2;
-};
-
 template <class T>
 class Task {
-  using Step = typename StepOf<T>::type;
-  static constexpr int64_t kStep = StepOf<T>::size;
+  using Step = Word<T>;
+  static constexpr int64_t kStep = kPerWord<T>;
   static constexpr bool kPairs = kStep == 2;
 
  public:
@@ -78,7 +63,7 @@ class Task {
 
   // Returns -1, or the first query found whose page is missing.
   INLINE_MEMBER int64_t run() {
-    [[maybe_unused]] const RegistersFor<Step> registers;
+    [[maybe_unused]] const RegistersFor<T> registers;
     start();
     const Item* items = reinterpret_cast<const Item*>(p_.items);
     for (int64_t i = 0; i < p_.num_items; ++i) {
@@ -168,19 +153,14 @@ class Task {
     for (int64_t c = 0; c < count; ++c) {
       const int64_t first = page_begin(begin, column + c);
       if (first < 0) return begin;
-      if constexpr (kPairs)
-        pack_pairs_transposed(keys_ + c * page_, ld, p_.k_pages + first, kv_stride, p_.page_size, p_.head_dim);
-      else
-        pack_transposed(keys_ + c * page_, ld, p_.k_pages + first, kv_stride, p_.page_size, p_.head_dim);
+      pack_words_transposed(keys_ + c * page_, ld, p_.k_pages + first, kv_stride, p_.page_size, p_.head_dim);
       run.values[c] = p_.v_pages + first;
       prefetch(run.values[c], kv_stride);
     }
     const Step* q = reinterpret_cast<const Step*>(q_ + state(begin) * padded_);
     const int64_t rows = (end - begin) * group_;
-    if constexpr (kPairs)
-      multiply_pairs<Into::kStore>(scores_, ld, rows, count * page_, {q, padded_ / 2, 1}, keys_, ld, p_.head_dim / 2);
-    else
-      multiply<Into::kStore>(scores_, ld, rows, count * page_, {q, padded_, 1}, keys_, ld, padded_);
+    product<Into::kStore>(scores_, ld, rows, count * page_, {q, padded_ / kStep, 1}, (const Step*)keys_, ld,
+                          (p_.head_dim + kStep - 1) / kStep);
     int64_t taken = 0;  // of this run's pages, acc holds [0, taken)
     for (int64_t c = 0; c < count; ++c) taken = page_ == kWidth ? weigh<1>(run, taken, c) : weigh<0>(run, taken, c);
     accumulate(run, taken, count);
@@ -263,14 +243,10 @@ class Task {
       const int64_t depth = least(together * p_.page_size, run.longest - (run.column + c) * p_.page_size);
       const Step* parts[kPages];
       const int64_t ld_values = gather(run, c, together, depth, parts);
-      if constexpr (kPairs) {
-        const Pair* weights = reinterpret_cast<const Pair*>(weights_ + c * page_);
-        multiply_pairs<Into::kChain>(acc, padded_, rows, padded_, {weights, ld / 2, 1},
-                                     PartsOf<Pair>{parts, ld_values, p_.page_size / 2}, (depth + 1) / 2);
-      } else {
-        multiply<Into::kChain>(acc, padded_, rows, padded_, {scores_ + c * page_, ld, 1},
-                               Parts{parts, ld_values, p_.page_size}, depth);
-      }
+      const void* weights = kPairs ? (const void*)(weights_ + c * page_) : scores_ + c * page_;
+      product<Into::kChain>(acc, padded_, rows, padded_,
+                            StridedOf<Step>{static_cast<const Step*>(weights), ld / kStep, 1},
+                            PartsOf<Step>{parts, ld_values, p_.page_size / kStep}, (depth + kStep - 1) / kStep);
     }
   }
 
@@ -303,14 +279,6 @@ class Task {
   const Scratch<float> scores_;  // of float they become the weights
   const Scratch<bf16> weights_;  // of bf16
 };
-
-INLINE int64_t max_threads() {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
-}
 
 template <class T>
 static int64_t decode(const Decode<T>& p) {

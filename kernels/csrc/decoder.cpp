@@ -5,14 +5,12 @@
 //
 // The kernels are those that Python calls one by one; what is saved is the calls, most of the time of a step of a small
 // model. There is one parallel region: a thread takes a range of rows through all layers, and waits for the others once
-// a layer, between writing its keys and reading those of its paths. Every kernel gives a row the same bits in any
-// batch, so neither the threads nor the other rows can be seen in a result.
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
+// a layer, between writing its keys and reading those of its paths. Within it the kernels start no threads of their
+// own, for a product of some microseconds is not worth one; but attention of rows too few to share may. Every kernel
+// gives a row the same bits in any batch, so neither the threads nor the other rows can be seen in a result.
 #include "kernels.h"
 #include "simd.h"
+#include "threads.h"
 
 namespace ibtpo::IBTPO_ISA {
 namespace {
@@ -27,9 +25,10 @@ struct Item {
 // Rows [begin, end), which one thread runs.
 class Part {
  public:
-  INLINE_MEMBER Part(const Decoder& d, const DecoderRows& r, int64_t begin, int64_t end)
+  INLINE_MEMBER Part(const Decoder& d, const DecoderRows& r, int64_t begin, int64_t end, int64_t attention_threads)
       : d_(d),
         r_(r),
+        attention_threads_(attention_threads),
         begin_(begin),
         count_(end - begin),
         q_size_(d.num_heads * d.head_dim),
@@ -106,10 +105,12 @@ class Part {
                              *d_.eps});
 #pragma omp barrier
     const float scale = 1.0f / __builtin_sqrtf((float)d_.head_dim);
+    set_threads(attention_threads_);
     const int64_t failed = kernels.tree_decode(
         {q_, k_pages, v_pages, r_.page_table, r_.rows + begin_, r_.lengths + begin_,
          reinterpret_cast<const int32_t*>(static_cast<Item*>(items_)), attended_, count_, d_.num_heads, d_.num_kv_heads,
          d_.head_dim, r_.num_pages, r_.page_size, r_.table_rows, r_.table_width, num_items_, scale});
+    set_threads(1);
     product(attended_, q_size_, w.o, w.o_bias, x_, d_.hidden, d_.hidden, true);
     return failed;
   }
@@ -133,6 +134,7 @@ class Part {
 
   const Decoder& d_;
   const DecoderRows& r_;
+  const int64_t attention_threads_;
   const int64_t begin_, count_, q_size_, kv_size_;
   float* const x_;
   const Scratch<float> normed_, qkv_, q_, attended_, gate_, up_, cos_, sin_;
@@ -149,33 +151,25 @@ INLINE int64_t first_bad(const Decoder& d, const DecoderRows& r) {
   return -1;
 }
 
-INLINE int64_t threads_for(const Decoder& d, int64_t num_rows) {
-#ifdef _OPENMP
+INLINE int64_t threads_for(const Decoder& d, int64_t num_rows, int64_t available) {
   const int64_t q_size = d.num_heads * d.head_dim, kv_size = d.num_kv_heads * d.head_dim;
   const int64_t layer = d.hidden * (2 * q_size + 2 * kv_size + 3 * d.inner);
   const int64_t work = 2 * num_rows * (d.num_layers * layer + d.hidden * d.vocabulary);
-  return most(1, least(omp_get_max_threads(), least(work / kThreadWork, num_rows / kThreadRows)));
-#else
-  (void)d, (void)num_rows;
-  return 1;
-#endif
+  return most(1, least(available, least(work / kThreadWork, num_rows / kThreadRows)));
 }
 
 // The rows in as many parts as there are threads for; then(part, begin, end) is called with a part's hidden states
 // done. Both return -1 or what is in error.
 template <class Then>
 INLINE int64_t for_parts(const Decoder& d, const DecoderRows& r, Then then) {
-  const int64_t wanted = threads_for(d, r.num_rows);
+  const int64_t available = max_threads(), wanted = threads_for(d, r.num_rows, available);
   int64_t failed = -1;
 #pragma omp parallel num_threads(wanted) if (wanted > 1)
   {
-    int64_t threads = 1, i = 0;
-#ifdef _OPENMP
-    threads = omp_get_num_threads();
-    i = omp_get_thread_num();
-#endif
+    const int64_t threads = team_size(), i = thread_index();
     const int64_t begin = i * r.num_rows / threads, end = (i + 1) * r.num_rows / threads;
-    Part part(d, r, begin, end);
+    Part part(d, r, begin, end, threads == 1 ? available : 1);
+    set_threads(1);  // of this thread, until the region ends
     int64_t result = part.run();
     if (result < 0) result = then(part, begin, end);
     if (result >= 0) {

@@ -75,9 +75,10 @@ struct LogitEdges {
   int64_t count;
 };
 
+template <class T>  // float or bf16; K and x_stride are even if T is bf16
 struct Linear {
-  const float *x, *weight, *bias;  // [M, K] with rows x_stride apart, [N, K], [N] or null
-  float* out;                      // [M, N] with rows out_stride apart
+  const T *x, *weight, *bias;  // [M, K] with rows x_stride apart, [N, K], [N] or null
+  T* out;                      // [M, N] with rows out_stride apart
   int64_t num_rows, num_cols, depth, x_stride, out_stride;
   bool add;  // to what is in `out`
 };
@@ -164,7 +165,8 @@ struct Kernels {
   void (*logit_grad)(const LogitTile&, const LogitEdges&, const float* stats, int64_t total_rows,
                      const float* grad_rows, const float* grad_entropy, const float* grads);
   int64_t (*sample)(const Sample&);
-  void (*linear)(const Linear&);
+  void (*linear)(const Linear<float>&);
+  void (*linear_bf16)(const Linear<bf16>&);
   int64_t (*decoder_forward)(const Decoder&, const DecoderRows&);
   // One token for each of the branches chosen [B], whose last one is run first. code [B]: 0 goes on, 1 stop token,
   // 2 length, 3 goes on to a depth that has no page yet. An error T + t: row t has no distribution; nothing is

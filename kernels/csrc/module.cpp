@@ -45,8 +45,7 @@ std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> found;
 #if defined(IBTPO_X86)
   __builtin_cpu_init();
-  const bool has_v3 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool has_v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
@@ -254,9 +253,13 @@ NB_MODULE(_cpu, m) {
   m.def(
       "linear",
       [](Address x, Address weight, Address bias, Address out, int64_t num_rows, int64_t num_cols, int64_t depth,
-         int64_t x_stride) {
-        active->linear({at<float>(x), at<float>(weight), at<float>(bias), at<float>(out), num_rows, num_cols, depth,
-                        x_stride, num_cols, false});
+         int64_t x_stride, bool is_bf16) {
+        const auto run = [&](auto type, auto kernel) {
+          using T = decltype(type);
+          kernel(Linear<T>{at<T>(x), at<T>(weight), at<T>(bias), at<T>(out), num_rows, num_cols, depth, x_stride,
+                           num_cols, false});
+        };
+        is_bf16 ? run(bf16{}, active->linear_bf16) : run(0.0f, active->linear);
       },
       release);
 

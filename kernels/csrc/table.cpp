@@ -16,7 +16,8 @@ void logit_stats(const LogitTile&, const LogitEdges&, float*, int64_t, float*);
 void logit_finish(float*, int64_t, const LogitEdges&, float*);
 void logit_grad(const LogitTile&, const LogitEdges&, const float*, int64_t, const float*, const float*, const float*);
 int64_t sample(const Sample&);
-void linear(const Linear&);
+void linear(const Linear<float>&);
+void linear_bf16(const Linear<bf16>&);
 int64_t decoder_forward(const Decoder&, const DecoderRows&);
 int64_t decoder_step(const Decoder&, DecoderRows, const Branches&, const int64_t*, int64_t*);
 
@@ -24,9 +25,9 @@ extern const Pointwise<float> pointwise_f32;
 extern const Pointwise<bf16> pointwise_bf16;
 
 extern const Kernels kernels = {
-    NAME(IBTPO_ISA),  tree_forward,  tree_backward,   tree_forward_bf16, tree_backward_bf16, tree_decode,
-    tree_decode_bf16, pointwise_f32, pointwise_bf16,  logit_stats,       logit_finish,       logit_grad,
-    sample,           linear,        decoder_forward, decoder_step,
+    NAME(IBTPO_ISA),  tree_forward,  tree_backward,  tree_forward_bf16, tree_backward_bf16, tree_decode,
+    tree_decode_bf16, pointwise_f32, pointwise_bf16, logit_stats,       logit_finish,       logit_grad,
+    sample,           linear,        linear_bf16,    decoder_forward,   decoder_step,
 };
 
 }  // namespace ibtpo::IBTPO_ISA

@@ -123,14 +123,8 @@ INLINE void row_panels(float* c, int64_t ldc, int64_t rows, int64_t cols, Stride
 
 // C[rows, cols] from A[rows, depth] and B[depth, cols]; cols is a multiple of kWidth.
 template <Into Mode>
-static void multiply(float* c, int64_t ldc, int64_t rows, int64_t cols, Strided a, Parts b, int64_t depth) {
+static void product(float* c, int64_t ldc, int64_t rows, int64_t cols, Strided a, Parts b, int64_t depth) {
   row_panels<Mode>(c, ldc, rows, cols, a, b, depth);
-}
-
-template <Into Mode>
-static void multiply(float* c, int64_t ldc, int64_t rows, int64_t cols, Strided a, const float* b, int64_t ldb,
-                     int64_t depth) {
-  multiply<Mode>(c, ldc, rows, cols, a, Parts{&b, ldb, depth}, depth);
 }
 
 }  // namespace ibtpo::IBTPO_ISA
@@ -144,8 +138,8 @@ namespace ibtpo::IBTPO_ISA {
 struct MatrixRegisters {};
 
 template <Into Mode>
-static void multiply_pairs(float* c, int64_t ldc, int64_t rows, int64_t cols, StridedOf<Pair> a, PartsOf<Pair> b,
-                           int64_t depth) {
+static void product(float* c, int64_t ldc, int64_t rows, int64_t cols, StridedOf<Pair> a, PartsOf<Pair> b,
+                    int64_t depth) {
   row_panels<Mode>(c, ldc, rows, cols, a, b, depth);
 }
 
@@ -154,18 +148,32 @@ static void multiply_pairs(float* c, int64_t ldc, int64_t rows, int64_t cols, St
 
 namespace ibtpo::IBTPO_ISA {
 
-// What a thread has to hold while it multiplies words of type T.
+// What a matrix of T is read in along the depth of a product: a number, or a pair of bf16.
 template <class T>
-struct RegistersFor {};
+struct WordOf;
 template <>
-struct RegistersFor<Pair> {
-  MatrixRegisters registers;
+struct WordOf<float> {
+  using Type = float;
+  struct Registers {};
 };
+template <>
+struct WordOf<bf16> {
+  using Type = Pair;
+  using Registers = MatrixRegisters;
+};
+template <class T>
+using Word = typename WordOf<T>::Type;
+template <class T>
+constexpr int64_t kPerWord = sizeof(Word<T>) / sizeof(T);
 
-template <Into Mode>
-static void multiply_pairs(float* c, int64_t ldc, int64_t rows, int64_t cols, StridedOf<Pair> a, const Pair* b,
-                           int64_t ldb, int64_t depth) {
-  multiply_pairs<Mode>(c, ldc, rows, cols, a, PartsOf<Pair>{&b, ldb, depth}, depth);
+// A thread that multiplies matrices of T holds one of these meanwhile.
+template <class T>
+using RegistersFor = typename WordOf<T>::Registers;
+
+template <Into Mode, class W>
+INLINE void product(float* c, int64_t ldc, int64_t rows, int64_t cols, StridedOf<W> a, const W* b, int64_t ldb,
+                    int64_t depth) {
+  product<Mode>(c, ldc, rows, cols, a, PartsOf<W>{&b, ldb, depth}, depth);
 }
 
 // to[d, j] = from[j, d] for j < rows, d < cols; columns of `to` from `rows` up to the next multiple of kWidth become
@@ -196,6 +204,15 @@ INLINE void pack_pairs_transposed(Pair* to, int64_t ld_to, const bf16* from, int
                                   int64_t cols) {
   pack_transposed(reinterpret_cast<float*>(to), ld_to, reinterpret_cast<const float*>(from), ld_from / 2, rows,
                   cols / 2);
+}
+
+INLINE void pack_words_transposed(float* to, int64_t ld_to, const float* from, int64_t ld_from, int64_t rows,
+                                  int64_t cols) {
+  pack_transposed(to, ld_to, from, ld_from, rows, cols);
+}
+INLINE void pack_words_transposed(Pair* to, int64_t ld_to, const bf16* from, int64_t ld_from, int64_t rows,
+                                  int64_t cols) {
+  pack_pairs_transposed(to, ld_to, from, ld_from, rows, cols);
 }
 
 // B's pairs from a matrix whose rows are its depth: to[j / 2, d] = (from[j, d], from[j + 1, d]) for even j < rows;

@@ -14,38 +14,6 @@
 
 namespace ibtpo::IBTPO_ISA {
 
-template <class T>
-struct WordOf;
-template <>
-struct WordOf<float> {
-  using Type = float;
-};
-template <>
-struct WordOf<bf16> {
-  using Type = Pair;
-};
-template <class T>
-using Word = typename WordOf<T>::Type;
-template <class T>
-constexpr int64_t kPerWord = sizeof(Word<T>) / sizeof(T);
-
-template <Into Mode>
-INLINE void product(float* c, int64_t ldc, int64_t rows, int64_t cols, StridedOf<float> a, const float* b, int64_t ldb,
-                    int64_t depth) {
-  multiply<Mode>(c, ldc, rows, cols, a, b, ldb, depth);
-}
-template <Into Mode>
-INLINE void product(float* c, int64_t ldc, int64_t rows, int64_t cols, StridedOf<Pair> a, const Pair* b, int64_t ldb,
-                    int64_t depth) {
-  multiply_pairs<Mode>(c, ldc, rows, cols, a, b, ldb, depth);
-}
-
-INLINE void columns_of(float* to, const float* from, int64_t ld, int64_t tokens, int64_t dim) {
-  pack_transposed(to, kBlock, from, ld, tokens, dim);
-}
-INLINE void columns_of(Pair* to, const bf16* from, int64_t ld, int64_t tokens, int64_t dim) {
-  pack_pairs_transposed(to, kBlock, from, ld, tokens, dim);
-}
 INLINE void rows_of(float* to, const float* from, int64_t ld, int64_t tokens, int64_t dim, int64_t padded) {
   pack_rows(to, padded, from, ld, tokens, tokens, dim, 1.0f);
 }
@@ -74,7 +42,8 @@ class Layout {
 
   INLINE_MEMBER void pack_columns(Word<T>* to, const T* array, int64_t heads, int64_t h, int64_t b) const {
     if (blocks[b].size < kBlock) std::memset((void*)to, 0, sizeof(Word<T>) * block_words);
-    columns_of(to, array + token(heads, h, b), heads * shape.head_dim, blocks[b].size, shape.head_dim);
+    pack_words_transposed(to, kBlock, array + token(heads, h, b), heads * shape.head_dim, blocks[b].size,
+                          shape.head_dim);
   }
 
   INLINE_MEMBER void pack_rows(Word<T>* to, const T* array, int64_t heads, int64_t h, int64_t b) const {

@@ -354,10 +354,12 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     num_cols, depth = weight.shape
-    out = torch.empty(*x.shape[:-1], num_cols)
+    if _half(x) and depth % 2:  # products take bf16 in pairs
+        return _linear(*(torch.nn.functional.pad(y, (0, 1)) for y in (x, weight)), bias)
+    out = torch.empty(*x.shape[:-1], num_cols, dtype=x.dtype)
     native.linear(
         x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
-        x.shape[:-1].numel(), num_cols, depth, depth,
+        x.shape[:-1].numel(), num_cols, depth, depth, _half(x),
     )  # fmt: skip
     return out
 
