@@ -1,0 +1,92 @@
+"""The roofline as a picture: useful operations a byte against useful operations a second, both logarithmic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ibtpo_kernels.roofline.problem import name_of
+from ibtpo_kernels.roofline.roofs import Roofs
+from ibtpo_kernels.roofline.rows import Row
+
+_LINES = {torch.bfloat16: "-", torch.float32: "--"}
+_MARKERS = {"bfloat16": "o", "float32": "s", "float16": "D"}
+
+
+def draw(path: Path, rows: Sequence[Row], roofs: Roofs, title: str) -> None:
+    """Write a PNG. Filled: ours; hollow, joined to it by a line: the best peer on the same problem.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    import matplotlib  # optional, and slow to import
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    points = _points(rows)
+    figure, axes = pyplot.subplots(figsize=(11, 7), layout="constrained")
+    _draw_roofs(axes, roofs, [x for x, _, _, _, _ in points])
+    colours = {op: f"C{i % 10}" for i, op in enumerate(dict.fromkeys(op for _, _, _, op, _ in points))}
+    for x, y, peer, op, dtype in points:
+        style = {"marker": _MARKERS.get(dtype, "^"), "markersize": 7, "color": colours[op], "linestyle": "none"}
+        if peer is not None:
+            axes.plot([x, x], [y, peer], color=colours[op], linewidth=0.8, alpha=0.6, zorder=2)
+            axes.plot([x], [peer], **style, markerfacecolor="white", zorder=3)
+        axes.plot([x], [y], **style, zorder=4)
+    _label(axes, colours, {dtype for _, _, _, _, dtype in points}, title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+Point = tuple[float, float, float | None, str, str]  # intensity, ours and best peer in GFLOP/s, op, dtype
+
+
+def _points(rows: Sequence[Row]) -> list[Point]:
+    """One a problem that ours was measured on and that has operations to count."""
+    found = []
+    for row in rows:
+        if row.kind != "ours" or row.gflops is None or not row.bytes:
+            continue
+        peers = [r.gflops for r in rows if r.problem == row.problem and r.kind == "peer" and r.gflops is not None]
+        found.append((row.flops / row.bytes, row.gflops, max(peers, default=None), row.op, row.dtype))
+    return found
+
+
+def _draw_roofs(axes: Any, roofs: Roofs, intensities: Sequence[float]) -> None:
+    slope = roofs.bytes_per_second / 1e9
+    low = min([0.1, *(x / 2 for x in intensities)])
+    high = max([1e3, *(x * 2 for x in intensities)])
+    for dtype, line in _LINES.items():
+        top = roofs.flops_per_second(dtype) / 1e9
+        ridge = top / slope
+        axes.plot([low, ridge, high], [low * slope, top, top], line, color="black", linewidth=1.2, zorder=1)
+        label = f"{name_of(dtype)} product, {top / 1e3:.3g} TFLOP/s" if top >= 1e3 else f"{name_of(dtype)} product, {top:.3g} GFLOP/s"  # fmt: skip
+        axes.annotate(
+            label, (high, top), ha="right", va="bottom", fontsize=9, xytext=(-4, 2), textcoords="offset points"
+        )
+    axes.annotate(
+        f"memory, {slope:.3g} GB/s", (low, low * slope), fontsize=9, xytext=(8, 2), textcoords="offset points"
+    )
+    axes.set_xlim(low, high)
+
+
+def _label(axes: Any, colours: dict[str, str], dtypes: set[str], title: str) -> None:
+    from matplotlib.lines import Line2D
+
+    axes.set(xscale="log", yscale="log", title=title)
+    axes.set_xlabel("useful operations a byte")
+    axes.set_ylabel("useful GFLOP/s")
+    axes.grid(True, which="major", linewidth=0.4, alpha=0.5)
+    handles = [Line2D([], [], color=c, marker="o", linestyle="none", label=op) for op, c in colours.items()]
+    handles += [
+        Line2D([], [], color="grey", marker=_MARKERS.get(d, "^"), linestyle="none", label=d) for d in sorted(dtypes)
+    ]
+    handles.append(
+        Line2D([], [], color="grey", marker="o", markerfacecolor="white", linestyle="none", label="best peer")
+    )
+    axes.legend(handles=handles, fontsize=9, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)

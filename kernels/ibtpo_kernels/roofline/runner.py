@@ -1,0 +1,114 @@
+"""One problem: contenders are loaded, checked against ours, and timed against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ibtpo_kernels.roofline.machine import cache_bytes
+from ibtpo_kernels.roofline.problem import Contender, Inputs, Prepare, Problem, Run, Unavailable, verify
+from ibtpo_kernels.roofline.timing import Budget, Clock, Timing, clock_for, estimate, interleave
+
+_MOST_SETS = 64
+_MOST_BYTES = 8 << 30  # of all sets of inputs together
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one contender: a timing, or the reason why there is none."""
+
+    contender: Contender
+    timing: Timing | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A contender that computes the right thing, prepared on every set of inputs."""
+
+    contender: Contender
+    runs: list[Run]
+    repetitions: int
+
+
+def num_sets(working_set: int, cache: int) -> int:
+    """How many sets of inputs to rotate through, so that none is still in the cache when its turn comes; two at least."""
+    needed = -(-3 * cache // max(working_set, 1)) + 1
+    affordable = _MOST_BYTES // max(working_set, 1)
+    return max(2, min(needed, affordable, _MOST_SETS))
+
+
+def run(problem: Problem, device: torch.device, budget: Budget, clock: Clock | None = None) -> list[Result]:
+    """Measure a problem. Nothing that a contender does stops the others; what it did is in its result."""
+    clock = clock or clock_for(device, host_work=problem.which == "plan")
+    sets = [
+        problem.draw(device, torch.Generator(device).manual_seed(seed))
+        for seed in range(num_sets(problem.working_set, cache_bytes(device)))
+    ]
+    with problem.context():
+        found = _make_ready(problem, sets, budget, clock)
+        ready = [x for x in found if isinstance(x, _Ready)]
+        timings = _timings(ready, clock)
+    results = [Result(x.contender, timings[id(x)]) if isinstance(x, _Ready) else x for x in found]
+    if device.type == "cuda":
+        del sets, found, ready
+        torch.cuda.empty_cache()
+    return results
+
+
+def _make_ready(problem: Problem, sets: Sequence[Inputs], budget: Budget, clock: Clock) -> list[_Ready | Result]:
+    loaded = [(contender, _load(contender)) for contender in problem.contenders]
+    reference = next((prepare for c, prepare in loaded if c.kind == "ours" and not isinstance(prepare, Result)), None)
+    found: list[_Ready | Result] = []
+    for contender, prepare in loaded:
+        if isinstance(prepare, Result):
+            found.append(prepare)
+            continue
+        try:
+            found.append(_ready(problem, contender, prepare, reference, sets, budget, clock))
+        except Exception as error:  # a peer may raise anything
+            found.append(Result(contender, None, _reason(error)))
+            if sets[0].leaves and sets[0].leaves[0].is_cuda:
+                torch.cuda.empty_cache()
+    return found
+
+
+def _load(contender: Contender) -> Prepare | Result:
+    try:
+        return contender.load()
+    except Exception as error:  # a peer's import may raise anything
+        return Result(contender, None, _reason(error))
+
+
+def _ready(
+    problem: Problem,
+    contender: Contender,
+    prepare: Prepare,
+    reference: Prepare | None,
+    sets: Sequence[Inputs],
+    budget: Budget,
+    clock: Clock,
+) -> _Ready:
+    runs = [prepare(inputs) for inputs in sets]
+    if reference is None:
+        if contender.is_checked:
+            raise Unavailable("ours did not run, so there is nothing to check against")
+    elif problem.which != "plan":
+        verify(problem, contender, runs[0], reference, sets[0])
+    return _Ready(contender, runs, budget.repetitions(estimate(clock, runs)))
+
+
+def _timings(ready: list[_Ready], clock: Clock) -> dict[int, Timing]:
+    seconds = interleave(clock, [x.runs for x in ready], [x.repetitions for x in ready])
+    return {id(x): Timing.of(found) for x, found in zip(ready, seconds, strict=True)}
+
+
+def _reason(error: Exception) -> str:
+    """One line of it."""
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else ""
+    if not isinstance(error, (Unavailable, ValueError)):
+        text = f"{type(error).__name__}: {text}"
+    return text if len(text) <= 160 else text[:157] + "..."
