@@ -11,7 +11,7 @@ from ibtpo_kernels import ops
 from ibtpo_kernels.roofline import formulas
 from ibtpo_kernels.roofline.formulas import Work
 from ibtpo_kernels.roofline.peers import attention as peers
-from ibtpo_kernels.roofline.problem import Contender, Inputs, Outputs, Pass, Problem, Run, ours
+from ibtpo_kernels.roofline.problem import Contender, Inputs, Outputs, Pass, Prepare, Problem, Run, ours
 
 
 def _tree_attention(inputs: Inputs) -> Outputs:
@@ -97,7 +97,7 @@ def mask_plan(tree: str, end: Tensor, device: torch.device) -> Problem:
     def draw(where: torch.device, _: torch.Generator) -> Inputs:
         return Inputs((), (end.to(where),))
 
-    def load() -> peers.Prepare:
+    def load() -> Prepare:
         build = peers.mask_builder(device)
 
         def prepare(inputs: Inputs) -> Run:

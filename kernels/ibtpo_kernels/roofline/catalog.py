@@ -28,6 +28,8 @@ CPU_DECODE = {
     "B256 prefix64 suffix32": (DecodeTree((1, 256), (64, 32)), (4, 2, 32)),
 }
 
+CPU_LOGPROB = ((512, 256, 32768), (2048, 64, 32))
+
 GPU_DECODE = {
     "B64 prefix4096 suffix512": DecodeTree((1, 64), (4096, 512)),
     "B16 prefix1024 suffix512": DecodeTree((1, 16), (1024, 512)),
@@ -90,8 +92,8 @@ def _on_cpu() -> list[Problem]:
                 found.append(tree_attention(name, end, shape, dtype, which, _CPU, is_quick=quick))
     for name in ("prompt+16",):
         found.append(mask_plan(name, trees[name][0], _CPU))
-    for sizes in ((512, 256, 32768), (2048, 64, 32)):
-        is_small = sizes[2] == 32
+    for sizes in CPU_LOGPROB:
+        is_small = sizes is CPU_LOGPROB[1]
         for dtype in (BF16, FP32):
             for which in _passes("forward", "both"):
                 found.append(
@@ -100,9 +102,9 @@ def _on_cpu() -> list[Problem]:
                     )
                 )
     for loss in ("policy gradient", "cross-entropy"):
-        for sizes, dtype in (((512, 256, 32768), BF16), ((512, 256, 32768), FP32), ((2048, 64, 32), FP32)):
+        for sizes, dtype in ((CPU_LOGPROB[0], BF16), (CPU_LOGPROB[0], FP32), (CPU_LOGPROB[1], FP32)):
             if loss == "policy gradient" or dtype is FP32:
-                is_small = sizes[2] == 32
+                is_small = sizes is CPU_LOGPROB[1]
                 found.append(heads.policy_head(sizes, dtype, loss, is_quick=is_small, compiles=not is_small))
     found += [
         sampling.sample(64, 32, FP32, _CPU, is_quick=True),

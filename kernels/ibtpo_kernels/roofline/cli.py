@@ -26,6 +26,10 @@ _DESCRIPTION = """Measure the machine's limits, then every op against its peers 
 Prints useful operations and bytes a second, the share of the limit that binds, and the ratio to the best peer; writes a
 CSV and a plot. docs/benchmarks.md says how, and what each column means. Ctrl-C keeps what has been measured."""
 
+_SECONDS = """Time each contender for about so long, in 5 to 200 repetitions. Default: 1, with --quick 0.05."""
+_LIMIT = """Start no problem later than so many seconds after the start; what is left is named. Default: none."""
+_OUT = """Where roofline_DEVICE.csv and .png go; rows of other problems that are there stay. Default: bench/results."""
+
 
 def parser() -> argparse.ArgumentParser:
     """The options."""
@@ -36,10 +40,10 @@ def parser() -> argparse.ArgumentParser:
     add("--ops", nargs="+", choices=names(), metavar="OP", help=f"Measure these ops only: {', '.join(names())}.")
     add("--only", metavar="TEXT", help="Measure only problems whose line in --list contains this text.")
     add("--quick", action="store_true", help="Measure one small problem of each op, briefly: does it all work?")
-    add("--seconds", type=float, metavar="S", help="Time each contender for about so long, 200 repetitions at most and 5 at least. Default: 1, with --quick 0.05.")  # fmt: skip
-    add("--limit", type=float, metavar="S", help="Start no problem later than so many seconds after the start; the rest is named. Default: none.")  # fmt: skip
+    add("--seconds", type=float, metavar="S", help=_SECONDS)
+    add("--limit", type=float, metavar="S", help=_LIMIT)
     add("--threads", type=int, metavar="N", help="Threads on the CPU. Default: as many as torch takes.")
-    add("--out", type=Path, default=Path("bench/results"), metavar="DIR", help="Where the CSV and the plot go, roofline_<device>.csv and .png; rows of other problems that are there stay. Default: bench/results.")  # fmt: skip
+    add("--out", type=Path, default=Path("bench/results"), metavar="DIR", help=_OUT)
     add("--list", action="store_true", help="Name the problems and who is in each, and measure nothing.")
     return found
 
@@ -47,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0; 1 if an op of ours failed or nothing was chosen; 130 after Ctrl-C."""
     options = parser().parse_args(arguments)
-    console = Console()
+    console = _console()
     device = torch.device(options.device)
     if problem := _problem_with(options, device):
         console.print(problem, markup=False)
@@ -60,13 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     if options.list:
         for p in chosen:
-            console.print(f"{p}: {', '.join(c.who for c in p.contenders)}", markup=False, soft_wrap=True)
+            console.print(f"{p}: {'; '.join(c.who for c in p.contenders)}", markup=False, soft_wrap=True)
         return 0
     if options.threads:
         torch.set_num_threads(options.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return _measure(chosen, options, device, console)
+
+
+def _console() -> Console:
+    """As wide as the terminal; in a file wide enough for a table."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
 
 
 def _problem_with(options: argparse.Namespace, device: torch.device) -> str:

@@ -59,7 +59,9 @@ def _draw(sizes: Sizes, dtype: torch.dtype) -> Callable[[torch.device, torch.Gen
 
 
 def _linear_logprob(inputs: Inputs) -> Outputs:
-    return ops.linear_logprob(*inputs.leaves, *inputs.rest[:2])
+    hidden, weight = inputs.leaves
+    rows, targets, *_ = inputs.rest
+    return ops.linear_logprob(hidden, weight, rows, targets)
 
 
 def _by_peer(load: Callable[[], LogProb], which: Pass) -> Callable[[], Prepare]:
@@ -67,7 +69,8 @@ def _by_peer(load: Callable[[], LogProb], which: Pass) -> Callable[[], Prepare]:
         logprob = load()
 
         def function(inputs: Inputs) -> Outputs:
-            return logprob(*inputs.leaves, inputs.rest[1])
+            hidden, weight = inputs.leaves
+            return logprob(hidden, weight, inputs.rest[1])
 
         return in_pass(function, which)
 
@@ -149,7 +152,8 @@ def _policy_loss(inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor | slice, Te
 
     def loss(logprob: Tensor, entropy: Tensor, edges: Tensor | slice, _: Tensor | slice) -> Tensor:
         ratio = (logprob - old[edges]).exp()
-        return -(ratio * advantage[edges]).sum() - _BONUS * entropy.sum()
+        value: Tensor = -(ratio * advantage[edges]).sum() - _BONUS * entropy.sum()
+        return value
 
     return loss
 
@@ -164,7 +168,9 @@ _LOSSES = {"policy gradient": _policy_loss, "cross-entropy": _likelihood_loss}
 
 def _policy_head(loss: str) -> Function:
     def function(inputs: Inputs) -> Outputs:
-        return ops.policy_head(*inputs.leaves, *inputs.rest[:2], _LOSSES[loss](inputs))[:1]
+        hidden, weight = inputs.leaves
+        rows, targets, *_ = inputs.rest
+        return ops.policy_head(hidden, weight, rows, targets, _LOSSES[loss](inputs))[:1]
 
     return function
 
@@ -176,7 +182,8 @@ def _two_steps(loss: str, load: Callable[[], LogProb]) -> Callable[[], Prepare]:
         logprob = load()
 
         def function(inputs: Inputs) -> Outputs:
-            found, entropy = logprob(*inputs.leaves, inputs.rest[1])
+            hidden, weight = inputs.leaves
+            found, entropy = logprob(hidden, weight, inputs.rest[1])
             if entropy is None:
                 entropy = found.new_zeros(())
             return (_LOSSES[loss](inputs)(found, entropy, slice(None), slice(None)),)
@@ -195,7 +202,12 @@ def _our_logprob() -> LogProb:
 
 def _liger_sum() -> Prepare:
     total = peers.liger_sum()
-    return in_pass(lambda inputs: (total(*inputs.leaves, inputs.rest[1]),), "both")
+
+    def function(inputs: Inputs) -> Outputs:
+        hidden, weight = inputs.leaves
+        return (total(hidden, weight, inputs.rest[1]),)
+
+    return in_pass(function, "both")
 
 
 def policy_head(

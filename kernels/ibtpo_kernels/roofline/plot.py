@@ -30,9 +30,16 @@ def draw(path: Path, rows: Sequence[Row], roofs: Roofs, title: str) -> None:
     points = _points(rows)
     figure, axes = pyplot.subplots(figsize=(11, 7), layout="constrained")
     _draw_roofs(axes, roofs, [x for x, _, _, _, _ in points])
-    colours = {op: f"C{i % 10}" for i, op in enumerate(dict.fromkeys(op for _, _, _, op, _ in points))}
+    palette = [pyplot.colormaps["tab20"](i) for i in range(20)]
+    palette = [*palette[::2], *palette[1::2]]  # strong ones first
+    colours = {op: palette[i % 20] for i, op in enumerate(dict.fromkeys(op for _, _, _, op, _ in points))}
     for x, y, peer, op, dtype in points:
-        style = {"marker": _MARKERS.get(dtype, "^"), "markersize": 7, "color": colours[op], "linestyle": "none"}
+        style: dict[str, Any] = {
+            "marker": _MARKERS.get(dtype, "^"),
+            "markersize": 7,
+            "color": colours[op],
+            "linestyle": "none",
+        }
         if peer is not None:
             axes.plot([x, x], [y, peer], color=colours[op], linewidth=0.8, alpha=0.6, zorder=2)
             axes.plot([x], [peer], **style, markerfacecolor="white", zorder=3)
@@ -61,21 +68,31 @@ def _draw_roofs(axes: Any, roofs: Roofs, intensities: Sequence[float]) -> None:
     slope = roofs.bytes_per_second / 1e9
     low = min([0.1, *(x / 2 for x in intensities)])
     high = max([1e3, *(x * 2 for x in intensities)])
+    ridges = []
     for dtype, line in _LINES.items():
         top = roofs.flops_per_second(dtype) / 1e9
         ridge = top / slope
+        ridges.append(ridge)
         axes.plot([low, ridge, high], [low * slope, top, top], line, color="black", linewidth=1.2, zorder=1)
-        label = f"{name_of(dtype)} product, {top / 1e3:.3g} TFLOP/s" if top >= 1e3 else f"{name_of(dtype)} product, {top:.3g} GFLOP/s"  # fmt: skip
+        speed = f"{top / 1e3:.3g} TFLOP/s" if top >= 1e3 else f"{top:.3g} GFLOP/s"
+        label = f"{name_of(dtype)} product, {speed}"
         axes.annotate(
             label, (high, top), ha="right", va="bottom", fontsize=9, xytext=(-4, 2), textcoords="offset points"
         )
+    middle = (low * min(ridges)) ** 0.5
     axes.annotate(
-        f"memory, {slope:.3g} GB/s", (low, low * slope), fontsize=9, xytext=(8, 2), textcoords="offset points"
+        f"memory, {slope:.3g} GB/s",
+        (middle, middle * slope),
+        ha="right",
+        va="bottom",
+        fontsize=9,
+        xytext=(-4, 4),
+        textcoords="offset points",
     )
     axes.set_xlim(low, high)
 
 
-def _label(axes: Any, colours: dict[str, str], dtypes: set[str], title: str) -> None:
+def _label(axes: Any, colours: dict[str, Any], dtypes: set[str], title: str) -> None:
     from matplotlib.lines import Line2D
 
     axes.set(xscale="log", yscale="log", title=title)

@@ -68,7 +68,8 @@ def _bandwidth(device: torch.device, num_bytes: int, kind: str) -> Roof:
     source = torch.randn(num_bytes // 4, device=device)
     if kind == "copy":
         target = torch.empty_like(source)
-        return Roof(f"copy of {num_bytes >> 20} MiB", source.dtype, Work(0, 2 * num_bytes), _timed(device, lambda: target.copy_(source)))  # fmt: skip
+        timing = _timed(device, lambda: target.copy_(source))
+        return Roof(f"copy of {num_bytes >> 20} MiB", source.dtype, Work(0, 2 * num_bytes), timing)
     return Roof(f"sum of {num_bytes >> 20} MiB", source.dtype, Work(0, num_bytes), _timed(device, source.sum))
 
 

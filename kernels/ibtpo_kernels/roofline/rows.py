@@ -6,6 +6,7 @@ import csv
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from ibtpo_kernels.roofline.formulas import Work
 from ibtpo_kernels.roofline.machine import Machine
@@ -101,14 +102,14 @@ def _ratio(seconds: float | None, timing: Timing | None) -> Number:
     return seconds / timing.median if seconds and timing else None
 
 
-def _rates(timing: Timing | None, work: Work) -> dict[str, float | int | None]:
+def _rates(timing: Timing | None, work: Work) -> dict[str, Any]:
     def rate(count: int) -> Number:
         return count / timing.median / 1e9 if timing and count else None
 
     return {
-        "median_us": timing and timing.median * 1e6,
-        "p20_us": timing and timing.p20 * 1e6,
-        "p80_us": timing and timing.p80 * 1e6,
+        "median_us": timing.median * 1e6 if timing else None,
+        "p20_us": timing.p20 * 1e6 if timing else None,
+        "p80_us": timing.p80 * 1e6 if timing else None,
         "repetitions": timing.repetitions if timing else 0,
         "flops": work.flops,
         "bytes": work.bytes,

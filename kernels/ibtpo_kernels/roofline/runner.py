@@ -34,7 +34,7 @@ class _Ready:
 
 
 def num_sets(working_set: int, cache: int) -> int:
-    """How many sets of inputs to rotate through, so that none is still in the cache when its turn comes; two at least."""
+    """Sets of inputs to rotate through, so that none is still in the cache when its turn comes; two at least."""
     needed = -(-3 * cache // max(working_set, 1)) + 1
     affordable = _MOST_BYTES // max(working_set, 1)
     return max(2, min(needed, affordable, _MOST_SETS))

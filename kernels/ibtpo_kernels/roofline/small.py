@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def _fused(function: Function) -> Function:
     return lambda inputs: fast(inputs.leaves, inputs.rest)
 
 
-def _liger(name: str, call: Callable[[Callable[..., object], Inputs], Outputs], which: Pass) -> Contender:
+def _liger(name: str, call: Callable[[Callable[..., Any], Inputs], Outputs], which: Pass) -> Contender:
     def load() -> Prepare:
         needs_cuda("Liger")
         apply = getattr(module("liger_kernel.ops", "Liger-Kernel (liger-kernel)"), name).apply
@@ -81,11 +82,11 @@ def _problem(
     work: Work,
     draw: _Draw,
     contenders: list[Contender],
-    quick: bool,
+    is_quick: bool,
 ) -> Problem:
     return Problem(
         op=op, shape=shape, dtype=dtype, which=which, work=work, draw=draw, contenders=tuple(contenders),
-        working_set=work.bytes, is_quick=quick,
+        working_set=work.bytes, is_quick=is_quick,
     )  # fmt: skip
 
 
@@ -96,7 +97,7 @@ def rms_norm(rows: int, hidden: int, dtype: torch.dtype, which: Pass, *, is_quic
     contenders = [
         ours(lambda x: (ops.rms_norm(*x.leaves, eps=_EPS),), which),
         *_peer("F.rms_norm", lambda x: (torch_rms_norm(x.leaves[0], (hidden,), x.leaves[1], _EPS),), which),
-        _liger("LigerRMSNormFunction", lambda f, x: (f(*x.leaves, _EPS, 0.0, "llama", False),), which),  # type: ignore[dict-item]
+        _liger("LigerRMSNormFunction", lambda f, x: (f(*x.leaves, _EPS, 0.0, "llama", False),), which),
     ]
     draw = _normal(dtype, 2, (rows, hidden), (hidden,))
     return _problem("rms_norm", f"{rows}x{hidden}", dtype, which, work, draw, contenders, is_quick)
@@ -117,7 +118,7 @@ def add_rms_norm(rows: int, hidden: int, dtype: torch.dtype, which: Pass, *, is_
     contenders = [
         ours(lambda x: ops.add_rms_norm(*x.leaves, eps=_EPS), which),
         *_peer("eager", _add_then_norm, which),
-        _liger("LigerFusedAddRMSNormFunction", lambda f, x: f(*x.leaves, _EPS), which),  # type: ignore[return-value]
+        _liger("LigerFusedAddRMSNormFunction", lambda f, x: f(*x.leaves, _EPS), which),
     ]
     draw = _normal(dtype, 3, (rows, hidden), (rows, hidden), (hidden,), outputs=2)
     return _problem("add_rms_norm", f"{rows}x{hidden}", dtype, which, work, draw, contenders, is_quick)
@@ -130,7 +131,7 @@ def silu_mul(rows: int, inner: int, dtype: torch.dtype, which: Pass, *, is_quick
     contenders = [
         ours(lambda x: (ops.silu_mul(*x.leaves),), which),
         *_peer("eager", lambda x: (silu(x.leaves[0]) * x.leaves[1],), which),
-        _liger("LigerSiLUMulFunction", lambda f, x: (f(*x.leaves),), which),  # type: ignore[dict-item]
+        _liger("LigerSiLUMulFunction", lambda f, x: (f(*x.leaves),), which),
     ]
     draw = _normal(dtype, 2, (rows, inner), (rows, inner))
     return _problem("silu_mul", f"{rows}x{inner}", dtype, which, work, draw, contenders, is_quick)
@@ -199,9 +200,9 @@ def append_kv(tokens: int, kv_heads: int, dim: int, dtype: torch.dtype, *, is_qu
         return Inputs((k, v), written(where, generator))
 
     def fused(x: Inputs) -> Outputs:
-        slots, *pages = x.rest
-        ops.append_kv(*x.leaves, *pages, slots)
-        return tuple(pages)
+        (k, v), (slots, k_pages, v_pages) = x.leaves, x.rest
+        ops.append_kv(k, v, k_pages, v_pages, slots)
+        return k_pages, v_pages
 
     def eager(x: Inputs) -> Outputs:
         _append(*x.leaves, *x.rest)
@@ -227,8 +228,10 @@ def rope_append(
         return Inputs((q, k, v), (*weights, *_angles(tokens, dim, where, generator), *written(where, generator)))
 
     def fused(x: Inputs) -> Outputs:
-        q_weight, k_weight, cos, sin, slots, *pages = x.rest
-        return ops.rope_append(*x.leaves, cos, sin, *pages, slots, q_weight=q_weight, k_weight=k_weight), *pages
+        (q, k, v), (q_weight, k_weight, cos, sin, slots, *pages) = x.leaves, x.rest
+        k_pages, v_pages = pages
+        weights = {"q_weight": q_weight, "k_weight": k_weight}
+        return ops.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, **weights), *pages
 
     def eager(x: Inputs) -> Outputs:
         (q, k, v), (q_weight, k_weight, cos, sin, slots, *pages) = x.leaves, x.rest
@@ -261,7 +264,7 @@ def batch_invariant_linear(
         Contender(
             "F.linear",
             lambda: in_pass(lambda x: (linear(*x.leaves),), "forward"),
-            note="without the promise of equal bits",
+            note="bits may differ",
         ),
     ]
     work = formulas.batch_invariant_linear(rows, depth, columns, dtype.itemsize)

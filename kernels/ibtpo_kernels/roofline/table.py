@@ -1,11 +1,13 @@
-"""Rows as tables in a terminal, one an op."""
+"""Rows as tables in a terminal, one a problem."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ibtpo_kernels.roofline.problem import name_of
@@ -44,33 +46,32 @@ def print_roofs(console: Console, roofs: Roofs) -> None:
 
 
 def print_rows(console: Console, rows: Sequence[Row]) -> None:
-    """One table an op; a rule between problems. Rates are of useful work, `vs peer` above 1 is faster than the best."""
-    for op, of_op in groupby(sorted(rows, key=lambda row: row.op), key=lambda row: row.op):
-        console.print(_table(op, of_op))
+    """One table a problem. Rates are of useful work; `vs peer` above 1 is faster than the best peer."""
+    for (op, shape, dtype, which), found in groupby(rows, key=lambda row: row.problem):
+        of_problem = list(found)
+        short = _SHORT.get(dtype, dtype)
+        console.print(_table(f"{op}  {shape}  {short} {which}", [r for r in of_problem if r.median_us is not None]))
+        for row in of_problem:
+            if row.median_us is None:
+                console.print(f"  {row.who}: {row.note}", markup=False, style="dim")
 
 
-def _table(op: str, rows: Iterable[Row]) -> Table:
-    table = Table(title=op, title_justify="left")
-    for name in ("shape", "who"):
-        table.add_column(name, overflow="fold")
-    for name in ("median", "p20-p80", "reps", "FLOP/s", "B/s", "roof", "vs peer", "x bare"):
-        table.add_column(name, justify="right")
-    for _, of_problem in groupby(rows, key=lambda row: row.problem):
-        for i, row in enumerate(of_problem):
-            label = f"{row.shape}\n{_SHORT.get(row.dtype, row.dtype)} {row.which}" if i == 0 else ""
-            table.add_row(label, *_cells(row), style="bold" if row.kind == "ours" else None)
-        table.add_section()
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    has_bound = any(row.times_bound is not None for row in rows)
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("who", min_width=30)
+    names = ("median", "p20", "p80", "reps", "FLOP/s", "B/s", "roof", "vs peer", *(("x bound",) if has_bound else ()))
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        who = f"{row.who} [dim]{escape(row.note)}[/dim]" if row.note else row.who
+        table.add_row(who, *_cells(row)[: len(names)], style="bold" if row.kind == "ours" else None)
     return table
 
 
 def _cells(row: Row) -> list[str]:
-    who = f"{row.who}\n[dim]{_escaped(row.note)}[/dim]" if row.note else row.who
-    if row.median_us is None:
-        return [who, *["-"] * 8]
     return [
-        who,
-        duration(row.median_us),
-        f"{duration(row.p20_us)} - {duration(row.p80_us)}",
+        *map(duration, (row.median_us, row.p20_us, row.p80_us)),
         str(row.repetitions),
         _rate(row.gflops, ""),
         _rate(row.gbytes, ""),
@@ -78,7 +79,3 @@ def _cells(row: Row) -> list[str]:
         "-" if row.ratio_to_best_peer is None else f"{row.ratio_to_best_peer:.2f}",
         "-" if row.times_bound is None else f"{row.times_bound:.2f}",
     ]
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")

@@ -24,13 +24,15 @@ class WallClock:
     """Wall-clock time until the call has returned and the device, if there is one, is done."""
 
     def __init__(self, device: torch.device) -> None:
-        self._wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+        self._waits = device.type == "cuda"
 
     def seconds(self, call: Callable[[], object]) -> float:
-        self._wait()
+        if self._waits:
+            torch.cuda.synchronize()  # type: ignore[no-untyped-call]
         start = time.perf_counter()
         call()
-        self._wait()
+        if self._waits:
+            torch.cuda.synchronize()  # type: ignore[no-untyped-call]
         return time.perf_counter() - start
 
 
@@ -42,13 +44,13 @@ class DeviceClock:
     """
 
     def seconds(self, call: Callable[[], object]) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda._sleep(_LEAD_CYCLES)  # type: ignore[no-untyped-call]
-        start.record()  # type: ignore[no-untyped-call]
+        start.record()
         call()
-        end.record()  # type: ignore[no-untyped-call]
+        end.record()
         end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3  # type: ignore[no-untyped-call]
+        return float(start.elapsed_time(end)) / 1e3
 
 
 def clock_for(device: torch.device, *, host_work: bool) -> Clock:
@@ -104,10 +106,10 @@ def _no_collection() -> Iterator[None]:
 
 
 def estimate(clock: Clock, calls: Sequence[Callable[[], object]]) -> float:
-    """Seconds of a call after warm-up; `calls` are the same one on different buffers."""
+    """Seconds of a call after warm-up, at best; `calls` are the same one on different buffers."""
     for call in calls:
         call()
-    return sorted(clock.seconds(calls[i % len(calls)]) for i in range(3))[1]
+    return min(clock.seconds(calls[i % len(calls)]) for i in range(3))
 
 
 def interleave(

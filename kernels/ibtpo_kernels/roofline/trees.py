@@ -73,7 +73,9 @@ def ib_tree(tokens: int) -> Tensor:
 
 def trajectories(end: Tensor) -> list[Tensor]:
     """The tokens of each root-to-leaf path, as int64 indices into the packed order."""
-    stops, path, found = end.tolist(), [], []
+    stops: list[int] = end.tolist()
+    path: list[int] = []
+    found = []
     for i, stop in enumerate(stops):
         while path and stops[path[-1]] <= i:
             path.pop()

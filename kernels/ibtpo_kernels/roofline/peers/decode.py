@@ -1,4 +1,4 @@
-"""Decode attention by others: SDPA on keys and values copied for every branch, or in two calls that share the prefix."""
+"""Decode attention by others: SDPA on keys and values copied for every branch, or in two calls, sharing the prefix."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def sdpa_duplicated() -> Prepare:
 
 
 def sdpa_shared_prefix(prefix: int) -> Prepare:
-    """Two calls, the queries of all branches as rows over the prefix, then each over its suffix; merged by log-sum-exp."""
+    """All queries as rows of one call over the prefix, then each over its suffix; merged by log-sum-exp."""
 
     def prepare(inputs: Inputs) -> Run:
         q, k_pages, v_pages = inputs.leaves

@@ -50,7 +50,7 @@ def needs_cuda(what: str) -> None:
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under torch.compile; what was compiled for other shapes is forgotten, for past a limit it runs eager."""
+    """`function` under torch.compile; forgets what was compiled for other shapes, of which it keeps only so many."""
     torch.compiler.reset()
     fast: Callable[..., Any] = torch.compile(function, dynamic=False)
     return fast

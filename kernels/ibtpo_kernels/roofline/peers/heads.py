@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ibtpo_kernels.roofline.peers.find import bare_packages, compiled, module, needs_cuda
+from ibtpo_kernels.roofline.problem import Unavailable
 
 LogProb = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
@@ -60,13 +61,16 @@ def trl() -> LogProb:
 
 
 def liger_scaled() -> LogProb:
-    """Liger's fused linear scaled cross-entropy, with whatever it chooses on this device."""
+    """Liger's fused linear scaled cross-entropy, with the kernels it chooses on this device."""
     front = module("liger_kernel.ops.fused_linear_scaled_cross_entropy", "Liger-Kernel (liger-kernel)")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if front._resolve_implementation(device) is front._FusedLinearPPOFallbackFunction:
+        raise Unavailable("has no kernel of its own here; its torch loop is measured")
     return _scaled(front.LigerFusedLinearScaledCrossEntropyFunction.apply, front=True)
 
 
 def liger_scaled_fallback() -> LogProb:
-    """The same, by its loop over 512 rows in torch: what there is without its CUTLASS extra."""
+    """The same, by its loop over 512 rows in torch: what there is without its CUTLASS extra, or off sm_90."""
     front = module("liger_kernel.ops.fused_linear_scaled_cross_entropy", "Liger-Kernel (liger-kernel)")
     return _scaled(front._FusedLinearPPOFallbackFunction.apply, front=False)
 
