@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ibtpo_kernels.roofline.formulas import Work
 from ibtpo_kernels.roofline.machine import Machine
 from ibtpo_kernels.roofline.problem import Problem, name_of
@@ -119,7 +121,9 @@ def _rates(timing: Timing | None, work: Work) -> dict[str, Any]:
 
 
 def _cell(value: object) -> object:
-    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else value
+    if isinstance(value, float):
+        return np.format_float_positional(value, precision=4, unique=False, fractional=False, trim="-")
+    return "" if value is None else value
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:

@@ -28,11 +28,11 @@ class WallClock:
 
     def seconds(self, call: Callable[[], object]) -> float:
         if self._waits:
-            torch.cuda.synchronize()  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
         start = time.perf_counter()
         call()
         if self._waits:
-            torch.cuda.synchronize()  # type: ignore[no-untyped-call]
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
 
