@@ -1,4 +1,4 @@
-"""Install what the benchmarks compare with, the extra `bench`, one by one: whatever is not to be had is said and left out."""
+"""Install the extra `bench`, what the benchmarks compare with, one by one; what is not to be had is said and left out."""
 
 from __future__ import annotations
 

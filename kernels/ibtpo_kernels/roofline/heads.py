@@ -186,6 +186,9 @@ def _two_steps(loss: str, load: Callable[[], LogProb]) -> Callable[[], Prepare]:
             found, entropy = logprob(hidden, weight, inputs.rest[1])
             if entropy is None:
                 entropy = found.new_zeros(())
+            for output in (found, entropy):
+                if output.requires_grad:  # a sum's gradient is one number expanded; kernels ask for a dense one
+                    output.register_hook(lambda gradient: gradient.contiguous())  # type: ignore[no-untyped-call]
             return (_LOSSES[loss](inputs)(found, entropy, slice(None), slice(None)),)
 
         return in_pass(function, "both")

@@ -12,7 +12,7 @@ from ibtpo_kernels.roofline.problem import name_of
 from ibtpo_kernels.roofline.roofs import Roofs
 from ibtpo_kernels.roofline.rows import Row
 
-_LINES = {torch.bfloat16: "-", torch.float32: "--"}
+_LINES: dict[torch.dtype, Any] = {torch.bfloat16: "-", torch.float32: "--"}
 _MARKERS = {"bfloat16": "o", "float32": "s", "float16": "D"}
 
 
@@ -29,7 +29,7 @@ def draw(path: Path, rows: Sequence[Row], roofs: Roofs, title: str) -> None:
 
     points = _points(rows)
     figure, axes = pyplot.subplots(figsize=(11, 7), layout="constrained")
-    _draw_roofs(axes, roofs, [x for x, _, _, _, _ in points])
+    entries = _draw_roofs(axes, roofs, [x for x, _, _, _, _ in points])
     palette = [pyplot.colormaps["tab20"](i) for i in range(20)]
     palette = [*palette[::2], *palette[1::2]]  # strong ones first
     colours = {op: palette[i % 20] for i, op in enumerate(dict.fromkeys(op for _, _, _, op, _ in points))}
@@ -44,7 +44,7 @@ def draw(path: Path, rows: Sequence[Row], roofs: Roofs, title: str) -> None:
             axes.plot([x, x], [y, peer], color=colours[op], linewidth=0.8, alpha=0.6, zorder=2)
             axes.plot([x], [peer], **style, markerfacecolor="white", zorder=3)
         axes.plot([x], [y], **style, zorder=4)
-    _label(axes, colours, {dtype for _, _, _, _, dtype in points}, title)
+    _label(axes, entries, colours, {dtype for _, _, _, _, dtype in points}, title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
@@ -64,42 +64,36 @@ def _points(rows: Sequence[Row]) -> list[Point]:
     return found
 
 
-def _draw_roofs(axes: Any, roofs: Roofs, intensities: Sequence[float]) -> None:
+def _draw_roofs(axes: Any, roofs: Roofs, intensities: Sequence[float]) -> list[Any]:
+    """The limits as lines; returns what the legend says of them."""
+    from matplotlib.lines import Line2D
+
     slope = roofs.bytes_per_second / 1e9
     low = min([0.1, *(x / 2 for x in intensities)])
     high = max([1e3, *(x * 2 for x in intensities)])
-    ridges = []
+    entries = [Line2D([], [], linestyle="none", label=f"memory: {_giga(slope, 'B/s')}")]
     for dtype, line in _LINES.items():
         top = roofs.flops_per_second(dtype) / 1e9
-        ridge = top / slope
-        ridges.append(ridge)
-        axes.plot([low, ridge, high], [low * slope, top, top], line, color="black", linewidth=1.2, zorder=1)
-        speed = f"{top / 1e3:.3g} TFLOP/s" if top >= 1e3 else f"{top:.3g} GFLOP/s"
-        label = f"{name_of(dtype)} product, {speed}"
-        axes.annotate(
-            label, (high, top), ha="right", va="bottom", fontsize=9, xytext=(-4, 2), textcoords="offset points"
-        )
-    middle = (low * min(ridges)) ** 0.5
-    axes.annotate(
-        f"memory, {slope:.3g} GB/s",
-        (middle, middle * slope),
-        ha="right",
-        va="bottom",
-        fontsize=9,
-        xytext=(-4, 4),
-        textcoords="offset points",
-    )
+        axes.plot([low, top / slope, high], [low * slope, top, top], line, color="black", linewidth=1.2, zorder=1)
+        label = f"{name_of(dtype)} product: {_giga(top, 'FLOP/s')}"
+        entries.append(Line2D([], [], color="black", linestyle=line, label=label))
     axes.set_xlim(low, high)
+    return entries
 
 
-def _label(axes: Any, colours: dict[str, Any], dtypes: set[str], title: str) -> None:
+def _giga(rate: float, unit: str) -> str:
+    return f"{rate / 1e3:.3g} T{unit}" if rate >= 1e3 else f"{rate:.3g} G{unit}"
+
+
+def _label(axes: Any, entries: list[Any], colours: dict[str, Any], dtypes: set[str], title: str) -> None:
     from matplotlib.lines import Line2D
 
     axes.set(xscale="log", yscale="log", title=title)
     axes.set_xlabel("useful operations a byte")
     axes.set_ylabel("useful GFLOP/s")
     axes.grid(True, which="major", linewidth=0.4, alpha=0.5)
-    handles = [Line2D([], [], color=c, marker="o", linestyle="none", label=op) for op, c in colours.items()]
+    handles = [*entries]
+    handles += [Line2D([], [], color=c, marker="o", linestyle="none", label=op) for op, c in colours.items()]
     handles += [
         Line2D([], [], color="grey", marker=_MARKERS.get(d, "^"), linestyle="none", label=d) for d in sorted(dtypes)
     ]

@@ -93,7 +93,7 @@ def roof_rows(machine: Machine, roofs: Roofs) -> list[Row]:
     return [
         Row(
             **asdict(machine), op="roof", shape=roof.name, dtype=name_of(roof.dtype), which="forward", who="torch",
-            kind="bound", **_rates(roof.timing, roof.work), roof="", roof_share=None, ratio_to_best_peer=None,
+            kind="bound", **_rates(roof.timing, roof.work, roof.seconds), roof="", roof_share=None, ratio_to_best_peer=None,
             times_bound=None, note="",
         )
         for roof in roofs.measured
@@ -104,9 +104,11 @@ def _ratio(seconds: float | None, timing: Timing | None) -> Number:
     return seconds / timing.median if seconds and timing else None
 
 
-def _rates(timing: Timing | None, work: Work) -> dict[str, Any]:
+def _rates(timing: Timing | None, work: Work, seconds: float | None = None) -> dict[str, Any]:
+    """Times, and rates over `seconds`, which is the median unless said otherwise."""
+
     def rate(count: int) -> Number:
-        return count / timing.median / 1e9 if timing and count else None
+        return count / (seconds or timing.median) / 1e9 if timing and count else None
 
     return {
         "median_us": timing.median * 1e6 if timing else None,

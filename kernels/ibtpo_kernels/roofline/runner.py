@@ -43,19 +43,29 @@ def num_sets(working_set: int, cache: int) -> int:
 def run(problem: Problem, device: torch.device, budget: Budget, clock: Clock | None = None) -> list[Result]:
     """Measure a problem. Nothing that a contender does stops the others; what it did is in its result."""
     clock = clock or clock_for(device, host_work=problem.which == "plan")
-    sets = [
-        problem.draw(device, torch.Generator(device).manual_seed(seed))
-        for seed in range(num_sets(problem.working_set, cache_bytes(device)))
-    ]
+    try:
+        sets = _draw(problem, device)
+    except Exception as error:  # out of memory
+        return [Result(contender, None, _reason(error)) for contender in problem.contenders]
     with problem.context():
         found = _make_ready(problem, sets, budget, clock)
         ready = [x for x in found if isinstance(x, _Ready)]
         timings = _timings(ready, clock)
     results = [Result(x.contender, timings[id(x)]) if isinstance(x, _Ready) else x for x in found]
-    if device.type == "cuda":
-        del sets, found, ready
-        torch.cuda.empty_cache()
+    del sets, found, ready
+    _free(device)
     return results
+
+
+def _draw(problem: Problem, device: torch.device) -> list[Inputs]:
+    count = num_sets(problem.working_set, cache_bytes(device))
+    return [problem.draw(device, torch.Generator(device).manual_seed(seed)) for seed in range(count)]
+
+
+def _free(device: torch.device) -> None:
+    """Give a GPU's memory back, for whoever comes next may need it in one piece."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _make_ready(problem: Problem, sets: Sequence[Inputs], budget: Budget, clock: Clock) -> list[_Ready | Result]:
@@ -70,8 +80,8 @@ def _make_ready(problem: Problem, sets: Sequence[Inputs], budget: Budget, clock:
             found.append(_ready(problem, contender, prepare, reference, sets, budget, clock))
         except Exception as error:  # a peer may raise anything
             found.append(Result(contender, None, _reason(error)))
-            if sets[0].leaves and sets[0].leaves[0].is_cuda:
-                torch.cuda.empty_cache()
+        if isinstance(found[-1], Result) and sets[0].leaves:  # not in the handler, where the error keeps tensors alive
+            _free(sets[0].leaves[0].device)
     return found
 
 

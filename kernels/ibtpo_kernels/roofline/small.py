@@ -65,7 +65,8 @@ def _liger(name: str, call: Callable[[Callable[..., Any], Inputs], Outputs], whi
     def load() -> Prepare:
         needs_cuda("Liger")
         apply = getattr(module("liger_kernel.ops", "Liger-Kernel (liger-kernel)"), name).apply
-        return in_pass(lambda inputs: call(apply, inputs), which)
+        prepare = in_pass(lambda inputs: call(apply, inputs), which)
+        return lambda x: prepare(replace(x, leaves=tuple(y.clone() for y in x.leaves)))  # some write gradients there
 
     return Contender("Liger", load)
 

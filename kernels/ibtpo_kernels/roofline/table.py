@@ -35,10 +35,10 @@ def _rate(giga: float | None, unit: str) -> str:
 def print_roofs(console: Console, roofs: Roofs) -> None:
     """What the machine can do."""
     table = Table(title="roofs", title_justify="left")
-    for name in ("what", "dtype", "median", "rate"):
+    for name in ("what", "dtype", "p20", "rate"):
         table.add_column(name, justify="left" if name in ("what", "dtype") else "right")
     for roof in roofs.measured:
-        seconds = roof.timing.median
+        seconds = roof.seconds
         compute, memory = roof.work.flops / seconds / 1e9, roof.work.bytes / seconds / 1e9
         rate = _rate(compute, "FLOP/s") if roof.work.flops else _rate(memory, "B/s")
         table.add_row(roof.name, name_of(roof.dtype), duration(seconds * 1e6), rate)

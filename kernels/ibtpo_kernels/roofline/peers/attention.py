@@ -117,6 +117,8 @@ def flex(which: Pass, device: torch.device, *, rebuilds: bool) -> Prepare:
     """
     if device.type == "cpu" and which != "forward":
         raise Unavailable("FlexAttention has no backward on the CPU")
+    if which == "backward":  # run again and again on one forward's results, which it must not reuse as scratch then
+        module("torch._functorch.config", "torch").donated_buffer = False
     build = mask_builder(device)
     attend = compiled_flex()
 

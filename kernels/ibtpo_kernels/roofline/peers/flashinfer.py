@@ -35,20 +35,20 @@ def _planner(inputs: Inputs, most_levels: int) -> tuple[Any, Callable[[], None]]
     plan: DecodePlan = inputs.rest[0]
     found = _levels(plan, most_levels)
     sizes = (q.shape[1], k_pages.shape[2], q.shape[2], plan.page_size)
-    dtypes = {"q_data_type": q.dtype, "kv_data_type": q.dtype}
+    more = {"sm_scale": q.shape[2] ** -0.5, "q_data_type": q.dtype, "kv_data_type": q.dtype}
     if most_levels == 1:
         group = q.shape[1] // k_pages.shape[2]
         only = found[0]
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             _workspace(q.device), "NHD", use_tensor_cores=group >= 4
         )
-        return wrapper, lambda: wrapper.plan(only.kv_indptr, only.kv_indices, only.last_page_len, *sizes, **dtypes)
+        return wrapper, lambda: wrapper.plan(only.kv_indptr, only.kv_indices, only.last_page_len, *sizes, **more)
     arrays = [
-        [x.to(q.device) for x in column]
+        list(column)
         for column in zip(*((x.qo_indptr, x.kv_indptr, x.kv_indices, x.last_page_len) for x in found), strict=True)
     ]
     wrapper = flashinfer.MultiLevelCascadeAttentionWrapper(len(found), _workspace(q.device), "NHD")
-    return wrapper, lambda: wrapper.plan(*arrays, *sizes, **dtypes)
+    return wrapper, lambda: wrapper.plan(*arrays, *sizes, **more)
 
 
 def decode(*, most_levels: int = MAX_LEVELS) -> Prepare:
