@@ -1,4 +1,4 @@
-"""Install the extra `bench`, what the benchmarks compare with, one by one; what is not to be had is said and left out."""
+"""Install the extra `bench`, what the benchmarks compare with, one by one; what is not to be had is left out."""
 
 from __future__ import annotations
 

@@ -6,8 +6,10 @@ import argparse
 import re
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -71,7 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
-    return _measure(chosen, options, device, console)
+    try:
+        return _measure(chosen, options, device, console)
+    except KeyboardInterrupt:
+        console.print("interrupted before anything was measured")
+        return 130
 
 
 def _console() -> Console:
@@ -110,9 +116,8 @@ def _measure(chosen: list[Problem], options: argparse.Namespace, device: torch.d
     seconds = options.seconds or (0.05 if options.quick else 1.0)
     budget = Budget(seconds, fewest=3 if options.quick else 5)
     left, interrupted = list(chosen), False
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` and schedulers: as Ctrl-C
     try:
-        with _progress(console) as progress:
+        with _on_signals(signal.default_int_handler, signal.SIGTERM), _progress(console) as progress:
             task = progress.add_task("", total=len(chosen))
             while left and not (options.limit and time.monotonic() - start > options.limit):
                 progress.update(task, description=str(left[0]))
@@ -122,7 +127,19 @@ def _measure(chosen: list[Problem], options: argparse.Namespace, device: torch.d
                 progress.advance(task)
     except KeyboardInterrupt:
         interrupted = True
-    return _report(rows, left, limits, csv_path, interrupted, console)
+    with _on_signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):  # it takes seconds, and the impatient want it
+        return _report(rows, left, limits, csv_path, interrupted, console)
+
+
+@contextmanager
+def _on_signals(handler: Any, *kinds: signal.Signals) -> Iterator[None]:
+    """Another handler inside; `timeout` and schedulers send SIGTERM, which is to end a run as Ctrl-C does."""
+    before = {kind: signal.signal(kind, handler) for kind in kinds}
+    try:
+        yield
+    finally:
+        for kind, old in before.items():
+            signal.signal(kind, old)
 
 
 def _progress(console: Console) -> Progress:

@@ -92,12 +92,22 @@ def roof_rows(machine: Machine, roofs: Roofs) -> list[Row]:
     """The limits themselves, as rows of op "roof"."""
     return [
         Row(
-            **asdict(machine), op="roof", shape=roof.name, dtype=name_of(roof.dtype), which="forward", who="torch",
-            kind="bound", **_rates(roof.timing, roof.work, roof.seconds), roof="", roof_share=None, ratio_to_best_peer=None,
-            times_bound=None, note="",
+            **asdict(machine),
+            op="roof",
+            shape=roof.name,
+            dtype=name_of(roof.dtype),
+            which="forward",
+            who="torch",
+            kind="bound",
+            **_rates(roof.timing, roof.work, roof.seconds),
+            roof="",
+            roof_share=None,
+            ratio_to_best_peer=None,
+            times_bound=None,
+            note="rates at the 20th percentile",
         )
         for roof in roofs.measured
-    ]  # fmt: skip
+    ]
 
 
 def _ratio(seconds: float | None, timing: Timing | None) -> Number:
