@@ -30,7 +30,7 @@ test: $(STAMP) ## run the tests; flags through ARGS="..."
 bench: $(PEERS) ## run the benchmark suites, then the roofline; ARGS="..." for pytest, SUITES=bench/bench_engine.py for one
 	@$(PYTHON_IN_VENV) -m pytest $(SUITES) -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds \
 	  --benchmark-max-time=0.1 --benchmark-min-rounds=3 $(ARGS)
-	@$(PYTHON_IN_VENV) -m ibtpo_kernels.roofline --limit 360
+	@$(PYTHON_IN_VENV) -m ibtpo_kernels.roofline --limit 330
 
 roofline: $(PEERS) ## measure every op against its limits and its peers; flags through ARGS="..."
 	@$(PYTHON_IN_VENV) -m ibtpo_kernels.roofline $(ARGS)

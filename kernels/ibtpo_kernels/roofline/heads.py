@@ -175,6 +175,10 @@ def _policy_head(loss: str) -> Function:
     return function
 
 
+def _dense(gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.contiguous()
+
+
 def _two_steps(loss: str, load: Callable[[], LogProb]) -> Callable[[], Prepare]:
     """A log-prob function, then the loss of what it returns."""
 
@@ -188,7 +192,7 @@ def _two_steps(loss: str, load: Callable[[], LogProb]) -> Callable[[], Prepare]:
                 entropy = found.new_zeros(())
             for output in (found, entropy):
                 if output.requires_grad:  # a sum's gradient is one number expanded; kernels ask for a dense one
-                    output.register_hook(lambda gradient: gradient.contiguous())  # type: ignore[no-untyped-call]
+                    output.register_hook(_dense)  # type: ignore[no-untyped-call]
             return (_LOSSES[loss](inputs)(found, entropy, slice(None), slice(None)),)
 
         return in_pass(function, "both")
