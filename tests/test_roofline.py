@@ -116,6 +116,21 @@ def test_whoever_fails_is_reported_and_stops_nobody() -> None:
     assert results["broken"].reason == "RuntimeError: out of"
 
 
+def test_whoever_fails_only_while_timed_is_dropped_with_the_reason() -> None:
+    calls = []
+
+    def fails_late(_: Inputs) -> Outputs:
+        calls.append(1)
+        if len(calls) > 8:
+            raise MemoryError("no room")
+        return doubled(_)
+
+    late = Contender("late", lambda: in_pass(fails_late, "forward"))
+    results = {r.contender.who: r for r in runner.run(problem_with(late), CPU, Budget(0.001, most=5))}
+    assert results["ibtpo"].timing and results["late"].timing is None
+    assert results["late"].reason == "MemoryError: no room"
+
+
 def limits() -> Roofs:
     return Roofs(
         (

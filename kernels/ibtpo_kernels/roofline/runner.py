@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,10 +49,9 @@ def run(problem: Problem, device: torch.device, budget: Budget, clock: Clock | N
         return [Result(contender, None, _reason(error)) for contender in problem.contenders]
     with problem.context():
         found = _make_ready(problem, sets, budget, clock)
-        ready = [x for x in found if isinstance(x, _Ready)]
-        timings = _timings(ready, clock)
-    results = [Result(x.contender, timings[id(x)]) if isinstance(x, _Ready) else x for x in found]
-    del sets, found, ready
+        timed = _time([x for x in found if isinstance(x, _Ready)], clock)
+    results = [timed[x.contender.who] if isinstance(x, _Ready) else x for x in found]
+    del sets, found
     _free(device)
     return results
 
@@ -110,9 +109,26 @@ def _ready(
     return _Ready(contender, runs, budget.repetitions(estimate(clock, runs)))
 
 
-def _timings(ready: list[_Ready], clock: Clock) -> dict[int, Timing]:
-    seconds = interleave(clock, [x.runs for x in ready], [x.repetitions for x in ready])
-    return {id(x): Timing.of(found) for x, found in zip(ready, seconds, strict=True)}
+def _time(ready: list[_Ready], clock: Clock) -> dict[str, Result]:
+    """Results by contender. One that fails now, as when others have left no memory, is dropped with its reason."""
+    failures: dict[str, str] = {}
+
+    def guarded(who: str, run: Run) -> Callable[[], object]:
+        def call() -> object:
+            try:
+                return run()
+            except Exception as error:
+                return failures.setdefault(who, _reason(error))
+
+        return call
+
+    calls = [[guarded(x.contender.who, run) for run in x.runs] for x in ready]
+    seconds = interleave(clock, calls, [x.repetitions for x in ready])
+    found = {}
+    for x, of_x in zip(ready, seconds, strict=True):
+        reason = failures.get(x.contender.who, "")
+        found[x.contender.who] = Result(x.contender, None if reason else Timing.of(of_x), reason)
+    return found
 
 
 def _reason(error: Exception) -> str:
