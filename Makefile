@@ -4,12 +4,14 @@ SOURCES := ibtpo engine/ibtpo_engine kernels/ibtpo_kernels
 LINTED := $(SOURCES) tests bench examples
 CSRC := $(wildcard kernels/csrc/*.cpp kernels/csrc/*.h)
 STAMP := .venv/.installed
+PEERS := .venv/.peers
+SUITES ?= bench
 
 # Idle threads sleep instead of spinning: several times faster where other processes want the cores too (docs/log.md).
 train test: export OMP_WAIT_POLICY ?= passive
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench sanitize lint format clean
+.PHONY: help setup train test bench roofline sanitize lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,8 +27,17 @@ train: $(STAMP) ## train the built-in policy; flags through ARGS="..."
 test: $(STAMP) ## run the tests; flags through ARGS="..."
 	@$(PYTHON_IN_VENV) -m pytest $(ARGS)
 
-bench: $(STAMP) ## run the benchmarks; flags through ARGS="..."
-	@$(PYTHON_IN_VENV) -m pytest bench -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds $(ARGS)
+bench: $(PEERS) ## run the benchmark suites, then the roofline; ARGS="..." for pytest, SUITES=bench/bench_engine.py for one
+	@$(PYTHON_IN_VENV) -m pytest $(SUITES) -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds \
+	  --benchmark-max-time=0.1 --benchmark-min-rounds=3 $(ARGS)
+	@$(PYTHON_IN_VENV) -m ibtpo_kernels.roofline --limit 330
+
+roofline: $(PEERS) ## measure every op against its limits and its peers; flags through ARGS="..."
+	@$(PYTHON_IN_VENV) -m ibtpo_kernels.roofline $(ARGS)
+
+$(PEERS): $(STAMP)
+	@$(PYTHON_IN_VENV) scripts/install_peers.py
+	@touch $@
 
 sanitize: $(STAMP) ## run the kernel tests under the address and undefined-behaviour sanitizers
 	@scripts/sanitize.sh $(ARGS)

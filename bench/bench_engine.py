@@ -1,6 +1,6 @@
 """Engine against `transformers`: decoding with the built-in policy, log-prob and entropy included on our side.
 
-make bench ARGS="bench/bench_engine.py"
+make bench SUITES=bench/bench_engine.py
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
+LARGE = ON_GPU and os.environ.get("IBTPO_SMALL") != "1"  # small shapes only: under a checker that takes its time
 REPEATS = 10 if ON_GPU else 2
 FLOOR = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # a few roundings of the result
 
@@ -38,7 +39,7 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)
 
 def by_shape(small: Sequence[tuple[int, ...]], large: Sequence[tuple[int, ...]]) -> Any:
     """Small shapes in the interpreter; on a GPU large ones too."""
-    return pytest.mark.parametrize("shape", [*small, *(large if ON_GPU else ())], ids=str)
+    return pytest.mark.parametrize("shape", [*small, *(large if LARGE else ())], ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -114,13 +115,13 @@ def decode_problem(case: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tenso
     return torch.randn(len(lengths), heads, dim).to(dtype), pages, table, rows, seen, page_size
 
 
-DECODE = decode_tests.CASES[: None if ON_GPU else 3] + (
+DECODE = decode_tests.CASES[: None if LARGE else 3] + (
     [
         ([1600] * 16, [0] + [64] * 15, 16, 32, 8, 128),
         ([4096, 4100, 300, 5000], [0, 200, 10, 0], 16, 12, 2, 64),
         ([513] * 130, [0] + [31] * 129, 16, 16, 8, 128),
     ]
-    if ON_GPU
+    if LARGE
     else []
 )
 

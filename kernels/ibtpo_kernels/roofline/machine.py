@@ -1,0 +1,74 @@
+"""What a measurement was made on: machine, device, versions, commit."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The columns of a row that say where it comes from."""
+
+    date: str
+    commit: str
+    machine: str
+    device: str
+    torch: str
+    triton: str
+    threads: int
+
+
+def here(device: torch.device) -> Machine:
+    """This machine, this checkout, now."""
+    return Machine(
+        date=time.strftime("%Y-%m-%d"),
+        commit=commit(),
+        machine=processor(),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        torch=torch.__version__,
+        triton=_version("triton"),
+        threads=torch.get_num_threads(),
+    )
+
+
+def processor() -> str:
+    """The processor's name and the number of cores this process may use."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{found[0] if found else platform.processor() or platform.machine()} ({cores} cores)"
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "none"
+
+
+def commit() -> str:
+    """Of the checkout this file lies in, with `+` where sources differ from it; IBTPO_COMMIT where git is not there."""
+    folder = Path(__file__).parent
+    git = ["git", "-C", str(folder)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno", ".."], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("IBTPO_COMMIT", "unknown")
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of a GPU's last-level cache; 0 on the CPU, where inputs are used as they come, as in a step of an engine."""
+    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0
