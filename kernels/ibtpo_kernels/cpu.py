@@ -355,7 +355,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     num_cols, depth = weight.shape
     if _half(x) and depth % 2:  # products take bf16 in pairs
-        return _linear(*(torch.nn.functional.pad(y, (0, 1)) for y in (x, weight)), bias)
+        return _linear(torch.nn.functional.pad(x, (0, 1)), torch.nn.functional.pad(weight, (0, 1)), bias)
     out = torch.empty(*x.shape[:-1], num_cols, dtype=x.dtype)
     native.linear(
         x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
