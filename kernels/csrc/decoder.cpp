@@ -4,10 +4,10 @@
 //                           x += down(silu(gate n) * up n),                              n = norm(x)
 //
 // The kernels are those that Python calls one by one; what is saved is the calls, most of the time of a step of a small
-// model. There is one parallel region: a thread takes a range of rows through all layers, and waits for the others once
-// a layer, between writing its keys and reading those of its paths. Within it the kernels start no threads of their
-// own, for a product of some microseconds is not worth one; but attention of rows too few to share may. Every kernel
-// gives a row the same bits in any batch, so neither the threads nor the other rows can be seen in a result.
+// model. There is one parallel region: a thread takes a range of rows through all layers. Within it the kernels start
+// no threads of their own, for a product of some microseconds is not worth one; but attention of rows too few to share
+// may. Every kernel gives a row the same bits in any batch, so neither the threads nor the other rows can be seen in a
+// result.
 #include "kernels.h"
 #include "simd.h"
 #include "threads.h"
@@ -17,6 +17,8 @@ namespace {
 
 constexpr int64_t kThreadWork = 1 << 23;  // operations that a thread should have; with fewer, fewer threads
 constexpr int64_t kThreadRows = 8;        // rows it should have at least: each thread reads every weight
+constexpr int64_t kThreadParts = 4;       // parts a thread, of rows that do not see each other
+constexpr int64_t kPartRows = 16;         // rows of such a part, at least
 
 struct Item {
   int32_t query_begin, query_end, page_begin, page_end;
@@ -51,8 +53,10 @@ class Part {
     }
   }
 
-  // Returns -1, or a row whose page is missing.
-  INLINE_MEMBER int64_t run() {
+  // Calls written() once a layer, between writing its keys and values and reading those of the paths. Returns -1, or a
+  // row whose page is missing.
+  template <class Written>
+  INLINE_MEMBER int64_t run(Written written) {
     const int64_t half = d_.head_dim / 2;
     for (int64_t t = 0; t < count_; ++t) {
       const int64_t token = r_.tokens[begin_ + t], pos = r_.pos[begin_ + t];
@@ -62,7 +66,7 @@ class Part {
     }
     int64_t failed = -1;
     for (int64_t l = 0; l < d_.num_layers; ++l) {
-      const int64_t result = attention(d_.layers[l], l);
+      const int64_t result = attention(d_.layers[l], l, written);
       if (result >= 0) failed = begin_ + result;
       mlp(d_.layers[l]);
     }
@@ -75,7 +79,8 @@ class Part {
   }
 
  private:
-  INLINE_MEMBER int64_t attention(const DecoderLayer& w, int64_t layer) {
+  template <class Written>
+  INLINE_MEMBER int64_t attention(const DecoderLayer& w, int64_t layer, Written written) {
     const int64_t row = q_size_ + 2 * kv_size_, pool = r_.num_pages * r_.page_size;
     float *q = qkv_, *k = q + q_size_, *v = k + kv_size_;
     float *k_pages = r_.k_pages + layer * pool * kv_size_, *v_pages = r_.v_pages + layer * pool * kv_size_;
@@ -103,7 +108,7 @@ class Part {
                              row,
                              pool,
                              *d_.eps});
-#pragma omp barrier
+    written();
     const float scale = 1.0f / __builtin_sqrtf((float)d_.head_dim);
     set_threads(attention_threads_);
     const int64_t failed = kernels.tree_decode(
@@ -158,23 +163,48 @@ INLINE int64_t threads_for(const Decoder& d, int64_t num_rows, int64_t available
   return most(1, least(available, least(work / kThreadWork, num_rows / kThreadRows)));
 }
 
-// The rows in as many parts as there are threads for; then(part, begin, end) is called with a part's hidden states
-// done. Both return -1 or what is in error.
-template <class Then>
-INLINE int64_t for_parts(const Decoder& d, const DecoderRows& r, Then then) {
+// Rows of any paths, a part a thread: they wait for each other once a layer, for a row may see another one's key.
+// Returns -1 or what is in error.
+INLINE int64_t run_together(const Decoder& d, const DecoderRows& r) {
   const int64_t available = max_threads(), wanted = threads_for(d, r.num_rows, available);
   int64_t failed = -1;
 #pragma omp parallel num_threads(wanted) if (wanted > 1)
   {
     const int64_t threads = team_size(), i = thread_index();
-    const int64_t begin = i * r.num_rows / threads, end = (i + 1) * r.num_rows / threads;
-    Part part(d, r, begin, end, threads == 1 ? available : 1);
+    Part part(d, r, i * r.num_rows / threads, (i + 1) * r.num_rows / threads, threads == 1 ? available : 1);
     set_threads(1);  // of this thread, until the region ends
-    int64_t result = part.run();
-    if (result < 0) result = then(part, begin, end);
+    const int64_t result = part.run([] {
+#pragma omp barrier
+    });
     if (result >= 0) {
 #pragma omp critical(ibtpo_decoder)
       failed = result;
+    }
+  }
+  return failed;
+}
+
+// Rows that do not see each other: nobody waits, and threads take parts as they come, so that one which another process
+// keeps from running holds up no more than the part that it has. then(part, begin, end) is called with a part's hidden
+// states done, and returns -1 or what is in error.
+template <class Then>
+INLINE int64_t run_apart(const Decoder& d, const DecoderRows& r, Then then) {
+  const int64_t available = max_threads(), wanted = threads_for(d, r.num_rows, available);
+  const int64_t parts = wanted == 1 ? 1 : least(wanted * kThreadParts, r.num_rows / kPartRows);
+  int64_t failed = -1;
+#pragma omp parallel num_threads(wanted) if (wanted > 1)
+  {
+    set_threads(1);
+#pragma omp for schedule(dynamic)
+    for (int64_t i = 0; i < parts; ++i) {
+      const int64_t begin = i * r.num_rows / parts, end = (i + 1) * r.num_rows / parts;
+      Part part(d, r, begin, end, wanted == 1 ? available : 1);
+      int64_t result = part.run([] {});
+      if (result < 0) result = then(part, begin, end);
+      if (result >= 0) {
+#pragma omp critical(ibtpo_decoder)
+        failed = result;
+      }
     }
   }
   return failed;
@@ -263,7 +293,7 @@ INLINE int64_t record(const Branches& b, const DecoderRows& r, const Drawn& draw
 
 int64_t decoder_forward(const Decoder& d, const DecoderRows& r) {
   const int64_t bad = first_bad(d, r);
-  return bad >= 0 ? bad : for_parts(d, r, [](const Part&, int64_t, int64_t) -> int64_t { return -1; });
+  return bad >= 0 ? bad : run_together(d, r);
 }
 
 int64_t decoder_step(const Decoder& d, DecoderRows r, const Branches& b, const int64_t* chosen, int64_t* code) {
@@ -278,7 +308,7 @@ int64_t decoder_step(const Decoder& d, DecoderRows r, const Branches& b, const i
   r.out = hidden;
   int64_t failed = first_bad(d, r);
   if (failed >= 0) return failed;
-  failed = for_parts(d, r, [&](const Part& part, int64_t begin, int64_t end) {
+  failed = run_apart(d, r, [&](const Part& part, int64_t begin, int64_t end) {
     float* z = logits + begin * d.vocabulary;
     part.logits(z);
     const int64_t bad = drawn.sample(z, begin, end, d.vocabulary);

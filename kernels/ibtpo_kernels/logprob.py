@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ibtpo_kernels.logits import TORCH_OPS, Grads, Head, LogitOps, work_dtype
 
-_TILE_ELEMENTS = 1 << 18  # logits alive at a time: 1 MiB in float32
+_TILE_ELEMENTS = 1 << 19  # logits alive at a time: 2 MiB in float32
 _TILE_ROWS, _TILE_COLS = 512, 256  # at least, where there are as many: below, matrix products lose speed
 
 
