@@ -17,17 +17,20 @@
 
 namespace ibtpo::IBTPO_ISA {
 
-constexpr int64_t kTile = 16;  // rows of a tile, columns of C and B, and pairs of a whole step
+constexpr int64_t kTile = 16;    // rows of a tile, columns of C and B, and pairs of a whole step
+constexpr int64_t kFewRows = 4;  // that are not worth a tile
 
-// The registers keep their shapes until the end of the scope; every thread that multiplies needs one.
+// The registers keep their shapes until the end of the scope; every thread that multiplies needs one. `height`:
+// products have no more rows than this, or it is a whole tile; an instruction takes as long as A has rows.
 class MatrixRegisters {
  public:
-  INLINE_MEMBER MatrixRegisters() {
+  INLINE_MEMBER explicit MatrixRegisters(int64_t height = kTile) {
+    const auto h = (uint8_t)least(height, kTile);
     struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 32, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 8};
-    } shapes;
+      uint8_t palette, start_row, reserved[14];
+      uint16_t row_bytes[16];
+      uint8_t rows[16];
+    } shapes = {1, 0, {}, {64, 64, 64, 64, 64, 64, 32, 64}, {h, h, h, h, h, 16, h, 8}};
     asm volatile("ldtilecfg %0" ::"m"(shapes));
   }
   INLINE_MEMBER ~MatrixRegisters() { asm volatile("tilerelease"); }
@@ -162,9 +165,65 @@ INLINE void tile_row(float* c, int64_t ldc, int64_t rows, const StridedOf<Pair>&
   });
 }
 
+// What the tiles compute, bit for bit, in vectors: for a few rows, which would wait for a tile's loads and stores
+// longer than it takes to multiply them. (Numbers below 1e-38, which tiles take for zero, are not worth an exception.)
+template <int Rows, int Vecs, Into Mode>
+INLINE void few_rows(float* c, int64_t ldc, const StridedOf<Pair>& a, const PartsOf<Pair>& b, int64_t column,
+                     int64_t depth) {
+  const auto even = [](IVec words) { return (Vec)(words << 16); };
+  const auto odd = [](IVec words) { return (Vec)(words & -65536); };
+  Vec acc[Rows][Vecs];
+  for (int m = 0; m < Rows; ++m)
+    for (int n = 0; n < Vecs; ++n) acc[m][n] = Mode == Into::kChain ? load(c + m * ldc + n * kWidth) : Vec{};
+  const Pair* const* part = b.parts;
+  for (int64_t begin = 0; begin < depth; begin += b.part, ++part)
+    for (int64_t step = begin, end = least(depth, begin + b.part); step < end; step += kTile) {
+      Vec evens[Rows][Vecs] = {}, odds[Rows][Vecs] = {};
+      for (int64_t k = step; k < least(end, step + kTile); ++k) {
+        const Pair* b_k = *part + (k - begin) * b.ld + column;
+#pragma GCC unroll 4
+        for (int m = 0; m < Rows; ++m) {
+          int32_t word;
+          std::memcpy(&word, a.a + m * a.row + k * a.col, sizeof word);
+          const Vec a_even = even(isplat(word)), a_odd = odd(isplat(word));
+#pragma GCC unroll 4
+          for (int n = 0; n < Vecs; ++n) {
+            const IVec words = load((const int32_t*)(b_k + n * kWidth));
+            evens[m][n] += a_even * even(words);
+            odds[m][n] += a_odd * odd(words);
+          }
+        }
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 4
+        for (int n = 0; n < Vecs; ++n) acc[m][n] += evens[m][n] + odds[m][n];
+    }
+  for (int m = 0; m < Rows; ++m)
+    for (int n = 0; n < Vecs; ++n) {
+      float* at = c + m * ldc + n * kWidth;
+      store(at, Mode == Into::kAdd ? load(at) + acc[m][n] : acc[m][n]);
+    }
+}
+
+template <int Rows, Into Mode>
+INLINE void few_rows_panel(float* c, int64_t ldc, int64_t cols, const StridedOf<Pair>& a, const PartsOf<Pair>& b,
+                           int64_t depth) {
+  int64_t n = 0;
+  for (; n + 4 * kWidth <= cols; n += 4 * kWidth) few_rows<Rows, 4, Mode>(c + n, ldc, a, b, n, depth);
+  for (; n < cols; n += kWidth) few_rows<Rows, 1, Mode>(c + n, ldc, a, b, n, depth);
+}
+
 template <Into Mode>
 static void product(float* c, int64_t ldc, int64_t rows, int64_t cols, StridedOf<Pair> a, PartsOf<Pair> b,
                     int64_t depth) {
+  if (rows <= kFewRows) {
+    int64_t m = 0;
+    for (; m + 2 <= rows; m += 2)
+      few_rows_panel<2, Mode>(c + m * ldc, ldc, cols, {a.a + m * a.row, a.row, a.col}, b, depth);
+    if (m < rows) few_rows_panel<1, Mode>(c + m * ldc, ldc, cols, {a.a + m * a.row, a.row, a.col}, b, depth);
+    return;
+  }
   for (int64_t m = 0; m < rows; m += kTile) {
     const int64_t count = least(kTile, rows - m);
     float* c_m = c + m * ldc;

@@ -63,7 +63,7 @@ class Task {
 
   // Returns -1, or the first query found whose page is missing.
   INLINE_MEMBER int64_t run() {
-    [[maybe_unused]] const RegistersFor<T> registers;
+    [[maybe_unused]] const RegistersFor<T> registers(most_rows());
     start();
     const Item* items = reinterpret_cast<const Item*>(p_.items);
     for (int64_t i = 0; i < p_.num_items; ++i) {
@@ -80,6 +80,15 @@ class Task {
   }
 
  private:
+  // Rows of the largest product.
+  INLINE_MEMBER int64_t most_rows() const {
+    const Item* items = reinterpret_cast<const Item*>(p_.items);
+    int64_t queries = 1;
+    for (int64_t i = 0; i < p_.num_items; ++i)
+      queries = most(queries, least(end_, items[i].query_end) - most(begin_, items[i].query_begin));
+    return queries * group_;
+  }
+
   INLINE_MEMBER void start() {
     for (int64_t r = 0; r < states_; ++r) {
       if constexpr (kPairs)

@@ -135,7 +135,9 @@ static void product(float* c, int64_t ldc, int64_t rows, int64_t cols, Strided a
 #else
 namespace ibtpo::IBTPO_ISA {
 
-struct MatrixRegisters {};
+struct MatrixRegisters {
+  INLINE_MEMBER explicit MatrixRegisters(int64_t = 0) {}
+};
 
 template <Into Mode>
 static void product(float* c, int64_t ldc, int64_t rows, int64_t cols, StridedOf<Pair> a, PartsOf<Pair> b,
@@ -154,7 +156,9 @@ struct WordOf;
 template <>
 struct WordOf<float> {
   using Type = float;
-  struct Registers {};
+  struct Registers {
+    INLINE_MEMBER explicit Registers(int64_t = 0) {}
+  };
 };
 template <>
 struct WordOf<bf16> {
