@@ -6,9 +6,6 @@ make train ARGS="--out runs/demo" && .venv/bin/python bench/record_run.py runs/d
 from __future__ import annotations
 
 import csv
-import os
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,15 +14,9 @@ import torch
 
 from ibtpo.config_io import load_yaml
 from ibtpo.runlog import read_rows
+from ibtpo_kernels.roofline.machine import commit, processor
 
 RESULTS = Path(__file__).parent / "results" / "make_train.csv"
-
-
-def processor() -> str:
-    """The processor's name and the number of cores this process may use."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()} ({len(os.sched_getaffinity(0))} cores)"
 
 
 def row(run: Path) -> dict[str, object]:
@@ -34,11 +25,10 @@ def row(run: Path) -> dict[str, object]:
     evaluations = [r for r in rows if "eval_avg" in r]
     before, after = evaluations[0], evaluations[-1]
     steps = [r for r in rows if "tokens_sampled" in r]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     seconds = sum(r.get("warm_start_seconds", 0) + r.get("evaluation_seconds", 0) for r in rows)
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "machine": processor(),
         "torch": torch.__version__,
         "seed": load_yaml(run / "config.yaml")["seed"],

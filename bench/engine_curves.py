@@ -1,0 +1,120 @@
+"""What the engine costs as something grows: live branches, the share of a path that is shared, cached tokens.
+
+python bench/engine_curves.py [branches sharing cached ...] [--out FOLDER] [--repetitions N]
+
+Decodes with the built-in policy, log-prob and entropy of every token included; writes engine_curves.csv and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from rows import RESULTS, Row, compare, write
+
+from ibtpo.policy import Policy, built_in_policy
+from ibtpo_engine import Engine, Sampling
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+BRANCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+SHARING = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95)
+CACHED = (1_000, 10_000, 100_000, 1_000_000)
+PATH, LIVE, NEW = 480, 64, 32
+
+
+def random_prompts(count: int, length: int, seed: int) -> np.ndarray:
+    """int [count, length], no two alike."""
+    return np.random.default_rng(seed).integers(1, 14, (count, length))
+
+
+def extend_all(engine: Engine, prompts: np.ndarray, new: int) -> int:
+    """One branch on every prompt; what was computed for prompts stays in the index for the next call."""
+    trees = [engine.tree(prompt) for prompt in prompts]
+    nodes = engine.extend([tree.root.fork()[0] for tree in trees], Sampling(max_tokens=new))
+    for tree in trees:
+        tree.close()
+    return sum(len(node) for node in nodes)
+
+
+def anew(engine: Engine, prompts: np.ndarray, new: int) -> int:
+    """`extend_all` without what an earlier call left."""
+    engine.cache.index.clear()
+    return extend_all(engine, prompts, new)
+
+
+def branches(policy: Policy, repetitions: int) -> list[Row]:
+    """Prompts of 24 tokens that share nothing, 64 tokens each, prompts computed every time."""
+    rows = []
+    for count in BRANCHES:
+        engine = Engine(policy.model, kv_tokens=count * 128, max_branches=1024)
+        prompts = random_prompts(count, 24, seed=count)
+        rows += compare("live branches", count, {"engine": partial(anew, engine, prompts, 64)}, repetitions)
+    return rows
+
+
+def sharing(policy: Policy, repetitions: int) -> list[Row]:
+    """64 paths of 480 tokens of which a share is common to all, cached before; 32 tokens on each."""
+    rows = []
+    for share in SHARING:
+        prompts = random_prompts(LIVE, PATH, seed=1)
+        prompts[:, : int(share * PATH)] = prompts[0, : int(share * PATH)]
+        engine = Engine(policy.model, kv_tokens=LIVE * (PATH + NEW + 32))
+        rows += compare("share of a path", share, {"engine": partial(extend_all, engine, prompts, NEW)}, repetitions)
+    return rows
+
+
+def cached(policy: Policy, repetitions: int) -> list[Row]:
+    """32 prompts that are in the index already, 32 tokens on each, beside ever more that are cached and not used."""
+    rows = []
+    for count in CACHED:
+        engine = Engine(policy.model, kv_tokens=count + 64 * 128)
+        for first in range(0, count // 448, 64):
+            extend_all(engine, random_prompts(min(64, count // 448 - first), 448, seed=2 + first), 1)
+        prompts = random_prompts(32, 48, seed=1)
+        rows += compare("cached tokens", count, {"engine": partial(extend_all, engine, prompts, NEW)}, repetitions)
+    return rows
+
+
+CURVES = {"branches": branches, "sharing": sharing, "cached": cached}
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Tokens a second over what varies, one panel a curve."""
+    cases = list(dict.fromkeys(row.case for row in rows))
+    figure, axes = plt.subplots(1, len(cases), figsize=(4.4 * len(cases), 3.4), squeeze=False, layout="constrained")
+    for axis, case in zip(axes[0], cases, strict=True):
+        found = [row for row in rows if row.case == case and row.timing]
+        x = [row.x for row in found]
+        axis.plot(x, [row.tokens_per_second / 1e3 for row in found], "o-", color="#1f6f8b")
+        low = [row.tokens / row.timing.p80 / 1e3 for row in found if row.timing]
+        high = [row.tokens / row.timing.p20 / 1e3 for row in found if row.timing]
+        axis.fill_between(x, low, high, color="#1f6f8b", alpha=0.2, linewidth=0)
+        axis.set(xlabel=case, ylim=(0, None))
+        if max(x) > 1:
+            axis.set_xscale("log", base=2 if case == "live branches" else 10)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("thousand tokens a second")
+    figure.savefig(path, dpi=130)
+    print(f"wrote {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("curves", nargs="*", choices=[*CURVES, []], help="which; default: all")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--repetitions", type=int, default=15, metavar="N")
+    options = parser.parse_args()
+    policy = built_in_policy(0, dtype=torch.float32, device=torch.device("cpu"))
+    rows = [row for name in options.curves or CURVES for row in CURVES[name](policy, options.repetitions)]
+    write(options.out / "engine_curves.csv", rows)
+    plot(rows, options.out / "engine_curves.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The engine beside its peers, in turns in one run.
+
+python bench/engine_peers.py [decode shared trees throughput ...] [--out FOLDER] [--repetitions N] [--scale S]
+
+decode      the built-in policy at batch 1 ... 256, prompts of 24 tokens, 64 new ones, against `transformers` generate
+            and its continuous batching (generate_batch)
+shared      a prompt of 512 tokens and 16 branches of 32, a model of the shape of Qwen2.5-0.5B with random weights
+trees       IBTree (4, 9, 1, 1) against independent trajectories, seconds at equal sampled tokens
+throughput  nano-vllm's load: 256 sequences with 100 to 1,024 tokens in and out, a model of the shape of Qwen3-0.6B;
+            --scale makes both smaller, as a CPU demands
+
+Ours returns log-prob and entropy with every token; the peers return tokens. Writes engine_peers.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from rows import CPU, RESULTS, Call, Row, compare, write
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from ibtpo.config import IBConfig, SearchConfig
+from ibtpo.policy import Policy, built_in_policy
+from ibtpo.search import make_search
+from ibtpo.steps import StepSplitter
+from ibtpo_engine import Engine, Model, ModelConfig, Sampling, initialise, save_model
+
+SHAPES = {
+    "Qwen2.5-0.5B": {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+                     "num_attention_heads": 14, "num_key_value_heads": 2, "rms_norm_eps": 1e-6},
+    "Qwen3-0.6B": {"model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+                   "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6},
+}  # fmt: skip
+
+
+def random_model(shape: str, layers: int | None = None) -> Model:
+    """Random weights in a known shape, bfloat16."""
+    config = SHAPES[shape] | {
+        "architectures": ["Qwen2ForCausalLM" if "Qwen2" in shape else "Qwen3ForCausalLM"],
+        "vocab_size": 151936,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+    }
+    if layers is not None:
+        config["num_hidden_layers"] = layers
+    return initialise(Model(ModelConfig.from_dict(config)), 0).to(torch.bfloat16)
+
+
+def in_transformers(save: Policy | Model, dtype: torch.dtype) -> PreTrainedModel:
+    """The same weights as a model of `transformers`."""
+    with tempfile.TemporaryDirectory() as folder:
+        save.save(Path(folder)) if isinstance(save, Policy) else save_model(save, None, Path(folder))
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def extend_all(engine: Engine, prompts: np.ndarray, new: int, n: int = 1) -> int:
+    """n branches on every prompt, nothing reused from an earlier call."""
+    engine.cache.index.clear()
+    trees = [engine.tree(prompt) for prompt in prompts]
+    nodes = engine.extend([node for tree in trees for node in tree.root.fork(n)], Sampling(max_tokens=new))
+    for tree in trees:
+        tree.close()
+    return sum(len(node) for node in nodes)
+
+
+def generate(model: PreTrainedModel, prompts: torch.Tensor, new: int, n: int = 1) -> int:
+    """transformers' generate, sampling from the full distribution."""
+    with torch.inference_mode():
+        out = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            top_k=0,
+            min_new_tokens=new,
+            max_new_tokens=new,
+            num_return_sequences=n,
+            pad_token_id=0,
+        )
+    return out[:, prompts.shape[1] :].numel()
+
+
+def generate_batch(model: PreTrainedModel, prompts: torch.Tensor, new: int, n: int = 1) -> int:
+    """transformers' continuous batching."""
+    config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=new, eos_token_id=-1, pad_token_id=0)
+    found = model.generate_batch(
+        inputs=[row.tolist() for row in prompts for _ in range(n)], generation_config=config, progress_bar=False
+    )
+    return sum(len(result.generated_tokens) for result in found.values())
+
+
+def decode(options: argparse.Namespace) -> list[Row]:
+    policy = built_in_policy(0, dtype=torch.float32, device=CPU)
+    peer = in_transformers(policy, torch.float32)
+    rows = []
+    for batch in (1, 8, 32, 128, 256):
+        prompts = np.random.default_rng(0).integers(1, 14, (batch, 24))
+        engine, ids = Engine(policy.model, kv_tokens=batch * 128), torch.from_numpy(prompts)
+        contenders: dict[str, Call] = {
+            "engine": partial(extend_all, engine, prompts, 64),
+            "transformers generate": partial(generate, peer, ids, 64),
+        }
+        if batch in (8, 128):
+            contenders["transformers generate_batch"] = partial(generate_batch, peer, ids, 64)
+        rows += compare("decode, built-in policy", batch, contenders, options.repetitions)
+    return rows
+
+
+def shared(options: argparse.Namespace) -> list[Row]:
+    model = random_model("Qwen2.5-0.5B")
+    peer = in_transformers(model, torch.bfloat16)
+    prompt = np.random.default_rng(0).integers(0, 151936, (1, 512))
+    engine, ids = Engine(model, kv_tokens=2048), torch.from_numpy(prompt)
+
+    def ours() -> int:
+        before = engine.stats()["computed"]
+        sampled = extend_all(engine, prompt, 32, 16)
+        computed = engine.stats()["computed"] - before
+        unique = 512 + 16 * 31  # a branch's last token is not run
+        assert computed == unique, f"computed {computed} tokens, {unique} are unique"
+        return sampled
+
+    contenders: dict[str, Call] = {
+        "engine": ours,
+        "transformers generate": lambda: generate(peer, ids, 32, 16),
+        "transformers generate_batch": lambda: generate_batch(peer, ids, 32, 16),
+    }
+    return compare("prompt 512, 16 branches, 0.5B", 16, contenders, max(3, options.repetitions // 3))
+
+
+def trees(options: argparse.Namespace) -> list[Row]:
+    """A right answer is drawn by the tokens themselves, so that scores and branching are as lively as in training."""
+    policy = built_in_policy(0, dtype=torch.float32, device=CPU)
+    splitter = StepSplitter(policy.tokenizer, "\n")
+    sampling, rows = Sampling(max_tokens=64), []
+
+    def grow(engine: Engine, method: Literal["ibtree", "independent"], prompts: np.ndarray) -> int:
+        engine.cache.index.clear()
+        search = make_search(SearchConfig(method=method, group_size=8), IBConfig(), splitter, 64)
+        graded = engine.run(search, prompts, sampling, reward=lambda tree, leaf: float(leaf.tokens.sum() % 2))
+        return sum(tree.num_sampled for _, tree in graded)
+
+    for count in (24, 64, 256):
+        prompts = np.random.default_rng(0).integers(1, 14, (count, 24))
+        engine = Engine(policy.model, kv_tokens=256 * 16 * 96)
+        contenders = {
+            "IBTree (4, 9, 1, 1)": partial(grow, engine, "ibtree", prompts),
+            "independent, 8": partial(grow, engine, "independent", prompts),
+        }
+        rows += compare("trees, prompts", count, contenders, options.repetitions)
+    return rows
+
+
+def throughput(options: argparse.Namespace) -> list[Row]:
+    draw, scale = random.Random(0), options.scale
+    sizes = [
+        (max(1, int(draw.randint(100, 1024) * scale)), max(1, int(draw.randint(100, 1024) * scale))) for _ in range(256)
+    ]
+    model = random_model("Qwen3-0.6B", max(1, round(28 * scale)))
+    engine = Engine(model, kv_tokens=sum(i + o + 32 for i, o in sizes))
+    prompts = [np.random.default_rng(i).integers(0, 10_000, size) for i, (size, _) in enumerate(sizes)]
+
+    def ours() -> int:
+        engine.cache.index.clear()
+        trees = [engine.tree(prompt) for prompt in prompts]
+        nodes = []
+        for tree, (_, new) in zip(trees, sizes, strict=True):
+            nodes += tree.root.fork()
+            engine._submit(nodes[-1:], Sampling(temperature=0.6, max_tokens=new))
+        while any(node.in_flight for node in nodes):
+            engine._step()
+        for tree in trees:
+            tree.close()
+        return sum(len(node) for node in nodes)
+
+    return compare("256 sequences, 100 to 1,024", scale, {"engine": ours}, 1, warmup=1)
+
+
+CASES = {"decode": decode, "shared": shared, "trees": trees, "throughput": throughput}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="which; default: decode shared trees")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
+    parser.add_argument("--repetitions", type=int, default=9, metavar="N")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="of throughput's lengths and layers")
+    options = parser.parse_args()
+    rows = [row for name in options.cases or ("decode", "shared", "trees") for row in CASES[name](options)]
+    write(options.out / "engine_peers.csv", rows)
+
+
+if __name__ == "__main__":
+    main()
