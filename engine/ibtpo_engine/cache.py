@@ -41,7 +41,7 @@ class PageCache:
         if pages is None:
             return None
         if start % PAGE and pages:
-            self.pool.copy([parent.kv.pages[-1]], pages[:1], start % PAGE)
+            self.pool.copy(parent.kv.pages[-1], pages[0], start % PAGE)
         return KV(self.pool, first, pages, start)
 
     def open_root(self, root: Node) -> KV | None:

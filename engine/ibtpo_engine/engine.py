@@ -242,7 +242,7 @@ class Engine:
 
     def _resume(self, growing: dict[int, _Growing], sampling: Sampling) -> Iterator[tuple[int, Tree]]:
         """Hand finished and graded branches to their searches; yield the trees whose search has ended."""
-        for growth in [growth for growth in growing.values() if growth.is_ready()]:
+        for growth in [growth for growth in growing.values() if growth.unfinished == 0 and growth.is_ready()]:
             growth.ask(growth.nodes)
             if growth.done:
                 del growing[growth.tree.ordinal], self._growing[growth.tree.ordinal]

@@ -112,10 +112,10 @@ class PagePool:
             if self.refs[page] == 0:
                 self._free.append(page)
 
-    def copy(self, source: Sequence[int], target: Sequence[int], rows: int) -> None:
-        """Copy whole pages (rows past what is computed travel along unread); `rows` is what counts as copied."""
-        self.keys[:, target] = self.keys[:, source]
-        self.values[:, target] = self.values[:, source]
+    def copy(self, source: int, target: int, rows: int) -> None:
+        """Copy a whole page (rows past what is computed travel along unread); `rows` is what counts as copied."""
+        for pages in (self.keys, self.values):
+            pages[:, target].copy_(pages[:, source])
         self.copied += rows
 
     def check_integrity(self, owned: npt.NDArray[np.int64]) -> None:

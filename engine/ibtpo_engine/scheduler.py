@@ -2,12 +2,13 @@
 
 Every step runs one forward pass over two kinds of rows and then samples one token for every running branch:
 
-- *decode* rows: the last sampled token of each running branch, in depth-first order so that siblings are neighbours;
+- *decode* rows: the last token of each running branch, in depth-first order so that siblings are neighbours;
 - *fill* rows: tokens that are known but have no keys and values yet (a prompt, a preempted branch, a node whose KV was
-  dropped), a chunk at a time; or the last token of a node whose final hidden state is not known.
+  dropped), a chunk at a time; or the last token of a node whose final hidden state several children want.
 
 A branch waits until every node above it is filled. Its first token is sampled from its parent's final hidden state,
-which is computed once and shared by all the children::
+which is computed once and shared by all the children; where that is not known and nobody else wants it, the branch
+runs at once, and its first decode row is once more the parent's last token::
 
     waiting --(parent filled)--> running --(stop or limit)--> finished
        ^                            |
@@ -212,7 +213,11 @@ class Scheduler:
         branch.kv = self.cache.open(parent, parent.end + 1)
         if branch.kv is None:
             return False
-        ready.append(branch)
+        if parent.kv.hidden is None or (self.runner.is_native and not self.fills):
+            self._take_slot(branch, branch.kv)
+            self._join(branch)
+        else:
+            ready.append(branch)
         return True
 
     def _blocker(self, branch: Branch) -> Node | None:
@@ -220,7 +225,8 @@ class Scheduler:
         parent = branch.node.parent
         assert parent is not None
         if is_computed(parent):  # then so is everything above it
-            return None if branch.kept is not None or parent.kv.hidden is not None else parent
+            knows = branch.kept is not None or parent.kv.hidden is not None
+            return None if knows or sum(child.in_flight for child in parent.children) == 1 else parent
         while parent.parent is not None and not is_computed(parent.parent):
             parent = parent.parent
         return parent
@@ -277,6 +283,7 @@ class Scheduler:
         self.slots.begin(
             branch.slot,
             start=branch.node.start,
+            before=int(parent.tokens[-1]),
             limit=branch.limit,
             stream=branch.node.stream,
             sampling=branch.sampling,
@@ -320,10 +327,8 @@ class Scheduler:
     def _forward(self, decoding: SlotIds, fills: list[Fill]) -> torch.Tensor | None:
         """Hidden states of the decode rows, then of each fill's chunk; None if there is no row."""
         slots = self.slots
-        last = slots.length[decoding] - 1
-        tokens = [slots.tokens[decoding, last - slots.start[decoding]]]
-        pos, table_rows = [last], [decoding.astype(np.int32)]
-        address = [slots.table[decoding, last // PAGE].astype(np.int64) * PAGE + last % PAGE]
+        tokens, pos, address = ([values] for values in slots.next_rows(decoding))
+        table_rows = [decoding.astype(np.int32)]
         budget = self.fill_tokens
         for fill in fills:
             depths = fill.chunk(budget)
@@ -460,7 +465,8 @@ class Scheduler:
         return outputs
 
     def _preempt(self, branch: Branch) -> None:
-        branch.kept = self._leave(branch)
+        outputs = self._leave(branch)
+        branch.kept = outputs if len(outputs[0]) else None
         assert branch.kv is not None
         branch.kv.release()
         branch.kv = None

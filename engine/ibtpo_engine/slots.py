@@ -33,6 +33,8 @@ class Slots:
         table: int32 [num, max_pages], page ids of the path; -1 past them. Written by `set_pages` and `add_page` alone.
         planner: plans steps over the table; it is told of each write.
         start, length, limit: int32 [num], depths as drawn above.
+        before: int32 [num], the token at depth start - 1: while length == start, the next row is once more this one, whose
+            key and value are there.
         stream: int64 [num], names the branch's random numbers.
         temperature, top_p, min_p: float32 [num]; top_k: int32 [num].
         stops: int64 [num, S], stop tokens, padded with -1.
@@ -48,6 +50,7 @@ class Slots:
         self.start: Ints = np.zeros(num, np.int32)
         self.length: Ints = np.zeros(num, np.int32)
         self.limit: Ints = np.zeros(num, np.int32)
+        self.before: Ints = np.zeros(num, np.int32)
         self.stream: npt.NDArray[np.int64] = np.zeros(num, np.int64)
         self.temperature: Floats = np.ones(num, np.float32)
         self.top_p: Floats = np.ones(num, np.float32)
@@ -86,9 +89,10 @@ class Slots:
         """Free a slot."""
         self._free.append(slot)
 
-    def begin(self, slot: int, *, start: int, limit: int, stream: int, sampling: Sampling) -> None:
+    def begin(self, slot: int, *, start: int, before: int, limit: int, stream: int, sampling: Sampling) -> None:
         """Set up a branch that has sampled nothing yet."""
         self.start[slot] = self.length[slot] = start
+        self.before[slot] = before
         self.limit[slot] = limit
         self.stream[slot] = stream
         self.temperature[slot] = sampling.temperature
@@ -103,6 +107,19 @@ class Slots:
             width = max(limit - start, 2 * self.tokens.shape[1])
             for name in self.OUTPUTS:
                 setattr(self, name, _widen(getattr(self, name), width, fill=0))
+
+    def next_rows(self, slots: npt.NDArray[np.int64]) -> tuple[Ints, Ints, npt.NDArray[np.int64]]:
+        """What the next decode row of each slot is.
+
+        Returns:
+            (token int32 [n], depth int32 [n], address int64 [n]: page * PAGE + offset its key and value go to; -1 for
+            the token ahead of a branch that has sampled nothing).
+        """
+        depth, start = self.length[slots] - 1, self.start[slots]
+        begins = depth < start
+        token = np.where(begins, self.before[slots], self.tokens[slots, np.maximum(depth - start, 0)])
+        page = self.table[slots, depth // PAGE].astype(np.int64)
+        return token, depth, np.where(begins, -1, page * PAGE + depth % PAGE)
 
     def outputs(self, slot: int) -> Outputs:
         """Copies of what the slot has sampled: tokens, logprob, logprob_raw, entropy, each [n]."""

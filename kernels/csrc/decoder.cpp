@@ -217,9 +217,10 @@ struct Chosen {
     for (int64_t t = 0; t < r.num_rows; ++t) {
       const int64_t s = chosen[t], at = b.length[s] - 1;
       const int64_t page = at < r.table_width * r.page_size ? r.page_table[s * r.table_width + at / r.page_size] : -1;
-      tokens[t] = b.tokens[s * b.width + at - b.start[s]];
+      const bool begins = at < b.start[s];  // nothing sampled yet: once more the token ahead, whose key is there
+      tokens[t] = begins ? b.before[s] : b.tokens[s * b.width + at - b.start[s]];
       pos[t] = at;
-      slots[t] = page < 0 ? -2 : page * r.page_size + at % r.page_size;
+      slots[t] = page < 0 ? -2 : begins ? -1 : page * r.page_size + at % r.page_size;
       rows[t] = (int32_t)s;
       lengths[t] = (int32_t)at + 1;
     }

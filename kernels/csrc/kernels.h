@@ -140,9 +140,9 @@ struct DecoderRows {
 // Running branches as a structure of arrays, of which a step names B by index; see ibtpo_engine/slots.py.
 struct Branches {
   int64_t num_stops, width;
-  const int32_t *start, *limit;              // [S]: depth of the first sampled token, and the depth to end at
-  int32_t* length;                           // [S]: depth of the next token
-  const int64_t *stream, *stops;             // [S], [S, num_stops]
+  const int32_t *start, *limit, *before;  // [S]: depth of the first sampled token, depth to end at, token ahead of it
+  int32_t* length;                        // [S]: depth of the next token
+  const int64_t *stream, *stops;          // [S], [S, num_stops]
   const float *temperature, *top_p, *min_p;  // [S]
   const int32_t* top_k;                      // [S]
   int32_t* tokens;                           // [S, width]: what was sampled, and of it

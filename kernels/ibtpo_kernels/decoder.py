@@ -58,6 +58,7 @@ class Branches(Protocol):
     table: Ints
     start: Ints
     limit: Ints
+    before: Ints
     length: Ints
     stream: Longs
     stops: Longs
@@ -72,7 +73,7 @@ class Branches(Protocol):
 
 
 _BRANCH_FIELDS = (
-    "start", "limit", "length", "stream", "stops", "temperature", "top_p", "min_p", "top_k",
+    "start", "limit", "before", "length", "stream", "stops", "temperature", "top_p", "min_p", "top_k",
     "tokens", "logprob", "logprob_raw", "entropy",
 )  # fmt: skip
 
