@@ -72,6 +72,7 @@ ATTENTION = [  # tokens, query heads, key/value heads, head size
     (45, 2, 1, 96),
     (66, 2, 1, 128),
     (40, 1, 1, 256),
+    (33, 4, 2, 200),  # float32 walks heads of more than 128 in steps
 ]
 
 
