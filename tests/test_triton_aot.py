@@ -2,7 +2,7 @@
 no spilled registers, shared memory within the block's limit, tensor-core instructions where there is a product.
 
 By default each head size and type is compiled for sm_90, and for the others what is closest to a limit: some three
-minutes of processor time, in one process a core. IBTPO_AOT=full in the environment compiles everything for all three."""
+minutes of processor time, in one process a core. IBTPO_AOT=full in the environment compiles everything for all."""
 
 from __future__ import annotations
 
