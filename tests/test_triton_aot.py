@@ -33,6 +33,7 @@ OLDER_SPILLS = {
     ("backward_queries", 100): 112,
     ("partials", 80): 16,
     ("partials", 100): 8,
+    ("row_stats", 90): 8,
 }
 PRODUCTS = {
     "forward": {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"},
