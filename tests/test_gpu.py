@@ -7,6 +7,7 @@ does that wherever Triton is installed, so that this file is known to work befor
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -164,6 +165,86 @@ def test_a_graph_of_tree_decode_replays_after_lengths_grew(dtype: torch.dtype) -
         assert_within_budget(out, exact.to(dtype), exact, floor=FLOOR[dtype])
 
 
+class Branches:
+    """Four branches that feed themselves: what is sampled is embedded, normed, rotated, appended, attended to."""
+
+    HEADS, KV_HEADS, DIM, VOCABULARY = 4, 2, 64, 300
+    LENGTHS = (250, 260, 30, 15)  # close to a split's end, past it, close to a page's end
+
+    def __init__(self, dtype: torch.dtype, steps: int) -> None:
+        count = len(self.LENGTHS)
+        generator = torch.Generator(DEVICE).manual_seed(3)
+        widths = (self.HEADS + 2 * self.KV_HEADS) * self.DIM
+        self.embedding = torch.randn(self.VOCABULARY, widths, generator=generator).to(dtype)
+        self.head = (torch.randn(self.HEADS * self.DIM, self.VOCABULARY, generator=generator) / 8).to(dtype)
+        self.weight = torch.ones(self.DIM, dtype=dtype)
+        angle = torch.arange(400)[:, None] * torch.rand(self.DIM // 2, generator=generator)
+        self.cos, self.sin = angle.cos(), angle.sin()
+        table, rows, lengths, num_pages = paged([n + steps for n in self.LENGTHS], [0, 3, 1, 0], 16)
+        self.pages = torch.randn(2, num_pages, 16, self.KV_HEADS, self.DIM, generator=generator).to(dtype)
+        self.table = table
+        lengths.copy_(torch.tensor(self.LENGTHS, dtype=torch.int32))
+        self.lengths = lengths
+        self.plan = K.plan_decode(table, rows, lengths)
+        self.tokens = torch.arange(count)
+        self.streams = torch.arange(count) * 7919
+        self.results = torch.empty(3, count)
+        self._first = [x.clone() for x in (self.tokens, self.lengths, self.pages)]
+
+    def restart(self) -> None:
+        for x, first in zip((self.tokens, self.lengths, self.pages), self._first, strict=True):
+            x.copy_(first)
+
+    def step(self) -> None:
+        """One token a branch, all of it on the device: lengths grow there, too."""
+        pos = self.lengths.long()
+        page = self.table.gather(1, (pos // 16)[:, None])[:, 0].long()
+        sizes = [self.HEADS * self.DIM, self.KV_HEADS * self.DIM, self.KV_HEADS * self.DIM]
+        q, k, v = (x.unflatten(1, (-1, self.DIM)) for x in self.embedding[self.tokens].split(sizes, 1))
+        q = K.rope_append(
+            q, k, v, self.cos[pos], self.sin[pos], *self.pages, page * 16 + pos % 16,
+            q_weight=self.weight, k_weight=self.weight,
+        )  # fmt: skip
+        self.lengths.add_(1)
+        logits = K.tree_decode(q, *self.pages, self.plan).flatten(1) @ self.head
+        token, *rest = K.sample(logits, torch.stack((self.streams, pos), -1), temperature=0.8, top_p=0.95)
+        self.tokens.copy_(token)
+        self.results.copy_(torch.stack(rest))
+
+    def run(self, step: Callable[[], object], steps: int) -> list[Tensor]:
+        """[what was sampled and recorded at each step; the pages at the end]"""
+        found: list[Tensor] = []
+        for _ in range(steps):
+            step()
+            found += [self.tokens.clone(), self.results.clone()]
+        return [*found, self.pages.clone()]
+
+
+@by_dtype
+def test_a_graph_of_a_decode_step_is_the_step(dtype: torch.dtype) -> None:
+    """rope_append, tree_decode and sample, captured once and replayed while branches grow past pages and a split: bit
+    for bit what the same calls give one by one. (In the interpreter: twice one by one.)"""
+    steps = 20 if ON_GPU else 2
+    branches = Branches(dtype, steps)
+    one_by_one = branches.run(branches.step, steps)
+    assert int((one_by_one[0] != one_by_one[2]).sum()) > 0, "tokens change"
+    branches.restart()
+    replay: Callable[[], object] = branches.step
+    if ON_GPU:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            branches.step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            branches.step()
+        branches.restart()
+        replay = graph.replay
+    for x, y in zip(branches.run(replay, steps), one_by_one, strict=True):
+        assert torch.equal(x, y)
+
+
 def plain_logprob(hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The product in the inputs' type, the rest in at least float32, as a training script does it."""
     logits = hidden @ weight.t()
@@ -205,6 +286,29 @@ def test_the_backward_of_logprob_is_the_same_every_time() -> None:
     assert all(torch.equal(x, y) for again in others for x, y in zip(first, again, strict=True))
 
 
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU of 16 GB")
+@pytest.mark.parametrize("frozen", ["", "weight", "hidden"])
+def test_logprob_of_a_large_vocabulary_needs_less_than_a_gibibyte(frozen: str) -> None:
+    """Beside inputs, outputs and gradients, at 8,192 rows of 4,096 and a vocabulary of 151,936 in bfloat16."""
+    hidden, weight = torch.randn(8192, 4096).bfloat16(), torch.randn(151936, 4096).mul_(1 / 64).bfloat16()
+    inputs = {"hidden": hidden, "weight": weight}
+    leaves = [x.requires_grad_() for name, x in inputs.items() if name != frozen]
+    rows, targets = torch.arange(8192), torch.randint(0, 151936, (8192,))
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    logprob, entropy = K.linear_logprob(**inputs, rows=rows, targets=targets)
+    forward = torch.cuda.max_memory_allocated() - before
+    grads = torch.autograd.grad(logprob.sum() + entropy.sum(), leaves)
+    torch.cuda.synchronize()
+    kept = sum(x.numel() * x.element_size() for x in grads)
+    assert forward < 1 << 30
+    assert torch.cuda.max_memory_allocated() - before - kept < 1 << 30
+    assert all(bool(x.isfinite().all()) for x in (logprob, entropy, *grads))
+
+
 @pytest.mark.skipif(not hasattr(K, "policy_head"), reason="this build has no policy_head")
 @by_dtype
 @by_shape(*LOGPROB_SHAPES)
@@ -240,6 +344,10 @@ def test_sampling_draws_the_tokens_of_the_reference(shape: tuple[int, int], para
     assert torch.equal(actual[0], expected[0])
     for x, y in zip(actual[1:], expected[1:], strict=True):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+    if K.has_compiled():
+        on_host = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in parameters.items()}
+        with torch.device("cpu"), K.backend("cpu"):
+            assert torch.equal(actual[0].cpu(), K.sample(logits.cpu(), keys.cpu(), **on_host)[0])
 
 
 ROWS = ([(1, 1), (5, 37), (9, 130)], [(300, 4096), (4097, 1023), (17, 8192)])

@@ -53,6 +53,18 @@ def test_value_and_gradients_match_float64(backend: str, case: tuple[tuple[int, 
         assert_within_budget(actual, torch_fp32, float64)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_is_summed_in_float32_and_rounded_once(backend: str) -> None:
+    inputs = [x.bfloat16() for x in leaves((2, 9), 33, 17, bias=True)]
+    with K.backend(backend):
+        actual = K.batch_invariant_linear(*inputs)
+        assert torch.equal(K.batch_invariant_linear(inputs[0][1, 3], *inputs[1:]), actual[1, 3])
+    exact = torch.nn.functional.linear(*(x.double() for x in inputs))
+    torch.testing.assert_close(actual, exact.bfloat16(), atol=1e-6, rtol=2**-7)
+    grads = run(backend, inputs, torch.bfloat16)[1:]
+    assert [x.dtype for x in grads] == [torch.bfloat16] * 3
+
+
 def assert_rows_are_alone(depth: int, num_cols: int, dtype: torch.dtype) -> None:
     """Batches of 1 to 67 rows, beginning anywhere, dense and strided."""
     x, weight, bias = (y.to(dtype) for y in leaves((67,), depth, num_cols, bias=True))

@@ -1,5 +1,6 @@
 """Compile what a wrapper would launch, for a GPU that is not there, and read what came out.
 
+`compiled` takes a call of `triton_launches`, by its name: it runs in a process of its own, so that all cores compile.
 `launches` runs a wrapper on CPU tensors with the launch itself replaced by a note of it, so that signatures,
 specialisations and tile shapes are the shipped ones. `build` compiles such a note for a compute capability.
 """
@@ -23,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
+from triton_launches import calls
 
 from ibtpo_kernels.gpu import configs
 
@@ -60,16 +62,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class Built:
-    """Registers a thread, bytes of spilled registers (stack) a thread, bytes of shared memory a block, and the PTX."""
+    """Registers a thread, bytes of spilled registers (stack) a thread, bytes of shared memory a block."""
 
     registers: int
     spills: int
     shared: int
-    ptx: str
-
-    @property
-    def tensor_cores(self) -> set[str]:
-        return set(re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", self.ptx))
+    tensor_cores: frozenset[str]  # kinds of matrix instructions
 
 
 @contextmanager
@@ -128,4 +126,18 @@ def build(launch: Launch, capability: int) -> Built:
         command = [str(TOOLS / "cuobjdump"), "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))  # type: ignore[index]
-    return Built(registers, stack, compiled.metadata.shared, compiled.asm["ptx"])
+    products = frozenset(re.findall(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)", compiled.asm["ptx"]))
+    return Built(registers, stack, compiled.metadata.shared, products)
+
+
+_SEEN: list[object] = []
+
+
+def compiled(capability: int, full: bool, name: str) -> list[tuple[str, int, str, Built | None]]:
+    """(name, capability, kernel, built) of each launch of a call; None for what this process has built before."""
+    found = []
+    for launch in launches(dict(calls(capability, full=full))[name], capability // 10):
+        key = capability, launch.key
+        found.append((name, capability, launch.name, None if key in _SEEN else build(launch, capability)))
+        _SEEN.append(key)
+    return found

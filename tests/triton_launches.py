@@ -22,7 +22,11 @@ from ibtpo_kernels.gpu import (
 )
 from ibtpo_kernels.plan import DecodePlan, plan_items
 
-HALF, FLOAT = torch.bfloat16, torch.float32
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HEADS = (16, 32, 64, 80, 96, 128, 256)
+# What is compiled by default: every head size and type for sm_90, for the others those that come closest to a limit.
+SOME_HEADS = {80: (80, 128, 256), 90: HEADS, 100: (64, 128)}
+SOME_DTYPES = {80: ("bf16", "fp32"), 90: tuple(DTYPES), 100: ("bf16", "fp32")}
 
 
 def attention(head_dim: int, dtype: torch.dtype) -> None:
@@ -85,34 +89,27 @@ def small(dtype: torch.dtype) -> None:
     rope_append(x.detach(), k, k, cos, cos, pages, pages, slots, weight.detach(), weight.detach(), 1e-6)
 
 
-def calls(*, full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(name, call) of what ships: every kernel in bfloat16; if `full`, every head size and type too."""
-    for head_dim in (64, 128):
-        yield f"attention-D{head_dim}-bf16", partial(attention, head_dim, HALF)
+def calls(capability: int, *, full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(name, call) of what is compiled for a compute capability; if `full`, of all that ships."""
+    for name in DTYPES if full else SOME_DTYPES[capability]:
+        for head_dim in HEADS if full else SOME_HEADS[capability]:
+            yield from _heads(head_dim, name)
+        if full or name == "bf16" or (capability, name) == (90, "fp32"):
+            yield from _rows(name)
+
+
+def _heads(head_dim: int, name: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    dtype = DTYPES[name]
+    yield f"attention-D{head_dim}-{name}", partial(attention, head_dim, dtype)
     for shared in (False, True):
-        yield f"decode-D128-bf16-shared{shared:d}", partial(decode, 128, HALF, shared=shared)
-    yield from _rows("bf16", HALF)
-    if full:
-        yield from _more_heads()
-        yield from _rows("fp32", FLOAT)
+        yield f"decode-D{head_dim}-{name}-shared{shared:d}", partial(decode, head_dim, dtype, shared=shared)
 
 
-def _rows(name: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], None]]]:
+def _rows(name: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    dtype = DTYPES[name]
     for cap in (None, 30.0):
         yield f"logprob-{name}-cap{cap}", partial(logprob, dtype, cap)
     yield f"small-{name}", partial(small, dtype)
     yield f"linear-{name}", partial(product, dtype)
     for top_p in (1.0, 0.9):
         yield f"sample-{name}-p{top_p}", partial(draw, dtype, top_p)
-
-
-def _more_heads() -> Iterator[tuple[str, Callable[[], None]]]:
-    for head_dim in (16, 32, 80, 96, 256):
-        yield f"attention-D{head_dim}-bf16", partial(attention, head_dim, HALF)
-    for head_dim in (64, 128, 256):
-        yield f"attention-D{head_dim}-fp32", partial(attention, head_dim, FLOAT)
-        yield f"decode-D{head_dim}-fp32", partial(decode, head_dim, FLOAT, shared=False)
-    for head_dim in (64, 256):
-        for shared in (False, True):
-            yield f"decode-D{head_dim}-bf16-shared{shared:d}", partial(decode, head_dim, HALF, shared=shared)
-    yield "attention-D128-fp16", partial(attention, 128, torch.float16)

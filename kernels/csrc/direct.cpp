@@ -56,6 +56,8 @@ bool same_shape(const View& x, const View& y) {
   return true;
 }
 
+bool is_eps(float x) { return x >= 0 && std::isfinite(x); }
+
 bool served(Kind kind) { return kind == Kind::f32 || kind == Kind::bf16; }
 
 object append_kv(handle k, handle v, handle k_pages, handle v_pages, handle slots) {
@@ -86,7 +88,7 @@ object rope_append(handle q, handle k, handle v, handle cos, handle sin, handle 
   if (!is_heads(value, kind, count, num_kv_heads, head_dim) || !cosine.is(Kind::f32, {count, head_dim / 2}) ||
       !cosine.dense() || !sine.is(Kind::f32, {count, head_dim / 2}) || !sine.dense() ||
       !pages.fit(kind, num_kv_heads, head_dim) || !slot.is(Kind::i64, {count}) || !slot.dense() ||
-      !is_weight(q_weight, kind, head_dim) || !is_weight(k_weight, kind, head_dim))
+      !is_weight(q_weight, kind, head_dim) || !is_weight(k_weight, kind, head_dim) || !is_eps(eps))
     return nb::none();
   const Fresh out(kind, {count, num_heads, head_dim});
   const int64_t failed = by_element(kind == Kind::bf16, [&](const auto& ops, auto element) {
@@ -121,7 +123,7 @@ object tree_decode(handle q, handle k_pages, handle v_pages, handle page_table, 
       !length.is(Kind::i32, {count}) || !length.dense() || !item.is(Kind::i32, {-1, 4}) || !item.dense())
     return nb::none();
   double factor = std::pow(static_cast<double>(head_dim), -0.5);
-  if (!scale.is_none() && !nb::try_cast<double>(scale, factor)) return nb::none();
+  if (!scale.is_none() && !(nb::try_cast<double>(scale, factor) && std::isfinite(factor))) return nb::none();
   if (kind == Kind::bf16 && (head_dim % 2 != 0 || page_size % 2 != 0)) return nb::none();
   const Fresh out(kind, {count, num_heads, head_dim});
   const auto run = [&](auto type, auto kernel) {
@@ -147,7 +149,7 @@ bool is_norm(const View& x, const View& weight) {
 
 object rms_norm(handle x, handle weight, float eps) {
   const View input(x), scale(weight);
-  if (!is_norm(input, scale)) return nb::none();
+  if (!is_norm(input, scale) || !is_eps(eps)) return nb::none();
   const int64_t size = scale.size(0);
   const Fresh out = like(input);
   by_element(input.kind() == Kind::bf16, [&](const auto& ops, auto element) {
@@ -159,7 +161,7 @@ object rms_norm(handle x, handle weight, float eps) {
 
 object add_rms_norm(handle x, handle residual, handle weight, float eps) {
   const View input(x), other(residual), scale(weight);
-  if (!is_norm(input, scale) || !same_shape(input, other) || !other.dense()) return nb::none();
+  if (!is_norm(input, scale) || !same_shape(input, other) || !other.dense() || !is_eps(eps)) return nb::none();
   const int64_t size = scale.size(0);
   const Fresh out = like(input), total = like(input);
   by_element(input.kind() == Kind::bf16, [&](const auto& ops, auto element) {
@@ -246,8 +248,9 @@ object sample(handle logits, handle keys, handle temperature, handle top_p, hand
   const int64_t count = z.size(0);
   const Column<double> temperatures(temperature, count), masses(top_p, count), floors(min_p, count);
   const Column<int64_t> counts(top_k, count);
-  if (!temperatures.all([](double x) { return x >= 0; }) || !masses.all([](double x) { return x > 0 && x <= 1; }) ||
-      !counts.all([](int64_t x) { return x >= 0; }) || !floors.all([](double x) { return x >= 0 && x <= 1; }))
+  if (!temperatures.all([](double x) { return x >= 0 && std::isfinite(x); }) ||
+      !masses.all([](double x) { return x > 0 && x <= 1; }) || !counts.all([](int64_t x) { return x >= 0; }) ||
+      !floors.all([](double x) { return x >= 0 && x <= 1; }))
     return nb::none();
   const Fresh token(Kind::i64, {count}), logprob(Kind::f32, {count}), raw(Kind::f32, {count}),
       entropy(Kind::f32, {count});

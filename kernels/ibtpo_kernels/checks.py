@@ -6,6 +6,7 @@ O(N) on the CPU and no synchronisation on a GPU; on the decode path it is the ke
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,9 +28,11 @@ def _like(op: str, name: str, x: Tensor, shape: tuple[int, ...], other: Tensor, 
         )
 
 
-def _index(op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, other: Tensor) -> None:
+def _index(
+    op: str, name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, other: Tensor, other_name: str
+) -> None:
     if x.shape != shape or x.dtype is not dtype or x.device != other.device:
-        raise _fail(op, name, x, f"{dtype} {list(shape)} on {other.device}")
+        raise _fail(op, name, x, f"{dtype} {list(shape)} on {other.device}, to go with {other_name}")
 
 
 def _floating(op: str, name: str, x: Tensor, dims: int) -> None:
@@ -45,14 +48,26 @@ def _in_range(op: str, name: str, x: Tensor, low: int, high: int) -> None:
             raise ValueError(f"{op}: {name} spans [{smallest}, {largest}]; expected values in [{low}, {high})")
 
 
-def _heads(op: str, num_query_heads: int, num_kv_heads: int) -> None:
+def _finite(op: str, name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: {name}={value} must be finite")
+
+
+def _eps(op: str, eps: float) -> None:
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{op}: eps={eps} must be in [0, inf)")
+
+
+def _heads(op: str, num_query_heads: int, num_kv_heads: int, keys: str) -> None:
     if num_kv_heads < 1 or num_query_heads % num_kv_heads:
-        raise ValueError(f"{op}: {num_query_heads} query heads must be a multiple of {num_kv_heads} key/value heads")
+        raise ValueError(
+            f"{op}: {num_query_heads} query heads must be a multiple of {num_kv_heads} key/value heads, in q and {keys}"
+        )
 
 
 def _same_pages(op: str, k_pages: Tensor, v_pages: Tensor, like: Tensor, like_name: str) -> None:
     if k_pages.dim() != 4 or k_pages.shape[3] != like.shape[2]:
-        raise _fail(op, "k_pages", k_pages, f"[num_pages, page_size, Hkv, {like.shape[2]}]")
+        raise _fail(op, "k_pages", k_pages, f"[num_pages, page_size, Hkv, {like.shape[2]}], to go with {like_name}")
     shape = k_pages.shape
     _like(op, "k_pages", k_pages, shape, like, like_name)
     _like(op, "v_pages", v_pages, shape, k_pages, "k_pages")
@@ -60,17 +75,18 @@ def _same_pages(op: str, k_pages: Tensor, v_pages: Tensor, like: Tensor, like_na
         raise ValueError(f"{op}: k_pages and v_pages must be contiguous, for they are read and written in place")
 
 
-def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor) -> None:
+def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> None:
     op = "tree_attention"
     _floating(op, "q", q, 3)
     _floating(op, "k", k, 3)
     num_tokens, num_heads, head_dim = q.shape
-    _heads(op, num_heads, k.shape[1])
+    _heads(op, num_heads, k.shape[1], "k")
     _like(op, "k", k, (num_tokens, k.shape[1], head_dim), q, "q")
     _like(op, "v", v, tuple(k.shape), q, "q")
-    _index(op, "end", end, (num_tokens,), torch.int32, q)
+    _index(op, "end", end, (num_tokens,), torch.int32, q, "q")
+    _finite(op, "scale", scale)
     if end.is_cpu and num_tokens:
-        ahead = end - torch.arange(num_tokens, dtype=torch.int32)
+        ahead = end - torch.arange(num_tokens, dtype=torch.int32, device=end.device)
         if ahead.amin() < 1 or end.amax() > num_tokens:
             bad = int(((ahead < 1) | (end > num_tokens)).nonzero()[0])
             raise ValueError(f"{op}: end[{bad}] = {int(end[bad])}; expected an index in ({bad}, {num_tokens}]")
@@ -82,8 +98,10 @@ def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: in
         raise _fail(op, "page_table", page_table, "a contiguous torch.int32 [R, P]")
     if rows.dim() != 1:
         raise _fail(op, "rows", rows, "torch.int32 [B]")
-    _index(op, "rows", rows, tuple(rows.shape), torch.int32, page_table)
-    _index(op, "lengths", lengths, tuple(rows.shape), torch.int32, page_table)
+    _index(op, "rows", rows, tuple(rows.shape), torch.int32, page_table, "page_table")
+    _index(op, "lengths", lengths, tuple(rows.shape), torch.int32, page_table, "page_table and rows")
+    if not (rows.is_contiguous() and lengths.is_contiguous()):
+        raise ValueError(f"{op}: rows and lengths must be contiguous, for the plan refers to them")
     if page_size < 1:
         raise ValueError(f"{op}: page_size={page_size} must be at least 1")
 
@@ -100,15 +118,16 @@ def plan_in_range(page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: 
     _in_range("plan_decode", "lengths", lengths, 0, page_table.shape[1] * page_size + 1)
 
 
-def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan) -> None:
+def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> None:
     op = "tree_decode"
     _floating(op, "q", q, 3)
     _same_pages(op, k_pages, v_pages, q, "q")
-    _heads(op, q.shape[1], k_pages.shape[2])
+    _heads(op, q.shape[1], k_pages.shape[2], "k_pages")
     if plan.page_size != k_pages.shape[1]:
         raise ValueError(f"{op}: the plan has pages of {plan.page_size} slots, k_pages of {k_pages.shape[1]}")
     if len(plan.rows) != len(q) or plan.rows.device != q.device:
         raise _fail(op, "q", q, f"{len(plan.rows)} queries on {plan.rows.device}, as the plan has")
+    _finite(op, "scale", scale)
 
 
 def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, op: str = "append_kv") -> None:
@@ -116,35 +135,37 @@ def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Ten
     _same_pages(op, k_pages, v_pages, k, "k")
     shape = (k.shape[0], k_pages.shape[2], k.shape[2])
     _like(op, "k", k, shape, k_pages, "k_pages")
-    _like(op, "v", v, shape, k_pages, "k_pages")
-    _index(op, "slots", slots, (shape[0],), torch.int64, k)
+    _like(op, "v", v, shape, k, "k")
+    _index(op, "slots", slots, (shape[0],), torch.int64, k, "k")
 
 
 def slots_in_range(slots: Tensor, k_pages: Tensor) -> None:
     _in_range("append_kv", "slots", slots, -1, k_pages.shape[0] * k_pages.shape[1])
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> None:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
     _floating("rms_norm", "x", x, max(x.dim(), 1))
     _like("rms_norm", "weight", weight, (x.shape[-1],), x, "x")
+    _eps("rms_norm", eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> None:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
     op = "add_rms_norm"
     _floating(op, "x", x, max(x.dim(), 1))
     _like(op, "residual", residual, tuple(x.shape), x, "x")
     _like(op, "weight", weight, (x.shape[-1],), x, "x")
+    _eps(op, eps)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, op: str = "rope") -> None:
-    _floating(op, "x", x, 3)
+def rope(x: Tensor, cos: Tensor, sin: Tensor, op: str = "rope", name: str = "x") -> None:
+    _floating(op, name, x, 3)
     if x.shape[2] % 2:
-        raise _fail(op, "x", x, "an even head size")
+        raise _fail(op, name, x, "an even head size")
     shape = (x.shape[0], x.shape[2] // 2)
     if not (cos.dtype == sin.dtype and cos.is_floating_point()):
         raise ValueError(f"{op}: cos is {cos.dtype} and sin {sin.dtype}; expected one floating-point dtype for both")
-    _index(op, "cos", cos, shape, cos.dtype, x)
-    _index(op, "sin", sin, shape, cos.dtype, x)
+    _index(op, "cos", cos, shape, cos.dtype, x, name)
+    _index(op, "sin", sin, shape, cos.dtype, x, name)
 
 
 def rope_append(
@@ -158,14 +179,16 @@ def rope_append(
     slots: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
+    eps: float,
 ) -> None:
     op = "rope_append"
-    rope(q, cos, sin, op)
+    rope(q, cos, sin, op, name="q")
     append_kv(k, v, k_pages, v_pages, slots, op)
     _like(op, "q", q, (k.shape[0], q.shape[1], k.shape[2]), k, "k")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
             _like(op, name, weight, (q.shape[2],), q, "q")
+    _eps(op, eps)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> None:
@@ -179,7 +202,7 @@ def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> No
     _floating(op, "weight", weight, 2)
     _like(op, "weight", weight, (weight.shape[0], x.shape[-1]), x, "x")
     if bias is not None:
-        _like(op, "bias", bias, (weight.shape[0],), x, "x")
+        _like(op, "bias", bias, (weight.shape[0],), weight, "weight")
 
 
 def linear_logprob(
@@ -198,11 +221,11 @@ def linear_logprob(
         raise _fail(op, "weight", weight, "at least one vocabulary entry")
     if rows.dim() != 1:
         raise _fail(op, "rows", rows, "torch.int64 [E]")
-    _index(op, "rows", rows, tuple(rows.shape), torch.int64, hidden)
-    _index(op, "targets", targets, tuple(rows.shape), torch.int64, hidden)
-    if not temperature > 0:
-        raise ValueError(f"{op}: temperature={temperature} must be greater than 0")
-    if softcap is not None and not 0 < softcap < float("inf"):
+    _index(op, "rows", rows, tuple(rows.shape), torch.int64, hidden, "hidden")
+    _index(op, "targets", targets, tuple(rows.shape), torch.int64, hidden, "hidden and rows")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature={temperature} must be greater than 0 and finite")
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap={softcap} must be greater than 0 and finite, or None for no cap")
     _in_range(op, "rows", rows, 0, hidden.shape[0])
     _in_range(op, "targets", targets, 0, weight.shape[0])
@@ -220,9 +243,12 @@ def sample(
     _floating(op, "logits", logits, 2)
     if logits.shape[1] == 0:
         raise _fail(op, "logits", logits, "at least one vocabulary entry")
-    _index(op, "keys", keys, (logits.shape[0], 2), torch.int64, logits)
-    _parameter(op, "temperature", temperature, logits, lambda x: x >= 0, "in [0, inf)")
+    _index(op, "keys", keys, (logits.shape[0], 2), torch.int64, logits, "logits")
+    _parameter(op, "temperature", temperature, logits, lambda x: (x >= 0) & (x < math.inf), "in [0, inf)")
     _parameter(op, "top_p", top_p, logits, lambda x: (x > 0) & (x <= 1), "in (0, 1]")
+    if not (isinstance(top_k, int) or (isinstance(top_k, Tensor) and top_k.dtype in (torch.int32, torch.int64))):
+        kind = top_k.dtype if isinstance(top_k, Tensor) else repr(top_k)
+        raise ValueError(f"{op}: top_k is {kind}; expected an int, or torch.int32 or torch.int64 [{len(logits)}]")
     _parameter(op, "top_k", top_k, logits, lambda x: x >= 0, "0 (off) or a count")
     _parameter(op, "min_p", min_p, logits, lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
 
@@ -235,7 +261,7 @@ def _parameter(
         if not valid(value):
             raise ValueError(f"{op}: {name}={value} must be {expected}")
         return
-    if value.shape != logits.shape[:1] or value.device != logits.device:
-        raise _fail(op, name, value, f"one number, or [{logits.shape[0]}] on {logits.device}")
+    if value.shape != logits.shape[:1] or value.device != logits.device or value.is_complex():
+        raise _fail(op, name, value, f"one real number, or [{logits.shape[0]}] on {logits.device}")
     if value.is_cpu and not valid(value).all():
         raise ValueError(f"{op}: {name} has a row that is not {expected}")

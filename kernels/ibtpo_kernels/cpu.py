@@ -105,6 +105,8 @@ class _TreeAttention(torch.autograd.Function):
 
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> Tensor:
     head_dim = q.shape[2]
+    if not q.numel():
+        return reference.tree_attention(q, k, v, end, scale)
     if q.dtype is torch.bfloat16 and head_dim % 2:  # products take bf16 in pairs
         q, k, v = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v))
         return tree_attention(q, k, v, end, scale)[..., :head_dim]
@@ -119,7 +121,7 @@ def plan_decode(
     page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: int, state: Tensor | None = None
 ) -> Tensor:
     rows, lengths = _dense(rows), _dense(lengths)
-    items = torch.empty(2 * len(rows), 4, dtype=torch.int32)
+    items = rows.new_empty(2 * len(rows), 4)
     count = native.plan_decode(
         page_table.data_ptr(), rows.data_ptr(), lengths.data_ptr(), items.data_ptr(),
         0 if state is None else state.data_ptr(), page_table.shape[0], page_table.shape[1], len(rows), page_size,
@@ -134,7 +136,9 @@ def plan_decode(
 
 
 def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
-    if q.dtype is torch.bfloat16 and (q.shape[2] % 2 or plan.page_size % 2):  # its products take numbers in pairs
+    if not q.numel() or (
+        q.dtype is torch.bfloat16 and (q.shape[2] % 2 or plan.page_size % 2)
+    ):  # its products take numbers in pairs
         return reference.tree_decode(q, k_pages, v_pages, plan, scale)
     q = _dense(q)
     out = torch.empty_like(q)
@@ -191,7 +195,7 @@ def rope_append(
     q_weight = None if q_weight is None else _dense(q_weight)
     k_weight = None if k_weight is None else _dense(k_weight)
     num_tokens, num_heads, head_dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = q.new_empty(q.shape)
     num_slots = k_pages.shape[0] * k_pages.shape[1]
     failed = native.rope_append(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), cos.data_ptr(), sin.data_ptr(),
@@ -338,7 +342,7 @@ def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """Rows may lie apart in 2-D inputs, as in the halves of a fused gate-up projection."""
     if gate.dim() != 2 or gate.stride(1) != 1 or up.stride(1) != 1:
         gate, up = _dense(gate), _dense(up)
-    out = torch.empty(gate.shape, dtype=gate.dtype)
+    out = gate.new_empty(gate.shape)
     rows, size = gate.shape if gate.dim() == 2 else (1, gate.numel())
     strides = (gate.stride(0), up.stride(0)) if gate.dim() == 2 else (size, size)
     native.silu_mul(gate.data_ptr(), up.data_ptr(), out.data_ptr(), rows, size, *strides, _half(gate))
@@ -356,7 +360,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     num_cols, depth = weight.shape
     if _half(x) and depth % 2:  # products take bf16 in pairs
         return _linear(torch.nn.functional.pad(x, (0, 1)), torch.nn.functional.pad(weight, (0, 1)), bias)
-    out = torch.empty(*x.shape[:-1], num_cols, dtype=x.dtype)
+    out = x.new_empty(*x.shape[:-1], num_cols)
     native.linear(
         x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
         x.shape[:-1].numel(), num_cols, depth, depth, _half(x),
@@ -462,8 +466,8 @@ def sample(
     )
     addresses = [0 if x is None else x.data_ptr() for x in columns]
     numbers = [x if not isinstance(x, Tensor) else 0 for x in (temperature, top_p, top_k, min_p)]
-    token = torch.empty(num_rows, dtype=torch.int64)
-    logprob, logprob_raw, entropy = torch.empty(3, num_rows).unbind()
+    token = keys.new_empty(num_rows)
+    logprob, logprob_raw, entropy = logits.new_empty(3, num_rows, dtype=torch.float32).unbind()
     failed = native.sample(
         logits.data_ptr(), keys.data_ptr(), *addresses, *numbers,
         token.data_ptr(), logprob.data_ptr(), logprob_raw.data_ptr(), entropy.data_ptr(), num_rows, vocabulary,

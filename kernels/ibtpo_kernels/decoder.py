@@ -155,7 +155,7 @@ class Decoder:
         """
         tokens, pos, slots = tokens.contiguous(), pos.contiguous(), slots.contiguous()
         row, lengths, items = plan.rows.contiguous(), plan.lengths.contiguous(), plan.items.contiguous()
-        out = torch.empty(len(tokens), self.hidden_size)
+        out = torch.empty(len(tokens), self.hidden_size, dtype=torch.float32, device="cpu")
         image = _rows_image(
             k_pages, v_pages, plan.page_table.shape, plan.page_table.data_ptr(), len(tokens), len(items),
             (items.data_ptr(), *(x.data_ptr() for x in (row, lengths, tokens, pos, slots, out))),

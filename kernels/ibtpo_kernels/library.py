@@ -56,7 +56,7 @@ def _empty(x: Tensor) -> Tensor:
 
 @custom_op("ibtpo::tree_attention", mutates_args=())
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> Tensor:
-    checks.tree_attention(q, k, v, end)
+    checks.tree_attention(q, k, v, end, scale)
     out: Tensor = implementation(q).tree_attention(q, k, v, end, scale)
     return out.contiguous()
 
@@ -72,7 +72,7 @@ def tree_attention_backward(
 
 @custom_op("ibtpo::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    checks.rms_norm(x, weight)
+    checks.rms_norm(x, weight, eps)
     out: Tensor = implementation(x).rms_norm(x, weight, eps)
     return out.contiguous()
 

@@ -33,8 +33,9 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, *, scale: float
     if library.traced(q):
         traced: Tensor = library.call(library.tree_attention, q, k, v, end, _scale(scale, q))
         return traced
-    checks.tree_attention(q, k, v, end)
-    out: Tensor = implementation(q).tree_attention(q, k, v, end, _scale(scale, q))
+    factor = _scale(scale, q)
+    checks.tree_attention(q, k, v, end, factor)
+    out: Tensor = implementation(q).tree_attention(q, k, v, end, factor)
     return out
 
 
@@ -82,8 +83,9 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, *
         done = fast.tree_decode(q, k_pages, v_pages, table, rows, lengths, items, plan.page_size, scale)
         if done is not None:
             return done
-    checks.tree_decode(q, k_pages, v_pages, plan)
-    out: Tensor = implementation(q).tree_decode(q, k_pages, v_pages, plan, _scale(scale, q))
+    factor = _scale(scale, q)
+    checks.tree_decode(q, k_pages, v_pages, plan, factor)
+    out: Tensor = implementation(q).tree_decode(q, k_pages, v_pages, plan, factor)
     return out
 
 
@@ -122,7 +124,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     if library.traced(x):
         traced: Tensor = library.call(library.rms_norm, x, weight, eps)
         return traced
-    checks.rms_norm(x, weight)
+    checks.rms_norm(x, weight, eps)
     out: Tensor = implementation(x).rms_norm(x, weight, eps)
     return out
 
@@ -142,7 +144,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> 
     """
     if (fast := direct_forward()) is not None and (done := fast.add_rms_norm(x, residual, weight, eps)) is not None:
         return done
-    checks.add_rms_norm(x, residual, weight)
+    checks.add_rms_norm(x, residual, weight, eps)
     normed, total = implementation(x).add_rms_norm(x, residual, weight, eps)
     return normed, total
 
@@ -204,7 +206,7 @@ def rope_append(
         done = fast.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, q_weight, k_weight, eps)
         if done is not None:
             return done
-    checks.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, q_weight, k_weight)
+    checks.rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, q_weight, k_weight, eps)
     out: Tensor = implementation(q).rope_append(q, k, v, cos, sin, k_pages, v_pages, slots, q_weight, k_weight, eps)
     return out
 
@@ -266,7 +268,7 @@ def linear_logprob(
         hidden: [T, H]; weight: [V, H].
         rows, targets: int64 [E]; edge e asks for targets[e] under the distribution of row rows[e]. A row may have any
             number of edges, also none.
-        temperature: above 0.
+        temperature: above 0, finite.
         softcap: above 0, Gemma 2's `final_logit_softcapping`; None for no cap.
 
     Returns:
@@ -368,4 +370,5 @@ def sample(
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
+    """The default is 1 / sqrt(D), and 1 for what has no heads to speak of, which the checks look at next."""
+    return (q.shape[-1] if q.dim() and q.shape[-1] else 1) ** -0.5 if scale is None else scale

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 Ints = npt.NDArray[np.int32]
@@ -43,6 +44,23 @@ class DecodePlan:
     items: Tensor
     page_size: int
     on_host: tuple[Tensor, Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        """Kernels read these as they lie; checked once a plan, not once a layer."""
+        device = self.page_table.device
+        for name, shape in (
+            ("page_table", (-1, -1)),
+            ("rows", (-1,)),
+            ("lengths", self.rows.shape),
+            ("items", (-1, 4)),
+        ):
+            x: Tensor = getattr(self, name)
+            fits = x.dim() == len(shape) and all(n in (-1, size) for n, size in zip(shape, x.shape, strict=True))
+            if not (fits and x.dtype is torch.int32 and x.device == device and x.is_contiguous()):
+                raise ValueError(
+                    f"DecodePlan: {name} is {x.dtype} {list(x.shape)}, strides {x.stride()}, on {x.device}; expected "
+                    f"contiguous torch.int32 {list(shape)} on {device}"
+                )
 
 
 def shared_columns(page_table: Ints, rows: Ints, lengths: Ints, page_size: int, state: Ints | None = None) -> list[int]:

@@ -86,7 +86,7 @@ def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Ten
     checks.slots_in_range(slots, k_pages)
     used = slots >= 0
     for source, pages in ((k, k_pages), (v, v_pages)):
-        pages.view(-1, *pages.shape[2:])[slots[used]] = source[used].to(pages.dtype)
+        pages.flatten(0, 1)[slots[used]] = source[used].to(pages.dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

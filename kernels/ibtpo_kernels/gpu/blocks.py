@@ -94,6 +94,25 @@ def stream(
     return block
 
 
+@triton.jit
+def products_of_rows(
+    a_at, has_a, b_at, has_b, HEAD: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, NUM_A: tl.constexpr,
+    NUM_B: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """[NUM_A, NUM_B], a b^T of the rows at these addresses, STEP of their numbers at a time, read when they are needed.
+
+    A row that stays for a whole loop stays in registers; float32 heads of 256 are too wide for that. A loop and not its
+    unrolled steps, which would all be read at once.
+    """
+    s = tl.zeros([NUM_A, NUM_B], tl.float32)
+    for first in range(0, DIM, STEP):
+        dims = first + tl.arange(0, STEP)
+        a = tl.load(a_at[:, None] + dims[None, :], mask=has_a[:, None] & (dims < HEAD)[None, :], other=0.0)
+        b = tl.load(b_at[:, None] + dims[None, :], mask=has_b[:, None] & (dims < HEAD)[None, :], other=0.0)
+        s = tl.dot(a, tl.trans(b), s, input_precision=PRECISION)
+    return s
+
+
 def ends_of(end: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """(low, high), int32 [ceil(N / block)]: the mask, as the forward and dQ kernels read it."""
     bounds = end.new_empty(2, triton.cdiv(len(end), block))
@@ -109,12 +128,12 @@ def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
     return TensorDescriptor(x, [num_heads, num_tokens, head_dim], [head, row, 1], [1, block, configs.padded(head_dim)])
 
 
-def streamed(x: Tensor, y: Tensor, block: int) -> tuple[Any, Any, bool]:
-    """The two tensors a kernel's loop reads, as descriptors where the tensor memory accelerator can read them."""
+def streamed(x: Tensor, y: Tensor, block: int, tiles: configs.Tiles) -> tuple[Any, Any, bool]:
+    """The two tensors a kernel's loop reads, as descriptors where the tensor memory accelerator can read them whole."""
     aligned = all(
         (z.data_ptr() | z.stride(0) * z.element_size() | z.stride(1) * z.element_size()) % 16 == 0 for z in (x, y)
     )
-    if aligned and configs.capability(x.device) >= 9:
+    if aligned and not tiles.step and configs.capability(x.device) >= 9:
         return _descriptor(x, block), _descriptor(y, block), True
     return x, y, False
 

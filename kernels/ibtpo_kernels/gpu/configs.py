@@ -8,6 +8,7 @@ sm_89), 163 KiB (sm_80) or 227 KiB (sm_90, sm_100) a thread block.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -23,7 +24,12 @@ class Tiles:
     block_n: int
     warps: int
     stages: int
+    step: int = 0  # numbers of a head that a product takes at a time; 0: all
     uncapped: bool = False  # left alone, the assembler sometimes spills in order to stay within 128 registers
+
+    def steps(self, head_dim: int) -> int:
+        """Numbers of a head, padded to `head_dim`, that a product takes at a time."""
+        return self.step or head_dim
 
     @property
     def options(self) -> dict[str, int]:
@@ -37,43 +43,49 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+@cache
 def capability(device: torch.device) -> int:
     """8 for sm_8x, 9 for sm_90, 10 for sm_10x and up; the interpreter counts as 9."""
     return min(torch.cuda.get_device_capability(device)[0], 10) if device.type == "cuda" else 9
 
 
-# {(bytes an element, padded head size): {capability: tiles}}; a capability not listed uses the next lower one.
-# Found by compiling ahead of time: the largest tile without spilled registers, the smaller one where it lets two thread
-# blocks share a multiprocessor. float32 multiplies as three tf32 products, whose operands live in registers, twice.
+# {(bytes an element, padded head size): {capability: tiles}}; a head size not listed uses the next larger one, a
+# capability the next lower one. Found by compiling ahead of time: the largest tile without spilled registers, the
+# smaller one where it lets two thread blocks share a multiprocessor. float32 multiplies as three tf32 products, whose
+# operands live in registers, twice; heads of 256 are therefore walked in steps, see `blocks.products_of_rows`.
 _FORWARD = {
     (2, 64): {8: Tiles(128, 64, 8, 3), 9: Tiles(128, 64, 4, 3)},
     (2, 128): {8: Tiles(128, 64, 8, 2), 9: Tiles(128, 64, 8, 3)},
     (2, 256): {8: Tiles(64, 32, 8, 2), 9: Tiles(128, 32, 8, 2), 10: Tiles(64, 64, 8, 2)},
-    (4, 64): {8: Tiles(32, 32, 4, 1), 9: Tiles(64, 32, 4, 1)},
-    (4, 128): {8: Tiles(16, 32, 4, 1), 9: Tiles(32, 32, 4, 1)},
-    (4, 256): {8: Tiles(16, 16, 8, 1)},
+    (4, 32): {8: Tiles(32, 32, 4, 1, uncapped=True), 9: Tiles(64, 32, 4, 1, uncapped=True)},
+    (4, 64): {8: Tiles(32, 32, 4, 1), 9: Tiles(64, 32, 4, 1), 10: Tiles(32, 32, 4, 1)},
+    (4, 128): {8: Tiles(16, 32, 4, 1, uncapped=True)},
+    (4, 256): {8: Tiles(16, 16, 8, 1, step=64)},
 }
 _BACKWARD_KEYS = {
     (2, 64): {8: Tiles(64, 64, 8, 3), 9: Tiles(64, 128, 8, 3)},
     (2, 128): {8: Tiles(64, 64, 8, 2), 9: Tiles(64, 128, 8, 2)},
     (2, 256): {8: Tiles(32, 32, 8, 1), 10: Tiles(64, 64, 8, 1)},
+    (4, 32): {8: Tiles(32, 16, 4, 1, uncapped=True)},
     (4, 64): {8: Tiles(32, 32, 4, 1)},
     (4, 128): {8: Tiles(16, 16, 4, 1)},
-    (4, 256): {8: Tiles(16, 16, 8, 1)},
+    (4, 256): {8: Tiles(16, 16, 8, 1, step=64)},
 }
 _BACKWARD_QUERIES = {
     (2, 64): {8: Tiles(128, 64, 8, 3)},
     (2, 128): {8: Tiles(64, 64, 8, 2), 9: Tiles(128, 64, 8, 2)},
-    (2, 256): {8: Tiles(64, 32, 8, 1), 9: Tiles(32, 32, 8, 1, True), 10: Tiles(64, 64, 8, 1)},
-    (4, 64): {8: Tiles(32, 32, 4, 1)},
+    (2, 256): {8: Tiles(64, 32, 8, 1), 9: Tiles(32, 32, 8, 1, uncapped=True), 10: Tiles(64, 64, 8, 1)},
+    (4, 32): {8: Tiles(16, 32, 4, 1, uncapped=True)},
+    (4, 64): {8: Tiles(32, 32, 4, 1), 9: Tiles(16, 32, 4, 1)},
     (4, 128): {8: Tiles(16, 16, 4, 1)},
-    (4, 256): {8: Tiles(16, 16, 8, 1)},
+    (4, 256): {8: Tiles(16, 16, 8, 1, step=64)},
 }
 _Table = dict[tuple[int, int], dict[int, Tiles]]
 
 
 def _look_up(table: _Table, head_dim: int, element_size: int, major: int) -> Tiles:
-    by_capability = table[element_size, max(head_dim, 64)]
+    listed = min(size for element, size in table if element == element_size and size >= head_dim)
+    by_capability = table[element_size, listed]
     return by_capability[max(known for known in by_capability if known <= major or known == 8)]
 
 
@@ -105,10 +117,12 @@ def decode_rows(group: int, head_dim: int, element_size: int) -> tuple[int, int]
     return narrow, max(narrow, 32 if head_dim == 256 else 64)
 
 
-def decode(head_dim: int, element_size: int, has_wide: bool) -> Tiles:
-    """Tiles of the decode kernel, the same for every capability; block_m is chosen per item, see `decode_rows`."""
+def decode(head_dim: int, element_size: int, has_wide: bool, major: int) -> Tiles:
+    """Tiles of the decode kernel; head_dim is the real one, block_m is chosen per item, see `decode_rows`."""
+    dim = padded(head_dim)
     if element_size == 4:
-        return Tiles(0, 16, 8, 1, True) if head_dim == 256 else Tiles(0, 32, 4, 1, True)
-    if head_dim == 256:
-        return Tiles(0, 32, 8 if has_wide else 4, 2, has_wide)
-    return Tiles(0, 64, 8 if has_wide else 4, 3, has_wide)
+        return Tiles(0, 16, 8, 1, 64, uncapped=True) if dim == 256 else Tiles(0, 32, 4, 1, uncapped=True)
+    if dim == 256:
+        return Tiles(0, 32, 8 if has_wide else 4, 2, uncapped=has_wide)
+    keys = 32 if major == 8 and has_wide and 64 < head_dim < dim else 64  # the mask of a padded head costs registers
+    return Tiles(0, keys, 8 if has_wide else 4, 3, uncapped=has_wide or dim == 16)

@@ -189,6 +189,11 @@ def _chunk_rows(num_cols: int, element_size: int) -> int:
     return max(rows // 128 * 128, 64)
 
 
+def _chunk_columns(num_rows: int, element_size: int) -> int:
+    """Columns of a chunk with all rows."""
+    return max(_CHUNK_BYTES // ((4 + element_size) * max(num_rows, 1)) // 128 * 128, 128)
+
+
 def _chunks(head: Head) -> Iterator[tuple[int, int]]:
     """[first, stop) of each chunk."""
     size = _chunk_rows(head.num_cols, head.hidden.element_size())
@@ -294,18 +299,42 @@ class _LinearLogprob(torch.autograd.Function):
 def backward(
     head: Head, stats: Tensor, grad_logprob: Tensor, grad_entropy: Tensor, wants_hidden: bool, wants_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of hidden and weight, each only if wanted: nothing is computed or allocated for the other."""
+    """Gradients of hidden and weight, each only if wanted: nothing is computed or allocated for the other.
+
+    The gradient that is kept in float32 from chunk to chunk is the one of hidden, [T, H], not of weight, [V, H]: where
+    weight is wanted the chunks are columns.
+    """
+    edges, grad_entropy = _sorted(head, grad_logprob), grad_entropy.contiguous()
+    if wants_weight:
+        return _backward_by_columns(head, stats, edges, grad_entropy, wants_hidden)
     d_hidden = torch.empty_like(head.hidden) if wants_hidden else None
-    d_weight = torch.zeros(head.weight.shape, device=head.weight.device) if wants_weight else None
-    edges = _sorted(head, grad_logprob)
-    for first, stop in _chunks(head):
-        x = head.hidden[first:stop]
-        dz = _chunk_grad(_product(x, head.weight), head, stats, edges, grad_entropy.contiguous(), first)
-        if d_hidden is not None:
+    if d_hidden is not None:
+        for first, stop in _chunks(head):
+            dz = _chunk_grad(_product(head.hidden[first:stop], head.weight), head, stats, edges, grad_entropy, first)
             torch.mm(dz, head.weight, out=d_hidden[first:stop])
-        if d_weight is not None:
-            _add_product(d_weight, dz, x)
-    return d_hidden, None if d_weight is None else d_weight.to(head.weight.dtype)
+            del dz  # before the next chunk's logits are there
+    return d_hidden, None
+
+
+def _backward_by_columns(
+    head: Head, stats: Tensor, edges: _Edges, grad_entropy: Tensor, wants_hidden: bool
+) -> tuple[Tensor | None, Tensor]:
+    """A block of the vocabulary at a time, with all rows; blocks are added to d_hidden in order."""
+    d_weight = torch.empty_like(head.weight)
+    d_hidden = torch.zeros(head.hidden.shape, dtype=torch.float32, device=head.hidden.device) if wants_hidden else None
+    size = _chunk_columns(head.num_rows, head.hidden.element_size())
+    for first in range(0, head.num_cols, size):
+        weight = head.weight[first : first + size]
+        block, within = head._replace(weight=weight), edges._replace(targets=edges.targets - first)
+        if head.num_rows:
+            dz = _chunk_grad(_product(head.hidden, weight), block, stats, within, grad_entropy, 0)
+        else:
+            dz = weight.new_empty(0, len(weight))
+        torch.mm(dz.t(), head.hidden, out=d_weight[first : first + size])
+        if d_hidden is not None:
+            _add_product(d_hidden, dz.t(), weight)
+        del dz
+    return None if d_hidden is None else d_hidden.to(head.hidden.dtype), d_weight
 
 
 def linear_logprob(

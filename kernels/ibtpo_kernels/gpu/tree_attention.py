@@ -24,15 +24,25 @@ from torch import Tensor
 
 from ibtpo_kernels import reference
 from ibtpo_kernels.gpu import configs
-from ibtpo_kernels.gpu.blocks import CHUNK, ends_of, next_run, of_kind, rows_of, stream, streamed, strides
+from ibtpo_kernels.gpu.blocks import (
+    CHUNK,
+    ends_of,
+    next_run,
+    of_kind,
+    products_of_rows,
+    rows_of,
+    stream,
+    streamed,
+    strides,
+)
 from ibtpo_kernels.gpu.launch import LOG2_E, dot_precision, needs_grad, on_device, rows_dense
 from ibtpo_kernels.gpu.tree_attention_backward import gradients
 
 
 @triton.jit
 def _forward_pass(
-    acc, total, top, q, k_at, v_at, end_ptr, low_ptr, high_ptr, kv_head, first, num_tokens, stride_k, stride_v,
-    scale_log2, HEAD: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc, total, top, q, q_at, k_at, v_at, end_ptr, low_ptr, high_ptr, kv_head, first, num_tokens, stride_k, stride_v,
+    scale_log2, HEAD: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PARTIAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold all full, or all partial, key blocks into (acc, total, top), in depth order."""
@@ -50,8 +60,15 @@ def _forward_pass(
             begin, at = next_run(blocks, wanted, starts, at, chunk + CHUNK)
             for block in range(begin, at):
                 j0 = block * BLOCK_N
-                k = stream(k_at, kv_head, j0, num_tokens, stride_k, dims, HEAD, DIM, BLOCK_N, PARTIAL, TMA)
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                if STEP == DIM:
+                    k = stream(k_at, kv_head, j0, num_tokens, stride_k, dims, HEAD, DIM, BLOCK_N, PARTIAL, TMA)
+                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                else:
+                    rows = j0 + tl.arange(0, BLOCK_N)
+                    s = products_of_rows(
+                        q_at, queries < num_tokens, k_at + rows.to(tl.int64) * stride_k, rows < num_tokens, HEAD, DIM,
+                        STEP, BLOCK_M, BLOCK_N, PRECISION,
+                    )  # fmt: skip
                 if PARTIAL:
                     keys = j0 + tl.arange(0, BLOCK_N)
                     ends = tl.load(end_ptr + keys, mask=keys < num_tokens, other=0)
@@ -75,15 +92,17 @@ def _forward_pass(
 def forward(
     q_ptr, k_ptr, v_ptr, end_ptr, low_ptr, high_ptr, out_ptr, lse_ptr, num_tokens, scale_log2,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_on, stride_oh,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out and lse = L (base 2) of BLOCK_M queries of one head; the last queries, which see most, go first."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
     head = tl.program_id(1)
     dims = tl.arange(0, DIM)
     queries = first + tl.arange(0, BLOCK_M)
-    q = rows_of(q_ptr + head * stride_qh, first, num_tokens, stride_qn, dims, HEAD, DIM, BLOCK_M, True)
+    q_ptr += head * stride_qh
+    q = rows_of(q_ptr, first, num_tokens, stride_qn, dims, HEAD, DIM, BLOCK_M, True)
+    q_at = q_ptr + queries.to(tl.int64) * stride_qn
     kv_head = head // GROUP
     if not TMA:
         k_ptr += kv_head * stride_kh
@@ -93,8 +112,8 @@ def forward(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for partial in tl.static_range(2):
         acc, total, top = _forward_pass(
-            acc, total, top, q, k_ptr, v_ptr, end_ptr, low_ptr, high_ptr, kv_head, first, num_tokens, stride_kn,
-            stride_vn, scale_log2, HEAD, DIM, BLOCK_M, BLOCK_N, partial == 1, TMA, PRECISION,
+            acc, total, top, q, q_at, k_ptr, v_ptr, end_ptr, low_ptr, high_ptr, kv_head, first, num_tokens, stride_kn,
+            stride_vn, scale_log2, HEAD, DIM, STEP, BLOCK_M, BLOCK_N, partial == 1, TMA, PRECISION,
         )  # fmt: skip
     inside = queries < num_tokens
     total = tl.where(inside, total, 1.0)
@@ -112,11 +131,11 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> tupl
     tiles = configs.tree_forward(dim, q.element_size(), configs.capability(q.device))
     with on_device(q):
         low, high = ends_of(end, tiles.block_n)
-        k_at, v_at, tma = streamed(k, v, tiles.block_n)
+        k_at, v_at, tma = streamed(k, v, tiles.block_n, tiles)
         forward[(triton.cdiv(num_tokens, tiles.block_m), num_heads)](
             q, k_at, v_at, end, low, high, out, lse, num_tokens, scale * LOG2_E, *strides(q, k, v, out),
-            GROUP=num_heads // k.shape[1], HEAD=head_dim, DIM=dim, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-            TMA=tma, PRECISION=dot_precision(q.dtype), **tiles.options,
+            GROUP=num_heads // k.shape[1], HEAD=head_dim, DIM=dim, STEP=tiles.steps(dim), BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n, TMA=tma, PRECISION=dot_precision(q.dtype), **tiles.options,
         )  # fmt: skip
     return out, lse
 
@@ -146,7 +165,7 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -
     if scale <= 0:  # the kernels scale a row's maximum, which asks for a scale that keeps order
         return tree_attention(-q, k, v, end, -scale) if scale < 0 else tree_attention(q * 0, k, v, end, 1.0)
     q, k, v, end = rows_dense(q), rows_dense(k), rows_dense(v), end.contiguous()
-    if not len(q):
+    if not q.numel():
         return q + (k.sum() + v.sum())  # nothing, differentiable in all three
     if needs_grad(q, k, v):
         out: Tensor = _TreeAttention.apply(q, k, v, end, scale)

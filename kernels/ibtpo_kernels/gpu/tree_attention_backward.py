@@ -19,7 +19,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ibtpo_kernels.gpu import configs
-from ibtpo_kernels.gpu.blocks import CHUNK, NEVER, ends_of, next_run, of_kind, rows_of, stream, streamed, strides
+from ibtpo_kernels.gpu.blocks import (
+    CHUNK,
+    NEVER,
+    ends_of,
+    next_run,
+    of_kind,
+    products_of_rows,
+    rows_of,
+    stream,
+    streamed,
+    strides,
+)
 from ibtpo_kernels.gpu.launch import LOG2_E, dot_precision, on_device
 
 
@@ -39,10 +50,16 @@ def row_products(
 
 
 @triton.jit
+def _numbers_of(ptr, rows, count, CUT: tl.constexpr):
+    """One number a row; zeros past `count` (if CUT)."""
+    return tl.load(ptr + rows, mask=rows < count, other=0.0) if CUT else tl.load(ptr + rows)
+
+
+@triton.jit
 def _keys_step(
-    dk, dv, k, v, q_at, d_out_at, end_ptr, lse_ptr, delta_ptr, head, j0, first, num_tokens, stride_qn, stride_qh,
-    stride_dn, stride_dh, scale_log2, HEAD: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    dk, dv, k, v, k_at, v_at, q_at, d_out_at, end_ptr, lse_ptr, delta_ptr, head, j0, first, num_tokens, stride_qn,
+    stride_qh, stride_dn, stride_dh, scale_log2, HEAD: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to dK and dV what queries [first, first + BLOCK_M) of one head contribute."""
     if not TMA:
@@ -52,23 +69,38 @@ def _keys_step(
     delta_ptr += head.to(tl.int64) * num_tokens
     dims = tl.arange(0, DIM)
     queries = first + tl.arange(0, BLOCK_M)
-    q = stream(q_at, head, first, num_tokens, stride_qn, dims, HEAD, DIM, BLOCK_M, PARTIAL, TMA)
-    d_out = stream(d_out_at, head, first, num_tokens, stride_dn, dims, HEAD, DIM, BLOCK_M, PARTIAL, TMA)
-    if PARTIAL:
-        lse = tl.load(lse_ptr + queries, mask=queries < num_tokens, other=0.0)
-        delta = tl.load(delta_ptr + queries, mask=queries < num_tokens, other=0.0)
+    if STEP == DIM:
+        q = stream(q_at, head, first, num_tokens, stride_qn, dims, HEAD, DIM, BLOCK_M, PARTIAL, TMA)
+        d_out = stream(d_out_at, head, first, num_tokens, stride_dn, dims, HEAD, DIM, BLOCK_M, PARTIAL, TMA)
+    lse = _numbers_of(lse_ptr, queries, num_tokens, PARTIAL)
+    if STEP == DIM:
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
     else:
-        lse = tl.load(lse_ptr + queries)
-        delta = tl.load(delta_ptr + queries)
-    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale_log2 - lse[None, :]
+        keys = j0 + tl.arange(0, BLOCK_N)
+        s = products_of_rows(
+            k_at, keys < num_tokens, q_at + queries.to(tl.int64) * stride_qn, queries < num_tokens, HEAD, DIM, STEP,
+            BLOCK_N, BLOCK_M, PRECISION,
+        )  # fmt: skip
+    s = s * scale_log2 - lse[None, :]
     if PARTIAL:
         keys = j0 + tl.arange(0, BLOCK_N)
         ends = tl.load(end_ptr + keys, mask=keys < num_tokens, other=0)
         seen = (keys[:, None] <= queries[None, :]) & (queries[None, :] < ends[:, None])
         s = tl.where(seen, s, float("-inf"))
     p = tl.exp2(s)
+    if STEP != DIM:
+        d_out = rows_of(d_out_at, first, num_tokens, stride_dn, dims, HEAD, DIM, BLOCK_M, PARTIAL)
     dv = tl.dot(p.to(d_out.dtype), d_out, dv, input_precision=PRECISION)
-    ds = p * (tl.dot(v, tl.trans(d_out), input_precision=PRECISION) - delta[None, :])
+    if STEP == DIM:
+        dp = tl.dot(v, tl.trans(d_out), input_precision=PRECISION)
+    else:
+        dp = products_of_rows(
+            v_at, keys < num_tokens, d_out_at + queries.to(tl.int64) * stride_dn, queries < num_tokens, HEAD, DIM, STEP,
+            BLOCK_N, BLOCK_M, PRECISION,
+        )  # fmt: skip
+        q = rows_of(q_at, first, num_tokens, stride_qn, dims, HEAD, DIM, BLOCK_M, PARTIAL)
+    delta = _numbers_of(delta_ptr, queries, num_tokens, PARTIAL)  # late: 16 registers that the products above can use
+    ds = p * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -77,8 +109,8 @@ def _keys_step(
 def backward_keys(
     q_ptr, k_ptr, v_ptr, end_ptr, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, num_tokens, scale, scale_log2,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_dn, stride_dh, stride_gn, stride_gh,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of BLOCK_N keys of one key/value head: sum over the group's heads, then over queries in order."""
     j0, kv_head = tl.program_id(0) * BLOCK_N, tl.program_id(1)
@@ -87,27 +119,31 @@ def backward_keys(
     inside = keys < num_tokens
     k = rows_of(k_ptr + kv_head * stride_kh, j0, num_tokens, stride_kn, dims, HEAD, DIM, BLOCK_N, True)
     v = rows_of(v_ptr + kv_head * stride_vh, j0, num_tokens, stride_vn, dims, HEAD, DIM, BLOCK_N, True)
+    k_at = k_ptr + kv_head * stride_kh + keys.to(tl.int64) * stride_kn
+    v_at = v_ptr + kv_head * stride_vh + keys.to(tl.int64) * stride_vn
     ends = tl.load(end_ptr + keys, mask=inside, other=0)
     # query blocks [begin, full_begin) and [full_end, stop) need the mask, [full_begin, full_end) does not
-    begin, stop = j0 // BLOCK_M, tl.cdiv(tl.max(ends, 0), BLOCK_M)
+    # (an end past the last token, which only the host would report, reaches no query that is not there)
+    begin, stop = j0 // BLOCK_M, tl.cdiv(min(tl.max(ends, 0), num_tokens), BLOCK_M)
     full_begin = min(tl.cdiv(j0 + BLOCK_N - 1, BLOCK_M), stop)
-    full_end = min(max(tl.min(tl.where(inside, ends, NEVER), 0) // BLOCK_M, full_begin), stop)
+    low = min(tl.min(tl.where(inside, ends, NEVER), 0), num_tokens)
+    full_end = min(max(low // BLOCK_M, full_begin), stop)
     num_full, num_head, num_partial = full_end - full_begin, full_begin - begin, full_begin - begin + stop - full_end
     dk = tl.zeros([BLOCK_N, DIM], tl.float32)
     dv = tl.zeros([BLOCK_N, DIM], tl.float32)
     for t in range(GROUP * num_full):  # heads of the group, for each its query blocks: one loop, so one pipeline
         dk, dv = _keys_step(
-            dk, dv, k, v, q_ptr, d_out_ptr, end_ptr, lse_ptr, delta_ptr, kv_head * GROUP + t // num_full, j0,
-            (full_begin + t % num_full) * BLOCK_M, num_tokens, stride_qn, stride_qh, stride_dn, stride_dh, scale_log2,
-            HEAD, DIM, BLOCK_M, BLOCK_N, False, TMA, PRECISION,
+            dk, dv, k, v, k_at, v_at, q_ptr, d_out_ptr, end_ptr, lse_ptr, delta_ptr, kv_head * GROUP + t // num_full,
+            j0, (full_begin + t % num_full) * BLOCK_M, num_tokens, stride_qn, stride_qh, stride_dn, stride_dh,
+            scale_log2, HEAD, DIM, STEP, BLOCK_M, BLOCK_N, False, TMA, PRECISION,
         )  # fmt: skip
     for t in range(GROUP * num_partial):
         nth = t % num_partial
         block = tl.where(nth < num_head, begin + nth, full_end + nth - num_head)
         dk, dv = _keys_step(
-            dk, dv, k, v, q_ptr, d_out_ptr, end_ptr, lse_ptr, delta_ptr, kv_head * GROUP + t // num_partial, j0,
-            block * BLOCK_M, num_tokens, stride_qn, stride_qh, stride_dn, stride_dh, scale_log2, HEAD, DIM, BLOCK_M,
-            BLOCK_N, True, TMA, PRECISION,
+            dk, dv, k, v, k_at, v_at, q_ptr, d_out_ptr, end_ptr, lse_ptr, delta_ptr, kv_head * GROUP + t // num_partial,
+            j0, block * BLOCK_M, num_tokens, stride_qn, stride_qh, stride_dn, stride_dh, scale_log2, HEAD, DIM, STEP,
+            BLOCK_M, BLOCK_N, True, TMA, PRECISION,
         )  # fmt: skip
     at = kv_head * stride_gh + keys.to(tl.int64)[:, None] * stride_gn + dims[None, :]
     kept = inside[:, None] & (dims < HEAD)[None, :]
@@ -117,9 +153,9 @@ def backward_keys(
 
 @triton.jit
 def _queries_pass(
-    dq, q, d_out, lse, delta, k_at, v_at, end_ptr, low_ptr, high_ptr, kv_head, first, num_tokens, stride_k, stride_v,
-    scale_log2, HEAD: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PARTIAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    dq, q, q_at, d_out, d_out_at, lse, delta, k_at, v_at, end_ptr, low_ptr, high_ptr, kv_head, first, num_tokens,
+    stride_k, stride_v, scale_log2, HEAD: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to dQ what all full, or all partial, key blocks contribute, in depth order."""
     last = min(first + BLOCK_M, num_tokens) - 1
@@ -136,16 +172,31 @@ def _queries_pass(
             begin, at = next_run(blocks, wanted, starts, at, chunk + CHUNK)
             for block in range(begin, at):
                 j0 = block * BLOCK_N
-                k = stream(k_at, kv_head, j0, num_tokens, stride_k, dims, HEAD, DIM, BLOCK_N, PARTIAL, TMA)
-                v = stream(v_at, kv_head, j0, num_tokens, stride_v, dims, HEAD, DIM, BLOCK_N, PARTIAL, TMA)
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - lse[:, None]
+                keys = j0 + tl.arange(0, BLOCK_N)
+                if STEP == DIM:
+                    k = stream(k_at, kv_head, j0, num_tokens, stride_k, dims, HEAD, DIM, BLOCK_N, PARTIAL, TMA)
+                    v = stream(v_at, kv_head, j0, num_tokens, stride_v, dims, HEAD, DIM, BLOCK_N, PARTIAL, TMA)
+                    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                else:
+                    s = products_of_rows(
+                        q_at, queries < num_tokens, k_at + keys.to(tl.int64) * stride_k, keys < num_tokens, HEAD, DIM,
+                        STEP, BLOCK_M, BLOCK_N, PRECISION,
+                    )  # fmt: skip
+                s = s * scale_log2 - lse[:, None]
                 if PARTIAL:
-                    keys = j0 + tl.arange(0, BLOCK_N)
                     ends = tl.load(end_ptr + keys, mask=keys < num_tokens, other=0)
                     seen = (keys[None, :] <= queries[:, None]) & (queries[:, None] < ends[None, :])
                     s = tl.where(seen, s, float("-inf"))
                 p = tl.exp2(s)
-                ds = p * (tl.dot(d_out, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+                if STEP == DIM:
+                    dp = tl.dot(d_out, tl.trans(v), input_precision=PRECISION)
+                else:
+                    dp = products_of_rows(
+                        d_out_at, queries < num_tokens, v_at + keys.to(tl.int64) * stride_v, keys < num_tokens, HEAD,
+                        DIM, STEP, BLOCK_M, BLOCK_N, PRECISION,
+                    )  # fmt: skip
+                    k = rows_of(k_at, j0, num_tokens, stride_k, dims, HEAD, DIM, BLOCK_N, PARTIAL)
+                ds = p * (dp - delta[:, None])
                 dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
@@ -155,8 +206,8 @@ def backward_queries(
     q_ptr, k_ptr, v_ptr, end_ptr, low_ptr, high_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, num_tokens, scale,
     scale_log2, stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_dn, stride_dh,
     stride_gn, stride_gh,
-    GROUP: tl.constexpr, HEAD: tl.constexpr, DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, HEAD: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of BLOCK_M queries of one head."""
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
@@ -164,8 +215,11 @@ def backward_queries(
     dims = tl.arange(0, DIM)
     queries = first + tl.arange(0, BLOCK_M)
     inside = queries < num_tokens
-    q = rows_of(q_ptr + head * stride_qh, first, num_tokens, stride_qn, dims, HEAD, DIM, BLOCK_M, True)
-    d_out = rows_of(d_out_ptr + head * stride_dh, first, num_tokens, stride_dn, dims, HEAD, DIM, BLOCK_M, True)
+    q_ptr += head * stride_qh
+    d_out_ptr += head * stride_dh
+    q = rows_of(q_ptr, first, num_tokens, stride_qn, dims, HEAD, DIM, BLOCK_M, True)
+    d_out = rows_of(d_out_ptr, first, num_tokens, stride_dn, dims, HEAD, DIM, BLOCK_M, True)
+    q_at, d_out_at = q_ptr + queries.to(tl.int64) * stride_qn, d_out_ptr + queries.to(tl.int64) * stride_dn
     # rows past the end: P = 2^(0 - inf) = 0
     lse = tl.load(lse_ptr + head.to(tl.int64) * num_tokens + queries, mask=inside, other=float("inf"))
     delta = tl.load(delta_ptr + head.to(tl.int64) * num_tokens + queries, mask=inside, other=0.0)
@@ -176,8 +230,9 @@ def backward_queries(
     dq = tl.zeros([BLOCK_M, DIM], tl.float32)
     for partial in tl.static_range(2):
         dq = _queries_pass(
-            dq, q, d_out, lse, delta, k_ptr, v_ptr, end_ptr, low_ptr, high_ptr, kv_head, first, num_tokens, stride_kn,
-            stride_vn, scale_log2, HEAD, DIM, BLOCK_M, BLOCK_N, partial == 1, TMA, PRECISION,
+            dq, q, q_at, d_out, d_out_at, lse, delta, k_ptr, v_ptr, end_ptr, low_ptr, high_ptr, kv_head, first,
+            num_tokens, stride_kn, stride_vn, scale_log2, HEAD, DIM, STEP, BLOCK_M, BLOCK_N, partial == 1, TMA,
+            PRECISION,
         )  # fmt: skip
     at = dq_ptr + head * stride_gh + queries.to(tl.int64)[:, None] * stride_gn + dims[None, :]
     tl.store(at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None] & (dims < HEAD)[None, :])
@@ -189,11 +244,11 @@ def _backward_keys(q: Tensor, k: Tensor, v: Tensor, end: Tensor, d_out: Tensor, 
     grads = torch.empty(2, *k.shape, dtype=k.dtype, device=k.device)
     dim, group = configs.padded(head_dim), num_heads // k.shape[1]
     tiles = configs.tree_backward_keys(dim, q.element_size(), configs.capability(q.device))
-    q_at, d_out_at, tma = streamed(q, d_out, tiles.block_m)
+    q_at, d_out_at, tma = streamed(q, d_out, tiles.block_m, tiles)
     backward_keys[(triton.cdiv(num_tokens, tiles.block_n), k.shape[1])](
         q_at, k, v, end, d_out_at, stats[0], stats[1], grads[0], grads[1], num_tokens, scale, scale * LOG2_E,
-        *strides(q, k, v, d_out, grads[0]), GROUP=group, HEAD=head_dim, DIM=dim, BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n, TMA=tma, PRECISION=dot_precision(q.dtype), **tiles.options,
+        *strides(q, k, v, d_out, grads[0]), GROUP=group, HEAD=head_dim, DIM=dim, STEP=tiles.steps(dim),
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, TMA=tma, PRECISION=dot_precision(q.dtype), **tiles.options,
     )  # fmt: skip
     return grads
 
@@ -207,11 +262,11 @@ def _backward_queries(
     dim, group = configs.padded(head_dim), num_heads // k.shape[1]
     tiles = configs.tree_backward_queries(dim, q.element_size(), configs.capability(q.device))
     low, high = ends_of(end, tiles.block_n)
-    k_at, v_at, tma = streamed(k, v, tiles.block_n)
+    k_at, v_at, tma = streamed(k, v, tiles.block_n, tiles)
     backward_queries[(triton.cdiv(num_tokens, tiles.block_m), num_heads)](
         q, k_at, v_at, end, low, high, d_out, stats[0], stats[1], dq, num_tokens, scale, scale * LOG2_E,
-        *strides(q, k, v, d_out, dq), GROUP=group, HEAD=head_dim, DIM=dim, BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n, TMA=tma, PRECISION=dot_precision(q.dtype), **tiles.options,
+        *strides(q, k, v, d_out, dq), GROUP=group, HEAD=head_dim, DIM=dim, STEP=tiles.steps(dim),
+        BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, TMA=tma, PRECISION=dot_precision(q.dtype), **tiles.options,
     )  # fmt: skip
     return dq
 
@@ -220,7 +275,7 @@ def _row_products(out: Tensor, d_out: Tensor, delta: Tensor) -> None:
     num_tokens, num_heads, head_dim = out.shape
     row_products[(triton.cdiv(num_tokens, 64), num_heads)](
         out, d_out, delta, num_tokens, *strides(out, d_out), HEAD=head_dim, DIM=configs.padded(head_dim), BLOCK=64,
-        num_warps=4,
+        num_warps=4, maxnreg=255,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ibtpo_kernels import reference
 from ibtpo_kernels.gpu import configs
+from ibtpo_kernels.gpu.blocks import products_of_rows
 from ibtpo_kernels.gpu.launch import LOG2_E, dot_precision, on_device, rows_dense
 from ibtpo_kernels.gpu.work import work_list
 from ibtpo_kernels.plan import DecodePlan
@@ -40,11 +41,11 @@ def _fold(top, total, acc, other_top, other_total, other_acc):
 
 @triton.jit
 def _split(
-    q, lengths, table_ptr, k_ptr, v_ptr, num_pages, begin, stop, stride_slot, scale_log2,
-    HEAD: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q, q_at, inside, lengths, table_ptr, k_ptr, v_ptr, num_pages, begin, stop, stride_slot, scale_log2,
+    HEAD: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(top, total, acc) of keys [begin, stop) of one path."""
+    """(top, total, acc) of keys [begin, stop) of one path. If STEP < DIM, q is read again, STEP numbers at a time."""
     dims = tl.arange(0, DIM)
     acc = tl.zeros([BLOCK_M, DIM], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -55,8 +56,13 @@ def _split(
         there = (page >= 0) & (page < num_pages)
         at = (page.to(tl.int64) * PAGE + keys % PAGE) * stride_slot
         mask = there[:, None] & (dims < HEAD)[None, :]
-        k = tl.load(k_ptr + at[:, None] + dims[None, :], mask=mask, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        if STEP == DIM:
+            k = tl.load(k_ptr + at[:, None] + dims[None, :], mask=mask, other=0.0)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2
+        else:
+            s = scale_log2 * products_of_rows(
+                q_at, inside, k_ptr + at, there, HEAD, DIM, STEP, BLOCK_M, BLOCK_N, PRECISION
+            )
         s += tl.where(there, 0.0, float("nan"))[None, :]
         s = tl.where((keys < stop)[None, :] & (keys[None, :] < lengths[:, None]), s, float("-inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
@@ -74,8 +80,8 @@ def _split(
 def _item(
     q_ptr, k_ptr, v_ptr, table_ptr, rows_ptr, lengths_ptr, first_slot_ptr, acc_ptr, sums_ptr, out_ptr,
     query_begin, num_queries, split, is_open, num_heads, num_pages, table_width, stride_qb, stride_qh, stride_slot,
-    scale_log2, SPLIT: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
+    scale_log2, SPLIT: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr,
+    PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIRECT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One item: rows r = (query r // GROUP, head r % GROUP of this key/value head's group)."""
     kv_head = tl.program_id(1)
@@ -84,8 +90,8 @@ def _item(
     query, head = query_begin + lane // GROUP, kv_head * GROUP + lane % GROUP
     lengths = tl.load(lengths_ptr + query, mask=inside, other=0)
     longest = tl.max(lengths, 0)
-    at = query.to(tl.int64)[:, None] * stride_qb + head[:, None] * stride_qh + dims[None, :]
-    q = tl.load(q_ptr + at, mask=inside[:, None] & (dims < HEAD)[None, :], other=0.0)
+    q_at = q_ptr + query.to(tl.int64) * stride_qb + head * stride_qh
+    q = tl.load(q_at[:, None] + dims[None, :], mask=inside[:, None] & (dims < HEAD)[None, :], other=0.0)
     table_ptr += tl.load(rows_ptr + query_begin).to(tl.int64) * table_width
     k_ptr += kv_head * HEAD
     v_ptr += kv_head * HEAD
@@ -98,8 +104,8 @@ def _item(
     for back in range(count):
         begin = (split + count - 1 - back) * SPLIT
         part_top, part_total, part_acc = _split(
-            q, lengths, table_ptr, k_ptr, v_ptr, num_pages, begin, min(begin + SPLIT, longest), stride_slot, scale_log2,
-            HEAD, DIM, PAGE, BLOCK_M, BLOCK_N, PRECISION,
+            q, q_at, inside, lengths, table_ptr, k_ptr, v_ptr, num_pages, begin, min(begin + SPLIT, longest),
+            stride_slot, scale_log2, HEAD, DIM, STEP, PAGE, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
         top, total, keep, take = _fold(part_top, part_total, part_acc, top, total, acc)
         acc = part_acc * keep[:, None] + acc * take[:, None]
@@ -120,9 +126,9 @@ def _item(
 def partials(
     q_ptr, k_ptr, v_ptr, table_ptr, rows_ptr, lengths_ptr, items_ptr, first_slot_ptr, acc_ptr, sums_ptr, out_ptr,
     num_heads, num_pages, table_width, stride_qb, stride_qh, stride_slot, scale_log2,
-    SPLIT: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
-    NARROW: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WIDE: tl.constexpr, DIRECT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, GROUP: tl.constexpr, HEAD: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr,
+    PAGE: tl.constexpr, NARROW: tl.constexpr, WIDE: tl.constexpr, BLOCK_N: tl.constexpr, HAS_WIDE: tl.constexpr,
+    DIRECT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial results of one item and one key/value head, in the tile that fits the item's rows."""
     item = items_ptr + tl.program_id(0) * 4
@@ -132,13 +138,13 @@ def partials(
         _item(
             q_ptr, k_ptr, v_ptr, table_ptr, rows_ptr, lengths_ptr, first_slot_ptr, acc_ptr, sums_ptr, out_ptr,
             query_begin, num_queries, split, is_open, num_heads, num_pages, table_width, stride_qb, stride_qh,
-            stride_slot, scale_log2, SPLIT, GROUP, HEAD, DIM, PAGE, WIDE, BLOCK_N, DIRECT, PRECISION,
+            stride_slot, scale_log2, SPLIT, GROUP, HEAD, DIM, STEP, PAGE, WIDE, BLOCK_N, DIRECT, PRECISION,
         )  # fmt: skip
     else:
         _item(
             q_ptr, k_ptr, v_ptr, table_ptr, rows_ptr, lengths_ptr, first_slot_ptr, acc_ptr, sums_ptr, out_ptr,
             query_begin, num_queries, split, is_open, num_heads, num_pages, table_width, stride_qb, stride_qh,
-            stride_slot, scale_log2, SPLIT, GROUP, HEAD, DIM, PAGE, NARROW, BLOCK_N, DIRECT, PRECISION,
+            stride_slot, scale_log2, SPLIT, GROUP, HEAD, DIM, STEP, PAGE, NARROW, BLOCK_N, DIRECT, PRECISION,
         )  # fmt: skip
 
 
@@ -182,13 +188,13 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, s
     num_pages, page_size, num_kv_heads, _ = k_pages.shape
     group, dim = num_heads // num_kv_heads, configs.padded(head_dim)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if not num_queries:
+    if not out.numel():
         return out
     if q.is_cpu:
         _check_pages(plan, num_pages)
     narrow, wide = configs.decode_rows(group, dim, q.element_size())
     work = work_list(plan, group, narrow, wide)
-    tiles = configs.decode(dim, q.element_size(), work.has_wide)
+    tiles = configs.decode(head_dim, q.element_size(), work.has_wide, configs.capability(q.device))
     direct = work.num_slots == num_queries
     num_slots = 0 if direct else work.num_slots
     acc = torch.empty(num_slots, num_heads, head_dim, dtype=torch.float32, device=q.device)
@@ -197,9 +203,9 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, s
         partials[(len(work.items), num_kv_heads)](
             q, k_pages, v_pages, plan.page_table, plan.rows, plan.lengths, work.items, work.first_slot, acc, sums, out,
             num_heads, num_pages, plan.page_table.shape[1], q.stride(0), q.stride(1), num_kv_heads * head_dim,
-            scale * LOG2_E, SPLIT=work.split_tokens, GROUP=group, HEAD=head_dim, DIM=dim, PAGE=page_size, NARROW=narrow,
-            WIDE=wide, BLOCK_N=tiles.block_n, HAS_WIDE=work.has_wide, DIRECT=direct, PRECISION=dot_precision(q.dtype),
-            **tiles.options,
+            scale * LOG2_E, SPLIT=work.split_tokens, GROUP=group, HEAD=head_dim, DIM=dim, STEP=tiles.steps(dim),
+            PAGE=page_size, NARROW=narrow, WIDE=wide, BLOCK_N=tiles.block_n, HAS_WIDE=work.has_wide, DIRECT=direct,
+            PRECISION=dot_precision(q.dtype), **tiles.options,
         )  # fmt: skip
         if not direct:
             merge[(num_queries, num_heads)](
