@@ -14,14 +14,15 @@ readonly PYTHON=${PYTHON:-.venv/bin/python} BUILD=build/sanitize
 
 say() { printf '[sanitize] %s\n' "$*"; }
 
-# The run-time library of the compiler in use has to come before everything else in the process.
+# The run-time library of the compiler in use has to come before everything else in the process; and the C++ library with
+# it, for the sanitizer looks up what throws exceptions when it starts.
 preload() {
   local compiler name path
   compiler=$(sed -n 's/^CMAKE_CXX_COMPILER:[A-Z]*=//p' "$BUILD/CMakeCache.txt")
   for name in libasan.so "libclang_rt.asan-$(uname -m).so" libclang_rt.asan.so; do
     path=$("$compiler" -print-file-name="$name")
     if [[ $path == */* && -e $path ]]; then
-      readlink -f "$path"
+      printf '%s %s' "$(readlink -f "$path")" "$("$compiler" -print-file-name=libstdc++.so.6)"
       return
     fi
   done

@@ -33,8 +33,8 @@ class Slots:
         table: int32 [num, max_pages], page ids of the path; -1 past them. Written by `set_pages` and `add_page` alone.
         planner: plans steps over the table; it is told of each write.
         start, length, limit: int32 [num], depths as drawn above.
-        before: int32 [num], the token at depth start - 1: while length == start, the next row is once more this one, whose
-            key and value are there.
+        before: int32 [num], the token at depth start - 1: while length == start, the next row is once more this one,
+            whose key and value are there.
         stream: int64 [num], names the branch's random numbers.
         temperature, top_p, min_p: float32 [num]; top_k: int32 [num].
         stops: int64 [num, S], stop tokens, padded with -1.
