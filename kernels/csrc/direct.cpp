@@ -301,7 +301,7 @@ int64_t append(const Append& p) {
   for (int64_t t = 0; t < p.count; ++t)
     if (p.slots[t] < -1 || p.slots[t] >= p.num_slots) return t;
   for (int64_t t = 0; t < p.count; ++t) {
-    if (p.slots[t] < 0) continue;
+    if (p.slots[t] < 0 || p.row_size == 0) continue;  // nothing to copy, perhaps from nowhere
     std::memcpy(p.k_pages + p.slots[t] * p.row_size, p.k + t * p.k_stride, p.row_size);
     std::memcpy(p.v_pages + p.slots[t] * p.row_size, p.v + t * p.v_stride, p.row_size);
   }
