@@ -88,11 +88,11 @@ def generate(model: PreTrainedModel, prompts: torch.Tensor, new: int, n: int = 1
     return out[:, prompts.shape[1] :].numel()
 
 
-def generate_batch(model: PreTrainedModel, prompts: torch.Tensor, new: int, n: int = 1) -> int:
+def generate_batch(model: PreTrainedModel, prompts: torch.Tensor, new: int) -> int:
     """transformers' continuous batching."""
     config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=new, eos_token_id=-1, pad_token_id=0)
     found = model.generate_batch(
-        inputs=[row.tolist() for row in prompts for _ in range(n)], generation_config=config, progress_bar=False
+        inputs=prompts.tolist(), generation_config=config, progress_bar=False
     )
     return sum(len(result.generated_tokens) for result in found.values())
 
@@ -128,11 +128,7 @@ def shared(options: argparse.Namespace) -> list[Row]:
         assert computed == unique, f"computed {computed} tokens, {unique} are unique"
         return sampled
 
-    contenders: dict[str, Call] = {
-        "engine": ours,
-        "transformers generate": lambda: generate(peer, ids, 32, 16),
-        "transformers generate_batch": lambda: generate_batch(peer, ids, 32, 16),
-    }
+    contenders: dict[str, Call] = {"engine": ours, "transformers generate": lambda: generate(peer, ids, 32, 16)}
     return compare("prompt 512, 16 branches, 0.5B", 16, contenders, max(3, options.repetitions // 3))
 
 
