@@ -196,7 +196,7 @@ class Scheduler:
                 continue
             elif not self._fill_node(blocker):
                 return
-            elif blocker is branch.node.parent:
+            elif blocker is branch.node.parent and branch.kept is None:  # else its own tokens are filled next
                 self.fills[id(blocker)].children.append(branch)
             else:
                 continue
