@@ -59,6 +59,7 @@ class Shape:
         if depth < self._may_stop_at:
             logits[self._stops[(self._stops >= 0) & (self._stops < vocabulary)].to(logits.device)] = -torch.inf
         if self.cursor is not None:
+            assert self.cursor.depth <= depth, "a branch never loses what it sampled"
             self.cursor.advance(tokens[self.cursor.depth - self.node.start :])
             allowed = torch.from_numpy(self.cursor.allowed(vocabulary))
             logits.masked_fill_(~allowed.to(logits.device), -torch.inf)
