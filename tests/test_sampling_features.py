@@ -436,6 +436,20 @@ def test_a_mask_may_not_write_into_the_path(model: Model) -> None:
 # ---- stop strings --------------------------------------------------------------------------------------------
 
 
+def test_below_a_fork_within_the_prompt_the_text_begins_at_the_fork(model: Model) -> None:
+    """Both for a stop string and for a mask, and for what is forked off further below."""
+    engine = engine_on(model)
+    grammar = Alternate()
+    always = Sampling(max_tokens=20, logit_bias={8: 1e4})
+    with engine.tree([*PROMPT[:20], 8, 8, *PROMPT[20:]]) as tree:
+        [short] = engine.extend(tree.root.fork(at=22), replace(always, stop=("aaa",)))
+        assert (short.start, short.end, short.stopped_by) == (22, 25, "aaa")
+        [below] = engine.extend(short.fork(at=2), replace(always, stop=("aaaaa",)))
+        assert (below.start, below.end, below.stopped_by) == (24, 27, "aaaaa")
+        engine.extend(below.fork(), Sampling(max_tokens=1, allowed=grammar))
+        assert grammar.advanced == (27 - 22) + (40 - 27 - 1), "what was sampled, from the fork on"
+
+
 @pytest.mark.parametrize("stop", [("é",), ("∑", "😀"), ("aé", "éb"), ("b a",), ("a" * 3, "é é")])
 def test_stop_strings_of_characters_split_over_tokens(model: Model, how: str, stop: tuple[str, ...]) -> None:
     """The next byte of the alphabet or another one: characters are cut, completed and spoilt, also across a fork."""
@@ -484,12 +498,17 @@ def test_a_long_text_is_decoded_in_a_window(model: Model) -> None:
     with engine.tree(PROMPT) as tree:
         [node] = engine.extend(tree.root.fork(), sampling)
         text = spell(node.tokens.tolist())
-        unique = next(text[i : i + 6] for i in range(200, 390) if text.find(text[i : i + 6]) == i)
-        [found] = engine.extend(tree.root.fork(), replace(sampling, stop=(unique,), seed=None))
-    assert node.finish == "length"
-    assert max(lengths) <= 64
-    assert sum(lengths) < 60 * (len(node) + len(found))
-    check(model, found, replace(sampling, stop=(unique,)))
+        assert node.finish == "length"
+        assert max(lengths) <= 64
+        assert sum(lengths) < 60 * len(node)
+    engine = engine_on(model)
+    for length in (6, 60, 130):  # longer than the shortest window, too
+        late = replace(sampling, stop=(text[-length - 9 : -9],))
+        with engine.tree(PROMPT, key=0) as tree:
+            [found] = engine.extend(tree.root.fork(), late)
+        assert found.tokens.tolist() == node.tokens[: len(found)].tolist()
+        assert found.finish == "stop"
+        check(model, found, late)
 
 
 def test_a_decoder_that_fails_stops_the_call_and_not_the_others(model: Model, how: str) -> None:

@@ -99,7 +99,7 @@ class MaskCursor:
                 cursor = cls(mask, known.state.copy(), known.depth)
                 break
         else:
-            prompt = prefix[: node.tree.prompt_len]
+            prompt = prefix[: node.births()[0][0]]
             cursor = cls(mask, mask.begin(prompt), len(prompt))
         cursor.advance(prefix[cursor.depth :])
         return cursor

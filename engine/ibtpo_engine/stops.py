@@ -37,9 +37,9 @@ class StopWatch:
         self.stops = stops
         self._text = ""
         self._longest = max(map(len, stops))
-        begin = max(min(prompt_len, len(prefix)) - CONTEXT, 0)
+        begin = max(prompt_len - CONTEXT, 0)
         self._window: list[int] = prefix[begin:].tolist()
-        self._set_context(max(prompt_len - begin, 0))
+        self._set_context(prompt_len - begin)
         self._shorten()
 
     def push(self, token: int) -> str | None:

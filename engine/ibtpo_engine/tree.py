@@ -106,7 +106,10 @@ class Node:
         return nodes[::-1]
 
     def births(self) -> list[tuple[int, int]]:
-        """(depth of the fork, how many began there before) of every branch that leads here: the place in the tree."""
+        """(depth of the fork, how many began there before) of every branch that leads here: the place in the tree.
+
+        The first depth is where what was sampled begins: the prompt's length, or less below a fork within the prompt.
+        """
         path = self.path()
         return [node.birth for node, above in zip(path[1:], path, strict=False) if node.birth != above.birth]
 
