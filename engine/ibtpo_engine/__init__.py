@@ -2,8 +2,9 @@
 
 from ibtpo_engine.checkpoint import load_model, load_tokenizer, save_model, stop_tokens
 from ibtpo_engine.engine import Engine, Growth, Reward, Search
-from ibtpo_engine.errors import CheckpointError, EngineError, OutOfPages, StaleWeights
+from ibtpo_engine.errors import CheckpointError, EngineError, NoTokenAllowed, OutOfPages, StaleWeights
 from ibtpo_engine.export import PackedTree
+from ibtpo_engine.masks import MaskState, TokenMask
 from ibtpo_engine.model import Model, initialise
 from ibtpo_engine.model_config import ModelConfig, RopeConfig
 from ibtpo_engine.sampling import Sampling
@@ -14,8 +15,10 @@ __all__ = [
     "Engine",
     "EngineError",
     "Growth",
+    "MaskState",
     "Model",
     "ModelConfig",
+    "NoTokenAllowed",
     "Node",
     "OutOfPages",
     "PackedTree",
@@ -24,6 +27,7 @@ __all__ = [
     "Sampling",
     "Search",
     "StaleWeights",
+    "TokenMask",
     "Tree",
     "initialise",
     "load_model",

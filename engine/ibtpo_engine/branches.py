@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ibtpo_engine.features import Features
 from ibtpo_engine.pages import KV
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.slots import Ints, Outputs
@@ -23,6 +24,7 @@ class Branch:
     kv: KV | None = None
     slot: int = -1
     kept: Outputs | None = None
+    features: Features | None = None
     place: tuple[int, ...] = ()  # depth-first sort key while running
 
 

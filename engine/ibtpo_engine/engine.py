@@ -13,11 +13,15 @@ import torch
 
 from ibtpo_engine.cache import PageCache
 from ibtpo_engine.errors import OutOfPages, StaleWeights
+from ibtpo_engine.features import features_of
+from ibtpo_engine.generate import in_order, independent
 from ibtpo_engine.model import Model
 from ibtpo_engine.pages import PAGE, PagePool, pages_for
+from ibtpo_engine.randomness import seeded_stream
 from ibtpo_engine.runner import Runner
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.scheduler import Scheduler
+from ibtpo_engine.stops import Decode
 from ibtpo_engine.threads import threads_for
 from ibtpo_engine.tree import Node, Tree
 
@@ -35,6 +39,7 @@ class Engine:
         seed: with a tree's key and a token's place in the tree, decides every sample.
         max_branches: most branches decoded in one step.
         prefill_tokens: most known tokens computed in one step.
+        decode: token ids to text, as `tokenizer.decode`; stop strings need it.
 
     Raises:
         ValueError: a size is not positive.
@@ -48,6 +53,7 @@ class Engine:
         seed: int = 0,
         max_branches: int = 256,
         prefill_tokens: int = 2048,
+        decode: Decode | None = None,
     ) -> None:
         for name, value in (
             ("kv_tokens", kv_tokens),
@@ -58,6 +64,7 @@ class Engine:
                 raise ValueError(f"Engine: {name}={value} must be at least 1")
         self.model = model
         self.seed = seed
+        self.decode = decode
         self.version = 0
         self.seconds_waiting = 0.0  # with nothing to sample, for rewards
         self.kv_tokens = pages_for(kv_tokens) * PAGE
@@ -146,7 +153,9 @@ class Engine:
             The same nodes, in the same order, finished.
 
         Raises:
-            ValueError: a node is given twice, is not pending, was dropped, or its tree is closed or of another engine.
+            ValueError: a node is given twice, is not pending, was dropped, or its tree is closed or of another engine;
+                or `sampling` names a token outside the vocabulary, or stop strings without `decode`.
+            NoTokenAllowed: mask, bias and `min_tokens` together forbid a branch every token.
             OutOfPages: the pool is full of what open trees own; the nodes are taken off their trees again.
             StaleWeights: parameters changed since the last call without `weights_changed`.
         """
@@ -160,6 +169,26 @@ class Engine:
             self.scheduler.cancel(nodes)
             raise
         return nodes
+
+    def generate(
+        self, prompts: Iterable[npt.ArrayLike], sampling: Sampling, *, n: int = 1, keys: Iterable[int] | None = None
+    ) -> Iterator[list[Node]]:
+        """Sample `n` independent trajectories of every prompt, all in one continuously batched stream.
+
+        Args:
+            prompts: int [m] each; taken as there is room, so they may be a stream.
+            sampling: how.
+            n: trajectories a prompt.
+            keys: names of the random numbers, one a prompt: the same key gives the same trajectories again.
+
+        Yields:
+            The `n` finished nodes of each prompt, in the order of the prompts, as soon as they and all before are done.
+
+        Raises:
+            ValueError: n < 1, or as `run`.
+            OutOfPages, StaleWeights: as `run`.
+        """
+        return in_order(self.run(independent(n), prompts, sampling, keys=keys))
 
     def run(
         self,
@@ -256,8 +285,12 @@ class Engine:
         limits = {node: self._limit(node, sampling) for node in nodes}
         if len(limits) < len(nodes):
             raise ValueError("a node is given twice; use node.fork(n=2) for two branches")
+        sampling.check_serves(self.model.config.vocab_size, has_decode=self.decode is not None)
+        features = {node: features_of(node, sampling, self.decode) for node in nodes}  # all, before any is submitted
         for node, limit in limits.items():
-            self.scheduler.submit(node, sampling, limit)
+            if sampling.seed is not None:
+                node.stream = seeded_stream(sampling.seed, node.births())
+            self.scheduler.submit(node, sampling, limit, features[node])
 
     def _limit(self, node: Node, sampling: Sampling) -> int:
         """Depth a node may reach.

@@ -15,5 +15,9 @@ class StaleWeights(EngineError):
     """The parameters changed while cached KV still belongs to the old ones."""
 
 
+class NoTokenAllowed(EngineError):
+    """Mask, bias and `min_tokens` together forbid a branch every token."""
+
+
 class CheckpointError(ValueError):
     """A checkpoint folder is missing something, damaged, or of an unknown architecture."""

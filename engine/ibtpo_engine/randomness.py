@@ -7,7 +7,10 @@ differ, batch mates and pool sizes do not matter, and a replay is exact.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 _MASK = (1 << 64) - 1
+_SEEDED = -2  # at the place of a tree's key and -1, which names its root
 
 
 def _splitmix(x: int) -> int:
@@ -16,6 +19,20 @@ def _splitmix(x: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)
+
+
+def seeded_stream(seed: int, births: Iterable[tuple[int, int]]) -> int:
+    """The stream of a branch that has a seed of its own.
+
+    Args:
+        seed: any integer.
+        births: (depth of the fork, how many began there before) of each stream on the branch's path, from the top;
+            siblings differ by it, and branches below different leaves.
+    """
+    stream = mix(seed, _SEEDED)
+    for depth, ordinal in births:
+        stream = mix(stream, depth, ordinal)
+    return stream
 
 
 def mix(*values: int) -> int:

@@ -78,6 +78,7 @@ class Runner:
         self.model = model
         self.pool = pool
         self._plan: DecodePlan | None = None
+        self._planned: npt.NDArray[np.int32] = np.empty(0, np.int32)  # the rows it is for
         self._decoder: Decoder | None = None
         self._step: DecodeStep | None = None
         self._chosen: npt.NDArray[np.int64] | None = None  # what the step was told to run
@@ -101,7 +102,8 @@ class Runner:
         """Hidden states [T, H] of `rows`, whose paths' pages are in the table of `planner`."""
         device = self.model.device
         tokens, pos, address = (torch.from_numpy(array).to(device) for array in (rows.tokens, rows.pos, rows.address))
-        if self._plan is None:
+        if self._plan is None or not np.array_equal(self._planned, rows.row):
+            self._planned = rows.row
             lengths = (rows.pos + 1).astype(np.int32)
             self._plan = planner.plan(torch.from_numpy(rows.row), torch.from_numpy(lengths))
         else:  # same rows, one token further; some have a new page
@@ -128,9 +130,9 @@ class Runner:
         assert self._decoder is not None
         if self._step is None or not self._step.is_current(self.pool.keys, self.pool.values):
             self._step, self._chosen = self._decoder.record(slots, self.pool.keys, self.pool.values), None
-        if self._plan is None or self._chosen is not chosen:
+        if self._chosen is not chosen:
             lengths = torch.from_numpy(slots.length[chosen])
-            self._plan = slots.planner.plan(torch.from_numpy(chosen.astype(np.int32)), lengths)
-            self._step.choose(chosen, self._plan.items)
+            plan = slots.planner.plan(torch.from_numpy(chosen.astype(np.int32)), lengths)
+            self._step.choose(chosen, plan.items)
             self._chosen = chosen
         return self._step.run()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ibtpo_engine.masks import PrefixMask, TokenMask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +19,15 @@ class Sampling:
         top_k: number of most likely tokens kept (before top_p); 0 keeps all.
         min_p: of those, tokens less than this many times as likely as the most likely one are dropped; 0 drops none.
         max_tokens: most tokens on a path below the prompt; a branch that reaches it finishes with "length".
+        min_tokens: fewest tokens on a path below the prompt, the stop token included: until then stop tokens are not
+            sampled and stop strings are passed over.
         stop_tokens: token ids that end a branch; the stop token is kept as its last token.
+        stop: strings that end a branch at the token that completes one, which is kept; sought in the text below the
+            prompt, wherever tokens and forks cut it. Needs `Engine(decode=...)`.
+        logit_bias: {token id: bias} added to the model's logits, before temperature; -inf forbids a token.
+        allowed: which tokens may come next, asked once a token; a function of the path or a `TokenMask` (a grammar).
+        seed: names the random numbers in place of the engine's seed and the tree's key; branches still differ by
+            their place in the tree.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -26,7 +38,12 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     max_tokens: int = 256
+    min_tokens: int = 0
     stop_tokens: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    allowed: TokenMask | PrefixMask | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -39,3 +56,33 @@ class Sampling:
             raise ValueError(f"Sampling.min_p: {self.min_p} lies outside [0, 1]")
         if self.max_tokens < 1:
             raise ValueError(f"Sampling.max_tokens: {self.max_tokens} must be at least 1")
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(f"Sampling.min_tokens: {self.min_tokens} lies outside [0, max_tokens={self.max_tokens}]")
+        if isinstance(self.stop, str) or not all(isinstance(stop, str) and stop for stop in self.stop):
+            raise ValueError(f"Sampling.stop: {self.stop!r} must be a tuple of strings, none of them empty")
+        for token, bias in self.logit_bias.items():
+            if not bias < math.inf:
+                raise ValueError(f"Sampling.logit_bias: {bias} of token {token} must be finite, or -inf to forbid it")
+        if self.allowed is not None and not (isinstance(self.allowed, TokenMask) or callable(self.allowed)):
+            raise ValueError(f"Sampling.allowed: {self.allowed!r} is neither a TokenMask (has begin) nor a function")
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # a copy: the caller's may change
+
+    @property
+    def shapes_logits(self) -> bool:
+        """Whether logits are changed, for some tokens at least, before they are sampled."""
+        return bool(self.logit_bias) or self.allowed is not None or bool(self.min_tokens and self.stop_tokens)
+
+    def length_to_stop(self, prompt_len: int) -> int:
+        """Length of the path, prompt included, from which on a stop may end it."""
+        return prompt_len + self.min_tokens if self.min_tokens else 0
+
+    def check_serves(self, vocabulary: int, *, has_decode: bool) -> None:
+        """Raise ValueError if an engine with this vocabulary, with or without a decoder of tokens, cannot do it."""
+        for token in self.logit_bias:
+            if not 0 <= token < vocabulary:
+                raise ValueError(f"Sampling.logit_bias: token id {token} lies outside the vocabulary [0, {vocabulary})")
+        if self.stop and not has_decode:
+            raise ValueError(
+                f"Sampling.stop={self.stop!r} is sought in text; give the engine a decoder: "
+                "Engine(model, decode=tokenizer.decode)"
+            )

@@ -27,12 +27,12 @@ import torch
 
 from ibtpo_engine.branches import Branch, Fill
 from ibtpo_engine.cache import PageCache, is_computed
+from ibtpo_engine.features import Features
 from ibtpo_engine.pages import KV, PAGE, pages_for
 from ibtpo_engine.runner import Rows, Runner
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.slots import FINISH, Outputs, Slots
 from ibtpo_engine.tree import Node
-from ibtpo_kernels import sample
 
 SlotIds = npt.NDArray[np.int64]
 
@@ -99,10 +99,10 @@ class Scheduler:
         filling = sum(fill.end - fill.kv.computed for fill in self.fills.values())
         return len(self.running) + min(filling, self.fill_tokens)
 
-    def submit(self, node: Node, sampling: Sampling, limit: int) -> None:
+    def submit(self, node: Node, sampling: Sampling, limit: int, features: Features | None = None) -> None:
         """Queue a pending node; it may grow to depth `limit`."""
         node.in_flight = True
-        self.waiting.append(Branch(node, sampling, limit, self._tickets))
+        self.waiting.append(Branch(node, sampling, limit, self._tickets, features=features))
         self._tickets += 1
 
     def step(self, version: int) -> list[Node] | None:
@@ -197,7 +197,7 @@ class Scheduler:
                 continue
             elif not self._fill_node(blocker):
                 return
-            elif blocker is branch.node.parent:
+            elif blocker is branch.node.parent and branch.kept is None:  # else its own tokens are filled next
                 self.fills[id(blocker)].children.append(branch)
             else:
                 continue
@@ -287,6 +287,7 @@ class Scheduler:
             limit=branch.limit,
             stream=branch.node.stream,
             sampling=branch.sampling,
+            features=branch.features,
         )
 
     # ---- one step --------------------------------------------------------------------------------------------
@@ -314,6 +315,8 @@ class Scheduler:
         decoding = self._decoding_slots()
         if len(decoding) == 0:  # the last one was preempted
             return []
+        if self.slots.features:
+            return self._decode_apart(decoding, version)
         code = self.runner.decode(self.slots, decoding)
         self.counters.steps += 1
         self.counters.computed += len(decoding)
@@ -323,6 +326,26 @@ class Scheduler:
             return []
         self._has_pages = not (code == LACKS_PAGE).any()
         return self._settle(decoding, np.where(code == LACKS_PAGE, 0, code), [], version)
+
+    def _decode_apart(self, decoding: SlotIds, version: int) -> list[Node]:
+        """The same where some branches have features: those with shaped logits are run apart, the others natively.
+
+        Nothing is recorded before every row was run, so that an error leaves all the branches at the same place.
+        """
+        slots = self.slots
+        plain, shaped = slots.features.split(decoding, slots.length)
+        self._has_pages = False
+        hidden = self._forward(shaped, [])
+        drawn = None if hidden is None else slots.draw(shaped, self.runner.logits(hidden))
+        code = np.zeros(0, np.int64)
+        if len(plain):
+            code = self.runner.decode(slots, plain)
+            self.counters.steps += hidden is None
+            self.counters.computed += len(plain)
+        if drawn is not None:
+            code = np.concatenate([code, slots.record(shaped, *drawn)])
+        self.counters.sampled += len(decoding)
+        return self._settle(np.concatenate([plain, shaped]), np.where(code == LACKS_PAGE, 0, code), [], version)
 
     def _forward(self, decoding: SlotIds, fills: list[Fill]) -> torch.Tensor | None:
         """Hidden states of the decode rows, then of each fill's chunk; None if there is no row."""
@@ -409,16 +432,9 @@ class Scheduler:
         logits = self.runner.logits(state)
         if pick is not None:
             logits = logits[torch.tensor(pick, device=logits.device)]
-        drawn = sample(
-            logits,
-            torch.from_numpy(np.stack([slots.stream[chosen], slots.length[chosen].astype(np.int64)], 1)),
-            temperature=torch.from_numpy(slots.temperature[chosen]),
-            top_p=torch.from_numpy(slots.top_p[chosen]),
-            top_k=torch.from_numpy(slots.top_k[chosen]),
-            min_p=torch.from_numpy(slots.min_p[chosen]),
-        )
+        drawn = slots.draw(chosen, logits)
         self._has_pages = False
-        code = slots.record(chosen, *(part.cpu().numpy() for part in drawn))
+        code = slots.record(chosen, *drawn)
         self.counters.sampled += len(chosen)
         return self._settle(chosen, code, started, version)
 
@@ -426,14 +442,19 @@ class Scheduler:
         """Let started branches join the running ones, then take out those that finished."""
         for branch in started:
             self._join(branch)
+        error = self.slots.follow(chosen, code) if self.slots.features else None
         finished = []
         for i in np.flatnonzero(code):
             branch = self.running[int(chosen[i])]
             outputs = self._leave(branch)
             assert branch.kv is not None
             branch.node.fill(*outputs, finish=FINISH[code[i]], version=version)
+            if branch.features is not None:
+                branch.features.leave(branch.node)
             branch.node.kv, branch.node.in_flight = branch.kv, False
             finished.append(branch.node)
+        if error is not None:
+            raise error
         return finished
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from ibtpo_engine.features import Features, FeatureTable
 from ibtpo_engine.pages import PAGE
 from ibtpo_engine.sampling import Sampling
+from ibtpo_engine.shaping import sample_shaped
 from ibtpo_kernels import DecodePlanner
 
 Ints = npt.NDArray[np.int32]
@@ -38,6 +41,7 @@ class Slots:
         stream: int64 [num], names the branch's random numbers.
         temperature, top_p, min_p: float32 [num]; top_k: int32 [num].
         stops: int64 [num, S], stop tokens, padded with -1.
+        features: what some of the branches need beyond a plain step.
         tokens: int32 [num, width]; logprob, logprob_raw, entropy: float32 [num, width]: what was sampled.
     """
 
@@ -61,6 +65,7 @@ class Slots:
         self.logprob: Floats = np.zeros((num, 64), np.float32)
         self.logprob_raw: Floats = np.zeros((num, 64), np.float32)
         self.entropy: Floats = np.zeros((num, 64), np.float32)
+        self.features = FeatureTable()
         self._free = list(range(num - 1, -1, -1))
 
     @property
@@ -88,8 +93,19 @@ class Slots:
     def give_back(self, slot: int) -> None:
         """Free a slot."""
         self._free.append(slot)
+        self.features.by_slot.pop(slot, None)
 
-    def begin(self, slot: int, *, start: int, before: int, limit: int, stream: int, sampling: Sampling) -> None:
+    def begin(
+        self,
+        slot: int,
+        *,
+        start: int,
+        before: int,
+        limit: int,
+        stream: int,
+        sampling: Sampling,
+        features: Features | None = None,
+    ) -> None:
         """Set up a branch that has sampled nothing yet."""
         self.start[slot] = self.length[slot] = start
         self.before[slot] = before
@@ -103,6 +119,8 @@ class Slots:
             self.stops = _widen(self.stops, len(sampling.stop_tokens), fill=-1)
         self.stops[slot] = -1
         self.stops[slot, : len(sampling.stop_tokens)] = sampling.stop_tokens
+        if features is not None:
+            self.features.by_slot[slot] = features
         if limit - start > self.tokens.shape[1]:
             width = max(limit - start, 2 * self.tokens.shape[1])
             for name in self.OUTPUTS:
@@ -126,6 +144,29 @@ class Slots:
         n = self.length[slot] - self.start[slot]
         tokens, *floats = (getattr(self, name)[slot, :n].copy() for name in self.OUTPUTS)
         return (tokens, *floats)
+
+    def follow(self, slots: npt.NDArray[np.int64], code: npt.NDArray[np.int64]) -> BaseException | None:
+        """After `record`: see `FeatureTable.follow`."""
+        last = self.tokens[slots, self.length[slots] - self.start[slots] - 1]
+        return self.features.follow(slots, code, self.length, last.tolist())
+
+    def draw(self, slots: npt.NDArray[np.int64], logits: torch.Tensor) -> Iterator[npt.NDArray[Any]]:
+        """Sample the next token of each slot from its logits [len(slots), V]; returns what `record` takes."""
+        shapes = []
+        for i, slot in enumerate(slots.tolist()) if self.features else ():
+            shape = self.features.shape(slot, int(self.length[slot]))
+            if shape is not None:
+                shapes.append((i, shape, self.tokens[slot, : self.length[slot] - self.start[slot]]))
+        drawn = sample_shaped(
+            logits,
+            torch.from_numpy(np.stack([self.stream[slots], self.length[slots].astype(np.int64)], 1)),
+            shapes,
+            temperature=torch.from_numpy(self.temperature[slots]),
+            top_p=torch.from_numpy(self.top_p[slots]),
+            top_k=torch.from_numpy(self.top_k[slots]),
+            min_p=torch.from_numpy(self.min_p[slots]),
+        )
+        return (part.cpu().numpy() for part in drawn)
 
     def restore(self, slot: int, outputs: Outputs) -> None:
         """Put back what `outputs` took."""

@@ -39,13 +39,14 @@ class Node:
             All three are zero on prompt tokens.
         start: depth of the first token on its path (its RoPE position); `end` is one past the last.
         finish: why sampling ended here: "stop", "length", or None for interior, prompt and pending nodes.
+        stopped_by: what ended it, if `finish` is "stop": the stop token's id, or the stop string; else None.
         reward: what the reward function said of the trajectory ending here; None if not a graded leaf.
         version: version of the weights that sampled the tokens.
     """
 
     __slots__ = (
-        "children", "dropped", "entropy", "finish", "forks", "in_flight", "kv", "logprob", "logprob_raw", "notes",
-        "parent", "reward", "serial", "start", "stream", "tokens", "tree", "version",
+        "birth", "children", "dropped", "entropy", "finish", "forks", "in_flight", "kv", "logprob", "logprob_raw",
+        "mask", "notes", "parent", "reward", "serial", "start", "stopped_by", "stream", "tokens", "tree", "version",
     )  # fmt: skip
 
     def __init__(self, tree: Tree, parent: Node | None, start: int, stream: int) -> None:
@@ -54,6 +55,7 @@ class Node:
         self.children: list[Node] = []
         self.start = start
         self.stream = stream  # names the random numbers of this segment: see randomness.py
+        self.birth = (start, -1)  # (depth of the fork, how many began there before); names the stream
         self.forks: dict[int, int] = {}  # depth -> how many forks of this stream began there
         self.serial = tree._next_serial()
         self.tokens: Ints = np.empty(0, np.int32)
@@ -61,11 +63,13 @@ class Node:
         self.logprob_raw: Floats = np.empty(0, np.float32)
         self.entropy: Floats = np.empty(0, np.float32)
         self.finish: str | None = None
+        self.stopped_by: str | int | None = None
         self.reward: float | None = None
         self.version = 0
         self.in_flight = False  # is the engine extending it?
         self.dropped = False  # cut off its tree?
         self.kv: Any = None  # the engine's; opaque here
+        self.mask: Any = None  # the engine's: where the end of this node is in the grammar it was sampled with
         self.notes: dict[str, Any] = {}  # the search's scratch space
 
     def __len__(self) -> int:
@@ -100,6 +104,14 @@ class Node:
             nodes.append(node)
             node = node.parent
         return nodes[::-1]
+
+    def births(self) -> list[tuple[int, int]]:
+        """(depth of the fork, how many began there before) of every branch that leads here: the place in the tree.
+
+        The first depth is where what was sampled begins: the prompt's length, or less below a fork within the prompt.
+        """
+        path = self.path()
+        return [node.birth for node, above in zip(path[1:], path, strict=False) if node.birth != above.birth]
 
     def prefix(self) -> Ints:
         """int32 [end], every token from the root to the end of this node."""
@@ -136,7 +148,7 @@ class Node:
             return self.parent
         head = Node(self.tree, self.parent, self.start, self.stream)
         head.serial, self.serial = self.serial, head.serial  # the upper half keeps its place in the sibling order
-        head.forks = self.forks  # one stream, one count of forks
+        head.birth, head.forks = self.birth, self.forks  # one stream, one count of forks
         head.version = self.version
         head.children = [self]
         for name in ("tokens", "logprob", "logprob_raw", "entropy"):
@@ -178,6 +190,7 @@ class Node:
         ordinal = self.forks.get(self.end, 0)
         self.forks[self.end] = ordinal + 1
         child = Node(self.tree, self, self.end, mix(self.stream, self.end, ordinal))
+        child.birth = (self.end, ordinal)
         self.children.append(child)
         return child
 
@@ -199,6 +212,7 @@ class Node:
         self.logprob_raw = np.asarray(logprob_raw, np.float32)
         self.entropy = np.asarray(entropy, np.float32)
         self.finish = finish
+        self.stopped_by = int(self.tokens[-1]) if finish == "stop" else None
         self.version = version
         return self
 

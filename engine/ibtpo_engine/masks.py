@@ -1,0 +1,136 @@
+"""Which tokens a branch may sample next: the hook for grammars, schemas and fixed choices.
+
+Two forms. The simple one is a function of everything before the token; it is called once a token with the whole path::
+
+    def digits_only(prefix):  # int32 [n], prompt included
+        return DIGIT_IDS      # or a boolean array [V]
+
+The other keeps a state per branch, so that a token costs what the grammar costs and not the length of the path::
+
+    mask.begin(prompt) -> state          once a branch, unless a state of its path is known
+    state.allowed()    -> ids or bool    once a token; must change nothing: it may be asked again
+    state.advance(t)                     the branch went on by token t
+    state.copy()       -> state          a fork goes on from here; neither may see what the other does
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, Self, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from ibtpo_engine.tree import Node
+
+Ints = npt.NDArray[np.int32]
+PrefixMask = Callable[[Ints], npt.ArrayLike]
+
+
+class MaskState(Protocol):
+    """Where one branch is in its grammar."""
+
+    def allowed(self) -> npt.ArrayLike:
+        """Token ids, or bool [V]: what may come next. Must not change the state: it may be asked again."""
+
+    def advance(self, token: int) -> None:
+        """The branch went on by this token."""
+
+    def copy(self) -> Self:
+        """The same place, for another branch: what either does later must not show in the other."""
+
+
+@runtime_checkable
+class TokenMask(Protocol):
+    """A grammar, shared by all the branches that are sampled with it."""
+
+    def begin(self, prompt: Ints) -> MaskState:
+        """The state before the first sampled token; int32 [n], the prompt, as far as the branch shares it."""
+
+
+class _Prefix:
+    """The state of a `PrefixMask`: the path, in a buffer that grows."""
+
+    def __init__(self, mask: PrefixMask, prefix: Ints) -> None:
+        self.mask = mask
+        self.length = len(prefix)
+        self.buffer = np.resize(prefix, 2 * self.length + 16)
+
+    def allowed(self) -> npt.ArrayLike:
+        prefix = self.buffer[: self.length]
+        prefix.flags.writeable = False
+        return self.mask(prefix)
+
+    def advance(self, token: int) -> None:
+        if self.length == len(self.buffer):
+            self.buffer = np.resize(self.buffer, 2 * self.length)
+        self.buffer[self.length] = token
+        self.length += 1
+
+    def copy(self) -> Self:
+        return type(self)(self.mask, self.buffer[: self.length])
+
+
+class MaskCursor:
+    """A mask's state on the path of one branch, and how far it was advanced.
+
+    Tokens are handed to the state only when it is asked again, so nothing that it raises can come between a token and
+    its record::
+
+        0 ........... prompt ........... depth ............. the branch's next token
+        [ begin()    )[ advance()d      )[ still to be     )
+    """
+
+    def __init__(self, mask: TokenMask | PrefixMask, state: MaskState, depth: int) -> None:
+        self.mask = mask
+        self.state = state
+        self.depth = depth
+
+    @classmethod
+    def at(cls, node: Node, mask: TokenMask | PrefixMask) -> MaskCursor:
+        """The cursor of a pending node: a copy of the nearest one its path remembers, or a new one."""
+        path = node.path()[:-1]
+        prefix = np.concatenate([ancestor.tokens for ancestor in path])
+        if not isinstance(mask, TokenMask):
+            return cls(mask, _Prefix(mask, prefix), node.start)
+        for ancestor in reversed(path):
+            known = ancestor.mask
+            if known is not None and known.mask is mask:
+                cursor = cls(mask, known.state.copy(), known.depth)
+                break
+        else:
+            prompt = prefix[: node.births()[0][0]]
+            cursor = cls(mask, mask.begin(prompt), len(prompt))
+        cursor.advance(prefix[cursor.depth :])
+        return cursor
+
+    def advance(self, tokens: Ints) -> None:
+        """Hand on the tokens [n] that follow `depth`."""
+        for token in tokens.tolist():
+            self.state.advance(token)
+            self.depth += 1
+
+    def allowed(self, vocabulary: int) -> npt.NDArray[np.bool_]:
+        """bool [V], what may come next.
+
+        Raises:
+            ValueError: the mask answered with another shape, or with ids outside the vocabulary.
+        """
+        answer = np.asarray(self.state.allowed())
+        if answer.dtype == np.bool_:
+            if answer.shape != (vocabulary,):
+                raise ValueError(
+                    f"Sampling.allowed: a boolean mask of shape {answer.shape}, expected ({vocabulary},), one entry a "
+                    "token id of the model's (padded) vocabulary; or return token ids"
+                )
+            return answer
+        if answer.size == 0:
+            return np.zeros(vocabulary, np.bool_)
+        if answer.dtype.kind not in "iu" or answer.min() < 0 or answer.max() >= vocabulary:
+            raise ValueError(
+                f"Sampling.allowed: {answer.dtype} values in [{answer.min()}, {answer.max()}]; expected token ids in "
+                f"[0, {vocabulary}), or a boolean mask"
+            )
+        mask = np.zeros(vocabulary, np.bool_)
+        mask[answer] = True
+        return mask

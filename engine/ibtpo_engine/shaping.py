@@ -1,0 +1,101 @@
+"""What is done to the logits of a branch before they are sampled: bias, then stop tokens forbidden, then the mask.
+
+    shaped[v] = logit[v] + bias[v];   -inf where v is a stop token and it is too early, or where the mask forbids v
+
+Temperature and the cuts come after. `logprob` is that of the shaped distribution; `logprob_raw` and `entropy` stay
+those of the model.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ibtpo_engine.errors import NoTokenAllowed
+from ibtpo_engine.masks import MaskCursor
+from ibtpo_engine.sampling import Sampling
+from ibtpo_engine.tree import Node
+from ibtpo_kernels import sample
+
+Ints = npt.NDArray[np.int32]
+
+
+class Shape:
+    """Shapes the logits of one branch.
+
+    Args:
+        node: the pending node it samples.
+        sampling: `logit_bias`, `min_tokens` with `stop_tokens`, and `allowed` are read.
+    """
+
+    def __init__(self, node: Node, sampling: Sampling) -> None:
+        self.node = node
+        self._ids = torch.tensor(list(sampling.logit_bias), dtype=torch.int64)
+        self._bias = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32)
+        self._stops = torch.tensor(sampling.stop_tokens, dtype=torch.int64)
+        self._may_stop_at = sampling.length_to_stop(node.tree.prompt_len) - 1  # depth of the first token that may
+        self.cursor = None if sampling.allowed is None else MaskCursor.at(node, sampling.allowed)
+
+    def is_over(self, depth: int) -> bool:
+        """Are logits from the token at `depth` on left as they are?"""
+        return self.cursor is None and len(self._ids) == 0 and (depth >= self._may_stop_at or len(self._stops) == 0)
+
+    def apply(self, logits: Tensor, tokens: Ints) -> None:
+        """Shape one row in place.
+
+        Args:
+            logits: [V], for the token at depth `node.start + len(tokens)`.
+            tokens: int32 [n], what the branch sampled so far.
+
+        Raises:
+            NoTokenAllowed: nothing is left.
+            ValueError: the mask's answer is no mask.
+        """
+        depth, vocabulary = self.node.start + len(tokens), len(logits)
+        if len(self._ids):
+            logits.index_add_(0, self._ids.to(logits.device), self._bias.to(logits))
+        if depth < self._may_stop_at:
+            logits[self._stops[(self._stops >= 0) & (self._stops < vocabulary)].to(logits.device)] = -torch.inf
+        if self.cursor is not None:
+            assert self.cursor.depth <= depth, "a branch never loses what it sampled"
+            self.cursor.advance(tokens[self.cursor.depth - self.node.start :])
+            allowed = torch.from_numpy(self.cursor.allowed(vocabulary))
+            logits.masked_fill_(~allowed.to(logits.device), -torch.inf)
+        if bool((logits == -torch.inf).all()):
+            raise NoTokenAllowed(
+                f"{self.node!r}: no token is left to sample at depth {depth} by Sampling.allowed, min_tokens and "
+                "logit_bias; where the text may end let the mask allow a stop token, and lower min_tokens to there"
+            )
+
+
+def sample_shaped(
+    logits: Tensor,
+    keys: Tensor,
+    shapes: list[tuple[int, Shape, Ints]],
+    *,
+    temperature: Tensor,
+    top_p: Tensor,
+    top_k: Tensor,
+    min_p: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`sample`, with the logits [B, V] of some rows shaped, in place: (row, its shape, tokens its branch sampled).
+
+    Returns:
+        token int64, logprob, logprob_raw, entropy float32, each [B]; see the top of this file.
+    """
+    if shapes:
+        rows = torch.tensor([row for row, _, _ in shapes], device=logits.device)
+        model = logits[rows]
+        for row, shape, tokens in shapes:
+            shape.apply(logits[row], tokens)
+    token, logprob, logprob_raw, entropy = sample(
+        logits, keys, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p
+    )
+    if shapes:  # at temperature 0 `sample` gives the log-prob of the most likely token: the log of 1 / sum exp(z - max)
+        _, _, most_likely, entropy[rows] = sample(model, keys[: len(rows)], temperature=0.0)
+        z = model.double()
+        ours = z.gather(1, token[rows][:, None])[:, 0]
+        logprob_raw[rows] = (ours - z.amax(1) + most_likely.double()).float()
+    return token, logprob, logprob_raw, entropy

@@ -1,0 +1,80 @@
+"""Stop strings, found in the decoded text of a branch wherever its tokens are cut.
+
+A token completes a stop string if the text with it holds an occurrence that reaches past the text without it. Text is
+compared character by character, because a token may change the one before: the bytes of a character that is split over
+several tokens decode to U+FFFD until the last of them is there. Only a window at the end of the path is decoded::
+
+    0 ........................ window ....... prompt_len ....... the branch's next token
+    [ too far back to matter  )[ context      )[ text in which stops are sought     )
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Decode = Callable[[list[int]], str]
+
+CONTEXT = 4  # tokens of the prompt decoded too: a first token is shown differently by some tokenizers
+MARGIN = 8  # characters at the start of a window that may be shown differently than within the whole text
+SHORT = 32  # tokens of a window not worth shortening
+
+
+class StopWatch:
+    """Looks for the stop strings of one branch, a token at a time.
+
+    Args:
+        decode: token ids to text; must not raise on the middle of a character.
+        stops: the strings, each not empty.
+        prefix: int32 [n], the tokens before the branch's first one; stops may begin in those below the prompt.
+        prompt_len: how many of them are the prompt's.
+    """
+
+    def __init__(self, decode: Decode, stops: Sequence[str], prefix: npt.NDArray[np.int32], prompt_len: int) -> None:
+        self.decode = decode
+        self.stops = stops
+        self._text = ""
+        self._longest = max(map(len, stops))
+        begin = max(prompt_len - CONTEXT, 0)
+        self._window: list[int] = prefix[begin:].tolist()
+        self._set_context(prompt_len - begin)
+        self._shorten()
+
+    def push(self, token: int) -> str | None:
+        """Append a token; returns the stop string it completes: of several, the one that ends first in the text."""
+        self._window.append(token)
+        before, self._text = self._text, self.decode(self._window)
+        same, begin = _common(before, self._text), _common(self._context, self._text)
+        found = []
+        for order, stop in enumerate(self.stops):
+            at = self._text.find(stop, max(same - len(stop) + 1, begin))
+            if at >= 0:
+                found.append((at + len(stop), order))
+        if len(self._window) >= self._shorten_at:
+            self._shorten()
+        return self.stops[min(found)[1]] if found else None
+
+    def _set_context(self, num_tokens: int) -> None:
+        self._num_context = num_tokens
+        self._context = self.decode(self._window[:num_tokens]) if num_tokens else ""
+        self._text = self.decode(self._window) if self._window else ""
+
+    def _shorten(self) -> None:
+        """Drop what no stop string can reach; doubling the length until the next time keeps this off the average."""
+        keep = SHORT // 2
+        while keep < len(self._window) and len(self.decode(self._window[-keep:])) < self._longest + MARGIN:
+            keep *= 2
+        if keep < len(self._window):
+            dropped = len(self._window) - keep
+            self._window = self._window[dropped:]
+            self._set_context(max(self._num_context - dropped, 0))
+        self._shorten_at = max(2 * len(self._window), SHORT)
+
+
+def _common(left: str, right: str) -> int:
+    """Length of the longest common beginning."""
+    if right.startswith(left):
+        return len(left)
+    return next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
