@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from allocations import Allocations
 from engine_helpers import prompt_of, randomise, same, tiny_model
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ibtpo.config import OptimConfig
 from ibtpo.optim import MasterAdamW
@@ -16,28 +16,6 @@ from ibtpo_engine.weights import SAMPLES, WeightWatch
 
 PROMPT = prompt_of(70)
 GREEDY = Sampling(max_tokens=30, temperature=0)
-
-
-class Allocations(TorchDispatchMode):
-    """Bytes of the storages that operations inside the block return for the first time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-        self._known: set[int] = set()
-        self._alive: list[torch.UntypedStorage] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        for tensor in [value for value in args if isinstance(value, torch.Tensor)]:
-            self._known.add(tensor.untyped_storage()._cdata)
-        out = func(*args, **(kwargs or {}))
-        for tensor in [value for value in (out if isinstance(out, tuple) else (out,)) if torch.is_tensor(value)]:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._known and tensor.device.type != "meta":
-                self._known.add(storage._cdata)
-                self._alive.append(storage)  # or its address could come again
-                self.bytes += storage.nbytes()
-        return out
 
 
 def grown(model: Model | Shadow) -> list[Node]:
@@ -140,12 +118,12 @@ def test_a_shadow_costs_its_own_bytes_once_and_a_refresh_nothing() -> None:
         shadow = Shadow(masters)
     halves = sum(2 * parameter.numel() for parameter in masters.parameters())
     assert sum(parameter.nbytes for parameter in shadow.model.parameters()) == halves
-    assert made.bytes == halves
+    assert sum(made.sizes) == halves
     before = addresses(shadow.model)
     randomise(masters, 5)
     with Allocations() as made:
         shadow.refresh()
-    assert made.bytes == 0
+    assert made.sizes == []
     assert addresses(shadow.model) == before
     for master, copy in zip(masters.parameters(), shadow.model.parameters(), strict=True):
         assert torch.equal(copy, master.bfloat16())
