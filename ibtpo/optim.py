@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ibtpo.config import OptimConfig
+from ibtpo_engine.shadow import copy_weights
 
 
 class NonFiniteGradient(ArithmeticError):
@@ -76,11 +77,8 @@ class MasterAdamW:
             )
         return norm
 
-    @torch.no_grad()
     def _write_back(self) -> None:
-        for name, parameter in self._parameters.items():
-            if self._masters[name] is not parameter:
-                parameter.copy_(self._masters[name])
+        copy_weights(self._masters, self._parameters)
 
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on, as flat tensors for safetensors: masters (where kept) and moments by name."""

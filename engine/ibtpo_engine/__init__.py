@@ -4,10 +4,12 @@ from ibtpo_engine.checkpoint import load_model, load_tokenizer, save_model, stop
 from ibtpo_engine.engine import Engine, Growth, Reward, Search
 from ibtpo_engine.errors import CheckpointError, EngineError, NoTokenAllowed, OutOfPages, StaleWeights
 from ibtpo_engine.export import PackedTree
+from ibtpo_engine.lora import LoRA
 from ibtpo_engine.masks import MaskState, TokenMask
 from ibtpo_engine.model import Model, initialise
 from ibtpo_engine.model_config import ModelConfig, RopeConfig
 from ibtpo_engine.sampling import Sampling
+from ibtpo_engine.shadow import Shadow
 from ibtpo_engine.tree import Node, Tree
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "Engine",
     "EngineError",
     "Growth",
+    "LoRA",
     "MaskState",
     "Model",
     "ModelConfig",
@@ -26,6 +29,7 @@ __all__ = [
     "RopeConfig",
     "Sampling",
     "Search",
+    "Shadow",
     "StaleWeights",
     "TokenMask",
     "Tree",

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -15,13 +13,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from ibtpo_engine.errors import CheckpointError
 from ibtpo_engine.model import Model
 from ibtpo_engine.model_config import ModelConfig
+from ibtpo_engine.weight_file import WeightFile
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 
 
 def load_model(folder: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
-    """Load a dense Qwen3, Qwen2/2.5 or Llama checkpoint, memory-mapped and shard by shard.
+    """Load a dense Qwen3, Qwen2/2.5, Llama or Mistral checkpoint, memory-mapped and shard by shard.
+
+    What it takes at most is the weights in `dtype` and one chunk of a file; all headers are checked before any data.
 
     Args:
         folder: the checkpoint folder.
@@ -29,7 +30,8 @@ def load_model(folder: Path | str, *, dtype: torch.dtype = torch.float32, device
         device: where they go.
 
     Raises:
-        CheckpointError: a file is missing or truncated, a tensor is missing, has the wrong shape, or holds NaN or Inf.
+        CheckpointError: a file is missing or truncated, a tensor is missing, unexpected, of the wrong shape, quantized,
+            or holds NaN or Inf, or what `dtype` cannot.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -37,42 +39,43 @@ def load_model(folder: Path | str, *, dtype: torch.dtype = torch.float32, device
     config = ModelConfig.from_folder(folder)
     with torch.device("meta"):
         model = Model(config)
-    expected = model.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     state: dict[str, Tensor] = {}
-    for path, name, tensor in _tensors(folder):
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
-            continue
-        if name not in expected:
-            raise CheckpointError(f"{path}: unexpected tensor {name!r}; config.json describes a {config.architecture}.")
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name].shape)}. "
-                "The weights and config.json do not belong together."
-            )
-        tensor = tensor.to(device=device, dtype=dtype)
-        if not bool(tensor.isfinite().all()):
-            raise CheckpointError(f"{path}: {name} holds NaN or Inf; the checkpoint is damaged. Use an earlier one.")
-        state[name] = tensor
-    missing = sorted(set(expected) - set(state))
-    if missing:
-        raise CheckpointError(
-            f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}. Is a shard missing?"
-        )
+    for name, file in _find(folder, expected, config).items():  # all headers fit: now the data, file by file
+        state[name] = torch.empty(expected[name], dtype=dtype, device=device)
+        file.read(name, state[name])
     model.load_state_dict(state, assign=True)
     return model
 
 
-def _tensors(folder: Path) -> Iterator[tuple[Path, str, Tensor]]:
-    """Every tensor of the checkpoint with the file it lies in."""
-    for path in _weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - not a dict
-                    yield path, name, file.get_tensor(name)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path}: not found, but {INDEX} names it. Download the missing shard.") from None
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: truncated or damaged ({error}). Download or save it again.") from None
+def _find(folder: Path, expected: dict[str, tuple[int, ...]], config: ModelConfig) -> dict[str, WeightFile]:
+    """The file each parameter lies in, in the order to read them; only headers are looked at."""
+    found: dict[str, WeightFile] = {}
+    for file in map(WeightFile, _weight_files(folder)):
+        for name in file.names():
+            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
+                continue
+            if name not in expected:
+                raise CheckpointError(
+                    f"{file.path}: unexpected tensor {name!r}; config.json describes a {config.architecture}."
+                )
+            if file.shape(name) != expected[name]:
+                raise CheckpointError(
+                    f"{file.path}: {name} has shape {file.shape(name)}, config.json asks for {expected[name]}. "
+                    "The weights and config.json do not belong together."
+                )
+            if name in found:
+                raise CheckpointError(
+                    f"{file.path}: {name} lies in {found[name].path.name} too. Delete the shards and save again."
+                )
+            file.dtype(name)
+            found[name] = file
+    missing = sorted(set(expected) - set(found))
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}. Is a shard missing?"
+        )
+    return found
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -85,6 +88,9 @@ def _weight_files(folder: Path) -> list[Path]:
             files = []
         if not files:
             raise CheckpointError(f"{index}: not a safetensors index. Download the file again.")
+        for path in files:
+            if not path.exists():
+                raise CheckpointError(f"{path}: not found, but {INDEX} names it. Download the missing shard.")
         return files
     if (folder / SINGLE).exists():
         return [folder / SINGLE]

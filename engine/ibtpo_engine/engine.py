@@ -21,9 +21,11 @@ from ibtpo_engine.randomness import seeded_stream
 from ibtpo_engine.runner import Runner
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.scheduler import Scheduler
+from ibtpo_engine.shadow import Shadow
 from ibtpo_engine.stops import Decode
 from ibtpo_engine.threads import threads_for
 from ibtpo_engine.tree import Node, Tree
+from ibtpo_engine.weights import WeightWatch
 
 Growth = Generator[Sequence[Node], list[Node], None]
 Search = Callable[[Tree], Growth]
@@ -34,7 +36,7 @@ class Engine:
     """Samples trees of tokens from a model it borrows.
 
     Args:
-        model: its parameters are used in place; nothing is copied.
+        model: its parameters are used in place, nothing is copied; or a `Shadow`, which `weights_changed` refreshes.
         kv_tokens: size of the KV pool in tokens (rounded up to pages of 16).
         seed: with a tree's key and a token's place in the tree, decides every sample.
         max_branches: most branches decoded in one step.
@@ -47,7 +49,7 @@ class Engine:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | Shadow,
         *,
         kv_tokens: int = 200_000,
         seed: int = 0,
@@ -62,7 +64,8 @@ class Engine:
         ):
             if value < 1:
                 raise ValueError(f"Engine: {name}={value} must be at least 1")
-        self.model = model
+        self.shadow = model if isinstance(model, Shadow) else None
+        self.model = model.model if isinstance(model, Shadow) else model
         self.seed = seed
         self.decode = decode
         self.version = 0
@@ -73,8 +76,8 @@ class Engine:
         self._trees: dict[int, Tree] = {}  # open trees by ordinal
         self._growing: dict[int, _Growing] = {}  # those of them that a search grows
         self._opened = 0
-        self._weights = self._weight_stamp()
-        self._num_parameters = sum(p.numel() for p in model.parameters())
+        self._weights = WeightWatch(self.model, *([self.shadow.masters] if self.shadow else []))
+        self._num_parameters = sum(p.numel() for p in self.model.parameters())
         self._build()
 
     def _build(self) -> None:
@@ -348,25 +351,23 @@ class Engine:
     # ---- weights and memory ----------------------------------------------------------------------------------
 
     def weights_changed(self) -> None:
-        """Tell the engine that the parameters were updated in place.
+        """Tell the engine that the parameters were updated in place, or adapters switched on or off.
 
         Cached keys and values of the old weights are given up; tokens and log-probs stay. What is grown further is
         computed anew with the new weights.
         """
         self._drop_all_kv()
+        if self.shadow is not None:
+            self.shadow.refresh()
         self.scheduler.runner.weights_changed()
         self.version += 1
-        self._weights = self._weight_stamp()
-
-    def _weight_stamp(self) -> tuple[int, ...]:
-        """Changes whenever a parameter is written in place or replaced."""
-        parameters = list(self.model.parameters())
-        return (sum(p._version for p in parameters), *(p.data_ptr() for p in parameters))
+        self._weights.renew()
 
     def _check_weights(self) -> None:
-        if self._weights != self._weight_stamp():
+        if not self._weights.is_current():
             raise StaleWeights(
-                "the parameters were changed since the last call; call engine.weights_changed() after every update"
+                "the parameters were changed since the last call, or adapters switched on or off; "
+                "call engine.weights_changed() after every update"
             )
 
     def release(self) -> None:

@@ -6,12 +6,15 @@ Parameter names are Hugging Face's, so a checkpoint loads by name and the engine
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ibtpo_engine.lora import Adapters, LoRA, adapt_layers
 from ibtpo_engine.model_config import ModelConfig
 from ibtpo_kernels import rms_norm, rope, silu_mul, tree_attention
 
@@ -132,10 +135,13 @@ class Decoder(nn.Module):
 
 
 class Model(nn.Module):
-    """A dense Qwen3, Qwen2/2.5 or Llama decoder.
+    """A dense Qwen3, Qwen2/2.5, Llama or Mistral decoder.
 
     Args:
         config: its shape; parameters are created on torch's current default device and dtype.
+
+    Attributes:
+        adapters: what `add_adapters` put on it; None on a model without.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -145,6 +151,7 @@ class Model(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self._frequencies: Tensor | None = None
+        self.adapters: Adapters | None = None
 
     @property
     def head(self) -> Tensor:
@@ -191,6 +198,34 @@ class Model(nn.Module):
         """
         hidden: Tensor = self(tokens, PackedAttention(end, *self.rotation(pos)))
         return hidden
+
+    def add_adapters(self, config: LoRA, *, seed: int = 0) -> None:
+        """Put low-rank adapters beside the projections and freeze everything else; the model's output stays at first.
+
+        Make engines and optimizers afterwards.
+
+        Args:
+            config: rank, weight and places.
+            seed: decides the initial A of each; B is 0.
+
+        Raises:
+            ValueError: it has adapters already.
+        """
+        if self.adapters is not None:
+            raise ValueError(f"this model has adapters already ({self.adapters.config}); load it anew for others")
+        self.adapters = adapt_layers(self, config, seed)
+
+    @contextmanager
+    def adapters_off(self) -> Iterator[None]:
+        """The model without its adapters until the block ends: the policy they started from. Nothing without any."""
+        if self.adapters is None:
+            yield
+            return
+        before, self.adapters.on = self.adapters.on, False
+        try:
+            yield
+        finally:
+            self.adapters.on = before
 
 
 def initialise(model: Model, seed: int) -> Model:

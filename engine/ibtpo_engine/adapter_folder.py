@@ -1,0 +1,154 @@
+"""Adapter folders as PEFT has them: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ibtpo_engine.errors import CheckpointError
+from ibtpo_engine.lora import TARGETS, LoRA, is_adapter
+from ibtpo_engine.model import Model
+from ibtpo_engine.weight_file import WeightFile
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # what PEFT puts before every name
+
+_PLAIN: dict[str, tuple[object, ...]] = {  # fields of PEFT that change the result, and the values that do not
+    "use_dora": (False, None),
+    "use_rslora": (False, None),
+    "use_qalora": (False, None),
+    "lora_bias": (False, None),
+    "fan_in_fan_out": (False, None),
+    "bias": ("none", None),
+    "rank_pattern": ({}, None),
+    "alpha_pattern": ({}, None),
+    "modules_to_save": ([], None),
+    "trainable_token_indices": ([], {}, None),
+    "layers_to_transform": ([], None),
+    "layer_replication": ([], None),
+    "target_parameters": ([], None),
+    "exclude_modules": ([], None),
+    "alora_invocation_tokens": ([], None),
+}
+
+
+def is_adapter_folder(folder: Path | str) -> bool:
+    """Does a folder hold an adapter, and no model of its own?"""
+    return (Path(folder) / CONFIG).is_file() and not (Path(folder) / "config.json").exists()
+
+
+def save_adapter(model: Model, folder: Path | str, *, base: str) -> None:
+    """Write a model's adapters so that PEFT loads them; its frozen weights are not written.
+
+    Args:
+        model: has adapters.
+        folder: made if it is not there.
+        base: the folder or name of the checkpoint that the adapters belong on.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    if model.adapters is None:
+        raise ValueError("save_adapter: this model has no adapters; use save_model, or model.add_adapters first")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.adapters.config
+    raw = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(config.targets),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / CONFIG).write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    state = {
+        PREFIX + name: parameter.detach().cpu().contiguous()
+        for name, parameter in model.named_parameters()
+        if is_adapter(name)
+    }
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_adapter(model: Model, folder: Path | str) -> None:
+    """Put the adapters of a PEFT folder on a model, in the model's type, and freeze everything else.
+
+    Args:
+        model: the base, without adapters.
+        folder: holds adapter_config.json and adapter_model.safetensors.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, asks for more than plain LoRA on attention and MLP projections,
+            or does not fit the model.
+        ValueError: the model has adapters already.
+    """
+    folder = Path(folder)
+    config = _config(folder)
+    file = WeightFile(folder / WEIGHTS)
+    model.add_adapters(config)
+    parameters = {PREFIX + name: p for name, p in model.named_parameters() if is_adapter(name)}
+    missing, unexpected = sorted(parameters.keys() - file.names()), sorted(set(file.names()) - parameters.keys())
+    if missing or unexpected:
+        what = f"{missing[0]!r} is missing" if missing else f"unexpected tensor {unexpected[0]!r}"
+        raise CheckpointError(f"{file.path}: {what}. Does the adapter belong to another model than this one?")
+    for name, parameter in parameters.items():
+        if file.shape(name) != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{file.path}: {name} has shape {file.shape(name)}, the model asks for {tuple(parameter.shape)}. "
+                "Does the adapter belong to another model than this one?"
+            )
+        with torch.no_grad():
+            file.read(name, parameter)
+
+
+def base_of(folder: Path | str) -> str:
+    """The checkpoint that an adapter folder says it belongs on.
+
+    Raises:
+        CheckpointError: it names none.
+    """
+    base = _json(Path(folder)).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(
+            f"{Path(folder) / CONFIG}: base_model_name_or_path = {base!r} must name the checkpoint folder below the "
+            "adapter; correct it, or load that folder and give its model to load_adapter"
+        )
+    return base
+
+
+def _json(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}). Save the adapter again.") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: holds a {type(raw).__name__}, not an object. Save the adapter again.")
+    return raw
+
+
+def _config(folder: Path) -> LoRA:
+    """What the folder's JSON describes, if we can run it."""
+    raw, path = _json(folder), folder / CONFIG
+    if raw.get("peft_type") != "LORA":
+        raise CheckpointError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported; LORA is.")
+    for name, plain in _PLAIN.items():
+        if raw.get(name) not in plain:
+            raise CheckpointError(f"{path}: {name} = {raw[name]!r} is not supported; only plain LoRA is.")
+    targets = raw.get("target_modules")
+    if targets == "all-linear":
+        targets = list(TARGETS)
+    names = tuple(name for name in TARGETS if isinstance(targets, list) and name in targets)
+    if not isinstance(targets, list) or len(names) < len(targets):
+        raise CheckpointError(f"{path}: target_modules = {targets!r} must be a list of some of {', '.join(TARGETS)}.")
+    try:
+        return LoRA(rank=int(raw["r"]), alpha=float(raw["lora_alpha"]), targets=names)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: r and lora_alpha must be positive numbers ({error}).") from None

@@ -1,0 +1,114 @@
+"""Low-rank adapters beside frozen weights: y = W x + b + (alpha / rank) B (A x) (Hu et al., arXiv 2106.09685).
+
+The weights are never merged, so the policy without its adapters, the reference of a KL penalty, costs no second copy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""The projections that may be adapted: those of attention, then those of the MLP."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """What a model's adapters are."""
+
+    rank: int = 16
+    """Columns of B and rows of A."""
+    alpha: float = 32.0
+    """The product B A counts alpha / rank times."""
+    targets: tuple[str, ...] = TARGETS
+    """Names of the projections adapted, in every layer."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"LoRA: rank={self.rank} must be at least 1")
+        if not (self.alpha > 0 and math.isfinite(self.alpha)):
+            raise ValueError(f"LoRA: alpha={self.alpha} must be above 0 and finite")
+        unknown = [name for name in self.targets if name not in TARGETS]
+        if unknown or not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"LoRA: targets={self.targets} must name some of {', '.join(TARGETS)}, each once")
+
+    @property
+    def scale(self) -> float:
+        """What the product B A is multiplied with."""
+        return self.alpha / self.rank
+
+
+class Adapters:
+    """The adapters of one model: what they are, and the switch that they share.
+
+    Attributes:
+        config: rank, weight and places.
+        on: whether they take part in a forward pass.
+    """
+
+    def __init__(self, config: LoRA) -> None:
+        self.config = config
+        self.on = True
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer that keeps its parameters and their names, with an adapter beside it.
+
+    Args:
+        linear: its weight and bias are taken over, not copied.
+        adapters: configuration and switch.
+        generator: draws A, uniform as in a fresh linear layer; B is 0, so that the adapted layer begins as `linear`.
+    """
+
+    def __init__(self, linear: nn.Linear, adapters: Adapters, generator: torch.Generator) -> None:
+        inner, outer = linear.in_features, linear.out_features
+        super().__init__(inner, outer, bias=linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.adapters = adapters
+        rank, weight = adapters.config.rank, linear.weight
+        bound = 1.0 / math.sqrt(inner)  # kaiming_uniform_ with a = sqrt(5), the default of PEFT too
+        down = (2.0 * torch.rand((rank, inner), generator=generator) - 1.0) * bound
+        self.lora_A = _holder(down.to(device=weight.device, dtype=weight.dtype))
+        self.lora_B = _holder(weight.new_zeros((outer, rank), requires_grad=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if not self.adapters.on:
+            return y
+        low = F.linear(F.linear(x, self.lora_A.weight), self.lora_B.weight)
+        return y + self.adapters.config.scale * low
+
+
+def _holder(weight: Tensor) -> nn.Linear:
+    """A module with this weight, so that it is called lora_A.weight, as PEFT calls it."""
+    outer, inner = weight.shape
+    linear = nn.Linear(inner, outer, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight)
+    return linear
+
+
+def adapt_layers(model: nn.Module, config: LoRA, seed: int) -> Adapters:
+    """Put an adapter on every projection that `config` names; freeze everything else.
+
+    Args:
+        model: its linear layers are replaced; parameters keep identity and names.
+        config: which adapters.
+        seed: decides the initial A.
+    """
+    adapters = Adapters(config)
+    generator = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if name in config.targets and isinstance(child, nn.Linear):
+                setattr(parent, name, LoRALinear(child, adapters, generator))
+    return adapters
+
+
+def is_adapter(name: str) -> bool:
+    """Does a parameter of this name belong to an adapter?"""
+    return ".lora_A." in name or ".lora_B." in name

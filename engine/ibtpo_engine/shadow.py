@@ -1,0 +1,57 @@
+"""A model in fewer bits beside its fp32 masters, refreshed in place."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ibtpo_engine.model import Model
+
+
+class Shadow:
+    """A copy of a model in another type, for a trainer that keeps its weights in fp32 and samples in bf16.
+
+    Give it to `Engine` in the model's place: ``engine.weights_changed()`` then refreshes it, and an update of the
+    masters without that call is noticed. Nothing is allocated after it was made: a refresh converts straight into
+    the copy's memory, whose addresses stay.
+
+    Args:
+        masters: what is trained; borrowed.
+        dtype: of the copy.
+
+    Attributes:
+        masters: as given.
+        model: the copy; takes no gradient.
+    """
+
+    def __init__(self, masters: Model, dtype: torch.dtype = torch.bfloat16) -> None:
+        if not dtype.is_floating_point:
+            raise ValueError(f"Shadow: dtype={dtype} must be a floating-point type, such as torch.bfloat16")
+        self.masters = masters
+        converted = {  # what deepcopy finds here it does not copy: no second set of masters, not even for a moment
+            id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False) for p in masters.parameters()
+        }
+        self.model: Model = copy.deepcopy(masters, converted)
+
+    def refresh(self) -> None:
+        """Round the masters as they are now into the copy.
+
+        Raises:
+            ValueError: parameters were added to the masters or taken away.
+        """
+        masters, copies = dict(self.masters.named_parameters()), dict(self.model.named_parameters())
+        if masters.keys() != copies.keys():
+            name = min(masters.keys() ^ copies.keys())
+            raise ValueError(f"Shadow: the masters have other parameters than when it was made, as {name}; make anew")
+        copy_weights(masters, copies)
+
+
+@torch.no_grad()
+def copy_weights(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Write each tensor of `source` into the one of the same name, in its type and place, unless it is the same one."""
+    for name, tensor in target.items():
+        if source[name] is not tensor:
+            tensor.copy_(source[name])

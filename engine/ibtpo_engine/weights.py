@@ -1,0 +1,66 @@
+"""Notices that borrowed parameters are no longer what the cached keys and values were computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ibtpo_engine.model import Model
+
+SAMPLES = 16
+"""Most elements of each parameter that are compared bit by bit."""
+
+
+class WeightWatch:
+    """A picture of the parameters of some models, to be compared with what they are later.
+
+    Torch's version counters see every write through the tensor itself, also of one element; addresses see memory that
+    was exchanged; up to `SAMPLES` elements of each parameter see what no counter does: ``p.data.mul_()``, numpy views,
+    foreign kernels. Such an uncounted write is missed if it spares all the elements compared: one to a few rows of one
+    matrix may be, an update of everything is not.
+
+    The elements are read by one concatenation of views made beforehand. With counters and addresses a comparison takes
+    0.05 ms for a model of two layers and 0.6 ms for the 310 parameters of a 1.7B model; on a GPU it waits for the
+    kernels queued before it.
+
+    Args:
+        models: whose parameters are watched; they are borrowed, not copied.
+    """
+
+    def __init__(self, *models: Model) -> None:
+        self._models = models
+        self.renew()
+
+    def renew(self) -> None:
+        """Take what the parameters are now as the state to compare with."""
+        self._samples = [_few(parameter.detach()) for parameter in self._parameters()]
+        self._stamp = self._read_stamp()
+        self._bits = self._read_bits()
+
+    def is_current(self) -> bool:
+        """Is nothing seen to have changed since `renew`?"""
+        return self._stamp == self._read_stamp() and torch.equal(self._bits, self._read_bits())
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        for model in self._models:
+            yield from model.parameters()
+
+    def _read_stamp(self) -> tuple[object, ...]:
+        parameters = list(self._parameters())
+        versions = sum(0 if p.is_inference() else p._version for p in parameters)  # inference tensors keep none
+        switches = [model.adapters and model.adapters.on for model in self._models]
+        return (versions, *switches, *(p.data_ptr() for p in parameters))
+
+    def _read_bits(self) -> Tensor:
+        """uint8: what the samples hold; as bits, because NaN does not equal itself."""
+        return torch.cat(self._samples).view(torch.uint8)
+
+
+def _few(tensor: Tensor) -> Tensor:
+    """A view [<= SAMPLES] of elements that share neither row nor column, whatever the strides."""
+    line = tensor.reshape(1) if tensor.ndim == 0 else tensor
+    while line.ndim > 1:
+        line = line.diagonal(dim1=-2, dim2=-1)
+    return line[:: max(1, -(-len(line) // SAMPLES))]

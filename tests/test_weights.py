@@ -1,0 +1,198 @@
+"""Borrowed weights: every way of changing them is noticed, and a bf16 shadow is refreshed where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from allocations import Allocations
+from engine_helpers import prompt_of, randomise, same, tiny_model
+
+from ibtpo.config import OptimConfig
+from ibtpo.optim import MasterAdamW
+from ibtpo_engine import Engine, LoRA, Model, Node, Sampling, Shadow, StaleWeights
+from ibtpo_engine.weights import SAMPLES, WeightWatch
+
+PROMPT = prompt_of(70)
+GREEDY = Sampling(max_tokens=30, temperature=0)
+
+
+def grown(model: Model | Shadow) -> list[Node]:
+    """What a new engine samples from the model."""
+    engine = Engine(model, kv_tokens=1024)
+    with engine.tree(PROMPT) as tree:
+        return engine.extend(tree.root.fork(2), GREEDY)
+
+
+# ---- what no version counter sees ----------------------------------------------------------------------------
+
+
+def _data_mul(model: Model) -> None:
+    model.model.norm.weight.data.mul_(1.5)
+
+
+def _every_data_add(model: Model) -> None:
+    for parameter in model.parameters():
+        parameter.data.add_(1e-3)
+
+
+def _numpy(model: Model) -> None:
+    model.model.layers[1].mlp.up_proj.weight.detach().numpy()[:] *= 2
+
+
+def _to_nan(model: Model) -> None:
+    model.model.norm.weight.data.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("change", [_data_mul, _every_data_add, _numpy, _to_nan])
+def test_a_change_that_no_version_counter_sees_is_an_error(change: Callable[[Model], None]) -> None:
+    model = tiny_model()
+    engine = Engine(model, kv_tokens=1024)
+    tree = engine.tree(PROMPT)
+    engine.extend(tree.root.fork(), GREEDY)
+    versions = [parameter._version for parameter in model.parameters()]
+    change(model)
+    assert versions == [parameter._version for parameter in model.parameters()], "it was counted after all"
+    with pytest.raises(StaleWeights, match=r"call engine\.weights_changed\(\)"):
+        engine.extend(tree.root.fork(), GREEDY)
+    randomise(model, 3)
+    engine.weights_changed()
+    same(engine.extend(tree.root.fork(2), GREEDY), grown(model))
+
+
+def test_every_parameter_is_sampled_whatever_its_strides() -> None:
+    """Scaling any one of them unseen by its counter is noticed, also where it is transposed in memory."""
+    model = tiny_model()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.T.contiguous().T
+    watch = WeightWatch(model)
+    assert watch.is_current()
+    count = 0
+    for parameter in model.parameters():
+        parameter.data.mul_(1.25)
+        assert not watch.is_current()
+        watch.renew()
+        assert watch.is_current()
+        count += 1
+    assert count == len(list(model.parameters())) > 20
+
+
+def test_weights_that_are_nan_equal_themselves() -> None:
+    model = tiny_model()
+    model.model.norm.weight.data.fill_(float("nan"))
+    assert WeightWatch(model).is_current()
+
+
+def test_parameters_made_in_inference_mode_are_watched_too() -> None:
+    with torch.inference_mode():
+        model = tiny_model()
+    watch = WeightWatch(model)
+    assert watch.is_current()
+    with torch.inference_mode():
+        model.model.norm.weight.mul_(2.0)
+    assert not watch.is_current()
+
+
+def test_the_samples_are_few_and_views() -> None:
+    """The cost does not grow with the model's width, and nothing is kept of it but these bits."""
+    model = tiny_model(hidden=400)
+    watch = WeightWatch(model)
+    parameters = list(model.parameters())
+    for sample, parameter in zip(watch._samples, parameters, strict=True):
+        assert 1 <= len(sample) <= SAMPLES
+        assert sample.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+    assert watch._bits.numel() <= 4 * SAMPLES * len(parameters)
+
+
+# ---- masters and shadows -------------------------------------------------------------------------------------
+
+
+def addresses(model: Model) -> list[int]:
+    return [parameter.data_ptr() for parameter in model.parameters()]
+
+
+def test_a_shadow_costs_its_own_bytes_once_and_a_refresh_nothing() -> None:
+    masters = tiny_model(hidden=96)
+    with Allocations() as made:
+        shadow = Shadow(masters)
+    halves = sum(2 * parameter.numel() for parameter in masters.parameters())
+    assert sum(parameter.nbytes for parameter in shadow.model.parameters()) == halves
+    assert sum(made.sizes) == halves
+    before = addresses(shadow.model)
+    randomise(masters, 5)
+    with Allocations() as made:
+        shadow.refresh()
+    assert made.sizes == []
+    assert addresses(shadow.model) == before
+    for master, copy in zip(masters.parameters(), shadow.model.parameters(), strict=True):
+        assert torch.equal(copy, master.bfloat16())
+        assert not copy.requires_grad
+
+
+def test_an_engine_on_a_shadow_samples_from_the_rounded_masters_of_the_last_update() -> None:
+    masters = tiny_model()
+    shadow = Shadow(masters)
+    engine = Engine(shadow, kv_tokens=1024)
+    before = addresses(shadow.model)
+    seen = []
+    for seed in (1, 2):
+        randomise(masters, seed)
+        with pytest.raises(StaleWeights), engine.tree(PROMPT, key=0) as tree:
+            engine.extend(tree.root.fork(), GREEDY)
+        engine.weights_changed()
+        with engine.tree(PROMPT, key=0) as tree:
+            nodes = engine.extend(tree.root.fork(2), GREEDY)
+        expected = tiny_model(seed).bfloat16()
+        same(nodes, grown(expected))
+        seen.append(nodes[0].tokens.tolist())
+    assert addresses(shadow.model) == before
+    assert seen[0] != seen[1]
+    assert engine.cache.pool.keys.dtype == torch.bfloat16
+
+
+def test_a_shadow_of_a_model_with_adapters_follows_both() -> None:
+    masters = tiny_model()
+    masters.add_adapters(LoRA(rank=2))
+    randomise(masters, 4)
+    shadow = Shadow(masters)
+    randomise(masters, 6)
+    shadow.refresh()
+    assert shadow.model.adapters is not None
+    assert shadow.model.adapters is not masters.adapters
+    pairs = zip(masters.named_parameters(), shadow.model.named_parameters(), strict=True)
+    for (name, master), (same_name, copy) in pairs:
+        assert name == same_name
+        assert torch.equal(copy, master.bfloat16())
+
+
+def test_a_shadow_of_masters_that_were_rebuilt_is_refused() -> None:
+    masters = tiny_model()
+    shadow = Shadow(masters)
+    masters.add_adapters(LoRA(rank=2))
+    with pytest.raises(ValueError, match=r"other parameters.*lora_A.*make anew"):
+        shadow.refresh()
+    with pytest.raises(ValueError, match=r"dtype=torch\.int8"):
+        Shadow(masters, torch.int8)
+
+
+def test_a_bf16_policy_with_masters_in_the_optimizer_is_updated_where_it_lies() -> None:
+    """The other way round: the model trained is the bf16 one, and an engine borrows it without a copy."""
+    model = tiny_model(dtype=torch.bfloat16).requires_grad_(True)
+    engine = Engine(model, kv_tokens=1024)
+    optimizer = MasterAdamW(model, OptimConfig(lr=0.1, warmup_steps=0))
+    before = addresses(model)
+    old = [parameter.detach().clone() for parameter in model.parameters()]
+    tokens = torch.tensor(PROMPT)
+    n = len(tokens)
+    hidden = model.packed(tokens, torch.arange(n), torch.full((n,), n, dtype=torch.int32))
+    hidden.float().pow(3).sum().backward()
+    optimizer.step()
+    assert addresses(model) == before
+    assert sum(not torch.equal(a, b) for a, b in zip(old, model.parameters(), strict=True)) > 15
+    with pytest.raises(StaleWeights), engine.tree(PROMPT) as tree:
+        engine.extend(tree.root.fork(), GREEDY)
+    engine.weights_changed()
+    with engine.tree(PROMPT, key=0) as tree:
+        nodes = engine.extend(tree.root.fork(2), GREEDY)
+    same(nodes, grown(model))
