@@ -1,19 +1,29 @@
 """A lightweight in-process generation engine whose unit is the tree."""
 
+from ibtpo_engine.backend_engine import BackendEngine
+from ibtpo_engine.backends import Backend, Completion, EngineBackend, TreeEngine
 from ibtpo_engine.checkpoint import load_model, load_tokenizer, save_model, stop_tokens
 from ibtpo_engine.engine import Engine, Growth, Reward, Search
-from ibtpo_engine.errors import CheckpointError, EngineError, OutOfPages, StaleWeights
+from ibtpo_engine.errors import BackendError, CheckpointError, EngineError, OutOfPages, StaleWeights
 from ibtpo_engine.export import PackedTree
+from ibtpo_engine.http_backend import CompletionsServer, HttpBackend
 from ibtpo_engine.model import Model, initialise
 from ibtpo_engine.model_config import ModelConfig, RopeConfig
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.tree import Node, Tree
 
 __all__ = [
+    "Backend",
+    "BackendEngine",
+    "BackendError",
     "CheckpointError",
+    "Completion",
+    "CompletionsServer",
     "Engine",
+    "EngineBackend",
     "EngineError",
     "Growth",
+    "HttpBackend",
     "Model",
     "ModelConfig",
     "Node",
@@ -25,6 +35,7 @@ __all__ = [
     "Search",
     "StaleWeights",
     "Tree",
+    "TreeEngine",
     "initialise",
     "load_model",
     "load_tokenizer",
