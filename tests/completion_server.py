@@ -24,6 +24,7 @@ class Server(ThreadingHTTPServer):
     """Serves `backend`; `requests` are the bodies seen, `faults` is used up from the front, a request each."""
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, backend: EngineBackend, twist: Twist | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -61,10 +62,14 @@ class Handler(BaseHTTPRequestHandler):
             server.under_way += 1
             server.most_under_way = max(server.most_under_way, server.under_way)
         try:
-            return fault(self, body) if fault else self.answer(200, self.complete(body))
+            response = None if fault else self.complete(body)
         finally:
-            with server.lock:
+            with server.lock:  # before the answer: its reader may ask again at once
                 server.under_way -= 1
+        if response is None:
+            assert fault is not None
+            return fault(self, body)
+        return self.answer(200, response)
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """As vLLM answers: raw log-probs, token ids on request, seed + i for the i-th of `n`."""
