@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ibtpo.config import JsonlConfig
 from ibtpo.tasks import Grades, Problem, format_prompt
-from ibtpo_engine import Engine, Node, Sampling, Search, Tree
+from ibtpo_engine import Node, Sampling, Search, Tree, TreeEngine
 
 
 class Interrupted(Exception):
@@ -49,12 +49,12 @@ class Grower:
     """Grows one graded tree a problem.
 
     Args:
-        engine: samples; its weights are whatever the model holds now.
+        engine: samples; its weights are whatever the model, or the server behind it, holds now.
         task, tokenizer, data: grade completions and format prompts.
         should_stop: asked after every tree; True abandons the rest.
     """
 
-    engine: Engine
+    engine: TreeEngine
     task: Grades
     tokenizer: PreTrainedTokenizerBase
     data: JsonlConfig

@@ -28,6 +28,11 @@ from ibtpo_engine.tree import Node, Tree
 def step_probability(logprob: npt.NDArray[np.floating[Any]], kind: str) -> float:
     """pi(s) of a step from its tokens' log-probs [n >= 1]; `kind` as in `IBConfig.step_probability`."""
     values: list[float] = logprob.tolist()
+    if math.isnan(sum(values)):
+        raise ValueError(
+            "step_probability: the log-probs sampled with are NaN; a server that returns raw ones knows them only at "
+            "temperature 1 with nothing cut: sample so, or have it return those of the distribution sampled from"
+        )
     if kind == "geometric":
         return math.exp(sum(values) / len(values))
     if kind == "product":

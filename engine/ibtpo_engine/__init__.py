@@ -1,9 +1,19 @@
 """A lightweight in-process generation engine whose unit is the tree."""
 
+from ibtpo_engine.backend_engine import BackendEngine
+from ibtpo_engine.backends import Backend, Completion, EngineBackend, TreeEngine
 from ibtpo_engine.checkpoint import load_model, load_tokenizer, save_model, stop_tokens
 from ibtpo_engine.engine import Engine, Growth, Reward, Search
-from ibtpo_engine.errors import CheckpointError, EngineError, NoTokenAllowed, OutOfPages, StaleWeights
+from ibtpo_engine.errors import (
+    BackendError,
+    CheckpointError,
+    EngineError,
+    NoTokenAllowed,
+    OutOfPages,
+    StaleWeights,
+)
 from ibtpo_engine.export import PackedTree
+from ibtpo_engine.http_backend import CompletionsServer, HttpBackend
 from ibtpo_engine.lora import LoRA
 from ibtpo_engine.masks import MaskState, TokenMask
 from ibtpo_engine.model import Model, initialise
@@ -13,10 +23,17 @@ from ibtpo_engine.shadow import Shadow
 from ibtpo_engine.tree import Node, Tree
 
 __all__ = [
+    "Backend",
+    "BackendEngine",
+    "BackendError",
     "CheckpointError",
+    "Completion",
+    "CompletionsServer",
     "Engine",
+    "EngineBackend",
     "EngineError",
     "Growth",
+    "HttpBackend",
     "LoRA",
     "MaskState",
     "Model",
@@ -33,6 +50,7 @@ __all__ = [
     "StaleWeights",
     "TokenMask",
     "Tree",
+    "TreeEngine",
     "initialise",
     "load_model",
     "load_tokenizer",

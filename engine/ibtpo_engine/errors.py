@@ -21,3 +21,7 @@ class NoTokenAllowed(EngineError):
 
 class CheckpointError(ValueError):
     """A checkpoint folder is missing something, damaged, or of an unknown architecture."""
+
+
+class BackendError(EngineError):
+    """A backend failed, or answered with something that is not a sampled branch."""

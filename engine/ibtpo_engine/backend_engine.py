@@ -1,0 +1,299 @@
+"""Trees and searches over a backend: the same `Tree`, `Node`, search and reward as with an `Engine`.
+
+A round of a search becomes calls of `Backend.extend`: siblings share a call, and so do parents that ask for equally
+many children of equal length. Calls of all trees run side by side on threads, while trees, searches and rewards stay on
+the caller's; so a tree waiting for its round holds nobody up, and a search needs no locks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy.typing as npt
+
+from ibtpo_engine.backends import Backend, Completion
+from ibtpo_engine.engine import Reward, Search, _Growing
+from ibtpo_engine.errors import BackendError, EngineError
+from ibtpo_engine.sampling import Sampling
+from ibtpo_engine.tree import Node, Tree
+
+Answer = Future[list[list[Completion]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """One call of the backend: `families` are the new children of one parent each, equally many of equal length."""
+
+    families: list[list[Node]]
+    sampling: Sampling
+
+    def make(self, backend: Backend) -> list[list[Completion]]:
+        # A stream has 64 bits; the low 31 are a seed everywhere, whatever integer type a server keeps it in.
+        seeds = [[node.stream & 0x7FFFFFFF for node in family] for family in self.families]
+        parents = [family[0].parent for family in self.families]
+        prefixes = [parent.prefix().tolist() for parent in parents if parent is not None]
+        return backend.extend(prefixes, len(seeds[0]), sampling=self.sampling, seeds=seeds)
+
+
+class BackendEngine:
+    """Grows trees from what a backend samples.
+
+    Args:
+        backend: samples; called from up to `max_calls` threads.
+        seed: with a tree's key and a branch's place in the tree, decides the seed of every request.
+        max_calls: most calls of the backend under way; `run` opens trees until there are as many.
+        max_positions: the model's context in tokens; None where the backend is to say when it is full.
+
+    Raises:
+        ValueError: `max_calls` or `max_positions` is not positive.
+    """
+
+    def __init__(
+        self, backend: Backend, *, seed: int = 0, max_calls: int = 32, max_positions: int | None = None
+    ) -> None:
+        for name, value in (("max_calls", max_calls), ("max_positions", max_positions)):
+            if value is not None and value < 1:
+                raise ValueError(f"BackendEngine: {name}={value} must be at least 1")
+        self.backend = backend
+        self.seed = seed
+        self.max_calls = max_calls
+        self.max_positions = max_positions
+        self.version = 0
+        self.seconds_waiting = 0.0  # with nothing asked of the backend, for rewards
+        self._trees: dict[int, Tree] = {}  # open trees by ordinal
+        self._opened = 0
+
+    def tree(self, prompt: npt.ArrayLike, *, key: int | None = None) -> Tree:
+        """Open a tree on a prompt; as `Engine.tree`, but nothing is pinned anywhere.
+
+        Raises:
+            ValueError: the prompt is empty, or leaves no room in the context.
+        """
+        ordinal = self._opened
+        tree = Tree(prompt, key=ordinal if key is None else key, seed=self.seed, ordinal=ordinal, on_close=self._close)
+        if self.max_positions is not None and tree.prompt_len >= self.max_positions:
+            raise ValueError(
+                f"prompt of {tree.prompt_len} tokens leaves no room in the context of {self.max_positions}; shorten it"
+            )
+        self._opened += 1
+        self._trees[ordinal] = tree
+        return tree
+
+    def _close(self, tree: Tree) -> None:
+        self._trees.pop(tree.ordinal, None)
+        _abandon(node for leaf in tree.root.walk() for node in list(leaf.children))
+
+    def weights_changed(self) -> None:
+        """The backend samples from other weights now: what comes from here on carries the next version."""
+        self.version += 1
+
+    def extend(self, nodes: Iterable[Node], sampling: Sampling) -> list[Node]:
+        """Have each pending node sampled to its end; as `Engine.extend`.
+
+        Raises:
+            ValueError: a node cannot be extended, or the backend does not know a sampling parameter.
+            BackendError: the backend failed; the nodes are taken off their trees again.
+        """
+        nodes = list(nodes)
+        calls = self._calls(nodes, sampling)
+        pool = ThreadPoolExecutor(self.max_calls, thread_name_prefix="backend")
+        try:
+            answers = [pool.submit(call.make, self.backend) for call in calls]
+            for call, answer in zip(calls, answers, strict=True):
+                self._fill(call, answer)
+        except BaseException:
+            _abandon(nodes)
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        return nodes
+
+    def run(
+        self,
+        search: Search,
+        prompts: Iterable[npt.ArrayLike],
+        sampling: Sampling,
+        *,
+        reward: Reward | None = None,
+        keys: Iterable[int] | None = None,
+    ) -> Iterator[tuple[int, Tree]]:
+        """Grow a tree on every prompt, the rounds of all of them side by side; as `Engine.run`.
+
+        Yields:
+            (index of the prompt, its tree) as the trees are done.
+
+        Raises:
+            BackendError: the backend failed.
+            ValueError: a search yields a node it may not extend, there are fewer keys than prompts, or the backend does
+                not know a sampling parameter.
+        """
+        run = _Run(self, search, sampling, reward)
+        waiting, names = iter(enumerate(prompts)), None if keys is None else iter(keys)
+        try:
+            while True:
+                while not run.growing or len(run.calls) < self.max_calls:
+                    item = next(waiting, None)
+                    if item is None:
+                        break
+                    key = None if names is None else next(names, None)
+                    if names is not None and key is None:
+                        raise ValueError(f"run: no key is left for prompt {item[0]}; give one key a prompt")
+                    run.open(*item, key)
+                if not run.growing:
+                    return
+                run.wait()
+                yield from run.resume()
+        finally:
+            run.close()
+
+    def _calls(self, nodes: Sequence[Node], sampling: Sampling) -> list[_Call]:
+        """Sort nodes into calls and mark them as under way."""
+        if len(set(nodes)) < len(nodes):
+            raise ValueError("a node is given twice; use node.fork(n=2) for two branches")
+        room = {node: self._room(node, sampling) for node in nodes}
+        families: dict[Node | None, list[Node]] = {}
+        for node in nodes:
+            families.setdefault(node.parent, []).append(node)
+        alike: dict[tuple[int, int], list[list[Node]]] = {}
+        for family in families.values():
+            alike.setdefault((len(family), room[family[0]]), []).append(family)
+        for node in nodes:
+            node.in_flight = True
+        return [_Call(families=group, sampling=replace(sampling, max_tokens=r)) for (_, r), group in alike.items()]
+
+    def _room(self, node: Node, sampling: Sampling) -> int:
+        """Most tokens a node may hold.
+
+        Raises:
+            ValueError: it cannot be extended.
+        """
+        if node.tree.closed or self._trees.get(node.tree.ordinal) is not node.tree:
+            raise ValueError(f"{node!r} belongs to a tree that is closed or of another engine")
+        if node.dropped:
+            raise ValueError(f"{node!r} was dropped from its tree; fork again")
+        if not node.is_pending or node.in_flight:
+            raise ValueError(f"{node!r} is not pending; use node.fork() to grow below it")
+        limit = node.tree.prompt_len + sampling.max_tokens
+        limit = limit if self.max_positions is None else min(limit, self.max_positions)
+        if node.start >= limit:
+            raise ValueError(f"{node!r} starts at depth {node.start}, but paths end at {limit}; raise max_tokens")
+        return limit - node.start
+
+    def _fill(self, call: _Call, answer: Answer) -> list[Node]:
+        """Give the nodes of a call what the backend sampled for them."""
+        completions = answer.result()
+        if [len(row) for row in completions] != [len(family) for family in call.families]:
+            raise BackendError(
+                f"the backend returned {[len(row) for row in completions]} completions for "
+                f"{[len(family) for family in call.families]} asked for; a backend returns [P][n] of them"
+            )
+        filled = []
+        for family, row in zip(call.families, completions, strict=True):
+            for node, completion in zip(family, row, strict=True):
+                if node.tree.closed:
+                    raise EngineError(
+                        f"the tree of {node!r} was closed while it was being extended; wait until it ends"
+                    )
+                _check(completion, call.sampling.max_tokens)
+                node.fill(
+                    completion.tokens,
+                    completion.logprob,
+                    completion.logprob_raw,
+                    completion.entropy,
+                    finish=completion.finish,
+                    version=self.version,
+                )
+                node.in_flight = False
+                filled.append(node)
+        return filled
+
+
+class _Run:
+    """One `BackendEngine.run`: the searches under way and the calls they wait for."""
+
+    def __init__(self, engine: BackendEngine, search: Search, sampling: Sampling, reward: Reward | None) -> None:
+        self.engine = engine
+        self.search = search
+        self.sampling = sampling
+        self.reward = reward
+        self.growing: dict[int, _Growing] = {}
+        self.calls: dict[Answer, _Call] = {}
+        self.pool = ThreadPoolExecutor(engine.max_calls, thread_name_prefix="backend")
+
+    def open(self, index: int, prompt: npt.ArrayLike, key: int | None) -> None:
+        """Begin the search on another prompt."""
+        tree = self.engine.tree(prompt, key=key)
+        growth = self.growing[tree.ordinal] = _Growing(index, tree, self.search, self.reward)
+        growth.ask([])
+        self._submit(growth)
+
+    def _submit(self, growth: _Growing) -> None:
+        for call in self.engine._calls(growth.nodes, self.sampling):
+            self.calls[self.pool.submit(call.make, self.engine.backend)] = call
+
+    def wait(self) -> None:
+        """Wait until a call or a reward has arrived; fill the nodes that were answered and have them graded."""
+        if any(growth.is_ready() for growth in self.growing.values()):
+            return
+        under_way: list[Future[Any]] = [*self.calls]
+        for growth in self.growing.values():
+            under_way += growth.rewards.values()
+        begin = time.perf_counter()
+        wait(under_way, return_when=FIRST_COMPLETED)
+        if not self.calls:
+            self.engine.seconds_waiting += time.perf_counter() - begin
+        for answer in [answer for answer in self.calls if answer.done()]:
+            for node in self.engine._fill(self.calls.pop(answer), answer):
+                self.growing[node.tree.ordinal].finished(node)
+
+    def resume(self) -> Iterator[tuple[int, Tree]]:
+        """Hand the branches that are finished and graded to their searches; yield the trees whose search has ended."""
+        for growth in [growth for growth in self.growing.values() if growth.is_ready()]:
+            growth.ask(growth.nodes)
+            if growth.done:
+                del self.growing[growth.tree.ordinal]
+                growth.tree.close()
+                yield growth.index, growth.tree
+            else:
+                self._submit(growth)
+
+    def close(self) -> None:
+        """Forget what is under way; requests already sent are not waited for."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        with ExitStack() as closing:  # calls them all, last first, whatever a search does about its end
+            for growth in self.growing.values():
+                if growth.generator is not None:
+                    closing.callback(growth.generator.close)
+                closing.callback(growth.tree.close)
+
+
+def _abandon(nodes: Iterable[Node]) -> None:
+    """Take the nodes that are still under way off their trees."""
+    for node in nodes:
+        if node.in_flight:
+            node.in_flight, node.dropped = False, True
+            if node.parent is not None:
+                node.parent.children.remove(node)
+
+
+def _check(completion: Completion, most: int) -> None:
+    """Refuse a completion that no node can hold.
+
+    Raises:
+        BackendError: its message names what is wrong with it.
+    """
+    count = len(completion.tokens)
+    if not 1 <= count <= most:
+        raise BackendError(
+            f"a completion of {count} tokens where 1 to {most} were asked for; does the server honour max_tokens?"
+        )
+    for name in ("logprob", "logprob_raw", "entropy"):
+        if len(getattr(completion, name)) != count:
+            raise BackendError(f"Completion.{name} has {len(getattr(completion, name))} values for {count} tokens")
+    if completion.finish not in ("stop", "length"):
+        raise BackendError(f'Completion.finish: {completion.finish!r} is neither "stop" nor "length"')

@@ -1,0 +1,146 @@
+"""The text of the `/v1/completions` protocol: a request from `Sampling`, and `Completion`s from a response.
+
+vLLM and SGLang agree on it as far as it is used here. Two things in it have cost others a training run:
+
+- *Defaults.* A server fills what a request leaves out from the checkpoint's generation_config.json (a repetition
+  penalty of 1.05 for some Qwen), so every parameter that shapes the distribution is sent, the neutral ones too.
+- *Which log-prob.* Servers return different ones in the same field (`LogprobKind`); a number is only ever given the
+  name it deserves, and is NaN where it cannot be known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, fields
+from typing import Any, Literal
+
+import numpy as np
+
+from ibtpo_engine.backends import Completion, unknown
+from ibtpo_engine.errors import BackendError
+from ibtpo_engine.sampling import Sampling
+from ibtpo_engine.tree import Floats, Ints
+
+LogprobKind = Literal["raw", "scaled", "sampled"]
+"""What a server's log-probs are: of the model itself (vLLM's default); after division by the temperature, but before
+anything is cut (SGLang's default); of the distribution sampled from (vLLM's --logprobs-mode processed_logprobs)."""
+
+_SENT = {"temperature", "top_p", "top_k", "min_p", "max_tokens", "stop_tokens"}
+_ENDS = {"stop": "stop", "length": "length"}
+
+
+def request_body(
+    model: str, prefix: Sequence[int], n: int, sampling: Sampling, seed: int
+) -> dict[str, str | int | float | bool | list[int]]:
+    """What to post for `n` completions of `prefix`.
+
+    Raises:
+        ValueError: `sampling` uses a parameter that the protocol does not know.
+    """
+    for field in fields(sampling):
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.name not in _SENT and getattr(sampling, field.name) != default:
+            raise ValueError(
+                f"Sampling.{field.name}: {getattr(sampling, field.name)!r} cannot be sent to a completions server; "
+                f"leave it at {default!r} or sample with an Engine"
+            )
+    return {
+        "model": model,
+        "prompt": list(map(int, prefix)),
+        "n": n,
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,  # 0 means "all" to one of the servers and is refused by the other
+        "min_p": sampling.min_p,
+        "seed": seed,
+        "logprobs": 1,
+        "return_token_ids": True,
+        "ignore_eos": True,  # what ends a branch is in `stop_tokens`, and nothing else
+        "stop_token_ids": list(sampling.stop_tokens),
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+    }
+
+
+def read_completions(
+    response: Any, prefix: Sequence[int], n: int, sampling: Sampling, kind: LogprobKind
+) -> list[Completion]:
+    """The `n` completions a server sent.
+
+    Raises:
+        BackendError: something is missing or does not fit; the message says what, and what to do.
+    """
+    choices = response.get("choices") if isinstance(response, dict) else None
+    if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices) or len(choices) != n:
+        found = f"{len(choices)} choices" if isinstance(choices, list) else "no list of choices"
+        raise BackendError(f"the server sent {found} for n={n}; is the address that of /v1/completions?")
+    choices = sorted(choices, key=lambda choice: choice.get("index", 0))
+    return [_completion(choice, list(prefix), sampling, kind) for choice in choices]
+
+
+def _completion(choice: dict[str, Any], prefix: list[int], sampling: Sampling, kind: LogprobKind) -> Completion:
+    seen = choice.get("prompt_token_ids")
+    if seen is not None and seen != prefix:
+        raise BackendError(
+            f"the server continued {len(seen)} tokens, not the {len(prefix)} it was sent (a BOS token put in front?); "
+            "start it without rewriting prompts"
+        )
+    tokens, values = _token_ids(choice), _logprobs(choice)
+    if len(tokens) != len(values):
+        raise BackendError(f"the server sent {len(values)} log-probs for {len(tokens)} tokens of one completion")
+    finish = _ENDS.get(str(choice.get("finish_reason")))
+    if finish is None:
+        raise BackendError(
+            f"the server ended a completion with finish_reason={choice.get('finish_reason')!r}; expected 'stop' or "
+            "'length' (was the request aborted?)"
+        )
+    if finish == "stop" and (len(tokens) == 0 or int(tokens[-1]) not in sampling.stop_tokens):
+        raise BackendError(
+            f"the server stopped after {tokens[-1:].tolist()}, which is not in stop_tokens={sampling.stop_tokens}: it "
+            "stops by a rule of its own or cuts stop tokens off; a branch ends with the token that ended it"
+        )
+    logprob, raw = _named(values, sampling, kind)
+    return Completion(tokens=tokens, logprob=logprob, logprob_raw=raw, entropy=unknown(len(tokens)), finish=finish)
+
+
+def _token_ids(choice: dict[str, Any]) -> Ints:
+    """`token_ids`, or the ids in tokens spelled "token_id:17" (vLLM's --return-tokens-as-token-ids)."""
+    ids = choice.get("token_ids")
+    if ids is None:
+        spelled = (choice.get("logprobs") or {}).get("tokens")
+        if not spelled or not all(str(token).startswith("token_id:") for token in spelled):
+            raise BackendError(
+                "the server sent no token ids, and text tokenised again is not what was sampled; use a server that "
+                "honours return_token_ids (vLLM since 0.10.2, recent SGLang) or start vLLM with "
+                "--return-tokens-as-token-ids"
+            )
+        ids = [str(token).removeprefix("token_id:") for token in spelled]
+    try:
+        return np.array([int(token) for token in ids], np.int32)
+    except (TypeError, ValueError, OverflowError):
+        raise BackendError(f"the server sent token ids that are no integers: {str(ids)[:80]}") from None
+
+
+def _logprobs(choice: dict[str, Any]) -> Floats:
+    values = (choice.get("logprobs") or {}).get("token_logprobs")
+    if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+        raise BackendError(
+            f"the server sent no log-prob for some token ({str(values)[:80]}); use a server that honours logprobs=1"
+        )
+    return np.array(values, np.float32)
+
+
+def _named(values: Floats, sampling: Sampling, kind: LogprobKind) -> tuple[Floats, Floats]:
+    """(logprob, logprob_raw) as far as the server's values are one, the other, or both."""
+    whole = sampling.top_p == 1 and sampling.top_k == 0 and sampling.min_p == 0
+    plain = whole and sampling.temperature == 1
+    nan = unknown(len(values))
+    if sampling.temperature == 0:  # one token has probability 1; of what servers send here only vLLM's raw one is clear
+        return np.zeros_like(values), values if kind == "raw" else nan
+    if kind == "raw":
+        return (values if plain else nan), values
+    if kind == "scaled":
+        return (values if whole else nan), (values if sampling.temperature == 1 else nan)
+    return values, (values if plain else nan)

@@ -1,0 +1,188 @@
+"""A `/v1/completions` server (vLLM, SGLang, or anything that speaks like them) as a backend."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import ssl
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self, get_args
+from urllib.parse import urlsplit
+
+from ibtpo_engine.backends import Completion
+from ibtpo_engine.completions_api import LogprobKind, read_completions, request_body
+from ibtpo_engine.errors import BackendError
+from ibtpo_engine.sampling import Sampling
+
+_TEMPORARY = {408, 425, 429, 500, 502, 503, 504}  # worth another try
+_LONGEST_WAIT = 60.0  # seconds between two tries, whatever the server asks for
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionsServer:
+    """Where a server is and how to talk to it.
+
+    Attributes:
+        url: its base address, such as "http://127.0.0.1:8000/v1".
+        model: the name it serves the model under.
+        api_key: sent as a bearer token where given.
+        logprobs: what its log-probs are of: "raw", "scaled" or "sampled" (see `LogprobKind`).
+        siblings: "apart" sends a request a completion, each with its own seed, right for every server; "together" sends
+            one request with `n`, for servers that tell the n apart themselves (vLLM adds 0, 1, ... to the seed).
+        timeout: seconds without a byte from the server after which a try has failed; a response comes in one piece, so
+            it must be longer than the longest generation.
+        retries: tries after the first, where the server cannot be reached, times out or says it is busy.
+        backoff: seconds before the second try; doubled for every further one, or what the server asks for.
+        max_requests: most requests under way.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+    """
+
+    url: str
+    model: str
+    api_key: str | None = field(default=None, repr=False)
+    logprobs: LogprobKind = "raw"
+    siblings: Literal["apart", "together"] = "apart"
+    timeout: float = 600.0
+    retries: int = 4
+    backoff: float = 0.5
+    max_requests: int = 64
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError(f'CompletionsServer.url: {self.url!r} must look like "http://host:port/v1"')
+        if self.logprobs not in get_args(LogprobKind):
+            raise ValueError(f"CompletionsServer.logprobs: {self.logprobs!r} is not one of raw, scaled, sampled")
+        if self.siblings not in ("apart", "together"):
+            raise ValueError(f"CompletionsServer.siblings: {self.siblings!r} is not one of apart, together")
+        for name, least in (("backoff", 0), ("retries", 0), ("max_requests", 1)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"CompletionsServer.{name}: {getattr(self, name)} must be at least {least}")
+        if not self.timeout > 0:
+            raise ValueError(f"CompletionsServer.timeout: {self.timeout} must be above 0")
+
+
+class HttpBackend:
+    """Samples on a server; as `Backend`.
+
+    Log-probs are named by what the server is said to return, entropy is unknown (NaN): a search that needs it needs an
+    `Engine`, or can use surprisal, ``-logprob_raw``, instead. A request that is tried again carries the same seed.
+
+    Args:
+        server: where it is.
+    """
+
+    def __init__(self, server: CompletionsServer) -> None:
+        self.server = server
+        self._pool = ThreadPoolExecutor(server.max_requests, thread_name_prefix="completions")
+        self._closed = threading.Event()
+        self._tls = ssl.create_default_context() if server.url.startswith("https") else None
+
+    def extend(
+        self, prefixes: Sequence[Sequence[int]], n: int, *, sampling: Sampling, seeds: Sequence[Sequence[int]]
+    ) -> list[list[Completion]]:
+        """Continue every prefix `n` times, all requests side by side; as `Backend.extend`."""
+        together = self.server.siblings == "together"
+        asked = [[(seed, n) for seed in row[:1]] if together else [(seed, 1) for seed in row] for row in seeds]
+        futures = [
+            [self._pool.submit(self._complete, prefix, count, sampling, seed) for seed, count in row]
+            for prefix, row in zip(prefixes, asked, strict=True)
+        ]
+        try:
+            return [[completion for future in row for completion in future.result()] for row in futures]
+        except BaseException:
+            for future in [future for row in futures for future in row]:
+                future.cancel()
+            raise
+
+    def close(self) -> None:
+        """Send nothing more; a request under way ends with its answer or its time-out. Closing twice is fine."""
+        self._closed.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _complete(self, prefix: Sequence[int], n: int, sampling: Sampling, seed: int) -> list[Completion]:
+        body = request_body(self.server.model, prefix, n, sampling, seed)
+        return read_completions(self._post(json.dumps(body).encode()), prefix, n, sampling, self.server.logprobs)
+
+    def _post(self, body: bytes) -> Any:
+        """The parsed answer, after as many tries as it takes.
+
+        Raises:
+            BackendError: the server refused, or failed every time.
+        """
+        server, problem = self.server, ""
+        for attempt in range(server.retries + 1):
+            wait = server.backoff * 2**attempt
+            try:
+                status, asked_to_wait, text = self._send(body)
+            except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut off half-way
+                problem = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            else:
+                if status == 200:
+                    return _parsed(text)
+                problem = f"HTTP {status}: {_message(text)}"
+                if status not in _TEMPORARY:
+                    raise BackendError(f"{server.url}: {problem}; the request will not get better, correct it")
+                wait = wait if asked_to_wait is None else asked_to_wait
+            if attempt < server.retries and self._closed.wait(min(wait, _LONGEST_WAIT)):
+                raise BackendError(f"{server.url}: the backend was closed while a request was being tried again")
+        raise BackendError(
+            f"{server.url}: {problem}, {server.retries + 1} times in a row; is the server up, and is timeout="
+            f"{server.timeout:g} s long enough for {server.max_requests} requests at a time?"
+        )
+
+    def _send(self, body: bytes) -> tuple[int, float | None, bytes]:
+        """Post once: (status, seconds the server asks to wait, body)."""
+        parts = urlsplit(self.server.url)
+        assert parts.hostname is not None
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self.server.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.server.api_key}"
+        if self._tls is not None:
+            connection: http.client.HTTPConnection = http.client.HTTPSConnection(
+                parts.hostname, parts.port, timeout=self.server.timeout, context=self._tls
+            )
+        else:
+            connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=self.server.timeout)
+        try:
+            connection.request("POST", parts.path.rstrip("/") + "/completions", body, headers)
+            response = connection.getresponse()
+            return response.status, _seconds(response.getheader("Retry-After")), response.read()
+        finally:
+            connection.close()
+
+
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise BackendError(f"the server's answer is not JSON: {text[:80]!r}; is this a completions server?") from None
+
+
+def _message(text: bytes) -> str:
+    """What an error response says: the message inside the usual JSON, or its beginning."""
+    try:
+        said = json.loads(text)
+        said = said.get("error", said)
+        return str(said.get("message", said))[:300]
+    except (ValueError, AttributeError):
+        return text[:300].decode(errors="replace")
+
+
+def _seconds(header: str | None) -> float | None:
+    """The value of Retry-After where it is a number of seconds, not a date."""
+    try:
+        return max(float(header), 0.0) if header is not None else None
+    except ValueError:
+        return None

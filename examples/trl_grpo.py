@@ -1,0 +1,142 @@
+"""The engine as the rollout backend of TRL's GRPOTrainer: sampling in this process, on the trainer's own parameters.
+
+TRL calls `rollout_func(prompts, trainer)` with every prompt `num_generations` times in a row and wants one completion
+for each. Equal neighbours are one tree here, so a prompt is computed once, and any search with as many leaves may take
+the place of independent chains. Every log-prob comes with the token, from the pass that sampled it.
+
+python examples/trl_grpo.py --model CHECKPOINT_FOLDER --steps 20 "7*8-5=?" "3+9*4=?"      (needs: pip install trl)
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from trl import GRPOConfig, GRPOTrainer
+
+from ibtpo.grow import chains
+from ibtpo.tasks.digit_chain import parse_prompt, right_solution
+from ibtpo_engine import Engine, Growth, Model, ModelConfig, Node, Sampling, Search, Tree, load_tokenizer
+
+
+def borrow(model: PreTrainedModel) -> Model:
+    """The engine's view of a dense Qwen3, Qwen2 or Llama of `transformers`: the very same parameters."""
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    with torch.device("meta"):
+        ours = Model(ModelConfig.from_dict(config))
+    theirs = dict(model.named_parameters())  # a tied head is named once, as the embedding
+    ours.load_state_dict(theirs, assign=True)
+    return ours
+
+
+class TreeRollouts:
+    """A `rollout_func`.
+
+    Args:
+        search: number of completions -> a search whose trees have that many leaves.
+        kv_tokens: size of the engine's pool in tokens.
+        seed: decides every sample, with the order of the prompts.
+    """
+
+    def __init__(self, search: Callable[[int], Search] = chains, *, kv_tokens: int = 50_000, seed: int = 0) -> None:
+        self.search = search
+        self.kv_tokens = kv_tokens
+        self.seed = seed
+        self.engine: Engine | None = None
+        self.num_trees = 0
+
+    def __call__(self, prompts: list[Any], trainer: GRPOTrainer) -> dict[str, list[Any]]:
+        if self.engine is None:
+            model = borrow(trainer.accelerator.unwrap_model(trainer.model))
+            self.engine = Engine(model, kv_tokens=self.kv_tokens, seed=self.seed)
+        self.engine.weights_changed()  # the optimizer has written them since the last call
+        groups = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
+        first = self.num_trees + (trainer.accelerator.process_index << 40)  # keys: other ones in every process and call
+        self.num_trees += len(groups)
+        keys = range(first, first + len(groups))
+
+        def search(tree: Tree) -> Growth:
+            return self.search(groups[tree.key - first][1])(tree)
+
+        ids = [self._encode(prompt, trainer) for prompt, _ in groups]
+        trees = dict(self.engine.run(search, ids, self._sampling(trainer), keys=keys))
+        self.engine.release()  # the update has the memory
+        rollouts: dict[str, list[Any]] = {"prompt_ids": [], "completion_ids": [], "logprobs": []}
+        for i, (prompt, count) in enumerate(groups):
+            leaves = trees[i].leaves()
+            if len(leaves) != count:
+                raise ValueError(f"the search grew {len(leaves)} completions of {prompt!r}; GRPOTrainer wants {count}")
+            for leaf in leaves:
+                rollouts["prompt_ids"].append(ids[i])
+                rollouts["completion_ids"].append(leaf.prefix()[trees[i].prompt_len :].tolist())
+                rollouts["logprobs"].append(np.concatenate(list(_logprobs(leaf))).tolist())
+        return rollouts
+
+    @staticmethod
+    def _encode(prompt: Any, trainer: GRPOTrainer) -> list[int]:
+        tokenizer = trainer.processing_class
+        if isinstance(prompt, str):
+            return list(tokenizer(prompt)["input_ids"])
+        return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+    @staticmethod
+    def _sampling(trainer: GRPOTrainer) -> Sampling:
+        args = trainer.args
+        return Sampling(
+            temperature=args.temperature,
+            top_p=args.top_p,
+            top_k=args.top_k or 0,
+            min_p=args.min_p or 0.0,
+            max_tokens=args.max_completion_length,
+            stop_tokens=(trainer.processing_class.eos_token_id,),
+        )
+
+
+def _logprobs(leaf: Node) -> Iterator[Any]:
+    """Of the tokens below the prompt, node by node, under the distribution sampled from."""
+    return (node.logprob for node in leaf.path() if node.start >= node.tree.prompt_len)
+
+
+def reward(prompts: list[str], completions: list[str], **fields: Any) -> list[float]:
+    """Share of the characters that agree with the right derivation."""
+    right = [right_solution(parse_prompt(prompt)) for prompt in prompts]
+    return [sum(map(str.__eq__, c, r)) / len(r) for c, r in zip(completions, right, strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", required=True, help="checkpoint folder (Qwen3, Qwen2 or Llama, dense)")
+    parser.add_argument("--output", default="runs/trl_grpo", help="where TRL puts its files")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("problems", nargs="+")
+    args = parser.parse_args()
+    rollouts = TreeRollouts()
+    trainer = GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+        processing_class=load_tokenizer(args.model),
+        reward_funcs=reward,
+        train_dataset=Dataset.from_list([{"prompt": problem + "\n"} for problem in args.problems]),
+        rollout_func=rollouts,
+        args=GRPOConfig(
+            output_dir=args.output,
+            max_steps=args.steps,
+            per_device_train_batch_size=16,
+            num_generations=8,
+            max_completion_length=48,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            bf16=False,
+            use_cpu=not torch.cuda.is_available(),
+        ),
+    )
+    trainer.train()
+    print(f"{rollouts.num_trees} trees, {rollouts.engine.stats()['sampled']} tokens sampled by the engine")
+
+
+if __name__ == "__main__":
+    main()
