@@ -91,9 +91,7 @@ def generate(model: PreTrainedModel, prompts: torch.Tensor, new: int, n: int = 1
 def generate_batch(model: PreTrainedModel, prompts: torch.Tensor, new: int) -> int:
     """transformers' continuous batching."""
     config = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=new, eos_token_id=-1, pad_token_id=0)
-    found = model.generate_batch(
-        inputs=prompts.tolist(), generation_config=config, progress_bar=False
-    )
+    found = model.generate_batch(inputs=prompts.tolist(), generation_config=config, progress_bar=False)
     return sum(len(result.generated_tokens) for result in found.values())
 
 
