@@ -12,7 +12,9 @@ import numpy.typing as npt
 import pytest
 import torch
 from engine_helpers import VOCABULARY, assert_idle, path_logits, prompt_of, same, tiny_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from ibtpo_engine import Engine, MaskState, Model, Node, NoTokenAllowed, Sampling, TokenMask, Tree, native
 from ibtpo_kernels import has_compiled, sample
@@ -466,6 +468,24 @@ def test_stop_strings_of_characters_split_over_tokens(model: Model, how: str, st
         check(model, node, sampling, utf8)
     if len(stop[0]) < 3:
         assert sum(node.stopped_by in stop for node in nodes) >= 2
+
+
+def test_the_decoder_of_a_byte_level_tokenizer_serves() -> None:
+    """As Qwen's and Llama 3's: random tokens of it are mostly torn characters; the check decodes everything anew."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(["ab cab é"] * 9, trainers.BpeTrainer(vocab_size=262, initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe)
+    likely = tokenizer.encode("é ab c€") + tokenizer.encode("ca")
+    sampling = Sampling(max_tokens=60, stop=("é a", "€", "bab"), allowed=lambda prefix: sorted(set(likely)))
+    engine = Engine(tiny_model(vocabulary=len(tokenizer)), kv_tokens=16 * 200, decode=tokenizer.decode)
+    with engine.tree(tokenizer.encode("cab é")) as tree:
+        nodes = engine.extend(tree.root.fork(24), sampling)
+    for node in nodes:
+        expected = expected_end(node, sampling, tree.prompt_len, tokenizer.decode)
+        assert (len(node), node.finish, node.stopped_by) == expected
+    assert {"é a", "bab"} <= {node.stopped_by for node in nodes}
 
 
 def test_a_stop_string_may_begin_above_the_fork_but_not_in_the_prompt(model: Model) -> None:
