@@ -6,6 +6,7 @@ from ibtpo_engine.errors import CheckpointError, EngineError, OutOfPages, StaleW
 from ibtpo_engine.export import PackedTree
 from ibtpo_engine.model import Model, initialise
 from ibtpo_engine.model_config import ModelConfig, RopeConfig
+from ibtpo_engine.parity import Parity, sampler_logprob
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.tree import Node, Tree
 
@@ -19,6 +20,7 @@ __all__ = [
     "Node",
     "OutOfPages",
     "PackedTree",
+    "Parity",
     "Reward",
     "RopeConfig",
     "Sampling",
@@ -28,6 +30,7 @@ __all__ = [
     "initialise",
     "load_model",
     "load_tokenizer",
+    "sampler_logprob",
     "save_model",
     "stop_tokens",
 ]

@@ -15,6 +15,7 @@ from ibtpo_engine.cache import PageCache
 from ibtpo_engine.errors import OutOfPages, StaleWeights
 from ibtpo_engine.model import Model
 from ibtpo_engine.pages import PAGE, PagePool, pages_for
+from ibtpo_engine.parity import Parity, check_parity
 from ibtpo_engine.runner import Runner
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.scheduler import Scheduler
@@ -35,9 +36,11 @@ class Engine:
         seed: with a tree's key and a token's place in the tree, decides every sample.
         max_branches: most branches decoded in one step.
         prefill_tokens: most known tokens computed in one step.
+        parity: "bitwise" gives a branch the same bits in every batch, prefilled, decoded, forked or preempted, and
+            those of `Model.packed(parity="bitwise")`; "fast" promises equality up to rounding.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size is not positive, or `parity` is unknown or cannot be kept with this model.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Engine:
         seed: int = 0,
         max_branches: int = 256,
         prefill_tokens: int = 2048,
+        parity: Parity = "fast",
     ) -> None:
         for name, value in (
             ("kv_tokens", kv_tokens),
@@ -56,7 +60,9 @@ class Engine:
         ):
             if value < 1:
                 raise ValueError(f"Engine: {name}={value} must be at least 1")
+        check_parity(parity, dtype=model.dtype, device=model.device)
         self.model = model
+        self.parity: Parity = parity
         self.seed = seed
         self.version = 0
         self.seconds_waiting = 0.0  # with nothing to sample, for rewards
@@ -82,7 +88,7 @@ class Engine:
         )
         self.cache = PageCache(pool)
         self.scheduler = Scheduler(
-            Runner(self.model, pool),
+            Runner(self.model, pool, self.parity),
             self.cache,
             max_branches=self.max_branches,
             fill_tokens=self.prefill_tokens,
