@@ -295,6 +295,8 @@ class TrainConfig:
     """Decides prompts, samples and initial weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the model computes in; master weights are float32 either way."""
+    parity: Literal["fast", "bitwise"] = "fast"
+    """bitwise: the trainer finds the sampler's log-probs to the last bit (CPUs only); fast: within rounding."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
     sampled_tokens: int = 600_000
@@ -323,6 +325,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("parity", self.parity, ("fast", "bitwise"))
         check_range("sampled_tokens", self.sampled_tokens, low=1)
         check_range("prompts_per_step", self.prompts_per_step, low=1)
         check_range("mini_batches", self.mini_batches, low=1, high=self.prompts_per_step)

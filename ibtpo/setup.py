@@ -41,6 +41,7 @@ def make_engine(config: TrainConfig, policy: Policy) -> Engine:
             seed=config.seed,
             max_branches=config.engine.max_branches,
             prefill_tokens=config.engine.prefill_tokens,
+            parity=config.parity,
         )
     except RuntimeError as error:
         raise ValueError(

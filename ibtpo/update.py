@@ -17,8 +17,8 @@ from ibtpo.config import TrainConfig
 from ibtpo.loss import policy_metrics, policy_objective, summarize
 from ibtpo.optim import MasterAdamW
 from ibtpo.pack import MicroBatch, pack
-from ibtpo_engine import Model, PackedTree, Tree
-from ibtpo_kernels import linear_logprob, policy_head
+from ibtpo_engine import Model, PackedTree, Parity, Tree, sampler_logprob
+from ibtpo_kernels import linear_logprob, policy_head, with_value_of
 
 
 def frozen_copy(model: Model) -> Model:
@@ -33,6 +33,16 @@ def edge_logprob(model: Model, batch: MicroBatch, temperature: float) -> tuple[T
     """Log-prob of every edge [E] and entropy of every row [T] at this temperature, nothing cut."""
     hidden = model.packed(batch.tokens, batch.pos, batch.end)
     return linear_logprob(hidden[batch.rows], model.head, batch.edge_row, batch.targets, temperature=temperature)
+
+
+@torch.no_grad()
+def full_logprobs(model: Model, batch: MicroBatch, temperature: float, parity: Parity) -> tuple[Tensor, Tensor]:
+    """Log-prob of every edge at this temperature and at 1, each [E]; with "bitwise" as the sampler computes them."""
+    hidden = model.packed(batch.tokens, batch.pos, batch.end, parity=parity)[batch.rows]
+    edges = (hidden, model.head, batch.edge_row, batch.targets)
+    if parity == "bitwise":
+        return sampler_logprob(*edges, temperature=temperature)
+    return linear_logprob(*edges, temperature=temperature)[0], linear_logprob(*edges)[0]
 
 
 class Updater:
@@ -113,20 +123,30 @@ class Updater:
     def _accumulate(self, batch: MicroBatch) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch; gradients add up on the parameters."""
         temperature = self.config.sampling.temperature
+        config, parity = self.config.loss, self.config.parity
         reference_logprob = None
-        if self.reference is not None and self.config.loss.kl_coef > 0:
-            with torch.no_grad():
-                reference_logprob, _ = edge_logprob(self.reference, batch, temperature)
-        config = self.config.loss
+        if self.reference is not None and config.kl_coef > 0:
+            if parity == "bitwise":  # as the policy's, so that the penalty begins at exactly 0
+                reference_logprob, _ = full_logprobs(self.reference, batch, temperature, parity)
+            else:
+                with torch.no_grad():
+                    reference_logprob, _ = edge_logprob(self.reference, batch, temperature)
+        hidden = self.model.packed(batch.tokens, batch.pos, batch.end, parity=parity)[batch.rows]
+        exact: Tensor | None = None
+        if parity == "bitwise":  # the head below finds the gradient, of values that lie within rounding
+            edges_of = (hidden, self.model.head, batch.edge_row, batch.targets)
+            exact, _ = sampler_logprob(*edges_of, temperature=temperature)
 
         def objective(logprob: Tensor, entropy: Tensor, edges: Tensor | slice, rows: Tensor | slice) -> Tensor:
+            if exact is not None:
+                logprob = with_value_of(logprob, exact[edges])
             return policy_objective(logprob, batch, config, reference_logprob, edges)
 
-        hidden = self.model.packed(batch.tokens, batch.pos, batch.end)[batch.rows]
         loss, logprob, entropy = policy_head(
             hidden, self.model.head, batch.edge_row, batch.targets, objective, temperature=temperature
         )
         loss.backward()  # type: ignore[no-untyped-call]
+        logprob = logprob if exact is None else exact
         metrics = policy_metrics(logprob, entropy, batch, config, reference_logprob)
         return metrics | {"loss": loss.detach()}
 
@@ -141,10 +161,7 @@ class Updater:
         for batches, part in zip(mini_batches, parts, strict=True):
             trees = [one.packed for one in part]
             for i, batch in enumerate(batches):
-                hidden = self.model.packed(batch.tokens, batch.pos, batch.end)[batch.rows]
-                edges = (hidden, self.model.head, batch.edge_row, batch.targets)
-                old, _ = linear_logprob(*edges, temperature=self.config.sampling.temperature)
-                raw, _ = linear_logprob(*edges)
+                old, raw = full_logprobs(self.model, batch, self.config.sampling.temperature, self.config.parity)
                 difference = (raw.cpu() - _sampled_raw(trees, batch)).abs()
                 total += float((difference * batch.weight.cpu()).sum())
                 weight += float(batch.weight.sum())

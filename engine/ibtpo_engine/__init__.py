@@ -18,6 +18,7 @@ from ibtpo_engine.lora import LoRA
 from ibtpo_engine.masks import MaskState, TokenMask
 from ibtpo_engine.model import Model, initialise
 from ibtpo_engine.model_config import ModelConfig, RopeConfig
+from ibtpo_engine.parity import Parity, sampler_logprob
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.shadow import Shadow
 from ibtpo_engine.tree import Node, Tree
@@ -42,6 +43,7 @@ __all__ = [
     "Node",
     "OutOfPages",
     "PackedTree",
+    "Parity",
     "Reward",
     "RopeConfig",
     "Sampling",
@@ -54,6 +56,7 @@ __all__ = [
     "initialise",
     "load_model",
     "load_tokenizer",
+    "sampler_logprob",
     "save_model",
     "stop_tokens",
 ]

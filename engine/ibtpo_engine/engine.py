@@ -17,6 +17,7 @@ from ibtpo_engine.features import features_of
 from ibtpo_engine.generate import in_order, independent
 from ibtpo_engine.model import Model
 from ibtpo_engine.pages import PAGE, PagePool, pages_for
+from ibtpo_engine.parity import Parity, check_parity
 from ibtpo_engine.randomness import seeded_stream
 from ibtpo_engine.runner import Runner
 from ibtpo_engine.sampling import Sampling
@@ -42,9 +43,11 @@ class Engine:
         max_branches: most branches decoded in one step.
         prefill_tokens: most known tokens computed in one step.
         decode: token ids to text, as `tokenizer.decode`; stop strings need it.
+        parity: "bitwise" gives a branch the same bits in every batch, prefilled, decoded, forked or preempted, and
+            those of `Model.packed(parity="bitwise")`; "fast" promises equality up to rounding.
 
     Raises:
-        ValueError: a size is not positive.
+        ValueError: a size is not positive, or `parity` is unknown or cannot be kept with this model.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class Engine:
         max_branches: int = 256,
         prefill_tokens: int = 2048,
         decode: Decode | None = None,
+        parity: Parity = "fast",
     ) -> None:
         for name, value in (
             ("kv_tokens", kv_tokens),
@@ -66,6 +70,8 @@ class Engine:
                 raise ValueError(f"Engine: {name}={value} must be at least 1")
         self.shadow = model if isinstance(model, Shadow) else None
         self.model = model.model if isinstance(model, Shadow) else model
+        check_parity(parity, dtype=self.model.dtype, device=self.model.device)
+        self.parity: Parity = parity
         self.seed = seed
         self.decode = decode
         self.version = 0
@@ -92,7 +98,7 @@ class Engine:
         )
         self.cache = PageCache(pool)
         self.scheduler = Scheduler(
-            Runner(self.model, pool),
+            Runner(self.model, pool, self.parity),
             self.cache,
             max_branches=self.max_branches,
             fill_tokens=self.prefill_tokens,

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ibtpo_engine.lora import Adapters, LoRA, adapt_layers
 from ibtpo_engine.model_config import ModelConfig
+from ibtpo_engine.pages import PAGE
+from ibtpo_engine.parity import PackedAttend, Parity, Project, by_depth, check_parity, plain_project, project_for
 from ibtpo_kernels import rms_norm, rope, silu_mul, tree_attention
 
 
@@ -50,17 +52,17 @@ class QKNorm(Protocol):
 
 
 class PackedAttention:
-    """Tree attention inside one packed forest: query i sees key j <=> j <= i < end[j]."""
+    """Tree attention inside one packed forest: query i sees key j <=> j <= i < end[j]; `attend` says in which order."""
 
-    def __init__(self, end: Tensor, cos: Tensor, sin: Tensor) -> None:
-        self.end = end
+    def __init__(self, end: Tensor, cos: Tensor, sin: Tensor, attend: PackedAttend | None = None) -> None:
+        self.attend = attend or (lambda q, k, v: tree_attention(q, k, v, end))
         self.cos = cos
         self.sin = sin
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, norms: QKNorm | None) -> Tensor:
         if norms is not None:
             q, k = norms.q_norm(q), norms.k_norm(k)
-        return tree_attention(rope(q, self.cos, self.sin), rope(k, self.cos, self.sin), v, self.end)
+        return self.attend(rope(q, self.cos, self.sin), rope(k, self.cos, self.sin), v)
 
 
 class Attention(nn.Module):
@@ -85,12 +87,12 @@ class Attention(nn.Module):
         """Weights [D] of the queries' and the keys' norm, and their eps; only where `has_norms`."""
         return self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
 
-    def forward(self, x_NH: Tensor, attend: Attend) -> Tensor:
-        q = self.q_proj(x_NH).unflatten(-1, (-1, self.head_dim))
-        k = self.k_proj(x_NH).unflatten(-1, (-1, self.head_dim))
-        v = self.v_proj(x_NH).unflatten(-1, (-1, self.head_dim))
-        out: Tensor = self.o_proj(attend(self.layer, q, k, v, self if self.has_norms else None).flatten(1))
-        return out
+    def forward(self, x_NH: Tensor, attend: Attend, project: Project = plain_project) -> Tensor:
+        q, k, v = (
+            projected.reshape(len(x_NH), projected.shape[-1] // self.head_dim, self.head_dim)
+            for projected in (project(layer, x_NH) for layer in (self.q_proj, self.k_proj, self.v_proj))
+        )
+        return project(self.o_proj, attend(self.layer, q, k, v, self if self.has_norms else None).flatten(1))
 
 
 class MLP(nn.Module):
@@ -103,9 +105,8 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(size, inner, bias=config.mlp_bias)
         self.down_proj = nn.Linear(inner, size, bias=config.mlp_bias)
 
-    def forward(self, x_NH: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(silu_mul(self.gate_proj(x_NH), self.up_proj(x_NH)))
-        return out
+    def forward(self, x_NH: Tensor, project: Project = plain_project) -> Tensor:
+        return project(self.down_proj, silu_mul(project(self.gate_proj, x_NH), project(self.up_proj, x_NH)))
 
 
 class Block(nn.Module):
@@ -118,9 +119,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_NH: Tensor, attend: Attend) -> Tensor:
-        x_NH = x_NH + self.self_attn(self.input_layernorm(x_NH), attend)
-        out: Tensor = x_NH + self.mlp(self.post_attention_layernorm(x_NH))
+    def forward(self, x_NH: Tensor, attend: Attend, project: Project = plain_project) -> Tensor:
+        x_NH = x_NH + self.self_attn(self.input_layernorm(x_NH), attend, project)
+        out: Tensor = x_NH + self.mlp(self.post_attention_layernorm(x_NH), project)
         return out
 
 
@@ -177,26 +178,32 @@ class Model(nn.Module):
         angles = pos.to(wide)[:, None] * self._frequencies
         return angles.cos(), angles.sin()
 
-    def forward(self, tokens: Tensor, attend: Attend) -> Tensor:
-        """int64 [N] -> hidden states after the final norm, [N, H]."""
+    def forward(self, tokens: Tensor, attend: Attend, project: Project = plain_project) -> Tensor:
+        """int64 [N] -> hidden states after the final norm, [N, H]; `project` runs every linear layer but the head."""
         x_NH = F.embedding(tokens, self.model.embed_tokens.weight)
         for block in self.model.layers:
-            x_NH = block(x_NH, attend)
+            x_NH = block(x_NH, attend, project)
         out: Tensor = self.model.norm(x_NH)
         return out
 
-    def packed(self, tokens: Tensor, pos: Tensor, end: Tensor) -> Tensor:
+    def packed(self, tokens: Tensor, pos: Tensor, end: Tensor, *, parity: Parity = "fast") -> Tensor:
         """Training forward over a packed forest, differentiable.
 
         Args:
             tokens: int64 [N], trees in depth-first pre-order.
             pos: int [N], depth of each token on its path.
             end: int32 [N], exclusive end of each token's subtree.
+            parity: "bitwise" gives the bits of an `Engine(parity="bitwise")`, however its rows came about.
 
         Returns:
             Hidden states after the final norm, [N, H].
+
+        Raises:
+            ValueError: `parity` is unknown, or cannot be kept with this model, type or device.
         """
-        hidden: Tensor = self(tokens, PackedAttention(end, *self.rotation(pos)))
+        check_parity(parity, dtype=self.dtype, device=self.device)
+        attend = by_depth(end, page_size=PAGE) if parity == "bitwise" else None
+        hidden: Tensor = self(tokens, PackedAttention(end, *self.rotation(pos), attend), project_for(parity))
         return hidden
 
     def add_adapters(self, config: LoRA, *, seed: int = 0) -> None:

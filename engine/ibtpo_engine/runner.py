@@ -17,6 +17,7 @@ from torch import Tensor
 from ibtpo_engine.model import Model, QKNorm
 from ibtpo_engine.native import native_decoder
 from ibtpo_engine.pages import PAGE, PagePool
+from ibtpo_engine.parity import Parity, check_parity, project_for
 from ibtpo_engine.slots import Slots
 from ibtpo_kernels import (
     DecodePlan,
@@ -71,12 +72,14 @@ class PagedAttention:
 class Runner:
     """Runs rows; keeps the attention plan while the set of rows stays the same.
 
-    A model that `native_decoder` accepts is run by it, any other as the module it is.
+    A model that `native_decoder` accepts is run by it, any other as the module it is. The native decoder is bitwise as
+    it is; the module is asked for it by `parity`.
     """
 
-    def __init__(self, model: Model, pool: PagePool) -> None:
+    def __init__(self, model: Model, pool: PagePool, parity: Parity = "fast") -> None:
         self.model = model
         self.pool = pool
+        self.parity: Parity = parity
         self._plan: DecodePlan | None = None
         self._planned: npt.NDArray[np.int32] = np.empty(0, np.int32)  # the rows it is for
         self._decoder: Decoder | None = None
@@ -111,13 +114,14 @@ class Runner:
             planner.upload()
         if self._decoder is not None and self.is_native:
             return self._decoder.forward(tokens, pos, address, self._plan, self.pool.keys, self.pool.values)
+        check_parity(self.parity, dtype=self.model.dtype, device=device)  # the backend may have changed
         attend = PagedAttention(self.pool, self._plan, address, *self.model.rotation(pos))
-        hidden: Tensor = self.model(tokens, attend)
+        hidden: Tensor = self.model(tokens, attend, project_for(self.parity))
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[T, H] -> [T, V], float32 or wider; summed in the order of `decode` where that is native."""
-        if self.is_native:
+        """[T, H] -> [T, V], float32 or (bitwise) the model's type; summed as by `decode` where that is native."""
+        if self.is_native or self.parity == "bitwise":
             return batch_invariant_linear(hidden, self.model.head)
         return F.linear(hidden, self.model.head).float()
 

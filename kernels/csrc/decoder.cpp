@@ -109,7 +109,7 @@ class Part {
                              pool,
                              *d_.eps});
     written();
-    const float scale = 1.0f / __builtin_sqrtf((float)d_.head_dim);
+    const auto scale = (float)(1.0 / __builtin_sqrt((double)d_.head_dim));  // to the bit as where Python asks for it
     set_threads(attention_threads_);
     const int64_t failed = kernels.tree_decode(
         {q_, k_pages, v_pages, r_.page_table, r_.rows + begin_, r_.lengths + begin_,

@@ -93,6 +93,7 @@ struct Sample {
   int64_t num_rows, vocabulary;
   const double* min_p = nullptr;  // [B], or null: off
   const bf16* half_logits = nullptr;
+  const int64_t *rows = nullptr, *given = nullptr;  // [B], or null: the row of the logits, the token not to be drawn
 };
 
 // What stands between the matrix products, for activations and weights stored as T.

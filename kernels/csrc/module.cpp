@@ -300,6 +300,21 @@ NB_MODULE(_cpu, m) {
       },
       release);
 
+  // The log-probs that `sample` would report, had it drawn token given[e] from row rows[e] of the logits, nothing cut;
+  // token: [E], overwritten.
+  m.def(
+      "sampled_logprob",
+      [](Address logits, Address rows, Address given, double temperature, Address token, Address logprob,
+         Address logprob_raw, Address entropy, int64_t num_edges, int64_t vocabulary, bool half) {
+        const Column<double> temperatures(0, temperature, num_edges), masses(0, 1.0, num_edges);
+        const Column<int64_t> counts(0, 0, num_edges);
+        return active->sample({half ? nullptr : at<float>(logits), nullptr, temperatures.data, masses.data, counts.data,
+                               at<int64_t>(token), at<float>(logprob), at<float>(logprob_raw), at<float>(entropy),
+                               num_edges, vocabulary, nullptr, half ? at<bf16>(logits) : nullptr, at<int64_t>(rows),
+                               at<int64_t>(given)});
+      },
+      release);
+
   // Writes at most 2 B items of four int32 to `items` and returns how many, or -1 - b where query b is out of range.
   // state: the address of int32 [3, R] (see PlanState), or 0: compare every page.
   m.def(

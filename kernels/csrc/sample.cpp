@@ -2,7 +2,8 @@
 //
 //   w_v = exp((z_v - max z) / temperature) for kept v, else 0;   token = min { t : sum_{v <= t} w_v > u sum_v w_v }
 //
-// with all sums in double. Beside it the log-prob and entropy of the full softmax at temperature 1.
+// with all sums in double. Beside it the log-prob and entropy of the full softmax at temperature 1. A token may also be
+// given: then its log-probs are what they would be had it been drawn, to the bit.
 #include "kernels.h"
 #include "parts.h"
 #include "simd.h"
@@ -189,14 +190,20 @@ struct Draw {
   double share;  // probability among the kept
 };
 
-// Whole chunks are skipped by their sums; within the chunk the weights are added one by one.
-INLINE Draw draw(const double* w, int64_t padded, double u, double* sums) {
-  const int64_t chunks = (padded + kChunk - 1) / kChunk;
+// The sum of all weights, and of each chunk.
+INLINE double sum_chunks(const double* w, int64_t padded, double* sums) {
   double total = 0.0;
-  for (int64_t c = 0; c < chunks; ++c) {
+  for (int64_t c = 0; c < (padded + kChunk - 1) / kChunk; ++c) {
     sums[c] = total_of(const_cast<double*>(w) + c * kChunk, least(kChunk, padded - c * kChunk));
     total += sums[c];
   }
+  return total;
+}
+
+// Whole chunks are skipped by their sums; within the chunk the weights are added one by one.
+INLINE Draw draw(const double* w, int64_t padded, double u, double* sums) {
+  const int64_t chunks = (padded + kChunk - 1) / kChunk;
+  const double total = sum_chunks(w, padded, sums);
   const double target = u * total;
   double cumulative = 0.0;
   int64_t token = -1;
@@ -212,8 +219,9 @@ INLINE Draw draw(const double* w, int64_t padded, double u, double* sums) {
   return {token, w[token] / total};
 }
 
-// Row r of the logits; bfloat16 ones are written to `row`.
+// The logits of output r; bfloat16 ones are written to `row`.
 INLINE const float* logits_of(const Sample& p, int64_t r, float* row) {
+  if (p.rows != nullptr) r = p.rows[r];
   if (p.half_logits == nullptr) return p.logits + r * p.vocabulary;
   const bf16* z = p.half_logits + r * p.vocabulary;
   for_parts(p.vocabulary, [&](int64_t i, auto n) { store(row + i, load(z + i, n), n); });
@@ -225,6 +233,7 @@ INLINE bool sample_row(const Sample& p, int64_t r, float* row, double* x, double
   const Highest top = highest(z, p.vocabulary);
   if (top.index < 0) return false;
   const RawStats raw = shift(z, top.value, p.vocabulary, x, padded);
+  const int64_t given = p.given == nullptr ? -1 : p.given[r];
   Draw chosen{top.index, 1.0};
   if (p.temperature[r] > 0.0) {
     const double temperature = p.temperature[r];
@@ -236,7 +245,10 @@ INLINE bool sample_row(const Sample& p, int64_t r, float* row, double* x, double
       const double floor = temperature * __builtin_log(p.min_p[r]);
       for (int64_t i = 0; i < padded / kDoubles; ++i) vectors(w)[i] = vectors(x)[i] < floor ? DVec{} : vectors(w)[i];
     }
-    chosen = draw(w, padded, uniform(p.keys[2 * r], p.keys[2 * r + 1]), sums);
+    if (given >= 0)
+      chosen = {given, w[given] / sum_chunks(w, padded, sums)};
+    else
+      chosen = draw(w, padded, uniform(p.keys[2 * r], p.keys[2 * r + 1]), sums);
   }
   p.token[r] = chosen.token;
   p.logprob[r] = (float)__builtin_log(chosen.share);

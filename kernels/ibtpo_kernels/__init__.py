@@ -1,5 +1,6 @@
 """Kernels for reasoning trees: attention over packed trees, decode over shared pages, fused log-prob and sampling."""
 
+from ibtpo_kernels.by_depth import DepthLayout, plan_by_depth, tree_attention_by_depth, with_value_of
 from ibtpo_kernels.decoder import Decoder, DecodeStep, LayerWeights, can_borrow
 from ibtpo_kernels.dispatch import active_backend, backend, has_compiled
 from ibtpo_kernels.ops import (
@@ -19,12 +20,14 @@ from ibtpo_kernels.ops import (
 )
 from ibtpo_kernels.plan import DecodePlan
 from ibtpo_kernels.planner import DecodePlanner
+from ibtpo_kernels.sampled import linear_sampled_logprob, sampled_logprob
 
 __all__ = [
     "DecodePlan",
     "DecodePlanner",
     "DecodeStep",
     "Decoder",
+    "DepthLayout",
     "LayerWeights",
     "active_backend",
     "add_rms_norm",
@@ -34,13 +37,18 @@ __all__ = [
     "can_borrow",
     "has_compiled",
     "linear_logprob",
+    "linear_sampled_logprob",
+    "plan_by_depth",
     "plan_decode",
     "policy_head",
     "rms_norm",
     "rope",
     "rope_append",
     "sample",
+    "sampled_logprob",
     "silu_mul",
     "tree_attention",
+    "tree_attention_by_depth",
     "tree_decode",
+    "with_value_of",
 ]

@@ -231,6 +231,21 @@ def linear_logprob(
     _in_range(op, "targets", targets, 0, weight.shape[0])
 
 
+def sampled_logprob(logits: Tensor, rows: Tensor, targets: Tensor, temperature: float) -> None:
+    op = "sampled_logprob"
+    _floating(op, "logits", logits, 2)
+    if logits.shape[1] == 0:
+        raise _fail(op, "logits", logits, "at least one vocabulary entry")
+    if rows.dim() != 1:
+        raise _fail(op, "rows", rows, "torch.int64 [E]")
+    _index(op, "rows", rows, tuple(rows.shape), torch.int64, logits)
+    _index(op, "targets", targets, tuple(rows.shape), torch.int64, logits)
+    if not temperature > 0:
+        raise ValueError(f"{op}: temperature={temperature} must be greater than 0")
+    _in_range(op, "rows", rows, 0, logits.shape[0])
+    _in_range(op, "targets", targets, 0, logits.shape[1])
+
+
 def sample(
     logits: Tensor,
     keys: Tensor,

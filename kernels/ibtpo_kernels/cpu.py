@@ -476,3 +476,16 @@ def sample(
     if failed >= 0:
         raise ValueError(f"sample: row {failed} has no distribution (NaN or inf logits)")
     return token, logprob, logprob_raw, entropy
+
+
+def sampled_logprob(logits: Tensor, rows: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logits, rows, targets = _dense(logits), _dense(rows), _dense(targets)
+    token = torch.empty_like(targets)
+    logprob, logprob_raw, entropy = torch.empty(3, len(rows)).unbind()
+    failed = native.sampled_logprob(
+        logits.data_ptr(), rows.data_ptr(), targets.data_ptr(), temperature, token.data_ptr(), logprob.data_ptr(),
+        logprob_raw.data_ptr(), entropy.data_ptr(), len(rows), logits.shape[1], _half(logits),
+    )  # fmt: skip
+    if failed >= 0:
+        raise ValueError(f"sampled_logprob: row {int(rows[failed])} has no distribution (NaN or inf logits)")
+    return logprob, logprob_raw

@@ -34,6 +34,7 @@ __all__ = [
     "rope",
     "rope_append",
     "sample",
+    "sampled_logprob",
     "silu_mul",
     "tree_attention",
     "tree_decode",
@@ -200,6 +201,18 @@ def sample(
     logprob = (w.gather(-1, token) / total).log()[:, 0]
     entropy = torch.special.entr(raw.exp()).sum(-1)
     return token[:, 0], logprob.float(), raw.gather(-1, token)[:, 0].float(), entropy.float()
+
+
+def sampled_logprob(logits: Tensor, rows: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(logprob [E] at this temperature, logprob_raw [E] at 1) of the targets; sums in double."""
+    z = logits.double()
+    found = []
+    for log_p in ((z / temperature).log_softmax(-1), z.log_softmax(-1)):
+        if bool((bad := log_p[rows].isnan().any(-1)).any()):
+            row = int(rows[bad.nonzero()[0, 0]])
+            raise ValueError(f"sampled_logprob: row {row} has no distribution (NaN or inf logits)")
+        found.append(log_p[rows, targets].float())
+    return found[0], found[1]
 
 
 def log_of(min_p: float | Tensor) -> float | Tensor:

@@ -1,0 +1,111 @@
+"""Log-probs that are the same to the bit wherever they come from: `parity="bitwise"`.
+
+A row of numbers goes through the model in many companies: alone in a decode step, with siblings, in a prefilled chunk,
+again after a preemption, and packed with whole trees for training. With "fast" each is summed as is fastest there, and
+they differ by rounding. With "bitwise" every sum has one order, of the row's own numbers:
+
+    products       `batch_invariant_linear`, the head included
+    attention      page by page in the order of depth: `tree_decode`, in training `tree_attention_by_depth`
+    log-prob       of one row of logits, by the arithmetic of `sample`
+
+The rest (norms, rotation, gate, sums of two) goes row by row anyway. A trainer then finds the very log-probs that the
+engine sampled with, and no ratio of the two is off. What this costs is in the documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ibtpo_kernels import (
+    active_backend,
+    batch_invariant_linear,
+    linear_sampled_logprob,
+    plan_by_depth,
+    tree_attention_by_depth,
+)
+
+Parity = Literal["fast", "bitwise"]
+PackedAttend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v of a packed forest -> out
+Project = Callable[[nn.Module, Tensor], Tensor]
+
+SERVED = (torch.float32, torch.bfloat16)
+
+
+def check_parity(parity: str, *, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise unless this promise can be kept here.
+
+    Args:
+        parity: "fast" promises nothing.
+        dtype, device: of the model.
+
+    Raises:
+        ValueError: `parity` is unknown, or nobody has shown that bits are equal on this device, type or backend.
+    """
+    if parity == "fast":
+        return
+    if parity != "bitwise":
+        raise ValueError(f"parity: {parity!r} is not one of {', '.join(map(repr, get_args(Parity)))}")
+    chosen = active_backend(device)
+    if chosen != "cpu":
+        raise ValueError(
+            f"parity='bitwise' needs the compiled CPU kernels, here ops run on {chosen!r} ({device}); on a GPU a query "
+            "that begins to share pages changes its tile, and with it its last bits. Use the CPU, or parity='fast'"
+        )
+    if dtype not in SERVED:
+        raise ValueError(
+            f"parity='bitwise' serves {' and '.join(map(str, SERVED))}, not {dtype}; use one of them, or 'fast'"
+        )
+
+
+def plain_project(layer: nn.Module, x: Tensor) -> Tensor:
+    """A projection as the module itself does it."""
+    out: Tensor = layer(x)
+    return out
+
+
+def exact_project(layer: nn.Module, x: Tensor) -> Tensor:
+    """A projection each row of which has the same bits in any batch.
+
+    Raises:
+        ValueError: the module is not a plain linear layer, so that nothing is known of its sums.
+    """
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        raise ValueError(
+            f"parity='bitwise' runs plain linear layers, not {type(layer).__name__} or one with a hook; merge what was "
+            "added into the weights, or use parity='fast'"
+        )
+    return batch_invariant_linear(x, layer.weight, layer.bias)
+
+
+def project_for(parity: Parity) -> Project:
+    """How the projections of a model run."""
+    return exact_project if parity == "bitwise" else plain_project
+
+
+def by_depth(end: Tensor, *, page_size: int) -> PackedAttend:
+    """Attention over a packed forest in the order of the engine's pages; the layout is made once, for all layers."""
+    layout = plan_by_depth(end, page_size=page_size)
+    return lambda q, k, v: tree_attention_by_depth(q, k, v, layout)
+
+
+def sampler_logprob(
+    hidden: Tensor, head: Tensor, rows: Tensor, targets: Tensor, *, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The log-probs that a `parity="bitwise"` engine reports of these tokens, nothing cut; no autograd.
+
+    Args:
+        hidden: [T, H], from `Model.packed(..., parity="bitwise")`.
+        head: [V, H].
+        rows, targets: int64 [E], as in `linear_logprob`.
+        temperature: above 0.
+
+    Returns:
+        float32 [E] as `Node.logprob` and as `Node.logprob_raw`.
+    """
+    kept = float(np.float32(temperature))  # as the engine keeps it
+    return linear_sampled_logprob(hidden, head, rows, targets, temperature=kept)

@@ -1,0 +1,71 @@
+"""Log-probs of given tokens by the arithmetic of `sample`: a trainer's numbers that equal the sampler's to the bit.
+
+`linear_logprob` never holds a row of logits and sums in float32 as it goes; `sample` has the row and sums in double.
+Both are right to rounding, and differ in it. Where ratios of old and new log-probs are to be exactly 1, the trainer
+takes the value from here and the gradient from there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ibtpo_kernels import checks, cpu, reference
+from ibtpo_kernels.dispatch import implementation
+from ibtpo_kernels.ops import batch_invariant_linear
+
+_CHUNK_ELEMENTS = 1 << 24  # logits alive at a time: 64 MiB in float32
+
+
+def sampled_logprob(
+    logits: Tensor, rows: Tensor, targets: Tensor, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """What `sample` would report as (logprob, logprob_raw), had it drawn these tokens with nothing cut; no autograd.
+
+    Args:
+        logits: [T, V].
+        rows, targets: int64 [E]; edge e asks for token targets[e] in row rows[e].
+        temperature: above 0; the engine keeps it as float32, so give it that number.
+
+    Returns:
+        float32 [E] at this temperature, and at 1. On the backend "cpu", for float32 and bfloat16, bit for bit those of
+        `sample`; elsewhere to rounding.
+
+    Raises:
+        ValueError: a shape, dtype, device or index is wrong, the temperature is not positive, or a row has no
+            distribution (NaN or inf logits).
+    """
+    checks.sampled_logprob(logits, rows, targets, temperature)
+    if implementation(logits) is not cpu:
+        return reference.sampled_logprob(logits, rows, targets, temperature)
+    return cpu.sampled_logprob(logits, rows, targets, temperature)
+
+
+def linear_sampled_logprob(
+    hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """`sampled_logprob` of the logits `batch_invariant_linear(hidden, weight)`, made a few rows at a time; no autograd.
+
+    Args:
+        hidden: [T, H]; weight: [V, H].
+        rows, targets, temperature: as in `sampled_logprob`.
+
+    Returns:
+        float32 [E] at this temperature, and at 1.
+
+    Raises:
+        ValueError: as `sampled_logprob`.
+    """
+    hidden, weight = hidden.detach(), weight.detach()
+    logprob, raw = torch.empty(2, len(rows), device=hidden.device).unbind()
+    by_row, order = rows.sort(stable=True)
+    size = max(1, _CHUNK_ELEMENTS // max(len(weight), 1))
+    starts = range(0, len(hidden), size)
+    bounds = torch.searchsorted(by_row, torch.tensor([*starts, len(hidden)], device=rows.device)).tolist()
+    for start, begin, end in zip(starts, bounds[:-1], bounds[1:], strict=True):
+        edges = order[begin:end]
+        logits = batch_invariant_linear(hidden[start : start + size], weight)
+        logprob[edges], raw[edges] = sampled_logprob(
+            logits, rows[edges] - start, targets[edges], temperature=temperature
+        )
+    return logprob, raw
