@@ -238,10 +238,10 @@ def sampled_logprob(logits: Tensor, rows: Tensor, targets: Tensor, temperature: 
         raise _fail(op, "logits", logits, "at least one vocabulary entry")
     if rows.dim() != 1:
         raise _fail(op, "rows", rows, "torch.int64 [E]")
-    _index(op, "rows", rows, tuple(rows.shape), torch.int64, logits)
-    _index(op, "targets", targets, tuple(rows.shape), torch.int64, logits)
-    if not temperature > 0:
-        raise ValueError(f"{op}: temperature={temperature} must be greater than 0")
+    _index(op, "rows", rows, tuple(rows.shape), torch.int64, logits, "logits")
+    _index(op, "targets", targets, tuple(rows.shape), torch.int64, logits, "logits and rows")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature={temperature} must be greater than 0 and finite")
     _in_range(op, "rows", rows, 0, logits.shape[0])
     _in_range(op, "targets", targets, 0, logits.shape[1])
 
