@@ -311,10 +311,8 @@ def test_a_server_that_keeps_failing_is_given_up_and_the_nodes_leave_their_tree(
 def test_a_refusal_is_not_repeated(server: Server) -> None:
     seen = len(server.requests)
     server.faults[:] = [lambda handler, body: handler.answer(400, {"error": {"message": "prompt too long"}})]
-    with (
-        connect(server, retries=9, siblings="together") as backend,
-        pytest.raises(BackendError, match="HTTP 400: prompt too"),
-    ):
+    backend = connect(server, retries=9, siblings="together")
+    with backend, pytest.raises(BackendError, match="HTTP 400: prompt too long"):
         list(BackendEngine(backend, max_calls=1).run(forks, PROMPTS[:1], SAMPLING))
     assert len(server.requests) - seen == 1
 
@@ -393,6 +391,8 @@ def test_closing_ends_the_wait_between_two_tries(server: Server) -> None:
     with pytest.raises(BackendError, match="closed"):
         backend.extend([[3, 4]], 1, sampling=SAMPLING, seeds=[[0]])
     assert time.monotonic() - begin < 10
+    with pytest.raises(BackendError, match="closed; make a new one"):
+        backend.extend([[3, 4]], 1, sampling=SAMPLING, seeds=[[0]])
 
 
 def test_a_run_left_early_or_by_an_error_closes_searches_and_trees(server: Server) -> None:
