@@ -207,7 +207,7 @@ def test_a_request_leaves_nothing_to_the_servers_defaults(server: Server) -> Non
     assert (first["max_tokens"], second["max_tokens"]) == (11, 10)
     assert {key: first[key] for key in first.keys() - {"prompt", "seed"}} == {
         "model": "tiny", "n": 1, "max_tokens": 11, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.01,
-        "logprobs": 1, "return_token_ids": True, "ignore_eos": True, "stop_token_ids": [2, 3],
+        "logprobs": 1, "return_token_ids": True, "ignore_eos": False, "stop_token_ids": [2, 3],
         "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
     }  # fmt: skip
     assert 0 <= first["seed"] < 2**31
@@ -342,6 +342,7 @@ def first(response: dict[str, Any]) -> dict[str, Any]:
             lambda r: first(r).update(finish_reason="stop", token_ids=[5] * len(first(r)["token_ids"])),
             "not in stop_tokens",
         ),
+        (lambda r: first(r)["token_ids"].__setitem__(0, 2), "went on after token 2 .*honours stop_token_ids"),
         (lambda r: first(r).update(prompt_token_ids=[1, *first(r)["prompt_token_ids"]]), "BOS"),
         (lambda r: r.update(choices=[]), "0 choices for n=1"),
         (lambda r: r.pop("choices"), "no list of choices"),
@@ -370,6 +371,25 @@ def test_an_answer_that_is_not_json_is_refused(server: Server) -> None:
     server.faults[:] = [lambda handler, body: handler.answer(200, b"<html>")]
     with connect(server) as backend, pytest.raises(BackendError, match="not JSON: b'<html>'"):
         backend.extend([[3, 4]], 1, sampling=SAMPLING, seeds=[[0]])
+
+
+def test_a_stop_token_on_the_last_place_is_a_stop_whatever_the_server_calls_it() -> None:
+    def call_it_length(response: dict[str, Any]) -> None:
+        for choice in response["choices"]:
+            choice["finish_reason"] = "length"
+
+    local = EngineBackend(engine())
+    with serving(local, call_it_length) as server, connect(server) as backend:
+        ours, theirs = grown(BackendEngine(local)), grown(BackendEngine(backend))
+    assert list(map(outline, ours)) == list(map(outline, theirs))
+    assert {leaf.finish for tree in ours for leaf in tree.leaves()} == {"stop", "length"}
+
+
+def test_with_nothing_to_stop_at_the_models_end_token_does_not_stop_either(server: Server) -> None:
+    with connect(server) as backend:
+        backend.extend([[3, 4]], 1, sampling=Sampling(max_tokens=3), seeds=[[0]])
+    assert server.requests[-1]["ignore_eos"] is True
+    assert server.requests[-1]["stop_token_ids"] == []
 
 
 def test_ids_spelled_as_tokens_are_read_too() -> None:
