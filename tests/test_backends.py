@@ -128,6 +128,15 @@ def test_siblings_differ(server: Server, siblings: str) -> None:
     assert len({body["seed"] for body in sent}) == len(sent)
 
 
+def test_siblings_asked_for_together_come_in_the_order_of_their_index(server: Server) -> None:
+    """The server lists its choices backwards; the i-th of them was drawn with seed + i."""
+    with connect(server, siblings="together") as backend:
+        [theirs] = backend.extend([PROMPTS[0]], 4, sampling=SAMPLING, seeds=[[9, 0, 0, 0]])
+    [ours] = EngineBackend(engine()).extend([PROMPTS[0]], 4, sampling=SAMPLING, seeds=[[9, 10, 11, 12]])
+    assert [one.tokens.tolist() for one in ours] == [one.tokens.tolist() for one in theirs]
+    assert len({one.tokens.tobytes() for one in ours}) == 4
+
+
 @pytest.mark.parametrize("method", ["ibtree", "random-tree", "independent"])
 def test_the_searches_of_the_method_run_unchanged(server: Server, method: str) -> None:
     """IBTree and its controls, with rewards in futures, spend the same budget here and across HTTP."""

@@ -265,6 +265,7 @@ def test_grpo_trainer_trains_on_what_the_engine_samples(search: Any, checkpoint:
     assert len(seen) == 3
     assert all(sorted(prompts) == sorted([p + "\n" for p in PROBLEMS] * 4) for prompts in seen)
     assert rollouts.num_trees == 6
+    assert rollouts.engine.version == 3
     assert len(differences) == 24
     assert max(differences) < 2e-5
     assert not any(torch.equal(a, b) for a, b in pairwise(weights))
