@@ -128,6 +128,15 @@ def test_siblings_differ(server: Server, siblings: str) -> None:
     assert len({body["seed"] for body in sent}) == len(sent)
 
 
+def test_siblings_asked_for_together_come_in_the_order_of_their_index(server: Server) -> None:
+    """The server lists its choices backwards; the i-th of them was drawn with seed + i."""
+    with connect(server, siblings="together") as backend:
+        [theirs] = backend.extend([PROMPTS[0]], 4, sampling=SAMPLING, seeds=[[9, 0, 0, 0]])
+    [ours] = EngineBackend(engine()).extend([PROMPTS[0]], 4, sampling=SAMPLING, seeds=[[9, 10, 11, 12]])
+    assert [one.tokens.tolist() for one in ours] == [one.tokens.tolist() for one in theirs]
+    assert len({one.tokens.tobytes() for one in ours}) == 4
+
+
 @pytest.mark.parametrize("method", ["ibtree", "random-tree", "independent"])
 def test_the_searches_of_the_method_run_unchanged(server: Server, method: str) -> None:
     """IBTree and its controls, with rewards in futures, spend the same budget here and across HTTP."""
@@ -207,7 +216,7 @@ def test_a_request_leaves_nothing_to_the_servers_defaults(server: Server) -> Non
     assert (first["max_tokens"], second["max_tokens"]) == (11, 10)
     assert {key: first[key] for key in first.keys() - {"prompt", "seed"}} == {
         "model": "tiny", "n": 1, "max_tokens": 11, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.01,
-        "logprobs": 1, "return_token_ids": True, "ignore_eos": True, "stop_token_ids": [2, 3],
+        "logprobs": 1, "return_token_ids": True, "ignore_eos": False, "stop_token_ids": [2, 3],
         "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
     }  # fmt: skip
     assert 0 <= first["seed"] < 2**31
@@ -311,10 +320,8 @@ def test_a_server_that_keeps_failing_is_given_up_and_the_nodes_leave_their_tree(
 def test_a_refusal_is_not_repeated(server: Server) -> None:
     seen = len(server.requests)
     server.faults[:] = [lambda handler, body: handler.answer(400, {"error": {"message": "prompt too long"}})]
-    with (
-        connect(server, retries=9, siblings="together") as backend,
-        pytest.raises(BackendError, match="HTTP 400: prompt too"),
-    ):
+    backend = connect(server, retries=9, siblings="together")
+    with backend, pytest.raises(BackendError, match="HTTP 400: prompt too long"):
         list(BackendEngine(backend, max_calls=1).run(forks, PROMPTS[:1], SAMPLING))
     assert len(server.requests) - seen == 1
 
@@ -344,6 +351,7 @@ def first(response: dict[str, Any]) -> dict[str, Any]:
             lambda r: first(r).update(finish_reason="stop", token_ids=[5] * len(first(r)["token_ids"])),
             "not in stop_tokens",
         ),
+        (lambda r: first(r)["token_ids"].__setitem__(0, 2), "went on after token 2 .*honours stop_token_ids"),
         (lambda r: first(r).update(prompt_token_ids=[1, *first(r)["prompt_token_ids"]]), "BOS"),
         (lambda r: r.update(choices=[]), "0 choices for n=1"),
         (lambda r: r.pop("choices"), "no list of choices"),
@@ -374,6 +382,25 @@ def test_an_answer_that_is_not_json_is_refused(server: Server) -> None:
         backend.extend([[3, 4]], 1, sampling=SAMPLING, seeds=[[0]])
 
 
+def test_a_stop_token_on_the_last_place_is_a_stop_whatever_the_server_calls_it() -> None:
+    def call_it_length(response: dict[str, Any]) -> None:
+        for choice in response["choices"]:
+            choice["finish_reason"] = "length"
+
+    local = EngineBackend(engine())
+    with serving(local, call_it_length) as server, connect(server) as backend:
+        ours, theirs = grown(BackendEngine(local)), grown(BackendEngine(backend))
+    assert list(map(outline, ours)) == list(map(outline, theirs))
+    assert {leaf.finish for tree in ours for leaf in tree.leaves()} == {"stop", "length"}
+
+
+def test_with_nothing_to_stop_at_the_models_end_token_does_not_stop_either(server: Server) -> None:
+    with connect(server) as backend:
+        backend.extend([[3, 4]], 1, sampling=Sampling(max_tokens=3), seeds=[[0]])
+    assert server.requests[-1]["ignore_eos"] is True
+    assert server.requests[-1]["stop_token_ids"] == []
+
+
 def test_ids_spelled_as_tokens_are_read_too() -> None:
     def spell(response: dict[str, Any]) -> None:
         for choice in response["choices"]:
@@ -393,6 +420,8 @@ def test_closing_ends_the_wait_between_two_tries(server: Server) -> None:
     with pytest.raises(BackendError, match="closed"):
         backend.extend([[3, 4]], 1, sampling=SAMPLING, seeds=[[0]])
     assert time.monotonic() - begin < 10
+    with pytest.raises(BackendError, match="closed; make a new one"):
+        backend.extend([[3, 4]], 1, sampling=SAMPLING, seeds=[[0]])
 
 
 def test_a_run_left_early_or_by_an_error_closes_searches_and_trees(server: Server) -> None:

@@ -56,7 +56,7 @@ def request_body(
         "seed": seed,
         "logprobs": 1,
         "return_token_ids": True,
-        "ignore_eos": True,  # what ends a branch is in `stop_tokens`, and nothing else
+        "ignore_eos": not sampling.stop_tokens,  # SGLang, told so, would ignore stop_token_ids too
         "stop_token_ids": list(sampling.stop_tokens),
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
@@ -96,10 +96,18 @@ def _completion(choice: dict[str, Any], prefix: list[int], sampling: Sampling, k
             f"the server ended a completion with finish_reason={choice.get('finish_reason')!r}; expected 'stop' or "
             "'length' (was the request aborted?)"
         )
-    if finish == "stop" and (len(tokens) == 0 or int(tokens[-1]) not in sampling.stop_tokens):
+    stops = np.isin(tokens, sampling.stop_tokens)
+    if stops[-1:].any():
+        finish = "stop"  # SGLang calls it "length" where it is the last token that was asked for
+    elif finish == "stop":
         raise BackendError(
             f"the server stopped after {tokens[-1:].tolist()}, which is not in stop_tokens={sampling.stop_tokens}: it "
-            "stops by a rule of its own or cuts stop tokens off; a branch ends with the token that ended it"
+            "cuts stop tokens off, or stops at the model's own end token; then add that one to stop_tokens"
+        )
+    if stops[:-1].any():
+        raise BackendError(
+            f"the server went on after token {int(tokens[stops.argmax()])} of stop_tokens={sampling.stop_tokens}; use "
+            "a server that honours stop_token_ids"
         )
     logprob, raw = _named(values, sampling, kind)
     return Completion(tokens=tokens, logprob=logprob, logprob_raw=raw, entropy=unknown(len(tokens)), finish=finish)
@@ -113,7 +121,7 @@ def _token_ids(choice: dict[str, Any]) -> Ints:
         if not spelled or not all(str(token).startswith("token_id:") for token in spelled):
             raise BackendError(
                 "the server sent no token ids, and text tokenised again is not what was sampled; use a server that "
-                "honours return_token_ids (vLLM since 0.10.2, recent SGLang) or start vLLM with "
+                "honours return_token_ids (recent vLLM or SGLang), or start vLLM with "
                 "--return-tokens-as-token-ids"
             )
         ids = [str(token).removeprefix("token_id:") for token in spelled]

@@ -87,6 +87,8 @@ class HttpBackend:
         self, prefixes: Sequence[Sequence[int]], n: int, *, sampling: Sampling, seeds: Sequence[Sequence[int]]
     ) -> list[list[Completion]]:
         """Continue every prefix `n` times, all requests side by side; as `Backend.extend`."""
+        if self._closed.is_set():
+            raise BackendError(f"{self.server.url}: the backend is closed; make a new one")
         together = self.server.siblings == "together"
         asked = [[(seed, n) for seed in row[:1]] if together else [(seed, 1) for seed in row] for row in seeds]
         futures = [
