@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
@@ -41,7 +42,8 @@ class Updater:
     Args:
         model: the policy.
         optimizer: over its parameters.
-        reference: the frozen starting policy; needed for a KL penalty or ``advantage.pi_ref = "reference"``.
+        reference: the frozen starting policy; needed for a KL penalty or ``advantage.pi_ref = "reference"``. It may be
+            `model` itself: then its adapters are off wherever the reference is run.
         config: everything else.
     """
 
@@ -58,6 +60,9 @@ class Updater:
     def needs_reference(config: TrainConfig) -> bool:
         """Must a frozen copy of the starting policy be kept?"""
         return config.loss.kl_coef > 0 or config.advantage.pi_ref == "reference"
+
+    def _as_reference(self) -> AbstractContextManager[None]:
+        return self.model.adapters_off() if self.reference is self.model else nullcontext()
 
     def update(self, trees: Sequence[Tree]) -> dict[str, float]:
         """Take the step's optimizer steps; groups without a gradient are dropped first.
@@ -115,7 +120,7 @@ class Updater:
         temperature = self.config.sampling.temperature
         reference_logprob = None
         if self.reference is not None and self.config.loss.kl_coef > 0:
-            with torch.no_grad():
+            with torch.no_grad(), self._as_reference():
                 reference_logprob, _ = edge_logprob(self.reference, batch, temperature)
         config = self.config.loss
 
@@ -158,9 +163,10 @@ class Updater:
         assert self.reference is not None
         device = self.reference.device
         tokens = torch.from_numpy(packed.tokens).long().to(device)
-        hidden = self.reference.packed(
-            tokens, torch.from_numpy(packed.pos).to(device), torch.from_numpy(packed.end).to(device)
-        )
+        with self._as_reference():
+            hidden = self.reference.packed(
+                tokens, torch.from_numpy(packed.pos).to(device), torch.from_numpy(packed.end).to(device)
+            )
         row = torch.from_numpy(packed.edge_row).long().to(device)
         target = tokens[torch.from_numpy(packed.edge_token).long().to(device)]
         logprob, _ = linear_logprob(

@@ -1,5 +1,6 @@
 """A lightweight in-process generation engine whose unit is the tree."""
 
+from ibtpo_engine.adapter_folder import load_adapter, save_adapter
 from ibtpo_engine.checkpoint import load_model, load_tokenizer, save_model, stop_tokens
 from ibtpo_engine.engine import Engine, Growth, Reward, Search
 from ibtpo_engine.errors import CheckpointError, EngineError, OutOfPages, StaleWeights
@@ -30,8 +31,10 @@ __all__ = [
     "StaleWeights",
     "Tree",
     "initialise",
+    "load_adapter",
     "load_model",
     "load_tokenizer",
+    "save_adapter",
     "save_model",
     "stop_tokens",
 ]
