@@ -15,8 +15,9 @@ from test_update import _config, _flat, _model, _trees, _updater
 
 from ibtpo.cli import main
 from ibtpo.config import AdvantageConfig, LoRAConfig, LossConfig
+from ibtpo.policy import load_policy
 from ibtpo.update import frozen_copy
-from ibtpo_engine import LoRA
+from ibtpo_engine import CheckpointError, LoRA
 from ibtpo_engine.lora import is_adapter
 
 LORA = ["--lora.rank", "4", "--optim.lr", "1e-2", "--loss.kl-coef", "0.1"]
@@ -101,6 +102,16 @@ def test_an_adapter_is_trained_further_from_where_it_is(adder: tuple[list[object
     assert adapter.keys() == other.keys()
     assert any(not torch.equal(adapter[name], other[name]) for name in adapter)
     assert any("eval_avg" in row for row in _rows(tmp_path / "second"))
+
+
+@pytest.mark.parametrize("named", ["nowhere", None, ""])
+def test_an_adapter_whose_base_is_gone(adder: tuple[list[object], Path], tmp_path: Path, named: str | None) -> None:
+    arguments, base = adder
+    assert _run("--model", base, *arguments, *LORA, "--out", tmp_path / "run") == 0
+    path = _last(tmp_path / "run") / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": named}))
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: base_model_name_or_path = .*correct it"):
+        load_policy(path.parent, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def test_what_does_not_go_together_is_refused(
