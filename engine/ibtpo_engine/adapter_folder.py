@@ -117,8 +117,8 @@ def base_of(folder: Path | str) -> str:
     base = _json(Path(folder)).get("base_model_name_or_path")
     if not isinstance(base, str) or not base or not Path(base).is_dir():
         raise CheckpointError(
-            f"{Path(folder) / CONFIG}: base_model_name_or_path = {base!r} must be the checkpoint folder that the adapter "
-            "belongs on; correct it, or load that folder and give its model to load_adapter"
+            f"{Path(folder) / CONFIG}: base_model_name_or_path = {base!r} must be the checkpoint folder that the "
+            "adapter belongs on; correct it, or load that folder and give its model to load_adapter"
         )
     return base
 
