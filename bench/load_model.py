@@ -114,6 +114,7 @@ def main() -> None:
     """Write, measure in a fresh process, append."""
     parser = argparse.ArgumentParser(description="Load a random checkpoint of Qwen3-1.7B's shape and sample from it.")
     parser.add_argument("--layers", type=int, default=QWEN3_1_7B["num_hidden_layers"], help="transformer layers")
+    parser.add_argument("--vocabulary", type=int, default=QWEN3_1_7B["vocab_size"], help="tokens, at least 32")
     parser.add_argument("--out", type=Path, default=RESULTS, help="CSV file to append to")
     parser.add_argument("--measure", type=Path, help="only load and sample from this folder, and print JSON")
     arguments = parser.parse_args()
@@ -121,7 +122,9 @@ def main() -> None:
         print(json.dumps(measure(arguments.measure)))
         return
     with tempfile.TemporaryDirectory() as name:
-        size = write_checkpoint(Path(name), QWEN3_1_7B | {"num_hidden_layers": arguments.layers})
+        size = write_checkpoint(
+            Path(name), QWEN3_1_7B | {"num_hidden_layers": arguments.layers, "vocab_size": arguments.vocabulary}
+        )
         largest = max(path.stat().st_size for path in Path(name).glob("*.safetensors")) / 1e9
         command = [sys.executable, __file__, "--measure", name]
         measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -133,6 +136,7 @@ def main() -> None:
         "torch": torch.__version__,
         "dtype": "bfloat16",
         "layers": arguments.layers,
+        "vocabulary": arguments.vocabulary,
         "checkpoint_gb": round(size, 3),
         "largest_shard_gb": round(largest, 3),
     } | measured

@@ -9,32 +9,76 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ibtpo.config import LoRAConfig
 from ibtpo.tasks.digit_chain import char_tokenizer
-from ibtpo_engine import Model, ModelConfig, initialise, load_model, load_tokenizer, save_model, stop_tokens
+from ibtpo_engine import (
+    LoRA,
+    Model,
+    ModelConfig,
+    initialise,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    save_adapter,
+    save_model,
+    stop_tokens,
+)
+from ibtpo_engine.adapter_folder import base_of, is_adapter_folder
+from ibtpo_engine.lora import TARGETS
+
+_ADAPTED = {"all": TARGETS, "attention": TARGETS[:4], "mlp": TARGETS[4:]}
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A model with its tokenizer and the tokens that end an answer."""
+    """A model with its tokenizer, the tokens that end an answer, and the folder its weights came from, if any."""
 
     model: Model
     tokenizer: PreTrainedTokenizerBase
     stops: tuple[int, ...]
+    base: str | None = None
 
     def save(self, folder: Path) -> None:
-        """Write a folder that `transformers` loads."""
-        save_model(self.model, self.tokenizer, folder)
+        """Write a folder that `transformers` loads; of a model with adapters, one that PEFT loads on its base."""
+        if self.model.adapters is None:
+            save_model(self.model, self.tokenizer, folder)
+            return
+        assert self.base is not None  # see `adapt`
+        save_adapter(self.model, folder, base=self.base)
+        self.tokenizer.save_pretrained(folder)
+
+    def adapt(self, config: LoRAConfig, seed: int) -> None:
+        """Put the adapters on that `config` asks for, unless they are there.
+
+        Raises:
+            ValueError: the policy is not from a folder, or has other adapters.
+        """
+        if config.rank == 0:
+            return
+        wanted = LoRA(rank=config.rank, alpha=config.alpha, targets=_ADAPTED[config.targets])
+        if self.base is None:
+            raise ValueError("lora.rank: the built-in policy is small, train it whole; give a checkpoint with --model")
+        if self.model.adapters is None:
+            self.model.add_adapters(wanted, seed=seed)
+        elif self.model.adapters.config != wanted:
+            raise ValueError(
+                f"lora: {wanted} is asked for, but the model's folder has {self.model.adapters.config}; "
+                "set lora.rank, lora.alpha and lora.targets alike, or lora.rank to 0"
+            )
 
 
 def load_policy(folder: Path | str, *, dtype: torch.dtype, device: torch.device) -> Policy:
-    """Load a Hugging Face checkpoint folder.
+    """Load a Hugging Face checkpoint folder, or a PEFT adapter folder with the base that it names.
 
     Raises:
         CheckpointError: model or tokenizer cannot be used; the message names file, field and remedy.
     """
-    model = load_model(folder, dtype=dtype, device=device)
-    tokenizer = load_tokenizer(folder)
-    return Policy(model, tokenizer, stop_tokens(folder, tokenizer))
+    base = base_of(folder) if is_adapter_folder(folder) else str(Path(folder).resolve())
+    model = load_model(base, dtype=dtype, device=device)
+    if is_adapter_folder(folder):
+        load_adapter(model, folder)
+    tokenizer = load_tokenizer(folder if (Path(folder) / "tokenizer_config.json").exists() else base)
+    return Policy(model, tokenizer, stop_tokens(base, tokenizer), base)
 
 
 def built_in_policy(seed: int, *, dtype: torch.dtype, device: torch.device) -> Policy:

@@ -42,6 +42,7 @@ def train(config: TrainConfig, console: Console) -> Path:
         policy = built_in_policy(config.seed, dtype=dtype, device=device)
     else:
         policy = load_policy(source, dtype=dtype, device=device)
+    policy.adapt(config.lora, config.seed)
     task = make_task(config)
     try:
         if source == "built-in" and not isinstance(task, TeachableTask):

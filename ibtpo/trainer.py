@@ -32,6 +32,7 @@ from ibtpo.tasks import JsonlTask, Problem, Task, TeachableTask
 from ibtpo.update import Updater, frozen_copy
 from ibtpo.warmstart import WarmStart, warm_start
 from ibtpo_engine import Engine, Model, Tree
+from ibtpo_engine.adapter_folder import is_adapter_folder
 
 START = "start"  # in the run folder: the warm-started policy, where a frozen reference of it is needed
 
@@ -233,9 +234,11 @@ class Trainer:
     # ---- saving and stopping ---------------------------------------------------------------------------------
 
     def _reference(self) -> Model | None:
-        """The frozen starting policy, if the configuration needs it."""
+        """The frozen starting policy, if the configuration needs it; with fresh adapters, the model without them."""
         if not Updater.needs_reference(self.config):
             return None
+        if self.policy.model.adapters is not None and not is_adapter_folder(self.config.model):
+            return self.policy.model
         if self.state.step == 0:
             return frozen_copy(self.policy.model)
         start = self.folder.path / START if self.config.model == "built-in" else Path(self.config.model)

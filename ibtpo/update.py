@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 
@@ -51,7 +52,8 @@ class Updater:
     Args:
         model: the policy.
         optimizer: over its parameters.
-        reference: the frozen starting policy; needed for a KL penalty or ``advantage.pi_ref = "reference"``.
+        reference: the frozen starting policy; needed for a KL penalty or ``advantage.pi_ref = "reference"``. It may be
+            `model` itself: then its adapters are off wherever the reference is run.
         config: everything else.
     """
 
@@ -68,6 +70,9 @@ class Updater:
     def needs_reference(config: TrainConfig) -> bool:
         """Must a frozen copy of the starting policy be kept?"""
         return config.loss.kl_coef > 0 or config.advantage.pi_ref == "reference"
+
+    def _as_reference(self) -> AbstractContextManager[None]:
+        return self.model.adapters_off() if self.reference is self.model else nullcontext()
 
     def update(self, trees: Sequence[Tree]) -> dict[str, float]:
         """Take the step's optimizer steps; groups without a gradient are dropped first.
@@ -126,11 +131,12 @@ class Updater:
         config, parity = self.config.loss, self.config.parity
         reference_logprob = None
         if self.reference is not None and config.kl_coef > 0:
-            if parity == "bitwise":  # as the policy's, so that the penalty begins at exactly 0
-                reference_logprob, _ = full_logprobs(self.reference, batch, temperature, parity)
-            else:
-                with torch.no_grad():
-                    reference_logprob, _ = edge_logprob(self.reference, batch, temperature)
+            with self._as_reference():
+                if parity == "bitwise":  # as the policy's, so that the penalty begins at exactly 0
+                    reference_logprob, _ = full_logprobs(self.reference, batch, temperature, parity)
+                else:
+                    with torch.no_grad():
+                        reference_logprob, _ = edge_logprob(self.reference, batch, temperature)
         hidden = self.model.packed(batch.tokens, batch.pos, batch.end, parity=parity)[batch.rows]
         exact: Tensor | None = None
         if parity == "bitwise":  # the head below finds the gradient, of values that lie within rounding
@@ -175,9 +181,10 @@ class Updater:
         assert self.reference is not None
         device = self.reference.device
         tokens = torch.from_numpy(packed.tokens).long().to(device)
-        hidden = self.reference.packed(
-            tokens, torch.from_numpy(packed.pos).to(device), torch.from_numpy(packed.end).to(device)
-        )
+        with self._as_reference():
+            hidden = self.reference.packed(
+                tokens, torch.from_numpy(packed.pos).to(device), torch.from_numpy(packed.end).to(device)
+            )
         row = torch.from_numpy(packed.edge_row).long().to(device)
         target = tokens[torch.from_numpy(packed.edge_token).long().to(device)]
         logprob, _ = linear_logprob(

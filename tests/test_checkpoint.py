@@ -208,6 +208,11 @@ def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ("rope type", "yarn", "llama3")),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, ("rope type", "dynamic")),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, ("factor", "0")),
+        ({"rope_parameters": {"rope_type": "linear"}}, ("linear", "factor", "missing")),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, ("llama3", "low_freq_factor", "missing")),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ("partial_rotary_factor", "0.5")),
+        ({"architectures": ["Gemma2ForCausalLM"]}, ("Gemma2ForCausalLM", "not supported", "MistralForCausalLM")),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, ("sliding-window",)),
         ({"rope_parameters": {"rope_theta": -1.0}}, ("rope_theta", "-1")),
         ({"rope_parameters": [1]}, ("rope_parameters",)),
         ({"num_key_value_heads": 3}, ("4 attention heads", "multiple", "3 key-value heads")),
@@ -223,6 +228,14 @@ def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
 def test_config_fields_we_do_not_run(folder: Path, fields: dict[str, object], parts: tuple[str, ...]) -> None:
     edit_json(folder / "config.json", **fields)
     refused(folder, "config.json", *parts)
+
+
+def test_mistral_without_a_word_on_its_window_has_one(folder: Path) -> None:
+    """`transformers` then takes 4096, as the first Mistral had."""
+    raw = json.loads((folder / "config.json").read_text()) | {"architectures": ["MistralForCausalLM"]}
+    del raw["sliding_window"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    refused(folder, "config.json", "sliding-window", '"sliding_window": null')
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -106,6 +107,19 @@ def test_the_peak_of_resident_memory_is_the_weights_and_a_tenth(wide: Path, dtyp
     peak, size = map(int, result.stdout.split())
     assert size > 80e6
     assert 0.9 * size < peak < 1.1 * size
+
+
+def test_the_benchmark_loads_and_samples_a_scaled_down_checkpoint(tmp_path: Path) -> None:
+    """One layer, a small vocabulary; its row says what was loaded and that the memory kept its bound."""
+    script, out = Path(__file__).parents[1] / "bench" / "load_model.py", tmp_path / "row.csv"
+    command = [sys.executable, str(script), "--layers", "1", "--vocabulary", "1000", "--out", str(out)]
+    subprocess.run(command, capture_output=True, text=True, check=True, cwd=script.parent)
+    with out.open(newline="") as file:
+        [row] = csv.DictReader(file)
+    assert row["layers"] == "1"
+    assert float(row["checkpoint_gb"]) == pytest.approx(2e-9 * (1000 * 2048 + 50_335_000), rel=0.01)
+    assert int(row["tokens"]) == 64
+    assert 0.9 < float(row["peak_share"]) < 1.15
 
 
 def test_a_model_outlives_the_file_it_came_from(folder: Path) -> None:

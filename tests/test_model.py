@@ -18,7 +18,8 @@ from engine_helpers import (
     save_checkpoint,
     tiny_model,
 )
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ibtpo_engine import Engine, Model, ModelConfig, Sampling, initialise, load_model, load_tokenizer, save_model
 
@@ -45,6 +46,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-head40-own": ("llama", {"head_dim": 40, "tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
+    "mistral-full-attention": ("mistral", {"sliding_window": None, "head_dim": 24}),
+    "mistral-tied": ("mistral", {"sliding_window": None, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
     "qwen2-linear-rope": ("qwen2", {"rope_parameters": LINEAR}),
 }
 
@@ -141,6 +144,31 @@ def test_bf16_weights_load_as_saved_and_run(tmp_path: Path) -> None:
         nodes = engine.extend(tree.root.fork(2), Sampling(max_tokens=10))
     assert [len(node) for node in nodes] == [10, 10]
     assert engine.cache.pool.keys.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_type": "default", "rope_theta": 1e6},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+        LLAMA3 | {"rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 8192},  # Llama 3.1
+        LLAMA3 | {"rope_theta": 5e5, "factor": 32.0, "original_max_position_embeddings": 8192},  # Llama 3.2
+    ],
+    ids=["default", "linear", "llama3.1", "llama3.2"],
+)
+def test_rotation_frequencies_equal_transformers(settings: dict[str, Any], head_dim: int) -> None:
+    """To two roundings of fp32."""
+    shape = {"hidden_size": 4 * head_dim, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 8}
+    config = LlamaConfig(vocab_size=8, head_dim=head_dim, rope_parameters=dict(settings), **shape)
+    theirs = LlamaRotaryEmbedding(config).inv_freq
+    raw = shape | {"architectures": ["LlamaForCausalLM"], "vocab_size": 8, "rope_parameters": settings}
+    ours = ModelConfig.from_dict(raw).rope.inverse_frequencies(head_dim)
+    assert ours.dtype == theirs.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=3e-7, atol=0)
+    if settings["rope_type"] != "default":
+        plain = ModelConfig.from_dict(raw | {"rope_parameters": {"rope_theta": settings["rope_theta"]}})
+        assert not torch.equal(ours, plain.rope.inverse_frequencies(head_dim))
 
 
 def test_old_and_new_spelling_of_rope_give_the_same_model(tmp_path: Path) -> None:

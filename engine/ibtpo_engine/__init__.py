@@ -1,5 +1,6 @@
 """A lightweight in-process generation engine whose unit is the tree."""
 
+from ibtpo_engine.adapter_folder import load_adapter, save_adapter
 from ibtpo_engine.backend_engine import BackendEngine
 from ibtpo_engine.backends import Backend, Completion, EngineBackend, TreeEngine
 from ibtpo_engine.checkpoint import load_model, load_tokenizer, save_model, stop_tokens
@@ -54,9 +55,11 @@ __all__ = [
     "Tree",
     "TreeEngine",
     "initialise",
+    "load_adapter",
     "load_model",
     "load_tokenizer",
     "sampler_logprob",
+    "save_adapter",
     "save_model",
     "stop_tokens",
 ]

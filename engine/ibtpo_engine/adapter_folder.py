@@ -86,7 +86,7 @@ def load_adapter(model: Model, folder: Path | str) -> None:
 
     Raises:
         CheckpointError: a file is missing or damaged, asks for more than plain LoRA on attention and MLP projections,
-            or does not fit the model.
+            or does not fit the model, which is then to be loaded anew.
         ValueError: the model has adapters already.
     """
     folder = Path(folder)
@@ -109,16 +109,16 @@ def load_adapter(model: Model, folder: Path | str) -> None:
 
 
 def base_of(folder: Path | str) -> str:
-    """The checkpoint that an adapter folder says it belongs on.
+    """The checkpoint folder that an adapter folder says it belongs on.
 
     Raises:
-        CheckpointError: it names none.
+        CheckpointError: it names none, or one that is not there.
     """
     base = _json(Path(folder)).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
+    if not isinstance(base, str) or not base or not Path(base).is_dir():
         raise CheckpointError(
-            f"{Path(folder) / CONFIG}: base_model_name_or_path = {base!r} must name the checkpoint folder below the "
-            "adapter; correct it, or load that folder and give its model to load_adapter"
+            f"{Path(folder) / CONFIG}: base_model_name_or_path = {base!r} must be the checkpoint folder that the "
+            "adapter belongs on; correct it, or load that folder and give its model to load_adapter"
         )
     return base
 

@@ -103,7 +103,12 @@ def save_model(model: Model, tokenizer: PreTrainedTokenizerBase | None, folder: 
     """Write a folder that `transformers` loads: config.json, model.safetensors and the tokenizer's files.
 
     Not atomic: write into a temporary folder and rename it (see `RunFolder.checkpoint`).
+
+    Raises:
+        ValueError: the model has adapters, which such a folder cannot hold.
     """
+    if model.adapters is not None:
+        raise ValueError("save_model: this model has adapters; use save_adapter, its weights are those it came with")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     raw = {key: value for key, value in model.config.raw.items() if key not in ("torch_dtype", "dtype")}

@@ -1,4 +1,4 @@
-"""What a Hugging Face ``config.json`` says about a dense Qwen3, Qwen2/2.5 or Llama model."""
+"""What a Hugging Face ``config.json`` says about a dense Qwen3, Qwen2/2.5, Llama or Mistral model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ import torch
 
 from ibtpo_engine.errors import CheckpointError
 
-ARCHITECTURES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
+ARCHITECTURES = {
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen2ForCausalLM": "qwen2",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +52,7 @@ class RopeConfig:
 class ModelConfig:
     """Shape of a dense decoder; `raw` keeps the original JSON so that saving loses nothing."""
 
-    architecture: Literal["qwen3", "qwen2", "llama"]
+    architecture: Literal["qwen3", "qwen2", "llama", "mistral"]
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -99,7 +104,7 @@ class ModelConfig:
             raise CheckpointError(
                 f"{source}: architecture {name!r} is not supported; dense {', '.join(ARCHITECTURES)} are."
             )
-        _refuse_unsupported(raw, source)
+        _refuse_unsupported(raw, architecture, source)
 
         def size(name: str, default: int | None = None) -> int:
             value = int(_number(raw, name, default, source))
@@ -108,7 +113,7 @@ class ModelConfig:
             return value
 
         hidden_size, num_heads = size("hidden_size"), size("num_attention_heads")
-        bias = bool(raw.get("attention_bias", False))
+        bias = architecture != "mistral" and bool(raw.get("attention_bias", False))
         config = cls(
             architecture=architecture,  # type: ignore[arg-type]
             vocab_size=size("vocab_size"),
@@ -139,14 +144,16 @@ class ModelConfig:
             raise CheckpointError(f"{source}: head_dim {self.head_dim} must be even for rotary embeddings.")
 
 
-def _refuse_unsupported(raw: dict[str, Any], source: str) -> None:
+def _refuse_unsupported(raw: dict[str, Any], architecture: str, source: str) -> None:
     """Raise for features that would silently give wrong results."""
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{source}: hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is.")
     layer_types = set(raw.get("layer_types") or ["full_attention"])
-    if raw.get("use_sliding_window") or layer_types != {"full_attention"}:
+    windowed = architecture == "mistral" and raw.get("sliding_window", "absent") is not None  # where absent, it is 4096
+    if windowed or raw.get("use_sliding_window") or layer_types != {"full_attention"}:
         raise CheckpointError(
-            f"{source}: sliding-window attention is not supported; every layer must see the whole path."
+            f"{source}: sliding-window attention is not supported; every layer must see the whole path "
+            '(in a config.json of Mistral: "sliding_window": null).'
         )
     if raw.get("quantization_config"):
         raise CheckpointError(f"{source}: quantized weights are not supported; use the bf16 or fp32 checkpoint.")
@@ -172,8 +179,21 @@ def _rope(raw: dict[str, Any], source: str) -> RopeConfig:
         settings |= raw.get(name) or {}
     kind = settings.get("rope_type", settings.get("type", "default"))
     settings.setdefault("rope_theta", raw.get("rope_theta"))
+    settings.setdefault("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if kind not in ("default", "linear", "llama3"):
         raise CheckpointError(f"{source}: rope type {kind!r} is not supported; default, linear and llama3 are.")
+
+    if settings.get("partial_rotary_factor") not in (None, 1, 1.0):
+        raise CheckpointError(
+            f"{source}: partial_rotary_factor = {settings['partial_rotary_factor']!r} is not supported; "
+            "whole heads are rotated."
+        )
+    needs: dict[str, tuple[str, ...]] = {  # transformers has no defaults for these either
+        "linear": ("factor",),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }
+    for name in needs.get(kind, ()):
+        _number(settings, name, None, f"{source}: rope type {kind!r}")
 
     def positive(name: str, default: float) -> float:
         value = _number(settings, name, default, source)

@@ -1,9 +1,8 @@
 """One safetensors file, mapped into memory and copied out a chunk at a time.
 
-The file is ``8 bytes: length of the header | header, JSON: name -> type, shape, offsets | data``. A tensor is converted
-straight from the mapped file into where it is to lie, and the mapping's pages are given up behind the copy: what
-loading takes beside the weights themselves is one chunk. The weights do not go on living in the file, which may be
-overwritten.
+The file is ``8 bytes: length of the header | header, JSON: name -> type, shape, offsets | data``. A tensor is
+converted straight from the mapped file into where it is to lie, and the mapping is given up behind the copy: what
+loading takes beside the weights is one chunk. The weights do not live on in the file, which may be overwritten.
 """
 
 from __future__ import annotations
