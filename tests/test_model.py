@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +76,9 @@ def test_logits_and_greedy_tokens_equal_transformers(case: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
-def test_greedy_equals_transformers_over_long_continuations(
-    family: str, tmp_path: Path, record_property: Callable[[str, object], None]
-) -> None:
-    """64 tokens below each of 8 prompts, decoded side by side. A path counts up to its first near-tie, where the two best
-    are no further apart than the two models' logits; those are reported, and 500 of the 512 tokens must be compared.
+def test_greedy_equals_transformers_over_long_continuations(family: str, tmp_path: Path) -> None:
+    """64 tokens below each of 8 prompts, decoded side by side, none at a near-tie: were the two best closer than
+    the two models' logits are, either token would be right, and the test says so.
     """
     theirs = save_checkpoint(tmp_path, family, **({"head_dim": 24} if family == "qwen3" else {}))
     theirs.generation_config.eos_token_id = None
@@ -90,23 +87,20 @@ def test_greedy_equals_transformers_over_long_continuations(
     prompts = [prompt_of(11 + 7 * i, seed=i) for i in range(8)]
     trees = [engine.tree(prompt) for prompt in prompts]
     nodes = engine.extend([tree.root.fork()[0] for tree in trees], Sampling(temperature=0, max_tokens=64))
-    compared, near_ties = 0, {}
     for prompt, node in zip(prompts, nodes, strict=True):
         generated = theirs.generate(
             torch.tensor([prompt]), do_sample=False, max_new_tokens=64, min_new_tokens=64, pad_token_id=0
         )[0].tolist()
         logits = reference_logits(theirs, generated)
-        rounding = (path_logits(ours, generated) - logits).abs().max()
+        rounding = float((path_logits(ours, generated) - logits).abs().max())
         assert rounding < 1e-4
         top = logits[len(prompt) - 1 : -1].topk(2).values
-        close = (top[:, 0] - top[:, 1] <= 2 * rounding).nonzero().flatten().tolist()
-        if close:
-            near_ties[len(prompt)] = close[0]
-        n = close[0] if close else 64
-        assert node.tokens.tolist()[:n] == generated[len(prompt) :][:n]
-        compared += n
-    record_property("near_ties", near_ties)
-    assert compared >= 500, f"first near-ties, by length of the prompt: {near_ties}"
+        margin = float((top[:, 0] - top[:, 1]).min())
+        assert margin > 2 * rounding, (
+            f"a near-tie below the prompt of {len(prompt)} tokens: {margin}; take another seed"
+        )
+        assert len(node) == 64
+        assert node.tokens.tolist() == generated[len(prompt) :]
     assert len({tuple(node.tokens.tolist()) for node in nodes}) == 8
     assert min(len(set(node.tokens.tolist())) for node in nodes) > 2
 
