@@ -22,6 +22,7 @@ from kernel_cases import assert_within_budget, forest, paged, qkv
 from torch import Tensor
 
 import ibtpo_kernels as K
+from ibtpo_engine.parity import check_parity
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
@@ -451,3 +452,21 @@ def test_batch_invariant_linear(shape: tuple[int, int, int], dtype: torch.dtype)
 @pytest.mark.skipif(not ON_GPU, reason="triton_interpreter_cases has these")
 def test_holds_on_the_device_too(test: Any) -> None:
     test("triton")
+
+
+def test_attention_in_the_order_of_depth() -> None:
+    """The value of decode over pages, the gradient of `tree_attention`, both to rounding."""
+    end = forest(70 if LARGE else 40).to(DEVICE)
+    inputs = [x.to(DEVICE) for x in qkv(len(end), 4, 2, 16)]
+    assert_op_within_budget(
+        lambda q, k, v: K.tree_attention_by_depth(q, k, v, K.plan_by_depth(end)),
+        inputs,
+        torch.float32,
+        plain=lambda q, k, v: plain_attention(q, k, v, end),
+    )
+
+
+def test_parity_is_not_promised_here() -> None:
+    """Two tile heights round differently; until one serves both, the promise is refused, with the reason."""
+    with pytest.raises(ValueError, match=r"parity='bitwise' needs the compiled CPU kernels.*changes its tile"):
+        check_parity("bitwise", dtype=torch.float32, device=DEVICE)

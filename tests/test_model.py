@@ -78,6 +78,36 @@ def test_logits_and_greedy_tokens_equal_transformers(case: str, tmp_path: Path) 
     assert len(set(engine_tokens)) > 2, "a constant continuation would prove little"
 
 
+@pytest.mark.parametrize("family", ["qwen3", "qwen2", "llama"])
+def test_greedy_equals_transformers_over_long_continuations(family: str, tmp_path: Path) -> None:
+    """64 tokens below each of 8 prompts, decoded side by side, none at a near-tie: were the two best closer than
+    the two models' logits are, either token would be right, and the test says so.
+    """
+    theirs = save_checkpoint(tmp_path, family, **({"head_dim": 24} if family == "qwen3" else {}))
+    theirs.generation_config.eos_token_id = None
+    ours = load_model(tmp_path)
+    engine = Engine(ours, kv_tokens=2048)
+    prompts = [prompt_of(11 + 7 * i, seed=i) for i in range(8)]
+    trees = [engine.tree(prompt) for prompt in prompts]
+    nodes = engine.extend([tree.root.fork()[0] for tree in trees], Sampling(temperature=0, max_tokens=64))
+    for prompt, node in zip(prompts, nodes, strict=True):
+        generated = theirs.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=64, min_new_tokens=64, pad_token_id=0
+        )[0].tolist()
+        logits = reference_logits(theirs, generated)
+        rounding = float((path_logits(ours, generated) - logits).abs().max())
+        assert rounding < 1e-4
+        top = logits[len(prompt) - 1 : -1].topk(2).values
+        margin = float((top[:, 0] - top[:, 1]).min())
+        assert margin > 2 * rounding, (
+            f"a near-tie below the prompt of {len(prompt)} tokens: {margin}; take another seed"
+        )
+        assert len(node) == 64
+        assert node.tokens.tolist() == generated[len(prompt) :]
+    assert len({tuple(node.tokens.tolist()) for node in nodes}) == 8
+    assert min(len(set(node.tokens.tolist())) for node in nodes) > 2
+
+
 def _greedy(engine: Engine, prompt: list[int], n: int) -> list[int]:
     with engine.tree(prompt) as tree:
         [node] = engine.extend(tree.root.fork(), Sampling(temperature=0, max_tokens=n))
