@@ -17,3 +17,11 @@ class StaleWeights(EngineError):
 
 class CheckpointError(ValueError):
     """A checkpoint folder is missing something, damaged, or of an unknown architecture."""
+
+
+class BudgetSpent(EngineError):
+    """What is asked of a tree exceeds its budget."""
+
+
+class IntegrityError(EngineError):
+    """The engine's own books disagree with each other: a bug in the engine, never the caller's doing."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ibtpo_engine.pause import Pause
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -16,6 +18,8 @@ class Sampling:
         min_p: of those, tokens less than this many times as likely as the most likely one are dropped; 0 drops none.
         max_tokens: most tokens on a path below the prompt; a branch that reaches it finishes with "length".
         stop_tokens: token ids that end a branch; the stop token is kept as its last token.
+        pause: asked after each token; True stops the branch there without finishing it (`finish` stays None), to be
+            resumed or forked. See `Pause` for its arguments, `Boundary` for one that knows separators.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -27,6 +31,7 @@ class Sampling:
     min_p: float = 0.0
     max_tokens: int = 256
     stop_tokens: tuple[int, ...] = ()
+    pause: Pause | None = None
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
