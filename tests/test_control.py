@@ -31,7 +31,7 @@ def unlimited(model: Model, n: int = 5) -> list[Node]:
 # ---- streams and aborts --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pages", [600, 15])
+@pytest.mark.parametrize("pages", [600, 10])
 def test_the_events_of_a_branch_are_its_tokens_in_order_and_once(model: Model, pages: int) -> None:
     engine = Engine(model, kv_tokens=16 * pages)
     checks = check_every_step(engine)
@@ -40,6 +40,8 @@ def test_the_events_of_a_branch_are_its_tokens_in_order_and_once(model: Model, p
     events: dict[Node, list[Event]] = {node: [] for node in nodes}
     for event in engine.stream(nodes, SAMPLING):
         events[event.node].append(event)
+        if event.done:
+            event.node.drop()  # or what has finished would fill the tight pool
     same(nodes, unlimited(model))
     for node, mine in events.items():
         for name in Slots.OUTPUTS:
@@ -52,7 +54,7 @@ def test_the_events_of_a_branch_are_its_tokens_in_order_and_once(model: Model, p
             assert event.start == depth
             depth += len(event.tokens)
     assert len(checks) > 20
-    assert (engine.stats()["preemptions"] > 0) == (pages == 15)
+    assert (engine.stats()["preemptions"] > 0) == (pages == 10)
 
 
 def test_weights_that_change_in_a_stream_leave_what_was_told(model: Model) -> None:
@@ -286,12 +288,12 @@ def test_pinned_trees_survive_any_pressure(model: Model) -> None:
 # ---- the check of the books ----------------------------------------------------------------------------------
 
 
-def _lose_a_page(engine: Engine, tree: Tree) -> None:
-    tree.leaves()[0].kv.pages.pop()
+def _share_a_page_with_nobody(engine: Engine, tree: Tree) -> None:
+    engine.cache.pool.share(tree.leaves()[0].kv.pages[:1])
 
 
 BREAKAGES: dict[str, Callable[[Engine, Tree], object]] = {
-    "references counted": _lose_a_page,
+    "references counted": _share_a_page_with_nobody,
     "times in the free list": lambda engine, tree: engine.cache.pool._free.append(engine.cache.pool._free[0]),
     "the index counts": lambda engine, tree: setattr(engine.cache.index, "num_entries", 99),
     "is loose": lambda engine, tree: setattr(engine.cache.index._entries()[0], "key", b"0" * 64),
