@@ -170,3 +170,18 @@ def assert_idle(engine: Engine) -> None:
     assert not (scheduler.waiting or scheduler.running or scheduler.fills)
     assert free_pages(engine) == engine.cache.pool.num_pages
     assert scheduler.slots.num_free == len(scheduler.slots.table)
+
+
+def check_every_step(engine: Engine) -> list[int]:
+    """From now on the engine's books are checked after each step; returns a list that grows by one entry a check."""
+    checks: list[int] = []
+    step = engine.scheduler.step
+
+    def checked(version: int) -> list[Node] | None:
+        ended = step(version)
+        engine.check_integrity()
+        checks.append(len(engine.scheduler.running))
+        return ended
+
+    engine.scheduler.step = checked  # type: ignore[method-assign]
+    return checks

@@ -193,6 +193,61 @@ class EngineMachine(RuleBasedStateMachine):
                 assert node.tokens.tolist() == expected_tokens(self.model, node, sampling).tolist()
         self.seen["trees run"] += len(trees)
 
+    @precondition(lambda self: self.paths)
+    @rule(which=anything, every=st.integers(2, 7), abort_after=st.integers(1, 30), keep=st.booleans())
+    def stream(self, which: int, every: int, abort_after: int, keep: bool) -> None:
+        """Two forks that pause now and then, told of as they come; perhaps one is aborted, and what paused goes on."""
+        base = self.pick(which)
+        more = Sampling(
+            max_tokens=max(base.end - base.tree.prompt_len, 0) + 12,
+            stop_tokens=(2,),
+            pause=lambda tokens, new: len(tokens) % every == 0,
+        )
+        if base.end >= min(base.tree.prompt_len + more.max_tokens, 128):
+            return
+        pending, told = base.fork(2), Counter[Node]()
+        while pending:
+            try:
+                for count, event in enumerate(self.engine.stream(pending, more)):
+                    told[event.node] += len(event.tokens)
+                    if count == abort_after:
+                        self.engine.abort([event.node], keep=keep)
+            except OutOfPages:
+                self.seen["out of pages"] += 1
+            done = [node for node in pending if not node.is_pending]
+            for node in done:
+                assert node.parent is not None
+                assert node.tokens.tolist() == expected_tokens(self.model, node, more).tolist()
+                assert node.finish in (None, "stop", "length", "abort")
+                assert told[node] <= len(node)
+                self.paths[node] = [*self.paths[node.parent], *node.tokens.tolist()]
+                self.seen[f"streamed to {node.finish}"] += 1
+                self.audit(node)
+            pending = [node.resume() for node in done if node.finish is None]
+
+    @precondition(lambda self: self.paths)
+    @rule(which=anything, where=anything, length=st.integers(1, 20), keep=st.booleans())
+    def score(self, which: int, where: int, length: int, keep: bool) -> None:
+        """Given tokens below any node equal a plain forward pass, kept or not."""
+        node = self.pick(which)
+        base = self.cut(node, where % len(node) + 1)
+        if base.end + length > 128:
+            return
+        suffix = prompt_of(length, seed=where, vocabulary=VOCABULARY)
+        try:
+            [score] = self.engine.score(base, [suffix], keep=keep)
+        except OutOfPages:
+            self.seen["out of pages"] += 1
+            return
+        path = [*self.paths[base], *suffix]
+        log_p = torch.log_softmax(path_logits(self.model, path)[base.end - 1 : -1], -1)
+        wanted = log_p[torch.arange(length), torch.tensor(suffix)].numpy()
+        assert np.abs(score.logprob - wanted).max() < 1e-4
+        self.seen["scored"] += 1
+        if score.node is not None:
+            self.paths[score.node] = path
+            self.audit(score.node)
+
     def audit(self, node: Node) -> None:
         """Every key and value that may be read, and the hidden state kept, is what a plain forward pass computes."""
         keys, values = self.computed(self.paths[node])
@@ -265,7 +320,9 @@ def test_random_operations_never_lose_a_page_or_change_a_token() -> None:
     seen = EngineMachine.seen
     for name in ("branches", "reused", "copied", "evicted_pages", "splits", "trees run", "out of pages"):
         assert seen[name] > 20, (name, seen)
-    for name in ("preemptions", "weights changed"):
+    for name in ("streamed to None", "streamed to stop", "scored"):
+        assert seen[name] > 20, (name, seen)
+    for name in ("preemptions", "weights changed", "streamed to abort"):
         assert seen[name] > 5, (name, seen)
     for name in ("rows audited", "hidden states audited", "index pages audited"):
         assert seen[name] > 100, (name, seen)

@@ -19,13 +19,15 @@ class Branch:
 
     node: Node
     sampling: Sampling
-    limit: int  # depth it may reach
-    ticket: int  # order of arrival: the youngest is preempted first
+    limit: int  # depth it may reach ...
+    ticket: int = -1  # order of arrival, given by the scheduler: the youngest is preempted first
     kv: KV | None = None
     slot: int = -1
     kept: Outputs | None = None
     features: Features | None = None
     place: tuple[int, ...] = ()  # depth-first sort key while running
+    at_limit: str = "length"  # ... and how it ends there
+    is_given: bool = False  # are its tokens given (`kept` from the start) and only to be scored?
 
 
 @dataclass(eq=False)

@@ -30,13 +30,22 @@ class PageCache:
             return None
         return self.pool.allocate(n)
 
-    def open(self, parent: Node, upto: int) -> KV | None:
-        """Pages for positions [parent.end, upto) of a new path below `parent`, which must be computed to its end.
+    def open(self, node: Node, upto: int) -> KV | None:
+        """Pages for positions [node.start, upto) of `node`, whose parent must be computed to its end.
 
-        The page that straddles the fork is copied, so nobody writes into another's page. None if pages are short.
+        The page that straddles a fork is copied, so nobody writes into another's page. A node that goes on where its
+        parent stopped, the lower half of a cut or what was resumed, shares that page instead: its rows past the
+        parent's end are nobody else's. None if pages are short.
         """
-        start = parent.end
+        parent, start = node.parent, node.start
+        assert parent is not None
         first = start // PAGE
+        if start % PAGE and node.stream == parent.stream:
+            fresh = self.take(max(pages_for(upto) - first - 1, 0))
+            if fresh is None:
+                return None
+            self.pool.share(parent.kv.pages[-1:])
+            return KV(self.pool, first, parent.kv.pages[-1:] + fresh, start)
         pages = self.take(pages_for(upto) - first)
         if pages is None:
             return None

@@ -11,19 +11,27 @@ from dataclasses import asdict
 import numpy.typing as npt
 import torch
 
+from ibtpo_engine.branches import Branch
+from ibtpo_engine.budget import Budget, check_nodes, check_room, within_budgets
 from ibtpo_engine.cache import PageCache
-from ibtpo_engine.errors import OutOfPages, StaleWeights
+from ibtpo_engine.endings import truncate, under_way
+from ibtpo_engine.errors import BudgetSpent, OutOfPages, StaleWeights
 from ibtpo_engine.features import features_of
 from ibtpo_engine.generate import in_order, independent
+from ibtpo_engine.given import Score, attach, check_suffixes, given_branch
+from ibtpo_engine.integrity import check_engine
+from ibtpo_engine.memory import tokens_in_share
 from ibtpo_engine.model import Model
 from ibtpo_engine.pages import PAGE, PagePool, pages_for
 from ibtpo_engine.parity import Parity, check_parity
+from ibtpo_engine.pause import Pauses
 from ibtpo_engine.randomness import seeded_stream
 from ibtpo_engine.runner import Runner
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.scheduler import Scheduler
 from ibtpo_engine.shadow import Shadow
 from ibtpo_engine.stops import Decode
+from ibtpo_engine.stream import Event, Follower
 from ibtpo_engine.threads import threads_for
 from ibtpo_engine.tree import Node, Tree
 from ibtpo_engine.weights import WeightWatch
@@ -38,7 +46,8 @@ class Engine:
 
     Args:
         model: its parameters are used in place, nothing is copied; or a `Shadow`, which `weights_changed` refreshes.
-        kv_tokens: size of the KV pool in tokens (rounded up to pages of 16).
+        kv_tokens: size of the KV pool in tokens (rounded up to pages of 16); 200,000 unless `kv_share` is given.
+        kv_share: instead, the share in (0, 1] of the device's free memory that the pool takes.
         seed: with a tree's key and a token's place in the tree, decides every sample.
         max_branches: most branches decoded in one step.
         prefill_tokens: most known tokens computed in one step.
@@ -47,20 +56,30 @@ class Engine:
             those of `Model.packed(parity="bitwise")`; "fast" promises equality up to rounding.
 
     Raises:
-        ValueError: a size is not positive, or `parity` is unknown or cannot be kept with this model.
+        ValueError: a size is not positive, both sizes of the pool are given, or `parity` is unknown or cannot be kept
+            with this model.
     """
 
     def __init__(
         self,
         model: Model | Shadow,
         *,
-        kv_tokens: int = 200_000,
+        kv_tokens: int | None = None,
+        kv_share: float | None = None,
         seed: int = 0,
         max_branches: int = 256,
         prefill_tokens: int = 2048,
         decode: Decode | None = None,
         parity: Parity = "fast",
     ) -> None:
+        if kv_tokens is not None and kv_share is not None:
+            raise ValueError(f"Engine: kv_tokens={kv_tokens} and kv_share={kv_share} both size the pool; give one")
+        if kv_tokens is None:
+            kv_tokens = (
+                200_000
+                if kv_share is None
+                else tokens_in_share(model.model if isinstance(model, Shadow) else model, kv_share)
+            )
         for name, value in (
             ("kv_tokens", kv_tokens),
             ("max_branches", max_branches),
@@ -104,22 +123,25 @@ class Engine:
             fill_tokens=self.prefill_tokens,
             max_pages=pages_for(min(config.max_positions, self.kv_tokens)) + 1,
         )
+        self._pauses = Pauses(self.scheduler)
 
     # ---- trees -----------------------------------------------------------------------------------------------
 
-    def tree(self, prompt: npt.ArrayLike, *, key: int | None = None) -> Tree:
+    def tree(self, prompt: npt.ArrayLike, *, key: int | None = None, budget: Budget | None = None) -> Tree:
         """Open a tree on a prompt; what it owns stays in the pool until it is closed.
 
         Args:
             prompt: int [n], token ids.
             key: names the tree's random numbers; by default its place in the order of opening.
+            budget: what the tree may take at most; other trees do not notice when it is spent.
 
         Raises:
-            ValueError: the prompt is empty, has ids outside the vocabulary, or leaves no room in the context.
+            ValueError: the prompt is empty, has ids outside the vocabulary, or leaves no room in the context or budget.
             OutOfPages: the prompt alone is larger than the whole pool.
         """
         ordinal = self._opened
-        tree = Tree(prompt, key=ordinal if key is None else key, seed=self.seed, ordinal=ordinal, on_close=self._close)
+        key = ordinal if key is None else key
+        tree = Tree(prompt, key=key, seed=self.seed, ordinal=ordinal, budget=budget, on_close=self._close)
         self._check_prompt(tree)
         self._opened += 1
         self._trees[ordinal] = tree
@@ -135,6 +157,12 @@ class Engine:
         if len(tokens) >= context:
             raise ValueError(
                 f"prompt of {len(tokens)} tokens leaves no room in the model's context of {context}; shorten it"
+            )
+        most = tree.budget.pages if tree.budget is not None else None
+        if most is not None and pages_for(len(tokens)) >= most:
+            raise ValueError(
+                f"prompt of {len(tokens)} tokens takes {pages_for(len(tokens))} pages and leaves no room in "
+                f"Budget.pages={most}; raise it or shorten the prompt"
             )
         if len(tokens) >= self.kv_tokens:
             raise OutOfPages(
@@ -159,12 +187,13 @@ class Engine:
             sampling: how; `max_tokens` counts from the end of the prompt.
 
         Returns:
-            The same nodes, in the same order, finished.
+            The same nodes, in the same order, finished, or paused by `sampling.pause`.
 
         Raises:
             ValueError: a node is given twice, is not pending, was dropped, or its tree is closed or of another engine;
                 or `sampling` names a token outside the vocabulary, or stop strings without `decode`.
             NoTokenAllowed: mask, bias and `min_tokens` together forbid a branch every token.
+            BudgetSpent: a tree cannot give each of its nodes one token; nothing is sampled.
             OutOfPages: the pool is full of what open trees own; the nodes are taken off their trees again.
             StaleWeights: parameters changed since the last call without `weights_changed`.
         """
@@ -199,6 +228,95 @@ class Engine:
         """
         return in_order(self.run(independent(n), prompts, sampling, keys=keys))
 
+    def stream(self, nodes: Iterable[Node], sampling: Sampling) -> Iterator[Event]:
+        """Sample as `extend` does, and tell of the tokens as they come.
+
+        Between two events the caller may do anything: abort branches, extend others, release the memory. Leaving the
+        loop takes the branches that are not done off their trees.
+
+        Yields:
+            What is new of each branch after each step; the last event of each has `done` set.
+
+        Raises:
+            As `extend`, once the iteration begins.
+        """
+        nodes = list(nodes)
+        self._check_weights()
+        follower = Follower(self._submit(nodes, sampling), self.scheduler)
+        try:
+            while follower.watches:
+                self._check_weights()  # the caller had a turn
+                if any(node.in_flight for node in nodes):
+                    self._step()
+                yield from follower.events()
+        finally:
+            self.scheduler.cancel(nodes)
+
+    def abort(self, nodes: Iterable[Node], *, keep: bool = False) -> None:
+        """End branches that are being extended, between two steps: from the body of a `stream`, a search or a reward.
+
+        Args:
+            nodes: those that are not being extended (any more) are left as they are.
+            keep: keep what was sampled, as a node with `finish` "abort"; otherwise, and where nothing was sampled yet,
+                the node leaves its tree and gives its pages back.
+        """
+        nodes = [node for node in nodes if node.in_flight and self._trees.get(node.tree.ordinal) is node.tree]
+        for node in truncate(self.scheduler, nodes, self.version) if keep else []:
+            self._report(node)
+        nodes = [node for node in nodes if node.in_flight]
+        self.scheduler.cancel(nodes)
+        for node in nodes:
+            growth = self._growing.get(node.tree.ordinal)
+            if growth is not None:
+                growth.lost(node)
+
+    def score(self, below: Node | Tree, suffixes: Sequence[npt.ArrayLike], *, keep: bool = False) -> list[Score]:
+        """What the model says of given tokens after a prefix: nothing is sampled, the prefix is computed once.
+
+        Args:
+            below: the node whose end the suffixes follow; a tree stands for its prompt.
+            suffixes: int [n] each, n at least 1; computed side by side, in as many steps as `prefill_tokens` asks.
+            keep: leave each suffix on the tree, as a node with `finish` "scored"; otherwise no trace is left.
+
+        Returns:
+            One score a suffix, in order.
+
+        Raises:
+            ValueError: a suffix is not made of token ids or too long, or the node is pending, dropped, or not ours.
+            BudgetSpent: the tree's budget does not hold the suffixes that are to be kept.
+            OutOfPages, StaleWeights: as `extend`.
+        """
+        self._check_weights()
+        node = below.root if isinstance(below, Tree) else below
+        self._check_open(node)
+        if node.is_pending:
+            raise ValueError(f"score: {node!r} has no tokens yet; extend it first")
+        config = self.model.config
+        tokens = check_suffixes(node, suffixes, vocabulary=config.vocab_size, context=config.max_positions)
+        if keep:
+            check_nodes(node.tree, len(tokens))
+            check_room(node, [len(suffix) for suffix in tokens], under_way(self.scheduler))
+        children = [attach(node, suffix) for suffix in tokens]
+        for child, suffix in zip(children, tokens, strict=True):
+            self.scheduler.submit(given_branch(child, suffix))
+        done = False
+        try:
+            while any(child.in_flight for child in children):
+                self._step()
+                for child in children if not keep else []:  # its pages may be what the next one waits for
+                    if not (child.in_flight or child.dropped):
+                        child.drop()
+            done = True
+        finally:
+            self.scheduler.cancel(children)
+            for child in children:
+                if not ((done and keep) or child.dropped):
+                    child.drop()
+        return [
+            Score(tokens=child.tokens, logprob=child.logprob_raw, entropy=child.entropy, node=child if keep else None)
+            for child in children
+        ]
+
     def run(
         self,
         search: Search,
@@ -207,6 +325,7 @@ class Engine:
         *,
         reward: Reward | None = None,
         keys: Iterable[int] | None = None,
+        budget: Budget | None = None,
     ) -> Iterator[tuple[int, Tree]]:
         """Grow a tree on every prompt, all in one continuously batched stream.
 
@@ -216,6 +335,7 @@ class Engine:
             sampling: how branches are sampled.
             reward: grades a finished leaf; a future lets the other trees go on meanwhile.
             keys: names of the trees' random numbers, one a prompt.
+            budget: of each tree; `BudgetSpent` is raised in its search alone, which ends there unless it is caught.
 
         Yields:
             (index of the prompt, its tree) as the trees are done; a tree is closed by then, its tokens stay.
@@ -231,7 +351,7 @@ class Engine:
         growing: dict[int, _Growing] = {}
         try:
             while True:
-                self._open_more(search, waiting, names, sampling, reward, growing)
+                self._open_more(search, waiting, names, sampling, reward, budget, growing)
                 if not growing:
                     return
                 self._advance(growing)
@@ -251,6 +371,7 @@ class Engine:
         names: Iterator[int] | None,
         sampling: Sampling,
         reward: Reward | None,
+        budget: Budget | None,
         growing: dict[int, _Growing],
     ) -> None:
         """Open trees until there are branches enough to fill a batch, but at least one."""
@@ -262,10 +383,10 @@ class Engine:
             key = None if names is None else next(names, None)
             if names is not None and key is None:
                 raise ValueError(f"run: no key is left for prompt {index}; give one key a prompt")
-            tree = self.tree(prompt, key=key)
+            tree = self.tree(prompt, key=key, budget=budget)
             growth = growing[tree.ordinal] = self._growing[tree.ordinal] = _Growing(index, tree, search, reward)
             growth.ask([])
-            self._submit(growth.nodes, sampling)
+            self._submit_round(growth, sampling)
 
     def _advance(self, growing: dict[int, _Growing]) -> None:
         """One step of the scheduler, or, if every tree waits for its rewards, wait for the first."""
@@ -288,18 +409,37 @@ class Engine:
                 yield growth.index, growth.tree
                 self._check_weights()  # the caller had a turn
             else:
-                self._submit(growth.nodes, sampling)
+                self._submit_round(growth, sampling)
 
-    def _submit(self, nodes: Sequence[Node], sampling: Sampling) -> None:
+    def _submit_round(self, growth: _Growing, sampling: Sampling) -> None:
+        while True:
+            try:
+                self._submit(growth.nodes, sampling)
+                return
+            except BudgetSpent as error:
+                growth.refuse(error)
+
+    def _submit(self, nodes: Sequence[Node], sampling: Sampling) -> list[Branch]:
         limits = {node: self._limit(node, sampling) for node in nodes}
         if len(limits) < len(nodes):
             raise ValueError("a node is given twice; use node.fork(n=2) for two branches")
         sampling.check_serves(self.model.config.vocab_size, has_decode=self.decode is not None)
         features = {node: features_of(node, sampling, self.decode) for node in nodes}  # all, before any is submitted
-        for node, limit in limits.items():
+        branches = []
+        for node, limit in within_budgets(limits, lambda: under_way(self.scheduler)).items():
             if sampling.seed is not None:
                 node.stream = seeded_stream(sampling.seed, node.births())
-            self.scheduler.submit(node, sampling, limit, features[node])
+            branch = Branch(node, sampling, limit.depth, at_limit=limit.finish, features=features[node])
+            branches.append(self.scheduler.submit(branch))
+            if sampling.pause is not None:
+                self._pauses.add(branch, sampling.pause)
+        return branches
+
+    def _check_open(self, node: Node) -> None:
+        if node.tree.closed or self._trees.get(node.tree.ordinal) is not node.tree:
+            raise ValueError(f"{node!r} belongs to a tree that is closed or of another engine")
+        if node.dropped:
+            raise ValueError(f"{node!r} was dropped from its tree; fork again")
 
     def _limit(self, node: Node, sampling: Sampling) -> int:
         """Depth a node may reach.
@@ -307,10 +447,7 @@ class Engine:
         Raises:
             ValueError: it cannot be extended.
         """
-        if node.tree.closed or self._trees.get(node.tree.ordinal) is not node.tree:
-            raise ValueError(f"{node!r} belongs to a tree that is closed or of another engine")
-        if node.dropped:
-            raise ValueError(f"{node!r} was dropped from its tree; fork again")
+        self._check_open(node)
         if not node.is_pending or node.in_flight:
             raise ValueError(f"{node!r} is not pending; use node.fork() to grow below it")
         limit = min(node.tree.prompt_len + sampling.max_tokens, self.model.config.max_positions)
@@ -327,9 +464,16 @@ class Engine:
             self._suspend_one()
             return
         for node in finished:
-            growth = self._growing.get(node.tree.ordinal)
-            if growth is not None:
-                growth.finished(node)
+            self._report(node)
+        if self._pauses:
+            for node in self._pauses.due(self.version):
+                self._report(node)
+
+    def _report(self, node: Node) -> None:
+        """Tell the search that grows a node's tree, if any, that the branch ended."""
+        growth = self._growing.get(node.tree.ordinal)
+        if growth is not None and node.finish != "scored":
+            growth.finished(node)
 
     def _threads(self) -> AbstractContextManager[None]:
         if self.scheduler.runner.is_native:  # it chooses its threads itself
@@ -384,6 +528,15 @@ class Engine:
         self._drop_all_kv()
         self.cache.pool.release_memory()
 
+    def restore(self) -> None:
+        """Take the pool's memory now rather than at the next step, so that a lack of it shows here.
+
+        Raises:
+            torch.OutOfMemoryError or RuntimeError: torch's allocator cannot give it.
+        """
+        with torch.inference_mode():
+            self.cache.pool.restore_memory()
+
     def _drop_all_kv(self) -> None:
         self.scheduler.preempt_all()
         self.cache.index.clear()
@@ -400,9 +553,12 @@ class Engine:
         }
 
     def check_integrity(self) -> None:
-        """Assert that every page reference belongs to an open tree, a running branch or the index."""
-        held = [node.kv for tree in self._trees.values() for node in tree.root.walk() if node.kv is not None]
-        self.cache.check_integrity(held + self.scheduler.held())
+        """Check that all books of the engine agree: page references, free list, index, nodes, slots, branches.
+
+        Raises:
+            IntegrityError: what is wrong, and where.
+        """
+        check_engine(self._trees.values(), self.scheduler)
 
 
 class _Growing:
@@ -427,20 +583,40 @@ class _Growing:
                 self.nodes = list(next(self.generator))
             else:
                 self.nodes = list(self.generator.send(finished))
-        except StopIteration:
+        except (StopIteration, BudgetSpent):
             self.nodes, self.done = [], True
+        self._begin_round()
+
+    def refuse(self, error: BudgetSpent) -> None:
+        """The tree's budget does not hold the round asked for: tell the search, which ends or asks for less."""
+        assert self.generator is not None
+        for node in self.nodes:
+            node.drop()
+        try:
+            self.nodes = list(self.generator.throw(error))
+        except (StopIteration, BudgetSpent):
+            self.nodes, self.done = [], True
+        self._begin_round()
+
+    def _begin_round(self) -> None:
         if any(node.tree is not self.tree for node in self.nodes):
             raise ValueError("a search may yield nodes of its own tree only; use engine.extend for others")
         self.unfinished = len(self.nodes)
 
     def finished(self, node: Node) -> None:
-        """A branch ended: grade it."""
+        """A branch ended: grade it, unless it only paused."""
         self.unfinished -= 1
-        graded = self.reward(self.tree, node) if self.reward is not None else None
+        graded = self.reward(self.tree, node) if self.reward is not None and node.finish is not None else None
         if isinstance(graded, Future):
             self.rewards[node] = graded
         else:
             node.reward = graded
+
+    def lost(self, node: Node) -> None:
+        """A branch of the round was aborted and is off the tree."""
+        if node in self.nodes:
+            self.nodes.remove(node)
+            self.unfinished -= 1
 
     def is_ready(self) -> bool:
         """Are all branches of the round finished and graded?"""

@@ -25,3 +25,11 @@ class CheckpointError(ValueError):
 
 class BackendError(EngineError):
     """A backend failed, or answered with something that is not a sampled branch."""
+
+
+class BudgetSpent(EngineError):
+    """What is asked of a tree exceeds its budget."""
+
+
+class IntegrityError(EngineError):
+    """The engine's own books disagree with each other: a bug in the engine, never the caller's doing."""

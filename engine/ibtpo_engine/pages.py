@@ -11,8 +11,10 @@ touch, from the page of its first token to the page of its last::
     head                   [p2       |p3 )              p3 is shared by both halves (two references)
     tail                             [p3     )
 
-So every page a node owns is complete from its first row up to what the node has computed, and a path's page table is
-read off by walking up: each node answers for the page indices from its own first page on.
+A node that resumes a paused one, or the tail of a cut computed anew, shares the page that straddles its start too: the
+rows past the parent's end are its alone. So every page a node owns is complete from its first row up to what the node
+has computed, and a path's page table is read off by walking up: each node answers for the page indices from its own
+first page on.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ibtpo_engine.masks import PrefixMask, TokenMask
+from ibtpo_engine.pause import Pause
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,8 @@ class Sampling:
         allowed: which tokens may come next, asked once a token; a function of the path or a `TokenMask` (a grammar).
         seed: names the random numbers in place of the engine's seed and the tree's key; branches still differ by
             their place in the tree.
+        pause: asked after each token; True stops the branch there without finishing it (`finish` stays None), to be
+            resumed or forked. See `Pause` for its arguments, `Boundary` for one that knows separators.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -44,6 +47,7 @@ class Sampling:
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     allowed: TokenMask | PrefixMask | None = None
     seed: int | None = None
+    pause: Pause | None = None
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:

@@ -27,10 +27,9 @@ import torch
 
 from ibtpo_engine.branches import Branch, Fill
 from ibtpo_engine.cache import PageCache, is_computed
-from ibtpo_engine.features import Features
+from ibtpo_engine.given import record_scores
 from ibtpo_engine.pages import KV, PAGE, pages_for
 from ibtpo_engine.runner import Rows, Runner
-from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.slots import FINISH, Outputs, Slots
 from ibtpo_engine.tree import Node
 
@@ -99,11 +98,13 @@ class Scheduler:
         filling = sum(fill.end - fill.kv.computed for fill in self.fills.values())
         return len(self.running) + min(filling, self.fill_tokens)
 
-    def submit(self, node: Node, sampling: Sampling, limit: int, features: Features | None = None) -> None:
-        """Queue a pending node; it may grow to depth `limit`."""
-        node.in_flight = True
-        self.waiting.append(Branch(node, sampling, limit, self._tickets, features=features))
+    def submit(self, branch: Branch) -> Branch:
+        """Queue a branch whose node is pending; returns it."""
+        branch.node.in_flight = True
+        branch.ticket = self._tickets
+        self.waiting.append(branch)
         self._tickets += 1
+        return branch
 
     def step(self, version: int) -> list[Node] | None:
         """Run one forward pass and sample.
@@ -120,11 +121,11 @@ class Scheduler:
             self._grow()
             fills, decoding = list(self.fills.values()), self._decoding_slots()
             hidden = self._forward(decoding, fills)
-            self._complete(len(decoding), fills, hidden, ready)
+            scored = self._complete(len(decoding), fills, hidden, ready, version)
             started = self._start(ready)
-            if hidden is None and not started and not self.running:
+            if hidden is None and not (started or scored or self.running):
                 return None
-            return self._sample(decoding, hidden, started, version)
+            return scored + self._sample(decoding, hidden, started, version)
         except BaseException:  # an interrupt, or logits that are NaN: whoever was about to start waits again
             for branch in ready:
                 if branch.node.in_flight and branch not in self.waiting and self.running.get(branch.slot) is not branch:
@@ -210,7 +211,7 @@ class Scheduler:
             return self._fill_branch(branch)
         parent = branch.node.parent
         assert parent is not None
-        branch.kv = self.cache.open(parent, parent.end + 1)
+        branch.kv = self.cache.open(branch.node, branch.node.start + 1)
         if branch.kv is None:
             return False
         if parent.kv.hidden is None or (self.runner.is_native and not self.fills):
@@ -225,8 +226,9 @@ class Scheduler:
         parent = branch.node.parent
         assert parent is not None
         if is_computed(parent):  # then so is everything above it
-            knows = branch.kept is not None or parent.kv.hidden is not None
-            return None if knows or sum(child.in_flight for child in parent.children) == 1 else parent
+            knows = parent.kv.hidden is not None or (branch.kept is not None and not branch.is_given)
+            alone = not branch.is_given and sum(child.in_flight for child in parent.children) == 1
+            return None if knows or alone else parent
         while parent.parent is not None and not is_computed(parent.parent):
             parent = parent.parent
         return parent
@@ -257,14 +259,14 @@ class Scheduler:
     def _give_pages(self, node: Node) -> bool:
         if node.kv is not None:
             return self.cache.cover(node.kv, node.end)
-        node.kv = self.cache.open_root(node) if node.parent is None else self.cache.open(node.parent, node.end)
+        node.kv = self.cache.open_root(node) if node.parent is None else self.cache.open(node, node.end)
         return node.kv is not None
 
     def _fill_branch(self, branch: Branch) -> bool:
         """Begin to fill what a preempted branch had sampled; with a page more, so that it gets on for sure."""
-        assert branch.kept is not None and branch.node.parent is not None
+        assert branch.kept is not None
         start, tokens = branch.node.start, branch.kept[0]
-        kv = self.cache.open(branch.node.parent, start + len(tokens) + 1)
+        kv = self.cache.open(branch.node, min(start + len(tokens) + 1, branch.limit))
         if kv is None:
             return False
         self._take_slot(branch, kv)
@@ -378,13 +380,18 @@ class Scheduler:
         self.counters.computed += len(rows.tokens)
         return hidden
 
-    def _complete(self, num_decoding: int, fills: list[Fill], hidden: torch.Tensor | None, ready: list[Branch]) -> None:
-        """Account for the chunks just run; adds the children of the nodes that are full now to `ready`."""
-        row, budget = num_decoding, self.fill_tokens
+    def _complete(
+        self, num_decoding: int, fills: list[Fill], hidden: torch.Tensor | None, ready: list[Branch], version: int
+    ) -> list[Node]:
+        """Account for the chunks just run; adds the children of full nodes to `ready`, returns what is scored."""
+        row, budget, scored = num_decoding, self.fill_tokens, []
         for fill in fills:
             depths = fill.chunk(budget)
             budget -= len(depths)
             row += len(depths)
+            if fill.branch is not None and fill.branch.is_given and (len(depths) or fill.end == fill.start):
+                rows = None if hidden is None else hidden[row - len(depths) : row]
+                record_scores(self.slots, self.runner.model.head, fill, depths, rows)
             if len(depths):
                 fill.kv.computed = max(fill.kv.computed, int(depths[-1]) + 1)
             if fill.kv.computed < fill.end or (len(depths) == 0 and fill.branch is None):
@@ -392,20 +399,21 @@ class Scheduler:
             if fill.branch is not None:
                 del self.fills[id(fill.branch)]
                 self._join(fill.branch)
+                if fill.branch.is_given:
+                    scored.append(self.end(fill.branch, "scored", version))
                 continue
             assert hidden is not None
             fill.kv.hidden = hidden[row - 1].clone()
             ready += self._drop_fill(id(fill.node)).children
             if fill.node.parent is None:
                 self.cache.remember(fill.node)
+        return scored
 
     def _start(self, ready: list[Branch]) -> list[Branch]:
         """Give each branch a slot and the page its first token will lie on; those without a page wait again."""
         started = []
         for branch in ready:
-            parent = branch.node.parent
-            assert parent is not None
-            kv = branch.kv or self.cache.open(parent, parent.end + 1)
+            kv = branch.kv or self.cache.open(branch.node, branch.node.start + 1)
             if kv is None:
                 self._wait_again(branch)
             else:
@@ -446,16 +454,19 @@ class Scheduler:
         finished = []
         for i in np.flatnonzero(code):
             branch = self.running[int(chosen[i])]
-            outputs = self._leave(branch)
-            assert branch.kv is not None
-            branch.node.fill(*outputs, finish=FINISH[code[i]], version=version)
-            if branch.features is not None:
-                branch.features.leave(branch.node)
-            branch.node.kv, branch.node.in_flight = branch.kv, False
-            finished.append(branch.node)
+            finish = FINISH[code[i]]
+            finished.append(self.end(branch, branch.at_limit if finish == "length" else finish, version))
         if error is not None:
             raise error
         return finished
+
+    def end(self, branch: Branch, finish: str | None, version: int) -> Node:
+        """End a running branch where it is; the node gets its tokens and its pages."""
+        branch.node.fill(*self._leave(branch), finish=finish, version=version)
+        if branch.features is not None:
+            branch.features.leave(branch.node)
+        branch.node.kv, branch.node.in_flight = branch.kv, False
+        return branch.node
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------
 

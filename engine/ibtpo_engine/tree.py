@@ -21,6 +21,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from ibtpo_engine.budget import Budget, check_nodes
 from ibtpo_engine.export import PackedTree, pack_tree
 from ibtpo_engine.randomness import mix
 
@@ -38,7 +39,8 @@ class Node:
         entropy: float32 [n], entropy in nats of the model's full distribution at temperature 1.
             All three are zero on prompt tokens.
         start: depth of the first token on its path (its RoPE position); `end` is one past the last.
-        finish: why sampling ended here: "stop", "length", or None for interior, prompt and pending nodes.
+        finish: why sampling ended here: "stop", "length", "budget" (the tree's was spent), "abort" (cut short by the
+            caller), "scored" (its tokens were given), or None for interior, paused, prompt and pending nodes.
         stopped_by: what ended it, if `finish` is "stop": the stop token's id, or the stop string; else None.
         reward: what the reward function said of the trajectory ending here; None if not a graded leaf.
         version: version of the weights that sampled the tokens.
@@ -176,6 +178,7 @@ class Node:
 
         Raises:
             ValueError: `n` < 1, `at` out of range, or the node is still pending or was dropped.
+            BudgetSpent: the tree would have more nodes than its budget allows; nothing is cut.
         """
         if n < 1:
             raise ValueError(f"fork: n={n} must be at least 1")
@@ -183,8 +186,34 @@ class Node:
             raise ValueError(f"fork: {self!r} has no tokens yet; extend it first")
         if self.dropped:
             raise ValueError(f"fork: {self!r} was dropped from its tree; fork a node that is still there")
+        check_nodes(self.tree, n + (at is not None and 0 < at < len(self)))
         base = self if at is None else self.split(at)
         return [base._branch() for _ in range(n)]
+
+    def resume(self) -> Node:
+        """Go on below this node with the very random numbers its branch would have drawn next.
+
+        A branch that paused and was resumed holds the tokens of one that never paused: pausing is a `split` made early.
+        Any end of a branch can be resumed: one that ran into `max_tokens` goes on as if there had been more of them.
+
+        Returns:
+            A pending node, to be given to `Engine.extend`.
+
+        Raises:
+            ValueError: the node is the prompt, is pending, was dropped, or what follows it is there already.
+            BudgetSpent: the tree has all the nodes its budget allows.
+        """
+        if self.is_pending or self.dropped:
+            raise ValueError(f"resume: {self!r} is pending or was dropped; resume a node that holds tokens")
+        if self.stream == self.tree.root.stream:
+            raise ValueError("resume: the prompt was not sampled; fork it instead")
+        if any(child.stream == self.stream for child in self.children):
+            raise ValueError(f"resume: what follows {self!r} is there already; fork it for another branch")
+        check_nodes(self.tree, 1)
+        child = Node(self.tree, self, self.end, self.stream)
+        child.forks = self.forks  # one stream, one count of forks
+        self.children.append(child)
+        return child
 
     def _branch(self) -> Node:
         ordinal = self.forks.get(self.end, 0)
@@ -245,6 +274,7 @@ class Tree:
         key: names this tree's random numbers; the same seed and key give the same tokens.
         seed: the engine's seed.
         ordinal: place among the trees of an engine; neighbours are batched side by side.
+        budget: what the tree may take at most; None sets no bounds.
         on_close: called once with the tree when it is closed (the engine takes its pages back).
     """
 
@@ -255,6 +285,7 @@ class Tree:
         key: int = 0,
         seed: int = 0,
         ordinal: int = 0,
+        budget: Budget | None = None,
         on_close: Callable[[Tree], None] | None = None,
     ) -> None:
         prompt = np.asarray(prompt)
@@ -264,6 +295,7 @@ class Tree:
             raise ValueError(f"a prompt is made of token ids, 32-bit integers; got {prompt.dtype} {prompt[:4]}...")
         self.key = key
         self.ordinal = ordinal
+        self.budget = budget
         self._serials = 0
         self._on_close = on_close
         self.closed = False

@@ -1,0 +1,118 @@
+"""Given tokens below a node: what the model says of them, without sampling.
+
+A suffix that is scored is a branch that *has* its tokens: like a preempted one it is filled, a chunk at a time, in the
+same stream as everything else, and then it ends where a preempted one would go on::
+
+    prefix, shared         suffix, own pages
+    [0 ........ start)     [start ................. end)
+               hidden ---> token start              row d predicts token d + 1; the last token needs no row
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ibtpo_engine.branches import Branch, Fill
+from ibtpo_engine.randomness import mix
+from ibtpo_engine.sampling import Sampling
+from ibtpo_engine.slots import Ints, Outputs, Slots
+from ibtpo_engine.tree import Node
+from ibtpo_kernels import linear_logprob
+
+Floats = npt.NDArray[np.float32]
+
+_GIVEN = -2  # no depth and no ordinal of a fork is negative, so the stream of a suffix is no fork's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What the model says of one suffix.
+
+    Attributes:
+        tokens: int32 [n], the suffix.
+        logprob: float32 [n], log-probability of each token under the model at temperature 1, nothing cut.
+        entropy: float32 [n], entropy in nats of the distribution that predicted each token.
+        node: the node that holds the suffix, if it was kept.
+    """
+
+    tokens: Ints
+    logprob: Floats
+    entropy: Floats
+    node: Node | None = None
+
+    @property
+    def total(self) -> float:
+        """Log-probability of the whole suffix."""
+        return float(self.logprob.sum(dtype=np.float64))
+
+
+def check_suffixes(node: Node, suffixes: Sequence[npt.ArrayLike], *, vocabulary: int, context: int) -> list[Ints]:
+    """The suffixes as int32 arrays.
+
+    Raises:
+        ValueError: one is empty, not flat, not made of token ids of the vocabulary, or longer than the context allows.
+    """
+    checked = []
+    for i, suffix in enumerate(suffixes):
+        tokens = np.asarray(suffix)
+        if tokens.ndim != 1 or len(tokens) == 0 or tokens.dtype.kind not in "iu":
+            raise ValueError(
+                f"score: suffix {i} must be a flat array of at least one token id, got {tokens.dtype} {tokens.shape}"
+            )
+        if tokens.min() < 0 or tokens.max() >= vocabulary:
+            raise ValueError(f"score: suffix {i} has token ids outside the vocabulary [0, {vocabulary})")
+        if node.end + len(tokens) > context:
+            raise ValueError(
+                f"score: suffix {i} of {len(tokens)} tokens ends at depth {node.end + len(tokens)}, past the model's "
+                f"context of {context}; shorten it"
+            )
+        checked.append(tokens.astype(np.int32))
+    return checked
+
+
+def attach(node: Node, tokens: Ints) -> Node:
+    """A pending child for given tokens; it counts as no fork, so what is forked later draws what it would have."""
+    stream = mix(node.stream, node.end, _GIVEN, *tokens.tolist())
+    taken = {child.stream for child in node.children}
+    while stream in taken:  # the same suffix twice: forks below the two must differ
+        stream = mix(stream, _GIVEN)
+    child = Node(node.tree, node, node.end, stream)
+    node.children.append(child)
+    return child
+
+
+def given_branch(node: Node, tokens: Ints) -> Branch:
+    """The branch that computes `node`, pending, whose tokens are known."""
+    zeros = np.zeros(len(tokens), np.float32)
+    kept: Outputs = (tokens, zeros, zeros, zeros)
+    return Branch(node, Sampling(), node.start + len(tokens), kept=kept, is_given=True)
+
+
+def record_scores(slots: Slots, head: Tensor, fill: Fill, depths: Ints, hidden: Tensor | None) -> None:
+    """Write the log-probs and entropies that a chunk of a given branch decides into its slot.
+
+    Args:
+        slots: where the branch has its slot.
+        head: [V, H].
+        fill: the branch's.
+        depths: int32 [c], the rows just run.
+        hidden: [c, H], their final hidden states; None if there are none.
+    """
+    branch = fill.branch
+    assert branch is not None and branch.node.parent is not None
+    states, columns = [], depths + 1 - fill.start
+    if len(depths) == 0 or depths[0] == fill.start:  # the first token is predicted by the prefix
+        states, columns = [branch.node.parent.kv.hidden[None]], np.concatenate([np.zeros(1, np.int32), columns])
+    if hidden is not None and len(depths):
+        states.append(hidden)
+    state = torch.cat(states)
+    target = torch.from_numpy(fill.tokens[columns].astype(np.int64)).to(state.device)
+    logprob, entropy = linear_logprob(state, head, torch.arange(len(state), device=state.device), target)
+    slots.logprob[branch.slot, columns] = slots.logprob_raw[branch.slot, columns] = logprob.float().cpu().numpy()
+    slots.entropy[branch.slot, columns] = entropy.float().cpu().numpy()

@@ -1,0 +1,321 @@
+"""Streams, aborts, budgets, memory and the check of the books: control over trees while they grow."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from engine_helpers import assert_idle, check_every_step, expected_tokens, grow, prompt_of, same, tiny_model
+
+from ibtpo_engine import Budget, BudgetSpent, Engine, Event, IntegrityError, Model, Node, Sampling, Tree
+from ibtpo_engine import memory as engine_memory
+from ibtpo_engine.slots import Slots
+
+PROMPT = prompt_of(37)
+SAMPLING = Sampling(max_tokens=40, stop_tokens=(2,))
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.float64], ids=["native", "module"])
+def model(request: pytest.FixtureRequest) -> Model:
+    return tiny_model(dtype=request.param)
+
+
+def unlimited(model: Model, n: int = 5) -> list[Node]:
+    engine = Engine(model, kv_tokens=8192)
+    return engine.extend(engine.tree(PROMPT, key=3).root.fork(n), SAMPLING)
+
+
+# ---- streams and aborts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pages", [600, 10])
+def test_the_events_of_a_branch_are_its_tokens_in_order_and_once(model: Model, pages: int) -> None:
+    engine = Engine(model, kv_tokens=16 * pages)
+    checks = check_every_step(engine)
+    tree = engine.tree(PROMPT, key=3)
+    nodes = tree.root.fork(5)
+    events: dict[Node, list[Event]] = {node: [] for node in nodes}
+    for event in engine.stream(nodes, SAMPLING):
+        events[event.node].append(event)
+        if event.done:
+            event.node.drop()  # or what has finished would fill the tight pool
+    same(nodes, unlimited(model))
+    for node, mine in events.items():
+        for name in Slots.OUTPUTS:
+            told = np.concatenate([getattr(event, name) for event in mine])
+            assert told.tolist() == getattr(node, name).tolist()
+        assert [event.done for event in mine] == [False] * (len(mine) - 1) + [True]
+        assert mine[-1].finish == node.finish
+        depth = node.start
+        for event in mine:
+            assert event.start == depth
+            depth += len(event.tokens)
+    assert len(checks) > 20
+    assert (engine.stats()["preemptions"] > 0) == (pages == 10)
+
+
+def test_weights_that_change_in_a_stream_leave_what_was_told(model: Model) -> None:
+    engine = Engine(model, kv_tokens=8192)
+    nodes = engine.tree(PROMPT, key=3).root.fork(3)
+    told: dict[Node, list[int]] = {node: [] for node in nodes}
+    for count, event in enumerate(engine.stream(nodes, SAMPLING)):
+        told[event.node] += event.tokens.tolist()
+        if count in (4, 11):
+            engine.weights_changed()
+        if count in (7, 11):
+            engine.release()
+    assert {node: node.tokens.tolist() for node in nodes} == told
+    same(nodes, unlimited(model, 3))
+
+
+@pytest.mark.parametrize("after", [1, 3, 9, 20])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("pages", [600, 15])
+def test_aborted_branches_give_back_their_pages_and_disturb_no_other(
+    model: Model, after: int, keep: bool, pages: int
+) -> None:
+    engine = Engine(model, kv_tokens=16 * pages)
+    check_every_step(engine)
+    tree = engine.tree(PROMPT, key=3)
+    nodes, expected, ends = tree.root.fork(5), unlimited(model), {}
+    for count, event in enumerate(engine.stream(nodes, SAMPLING)):
+        if event.done:
+            ends[event.node] = event.finish
+        if count == after:
+            doomed = [node for node in nodes[1:4] if node.in_flight]
+            engine.abort(doomed, keep=keep)
+            engine.check_integrity()
+            assert not any(node.in_flight for node in doomed)
+    assert len(doomed) > 0
+    assert len(ends) == 5
+    for node, whole in zip(nodes, expected, strict=True):
+        if node not in doomed:
+            same([node], [whole])
+            continue
+        assert ends[node] == "abort"
+        assert node.dropped == node.is_pending == (node not in tree.root.children)
+        assert keep or node.dropped
+        assert node.tokens.tolist() == whole.tokens[: len(node)].tolist()
+        if node.tokens.size:
+            [rest] = engine.extend([node.resume()], SAMPLING)
+            assert [*node.tokens, *rest.tokens] == whole.tokens.tolist()
+    tree.close()
+    assert_idle(engine)
+
+
+def test_a_stream_that_is_left_takes_its_branches_off(model: Model) -> None:
+    engine = Engine(model, kv_tokens=8192)
+    with engine.tree(PROMPT) as tree:
+        for event in engine.stream(tree.root.fork(3), SAMPLING):
+            assert event.node in tree.root.children
+            break
+        assert not any(node.in_flight for node in tree.root.children)
+        engine.check_integrity()
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_search_goes_on_when_its_branches_are_aborted(model: Model, keep: bool) -> None:
+    rounds: list[list[str | None]] = []
+
+    def search(tree: Tree) -> Iterator[list[Node]]:
+        nodes = yield tree.root.fork(4)
+        rounds.append([node.finish for node in nodes])
+
+    def reward(tree: Tree, leaf: Node) -> float:
+        engine.abort([node for node in tree.root.children if node.in_flight], keep=keep)
+        return 0.0
+
+    engine = Engine(model, kv_tokens=8192)
+    list(engine.run(search, [PROMPT, prompt_of(20)], SAMPLING, reward=reward))
+    assert all((len(ends) == 4) == keep and ("abort" in ends) == keep for ends in rounds)
+    assert len(rounds) == 2
+    assert_idle(engine)
+
+
+# ---- budgets -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kv_tokens", [8192, 16 * 12])
+@pytest.mark.parametrize("max_branches", [1, 64])
+def test_a_token_budget_cuts_the_same_tokens_in_any_batch(model: Model, kv_tokens: int, max_branches: int) -> None:
+    engine = Engine(model, kv_tokens=kv_tokens, max_branches=max_branches)
+    check_every_step(engine)
+    tree = engine.tree(PROMPT, key=3, budget=Budget(tokens=32))
+    nodes = engine.extend(tree.root.fork(5), SAMPLING)
+    for node, whole, share in zip(nodes, unlimited(model), (7, 7, 6, 6, 6), strict=True):
+        assert node.tokens.tolist() == whole.tokens[:share].tolist()
+        assert node.finish == ("budget" if len(whole) > share else whole.finish)
+    assert "budget" in {node.finish for node in nodes}
+    left = 32 - tree.num_sampled
+    if left:
+        [node] = engine.extend(tree.root.fork(), SAMPLING)
+        assert len(node) <= left
+    while tree.num_sampled < 32:
+        engine.extend(tree.root.fork(), SAMPLING)
+    with pytest.raises(BudgetSpent, match=r"1 branches need 1 tokens, 0 left of Budget.tokens=32; drop a branch"):
+        engine.extend(tree.root.fork(), SAMPLING)
+    other = engine.tree(prompt_of(20), key=9)
+    [free] = engine.extend(other.root.fork(), SAMPLING)
+    assert free.tokens.tolist() == expected_tokens(model, free, SAMPLING).tolist()
+
+
+def test_a_page_budget_bounds_what_a_tree_owns(model: Model) -> None:
+    engine = Engine(model, kv_tokens=8192)
+    tree = engine.tree(PROMPT, key=3, budget=Budget(pages=9))
+    sizes = []
+    step = engine.scheduler.step
+
+    def watched(version: int) -> list[Node] | None:
+        ended = step(version)
+        pages = {page for node in tree.nodes() if node.kv for page in node.kv.pages}
+        sizes.append(len(pages.union(*(kv.pages for kv in engine.scheduler.held()))))
+        return ended
+
+    engine.scheduler.step = watched  # type: ignore[method-assign]
+    nodes = engine.extend(tree.root.fork(3), Sampling(max_tokens=90))
+    assert [(node.finish, node.end) for node in nodes] == [("budget", 64)] * 3
+    assert max(sizes) == 9
+    with pytest.raises(BudgetSpent, match="0 left of Budget.pages=9"):
+        engine.score(tree, [[3]], keep=True)
+    nodes[0].drop()
+    engine.weights_changed()
+    [node] = engine.extend(nodes[1].fork(1, at=7), Sampling(max_tokens=90))
+    assert (node.finish, node.end) == ("budget", 64)
+    assert max(sizes) == 9
+    with pytest.raises(ValueError, match=r"leaves no room in Budget.pages=3"):
+        engine.tree(PROMPT, budget=Budget(pages=3))
+
+
+def test_a_node_budget_refuses_forks_and_cuts_nothing(model: Model) -> None:
+    engine = Engine(model, kv_tokens=8192)
+    tree = engine.tree(PROMPT, budget=Budget(nodes=4))
+    with pytest.raises(BudgetSpent, match="5 nodes more than the 0"):
+        tree.root.fork(5)
+    nodes = engine.extend(tree.root.fork(3), Sampling(max_tokens=9))
+    for call in (lambda: nodes[0].fork(1, at=4), lambda: tree.root.fork(2)):
+        with pytest.raises(BudgetSpent, match=r"Budget.nodes=4; drop a branch"):
+            call()
+    assert len(nodes[0]) == 9
+    nodes[1].drop()
+    assert len(nodes[0].fork(1, at=4)) == 1
+    for name in ("tokens", "nodes", "pages"):
+        with pytest.raises(ValueError, match=f"Budget.{name}: 0"):
+            Budget(**{name: 0})
+
+
+def test_a_search_out_of_budget_ends_and_the_others_go_on(model: Model) -> None:
+    def search(tree: Tree) -> Iterator[list[Node]]:
+        for _ in range(100):
+            yield tree.root.fork(2)
+
+    engine = Engine(model, kv_tokens=8192)
+    for budget in (Budget(tokens=50), Budget(nodes=7), Budget(pages=12)):
+        trees = dict(engine.run(search, [PROMPT, prompt_of(20), prompt_of(9)], SAMPLING, budget=budget))
+        assert sorted(trees) == [0, 1, 2]
+        for tree in trees.values():
+            assert 1 < len(tree.leaves()) < 100
+            assert not any(node.is_pending for node in tree.root.children)
+        assert_idle(engine)
+
+
+# ---- memory --------------------------------------------------------------------------------------------------
+
+
+def test_a_pool_takes_its_share_of_what_is_free(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = engine_memory.bytes_per_token(model) * 16
+    engine = Engine(model, kv_tokens=16)
+    assert engine.cache.pool.keys.nbytes + engine.cache.pool.values.nbytes == page
+    monkeypatch.setattr(engine_memory, "free_memory", lambda device: page * 101)
+    assert Engine(model, kv_share=0.3).cache.pool.num_pages == 30
+    for share, why in ((0, "outside"), (1.5, "outside"), (0.001, "holds no page")):
+        with pytest.raises(ValueError, match=why):
+            Engine(model, kv_share=share)
+    with pytest.raises(ValueError, match="give one"):
+        Engine(model, kv_share=0.3, kv_tokens=16)
+
+
+def test_free_memory_is_what_the_system_and_the_group_leave(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    cpu = torch.device("cpu")
+    assert 1 << 20 < engine_memory.free_memory(cpu) < 1 << 50
+    (tmp_path / "memory.max").write_text("5000000\n")
+    (tmp_path / "memory.current").write_text("2000000\n")
+    monkeypatch.setattr(engine_memory, "_CGROUP", tmp_path)
+    assert engine_memory.free_memory(cpu) == 3_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert engine_memory.free_memory(cpu) > 3_000_000
+
+
+def test_release_frees_the_memory_and_restore_takes_it(model: Model) -> None:
+    engine = Engine(model, kv_tokens=8192)
+    tree = grow(engine, PROMPT, SAMPLING, key=3)
+    gone = [weakref.ref(engine.cache.pool.keys), weakref.ref(engine.cache.pool.values)]
+    storage = [ref().untyped_storage()._weak_ref() for ref in gone]
+    engine.release()
+    assert [ref() for ref in gone] == [None, None]
+    assert all(torch.UntypedStorage._expired(ref) for ref in storage), "nothing else holds the pool"
+    engine.check_integrity()
+    engine.restore()
+    assert engine.cache.pool.keys.numel() > 0
+    [fork] = engine.extend(tree.leaves()[0].fork(1, at=1), SAMPLING)
+    assert fork.tokens.tolist() == expected_tokens(model, fork, SAMPLING).tolist()
+
+
+def test_pinned_trees_survive_any_pressure(model: Model) -> None:
+    engine = Engine(model, kv_tokens=16 * 30)
+    check_every_step(engine)
+    tree = grow(engine, PROMPT, SAMPLING, key=3)
+    pages = {node: list(node.kv.pages) for node in tree.nodes()}
+
+    def search(other: Tree) -> Iterator[list[Node]]:
+        yield other.root.fork(2)
+
+    pinned = engine.cache.owned_by(tree)
+    list(engine.run(search, [prompt_of(20 + i, seed=i) for i in range(8)], Sampling(max_tokens=20)))
+    stats = engine.stats()
+    assert stats["evicted_pages"] + stats["preemptions"] > 0
+    assert engine.cache.owned_by(tree) == pinned
+    assert pages == {node: node.kv.pages for node in tree.nodes()}
+    computed = stats["computed"]
+    leaf = tree.leaves()[0]
+    engine.extend(leaf.fork(), Sampling(max_tokens=leaf.end - len(PROMPT) + 1))
+    assert engine.stats()["computed"] - computed == 1
+
+
+# ---- the check of the books ----------------------------------------------------------------------------------
+
+
+def _share_a_page_with_nobody(engine: Engine, tree: Tree) -> None:
+    engine.cache.pool.share(tree.leaves()[0].kv.pages[:1])
+
+
+BREAKAGES: dict[str, Callable[[Engine, Tree], object]] = {
+    "references counted": _share_a_page_with_nobody,
+    "times in the free list": lambda engine, tree: engine.cache.pool._free.append(engine.cache.pool._free[0]),
+    "the index counts": lambda engine, tree: setattr(engine.cache.index, "num_entries", 99),
+    "is loose": lambda engine, tree: setattr(engine.cache.index._entries()[0], "key", b"0" * 64),
+    "was dropped": lambda engine, tree: setattr(tree.leaves()[0], "dropped", True),
+    "does not begin": lambda engine, tree: setattr(tree.leaves()[0], "start", 3),
+    "is computed to": lambda engine, tree: setattr(tree.leaves()[0].kv, "computed", 400),
+    "draw the same": lambda engine, tree: setattr(tree.root.children[0], "stream", tree.root.children[1].stream),
+    "in flight": lambda engine, tree: setattr(tree.root.fork()[0], "in_flight", True),
+    "miscounted": lambda engine, tree: engine.scheduler.slots._free.pop(),
+    "out of order": lambda engine, tree: engine.scheduler.waiting.reverse(),
+    "other pages": lambda engine, tree: engine.scheduler.slots.table.fill(0),
+    "runs at depth": lambda engine, tree: engine.scheduler.slots.limit.fill(0),
+}
+
+
+@pytest.mark.parametrize("what", BREAKAGES)
+def test_the_check_says_what_is_wrong(model: Model, what: str) -> None:
+    engine = Engine(model, kv_tokens=8192, max_branches=3)
+    tree = grow(engine, PROMPT, SAMPLING, key=3)
+    engine._submit(tree.root.fork(6), SAMPLING)
+    engine._step()
+    engine.check_integrity()
+    BREAKAGES[what](engine, tree)
+    with pytest.raises(IntegrityError, match=what):
+        engine.check_integrity()
