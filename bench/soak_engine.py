@@ -53,6 +53,7 @@ class Soak:
         self.engine = Engine(self.model, kv_tokens=16 * 28, max_branches=6, prefill_tokens=24, seed=seed)
         self.trees: list[Tree] = []
         self.pending: list[Node] = []
+        self.given: set[int] = set()  # streams of kept suffixes, whose tokens were not drawn
         self.count: Counter[str] = Counter()
         self.prompts = [self.random.integers(3, VOCABULARY, n) for n in (1, 9, 16, 20, 33, 48)]
 
@@ -129,7 +130,9 @@ class Soak:
         node = self.pick()
         if self.can_grow(node):
             suffixes = [self.random.integers(3, VOCABULARY, self.random.integers(1, 9)) for _ in range(2)]
-            self.engine.score(node, suffixes, keep=bool(self.random.random() < 0.2))
+            for score in self.engine.score(node, suffixes, keep=bool(self.random.random() < 0.2)):
+                if score.node is not None:
+                    self.given.add(score.node.stream)
 
     def run(self) -> None:
         def search(tree: Tree):
@@ -150,14 +153,7 @@ class Soak:
     def compare(self) -> None:
         """A random node against the same path sampled alone by a fresh engine."""
         node = self.pick()
-        if (
-            node.parent is None
-            or node.finish == "scored"
-            or node.end >= POSITIONS
-            or node.tree.root.stream == node.stream
-        ):
-            return
-        if any(child.finish == "scored" for child in node.path()):
+        if node.parent is None or node.stream in {*self.given, node.tree.root.stream}:
             return
         fresh = Engine(self.model, kv_tokens=16 * 12, seed=0)
         with fresh.tree(node.parent.prefix()) as tree:
