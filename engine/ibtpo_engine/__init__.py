@@ -5,7 +5,7 @@ from ibtpo_engine.backend_engine import BackendEngine
 from ibtpo_engine.backends import Backend, Completion, EngineBackend, TreeEngine
 from ibtpo_engine.budget import Budget
 from ibtpo_engine.checkpoint import load_model, load_tokenizer, save_model, stop_tokens
-from ibtpo_engine.engine import Engine, Growth, Reward, Search
+from ibtpo_engine.engine import Engine
 from ibtpo_engine.errors import (
     BackendError,
     BudgetSpent,
@@ -18,6 +18,7 @@ from ibtpo_engine.errors import (
 )
 from ibtpo_engine.export import PackedTree
 from ibtpo_engine.given import Score
+from ibtpo_engine.growing import Growth, Reward, Search
 from ibtpo_engine.http_backend import CompletionsServer, HttpBackend
 from ibtpo_engine.lora import LoRA
 from ibtpo_engine.masks import MaskState, TokenMask

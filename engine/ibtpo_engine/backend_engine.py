@@ -17,8 +17,8 @@ from typing import Any
 import numpy.typing as npt
 
 from ibtpo_engine.backends import Backend, Completion
-from ibtpo_engine.engine import Reward, Search, _Growing
 from ibtpo_engine.errors import BackendError, EngineError
+from ibtpo_engine.growing import Growing, Reward, Search
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.tree import Node, Tree
 
@@ -221,18 +221,18 @@ class _Run:
         self.search = search
         self.sampling = sampling
         self.reward = reward
-        self.growing: dict[int, _Growing] = {}
+        self.growing: dict[int, Growing] = {}
         self.calls: dict[Answer, _Call] = {}
         self.pool = ThreadPoolExecutor(engine.max_calls, thread_name_prefix="backend")
 
     def open(self, index: int, prompt: npt.ArrayLike, key: int | None) -> None:
         """Begin the search on another prompt."""
         tree = self.engine.tree(prompt, key=key)
-        growth = self.growing[tree.ordinal] = _Growing(index, tree, self.search, self.reward)
+        growth = self.growing[tree.ordinal] = Growing(index, tree, self.search, self.reward)
         growth.ask([])
         self._submit(growth)
 
-    def _submit(self, growth: _Growing) -> None:
+    def _submit(self, growth: Growing) -> None:
         for call in self.engine._calls(growth.nodes, self.sampling):
             self.calls[self.pool.submit(call.make, self.engine.backend)] = call
 

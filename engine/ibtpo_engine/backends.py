@@ -15,7 +15,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ibtpo_engine.engine import Engine, Reward, Search
+from ibtpo_engine.engine import Engine
+from ibtpo_engine.growing import Reward, Search
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.tree import Floats, Ints, Tree
 

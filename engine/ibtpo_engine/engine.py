@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, wait
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 
@@ -19,6 +19,7 @@ from ibtpo_engine.errors import BudgetSpent, OutOfPages, StaleWeights
 from ibtpo_engine.features import features_of
 from ibtpo_engine.generate import in_order, independent
 from ibtpo_engine.given import Score, attach, check_suffixes, given_branch
+from ibtpo_engine.growing import Growing, Reward, Search
 from ibtpo_engine.integrity import check_engine
 from ibtpo_engine.memory import tokens_in_share
 from ibtpo_engine.model import Model
@@ -35,10 +36,6 @@ from ibtpo_engine.stream import Event, Follower
 from ibtpo_engine.threads import threads_for
 from ibtpo_engine.tree import Node, Tree
 from ibtpo_engine.weights import WeightWatch
-
-Growth = Generator[Sequence[Node], list[Node], None]
-Search = Callable[[Tree], Growth]
-Reward = Callable[[Tree, Node], "float | Future[float]"]
 
 
 class Engine:
@@ -99,7 +96,7 @@ class Engine:
         self.max_branches = max_branches
         self.prefill_tokens = prefill_tokens
         self._trees: dict[int, Tree] = {}  # open trees by ordinal
-        self._growing: dict[int, _Growing] = {}  # those of them that a search grows
+        self._growing: dict[int, Growing] = {}  # those of them that a search grows
         self._opened = 0
         self._weights = WeightWatch(self.model, *([self.shadow.masters] if self.shadow else []))
         self._num_parameters = sum(p.numel() for p in self.model.parameters())
@@ -348,7 +345,7 @@ class Engine:
         self._check_weights()
         waiting = iter(enumerate(prompts))
         names = None if keys is None else iter(keys)
-        growing: dict[int, _Growing] = {}
+        growing: dict[int, Growing] = {}
         try:
             while True:
                 self._open_more(search, waiting, names, sampling, reward, budget, growing)
@@ -372,7 +369,7 @@ class Engine:
         sampling: Sampling,
         reward: Reward | None,
         budget: Budget | None,
-        growing: dict[int, _Growing],
+        growing: dict[int, Growing],
     ) -> None:
         """Open trees until there are branches enough to fill a batch, but at least one."""
         while not growing or self.scheduler.num_branches < self.max_branches:
@@ -384,11 +381,11 @@ class Engine:
             if names is not None and key is None:
                 raise ValueError(f"run: no key is left for prompt {index}; give one key a prompt")
             tree = self.tree(prompt, key=key, budget=budget)
-            growth = growing[tree.ordinal] = self._growing[tree.ordinal] = _Growing(index, tree, search, reward)
+            growth = growing[tree.ordinal] = self._growing[tree.ordinal] = Growing(index, tree, search, reward)
             growth.ask([])
             self._submit_round(growth, sampling)
 
-    def _advance(self, growing: dict[int, _Growing]) -> None:
+    def _advance(self, growing: dict[int, Growing]) -> None:
         """One step of the scheduler, or, if every tree waits for its rewards, wait for the first."""
         if self.scheduler.num_branches:
             self._step()
@@ -399,7 +396,7 @@ class Engine:
             wait(futures, return_when=FIRST_COMPLETED)
             self.seconds_waiting += time.perf_counter() - begin
 
-    def _resume(self, growing: dict[int, _Growing], sampling: Sampling) -> Iterator[tuple[int, Tree]]:
+    def _resume(self, growing: dict[int, Growing], sampling: Sampling) -> Iterator[tuple[int, Tree]]:
         """Hand finished and graded branches to their searches; yield the trees whose search has ended."""
         for growth in [growth for growth in growing.values() if growth.unfinished == 0 and growth.is_ready()]:
             growth.ask(growth.nodes)
@@ -411,7 +408,7 @@ class Engine:
             else:
                 self._submit_round(growth, sampling)
 
-    def _submit_round(self, growth: _Growing, sampling: Sampling) -> None:
+    def _submit_round(self, growth: Growing, sampling: Sampling) -> None:
         while True:
             try:
                 self._submit(growth.nodes, sampling)
@@ -559,70 +556,6 @@ class Engine:
             IntegrityError: what is wrong, and where.
         """
         check_engine(self._trees.values(), self.scheduler)
-
-
-class _Growing:
-    """A search under way: its generator, what it waits for, and the rewards on their way."""
-
-    def __init__(self, index: int, tree: Tree, search: Search, reward: Reward | None) -> None:
-        self.index = index
-        self.tree = tree
-        self.search = search
-        self.reward = reward
-        self.generator: Growth | None = None
-        self.nodes: list[Node] = []
-        self.unfinished = 0
-        self.rewards: dict[Node, Future[float]] = {}
-        self.done = False
-
-    def ask(self, finished: list[Node]) -> None:
-        """Send the finished nodes into the search (begun at the first call); take what it wants extended next."""
-        try:
-            if self.generator is None:
-                self.generator = self.search(self.tree)
-                self.nodes = list(next(self.generator))
-            else:
-                self.nodes = list(self.generator.send(finished))
-        except (StopIteration, BudgetSpent):
-            self.nodes, self.done = [], True
-        self._begin_round()
-
-    def refuse(self, error: BudgetSpent) -> None:
-        """The tree's budget does not hold the round asked for: tell the search, which ends or asks for less."""
-        assert self.generator is not None
-        for node in self.nodes:
-            node.drop()
-        try:
-            self.nodes = list(self.generator.throw(error))
-        except (StopIteration, BudgetSpent):
-            self.nodes, self.done = [], True
-        self._begin_round()
-
-    def _begin_round(self) -> None:
-        if any(node.tree is not self.tree for node in self.nodes):
-            raise ValueError("a search may yield nodes of its own tree only; use engine.extend for others")
-        self.unfinished = len(self.nodes)
-
-    def finished(self, node: Node) -> None:
-        """A branch ended: grade it, unless it only paused."""
-        self.unfinished -= 1
-        graded = self.reward(self.tree, node) if self.reward is not None and node.finish is not None else None
-        if isinstance(graded, Future):
-            self.rewards[node] = graded
-        else:
-            node.reward = graded
-
-    def lost(self, node: Node) -> None:
-        """A branch of the round was aborted and is off the tree."""
-        if node in self.nodes:
-            self.nodes.remove(node)
-            self.unfinished -= 1
-
-    def is_ready(self) -> bool:
-        """Are all branches of the round finished and graded?"""
-        for node in [node for node, future in self.rewards.items() if future.done()]:
-            node.reward = float(self.rewards.pop(node).result())
-        return self.unfinished == 0 and not self.rewards
 
 
 def _pending(tree: Tree) -> list[Node]:
