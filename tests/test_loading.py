@@ -87,6 +87,9 @@ print(status("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
 """
 
 
+OF_THE_PROCESS = 24 << 20
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """42 M random parameters, in fp32, in one file."""
@@ -101,12 +104,13 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_peak_of_resident_memory_is_the_weights_and_a_tenth(wide: Path, dtype: str) -> None:
-    """Pages of the mapped file count as resident too; they are given up behind the copy."""
+    """Pages of the mapped file count as resident too; they are given up behind the copy. What the process takes for
+    itself meanwhile, as for a thread of torch's that starts just then, does not grow with the weights."""
     command = [sys.executable, "-c", PEAK, str(wide), dtype]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, size = map(int, result.stdout.split())
     assert size > 80e6
-    assert 0.9 * size < peak < 1.1 * size
+    assert 0.9 * size < peak < 1.1 * size + OF_THE_PROCESS
 
 
 def test_the_benchmark_loads_and_samples_a_scaled_down_checkpoint(tmp_path: Path) -> None:
