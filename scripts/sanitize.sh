@@ -43,7 +43,7 @@ build() {
 run() { # run COMMAND...: with the checked module in place of the installed one
   local module=("$BUILD"/_cpu*.so)
   LD_PRELOAD=$LIBRARY PYTHONPATH=tests IBTPO_CHECKED=$(realpath "${module[0]}") PYTHONMALLOC=malloc \
-    ASAN_OPTIONS=detect_leaks=0:abort_on_error=0 UBSAN_OPTIONS=print_stacktrace=1 "$@"
+    ASAN_OPTIONS=detect_leaks=0:abort_on_error=0:quarantine_size_mb=32 UBSAN_OPTIONS=print_stacktrace=1 "$@"
 }
 
 main() {
