@@ -1,4 +1,4 @@
-"""Random operations on an engine with a tiny pool, for as long as asked: the books are checked, memory must stay flat.
+"""Random operations on an engine with a tiny pool, for as long as asked: the books are checked, memory is recorded.
 
 python bench/soak_engine.py --operations 1_000_000
 

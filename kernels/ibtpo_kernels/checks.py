@@ -205,6 +205,20 @@ def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> No
         _like(op, "bias", bias, (weight.shape[0],), weight, "weight")
 
 
+def _edges(
+    op: str, rows: Tensor, targets: Tensor, temperature: float, source: Tensor, source_name: str, vocabulary: int
+) -> None:
+    """(row, target) pairs into the rows of `source`, under a temperature."""
+    if rows.dim() != 1:
+        raise _fail(op, "rows", rows, "torch.int64 [E]")
+    _index(op, "rows", rows, tuple(rows.shape), torch.int64, source, source_name)
+    _index(op, "targets", targets, tuple(rows.shape), torch.int64, source, f"{source_name} and rows")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature={temperature} must be greater than 0 and finite")
+    _in_range(op, "rows", rows, 0, source.shape[0])
+    _in_range(op, "targets", targets, 0, vocabulary)
+
+
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -219,16 +233,9 @@ def linear_logprob(
     _like(op, "weight", weight, (weight.shape[0], hidden.shape[1]), hidden, "hidden")
     if weight.shape[0] == 0:
         raise _fail(op, "weight", weight, "at least one vocabulary entry")
-    if rows.dim() != 1:
-        raise _fail(op, "rows", rows, "torch.int64 [E]")
-    _index(op, "rows", rows, tuple(rows.shape), torch.int64, hidden, "hidden")
-    _index(op, "targets", targets, tuple(rows.shape), torch.int64, hidden, "hidden and rows")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{op}: temperature={temperature} must be greater than 0 and finite")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"{op}: softcap={softcap} must be greater than 0 and finite, or None for no cap")
-    _in_range(op, "rows", rows, 0, hidden.shape[0])
-    _in_range(op, "targets", targets, 0, weight.shape[0])
+    _edges(op, rows, targets, temperature, hidden, "hidden", weight.shape[0])
 
 
 def sampled_logprob(logits: Tensor, rows: Tensor, targets: Tensor, temperature: float) -> None:
@@ -236,14 +243,7 @@ def sampled_logprob(logits: Tensor, rows: Tensor, targets: Tensor, temperature: 
     _floating(op, "logits", logits, 2)
     if logits.shape[1] == 0:
         raise _fail(op, "logits", logits, "at least one vocabulary entry")
-    if rows.dim() != 1:
-        raise _fail(op, "rows", rows, "torch.int64 [E]")
-    _index(op, "rows", rows, tuple(rows.shape), torch.int64, logits, "logits")
-    _index(op, "targets", targets, tuple(rows.shape), torch.int64, logits, "logits and rows")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{op}: temperature={temperature} must be greater than 0 and finite")
-    _in_range(op, "rows", rows, 0, logits.shape[0])
-    _in_range(op, "targets", targets, 0, logits.shape[1])
+    _edges(op, rows, targets, temperature, logits, "logits", logits.shape[1])
 
 
 def sample(
