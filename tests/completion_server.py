@@ -23,7 +23,7 @@ LONGEST_BODY = 1 << 20
 class Server(ThreadingHTTPServer):
     """Serves `backend`; `requests` are the bodies seen, `faults` is used up from the front, a request each."""
 
-    daemon_threads = True
+    daemon_threads = False  # closing waits for the requests still being answered, whether or not anyone listens
     request_queue_size = 128
 
     def __init__(self, backend: EngineBackend, twist: Twist | None = None) -> None:
