@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -210,3 +212,82 @@ def test_rows_out_of_range_are_errors() -> None:
         forward(1, 16, -1, missing)
     assert forward(1, 0, 0).isfinite().all()
     assert pool.keys.any()
+
+
+# ---- what it refuses ---------------------------------------------------------------------------------------------
+
+
+def decoder_arguments(model: Model) -> dict[str, object]:
+    """What `native_decoder` gives `Decoder` for a model."""
+    given: dict[str, object] = {}
+
+    def seen(layers: list[K.LayerWeights], **rest: object) -> None:
+        given.update(layers=layers, **rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_module, "Decoder", seen)
+        native_module.native_decoder(model, max_positions=64)
+    return given
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("norm", lambda x: x[:-1].contiguous(), "norm is"),
+        ("head", lambda x: x[:-1].contiguous(), "head is"),
+        ("embedding", lambda x: x[0].contiguous(), "embedding is"),
+        ("sin", lambda x: x[:-1].contiguous(), "sin is"),
+        ("cos", lambda x: x.double(), "float32"),
+        ("num_kv_heads", lambda n: 0, "multiple of 0"),
+        ("eps", lambda eps: float("nan"), "eps=nan"),
+        ("q", lambda x: x[:-1].contiguous(), "layer 1: q is"),
+        ("down", lambda x: x.t().contiguous(), "layer 1: down is"),
+        ("gate_bias", lambda x: torch.zeros(3), "layer 1: gate_bias is"),
+        ("k_norm", lambda x: torch.zeros(3), "layer 1: k_norm is"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(name: str, change: Callable[[Any], object], message: str) -> None:
+    given: dict[str, Any] = decoder_arguments(tiny_model())
+    K.Decoder(**given)
+    if name in given:
+        given[name] = change(given[name])
+    else:
+        first, second = given["layers"]
+        given["layers"] = [first, replace(second, **{name: change(getattr(second, name))})]
+    with pytest.raises(ValueError, match=message):
+        K.Decoder(**given)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("tokens", lambda x: x[:-1], "tokens is"),
+        ("tokens", lambda x: x.int(), "tokens is"),
+        ("pos", lambda x: x[None], "pos is"),
+        ("slots", lambda x: x.float(), "slots is"),
+        ("k_pages", lambda x: x[:-1], "k_pages is"),
+        ("k_pages", lambda x: x.bfloat16(), "k_pages is"),
+        ("v_pages", lambda x: x[:, :-1].contiguous(), "v_pages is"),
+        ("v_pages", lambda x: x.transpose(1, 2).contiguous().transpose(1, 2), "v_pages is"),
+        ("plan", lambda plan: replace(plan, page_size=8), "pages of 8 slots"),
+        ("tokens", lambda x: x + 10**6, "out of range"),
+        ("slots", lambda x: x + 10**6, "out of range"),
+        ("pos", lambda x: x - 10, "out of range"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(name: str, change: Callable[[Any], object], message: str) -> None:
+    given: dict[str, Any] = decoder_arguments(tiny_model())
+    decoder = K.Decoder(**given)
+    layers, heads, head_dim = len(given["layers"]), given["num_kv_heads"], 2 * given["cos"].shape[1]
+    table, lengths = torch.tensor([[0, 1]], dtype=torch.int32), torch.arange(1, 4, dtype=torch.int32)
+    rows: dict[str, Any] = {
+        "tokens": torch.arange(3),
+        "pos": torch.arange(3),
+        "slots": torch.arange(3),
+        "plan": K.plan_decode(table, torch.zeros(3, dtype=torch.int32), lengths, page_size=16),
+        "k_pages": torch.zeros(layers, 2, 16, heads, head_dim),
+        "v_pages": torch.zeros(layers, 2, 16, heads, head_dim),
+    }
+    assert decoder.forward(**rows).isfinite().all()
+    with pytest.raises(ValueError, match=message):
+        decoder.forward(**(rows | {name: change(rows[name])}))

@@ -7,7 +7,7 @@ O(N) on the CPU and no synchronisation on a GPU; on the decode path it is the ke
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -280,3 +280,48 @@ def _parameter(
         raise _fail(op, name, value, f"one real number, or [{logits.shape[0]}] on {logits.device}")
     if value.is_cpu and not valid(value).all():
         raise ValueError(f"{op}: {name} has a row that is not {expected}")
+
+
+def named(what: str, tensors: Mapping[str, Tensor | None], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise unless each tensor there is has its shape."""
+    for name, x in tensors.items():
+        if x is not None and x.shape != shapes[name]:
+            raise ValueError(f"{what}: {name} is {list(x.shape)}; expected {list(shapes[name])}")
+
+
+def decoder(
+    embedding: Tensor, norm: Tensor, head: Tensor, cos: Tensor, sin: Tensor, num_heads: int, num_kv_heads: int,
+    eps: float,
+) -> None:  # fmt: skip
+    op = "Decoder"
+    _floating(op, "embedding", embedding, 2)
+    _floating(op, "cos", cos, 2)
+    _eps(op, eps)
+    _heads(op, num_heads, num_kv_heads, "k")
+    given = {"norm": norm, "head": head, "sin": sin}
+    named(op, given, {"norm": embedding.shape[1:], "head": embedding.shape, "sin": cos.shape})
+
+
+def decoder_pages(k_pages: Tensor, v_pages: Tensor, like: tuple[int, int, int]) -> None:
+    """`like`: (layers, Hkv, D)."""
+    layers, heads, head_dim = like
+    for name, x in (("k_pages", k_pages), ("v_pages", v_pages)):
+        fits = x.dim() == 5 and (x.shape[0], *x.shape[3:]) == like and x.shape == k_pages.shape
+        if not (fits and x.is_cpu and x.dtype is torch.float32 and x.is_contiguous()):
+            shape = f"[{layers}, num_pages, page_size, {heads}, {head_dim}]"
+            raise _fail("Decoder", name, x, f"contiguous torch.float32 {shape} on cpu")
+
+
+def decoder_forward(
+    tokens: Tensor, pos: Tensor, slots: Tensor, plan: DecodePlan, k_pages: Tensor, v_pages: Tensor,
+    like: tuple[int, int, int],
+) -> None:  # fmt: skip
+    decoder_pages(k_pages, v_pages, like)
+    for name, x in (("tokens", tokens), ("pos", pos), ("slots", slots)):
+        if x.shape != plan.rows.shape or x.dtype is not torch.int64 or not x.is_cpu:
+            raise _fail("Decoder", name, x, f"torch.int64 {list(plan.rows.shape)} on cpu, one a row of the plan")
+    if plan.page_size != k_pages.shape[2] or not plan.rows.is_cpu:
+        raise ValueError(
+            f"Decoder: plan has pages of {plan.page_size} slots on {plan.rows.device}; expected {k_pages.shape[2]} on "
+            "cpu, as in k_pages"
+        )

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ibtpo_kernels import checks
 from ibtpo_kernels.cpu import native
 from ibtpo_kernels.plan import DecodePlan
 
@@ -96,7 +97,8 @@ class Decoder:
         eps: of every norm.
 
     Raises:
-        ValueError: there is no compiled module, or a tensor is not a contiguous float32 one on the CPU.
+        ValueError: there is no compiled module, a tensor is not a contiguous float32 one on the CPU, or has a wrong
+            shape.
     """
 
     def __init__(
@@ -127,8 +129,13 @@ class Decoder:
         if not all(map(can_borrow, self._tensors)):
             raise ValueError("Decoder: every tensor must be float32, contiguous and on the CPU; use the model itself")
         self._tensors = [None if x is None else x.detach() for x in self._tensors]  # keeps their memory
+        checks.decoder(embedding, norm, head, cos, sin, num_heads, num_kv_heads, eps)
         self.hidden_size, self.vocab_size = embedding.shape[1], embedding.shape[0]
-        head_dim, inner = layers[0].q.shape[0] // num_heads, layers[0].gate.shape[0]
+        head_dim, inner = 2 * cos.shape[1], layers[0].gate.shape[0] if layers else 0
+        shapes = _layer_shapes(self.hidden_size, inner, num_heads * head_dim, num_kv_heads * head_dim, head_dim)
+        for i, layer in enumerate(layers):
+            checks.named(f"Decoder: layer {i}", vars(layer), shapes)
+        self._pages_like = (len(layers), num_kv_heads, head_dim)
         self._layers = np.array([[_address(x) for x in row] for row in weights], np.int64)
         self._image = np.array(
             [
@@ -151,8 +158,10 @@ class Decoder:
             k_pages, v_pages: contiguous [layers, num_pages, page_size, Hkv, D].
 
         Raises:
-            ValueError: a token, position or slot is out of range, or a page that a row needs is missing.
+            ValueError: a shape or dtype is wrong, a token, position or slot is out of range, or a page that a row needs
+                is missing.
         """
+        checks.decoder_forward(tokens, pos, slots, plan, k_pages, v_pages, self._pages_like)
         tokens, pos, slots = tokens.contiguous(), pos.contiguous(), slots.contiguous()
         row, lengths, items = plan.rows.contiguous(), plan.lengths.contiguous(), plan.items.contiguous()
         out = torch.empty(len(tokens), self.hidden_size, dtype=torch.float32, device="cpu")
@@ -169,7 +178,12 @@ class Decoder:
         return out
 
     def record(self, branches: Branches, k_pages: Tensor, v_pages: Tensor) -> DecodeStep:
-        """A decode step over these arrays and this pool, to be run any number of times."""
+        """A decode step over these arrays and this pool, to be run any number of times.
+
+        Raises:
+            ValueError: the pool has a wrong shape or dtype.
+        """
+        checks.decoder_pages(k_pages, v_pages, self._pages_like)
         return DecodeStep(self._address, branches, k_pages, v_pages)
 
 
@@ -233,6 +247,17 @@ class DecodeStep:
                 f"DecodeStep: branch {int(self._chosen[failed])} lacks a page, or its last token is out of range"
             )
         return self._code
+
+
+def _layer_shapes(hidden: int, inner: int, queries: int, keys: int, head_dim: int) -> dict[str, tuple[int, ...]]:
+    """What each field of `LayerWeights` has to be."""
+    matrices = {
+        "q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries),
+        "gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner),
+    }  # fmt: skip
+    biases = {f"{name}_bias": shape[:1] for name, shape in matrices.items()}
+    norms = {"attention_norm": (hidden,), "mlp_norm": (hidden,), "q_norm": (head_dim,), "k_norm": (head_dim,)}
+    return {**matrices, **biases, **norms}
 
 
 def _address(x: Tensor | None) -> int:
