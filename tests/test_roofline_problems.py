@@ -23,6 +23,7 @@ from ibtpo_kernels.roofline import (
     decode,
     formulas,
     heads,
+    parity,
     sampling,
     small,
     trees,
@@ -198,6 +199,9 @@ SMALL = [
     *(small.append_kv(9, 3, 16, dtype) for dtype in (FP32, BF16)),
     *(small.rope_append(9, 4, 2, 16, dtype) for dtype in (FP32, BF16)),
     small.batch_invariant_linear(9, 40, 30, FP32),
+    *(parity.in_order_of_decode("forest", forest(50), (4, 2, 16), dtype, CPU, is_quick=True) for dtype in (FP32, BF16)),
+    *(parity.of_hidden((9, 24, 50), dtype, is_quick=True) for dtype in (FP32, BF16)),
+    *(parity.of_logits(5, 60, dtype, is_quick=True) for dtype in (FP32, BF16)),
 ]
 
 

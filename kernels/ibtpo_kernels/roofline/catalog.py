@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ibtpo_kernels.roofline import heads, sampling, small
+from ibtpo_kernels.roofline import heads, parity, sampling, small
 from ibtpo_kernels.roofline.attention import mask_plan, tree_attention
 from ibtpo_kernels.roofline.decode import plan_decode, tree_decode
 from ibtpo_kernels.roofline.problem import Pass, Problem
@@ -128,6 +128,13 @@ def _on_cpu() -> list[Problem]:
         ]
     for shape in ((32, 1024, 4096), (256, 1024, 4096), (1, 1024, 4096), (256, 96, 256)):
         found.append(small.batch_invariant_linear(*shape, FP32, is_quick=shape[1] == 96))
+    for dtype in (FP32, BF16):
+        for name, quick in (("prompt+16", False), ("prompt+32", dtype is FP32)):
+            found.append(parity.in_order_of_decode(name, *trees[name], dtype, _CPU, is_quick=quick))
+        for sizes in CPU_LOGPROB:
+            quick = sizes is CPU_LOGPROB[1] and dtype is FP32
+            found.append(parity.of_hidden(sizes, dtype, is_quick=quick))
+        found.append(parity.of_logits(64, 32768, dtype, is_quick=dtype is FP32))
     return found
 
 
@@ -197,6 +204,9 @@ def _gpu_small() -> list[Problem]:
         small.batch_invariant_linear(256, 4096, 4096, BF16, is_quick=True),
         small.batch_invariant_linear(8192, 4096, 4096, BF16),
         small.batch_invariant_linear(1, 4096, 4096, BF16),
+        parity.in_order_of_decode("prompt+16", fan(2048, 16, 128), GPU_HEADS[0], BF16, _CUDA, is_quick=True),
+        parity.of_hidden((1024, 1024, 32768), BF16, is_quick=True),
+        parity.of_logits(64, vocabulary, BF16, is_quick=True),
     ]
 
 
