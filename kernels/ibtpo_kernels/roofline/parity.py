@@ -30,7 +30,12 @@ def in_order_of_decode(
         return peers.Unpacked(end)
 
     def by_depth(inputs: Inputs) -> Outputs:
-        return (tree_attention_by_depth(*inputs.leaves, inputs.rest[1]),)
+        q, k, v = inputs.leaves
+        return (tree_attention_by_depth(q, k, v, inputs.rest[1]),)
+
+    def as_packed(inputs: Inputs) -> Outputs:
+        q, k, v = inputs.leaves
+        return (ops.tree_attention(q, k, v, inputs.rest[0]),)
 
     def draw(where: torch.device, generator: torch.Generator) -> Inputs:
         inputs = problem.draw(where, generator)
@@ -38,7 +43,7 @@ def in_order_of_decode(
 
     contenders = (
         ours(by_depth, "forward"),
-        _ours_too("tree_attention", lambda x: (ops.tree_attention(*x.leaves, x.rest[0]),)),
+        _ours_too("tree_attention", as_packed),
         Contender(
             "SDPA unpacked",
             lambda: peers.sdpa_unpacked("forward", unpacked),
