@@ -57,7 +57,7 @@ class Chart {
       const single = this.spec.lines.length === 1;
       curves.push({
         raw, dash: many && r === 1 && !single, dots: line.dots || raw.length < 3,
-        points: line.dots || raw.length < 8 ? raw : smoothed(raw, shared.smooth),
+        points: line.dots || raw.length < 20 ? raw : smoothed(raw, shared.smooth),
         color: `--s${many && single ? r : i}`,
         low: line.low && run.series(line.low, shared.axis), high: line.high && run.series(line.high, shared.axis),
         label: [line.label, many ? visible(run.name) : ""].filter(Boolean).join(" · ") || this.spec.title,

@@ -26,7 +26,8 @@ class TreeView {
     this.fold = depthOf(nodes) > (small ? 40 : 14);
     this.draw();
     this.fit();
-    this.pick(0, false);
+    const leaf = tree.nodes.findIndex((node) => node.finish);
+    this.pick(Math.max(leaf, 0), false);
   }
 
   draw() {
@@ -66,7 +67,7 @@ class TreeView {
     if (known(last.value)) group.append(svg("text", { class: "number", x: x + 8, y: y + 29, text: `V ${short(last.value)}` }));
     if (known(last.score)) group.append(svg("text", { class: "number score", x: x + this.width - 7, y: y + 29, text: `J ${short(last.score)}` }));
     if (rounds.length) {
-      const text = rounds.join("·"), w = Math.max(16, 7 * text.length + 8);
+      const text = spans(rounds), w = Math.max(16, 7 * text.length + 8);
       group.append(svg("g", { class: "turn" }, svg("rect", { x: x + this.width - w + 4, y: y - 7, width: w, height: 16, rx: 8 }), svg("text", { x: x + this.width - w / 2 + 4, y: y + 4.8, text })));
     }
     if (last.finish) group.append(outcome(last, x + this.width + 13, y + BOX.height / 2));
@@ -111,7 +112,7 @@ class TreeView {
     const { width, height } = this.node.getBoundingClientRect(), { rows, columns } = this.layout;
     const w = columns * (this.width + BOX.gap) + 2 * BOX.margin + 8, h = rows * BOX.row + 2 * BOX.margin;
     const all = Math.min(width / w, height / h, 1.25);
-    this.scale = whole ? all : Math.max(all, Math.min(0.62, width / w * 1.4, 1));
+    this.scale = whole || all > 0.45 ? all : Math.max(all, Math.min(0.62, width / w * 1.4, 1));
     this.x = Math.max(0, (width - w * this.scale) / 2);
     this.y = Math.max(0, (height - h * this.scale) / 2);
     this.fitted = true;
@@ -160,6 +161,17 @@ class TreeView {
     event.stopPropagation();
     acts[event.key]();
   }
+}
+
+/** Rounds in few characters: 1–3·5. */
+function spans(rounds) {
+  const parts = [];
+  for (const round of rounds) {
+    const last = parts.at(-1);
+    if (last && round === last[1] + 1) last[1] = round;
+    else parts.push([round, round]);
+  }
+  return parts.map(([a, b]) => (a === b ? a : `${a}–${b}`)).join("·");
 }
 
 /** Right: a disc with a tick; wrong: a square with a cross; cut off: a triangle; in between: a diamond. */

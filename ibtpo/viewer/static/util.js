@@ -13,8 +13,9 @@ function svg(name, props = {}, ...children) {
 
 function fill(node, props, children) {
   for (const [key, value] of Object.entries(props)) {
-    if (value === undefined || value === null || value === false) continue;
-    if (key === "text") node.textContent = value;
+    if (key.startsWith("aria-")) node.setAttribute(key, value);
+    else if (value === undefined || value === null || value === false) continue;
+    else if (key === "text") node.textContent = value;
     else if (key.startsWith("on")) node.addEventListener(key.slice(2), value);
     else node.setAttribute(key, value === true ? "" : value);
   }
