@@ -83,7 +83,11 @@ def track(console: Console, description: str, total: int) -> Iterator[Tracker]:
 def step_note(step: int, values: Mapping[str, float]) -> str:
     """The figures of a training step in a line: reward (independent rollouts), Eff-Rate, speed, memory."""
     parts = [f"step {step}"]
-    shown = (("avg_rate_iid", "reward (iid) {:.3f}"), ("eff_rate", "eff-rate {:.2f}"), ("tokens_per_second", "{:,.0f} tok/s"))
+    shown = (
+        ("avg_rate_iid", "reward (iid) {:.3f}"),
+        ("eff_rate", "eff-rate {:.2f}"),
+        ("tokens_per_second", "{:,.0f} tok/s"),
+    )
     parts += [text.format(values[name]) for name, text in shown if name in values]
     parts.append(f"{(values.get('peak_memory') or peak_host_memory()) / 2**30:.1f} GiB")
     return "  ".join(parts)

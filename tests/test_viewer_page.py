@@ -60,7 +60,9 @@ def test_an_exported_page_opens_from_a_file(tmp_path: Path, browser: Browser) ->
     assert texts(browser, ".result .name b") == ["Sampled, avg@2", "Sampled, pass@2", "Greedy"]
     browser.run("location.hash = 'curves'")
     browser.wait("document.querySelectorAll('#app .chart:not([hidden])').length > 0")
-    shown = browser.run("[...document.querySelectorAll('section:not([hidden]) .chart:not([hidden])')].map((c) => c.dataset.metrics)")
+    shown = browser.run(
+        "[...document.querySelectorAll('section:not([hidden]) .chart:not([hidden])')].map((c) => c.dataset.metrics)"
+    )
     assert {"reward", "eff_rate", "loss", "eval_avg"} <= set(shown) and "lr" not in shown
     # something was drawn: the canvas of a chart in sight is not blank
     drawn = "(() => { const c = document.querySelector('section:not([hidden]) .chart:not([hidden]) canvas'); return c.width > 0 && c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((v) => v > 0); })()"
@@ -74,7 +76,9 @@ def test_an_exported_page_opens_from_a_file(tmp_path: Path, browser: Browser) ->
 def test_boxes_never_meet_and_the_keyboard_walks_them(tmp_path: Path, browser: Browser) -> None:
     run = make_run(tmp_path / "run", steps=1, trees=1)
     open_trees(browser, export_page([run], tmp_path / "page.html", trees=1).as_uri(), 7)
-    places = browser.run("[...document.querySelectorAll('.tree .node > rect')].map((r) => [+r.getAttribute('x'), +r.getAttribute('y')])")
+    places = browser.run(
+        "[...document.querySelectorAll('.tree .node > rect')].map((r) => [+r.getAttribute('x'), +r.getAttribute('y')])"
+    )
     assert len({tuple(place) for place in places}) == len(places) == 7
     picked = "document.querySelector('.tree .picked .step').textContent"
     browser.run("document.querySelector('svg.tree').focus()")
@@ -109,8 +113,12 @@ def test_hostile_text_stays_text(tmp_path: Path, browser: Browser) -> None:
     with served(run) as live:
         for url in (page.as_uri(), live):
             open_trees(browser, url, 7)
-            browser.run("document.querySelectorAll('.tree .node')[1].dispatchEvent(new MouseEvent('click', {bubbles: true}))")
-            assert browser.run("document.querySelectorAll('img, b > img, iframe').length + document.scripts.length") == 2
+            browser.run(
+                "document.querySelectorAll('.tree .node')[1].dispatchEvent(new MouseEvent('click', {bubbles: true}))"
+            )
+            assert (
+                browser.run("document.querySelectorAll('img, b > img, iframe').length + document.scripts.length") == 2
+            )
             assert browser.run("window.hacked") is None
             [own] = texts(browser, ".tokens .own")
             assert "</script><script>" in own and "\u241b[31m" in own and "\u27e8202E\u27e9" in own
@@ -140,6 +148,8 @@ def test_two_runs_lie_side_by_side(tmp_path: Path, browser: Browser) -> None:
     assert texts(browser, ".pane header .runname") == ["first", "second"]
     assert texts(browser, ".count") == ["6 trees"]
     browser.run("location.hash = 'overview'")
+    browser.wait("!document.querySelector('.charts').closest('section').hidden")
+    browser.run("document.querySelector('.charts').scrollIntoView()")
     browser.wait("document.querySelectorAll('.key span').length > 0")
     assert {"first", "second"} <= set(texts(browser, ".charts .key span"))
 
@@ -153,7 +163,9 @@ def test_thousands_of_steps_and_hundreds_of_trees_stay_quick(tmp_path: Path, bro
     with served(run) as url:
         open_trees(browser, url, 7)
         assert browser.run("document.querySelectorAll('.space .row').length") < 60  # only those in sight
-        seconds = browser.run("(() => { const t = performance.now(); tabs.curves.refresh(); shared.charts.forEach((c) => { c.force = true; c.draw(); }); return (performance.now() - t) / 1000; })()")
+        seconds = browser.run(
+            "(() => { const t = performance.now(); tabs.curves.refresh(); shared.charts.forEach((c) => { c.force = true; c.draw(); }); return (performance.now() - t) / 1000; })()"
+        )
         assert seconds < 2.0
         browser.run("tabs.trees.table.text.value = '123*'; tabs.trees.table.refresh()")
         assert texts(browser, ".count") == ["1 of 300"]

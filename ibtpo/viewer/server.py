@@ -44,7 +44,9 @@ class Viewer:
             self._server = _Server(self.views, DEFAULT_PORT if port is None else port)
         except OSError as error:
             if port is not None:
-                raise ValueError(f"port: {port} cannot be used ({error.strerror}); choose another, or 0 for any") from None
+                raise ValueError(
+                    f"port: {port} cannot be used ({error.strerror}); choose another, or 0 for any"
+                ) from None
             self._server = _Server(self.views, 0)
 
     @property
@@ -63,7 +65,9 @@ class Viewer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._server.server_close()
 
 
