@@ -329,7 +329,7 @@ class TrainConfig:
     trees_per_step: int = 4
     """Grown trees kept of every training step, for `ibtpo view`."""
     trees_megabytes: float = 256.0
-    """Most disk the kept trees may take; beyond it those of every second step are dropped, again and again."""
+    """Most disk the kept trees may take; beyond it steps are dropped evenly over the run."""
     report_trees: int = 48
     """Of the kept trees, how many the report holds, spread over the run."""
     log: str = ""

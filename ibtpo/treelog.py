@@ -142,7 +142,7 @@ def _summary(record: Mapping[str, Any]) -> Record:
 
 
 def thin_trees(folder: Path, most_bytes: float) -> set[str]:
-    """Delete trees of every second step, again and again, until the rest takes at most `most_bytes`.
+    """Delete the trees of steps whose neighbours are nearest until the rest takes at most `most_bytes`.
 
     Trees of the first and of the last step stay. Returns the names of the deleted files.
     """
@@ -152,10 +152,10 @@ def thin_trees(folder: Path, most_bytes: float) -> set[str]:
         sizes[_step(path.name)] += size
     deleted: set[str] = set()
     while sizes.total() > most_bytes and len(sizes) > 2:
-        gone = set(sorted(sizes)[1:-1:2])
-        for step in gone:
-            del sizes[step]
-        for path in [path for path in paths if _step(path.name) in gone]:
+        steps = sorted(sizes)
+        gone = steps[1:-1][min(range(len(steps) - 2), key=lambda i: steps[i + 2] - steps[i])]
+        del sizes[gone]
+        for path in [path for path in paths if _step(path.name) == gone]:
             path.unlink(missing_ok=True)
             deleted.add(path.name)
             del paths[path]

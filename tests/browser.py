@@ -16,7 +16,7 @@ EXECUTABLE = next(
 )
 NO_BROWSER = "no Chromium on this machine (Debian: apt-get install chromium)"
 _FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",  # noqa: E501
     "--disable-component-update", "--disable-sync", "--remote-debugging-pipe", "--window-size=1500,950",
 )  # fmt: skip
 

@@ -21,7 +21,7 @@ def node(parent: int | None, text: str, turn: int | None = 0, **more: Any) -> di
     sampled = parent is not None
     half = max(1, len(text) // 2)
     return {
-        "parent": parent, "text": text, "pieces": [text[:half], text[half:]], "round": turn, "reward": None, "finish": None,
+        "parent": parent, "text": text, "pieces": [text[:half], text[half:]], "round": turn, "reward": None, "finish": None,  # noqa: E501
         "logprob": [0.0, -5.0] if sampled else [], "entropy": [0.5, 1.0] if sampled else [],
     } | more  # fmt: skip
 
@@ -52,7 +52,7 @@ def add_tree(
 
 def step_values(step: int) -> dict[str, float]:
     return {
-        "reward": 0.5, "avg_rate": 0.5, "avg_rate_iid": 0.4, "eff_rate": 1 / step, "cov_eta1_eta2": 0.02, "loss": -0.1 * step,
+        "reward": 0.5, "avg_rate": 0.5, "avg_rate_iid": 0.4, "eff_rate": 1 / step, "cov_eta1_eta2": 0.02, "loss": -0.1 * step,  # noqa: E501
         "trajectories": 24, "tokens_sampled": 1000, "tokens_computed": 1250, "sampling_efficiency": 1.6,
         "sampling_seconds": 2, "reward_seconds": 0.5, "training_seconds": 1,
     }  # fmt: skip

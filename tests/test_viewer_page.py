@@ -65,7 +65,7 @@ def test_an_exported_page_opens_from_a_file(tmp_path: Path, browser: Browser) ->
     )
     assert {"reward", "eff_rate", "loss", "eval_avg"} <= set(shown) and "lr" not in shown
     # something was drawn: the canvas of a chart in sight is not blank
-    drawn = "(() => { const c = document.querySelector('section:not([hidden]) .chart:not([hidden]) canvas'); return c.width > 0 && c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((v) => v > 0); })()"
+    drawn = "(() => { const c = document.querySelector('section:not([hidden]) .chart:not([hidden]) canvas'); return c.width > 0 && c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((v) => v > 0); })()"  # noqa: E501
     browser.wait(drawn)
     open_trees(browser, url, 7)
     assert texts(browser, ".tree .step")[:3] == ["prompt", "7*8=6", "6-5=1"]
@@ -96,7 +96,7 @@ def test_a_step_is_shown_with_heat_that_can_be_switched(tmp_path: Path, browser:
     open_trees(browser, export_page([run], tmp_path / "page.html", trees=1).as_uri(), 7)
     browser.run("document.querySelectorAll('.tree .node')[3].dispatchEvent(new MouseEvent('click', {bubbles: true}))")
     assert texts(browser, ".tokens .own") == ["6-5=2\n"]
-    heat = "[...document.querySelectorAll('.tokens .own bdi')].map((t) => parseFloat(t.style.getPropertyValue('--h')) || 0)"
+    heat = "[...document.querySelectorAll('.tokens .own bdi')].map((t) => parseFloat(t.style.getPropertyValue('--h')) || 0)"  # noqa: E501
     by_logprob = browser.run(heat)
     assert by_logprob[0] == 0 and by_logprob[1] == 100  # log-probs 0 and -5
     browser.press("h")
@@ -164,7 +164,7 @@ def test_thousands_of_steps_and_hundreds_of_trees_stay_quick(tmp_path: Path, bro
         open_trees(browser, url, 7)
         assert browser.run("document.querySelectorAll('.space .row').length") < 60  # only those in sight
         seconds = browser.run(
-            "(() => { const t = performance.now(); tabs.curves.refresh(); shared.charts.forEach((c) => { c.force = true; c.draw(); }); return (performance.now() - t) / 1000; })()"
+            "(() => { const t = performance.now(); tabs.curves.refresh(); shared.charts.forEach((c) => { c.force = true; c.draw(); }); return (performance.now() - t) / 1000; })()"  # noqa: E501
         )
         assert seconds < 2.0
         browser.run("tabs.trees.table.text.value = '123*'; tabs.trees.table.refresh()")
