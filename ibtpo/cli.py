@@ -1,4 +1,4 @@
-"""The command line: ``ibtpo train | eval | sample``; every configuration field is a flag."""
+"""The command line: ``ibtpo train | eval | sample | view``; every configuration field is a flag."""
 
 from __future__ import annotations
 
@@ -28,20 +28,22 @@ from ibtpo.optim import NonFiniteGradient
 from ibtpo.policy import Policy, load_policy
 from ibtpo.progress import track
 from ibtpo.report import NOT_ACCURACY, summarize_run
-from ibtpo.runlog import CONFIG, latest_checkpoint
+from ibtpo.runlog import CONFIG, REPORT, latest_checkpoint
 from ibtpo.search import make_search
 from ibtpo.setup import check_prompts, choose_device, make_engine, make_sampling
 from ibtpo.steps import StepSplitter
 from ibtpo.tasks import AnswerGrades, DigitChain, Grades, Problem, Task, make_task
 from ibtpo.tasks.digit_chain import parse_prompt
 from ibtpo.train import train
+from ibtpo.viewer.cli import view
 from ibtpo_engine import EngineError, Tree
 
-USAGE = """usage: ibtpo {train,eval,sample} [--help] [flags]
+USAGE = """usage: ibtpo {train,eval,sample,view} [--help] [flags]
 
   train    grow trees, score them, train on them; `ibtpo train` alone runs the built-in task
   eval     held-out accuracy of a checkpoint or run: avg@k, pass@k, greedy
   sample   grow one tree and print it
+  view     look at a run in the browser, or at two: curves, prompts, trees
 
 `ibtpo COMMAND --help` lists every flag with its default. Settings may also come from a YAML file (--config FILE),
 with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
@@ -63,6 +65,8 @@ class TrainArguments:
     """Method: ib-tpo or grpo; fields set in --config or by flags win over it."""
     config: Path | None = None
     """YAML file with any of the fields below."""
+    quiet: bool = False
+    """Show no progress, only the result."""
     run: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
 
 
@@ -97,7 +101,8 @@ class SampleArguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 the input cannot be used, 130 stopped by Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str], Console], int]] = {"train": _train, "eval": _eval, "sample": _sample}
+    commands: dict[str, Callable[[list[str], Console], int]]
+    commands = {"train": _train, "eval": _eval, "sample": _sample, "view": view}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -122,14 +127,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: list[str], console: Console) -> int:
     base = TrainArguments(run=_base(arguments, run=_early(arguments).resume))
     parsed = _parse(TrainArguments, replace(base, preset=_early(arguments).preset), "ibtpo train", arguments)
-    out = train(_with_data(parsed.run), console)
+    out = train(_with_data(parsed.run), Console(quiet=True) if parsed.quiet else console)
     for table in _result_tables(out):
         console.print(table)
     console.print(NOT_ACCURACY, style="dim")
     last = latest_checkpoint(out)
     if last is not None:
         console.print(f"checkpoint: {last.path}", highlight=False, soft_wrap=True)
-    console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"report: {out / REPORT}", highlight=False, soft_wrap=True)
     return 0
 
 

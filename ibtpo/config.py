@@ -326,8 +326,14 @@ class TrainConfig:
     """Most packed tokens in one forward and backward; larger trees are split at nodes, the gradient is the same."""
     checkpoint_every: int = 10
     """Training steps between checkpoints; the last one is always written."""
-    report_trees: int = 8
-    """Grown trees drawn in the report."""
+    trees_per_step: int = 4
+    """Grown trees kept of every training step, for `ibtpo view`."""
+    trees_megabytes: float = 256.0
+    """Most disk the kept trees may take; beyond it steps are dropped evenly over the run."""
+    report_trees: int = 48
+    """Of the kept trees, how many the report holds, spread over the run."""
+    log: str = ""
+    """Log to wandb, trackio or both (wandb,trackio) as well; TensorBoard events are always written."""
     ib: IBConfig = field(default_factory=IBConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
@@ -349,4 +355,7 @@ class TrainConfig:
         check_range("mini_batches", self.mini_batches, low=1, high=self.prompts_per_step)
         check_range("micro_batch_tokens", self.micro_batch_tokens, low=1)
         check_range("checkpoint_every", self.checkpoint_every, low=1)
+        check_range("trees_per_step", self.trees_per_step, low=0)
+        check_range("trees_megabytes", self.trees_megabytes, low=0.0, low_open=True)
         check_range("report_trees", self.report_trees, low=0)
+        check_choice("log", self.log, ("", "wandb", "trackio", "wandb,trackio", "trackio,wandb"))

@@ -4,7 +4,7 @@
 
     config.yaml       the configuration as resolved
     metrics.jsonl     a line of JSON a training step, names as in ibtpo/metrics.py
-    trees.jsonl       some of the grown trees, for the report
+    trees.jsonl       a line about each grown tree that is kept; trees/ holds them (ibtpo/treelog.py)
     events.out.*      the same metrics for TensorBoard
     checkpoints/      step-000010/ ...    written under a hidden name, flushed to disk, then renamed
     latest.json       which of them is the last
@@ -29,14 +29,15 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 
 from ibtpo.config import TrainConfig
+from ibtpo.loggers import open_loggers, parse_names
 from ibtpo.metrics import check_names
-from ibtpo_engine.tree import Node, Tree
+from ibtpo.treelog import thin_trees, write_tree
 
 CONFIG, METRICS, TREES, LATEST = "config.yaml", "metrics.jsonl", "trees.jsonl", "latest.json"
 CHECKPOINTS = "checkpoints"
+REPORT = "report.html"
 KEPT = 2
 _LOCK = ".lock"
 _UNFINISHED = ".tmp"  # ending of what is being written; never read, removed when a run is opened
@@ -58,10 +59,11 @@ class Checkpoint:
 class RunFolder:
     """The folder of one run, locked while it is open. Use `create` or `open`, as a context manager."""
 
-    def __init__(self, path: Path, lock: IO[str], purge_step: int | None) -> None:
+    def __init__(self, path: Path, lock: IO[str], purge_step: int | None, config: TrainConfig | None = None) -> None:
         self.path = path
         self._lock = lock
-        self._events = SummaryWriter(str(path), purge_step=purge_step)
+        names, settings = ([], {}) if config is None else (parse_names(config.log), _plain(asdict(config)))
+        self._loggers = open_loggers(path, names, settings, purge_step)
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig) -> Self:
@@ -89,7 +91,7 @@ class RunFolder:
             shutil.rmtree(path, ignore_errors=True)
             lock.close()
             raise
-        return cls(path, lock, None)
+        return cls(path, lock, None, config)
 
     @classmethod
     def open(cls, path: Path, config: TrainConfig | None = None, *, step: int | None = None) -> Self:
@@ -114,7 +116,7 @@ class RunFolder:
             write_atomically(path / name, "".join(json.dumps(row) + "\n" for row in rows))
         if config is not None:
             _write_config(path, config)
-        return cls(path, lock, step + 1)
+        return cls(path, lock, step + 1, config)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append the metrics of a training step; several rows may share a step (an evaluation has its own).
@@ -128,15 +130,19 @@ class RunFolder:
         check_names(values)
         finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
         self._append(METRICS, {"step": step, **finite})
-        with no_space(self.path, "everything logged before"):
-            for name, value in finite.items():
-                if value is not None:
-                    self._events.add_scalar(name, value, step)
-            self._events.flush()
+        self._loggers.log(step, finite)
 
-    def add_tree(self, step: int, record: Mapping[str, Any]) -> None:
-        """Keep a grown tree (a `tree_record`) for the report."""
-        self._append(TREES, {"step": step, **record})
+    def add_tree(self, step: int, record: Mapping[str, Any], *, most_bytes: float = math.inf) -> None:
+        """Keep a grown tree (a `tree_record`); whole steps go, evenly over the run, where all would exceed `most_bytes`.
+
+        Raises:
+            RunFolderError: the disk is full.
+        """  # noqa: E501
+        with no_space(self.path, "everything logged before"):
+            self._append(TREES, write_tree(self.path, step, record))
+            if deleted := thin_trees(self.path, most_bytes):
+                rows = [row for row in read_rows(self.path / TREES) if row.get("file") not in deleted]
+                write_atomically(self.path / TREES, "".join(json.dumps(row) + "\n" for row in rows))
 
     def checkpoint(self, step: int, write: Callable[[Path], object], *, keep: int = KEPT) -> Path:
         """Save a checkpoint and forget all but the `keep` newest.
@@ -171,8 +177,8 @@ class RunFolder:
         return final
 
     def close(self) -> None:
-        """Flush the events and let others open the folder."""
-        self._events.close()
+        """Flush the logs and let others open the folder."""
+        self._loggers.close()
         self._lock.close()
 
     def __enter__(self) -> Self:
@@ -217,43 +223,6 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 row = json.loads(line)
                 if isinstance(row, dict) and isinstance(row.get("step"), int):
                     yield row
-
-
-def tree_record(
-    tree: Tree, decode: Callable[[list[int]], object], *, answer: str = "", title: str = ""
-) -> dict[str, Any]:
-    """A tree as plain data: what `RunFolder.add_tree` keeps and the report draws.
-
-    Nodes are depth first; each names its parent's index (None for the prompt, which comes first).
-    """
-    nodes = tree.nodes()
-    index = {node: i for i, node in enumerate(nodes)}
-    ib = tree.notes.get("ib")
-    records = [
-        {
-            "parent": None if node.parent is None else index[node.parent],
-            "text": str(decode(node.tokens.tolist())),
-            "tokens": len(node),
-            "round": node.notes.get("round"),
-            "reward": node.reward if node.is_leaf else None,
-            "finish": node.finish,
-            "entropy": float(node.entropy.mean()) if node.parent is not None else None,
-            **({} if ib is None else _estimates(ib, node)),
-        }
-        for node in nodes
-    ]
-    return {"title": title, "answer": answer, "nodes": records}
-
-
-def _estimates(ib: Any, node: Node) -> dict[str, float | None]:
-    step = node.parent is not None
-    values = {
-        "value": ib.value(node),
-        "eta1": ib.eta1(node) if step else None,
-        "eta2": ib.eta2(node) if step else None,
-        "score": ib.score(node) if node.children else None,
-    }
-    return {name: None if value is None or not math.isfinite(value) else value for name, value in values.items()}
 
 
 def _take_lock(path: Path) -> IO[str]:

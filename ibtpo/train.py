@@ -10,12 +10,13 @@ import torch
 from rich.console import Console
 
 from ibtpo.config import TrainConfig
+from ibtpo.loggers import check_installed
 from ibtpo.policy import built_in_policy, load_policy
-from ibtpo.report import write_report
-from ibtpo.runlog import RunFolder, latest_checkpoint
+from ibtpo.runlog import REPORT, RunFolder, latest_checkpoint
 from ibtpo.setup import check_prompts, choose_device, default_folder, make_engine
 from ibtpo.tasks import TeachableTask, make_task
 from ibtpo.trainer import Trainer
+from ibtpo.viewer import export_page
 from ibtpo_engine import OutOfPages
 
 
@@ -33,6 +34,7 @@ def train(config: TrainConfig, console: Console) -> Path:
     """
     if config.sampling.temperature == 0:
         raise ValueError("sampling.temperature: 0 is greedy, all trajectories would be alike; set it above 0 to train")
+    check_installed(config.log)
     out = config.resume or config.out or default_folder(config)
     source: Path | str = config.model
     if config.resume is not None and (last := latest_checkpoint(config.resume)) is not None:
@@ -67,7 +69,7 @@ def train(config: TrainConfig, console: Console) -> Path:
                     f"{error}; in a run: --engine.kv-tokens, and --resume {out} goes on from the last checkpoint"
                 ) from None
             finally:
-                write_report(out)
+                export_page([out], out / REPORT, trees=config.report_trees)
     finally:
         gc.unfreeze()
         task.close()

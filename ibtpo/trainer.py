@@ -23,12 +23,13 @@ from ibtpo.grow import Grower, Interrupted
 from ibtpo.metrics import tree_metrics
 from ibtpo.optim import MasterAdamW
 from ibtpo.policy import Policy, load_policy
-from ibtpo.progress import Tracker, track
-from ibtpo.runlog import METRICS, RunFolder, latest_checkpoint, read_rows, tree_record
+from ibtpo.progress import Tracker, step_note, track
+from ibtpo.runlog import METRICS, RunFolder, latest_checkpoint, read_rows
 from ibtpo.search import make_search
 from ibtpo.setup import make_sampling
 from ibtpo.steps import StepSplitter
 from ibtpo.tasks import JsonlTask, Problem, Task, TeachableTask
+from ibtpo.treelog import tree_record
 from ibtpo.update import Updater, frozen_copy
 from ibtpo.warmstart import WarmStart, warm_start
 from ibtpo_engine import Engine, Model, Tree
@@ -73,8 +74,8 @@ class Trainer:
         self.optimizer = MasterAdamW(policy.model, config.optim)
         self.engine = engine
         self.grower = Grower(engine, task, policy.tokenizer, config.jsonl, lambda: self.stop_requested)
-        splitter = StepSplitter(policy.tokenizer, config.search.separator, step_tokens=config.search.step_tokens)
-        self.search = make_search(config.search, config.ib, splitter, config.sampling.max_tokens)
+        self.splitter = StepSplitter(policy.tokenizer, config.search.separator, step_tokens=config.search.step_tokens)
+        self.search = make_search(config.search, config.ib, self.splitter, config.sampling.max_tokens)
         self.held_out = task.eval_problems(config.eval.prompts)
         self._updater: Updater | None = None
         self._started = False  # is there a policy worth saving?
@@ -198,10 +199,7 @@ class Trainer:
             "tokens_per_second": values["tokens_sampled"] / (sampled - begin - reward_seconds),
         }
         self._finish_step(values, trees, problems)
-        tracker.advance(
-            int(values["tokens_sampled"]),
-            f"step {self.state.step}  avg-rate (iid) {values['avg_rate_iid']:.2f}  eff-rate {values['eff_rate']:.2f}",
-        )
+        tracker.advance(int(values["tokens_sampled"]), step_note(self.state.step, values))
 
     def _finish_step(self, values: dict[str, float], trees: list[Tree], problems: list[Problem]) -> None:
         state = self.state
@@ -213,7 +211,7 @@ class Trainer:
         if self.policy.model.device.type == "cuda":
             values["peak_memory"] = float(torch.cuda.max_memory_allocated(self.policy.model.device))
         self.folder.log(state.step, values)
-        self._keep_tree(trees[0], problems[0])
+        self._keep_trees(trees, problems)
         if state.step % self.config.checkpoint_every == 0:
             self._checkpoint()
         if self.config.eval.every and state.step % self.config.eval.every == 0:
@@ -223,13 +221,14 @@ class Trainer:
         indices = range(self.state.next_problem, self.state.next_problem + self.config.prompts_per_step)
         return [self.task.train_problem(index) for index in indices], list(indices)
 
-    def _keep_tree(self, tree: Tree, problem: Problem) -> None:
-        """Keep the first tree of a step for the report."""
-        if self.config.report_trees:
+    def _keep_trees(self, trees: list[Tree], problems: list[Problem]) -> None:
+        """Keep the first trees of a step for the viewer and the report."""
+        kept = list(zip(trees, problems, strict=True))[: self.config.trees_per_step]
+        for index, (tree, problem) in enumerate(kept):
             record = tree_record(
-                tree, self.policy.tokenizer.decode, answer=problem.answer, title=f"step {self.state.step}"
+                tree, self.policy.tokenizer.decode, piece=self.splitter.text, answer=problem.answer, index=index
             )
-            self.folder.add_tree(self.state.step, record)
+            self.folder.add_tree(self.state.step, record, most_bytes=self.config.trees_megabytes * 1e6)
 
     # ---- saving and stopping ---------------------------------------------------------------------------------
 

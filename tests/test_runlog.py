@@ -7,9 +7,11 @@ import json
 import math
 import subprocess
 import sys
+import types
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +23,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ibtpo import metrics
 from ibtpo.config import IBConfig, TrainConfig
 from ibtpo.ib import IBEstimates
+from ibtpo.loggers import check_installed
 from ibtpo.metrics import bootstrap_interval, evaluation_metrics, pass_at_k, tree_metrics
-from ibtpo.runlog import RunFolder, RunFolderError, latest_checkpoint, read_rows, tree_record
+from ibtpo.runlog import RunFolder, RunFolderError, latest_checkpoint, read_rows
+from ibtpo.treelog import read_tree, thin_trees, tree_record
 from ibtpo_engine.tree import Node, Tree
 
 
@@ -296,7 +300,7 @@ def test_tree_metrics_average_over_trees_and_leave_out_what_is_unknown() -> None
 
 
 def test_tree_record_is_plain_data_with_parents_first() -> None:
-    record = tree_record(small_tree(), lambda ids: "".join(map(str, ids)), answer="2", title="p")
+    record = tree_record(small_tree(), lambda ids: "".join(map(str, ids)), answer="2")
     nodes = json.loads(json.dumps(record, allow_nan=False))["nodes"]
     assert [(node["parent"], node["text"], node["round"]) for node in nodes] == [
         (None, "99", None), (0, "1", 0), (1, "23", 0), (1, "5", 1), (0, "4", 0),
@@ -306,6 +310,90 @@ def test_tree_record_is_plain_data_with_parents_first() -> None:
     plain = small_tree()
     plain.notes.clear()
     assert "value" not in tree_record(plain, str)["nodes"][0]
+
+
+def test_tree_record_has_a_piece_and_figures_for_every_token() -> None:
+    tree = small_tree()
+    for node, kept in zip(tree.nodes(), tree_record(tree, lambda ids: "".join(map(str, ids)))["nodes"], strict=True):
+        assert len(kept["pieces"]) == len(node.tokens) and "".join(kept["pieces"]) == kept["text"]
+        assert len(kept["logprob"]) == len(kept["entropy"]) == (0 if node.parent is None else len(node.tokens))
+
+
+def test_a_character_spread_over_tokens_belongs_to_the_one_that_completes_it() -> None:
+    def decode(ids: list[int]) -> str:  # tokens are single bytes
+        return bytes(ids).decode(errors="replace")
+
+    tree = small_tree()
+    tree.root.tokens = np.array(list("aé€".encode()), np.int32)
+    assert tree_record(tree, decode)["nodes"][0]["pieces"] == ["a", "", "é", "", "", "€"]
+
+
+def test_trees_are_kept_within_bounds_and_spread_over_the_run(path: Path) -> None:
+    record = tree_record(small_tree(), lambda ids: "".join(map(str, ids)))
+    with RunFolder.create(path, TrainConfig()) as run:
+        run.add_tree(1, record)
+        [first] = (path / "trees").iterdir()
+        size = first.stat().st_size
+        for step in range(2, 41):
+            run.add_tree(step, record, most_bytes=10.5 * size)
+    rows_ = list(read_rows(path / "trees.jsonl"))
+    assert {row["file"] for row in rows_} == {file.name for file in (path / "trees").iterdir()}
+    steps = [row["step"] for row in rows_]
+    assert 5 <= len(steps) <= 11 and steps[0] == 1 and steps[-1] == 40
+    assert max(b - a for a, b in pairwise(steps)) <= 20
+    assert read_tree(path / "trees" / rows_[-1]["file"])["step"] == 40
+    assert thin_trees(path, 1) and len(list((path / "trees").iterdir())) == 2  # the first and the last stay
+
+
+# ---- loggers ----
+
+
+class FakeTracker(types.ModuleType):
+    """Stands in for wandb or trackio."""
+
+    def __init__(self, name: str, fails_at: int | None = None) -> None:
+        super().__init__(name)
+        self.started: dict[str, Any] = {}
+        self.logged: list[dict[str, float]] = []
+        self.finished = False
+        self.fails_at = fails_at
+
+    def init(self, **options: Any) -> FakeTracker:
+        self.started = options
+        return self
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None: ...
+
+    def log(self, values: dict[str, float]) -> None:
+        if values["step"] == self.fails_at:
+            raise ConnectionError("the service is down")
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_loggers_get_what_the_log_gets_and_never_end_a_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb, trackio = FakeTracker("wandb", fails_at=2), FakeTracker("trackio")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    with RunFolder.create(path, TrainConfig(log="wandb,trackio")) as run:
+        run.log(1, {"reward": 0.5, "loss": float("nan")})
+        with pytest.warns(RuntimeWarning, match="logging to wandb stopped .ConnectionError: the service is down"):
+            run.log(2, {"reward": 0.6})
+        run.log(3, {"reward": 0.7})
+    assert trackio.logged == [{"step": i, "reward": r} for i, r in ((1, 0.5), (2, 0.6), (3, 0.7))] and trackio.finished
+    assert len(wandb.logged) == 1 and wandb.started["config"]["search"]["rounds"] == TrainConfig().search.rounds
+    assert [row["reward"] for row in rows(path)] == [0.5, 0.6, 0.7]
+    assert len(EventAccumulator(str(path)).Reload().Scalars("reward")) == 3
+
+
+def test_loggers_that_are_unknown_or_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="log"):
+        TrainConfig(log="wanbd")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="log: trackio is not installed; pip install trackio"):
+        check_installed("trackio")
 
 
 # ---- evaluation ----
