@@ -133,11 +133,11 @@ class RunFolder:
         self._loggers.log(step, finite)
 
     def add_tree(self, step: int, record: Mapping[str, Any], *, most_bytes: float = math.inf) -> None:
-        """Keep a grown tree (a `tree_record`); whole steps go, evenly over the run, where all would exceed `most_bytes`.
+        """Keep a grown tree (a `tree_record`); where all would exceed `most_bytes`, whole steps go, evenly over the run.
 
         Raises:
             RunFolderError: the disk is full.
-        """  # noqa: E501
+        """
         with no_space(self.path, "everything logged before"):
             self._append(TREES, write_tree(self.path, step, record))
             if deleted := thin_trees(self.path, most_bytes):

@@ -18,7 +18,7 @@ from ibtpo.config_io import PRESETS, base_config, load_yaml, merge
 from ibtpo.runlog import CONFIG, RunFolder
 
 Field = tuple[tuple[str, ...], Any, Any]
-OTHER_VALUES = {"device": "cpu", "task": "reasoning-gym:chain_sum", "search.separator": "###"}
+OTHER_VALUES = {"device": "cpu", "log": "wandb", "task": "reasoning-gym:chain_sum", "search.separator": "###"}
 
 
 def _fields(config: Any, path: tuple[str, ...] = ()) -> Iterator[Field]:
