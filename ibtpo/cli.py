@@ -24,7 +24,7 @@ from ibtpo.config_io import base_config
 from ibtpo.evaluate import evaluate
 from ibtpo.grading import GraderError
 from ibtpo.grow import Grower, Interrupted
-from ibtpo.optim import NonFiniteGradient
+from ibtpo.optim import NonFinite
 from ibtpo.policy import Policy, load_policy
 from ibtpo.progress import track
 from ibtpo.report import NOT_ACCURACY, summarize_run
@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # somebody piped us into `head`
         return 0
-    except (ValueError, EngineError, GraderError, NonFiniteGradient, OSError) as error:
+    except (ValueError, EngineError, GraderError, NonFinite, OSError) as error:
         print(f"ibtpo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 

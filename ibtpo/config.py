@@ -295,6 +295,23 @@ class WarmStartConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SafeguardConfig:
+    """What a run keeps for the worst, and when it gives up."""
+
+    keep_checkpoints: int = 3
+    """Checkpoints kept, the newest ones."""
+    nonfinite_steps: int = 5
+    """Optimizer steps in a row that may be skipped for a NaN or Inf in loss or gradient; the next one ends the run."""
+    grade_failures: float = 0.5
+    """Largest share of a training step's gradings that may fail or time out; more end the run."""
+
+    def __post_init__(self) -> None:
+        check_range("safeguards.keep_checkpoints", self.keep_checkpoints, low=1)
+        check_range("safeguards.nonfinite_steps", self.nonfinite_steps, low=0)
+        check_range("safeguards.grade_failures", self.grade_failures, low=0.0, high=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run."""
 
@@ -346,6 +363,7 @@ class TrainConfig:
     jsonl: JsonlConfig = field(default_factory=JsonlConfig)
     digits: DigitChainConfig = field(default_factory=DigitChainConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    safeguards: SafeguardConfig = field(default_factory=SafeguardConfig)
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))

@@ -80,8 +80,8 @@ GROUPS: tuple[Group, ...] = (
             Metric("tokens_trained", "tokens", "Tokens computed to train, prompts and repeated prefixes too."),
             Metric("sampling_efficiency", "ratio", "trajectory_tokens / tokens_computed."),
             Metric("training_efficiency", "ratio", "Tokens of the trained trajectories / tokens_trained."),
-            Metric("grade_timeouts", "count", "Gradings of the run given up for taking too long; they count as wrong."),
-            Metric("grade_failures", "count", "Gradings of the run in which the grader failed; they count as wrong."),
+            Metric("grade_timeouts", "count", "Gradings of all steps so far that took too long, counted as wrong."),
+            Metric("grade_failures", "count", "Gradings of all steps so far that failed, counted as wrong."),
         ),
     ),
     Group(
@@ -100,6 +100,7 @@ GROUPS: tuple[Group, ...] = (
             Metric("grad_norm", "", "L2 norm of the gradient before clipping, mean over optimizer steps."),
             Metric("lr", "", "Learning rate of the last optimizer step."),
             Metric("optimizer_steps", "count", "Optimizer steps taken."),
+            Metric("optimizer_steps_skipped", "count", "Optimizer steps left out: NaN or Inf in loss or gradient."),
             Metric("groups_skipped", "count", "Trees left out of the loss because their rewards are all equal."),
         ),
     ),

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ibtpo.config import TrainConfig
 from ibtpo.policy import Policy
@@ -66,6 +67,23 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise ValueError(f"device: {name!r}, but torch sees {count or 'no'} GPU here; use another, auto or cpu")
     return device
+
+
+@torch.no_grad()
+def find_nonfinite(model: nn.Module) -> str | None:
+    """Name the first parameter that holds NaN or Inf, and how many; None if there is none."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter.sum(dtype=torch.float64))):  # one pass without a mask as large
+            count = int((~torch.isfinite(parameter)).sum())
+            if count:
+                return f"{count} of {parameter.numel()} numbers of {name} are NaN or Inf"
+    return None
+
+
+def check_weights(policy: Policy, source: str) -> None:
+    """Raise ValueError if the policy holds NaN or Inf: nothing could be learned from it."""
+    if fault := find_nonfinite(policy.model):
+        raise ValueError(f"model: {source} cannot be trained, {fault}; give a checkpoint from before that happened")
 
 
 def default_folder(config: TrainConfig) -> Path:

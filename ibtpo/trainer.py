@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,15 +18,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ibtpo.config import TrainConfig
+from ibtpo.disk import flush_tree
 from ibtpo.evaluate import evaluate
+from ibtpo.grading import Grader, GraderError
 from ibtpo.grow import Grower, Interrupted
 from ibtpo.metrics import tree_metrics
-from ibtpo.optim import MasterAdamW
+from ibtpo.optim import MasterAdamW, NonFinite
 from ibtpo.policy import Policy, load_policy
 from ibtpo.progress import Tracker, step_note, track
-from ibtpo.runlog import METRICS, RunFolder, latest_checkpoint, read_rows
+from ibtpo.runlog import METRICS, RunFolder, read_rows
 from ibtpo.search import make_search
-from ibtpo.setup import make_sampling
+from ibtpo.setup import find_nonfinite, make_sampling
 from ibtpo.steps import StepSplitter
 from ibtpo.tasks import JsonlTask, Problem, Task, TeachableTask
 from ibtpo.treelog import tree_record
@@ -35,16 +37,23 @@ from ibtpo.warmstart import WarmStart, warm_start
 from ibtpo_engine import Engine, Model, Tree
 from ibtpo_engine.adapter_folder import is_adapter_folder
 
-START = "start"  # in the run folder: the warm-started policy, where a frozen reference of it is needed
+START = "start"  # in the run folder: the warm-started policy, of which a frozen reference is made
 
 
 @dataclass
 class State:
-    """How far a run is; with the weights and the optimizer, all that is needed to go on."""
+    """How far a run is; with the weights and the optimizer, all that is needed to go on.
+
+    Random numbers need no state: samples are keyed by seed, tree (the problem's index) and position, problems by seed
+    and index.
+    """
 
     step: int = 0
     sampled_tokens: int = 0
     next_problem: int = 0
+    nonfinite_in_a_row: int = 0
+    grade_timeouts: int = 0
+    grade_failures: int = 0
 
 
 class Trainer:
@@ -57,16 +66,25 @@ class Trainer:
         task: poses and grades.
         engine: samples from the policy.
         console: where progress goes.
+        on_step: called with the number of each training step, once it is logged and saved; what it raises ends the run.
     """
 
     def __init__(
-        self, config: TrainConfig, folder: RunFolder, policy: Policy, task: Task, engine: Engine, console: Console
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        policy: Policy,
+        task: Task,
+        engine: Engine,
+        console: Console,
+        on_step: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.config = config
         self.folder = folder
         self.policy = policy
         self.task = task
         self.console = console
+        self.on_step = on_step
         self.state = State()
         self.stop_requested = False
         self.stop_signal = 0  # the signal that asked for it
@@ -85,11 +103,14 @@ class Trainer:
 
         Raises:
             Interrupted: the run was stopped; a checkpoint was written, unless the warm start was still under way.
+            NonFinite: too many updates in a row, or the weights to be saved, hold NaN or Inf.
+            GraderError: too many gradings failed.
         """
         with self._stop_on_signal():
             try:
                 if self.state.step == 0:
                     self._start()
+                self._evaluate_if_due()
                 self._train()
                 self._evaluate("Evaluating after")
             except Interrupted:
@@ -98,8 +119,8 @@ class Trainer:
                 raise Interrupted(f"stopped at step {self.state.step}; {how}", self.stop_signal) from None
 
     def resume(self) -> None:
-        """Go on from the folder's last checkpoint; without one the run starts over."""
-        last = latest_checkpoint(self.folder.path)
+        """Go on from the folder's last intact checkpoint; without one the run starts over."""
+        last = self.folder.last
         if last is None:
             return
         try:
@@ -107,8 +128,8 @@ class Trainer:
             self.optimizer.load_state(load_file(last.path / "optimizer.safetensors"))
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise ValueError(
-                f"resume: {last.path} is damaged, its state.json or optimizer.safetensors cannot be read ({error}); "
-                "remove this folder to go on from the checkpoint before it, or give it to --model to start a new run"
+                f"resume: state.json or optimizer.safetensors of {last.path} are not of this version ({error}); "
+                f"resume with the version that wrote them, or start a new run from its weights with --model {last.path}"
             ) from None
         self.engine.weights_changed()
         self._started = True
@@ -138,8 +159,8 @@ class Trainer:
                 self.policy, task, config, seed=self.config.seed, problem=task.train_problem, on_update=on_update
             )
         self.engine.weights_changed()
-        if Updater.needs_reference(self.config):
-            self.policy.save(self.folder.path / START)
+        self.policy.save(self.folder.path / START)
+        flush_tree(self.folder.path / START)
         seconds = time.perf_counter() - begin
         self.folder.log(
             0,
@@ -164,10 +185,16 @@ class Trainer:
                 self.config.eval.samples,
                 on_prompt=lambda tree: tracker.advance(1),
             )
+        self.engine.weights_changed()  # training must not find what evaluation left cached: a resumed run would not
         self.folder.log(self.state.step, values)
+
+    def _evaluate_if_due(self) -> None:
+        if self.config.eval.every and self.state.step and self.state.step % self.config.eval.every == 0:
+            self._evaluate(f"Evaluating at step {self.state.step}")
 
     def _train(self) -> None:
         self._updater = Updater(self.policy.model, self.optimizer, self._reference(), self.config)
+        self._updater.nonfinite_in_a_row = self.state.nonfinite_in_a_row
         with track(self.console, "Training", self.config.sampled_tokens) as tracker:
             tracker.advance(self.state.sampled_tokens)
             while self.state.sampled_tokens < self.config.sampled_tokens:
@@ -180,7 +207,9 @@ class Trainer:
         begin = time.perf_counter()
         before = self.engine.stats()
         problems, keys = self._next_problems()
+        grades = self._grades()
         trees, reward_seconds = self.grower.grow(problems, keys, self.search, self.sampling)
+        self._count_grades(grades, sum(len(tree.leaves()) for tree in trees))
         sampled = time.perf_counter()
         assert self._updater is not None
         spent = min(self.state.sampled_tokens / self.config.sampled_tokens, 1.0)
@@ -206,16 +235,38 @@ class Trainer:
         state.step += 1
         state.sampled_tokens += int(values["tokens_sampled"])
         state.next_problem += len(problems)
-        if isinstance(self.task, JsonlTask) and self.task.grader is not None:
-            values |= {"grade_timeouts": self.task.grader.timeouts, "grade_failures": self.task.grader.failures}
+        assert self._updater is not None
+        state.nonfinite_in_a_row = self._updater.nonfinite_in_a_row
+        if self._grader is not None:
+            values |= {"grade_timeouts": state.grade_timeouts, "grade_failures": state.grade_failures}
         if self.policy.model.device.type == "cuda":
             values["peak_memory"] = float(torch.cuda.max_memory_allocated(self.policy.model.device))
         self.folder.log(state.step, values)
         self._keep_trees(trees, problems)
         if state.step % self.config.checkpoint_every == 0:
             self._checkpoint()
-        if self.config.eval.every and state.step % self.config.eval.every == 0:
-            self._evaluate(f"Evaluating at step {state.step}")
+        self._evaluate_if_due()
+        self.on_step(state.step)
+
+    @property
+    def _grader(self) -> Grader | None:
+        return self.task.grader if isinstance(self.task, JsonlTask) else None
+
+    def _grades(self) -> tuple[int, int]:
+        """Gradings given up by this process so far: timed out, failed."""
+        return (0, 0) if self._grader is None else (self._grader.timeouts, self._grader.failures)
+
+    def _count_grades(self, before: tuple[int, int], gradings: int) -> None:
+        """Count what a step's grading gave up; with too much of it the rewards say nothing."""
+        timeouts, failures = (now - then for now, then in zip(self._grades(), before, strict=True))
+        self.state.grade_timeouts += timeouts
+        self.state.grade_failures += failures
+        if timeouts + failures > self.config.safeguards.grade_failures * gradings:
+            raise GraderError(
+                f"{timeouts + failures} of {gradings} gradings of step {self.state.step + 1} were given up ({timeouts} "
+                f"timed out, {failures} failed), more than safeguards.grade_failures allows; nothing was learned from "
+                f"them; look at the answers, at memory and at jsonl.grade_timeout, then --resume {self.folder.path}"
+            )
 
     def _next_problems(self) -> tuple[list[Problem], list[int]]:
         indices = range(self.state.next_problem, self.state.next_problem + self.config.prompts_per_step)
@@ -245,12 +296,18 @@ class Trainer:
         return frozen_copy(load_policy(start, dtype=model.dtype, device=model.device).model)
 
     def _checkpoint(self) -> Path:
+        if fault := find_nonfinite(self.policy.model):
+            raise NonFinite(
+                f"{fault} at step {self.state.step}; nothing was saved. Lower optim.lr and go on from the last "
+                f"checkpoint with --resume {self.folder.path}"
+            )
+
         def write(path: Path) -> None:
             self.policy.save(path)
             save_file(self.optimizer.state(), path / "optimizer.safetensors")
             (path / "state.json").write_text(json.dumps(asdict(self.state)), encoding="utf-8")
 
-        return self.folder.checkpoint(self.state.step, write)
+        return self.folder.checkpoint(self.state.step, write, keep=self.config.safeguards.keep_checkpoints)
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ibtpo import metrics
+from ibtpo.checkpoints import checkpoints
 from ibtpo.config import IBConfig, TrainConfig
 from ibtpo.ib import IBEstimates
 from ibtpo.loggers import check_installed
@@ -75,7 +76,7 @@ def test_two_runs_on_one_folder_are_refused(path: Path) -> None:
     with RunFolder.create(path, TrainConfig()):
         with pytest.raises(RunFolderError, match="in use"):
             RunFolder.open(path)
-        script = "import sys; from ibtpo.runlog import *; RunFolder.open(Path(sys.argv[1]))"
+        script = "import sys; from pathlib import Path; from ibtpo.runlog import *; RunFolder.open(Path(sys.argv[1]))"
         other = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
         assert "in use by another run" in other.stderr
     RunFolder.open(path).close()
@@ -143,29 +144,55 @@ def test_the_newest_checkpoints_are_kept(path: Path) -> None:
     with RunFolder.create(path, TrainConfig()) as run:
         assert latest_checkpoint(path) is None
         for step in (5, 10, 15, 15):
-            assert run.checkpoint(step, save(str(step))).name == f"step-{step:06d}"
+            assert run.checkpoint(step, save(str(step)), keep=2).name == f"step-{step:06d}"
     last = latest_checkpoint(path)
     assert last is not None and last.step == 15
     assert (last.path / "model.safetensors").read_text() == "15"
     assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["step-000010", "step-000015"]
 
 
-@pytest.mark.parametrize("pointer", [None, "", '{"step": 1', "[]", '{"step": 99, "path": "checkpoints/step-000099"}'])
-def test_a_torn_pointer_is_no_obstacle(path: Path, pointer: str | None) -> None:
+def test_the_latest_is_the_highest_number(path: Path) -> None:
+    """Not the last name in the alphabet, and no file beside them that is no checkpoint."""
     with RunFolder.create(path, TrainConfig()) as run:
-        run.checkpoint(1, save())
-        run.checkpoint(2, save())
-    (path / "latest.json").unlink()
-    if pointer is not None:
-        (path / "latest.json").write_text(pointer)
+        for step in (999_999, 1_000_000, 1_000_001):
+            run.checkpoint(step, save(), keep=2)
+        (path / "checkpoints" / "step-notes").mkdir()
     last = latest_checkpoint(path)
-    assert last is not None and last.step == 2
+    assert last is not None and last.step == 1_000_001
+    assert [checkpoint.step for checkpoint in checkpoints(path)] == [1_000_000, 1_000_001]
+
+
+@pytest.mark.parametrize("hurt", ["cut", "flip", "missing", "sums missing", "sums torn"])
+def test_a_damaged_checkpoint_is_set_aside(path: Path, hurt: str) -> None:
+    with RunFolder.create(path, TrainConfig()) as run:
+        for step in (1, 2):
+            run.log(step, {"reward": 0.5})
+            run.checkpoint(step, save())
+    last = path / "checkpoints" / "step-000002"
+    weights, sums = last / "model.safetensors", last / "checksums.json"
+    {
+        "cut": lambda: weights.write_text("weig"),
+        "flip": lambda: weights.write_text("weighty"),
+        "missing": weights.unlink,
+        "sums missing": sums.unlink,
+        "sums torn": lambda: sums.write_text(sums.read_text()[:20]),
+    }[hurt]()
+    said: list[str] = []
+    with RunFolder.open(path, say=said.append) as run:
+        assert run.last is not None and run.last.step == 1
+    assert len(said) == 1 and str(last) in said[0] and "set aside as damaged-000002" in said[0]
+    assert [row["step"] for row in rows(path)] == [1]
+    assert not last.exists() and (path / "checkpoints" / "damaged-000002").is_dir()
+    (path / "checkpoints" / "step-000001" / "checksums.json").unlink()
+    with pytest.raises(RunFolderError, match="every checkpoint is damaged .*step-000001: checksums.json is missing"):
+        RunFolder.open(path)
+    assert (path / "checkpoints" / "step-000001").is_dir()
 
 
 def test_an_interrupted_checkpoint_is_ignored_and_cleaned(path: Path) -> None:
     """kill -9 in the middle of a write: the earlier checkpoint is the last one, and what was left is removed."""
     script = (
-        "import os, sys; from ibtpo.runlog import *\n"
+        "import os, sys; from pathlib import Path; from ibtpo.config import TrainConfig; from ibtpo.runlog import *\n"
         "run = RunFolder.create(Path(sys.argv[1]), TrainConfig())\n"
         "run.checkpoint(1, lambda folder: (folder / 'a').write_text('a'))\n"
         "run.checkpoint(2, lambda folder: ((folder / 'a').write_text('half'), os.kill(os.getpid(), 9)))\n"
