@@ -30,7 +30,7 @@ from ibtpo.setup import make_sampling
 from ibtpo.steps import StepSplitter
 from ibtpo.tasks import JsonlTask, Problem, Task, TeachableTask
 from ibtpo.update import Updater, frozen_copy
-from ibtpo.warmstart import WarmStart, warm_start
+from ibtpo.warmstart import CHECK_PROMPTS, PassShare, WarmStart, warm_start
 from ibtpo_engine import Engine, Model, Tree
 from ibtpo_engine.adapter_folder import is_adapter_folder
 
@@ -133,8 +133,17 @@ class Trainer:
                 if self.stop_requested:
                     raise Interrupted
 
+            seed, first = self.config.seed, config.max_updates * config.batch_size
+            unseen = [self.task.train_problem(first + index) for index in range(CHECK_PROMPTS)]
+            share = PassShare(self.engine, self.grower, task, self.sampling, unseen, seed)
             end = warm_start(
-                self.policy, task, config, seed=self.config.seed, problem=task.train_problem, on_update=on_update
+                self.policy,
+                task,
+                config,
+                seed=seed,
+                problem=self.task.train_problem,
+                on_update=on_update,
+                pass_share=share,
             )
         self.engine.weights_changed()
         if Updater.needs_reference(self.config):
