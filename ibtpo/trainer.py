@@ -30,7 +30,7 @@ from ibtpo.setup import make_sampling
 from ibtpo.steps import StepSplitter
 from ibtpo.tasks import JsonlTask, Problem, Task, TeachableTask
 from ibtpo.update import Updater, frozen_copy
-from ibtpo.warmstart import CHECK_PROMPTS, PassShare, WarmStart, warm_start
+from ibtpo.warmstart import WarmStart, warm_start_of
 from ibtpo_engine import Engine, Model, Tree
 from ibtpo_engine.adapter_folder import is_adapter_folder
 
@@ -133,19 +133,16 @@ class Trainer:
                 if self.stop_requested:
                     raise Interrupted
 
-            seed, first = self.config.seed, config.max_updates * config.batch_size
-            unseen = [self.task.train_problem(first + index) for index in range(CHECK_PROMPTS)]
-            share = PassShare(self.engine, self.grower, task, self.sampling, unseen, seed)
-            end = warm_start(
+            end = warm_start_of(
+                self.config,
                 self.policy,
                 task,
-                config,
-                seed=seed,
+                self.grower,
+                self.engine,
+                self.sampling,
                 problem=self.task.train_problem,
                 on_update=on_update,
-                pass_share=share,
             )
-        self.engine.weights_changed()
         if Updater.needs_reference(self.config):
             self.policy.save(self.folder.path / START)
         seconds = time.perf_counter() - begin

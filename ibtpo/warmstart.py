@@ -1,8 +1,8 @@
 """Supervised warm start: the built-in policy learns the task's worked solutions from random weights.
 
 How many updates that takes differs from seed to seed, so measurements decide. The learning rate stays up until the
-policy's loss is near the teacher's own entropy, the least that any policy can reach, and its sampled pass rate is a fair
-share of the teacher's; then it falls.
+policy's loss is near the teacher's own entropy, the least that any policy can reach, and its sampled pass rate is a
+fair share of the teacher's; then it falls.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ibtpo.config import OptimConfig, WarmStartConfig
+from ibtpo.config import OptimConfig, TrainConfig, WarmStartConfig
 from ibtpo.grow import Grower, chains
 from ibtpo.optim import MasterAdamW
 from ibtpo.policy import Policy
@@ -122,6 +122,33 @@ class _Schedule:
             return False
         self._next_check = self.updates + CHECK_EVERY
         return self._pass_share() >= self._config.pass_share
+
+
+def warm_start_of(
+    config: TrainConfig,
+    policy: Policy,
+    task: TeachableTask,
+    grower: Grower,
+    engine: Engine,
+    sampling: Sampling,
+    *,
+    problem: Callable[[int], Problem],
+    on_update: Callable[[WarmStart], None],
+) -> WarmStart:
+    """The warm start a run begins with: `warm_start` on its task's training problems, ended by loss and `PassShare`."""
+    first = config.warm_start.max_updates * config.warm_start.batch_size
+    unseen = [problem(first + index) for index in range(CHECK_PROMPTS)]
+    end = warm_start(
+        policy,
+        task,
+        config.warm_start,
+        seed=config.seed,
+        problem=problem,
+        on_update=on_update,
+        pass_share=PassShare(engine, grower, task, sampling, unseen, config.seed),
+    )
+    engine.weights_changed()
+    return end
 
 
 class PassShare:
