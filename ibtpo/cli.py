@@ -1,4 +1,4 @@
-"""The command line: ``ibtpo train | eval | sample``; every configuration field is a flag."""
+"""The command line: ``ibtpo train | eval | sample | study``; every configuration field is a flag."""
 
 from __future__ import annotations
 
@@ -31,17 +31,19 @@ from ibtpo.report import NOT_ACCURACY, summarize_run
 from ibtpo.runlog import CONFIG, latest_checkpoint
 from ibtpo.search import make_search
 from ibtpo.setup import check_prompts, choose_device, make_engine, make_sampling
-from ibtpo.steps import StepSplitter
+from ibtpo.steps import step_splitter
+from ibtpo.studies.command import study
 from ibtpo.tasks import AnswerGrades, DigitChain, Grades, Problem, Task, make_task
 from ibtpo.tasks.digit_chain import parse_prompt
 from ibtpo.train import train
 from ibtpo_engine import EngineError, Tree
 
-USAGE = """usage: ibtpo {train,eval,sample} [--help] [flags]
+USAGE = """usage: ibtpo {train,eval,sample,study} [--help] [flags]
 
   train    grow trees, score them, train on them; `ibtpo train` alone runs the built-in task
   eval     held-out accuracy of a checkpoint or run: avg@k, pass@k, greedy
   sample   grow one tree and print it
+  study    methods x seeds at an equal budget: the paper's tables, with intervals, curves and a page
 
 `ibtpo COMMAND --help` lists every flag with its default. Settings may also come from a YAML file (--config FILE),
 with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
@@ -97,7 +99,12 @@ class SampleArguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 the input cannot be used, 130 stopped by Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str], Console], int]] = {"train": _train, "eval": _eval, "sample": _sample}
+    commands: dict[str, Callable[[list[str], Console], int]] = {
+        "train": _train,
+        "eval": _eval,
+        "sample": _sample,
+        "study": study,
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -169,7 +176,7 @@ def _sample(arguments: list[str], console: Console) -> int:
         problem, grades = _problem(parsed, task)
         with closing(grades):
             grower = Grower(make_engine(config, policy), grades, policy.tokenizer, config.jsonl)
-            splitter = StepSplitter(policy.tokenizer, config.search.separator, step_tokens=config.search.step_tokens)
+            splitter = step_splitter(policy.tokenizer, config.search)
             search = make_search(config.search, config.ib, splitter, config.sampling.max_tokens)
             [tree], _ = grower.grow([problem], [parsed.index], search, make_sampling(config, policy))
     console.print(_outline(tree, policy, problem))

@@ -54,10 +54,13 @@ class SearchConfig:
     """Text that ends a step; the token that completes it belongs to the step it ends."""
     step_tokens: int | None = None
     """If set, steps are runs of this many tokens and `separator` is ignored."""
+    boundary_noise: float = 0.0
+    """Share of the step boundaries moved to a random token between their neighbours (the paper's robustness test)."""
 
     def __post_init__(self) -> None:
         for name in ("group_size", "initial_branches", "rounds", "nodes_per_round", "branches_per_node"):
             check_range(f"search.{name}", getattr(self, name), low=1)
+        check_range("search.boundary_noise", self.boundary_noise, low=0.0, high=1.0)
         if self.step_tokens is not None:
             check_range("search.step_tokens", self.step_tokens, low=1)
         elif not self.separator:

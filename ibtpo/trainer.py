@@ -27,7 +27,7 @@ from ibtpo.progress import Tracker, track
 from ibtpo.runlog import METRICS, RunFolder, latest_checkpoint, read_rows, tree_record
 from ibtpo.search import make_search
 from ibtpo.setup import make_sampling
-from ibtpo.steps import StepSplitter
+from ibtpo.steps import step_splitter
 from ibtpo.tasks import JsonlTask, Problem, Task, TeachableTask
 from ibtpo.update import Updater, frozen_copy
 from ibtpo.warmstart import WarmStart, warm_start_of
@@ -73,7 +73,7 @@ class Trainer:
         self.optimizer = MasterAdamW(policy.model, config.optim)
         self.engine = engine
         self.grower = Grower(engine, task, policy.tokenizer, config.jsonl, lambda: self.stop_requested)
-        splitter = StepSplitter(policy.tokenizer, config.search.separator, step_tokens=config.search.step_tokens)
+        splitter = step_splitter(policy.tokenizer, config.search)
         self.search = make_search(config.search, config.ib, splitter, config.sampling.max_tokens)
         self.held_out = task.eval_problems(config.eval.prompts)
         self._updater: Updater | None = None

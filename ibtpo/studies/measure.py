@@ -26,7 +26,7 @@ from ibtpo.policy import Policy, built_in_policy, load_policy
 from ibtpo.runlog import METRICS, latest_checkpoint, read_rows
 from ibtpo.search import make_search
 from ibtpo.setup import make_engine, make_sampling
-from ibtpo.steps import StepSplitter
+from ibtpo.steps import step_splitter
 from ibtpo.studies.table_policy import TablePolicy
 from ibtpo.tasks import Task, TeachableTask, make_task
 from ibtpo.train import train
@@ -106,7 +106,7 @@ def _samplers(config: TrainConfig, options: Mapping[str, Any]) -> Result:
 
 def _sampled(config: TrainConfig, policy: Policy, task: Task, prompts: int) -> list[Result]:
     grower = Grower(make_engine(config, policy), task, policy.tokenizer, config.jsonl)
-    splitter = StepSplitter(policy.tokenizer, config.search.separator, step_tokens=config.search.step_tokens)
+    splitter = step_splitter(policy.tokenizer, config.search)
     search = make_search(config.search, config.ib, splitter, config.sampling.max_tokens)
     problems, rows = task.eval_problems(prompts), []
     for first in range(0, len(problems), BATCH):

@@ -48,6 +48,6 @@ class TablePolicy:
             right = rng.random() < self.facts[fact]
             tokens.append(2 * fact + right)
             logprob.append(math.log((self.facts[fact] if right else 1 - self.facts[fact]) / len(self.facts)))
-        values = np.array(logprob)
-        node.fill(np.array(tokens), values, values, np.zeros(len(tokens)), finish="stop")
+        values = np.array(logprob, np.float32)
+        node.fill(np.array(tokens), values, values, np.zeros(len(tokens), np.float32), finish="stop")
         node.reward = float(all(token % 2 for token in [*above.tolist(), *tokens]))
