@@ -15,7 +15,7 @@ from rich.console import Console
 from ibtpo.config_io import load_yaml
 from ibtpo.runlog import write_atomically
 from ibtpo.studies.cell import ERROR
-from ibtpo.studies.figures import MISSING, Figure, draw_figures
+from ibtpo.studies.figures import AVAILABLE, MISSING, draw_figures
 from ibtpo.studies.matrix import Cell, Study, load_study, with_policies
 from ibtpo.studies.page import write_page
 from ibtpo.studies.results import collect
@@ -116,7 +116,7 @@ def _report(
     folder = out / plan.name
     folder.mkdir(parents=True, exist_ok=True)
     figures = draw_figures(results, folder)
-    notes = [MISSING] if Figure is None and results.curves else []
+    notes = [MISSING] if results.curves and not AVAILABLE else []
     for note in notes:
         console.print(note, highlight=False, markup=False)
     write_atomically(folder / "table.csv", csv_text(results))

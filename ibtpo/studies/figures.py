@@ -15,11 +15,14 @@ from ibtpo.studies.results import Curve, Results
 try:
     from matplotlib.figure import Figure
 except ImportError:  # tables and page do without
-    Figure = None
+    Figure = None  # type: ignore[assignment, misc]
 
+AVAILABLE = Figure is not None
 MISSING = 'no figures: matplotlib is not installed; pip install "ibtpo[study]"'
 _POINTS = 60  # of the grid that curves of several seeds are averaged on
-_PANELS = (
+_ACCURACIES = (("eval_avg", "held-out avg@k"), ("eval_greedy", "held-out greedy"))
+_AXES = {"tokens": "sampled tokens", "seconds": "seconds, one thread", "steps": "steps"}
+_DIAGNOSTICS = (
     ("eval_avg", "held-out avg@k"),
     ("avg_rate_iid", "reward of i.i.d. rollouts"),
     ("cov_eta1_eta2", "Cov(η₁, η₂)"),
@@ -34,26 +37,19 @@ def draw_figures(results: Results, folder: Path) -> list[Path]:
     """Write the study's figures as SVG and PNG; returns the SVGs. Nothing to draw, or nothing to draw with: none."""
     if Figure is None or not results.curves:
         return []
-    drawn = []
+    made: dict[str, Any] = {}
     for task in dict.fromkeys(task for task, _ in results.curves):
         curves = {variant: by_seed for (t, variant), by_seed in results.curves.items() if t == task}
         end = f"-{task.replace(' ', '-')}" if task else ""
+        title = f"{results.study.title}: {task}" if task else results.study.title
         for axis in ("tokens", "seconds"):
-            titles = (("eval_avg", "held-out avg@k"), ("eval_greedy", "held-out greedy"))
-            name = f"curves-{axis}{end}"
-            drawn.append(
-                _save(_panels(curves, titles, axis, f"{results.study.title}{': ' * bool(task)}{task}"), folder / name)
-            )
-        drawn.append(
-            _save(_panels(curves, _PANELS, "tokens", "Diagnostics over training"), folder / f"diagnostics{end}")
-        )
-        pair = {name: curves[name] for name in ("grpo", "ib-tpo") if name in curves}
+            made[f"curves-{axis}{end}"] = _panels(curves, _ACCURACIES, axis, title)
+        made[f"diagnostics{end}"] = _panels(curves, _DIAGNOSTICS, "tokens", "Diagnostics over training")
+        pair: dict[str, dict[int, Curve]] = {name: curves[name] for name in ("grpo", "ib-tpo") if name in curves}
         if len(pair) == 2:
-            title = "The paper's figure 3: does confidence sit on what leads to the answer?"
-            drawn.append(
-                _save(_panels(pair, (("cov_eta1_eta2", "Cov(η₁, η₂)"),), "steps", title), folder / f"figure-3{end}")
-            )
-    return drawn
+            title = "The paper's figure 3: is confidence where the answer is?"
+            made[f"figure-3{end}"] = _panels(pair, (("cov_eta1_eta2", "Cov(η₁, η₂)"),), "steps", title)
+    return [_save(figure, folder / name) for name, figure in made.items()]
 
 
 def mean_curve(
@@ -66,7 +62,7 @@ def mean_curve(
         nothing = np.zeros(0)
         return nothing, nothing, nothing
     grid = np.linspace(max(p[0][0] for p in known), min(p[-1][0] for p in known), _POINTS)
-    values = np.array([np.interp(grid, *zip(*points, strict=True)) for points in known])
+    values = np.array([np.interp(grid, [a for a, _ in points], [b for _, b in points]) for points in known])
     spread = values.std(axis=0, ddof=1) / math.sqrt(len(known)) if len(known) > 1 else np.zeros(_POINTS)
     return grid, values.mean(axis=0), spread
 
@@ -80,9 +76,7 @@ def _panels(curves: Mapping[str, Mapping[int, Curve]], panels: Sequence[tuple[st
         plot.set_title(label, loc="left", fontsize=10)
         plot.spines[["top", "right"]].set_visible(False)
         plot.grid(color="#e4e1da", linewidth=0.7)
-        plot.set_xlabel(
-            {"tokens": "sampled tokens", "seconds": "seconds, one thread", "steps": "steps"}[axis], fontsize=9
-        )
+        plot.set_xlabel(_AXES[axis], fontsize=9)
         plot.tick_params(labelsize=8)
         if metric in ("cov_eta1_eta2", "ib_score"):
             plot.axhline(0, color="#8b949c", linewidth=0.8)

@@ -67,7 +67,7 @@ BySeed = dict[int, float]
 
 @dataclass
 class Curve:
-    """What a training run logged: sampled tokens, seconds of training, and a value for each; NaN where there is none."""
+    """What a training run logged: sampled tokens, seconds of training, and values at each point, NaN where unknown."""
 
     tokens: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)

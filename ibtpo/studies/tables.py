@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
+from rich.text import Text
 
 from ibtpo.studies.results import COLUMNS, Column, Results
 from ibtpo.studies.statistics import Estimate, estimate, paired_difference
@@ -65,7 +66,7 @@ def rich_tables(results: Results) -> list[Table]:
         table = Table("", *(column.title for column in section.columns), title=section.title or None)
         for variant, entries in section.rows.items():
             places = zip(entries, section.columns, strict=True)
-            table.add_row(variant, *("\n".join(entry_lines(entry, column)) for entry, column in places))
+            table.add_row(variant, *(Text("\n".join(entry_lines(entry, column))) for entry, column in places))
             table.add_section()
         tables.append(table)
     return tables
@@ -78,7 +79,7 @@ def entry_lines(entry: Entry, column: Column) -> list[str]:
     digits = column.digits
     lines = [f"{entry.value.mean:.{digits}f}"]
     if math.isfinite(entry.value.low) and entry.value.low != entry.value.high:
-        lines.append(f"[{entry.value.low:.{digits}f}, {entry.value.high:.{digits}f}]".replace("[", "\\[", 0))
+        lines.append(f"[{entry.value.low:.{digits}f}, {entry.value.high:.{digits}f}]")
     if entry.difference is not None:
         d = entry.difference
         interval = f" [{d.low:+.{digits}f}, {d.high:+.{digits}f}]" if math.isfinite(d.low) else ""
