@@ -101,12 +101,13 @@ def _changes(parsed: StudyArguments, plan: Study) -> dict[str, Any]:
 
 def _failures(out: Path, cells: Sequence[Cell]) -> list[Failure]:
     """What the folders say about cells that were begun and have no result."""
-    paths = {cell: out / CELLS / cell.id / ERROR for cell in _unfinished(out, cells)}
-    return [Failure(cell, path.read_text(encoding="utf-8")) for cell, path in paths.items() if path.is_file()]
-
-
-def _unfinished(out: Path, cells: Sequence[Cell]) -> list[Cell]:
-    return [cell for cell in with_policies(cells) if not is_done(out, cell)]
+    unfinished = [cell for cell in with_policies(cells) if not is_done(out, cell)]
+    paths = [out / CELLS / cell.id / ERROR for cell in unfinished]
+    return [
+        Failure(cell, path.read_text(encoding="utf-8"))
+        for cell, path in zip(unfinished, paths, strict=True)
+        if path.is_file()
+    ]
 
 
 def _report(
@@ -122,7 +123,7 @@ def _report(
     write_atomically(folder / "table.csv", csv_text(results))
     write_atomically(folder / "table.md", markdown_text(results))
     page = write_page(results, folder, figures, failures, command, notes)
-    for table in rich_tables(results):
+    for table in rich_tables(results, console.width):
         console.print(table)
     for failure in failures:
         console.print(f"failed: {failure.cell.id}: {failure.message}", highlight=False, markup=False, style="red")

@@ -59,16 +59,22 @@ def sections(results: Results) -> list[Section]:
     return made
 
 
-def rich_tables(results: Results) -> list[Table]:
-    """The tables for a terminal: mean, interval below it, difference to the baseline below that."""
+def rich_tables(results: Results, width: int) -> list[Table]:
+    """The tables for a terminal `width` characters wide, as many columns in each as fit: see `entry_lines`."""
     tables = []
     for section in sections(results):
-        table = Table("", *(column.title for column in section.columns), title=section.title or None)
-        for variant, entries in section.rows.items():
-            places = zip(entries, section.columns, strict=True)
-            table.add_row(variant, *(Text("\n".join(entry_lines(entry, column))) for entry, column in places))
-            table.add_section()
-        tables.append(table)
+        first = max(map(len, section.rows)) + 4
+        texts = {
+            variant: ["\n".join(entry_lines(entry, c)) for entry, c in zip(entries, section.columns, strict=True)]
+            for variant, entries in section.rows.items()
+        }
+        widest = max(len(line) for row in texts.values() for text in row for line in text.splitlines()) + 3
+        step = max((width - first) // max(widest, *(len(c.title) + 3 for c in section.columns)), 1)
+        for at in range(0, len(section.columns), step):
+            table = Table("", *(c.title for c in section.columns[at : at + step]), title=section.title or None)
+            for variant, row in texts.items():
+                table.add_row(variant, *map(Text, row[at : at + step]), end_section=True)
+            tables.append(table)
     return tables
 
 
