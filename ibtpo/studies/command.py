@@ -23,7 +23,7 @@ from ibtpo.studies.run import CELLS, Failure, is_done, run_cells
 from ibtpo.studies.tables import csv_text, markdown_text, rich_tables
 from ibtpo.validation import check_range
 
-TOKENS = 300_000
+TOKENS = 600_000
 EVAL = {"prompts": 192, "samples": 8, "every": 10}
 
 
@@ -44,7 +44,7 @@ class StudyArguments:
     out: Path = Path("runs/studies")
     """Folder of the cells; the study's table and page go to OUT/NAME."""
     tokens: int | None = None
-    """Sampled tokens of every training run; by default 300,000, or what the study says."""
+    """Sampled tokens of every training run; by default 600,000, or what the study says."""
     prompts: int = 1024
     """samplers and bias: prompts a variant and policy (bias: trees a variant and task), over all seeds."""
     eval_prompts: int | None = None

@@ -127,7 +127,8 @@ def explanation(results: Results) -> str:
     """What the numbers are, in a sentence or two."""
     note = (
         f"Mean over {len(results.seeds)} seeds with its 95 % bootstrap interval over seeds; Δ is the paired difference "
-        f"to {results.study.baseline}, * where its interval leaves out 0. No correction for the number of comparisons; with five seeds such intervals hold the mean in some 84 % of cases."
+        f"to {results.study.baseline}, * where its interval leaves out 0. No correction for the number of comparisons. "
+        "Over five seeds such an interval holds the true mean in some 84 % of cases, not 95."
     )
     if results.missing:
         note += f" {len(results.missing)} cells have no result yet."
