@@ -1,4 +1,4 @@
-"""The command line: ``ibtpo train | eval | sample | view``; every configuration field is a flag."""
+"""The command line: ``ibtpo train | eval | sample | study | view``; every configuration field is a flag."""
 
 from __future__ import annotations
 
@@ -31,18 +31,20 @@ from ibtpo.report import NOT_ACCURACY, summarize_run
 from ibtpo.runlog import CONFIG, REPORT, latest_checkpoint
 from ibtpo.search import make_search
 from ibtpo.setup import check_prompts, choose_device, make_engine, make_sampling
-from ibtpo.steps import StepSplitter
+from ibtpo.steps import step_splitter
+from ibtpo.studies.command import study
 from ibtpo.tasks import AnswerGrades, DigitChain, Grades, Problem, Task, make_task
 from ibtpo.tasks.digit_chain import parse_prompt
 from ibtpo.train import train
 from ibtpo.viewer.cli import view
 from ibtpo_engine import EngineError, Tree
 
-USAGE = """usage: ibtpo {train,eval,sample,view} [--help] [flags]
+USAGE = """usage: ibtpo {train,eval,sample,study,view} [--help] [flags]
 
   train    grow trees, score them, train on them; `ibtpo train` alone runs the built-in task
   eval     held-out accuracy of a checkpoint or run: avg@k, pass@k, greedy
   sample   grow one tree and print it
+  study    methods x seeds at an equal budget: the paper's tables, with intervals, curves and a page
   view     look at a run in the browser, or at two: curves, prompts, trees
 
 `ibtpo COMMAND --help` lists every flag with its default. Settings may also come from a YAML file (--config FILE),
@@ -102,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 the input cannot be used, 130 stopped by Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str], Console], int]]
-    commands = {"train": _train, "eval": _eval, "sample": _sample, "view": view}
+    commands = {"train": _train, "eval": _eval, "sample": _sample, "study": study, "view": view}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -174,7 +176,7 @@ def _sample(arguments: list[str], console: Console) -> int:
         problem, grades = _problem(parsed, task)
         with closing(grades):
             grower = Grower(make_engine(config, policy), grades, policy.tokenizer, config.jsonl)
-            splitter = StepSplitter(policy.tokenizer, config.search.separator, step_tokens=config.search.step_tokens)
+            splitter = step_splitter(policy.tokenizer, config.search)
             search = make_search(config.search, config.ib, splitter, config.sampling.max_tokens)
             [tree], _ = grower.grow([problem], [parsed.index], search, make_sampling(config, policy))
     console.print(_outline(tree, policy, problem))

@@ -54,10 +54,13 @@ class SearchConfig:
     """Text that ends a step; the token that completes it belongs to the step it ends."""
     step_tokens: int | None = None
     """If set, steps are runs of this many tokens and `separator` is ignored."""
+    boundary_noise: float = 0.0
+    """Share of the step boundaries moved to a random token between their neighbours (the paper's robustness test)."""
 
     def __post_init__(self) -> None:
         for name in ("group_size", "initial_branches", "rounds", "nodes_per_round", "branches_per_node"):
             check_range(f"search.{name}", getattr(self, name), low=1)
+        check_range("search.boundary_noise", self.boundary_noise, low=0.0, high=1.0)
         if self.step_tokens is not None:
             check_range("search.step_tokens", self.step_tokens, low=1)
         elif not self.separator:
@@ -273,11 +276,13 @@ class WarmStartConfig:
     """Supervised training of the built-in policy on the task's worked solutions, from random weights."""
 
     excess: float = 0.06
-    """Loss above the teacher's own entropy, in nats a token, at which the learning rate begins to fall."""
+    """Loss above the teacher's own entropy, in nats a token, at or below which the learning rate may begin to fall."""
+    pass_share: float = 0.4
+    """Sampled pass rate, as a share of the teacher's own, that it waits for too; 0 leaves it to the loss alone."""
     decay_updates: int = 100
     """Updates over which it falls, along a cosine, to a tenth; the warm start ends there."""
     max_updates: int = 1200
-    """Updates at most, the decay included, whatever the loss."""
+    """Updates at most, the decay included, whatever was measured."""
     batch_size: int = 64
     """Worked solutions an update."""
     lr: float = 3e-3
@@ -287,6 +292,7 @@ class WarmStartConfig:
 
     def __post_init__(self) -> None:
         check_range("warm_start.excess", self.excess, low=0.0, low_open=True)
+        check_range("warm_start.pass_share", self.pass_share, low=0.0)
         check_range("warm_start.decay_updates", self.decay_updates, low=1)
         check_range("warm_start.max_updates", self.max_updates, low=1)
         check_range("warm_start.batch_size", self.batch_size, low=1)

@@ -29,11 +29,11 @@ from ibtpo.progress import Tracker, step_note, track
 from ibtpo.runlog import METRICS, RunFolder, read_rows
 from ibtpo.search import make_search
 from ibtpo.setup import find_nonfinite, make_sampling
-from ibtpo.steps import StepSplitter
+from ibtpo.steps import step_splitter
 from ibtpo.tasks import JsonlTask, Problem, Task, TeachableTask
 from ibtpo.treelog import tree_record
 from ibtpo.update import Updater, frozen_copy
-from ibtpo.warmstart import WarmStart, warm_start
+from ibtpo.warmstart import WarmStart, warm_start_of
 from ibtpo_engine import Engine, Model, Tree
 from ibtpo_engine.adapter_folder import is_adapter_folder
 
@@ -92,7 +92,7 @@ class Trainer:
         self.optimizer = MasterAdamW(policy.model, config.optim)
         self.engine = engine
         self.grower = Grower(engine, task, policy.tokenizer, config.jsonl, lambda: self.stop_requested)
-        self.splitter = StepSplitter(policy.tokenizer, config.search.separator, step_tokens=config.search.step_tokens)
+        self.splitter = step_splitter(policy.tokenizer, config.search)
         self.search = make_search(config.search, config.ib, self.splitter, config.sampling.max_tokens)
         self.held_out = task.eval_problems(config.eval.prompts)
         self._updater: Updater | None = None
@@ -155,10 +155,16 @@ class Trainer:
                 if self.stop_requested:
                     raise Interrupted
 
-            end = warm_start(
-                self.policy, task, config, seed=self.config.seed, problem=task.train_problem, on_update=on_update
+            end = warm_start_of(
+                self.config,
+                self.policy,
+                task,
+                self.grower,
+                self.engine,
+                self.sampling,
+                problem=self.task.train_problem,
+                on_update=on_update,
             )
-        self.engine.weights_changed()
         self.policy.save(self.folder.path / START)
         flush_tree(self.folder.path / START)
         seconds = time.perf_counter() - begin
