@@ -50,7 +50,8 @@ def train(config: TrainConfig, console: Console) -> Path:
                 f"model: the built-in policy knows the characters of digit-chain only, task {task.name} needs a "
                 "checkpoint; give one with --model DIR"
             )
-        check_prompts(task, policy, config)
+        for note in check_prompts(task, policy, config):
+            console.print(note, style="dim", highlight=False)
         engine = make_engine(config, policy)
         settings = replace(config, resume=None)  # what the folder says the run is
         opened = RunFolder.create(out, settings) if config.resume is None else RunFolder.open(out, settings)

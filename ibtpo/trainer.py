@@ -28,7 +28,7 @@ from ibtpo.runlog import METRICS, RunFolder, latest_checkpoint, read_rows, tree_
 from ibtpo.search import make_search
 from ibtpo.setup import make_sampling
 from ibtpo.steps import StepSplitter
-from ibtpo.tasks import JsonlTask, Problem, Task, TeachableTask
+from ibtpo.tasks import Problem, Task, TeachableTask
 from ibtpo.update import Updater, frozen_copy
 from ibtpo.warmstart import WarmStart, warm_start
 from ibtpo_engine import Engine, Model, Tree
@@ -208,8 +208,7 @@ class Trainer:
         state.step += 1
         state.sampled_tokens += int(values["tokens_sampled"])
         state.next_problem += len(problems)
-        if isinstance(self.task, JsonlTask) and self.task.grader is not None:
-            values |= {"grade_timeouts": self.task.grader.timeouts, "grade_failures": self.task.grader.failures}
+        values |= self.task.counts()
         if self.policy.model.device.type == "cuda":
             values["peak_memory"] = float(torch.cuda.max_memory_allocated(self.policy.model.device))
         self.folder.log(state.step, values)
