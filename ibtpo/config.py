@@ -259,7 +259,7 @@ class JsonlConfig:
     eval_data: Path | None = None
     """Data file to evaluate on, instead of holding out rows; its prompts are left out of training."""
     grade: Literal["math", "exact"] = "math"
-    """Where no --reward is given. math: math-verify decides equality; exact: the stripped last line equals the answer."""
+    """Without --reward. math: math-verify decides equality; exact: the stripped last line equals the answer."""
     grade_workers: int = 1
     """Worker processes that grade."""
     grade_timeout: float = 5.0

@@ -1,8 +1,8 @@
 r"""Grading completions in worker processes.
 
 A reward can hang, crash or eat all memory on what a policy writes: the algebra system below math-verify does, and so
-does code of the user's. Time limits by signal work only in a process's main thread. So every grading happens in a worker
-process:
+does code of the user's. Time limits by signal work only in a process's main thread. So every grading happens in a
+worker process:
 
     submit -> queue -> one thread a worker -> pipe -> worker process (grading_worker.py; no torch)
 
@@ -222,7 +222,7 @@ class _Worker:
             )
 
     def ask(self, kind: str, graded: Graded) -> dict[str, Any]:
-        """One request; see grading_worker.py. A process that died or had to be killed is a fault of the first reward."""
+        """One request (see grading_worker.py); a process that died or had to be killed is the first reward's fault."""
         begin, timeout = time.monotonic(), self._timeout * len(self._rewards) + _GRACE
         reply = self._exchange(base64.b64encode(pickle.dumps((kind, *graded))) + b"\n", timeout)
         if reply is not None:

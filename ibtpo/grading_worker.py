@@ -2,8 +2,8 @@
 
 A request is a line: a pickle of (kind, prompt, completion, answer, data) in base64; it comes from our own parent, so it
 may be trusted. A reply is a line of JSON: {"reward": float, "faults": [[reward's name, "timeout" | "failure", message],
-...]} to "grade", {"answer": str | None} to "extract". The first line written, {} or {"error": message}, says that imports
-are done, or why they cannot be.
+...]} to "grade", {"answer": str | None} to "extract". The first line written, {} or {"error": message}, says that
+imports are done, or why they cannot be.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from ibtpo.config import TrainConfig
-from ibtpo.rewards import parse_rewards
+from ibtpo.rewards import GYM, parse_rewards
 from ibtpo.tasks.base import Grades, Problem, Task, TeachableTask, format_prompt, suggest
 from ibtpo.tasks.data import DataTask
 from ibtpo.tasks.digit_chain import DigitChain
 from ibtpo.tasks.grades import RewardGrades
-from ibtpo.tasks.gym import PREFIX, GymTask
+from ibtpo.tasks.gym import GymTask
 
 __all__ = [
     "DataTask",
@@ -22,7 +22,7 @@ __all__ = [
     "make_task",
 ]
 
-TASK_NAMES = (DigitChain.name, DataTask.name, PREFIX + "NAME")
+TASK_NAMES = (DigitChain.name, DataTask.name, GYM + "NAME")
 
 
 def make_task(config: TrainConfig) -> Task:
@@ -42,6 +42,6 @@ def make_task(config: TrainConfig) -> Task:
         if config.data is None:
             raise ValueError("task: jsonl needs a file of prompts and answers; give one with --data FILE.jsonl")
         return DataTask(config.data, config.jsonl, config.seed, separator, layout=config.layout, rewards=rewards)
-    if config.task.startswith(PREFIX):
+    if config.task.startswith(GYM):
         return GymTask(config.task, config.seed, separator, config=config.jsonl, rewards=rewards)
     raise ValueError(f"task: {config.task!r} is not known; {suggest(config.task, TASK_NAMES)}")

@@ -117,7 +117,8 @@ class DataTask(RewardGrades):
 
     def _wanted(self, file: _File, rows: Ints, wanted: Callable[[Problem], bool]) -> Ints:
         mask = np.fromiter((wanted(file.problem(int(i), self._examples)) for i in rows), bool, len(rows))
-        return rows[mask]
+        chosen: Ints = rows[mask]
+        return chosen
 
 
 class _File:

@@ -7,8 +7,7 @@ from types import ModuleType
 from typing import Any
 
 from ibtpo.config import JsonlConfig
-from ibtpo.rewards import GYM as PREFIX
-from ibtpo.rewards import RewardSpec
+from ibtpo.rewards import GYM, RewardSpec
 from ibtpo.tasks.base import Problem, is_held_out, suggest
 from ibtpo.tasks.grades import RewardGrades
 from ibtpo_engine.randomness import mix
@@ -19,7 +18,7 @@ _ATTEMPTS = 256  # draws before we conclude that a dataset has too few different
 
 
 class GymTask(RewardGrades):
-    """``reasoning-gym:NAME``, for example ``reasoning-gym:chain_sum``, graded by the package's score unless told otherwise.
+    """``reasoning-gym:NAME``, for example ``reasoning-gym:chain_sum``; graded by the package's score by default.
 
     Raises:
         ValueError: the package is not installed, or has no dataset of this name.
@@ -36,8 +35,8 @@ class GymTask(RewardGrades):
         rewards: tuple[RewardSpec, ...] = (),
     ) -> None:
         self.separator = separator
-        dataset = name.removeprefix(PREFIX)
-        self.name = PREFIX + dataset
+        dataset = name.removeprefix(GYM)
+        self.name = GYM + dataset
         package = _import_package()
         _check_name(package, dataset)
         self._datasets = {
@@ -70,7 +69,7 @@ def _import_package() -> Any:
         return importlib.import_module("reasoning_gym")
     except ImportError as error:
         raise ValueError(
-            f"task {PREFIX}...: the package reasoning-gym cannot be imported ({error}); "
+            f"task {GYM}...: the package reasoning-gym cannot be imported ({error}); "
             'install it with: pip install "ibtpo[gym]"  (or: pip install reasoning-gym)'
         ) from error
 
@@ -78,4 +77,4 @@ def _import_package() -> Any:
 def _check_name(package: ModuleType, name: str) -> None:
     known = sorted(importlib.import_module(f"{package.__name__}.factory").DATASETS)
     if name not in known:
-        raise ValueError(f'task "{PREFIX}{name}": reasoning-gym has no dataset of this name; {suggest(name, known)}')
+        raise ValueError(f'task "{GYM}{name}": reasoning-gym has no dataset of this name; {suggest(name, known)}')

@@ -3,7 +3,7 @@ r"""Layouts of data files: which fields hold prompt and answer, and how the publ
 ==========  ===============================================  =====================================================
 ``plain``   ``prompt``, ``answer``                           any file; the fields can be named
 ``gsm8k``   ``question``, ``answer``                         GSM8K: the answer stands after ``####``
-``math``    ``problem``, ``solution``                        MATH, MATH-500: the answer is the solution's last ``\boxed{}``
+``math``    ``problem``, ``solution``                        MATH, MATH-500: the last ``\boxed{}`` of the solution
 ``dapo``    ``prompt``, ``reward_model.ground_truth``        DAPO-Math-17K and verl: the prompt is a list of messages
 ``aime``    ``problem``, ``answer``                          AIME: the answer is an integer from 0 to 999
 ==========  ===============================================  =====================================================
@@ -115,7 +115,7 @@ def _first(row: Mapping[str, Any], fields: tuple[str, ...]) -> str | None:
 
 
 def _get(row: Mapping[str, Any], field: str) -> Any:
-    """A field by name, by name in other letter case, or by a path of names joined with dots; _MISSING if there is none."""
+    """A field by name, in any letter case, or by a path of names joined with dots; _MISSING without one."""
     if field in row:
         return row[field]
     lower = field.lower()
@@ -158,7 +158,7 @@ def read_problem(layout: Layout, row: Mapping[str, Any], where: str, config: Jso
 
 
 def read_example(layout: Layout, row: Mapping[str, Any], where: str) -> tuple[str, str]:
-    """A worked example: the prompt in the layout's template, and the text of the field "solution", else of the answer."""
+    """A worked example: the prompt in its template, and the text of the field "solution", else of the answer."""
     prompt = _check_prompt(get_field(row, layout.prompt_field, "prompt_field", where), layout.prompt_field, where)
     field = "solution" if _get(row, "solution") is not _MISSING else layout.answer_field
     solution = _check_answer(get_field(row, field, "answer_field", where), field, where)

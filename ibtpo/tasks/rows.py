@@ -199,8 +199,7 @@ def parquet_rows(path: Path, files: Sequence[Path]) -> ArrowRows:
                         writer.write_batch(batch)
         except arrow.ArrowInvalid as error:
             raise ValueError(f"{path}: not a Parquet file ({' '.join(str(error).split())}); write it again") from None
-        rows = ArrowRows(path, [Path(unpacked.name)])
-    return rows
+        return ArrowRows(path, [Path(unpacked.name)])
 
 
 def _arrow(path: Path) -> Any:
