@@ -28,12 +28,13 @@ from ibtpo.optim import NonFinite
 from ibtpo.policy import Policy, load_policy
 from ibtpo.progress import track
 from ibtpo.report import NOT_ACCURACY, summarize_run
+from ibtpo.rewards import RewardSpec, parse_rewards
 from ibtpo.runlog import CONFIG, REPORT, latest_checkpoint
 from ibtpo.search import make_search
 from ibtpo.setup import check_prompts, choose_device, make_engine, make_sampling
 from ibtpo.steps import step_splitter
 from ibtpo.studies.command import study
-from ibtpo.tasks import AnswerGrades, DigitChain, Grades, Problem, Task, make_task
+from ibtpo.tasks import DigitChain, Grades, Problem, RewardGrades, Task, make_task
 from ibtpo.tasks.digit_chain import parse_prompt
 from ibtpo.train import train
 from ibtpo.viewer.cli import view
@@ -148,7 +149,8 @@ def _eval(arguments: list[str], console: Console) -> int:
         raise ValueError(f"json: {parsed.json.parent} is no folder; make it, or name another file")
     config, policy, task = _open(parsed.run)
     with closing(task):
-        check_prompts(task, policy, config)
+        for note in check_prompts(task, policy, config):
+            console.print(note, style="dim", highlight=False)
         problems = task.eval_problems(config.eval.prompts)
         grower = Grower(make_engine(config, policy), task, policy.tokenizer, config.jsonl)
         with track(console, "Evaluating", 2 * len(problems)) as tracker:
@@ -255,10 +257,15 @@ def _problem(arguments: SampleArguments, task: Task) -> tuple[Problem, Grades]:
         return task.train_problem(arguments.index), task
     prompt = arguments.prompt.replace("\\n", "\n")
     if arguments.answer is not None:
-        return Problem(prompt, arguments.answer), AnswerGrades(arguments.run.jsonl)
+        return Problem(prompt, arguments.answer), _grades_of(arguments.run)
     if task.name == DigitChain.name:
         return parse_prompt(prompt if prompt.endswith("\n") else prompt + "\n"), task
     raise ValueError("prompt: give the right --answer too; without rewards there is nothing to score")
+
+
+def _grades_of(config: TrainConfig) -> RewardGrades:
+    """Who grades a prompt that is no task's."""
+    return RewardGrades(parse_rewards(config.reward) or (RewardSpec(config.jsonl.grade),), config.jsonl)
 
 
 def _outline(tree: Tree, policy: Policy, problem: Problem) -> Outline:

@@ -229,29 +229,60 @@ class DigitChainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class JsonlConfig:
-    """A JSONL file of prompts and answers, graded by math-verify."""
+    """A data file of prompts and answers (docs/data.md), and how completions are graded."""
 
-    prompt_field: str = "prompt"
-    """Field with the prompt: a string, or a list of chat messages."""
-    answer_field: str = "answer"
-    """Field with the reference answer."""
+    prompt_field: str | None = None
+    """Field with the prompt, a string or a list of chat messages; dots step into objects. By default the layout's."""
+    answer_field: str | None = None
+    """Field with the reference answer. By default the layout's."""
+    data_fields: tuple[str, ...] = ()
+    """Further fields that a reward of your own gets, in `data`."""
+    template: str | None = None
+    """What the policy is shown, with {prompt} where the prompt goes. By default the layout's."""
     system_prompt: str | None = None
     """Put before every prompt as the chat's system message."""
+    few_shot: Path | None = None
+    """Data file of the same layout whose rows are all shown as worked examples before every prompt."""
     chat_template: bool = True
     """Format prompts with the tokenizer's chat template where it has one."""
+    max_prompt_tokens: int | None = None
+    """Rows whose formatted prompt has more tokens are left out."""
+    pass_rate_field: str | None = None
+    """Field with how often a model solves the prompt, from 0 to 1, by which rows are left out."""
+    min_pass_rate: float = 0.0
+    """Rows with a lower pass rate are left out."""
+    max_pass_rate: float = 1.0
+    """Rows with a higher pass rate are left out."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """Rows with the same prompt and answer as an earlier one."""
     eval_fraction: float = 0.1
-    """Share of the rows held out for evaluation (at least one row)."""
+    """Share of the prompts held out for evaluation (at least one); 1 holds out all, for `ibtpo eval`."""
+    eval_count: int | None = None
+    """Number of prompts held out, instead of a share."""
+    eval_data: Path | None = None
+    """Data file to evaluate on, instead of holding out rows; its prompts are left out of training."""
     grade: Literal["math", "exact"] = "math"
-    """math: math-verify decides equality; exact: the stripped last line equals the answer."""
+    """Without --reward. math: math-verify decides equality; exact: the stripped last line equals the answer."""
     grade_workers: int = 1
     """Worker processes that grade."""
     grade_timeout: float = 5.0
-    """Seconds after which a grading counts as wrong (and is counted as timed out)."""
+    """Seconds after which a reward counts as 0 (and is counted as timed out)."""
+    max_failed_share: float = 0.5
+    """Stop when more than this share of the last 100 gradings failed or timed out; 1 never stops."""
 
     def __post_init__(self) -> None:
-        check_range("jsonl.eval_fraction", self.eval_fraction, low=0.0, high=1.0, high_open=True)
+        if self.template is not None and "{prompt}" not in self.template:
+            raise ValueError(f"jsonl.template: {self.template!r} has no {{prompt}}; write it where the prompt goes")
+        if self.max_prompt_tokens is not None:
+            check_range("jsonl.max_prompt_tokens", self.max_prompt_tokens, low=1)
+        check_range("jsonl.min_pass_rate", self.min_pass_rate, low=0.0, high=1.0)
+        check_range("jsonl.max_pass_rate", self.max_pass_rate, low=self.min_pass_rate, high=1.0)
+        check_range("jsonl.eval_fraction", self.eval_fraction, low=0.0, high=1.0)
+        if self.eval_count is not None:
+            check_range("jsonl.eval_count", self.eval_count, low=1)
         check_range("jsonl.grade_workers", self.grade_workers, low=1)
         check_range("jsonl.grade_timeout", self.grade_timeout, low=0.0, low_open=True)
+        check_range("jsonl.max_failed_share", self.max_failed_share, low=0.0, high=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,13 +339,10 @@ class SafeguardConfig:
     """Checkpoints kept, the newest ones."""
     nonfinite_steps: int = 5
     """Optimizer steps in a row that may be skipped for a NaN or Inf in loss or gradient; the next one ends the run."""
-    grade_failures: float = 0.5
-    """Largest share of a training step's gradings that may fail or time out; more end the run."""
 
     def __post_init__(self) -> None:
         check_range("safeguards.keep_checkpoints", self.keep_checkpoints, low=1)
         check_range("safeguards.nonfinite_steps", self.nonfinite_steps, low=0)
-        check_range("safeguards.grade_failures", self.grade_failures, low=0.0, high=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,7 +354,11 @@ class TrainConfig:
     task: str = "digit-chain"
     """digit-chain, jsonl (set by --data), or reasoning-gym:NAME."""
     data: Path | None = None
-    """JSONL file with one prompt and answer a line; sets the task to jsonl."""
+    """Prompts and answers: JSONL, Parquet, or a folder of datasets' save_to_disk; sets the task to jsonl."""
+    layout: Literal["auto", "plain", "gsm8k", "math", "dapo", "aime"] = "auto"
+    """How the data file is written: which fields, where the answer stands, the prompt's template; auto: as it looks."""
+    reward: tuple[str, ...] = ()
+    """NAME[:WEIGHT] ...: math, exact, format, regex=PATTERN, package.module:function; by default the task's own."""
     out: Path | None = None
     """Run folder to create; by default runs/<task>-<preset>-<date and time>."""
     resume: Path | None = None
@@ -374,6 +406,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         check_choice("parity", self.parity, ("fast", "bitwise"))
+        check_choice("layout", self.layout, ("auto", "plain", "gsm8k", "math", "dapo", "aime"))
         check_range("sampled_tokens", self.sampled_tokens, low=1)
         check_range("prompts_per_step", self.prompts_per_step, low=1)
         check_range("mini_batches", self.mini_batches, low=1, high=self.prompts_per_step)

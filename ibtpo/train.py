@@ -51,7 +51,7 @@ def train(config: TrainConfig, console: Console, on_step: Callable[[int], None] 
         source = config.model if folder is None or folder.last is None else folder.last.path
         policy = _policy(config, source)
         task = stack.enter_context(closing(make_task(config)))
-        _check_input(config, policy, task, source)
+        _check_input(config, policy, task, source, console)
         engine = make_engine(config, policy)
         if folder is None:
             folder = stack.enter_context(RunFolder.create(config.out or default_folder(config), settings))
@@ -74,14 +74,15 @@ def _policy(config: TrainConfig, source: Path | str) -> Policy:
     return policy
 
 
-def _check_input(config: TrainConfig, policy: Policy, task: Task, source: Path | str) -> None:
+def _check_input(config: TrainConfig, policy: Policy, task: Task, source: Path | str, console: Console) -> None:
     if source == "built-in" and not isinstance(task, TeachableTask):
         raise ValueError(
             f"model: the built-in policy knows the characters of digit-chain only, task {task.name} needs a "
             "checkpoint; give one with --model DIR"
         )
     check_weights(policy, str(source))
-    check_prompts(task, policy, config)
+    for note in check_prompts(task, policy, config):
+        console.print(note, style="dim", highlight=False)
 
 
 def _run(trainer: Trainer) -> None:

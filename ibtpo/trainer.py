@@ -6,9 +6,9 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 from ibtpo.config import TrainConfig
 from ibtpo.disk import flush_tree
 from ibtpo.evaluate import evaluate
-from ibtpo.grading import Grader, GraderError
 from ibtpo.grow import Grower, Interrupted
 from ibtpo.metrics import tree_metrics
 from ibtpo.optim import MasterAdamW, NonFinite
@@ -30,7 +29,7 @@ from ibtpo.runlog import METRICS, RunFolder, read_rows
 from ibtpo.search import make_search
 from ibtpo.setup import find_nonfinite, make_sampling
 from ibtpo.steps import step_splitter
-from ibtpo.tasks import JsonlTask, Problem, Task, TeachableTask
+from ibtpo.tasks import Problem, Task, TeachableTask
 from ibtpo.treelog import tree_record
 from ibtpo.update import Updater, frozen_copy
 from ibtpo.warmstart import WarmStart, warm_start_of
@@ -52,8 +51,7 @@ class State:
     sampled_tokens: int = 0
     next_problem: int = 0
     nonfinite_in_a_row: int = 0
-    grade_timeouts: int = 0
-    grade_failures: int = 0
+    reward_counts: dict[str, float] = field(default_factory=dict)  # `Task.counts` of the whole run
 
 
 class Trainer:
@@ -213,9 +211,9 @@ class Trainer:
         begin = time.perf_counter()
         before = self.engine.stats()
         problems, keys = self._next_problems()
-        grades = self._grades()
+        counted = self.task.counts()
         trees, reward_seconds = self.grower.grow(problems, keys, self.search, self.sampling)
-        self._count_grades(grades, sum(len(tree.leaves()) for tree in trees))
+        self._count_rewards(counted)
         sampled = time.perf_counter()
         assert self._updater is not None
         spent = min(self.state.sampled_tokens / self.config.sampled_tokens, 1.0)
@@ -243,8 +241,7 @@ class Trainer:
         state.next_problem += len(problems)
         assert self._updater is not None
         state.nonfinite_in_a_row = self._updater.nonfinite_in_a_row
-        if self._grader is not None:
-            values |= {"grade_timeouts": state.grade_timeouts, "grade_failures": state.grade_failures}
+        values |= state.reward_counts
         if self.policy.model.device.type == "cuda":
             values["peak_memory"] = float(torch.cuda.max_memory_allocated(self.policy.model.device))
         self.folder.log(state.step, values)
@@ -254,25 +251,10 @@ class Trainer:
         self._evaluate_if_due()
         self.on_step(state.step)
 
-    @property
-    def _grader(self) -> Grader | None:
-        return self.task.grader if isinstance(self.task, JsonlTask) else None
-
-    def _grades(self) -> tuple[int, int]:
-        """Gradings given up by this process so far: timed out, failed."""
-        return (0, 0) if self._grader is None else (self._grader.timeouts, self._grader.failures)
-
-    def _count_grades(self, before: tuple[int, int], gradings: int) -> None:
-        """Count what a step's grading gave up; with too much of it the rewards say nothing."""
-        timeouts, failures = (now - then for now, then in zip(self._grades(), before, strict=True))
-        self.state.grade_timeouts += timeouts
-        self.state.grade_failures += failures
-        if timeouts + failures > self.config.safeguards.grade_failures * gradings:
-            raise GraderError(
-                f"{timeouts + failures} of {gradings} gradings of step {self.state.step + 1} were given up ({timeouts} "
-                f"timed out, {failures} failed), more than safeguards.grade_failures allows; nothing was learned from "
-                f"them; look at the answers, at memory and at jsonl.grade_timeout, then --resume {self.folder.path}"
-            )
+    def _count_rewards(self, before: Mapping[str, float]) -> None:
+        """Add what the task counted since; the sums of the run outlive its processes."""
+        for name, value in self.task.counts().items():
+            self.state.reward_counts[name] = self.state.reward_counts.get(name, 0) + value - before.get(name, 0)
 
     def _next_problems(self) -> tuple[list[Problem], list[int]]:
         indices = range(self.state.next_problem, self.state.next_problem + self.config.prompts_per_step)

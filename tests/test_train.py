@@ -366,7 +366,7 @@ def test_trains_a_checkpoint_of_transformers_on_a_jsonl_file(checkpoint: Path, g
     assert sum(row["optimizer_steps"] for row in steps) > 0
     assert sum(row["reward"] for row in steps) > 0
     assert max(row["kl_ref_k3"] for row in steps if row["optimizer_steps"]) > 0  # the paper's KL weight is the default
-    assert steps[-1].get("grade_timeouts", 0) == steps[-1].get("grade_failures", 0) == 0
+    assert steps[-1].get("reward_timeouts", 0) == steps[-1].get("reward_failures", 0) == 0
     path = _last(folder)
     theirs, ours = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), load_model(path)
     before = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).state_dict()
