@@ -1,4 +1,4 @@
-"""Train a random checkpoint of Qwen3-0.6B's shape for a few steps and compare its memory with the plan; append to a CSV.
+"""Train a random checkpoint of Qwen3-0.6B's shape for a few steps, compare its memory with the plan, append to a CSV.
 
 OMP_NUM_THREADS=2 .venv/bin/python bench/train_large.py                         # every weight: 24 GiB of memory
 OMP_NUM_THREADS=2 .venv/bin/python bench/train_large.py --rank 16               # adapters
@@ -28,12 +28,14 @@ from transformers import PreTrainedTokenizerFast
 
 RESULTS = Path(__file__).parent / "results" / "train_large.csv"
 TRUE = 0.15  # the plan may be off by this share
-STEPS, PROMPTS, BRANCHES, NEW = 3, 2, 4, 16
+STEPS, PROMPTS, BRANCHES, NEW = 3, 4, 8, 16
+ENDS = 16  # every 16th token ends an answer
+LENGTH = 10  # tokens of an answer, then, on average
 QWEN3_0_6B = QWEN3_1_7B | {"hidden_size": 1024, "intermediate_size": 3072}
 
 
-def write_tokenizer(folder: Path, size: int) -> int:
-    """A token a byte, and made-up words up to `size`, the end token included; returns its number."""
+def write_tokenizer(folder: Path, size: int) -> None:
+    """A token a byte, and made-up words up to `size`, the end token included."""
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols += [f"w{i}" for i in range(len(symbols), size - 1)]
     vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
@@ -43,23 +45,24 @@ def write_tokenizer(folder: Path, size: int) -> int:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>").save_pretrained(
         folder
     )
-    return len(vocabulary)
 
 
 def write_inputs(folder: Path, layers: int, vocabulary: int) -> None:
     """A checkpoint in `folder`/model, sums in data.jsonl, and a reward in rewards.py."""
     model = folder / "model"
     model.mkdir()
-    end = write_tokenizer(model, vocabulary)
-    shape = {"num_hidden_layers": layers, "vocab_size": vocabulary, "eos_token_id": end}
+    write_tokenizer(model, vocabulary)
+    ends = list(range(ENDS - 1, vocabulary, ENDS))  # random weights would hardly ever write a lone one
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}), encoding="utf-8")
+    shape = {"num_hidden_layers": layers, "vocab_size": vocabulary}
     write_checkpoint(model, QWEN3_0_6B | shape)
     rows = [{"prompt": f"{a} + {b} = ", "answer": str(a + b)} for a in range(2, 9) for b in range(2, 9)]
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (folder / "rewards.py").write_text(
         '"""What random text gets about half of the time, so that there is something to learn from."""\n\n\n'
-        "def even(completion: str, answer: str, data: dict) -> float:\n"
-        '    """1 if the last character\'s code is even."""\n'
-        "    return float(completion != '' and ord(completion[-1]) % 2 == 0)\n",
+        "def even(prompt: object, completion: str, answer: str, data: dict) -> float:\n"
+        '    """1 if the length is even."""\n'
+        "    return float(len(completion) % 2 == 0)\n",
         encoding="utf-8",
     )
 
@@ -81,10 +84,10 @@ def train(folder: Path, steps: int, rank: int, more: list[str]) -> tuple[list[di
         "--sampling.max-tokens": NEW,
         "--sampling.temperature": 1.0,
         "--sampling.top-p": 1.0,
-        "--sampled-tokens": (steps - 1) * PROMPTS * BRANCHES * NEW + 1,
+        "--sampled-tokens": int((steps - 0.5) * PROMPTS * BRANCHES * LENGTH),
         "--micro-batch-tokens": 256,
         "--engine.kv-tokens": 4096,
-        "--engine.max-branches": 16,
+        "--engine.max-branches": 32,
         "--engine.prefill-tokens": 256,
         "--eval.prompts": 1,
         "--eval.samples": 1,
