@@ -210,6 +210,6 @@ def plan_memory(
     release = config.engine.release == "always"
     if config.engine.release == "auto":
         largest = max(updates.values())
-        release = not on_cpu or (largest <= room < largest + pool)
+        release = not on_cpu or (max(largest, *phases.values()) <= room < largest + pool)
     phases |= {name: need + (0 if release else pool) for name, need in updates.items()}
     return MemoryPlan(parts, phases, room, tokens, release, device.type)
