@@ -6,7 +6,9 @@ hidden, I inner size, L layers, Hq/Hkv heads of size D, r rank of the adapters. 
     weights        e P                    what the engine samples with, too: it borrows them
     masters        4 Pt                   only below fp32, whose updates 8 bits of mantissa would round away
     optimizer      8 Pt                   two running means in fp32; 8bit: 2 Pt and two scales every 256 numbers
-    gradients      e Pt, in a step 4 Pt   of the masters; a 16-bit gradient is freed as soon as it is widened
+    gradients      e Pt, in a step 4 Pt   of the masters; a 16-bit gradient is freed as soon as it is widened,
+                                          but the C library's malloc keeps it (what is below its mmap threshold,
+                                          32 MiB at last): on a CPU (4 + e) Pt in a step
     KV pool        2 L Hkv D e tokens     0 during the update where it is released
     reference      e P                    a frozen copy; 0 with adapters (switched off) or without need of one
     activations    N (L a + e H + 4 D + 12), and with adapters 7 L e r N for all seven projections, where
@@ -204,6 +206,7 @@ def plan_memory(
     backward = size * count.trained + parts["activations"]
     backward += max(parts["log-prob workspace"], _layer_workspace(shape, config, tokens))
     step = parts["gradients"] + (20 * count.largest if eight and on_cpu else 0)
+    step += size * count.trained if on_cpu and size < 4 else 0
     phases = {"sampling": kept + pool + _sampling_workspace(shape, config)}
     updates = {"backward pass": kept + backward, "optimizer step": kept + step}
     room = free if free is not None else free_memory(device) + (host_memory() if on_cpu else 0)

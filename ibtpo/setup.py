@@ -15,6 +15,7 @@ from ibtpo.tasks import DataTask, DigitChain, Problem, Task, format_prompt
 from ibtpo.tasks.digit_chain import right_solution
 from ibtpo_engine import Engine, Sampling
 
+_PIECE = 1 << 22  # numbers of a parameter looked at together
 _ALWAYS = 10_000  # prompts that are tokenized to be checked, whatever their length
 
 
@@ -75,7 +76,8 @@ def choose_device(name: str) -> torch.device:
 def find_nonfinite(model: nn.Module) -> str | None:
     """Name the first parameter that holds NaN or Inf, and how many; None if there is none."""
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter.sum(dtype=torch.float64))):  # one pass without a mask as large
+        pieces = parameter.flatten().split(_PIECE)  # on a CPU torch widens what it sums, as a whole
+        if not all(bool(torch.isfinite(piece.sum(dtype=torch.float64))) for piece in pieces):
             count = int((~torch.isfinite(parameter)).sum())
             if count:
                 return f"{count} of {parameter.numel()} numbers of {name} are NaN or Inf"
