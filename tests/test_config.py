@@ -167,10 +167,17 @@ def test_data_in_the_file_means_the_jsonl_task_too(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_differ_from_the_default_in_method_alone(name: str) -> None:
     config = base_config(task="jsonl", preset=name, file=None, run=None)
-    kinds = {"ib-tpo": ("ibtree", "ib-tpo"), "grpo": ("independent", "grpo")}
-    assert (config.search.method, config.advantage.kind) == kinds[name]
-    method = {"search": {"method": "ibtree"}, "advantage": {"kind": "ib-tpo"}}
-    assert merge(config, method, source="") == TrainConfig()
+    default = TrainConfig()
+    assert PRESETS[name].keys() == {"search", "advantage"}
+    changed = {
+        group: {field: getattr(getattr(default, group), field) for field in PRESETS[name][group]}
+        for group in PRESETS[name]
+    }
+    assert merge(config, changed, source="") == default
+    assert (config.search.method, config.advantage.kind) == (
+        PRESETS[name]["search"]["method"],
+        PRESETS[name]["advantage"]["kind"],
+    )
 
 
 @pytest.mark.parametrize(
