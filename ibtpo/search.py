@@ -10,11 +10,15 @@ A search yields the pending nodes it wants extended and receives them finished a
     tree-grpo     M trees, each branched at random nodes of its own (tree_grpo.py)
     vineppo       chains, and rollouts from every step that only tell its value (vineppo.py)
 
-What they leave behind: ``tree.notes["ib"]`` the `IBEstimates`, ``tree.notes["iid_leaves"]`` the leaves whose mean
-reward is an unbiased accuracy, ``tree.notes["branched"]`` a list of (round, node, score when picked: IB-Score,
-surprisal, or NaN where none was looked at), and ``node.notes["round"]`` the round a step was sampled in. `tree-grpo` and `eptree`
-number the trees of a group in ``leaf.notes["group"]``; `vineppo` leaves ``node.notes["value"]`` and counts the tokens
-it threw away in ``tree.notes["auxiliary_tokens"]``.
+What they leave behind::
+
+    tree.notes["ib"]                 the `IBEstimates`
+    tree.notes["iid_leaves"]         the leaves whose mean reward is an unbiased accuracy
+    tree.notes["branched"]           (round, node, score when picked: IB-Score, surprisal, or NaN where none counted)
+    node.notes["round"]              the round a step was sampled in
+    leaf.notes["group"]              eptree, tree-grpo: which of the group's trees a trajectory belongs to
+    node.notes["value"]              vineppo: mean reward of the step's rollouts
+    tree.notes["auxiliary_tokens"]   vineppo: tokens of those rollouts, which are no longer in the tree
 """
 
 from __future__ import annotations
