@@ -17,7 +17,7 @@ from ibtpo.advantage import NodeAdvantage, advantage, over_batch
 from ibtpo.advantages.tree_grpo import tree_grpo
 from ibtpo.advantages.treepo import whiten
 from ibtpo.cli import main
-from ibtpo.config import AdvantageConfig, IBConfig, LossConfig, SearchConfig, TrainConfig
+from ibtpo.config import AdvantageConfig, IBConfig, LossConfig, SamplingConfig, SearchConfig, TrainConfig
 from ibtpo.metrics import tree_metrics
 from ibtpo.pack import pack
 from ibtpo.search import make_search
@@ -155,6 +155,11 @@ def test_treepo_falls_back_to_random_earlier_boundaries() -> None:
         assert first is second  # two children at a boundary
         starts |= {first.end, third.end}
     assert starts == {1, 3}
+
+
+def test_segments_as_long_as_a_trajectory_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"search\.segment_tokens: 512 must be below sampling\.max_tokens=512"):
+        TrainConfig(search=SearchConfig(method="treepo"), sampling=SamplingConfig(max_tokens=512))
 
 
 def test_treepo_without_boundaries_is_chains() -> None:

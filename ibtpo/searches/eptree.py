@@ -90,9 +90,9 @@ def most_surprising(top: Node, count: int, deepest: int) -> dict[Node, list[tupl
         (offset > 0, surprisal in nats) of the picks in each node, the last first.
     """
     tokens = [
-        (-float(node.logprob[at]), node, at)
+        (-logprob, node, at)
         for node in top.walk()
-        for at in range(1, min(len(node), deepest - node.start))
+        for at, logprob in enumerate(node.logprob[1 : max(deepest - node.start, 1)].tolist(), start=1)
     ]
     picked: dict[Node, list[tuple[int, float]]] = {}
     for surprisal, node, at in sorted(tokens, key=lambda token: -token[0])[:count]:
