@@ -358,7 +358,7 @@ class TrainConfig:
             raise ValueError("advantage.kind: vineppo needs the rollouts of search.method=vineppo; set that too")
         if self.search.method == "treepo" and self.search.segment_tokens >= self.sampling.max_tokens:
             limit = f"sampling.max_tokens={self.sampling.max_tokens}"
-            raise ValueError(f"search.segment_tokens: {self.search.segment_tokens} must be below {limit}: no boundaries")
+            raise ValueError(f"search.segment_tokens: {self.search.segment_tokens} must be below {limit}")
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         check_choice("parity", self.parity, ("fast", "bitwise"))
         check_range("sampled_tokens", self.sampled_tokens, low=1)
