@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from engine_helpers import assert_idle, prompt_of, tiny_model
 from trees import TablePolicy, chain, estimate, fill
 
 from ibtpo.advantage import NodeAdvantage, advantage, over_batch
@@ -22,6 +23,7 @@ from ibtpo.metrics import tree_metrics
 from ibtpo.pack import pack
 from ibtpo.search import make_search
 from ibtpo.searches.eptree import most_surprising
+from ibtpo_engine import Engine, Sampling
 from ibtpo_engine.tree import Node, Tree
 
 POLICY = TablePolicy(depth=4)
@@ -350,6 +352,26 @@ TINY = [
     "--prompts-per-step", "4", "--mini-batches", "1", "--sampling.max-tokens", "24", "--eval.prompts", "1",
     "--eval.samples", "1", "--optim.lr", "1e-3", "--optim.warmup-steps", "1", "--search.segment-tokens", "4",
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["eptree", "treepo", "tree-grpo", "vineppo"])
+def test_an_engine_grows_the_trees_and_keeps_nothing(method: str) -> None:
+    """On a pool too small for all branches at once; VinePPO's rollouts are dropped while other trees grow."""
+    config = SearchConfig(method=method, rounds=3, segment_tokens=4, value_rollouts=2)  # type: ignore[arg-type]
+    search = make_search(config, IBConfig(), one_token_steps, 16)
+    engine = Engine(tiny_model(), kv_tokens=1024)
+    prompts = [prompt_of(6, seed=i) for i in range(3)]
+
+    def reward(tree: Tree, leaf: Node) -> float:
+        return float(leaf.tokens[-1] % 2)
+
+    before = engine.stats()["computed"]
+    trees = [tree for _, tree in engine.run(search, prompts, Sampling(max_tokens=16), reward=reward)]
+    assert len(trees) == 3
+    assert all(len(tree.leaves()) == config.trajectories for tree in trees)
+    sampled = sum(tree.num_sampled + tree.notes.get("auxiliary_tokens", 0) for tree in trees)
+    assert engine.stats()["computed"] - before >= sampled - sum(len(tree.leaves()) for tree in trees)
+    assert_idle(engine)
 
 
 @pytest.fixture(scope="module")

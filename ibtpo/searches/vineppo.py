@@ -19,12 +19,12 @@ def vineppo(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, 
     tree.notes["auxiliary_tokens"] = 0
     chains = yield from branch([tree.root], config.group_size, 0, estimates, splitter)
     tree.notes["iid_leaves"] = chains
-    for leaf in chains:  # a chain at a time: the rollouts of all would need all their keys and values at once
+    for leaf in chains:
         assert leaf.reward is not None
         leaf.notes["value"] = leaf.reward
-        states = [node for node in leaf.path()[:-1] if "value" not in node.notes]
-        if not states:
-            continue
+    steps = [leaf.path()[:-1] for leaf in chains]
+    for depth in range(max(map(len, steps))):  # one depth at a time: the rollouts of all would fill the engine's pool
+        states = list(dict.fromkeys(path[depth] for path in steps if depth < len(path)))
         rollouts = yield [branch for node in states for branch in node.fork(config.value_rollouts)]
         for i, node in enumerate(states):
             node.notes["value"] = _spend(tree, rollouts[i * config.value_rollouts : (i + 1) * config.value_rollouts])
