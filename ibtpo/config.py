@@ -36,18 +36,26 @@ class IBConfig:
 class SearchConfig:
     """How a group of trajectories is sampled for a prompt (paper, section 3)."""
 
-    method: Literal["ibtree", "independent", "random-tree"] = "ibtree"
-    """ibtree: branch where the IB-Score is highest; random-tree: anywhere; independent: `group_size` chains."""
+    method: Literal["ibtree", "independent", "random-tree", "eptree", "treepo", "tree-grpo", "vineppo"] = "ibtree"
+    """ibtree: branch where the IB-Score is highest; random-tree: anywhere; independent: chains; the rest: rivals."""
     group_size: int = 8
-    """G, trajectories a prompt for `independent`; the trees derive theirs: B0 + (L-1)*K*B."""
+    """G, trajectories a prompt for `independent`, `treepo` and `vineppo`; the other trees derive theirs."""
     initial_branches: int = 4
-    """B0, independent trajectories a tree begins with."""
+    """B0, independent trajectories a tree begins with: B0 + (L-1)*K*B in all; M trees of `eptree` and `tree-grpo`."""
     rounds: int = 9
     """L, rounds of growth, the initial one included."""
     nodes_per_round: int = 1
-    """K, nodes branched in a round."""
+    """K, nodes branched in a round; `eptree` and `tree-grpo` branch so many in each of their trees."""
     branches_per_node: int = 1
     """B, new trajectories from each of them."""
+    segment_tokens: int = 512
+    """Length of a segment, the step of `treepo`."""
+    deepest_share: float = 0.875
+    """Share of `sampling.max_tokens` from which on `eptree` begins no branches."""
+    value_rollouts: int = 9
+    """K, rollouts of `vineppo` that tell the value of a step; they are sampled, not trained on."""
+    lookahead: int = 1
+    """Rounds of a tree under way at once; 1, the paper's: a round knows the outcome of all before it."""
     branch_at_root: bool = True
     """May the prompt itself be branched again?"""
     separator: str = "\n\n"
@@ -58,9 +66,12 @@ class SearchConfig:
     """Share of the step boundaries moved to a random token between their neighbours (the paper's robustness test)."""
 
     def __post_init__(self) -> None:
-        for name in ("group_size", "initial_branches", "rounds", "nodes_per_round", "branches_per_node"):
+        for name in ("group_size", "initial_branches", "rounds", "nodes_per_round", "branches_per_node", "lookahead"):
             check_range(f"search.{name}", getattr(self, name), low=1)
         check_range("search.boundary_noise", self.boundary_noise, low=0.0, high=1.0)
+        for name in ("segment_tokens", "value_rollouts"):
+            check_range(f"search.{name}", getattr(self, name), low=1)
+        check_range("search.deepest_share", self.deepest_share, low=0.0, high=1.0, low_open=True)
         if self.step_tokens is not None:
             check_range("search.step_tokens", self.step_tokens, low=1)
         elif not self.separator:
@@ -69,17 +80,20 @@ class SearchConfig:
     @property
     def trajectories(self) -> int:
         """G, trajectories a prompt."""
-        if self.method == "independent":
+        if self.method in ("independent", "treepo", "vineppo"):
             return self.group_size
-        return self.initial_branches + (self.rounds - 1) * self.nodes_per_round * self.branches_per_node
+        later = (self.rounds - 1) * self.nodes_per_round * self.branches_per_node
+        if self.method in ("eptree", "tree-grpo"):
+            return self.initial_branches * (1 + later)
+        return self.initial_branches + later
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdvantageConfig:
     """Step-level advantages (paper, section 4)."""
 
-    kind: Literal["ib-tpo", "grpo"] = "ib-tpo"
-    """ib-tpo: A_GL + lambda*A_IB on every node; grpo: (R - mean)/std on every trajectory."""
+    kind: Literal["ib-tpo", "grpo", "treerl", "treepo", "tree-grpo", "vineppo"] = "ib-tpo"
+    """ib-tpo: A_GL + lambda*A_IB on every node; grpo: (R - mean)/std on every trajectory; the rest: rivals."""
     ib_weight: float = 0.1
     """lambda, weight of the local term A_IB; the paper saw 0.5 collapse."""
     pi_ref: Literal["sampling", "reference"] = "sampling"
@@ -404,6 +418,11 @@ class TrainConfig:
     safeguards: SafeguardConfig = field(default_factory=SafeguardConfig)
 
     def __post_init__(self) -> None:
+        if self.advantage.kind == "vineppo" and self.search.method != "vineppo":
+            raise ValueError("advantage.kind: vineppo needs the rollouts of search.method=vineppo; set that too")
+        if self.search.method == "treepo" and self.search.segment_tokens >= self.sampling.max_tokens:
+            limit = f"sampling.max_tokens={self.sampling.max_tokens}"
+            raise ValueError(f"search.segment_tokens: {self.search.segment_tokens} must be below {limit}")
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         check_choice("parity", self.parity, ("fast", "bitwise"))
         check_choice("layout", self.layout, ("auto", "plain", "gsm8k", "math", "dapo", "aime"))

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ibtpo.advantage import NodeAdvantage, advantage
+from ibtpo.advantage import NodeAdvantage, advantage, over_batch
 from ibtpo.config import TrainConfig
 from ibtpo.loss import policy_metrics, policy_objective, summarize
 from ibtpo.optim import MasterAdamW, NonFinite, NonFiniteGradient
@@ -93,7 +93,7 @@ class Updater:
         Raises:
             NonFinite: too many optimizer steps in a row had to be skipped.
         """
-        advantages = [self._advantage(tree) for tree in trees]
+        advantages = over_batch([self._advantage(tree) for tree in trees], self.config.advantage)
         kept = [one for one in advantages if not one.skipped]
         counts = {
             "groups_skipped": float(len(trees) - len(kept)),
