@@ -1,4 +1,4 @@
-"""The command line: ``ibtpo train | eval | sample``; every configuration field is a flag."""
+"""The command line: ``ibtpo train | eval | sample | presets``; every configuration field is a flag."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import tyro
@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.tree import Tree as Outline
 
 from ibtpo.config import TrainConfig
-from ibtpo.config_io import base_config
+from ibtpo.config_io import PRESET_NOTES, PRESETS, base_config
 from ibtpo.evaluate import evaluate
 from ibtpo.grading import GraderError
 from ibtpo.grow import Grower, Interrupted
@@ -37,17 +37,24 @@ from ibtpo.tasks.digit_chain import parse_prompt
 from ibtpo.train import train
 from ibtpo_engine import EngineError, Tree
 
-USAGE = """usage: ibtpo {train,eval,sample} [--help] [flags]
+USAGE = """usage: ibtpo {train,eval,sample,presets} [--help] [flags]
 
   train    grow trees, score them, train on them; `ibtpo train` alone runs the built-in task
   eval     held-out accuracy of a checkpoint or run: avg@k, pass@k, greedy
   sample   grow one tree and print it
+  presets  the methods --preset knows: what each is, where it comes from, what it sets
 
 `ibtpo COMMAND --help` lists every flag with its default. Settings may also come from a YAML file (--config FILE),
 with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
 """
 
 Flat = tyro.conf.arg(name="")  # the fields of the run are flags without a prefix
+Preset = Annotated[
+    str,
+    tyro.conf.arg(
+        help=f"Method: {', '.join(PRESETS)}; `ibtpo presets` explains them. Fields in --config or flags win over it."
+    ),
+]
 Arguments = TypeVar("Arguments")
 
 
@@ -59,8 +66,7 @@ class TrainArguments:
     Face folder and a JSONL file of prompts and answers the same loop runs on them.
     """
 
-    preset: str = "ib-tpo"
-    """Method: ib-tpo or grpo; fields set in --config or by flags win over it."""
+    preset: Preset = "ib-tpo"
     config: Path | None = None
     """YAML file with any of the fields below."""
     run: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
@@ -81,8 +87,7 @@ class EvalArguments:
 class SampleArguments:
     """Grow one tree and print it: steps with value, IB-Score, confidence, and the round they were sampled in."""
 
-    preset: str = "ib-tpo"
-    """Method: ib-tpo or grpo."""
+    preset: Preset = "ib-tpo"
     config: Path | None = None
     """YAML file with any of the fields below."""
     prompt: str | None = None
@@ -97,7 +102,8 @@ class SampleArguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 the input cannot be used, 130 stopped by Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands: dict[str, Callable[[list[str], Console], int]] = {"train": _train, "eval": _eval, "sample": _sample}
+    commands: dict[str, Callable[[list[str], Console], int]]
+    commands = {"train": _train, "eval": _eval, "sample": _sample, "presets": _presets}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -179,6 +185,32 @@ def _sample(arguments: list[str], console: Console) -> int:
         f"{tree.num_sampled} tokens sampled for {sum(leaf.end - tree.prompt_len for leaf in leaves)} in trajectories"
     )
     return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetsArguments:
+    """List the methods that --preset knows: what each is, where it comes from, what it sets."""
+
+
+def _presets(arguments: list[str], console: Console) -> int:
+    _parse(PresetsArguments, PresetsArguments(), "ibtpo presets", arguments)
+    table = Table("preset", "what it is", "sets", show_lines=True)
+    for name, changes in PRESETS.items():
+        explanation, source = PRESET_NOTES[name]
+        table.add_row(name, f"{explanation} [dim]({source})[/]", "\n".join(_settings(changes)))
+    for column in (table.columns[0], table.columns[2]):
+        column.no_wrap = True
+    console.print(table)
+    return 0
+
+
+def _settings(changes: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The fields of a nested mapping as flags and values."""
+    for name, value in changes.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name} {value}"
 
 
 def _result_tables(folder: Path) -> list[Table]:

@@ -14,11 +14,31 @@ import yaml
 
 from ibtpo.config import TrainConfig
 
+_GRPO = {"search": {"method": "independent"}, "advantage": {"kind": "grpo"}}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "ib-tpo": {"search": {"method": "ibtree"}, "advantage": {"kind": "ib-tpo"}},
-    "grpo": {"search": {"method": "independent"}, "advantage": {"kind": "grpo"}},
+    "grpo": _GRPO,
+    "grpo-clip-higher": _GRPO | {"loss": {"clip_high": 0.28}},
+    "grpo-entropy": _GRPO | {"loss": {"entropy_coef": 1e-3}},
+    "ibro": _GRPO | {"loss": {"entropy_advantage_coef": 1e-3}},
+    "dapo": {
+        "search": {"method": "independent", "redraws": 9},
+        "advantage": {"kind": "grpo"},
+        "loss": {"clip_low": 0.2, "clip_high": 0.28, "aggregation": "token", "kl_coef": 0.0},
+    },
 }
 """What each method changes in the configuration."""
+
+PRESET_NOTES: dict[str, tuple[str, str]] = {
+    "ib-tpo": ("trees branched where the IB-Score is highest, step-level advantages", "arXiv 2605.28109"),
+    "grpo": ("independent trajectories, rewards against the group's mean over its deviation", "arXiv 2402.03300"),
+    "grpo-clip-higher": ("grpo with more room for unlikely tokens to grow", "arXiv 2503.14476, section 3.1"),
+    "grpo-entropy": ("grpo with a bonus for the policy's entropy", "common practice"),
+    "ibro": ("grpo with more entropy where the advantage is positive, less where not", "arXiv 2507.18391; weight ours"),
+    "dapo": ("clip-higher, token mean, no KL, groups of equal rewards drawn again", "arXiv 2503.14476"),
+}
+"""(one line of explanation, source) of every preset."""
 
 Config = TypeVar("Config")
 

@@ -33,6 +33,11 @@ def train(config: TrainConfig, console: Console) -> Path:
     """
     if config.sampling.temperature == 0:
         raise ValueError("sampling.temperature: 0 is greedy, all trajectories would be alike; set it above 0 to train")
+    if config.search.redraws > 0 and config.advantage.uniform_groups != "skip":
+        raise ValueError(
+            f"search.redraws: {config.search.redraws} draws again for groups of equal rewards, on which "
+            f"advantage.uniform_groups={config.advantage.uniform_groups} trains; set it to skip, or redraws to 0"
+        )
     out = config.resume or config.out or default_folder(config)
     source: Path | str = config.model
     if config.resume is not None and (last := latest_checkpoint(config.resume)) is not None:

@@ -21,6 +21,7 @@ from ibtpo.config import TrainConfig
 from ibtpo.evaluate import evaluate
 from ibtpo.grow import Grower, Interrupted
 from ibtpo.metrics import tree_metrics
+from ibtpo.mixed import grow_mixed
 from ibtpo.optim import MasterAdamW
 from ibtpo.policy import Policy, load_policy
 from ibtpo.progress import Tracker, track
@@ -178,8 +179,7 @@ class Trainer:
     def _step(self, tracker: Tracker) -> None:
         begin = time.perf_counter()
         before = self.engine.stats()
-        problems, keys = self._next_problems()
-        trees, reward_seconds = self.grower.grow(problems, keys, self.search, self.sampling)
+        trees, problems, reward_seconds = self._grow()
         sampled = time.perf_counter()
         assert self._updater is not None
         spent = min(self.state.sampled_tokens / self.config.sampled_tokens, 1.0)
@@ -219,9 +219,17 @@ class Trainer:
         if self.config.eval.every and state.step % self.config.eval.every == 0:
             self._evaluate(f"Evaluating at step {state.step}")
 
-    def _next_problems(self) -> tuple[list[Problem], list[int]]:
-        indices = range(self.state.next_problem, self.state.next_problem + self.config.prompts_per_step)
-        return [self.task.train_problem(index) for index in indices], list(indices)
+    def _grow(self) -> tuple[list[Tree], list[Problem], float]:
+        """Trees on the next problems, all that were drawn; seconds spent in grading."""
+        return grow_mixed(
+            self.grower,
+            self.task.train_problem,
+            self.search,
+            self.sampling,
+            first=self.state.next_problem,
+            count=self.config.prompts_per_step,
+            redraws=self.config.search.redraws,
+        )
 
     def _keep_tree(self, tree: Tree, problem: Problem) -> None:
         """Keep the first tree of a step for the report."""

@@ -424,7 +424,10 @@ def test_chat_messages_need_a_chat_template(tmp_path: Path, data: Path, refused:
         (["--dtype", "float16"], "float16"),
         (["--task", "digit-chian"], 'did you mean "digit-chain"?'),
         (["--task", "reasoning-gym:no-such-thing"], "reasoning-gym"),
-        (["--preset", "gpro"], "preset: 'gpro' is not one of ib-tpo, grpo. Did you mean grpo?"),
+        (
+            ["--preset", "gpro"],
+            "preset: 'gpro' is not one of ib-tpo, grpo, grpo-clip-higher, grpo-entropy, ibro, dapo. Did you",
+        ),
         (["--device", "abacus"], "device: 'abacus' is not a device"),
         (["--device", "meta"], "device: 'meta' is not supported; use auto, cpu, cuda or cuda:N"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
