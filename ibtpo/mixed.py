@@ -1,8 +1,8 @@
 """Dynamic sampling (DAPO, arXiv 2503.14476): further prompts take the place of groups that teach nothing.
 
 A group whose rewards are all equal has no group-relative advantage and the update skips it. So that a step still has
-the number of groups it was configured with, as many prompts as were lost are drawn again, a bounded number of times. All
-trees drawn are returned: their tokens were sampled, their rewards count in the means, and the data have moved on.
+the number of groups it was configured with, as many prompts as were lost are drawn again, a bounded number of times.
+All trees drawn are returned: their tokens were sampled, their rewards count in the means, the data have moved on.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ def test_help_lists_every_field_with_a_sentence(
 def test_usage_names_the_commands(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == code
     out = capsys.readouterr().out
-    assert all(f"\n  {command} " in out for command in ("train", "eval", "sample"))
+    assert all(f"\n  {command} " in out for command in ("train", "eval", "sample", "presets"))
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
