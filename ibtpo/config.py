@@ -27,6 +27,8 @@ class IBConfig:
     """phat of a node: share of the reward over the leaves below, mean of its children's values, or `shrinkage`."""
     shrinkage: float = 1.0
     """k of `shrunk`: phat = (reward below + k*phat(parent))/(leaves below + k), a prior worth k leaves; ours."""
+    score_beta: Literal["fixed", "balanced"] = "fixed"
+    """beta in the ranking: `beta`, or the one at which gain and confidence spread equally over a tree's nodes; ours."""
     score_bonus: float = 0.0
     """c: searches rank nodes by IB-Score + c times its estimated standard error; 0: by the score alone (paper)."""
     duplicates: Literal["separate", "merge"] = "separate"

@@ -13,7 +13,8 @@ A new trajectory changes values and scores only along its own path, so adding on
 values depend on all above them: then every value is computed again, O(nodes).
 
 Beyond the paper, as settings: ``value="shrunk"`` draws a node's value towards its parent's, as if k more leaves had
-that value; ``score_bonus`` ranks nodes by J + c * (standard error of J).
+that value; ``score_beta="balanced"`` ranks nodes by J at a beta of the tree's own; ``score_bonus`` ranks them by
+J + c * (standard error of J).
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ def step_probability(logprob: npt.NDArray[np.floating[Any]], kind: str) -> float
     if kind == "min":
         return math.exp(min(values))
     raise ValueError(f"step_probability: {kind!r} is not one of geometric, product, mean, min")
+
+
+_NO_SPREAD = 1e-9  # standard deviations below this are rounding
 
 
 class _Cell:
@@ -164,11 +168,15 @@ class IBEstimates:
 
     def _rate(self, cell: _Cell) -> None:
         if cell.draws:
-            cell.score = (1.0 + self.config.beta) / len(cell.draws) * sum(self._gains(cell))
+            cell.score = self._score(cell, self.config.beta)
 
-    def _gains(self, cell: _Cell) -> list[float]:
-        """eta1 * eta2 of each child drawn: J is their mean times 1 + beta."""
-        return [self._eta1(child) * child.probability for child in cell.draws]
+    def _score(self, cell: _Cell, beta: float) -> float:
+        return (1.0 + beta) / len(cell.draws) * sum(self._products(cell, beta))
+
+    def _products(self, cell: _Cell, beta: float) -> list[float]:
+        """eta1 * eta2 of each child drawn, at this beta: J is their mean times 1 + beta."""
+        shift = 1.0 / self.config.beta - 1.0 / beta
+        return [(self._eta1(child) + shift) * child.probability for child in cell.draws]
 
     def _eta1(self, cell: _Cell) -> float:
         assert cell.parent is not None
@@ -202,12 +210,32 @@ class IBEstimates:
         return sum((a - mean1) * (b - mean2) for a, b in zip(first, second, strict=True)) / len(draws)
 
     def branching(self) -> Iterator[tuple[Node, float]]:
-        """(node, IB-Score + bonus) of every node with children, oldest first; of merged nodes only the first."""
-        c = self.config.score_bonus
-        if c == 0.0:
+        """(node, what searches rank it by) of every node with children, oldest first; of merged nodes only the first.
+
+        The rank is the IB-Score, at `ranking_beta`, plus `score_bonus` times its standard error.
+        """
+        c, beta = self.config.score_bonus, self.ranking_beta()
+        if c == 0.0 and beta == self.config.beta:
             return ((cell.node, cell.score) for cell in self._branching)
-        pooled = self._pooled_variance()
-        return ((cell.node, cell.score + c * self._standard_error(cell, pooled)) for cell in self._branching)
+        pooled = self._pooled_variance(beta)
+        return (
+            (cell.node, self._score(cell, beta) + c * self._standard_error(cell, beta, pooled))
+            for cell in self._branching
+        )
+
+    def ranking_beta(self) -> float:
+        """beta of the ranking: `config.beta`, or if balanced, the one that gives both parts of J the same say.
+
+        J = (1 + beta) * (g - h/beta) with g = mean of (ratio - 1)*pi and h = mean of pi over the children. Balanced is
+        beta = std(h)/std(g) over the nodes with children; `config.beta` while either is the same at all of them.
+        """
+        beta = self.config.beta
+        if self.config.score_beta == "fixed" or not self._branching:
+            return beta
+        h = [sum(child.probability for child in cell.draws) / len(cell.draws) for cell in self._branching]
+        g = [cell.score / (1.0 + beta) + of_cell / beta for cell, of_cell in zip(self._branching, h, strict=True)]
+        spread_g, spread_h = (math.sqrt(_squares(part) / len(part)) for part in (g, h))
+        return spread_h / spread_g if min(spread_g, spread_h) > _NO_SPREAD else beta
 
     def standard_error(self, node: Node) -> float:
         """Estimated standard error of `score` as a mean over n children drawn: (1 + beta) * sqrt(variance/n).
@@ -215,16 +243,17 @@ class IBEstimates:
         The variance of eta1*eta2 in one draw is the node's own, ((sum of squared deviations) + pooled)/n, where the
         tree's pooled within-node variance counts as one more degree of freedom: a node with one child has that alone.
         """
-        return self._standard_error(self._parent(node), self._pooled_variance())
+        beta = self.config.beta
+        return self._standard_error(self._parent(node), beta, self._pooled_variance(beta))
 
-    def _standard_error(self, cell: _Cell, pooled: float) -> float:
+    def _standard_error(self, cell: _Cell, beta: float, pooled: float) -> float:
         n = len(cell.draws)
-        return (1.0 + self.config.beta) * math.sqrt((_squares(self._gains(cell)) + pooled) / n / n)
+        return (1.0 + beta) * math.sqrt((_squares(self._products(cell, beta)) + pooled) / n / n)
 
-    def _pooled_variance(self) -> float:
+    def _pooled_variance(self, beta: float) -> float:
         """Squared deviations within nodes over their degrees of freedom; 0 if no node has two children."""
         freedom = sum(len(cell.draws) - 1 for cell in self._branching)
-        return sum(_squares(self._gains(cell)) for cell in self._branching) / freedom if freedom else 0.0
+        return sum(_squares(self._products(cell, beta)) for cell in self._branching) / freedom if freedom else 0.0
 
     def _step(self, node: Node) -> _Cell:
         cell = self._cells[node]

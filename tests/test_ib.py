@@ -117,6 +117,31 @@ def test_a_node_with_one_child_has_the_pooled_error_and_a_chain_has_none():
     assert dict(lonely.branching())[alone.root] == lonely.score(alone.root)
 
 
+def test_hand_computed_balanced_beta():
+    """The tree of the test above. Gain g: prompt (.5 - .25 - .25)/3, a (.5 - .25)/2, d 0; confidence 1/3, 3/8, 1/4."""
+    tree, trajectories = small_tree()
+    trajectories.append(chain(tree.root, [([9], math.log(0.25)), ([10], math.log(0.25))], 0.0))
+    a, d = trajectories[0][0], trajectories[-1][0]
+    ib = estimate(tree, trajectories, IBConfig(score_beta="balanced"))
+    beta = math.sqrt((1 / 72**2 + 1 / 18**2 + 5**2 / 72**2) / (2 / 24**2 + 1 / 12**2))  # std(confidence)/std(g), 0.88
+    assert ib.ranking_beta() == pytest.approx(beta, rel=1e-6)
+    expected = {tree.root: 0 - 1 / 3 / beta, a: 1 / 8 - 3 / 8 / beta, d: 0 - 1 / 4 / beta}
+    assert dict(ib.branching()) == pytest.approx({node: (1 + beta) * j for node, j in expected.items()}, rel=1e-5)
+    assert ib.score(a) == pytest.approx(6 * (1 / 8 - 3 / 8 / 5))  # what is logged keeps the configured beta
+
+
+def test_a_tree_without_evidence_is_ranked_at_the_configured_beta():
+    tree, trajectories = small_tree()  # the mean confidence is 3/8 at both nodes
+    assert estimate(tree, trajectories, IBConfig(score_beta="balanced")).ranking_beta() == 5.0
+    for reward in (0.0, 1.0):
+        tree = Tree([1])
+        steps = chain(tree.root, [([2], math.log(0.25)), ([3], math.log(0.8))], reward)
+        ib = estimate(tree, [steps], IBConfig(score_beta="balanced"))
+        assert ib.ranking_beta() == 5.0
+        assert dict(ib.branching()) == {tree.root: ib.score(tree.root), steps[0]: ib.score(steps[0])}
+    assert IBEstimates(Tree([1]), IBConfig(score_beta="balanced")).ranking_beta() == 5.0
+
+
 @pytest.mark.parametrize(("rule", "ratio"), [("one", 1.0), ("zero", 0.0), ("smooth", (1 / 3) / (1 / 4))])
 def test_a_parent_of_value_zero(rule, ratio):
     """smooth is Laplace's (sum + 1)/(n + 2) on both values: child (0 + 1)/(1 + 2), parent (0 + 1)/(2 + 2)."""

@@ -304,8 +304,9 @@ def test_the_limits_of_what_goes_beyond_the_paper_are_the_paper(
     assert _same(_train(tmp_path, "ib-tpo", {"advantage": {"ib_weight": 0.5}, "ib": changes}), default_run)
 
 
-def test_a_score_bonus_moves_the_branches(default_run: Run, tmp_path: Path):
-    run = _train(tmp_path, "ib-tpo", {"advantage": {"ib_weight": 0.5}, "ib": {"score_bonus": 2.0}})
+@pytest.mark.parametrize("changes", [{"score_bonus": 2.0}, {"score_beta": "balanced"}])
+def test_another_ranking_moves_the_branches(changes: dict[str, Any], default_run: Run, tmp_path: Path):
+    run = _train(tmp_path, "ib-tpo", {"advantage": {"ib_weight": 0.5}, "ib": changes})
     _check(run)
     assert not _same(run, default_run)
 
