@@ -1,4 +1,4 @@
-"""The command line: ``ibtpo train | eval | sample | presets``; every configuration field is a flag."""
+"""The command line: ``ibtpo train | eval | sample | presets | study | view``; every configuration field is a flag."""
 
 from __future__ import annotations
 
@@ -24,25 +24,30 @@ from ibtpo.config_io import PRESET_NOTES, PRESETS, base_config
 from ibtpo.evaluate import evaluate
 from ibtpo.grading import GraderError
 from ibtpo.grow import Grower, Interrupted
-from ibtpo.optim import NonFiniteGradient
+from ibtpo.optim import NonFinite
 from ibtpo.policy import Policy, load_policy
 from ibtpo.progress import track
 from ibtpo.report import NOT_ACCURACY, summarize_run
-from ibtpo.runlog import CONFIG, latest_checkpoint
+from ibtpo.rewards import RewardSpec, parse_rewards
+from ibtpo.runlog import CONFIG, REPORT, latest_checkpoint
 from ibtpo.search import make_search
 from ibtpo.setup import check_prompts, choose_device, make_engine, make_sampling
-from ibtpo.steps import StepSplitter
-from ibtpo.tasks import AnswerGrades, DigitChain, Grades, Problem, Task, make_task
+from ibtpo.steps import step_splitter
+from ibtpo.studies.command import study
+from ibtpo.tasks import DigitChain, Grades, Problem, RewardGrades, Task, make_task
 from ibtpo.tasks.digit_chain import parse_prompt
 from ibtpo.train import train
+from ibtpo.viewer.cli import view
 from ibtpo_engine import EngineError, Tree
 
-USAGE = """usage: ibtpo {train,eval,sample,presets} [--help] [flags]
+USAGE = """usage: ibtpo {train,eval,sample,presets,study,view} [--help] [flags]
 
   train    grow trees, score them, train on them; `ibtpo train` alone runs the built-in task
   eval     held-out accuracy of a checkpoint or run: avg@k, pass@k, greedy
   sample   grow one tree and print it
   presets  the methods --preset knows: what each is, where it comes from, what it sets
+  study    methods x seeds at an equal budget: the paper's tables, with intervals, curves and a page
+  view     look at a run in the browser, or at two: curves, prompts, trees
 
 `ibtpo COMMAND --help` lists every flag with its default. Settings may also come from a YAML file (--config FILE),
 with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
@@ -69,6 +74,8 @@ class TrainArguments:
     preset: Preset = "ib-tpo"
     config: Path | None = None
     """YAML file with any of the fields below."""
+    quiet: bool = False
+    """Show no progress, only the result."""
     run: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
 
 
@@ -103,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 the input cannot be used, 130 stopped by Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str], Console], int]]
-    commands = {"train": _train, "eval": _eval, "sample": _sample, "presets": _presets}
+    commands = {"train": _train, "eval": _eval, "sample": _sample, "presets": _presets, "study": study, "view": view}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -120,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # somebody piped us into `head`
         return 0
-    except (ValueError, EngineError, GraderError, NonFiniteGradient, OSError) as error:
+    except (ValueError, EngineError, GraderError, NonFinite, OSError) as error:
         print(f"ibtpo: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -128,14 +135,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: list[str], console: Console) -> int:
     base = TrainArguments(run=_base(arguments, run=_early(arguments).resume))
     parsed = _parse(TrainArguments, replace(base, preset=_early(arguments).preset), "ibtpo train", arguments)
-    out = train(_with_data(parsed.run), console)
+    out = train(_with_data(parsed.run), Console(quiet=True) if parsed.quiet else console)
     for table in _result_tables(out):
         console.print(table)
     console.print(NOT_ACCURACY, style="dim")
     last = latest_checkpoint(out)
     if last is not None:
         console.print(f"checkpoint: {last.path}", highlight=False, soft_wrap=True)
-    console.print(f"report: {out / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"report: {out / REPORT}", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -147,7 +154,8 @@ def _eval(arguments: list[str], console: Console) -> int:
         raise ValueError(f"json: {parsed.json.parent} is no folder; make it, or name another file")
     config, policy, task = _open(parsed.run)
     with closing(task):
-        check_prompts(task, policy, config)
+        for note in check_prompts(task, policy, config):
+            console.print(note, style="dim", highlight=False)
         problems = task.eval_problems(config.eval.prompts)
         grower = Grower(make_engine(config, policy), task, policy.tokenizer, config.jsonl)
         with track(console, "Evaluating", 2 * len(problems)) as tracker:
@@ -175,7 +183,7 @@ def _sample(arguments: list[str], console: Console) -> int:
         problem, grades = _problem(parsed, task)
         with closing(grades):
             grower = Grower(make_engine(config, policy), grades, policy.tokenizer, config.jsonl)
-            splitter = StepSplitter(policy.tokenizer, config.search.separator, step_tokens=config.search.step_tokens)
+            splitter = step_splitter(policy.tokenizer, config.search)
             search = make_search(config.search, config.ib, splitter, config.sampling.max_tokens)
             [tree], _ = grower.grow([problem], [parsed.index], search, make_sampling(config, policy))
     console.print(_outline(tree, policy, problem))
@@ -280,10 +288,15 @@ def _problem(arguments: SampleArguments, task: Task) -> tuple[Problem, Grades]:
         return task.train_problem(arguments.index), task
     prompt = arguments.prompt.replace("\\n", "\n")
     if arguments.answer is not None:
-        return Problem(prompt, arguments.answer), AnswerGrades(arguments.run.jsonl)
+        return Problem(prompt, arguments.answer), _grades_of(arguments.run)
     if task.name == DigitChain.name:
         return parse_prompt(prompt if prompt.endswith("\n") else prompt + "\n"), task
     raise ValueError("prompt: give the right --answer too; without rewards there is nothing to score")
+
+
+def _grades_of(config: TrainConfig) -> RewardGrades:
+    """Who grades a prompt that is no task's."""
+    return RewardGrades(parse_rewards(config.reward) or (RewardSpec(config.jsonl.grade),), config.jsonl)
 
 
 def _outline(tree: Tree, policy: Policy, problem: Problem) -> Outline:

@@ -64,11 +64,14 @@ class SearchConfig:
     """Text that ends a step; the token that completes it belongs to the step it ends."""
     step_tokens: int | None = None
     """If set, steps are runs of this many tokens and `separator` is ignored."""
+    boundary_noise: float = 0.0
+    """Share of the step boundaries moved to a random token between their neighbours (the paper's robustness test)."""
 
     def __post_init__(self) -> None:
         for name in ("group_size", "initial_branches", "rounds", "nodes_per_round", "branches_per_node"):
             check_range(f"search.{name}", getattr(self, name), low=1)
         check_range("search.redraws", self.redraws, low=0)
+        check_range("search.boundary_noise", self.boundary_noise, low=0.0, high=1.0)
         if self.step_tokens is not None:
             check_range("search.step_tokens", self.step_tokens, low=1)
         elif not self.separator:
@@ -242,29 +245,60 @@ class DigitChainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class JsonlConfig:
-    """A JSONL file of prompts and answers, graded by math-verify."""
+    """A data file of prompts and answers (docs/data.md), and how completions are graded."""
 
-    prompt_field: str = "prompt"
-    """Field with the prompt: a string, or a list of chat messages."""
-    answer_field: str = "answer"
-    """Field with the reference answer."""
+    prompt_field: str | None = None
+    """Field with the prompt, a string or a list of chat messages; dots step into objects. By default the layout's."""
+    answer_field: str | None = None
+    """Field with the reference answer. By default the layout's."""
+    data_fields: tuple[str, ...] = ()
+    """Further fields that a reward of your own gets, in `data`."""
+    template: str | None = None
+    """What the policy is shown, with {prompt} where the prompt goes. By default the layout's."""
     system_prompt: str | None = None
     """Put before every prompt as the chat's system message."""
+    few_shot: Path | None = None
+    """Data file of the same layout whose rows are all shown as worked examples before every prompt."""
     chat_template: bool = True
     """Format prompts with the tokenizer's chat template where it has one."""
+    max_prompt_tokens: int | None = None
+    """Rows whose formatted prompt has more tokens are left out."""
+    pass_rate_field: str | None = None
+    """Field with how often a model solves the prompt, from 0 to 1, by which rows are left out."""
+    min_pass_rate: float = 0.0
+    """Rows with a lower pass rate are left out."""
+    max_pass_rate: float = 1.0
+    """Rows with a higher pass rate are left out."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """Rows with the same prompt and answer as an earlier one."""
     eval_fraction: float = 0.1
-    """Share of the rows held out for evaluation (at least one row)."""
+    """Share of the prompts held out for evaluation (at least one); 1 holds out all, for `ibtpo eval`."""
+    eval_count: int | None = None
+    """Number of prompts held out, instead of a share."""
+    eval_data: Path | None = None
+    """Data file to evaluate on, instead of holding out rows; its prompts are left out of training."""
     grade: Literal["math", "exact"] = "math"
-    """math: math-verify decides equality; exact: the stripped last line equals the answer."""
+    """Without --reward. math: math-verify decides equality; exact: the stripped last line equals the answer."""
     grade_workers: int = 1
     """Worker processes that grade."""
     grade_timeout: float = 5.0
-    """Seconds after which a grading counts as wrong (and is counted as timed out)."""
+    """Seconds after which a reward counts as 0 (and is counted as timed out)."""
+    max_failed_share: float = 0.5
+    """Stop when more than this share of the last 100 gradings failed or timed out; 1 never stops."""
 
     def __post_init__(self) -> None:
-        check_range("jsonl.eval_fraction", self.eval_fraction, low=0.0, high=1.0, high_open=True)
+        if self.template is not None and "{prompt}" not in self.template:
+            raise ValueError(f"jsonl.template: {self.template!r} has no {{prompt}}; write it where the prompt goes")
+        if self.max_prompt_tokens is not None:
+            check_range("jsonl.max_prompt_tokens", self.max_prompt_tokens, low=1)
+        check_range("jsonl.min_pass_rate", self.min_pass_rate, low=0.0, high=1.0)
+        check_range("jsonl.max_pass_rate", self.max_pass_rate, low=self.min_pass_rate, high=1.0)
+        check_range("jsonl.eval_fraction", self.eval_fraction, low=0.0, high=1.0)
+        if self.eval_count is not None:
+            check_range("jsonl.eval_count", self.eval_count, low=1)
         check_range("jsonl.grade_workers", self.grade_workers, low=1)
         check_range("jsonl.grade_timeout", self.grade_timeout, low=0.0, low_open=True)
+        check_range("jsonl.max_failed_share", self.max_failed_share, low=0.0, high=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,11 +323,13 @@ class WarmStartConfig:
     """Supervised training of the built-in policy on the task's worked solutions, from random weights."""
 
     excess: float = 0.06
-    """Loss above the teacher's own entropy, in nats a token, at which the learning rate begins to fall."""
+    """Loss above the teacher's own entropy, in nats a token, at or below which the learning rate may begin to fall."""
+    pass_share: float = 0.4
+    """Sampled pass rate, as a share of the teacher's own, that it waits for too; 0 leaves it to the loss alone."""
     decay_updates: int = 100
     """Updates over which it falls, along a cosine, to a tenth; the warm start ends there."""
     max_updates: int = 1200
-    """Updates at most, the decay included, whatever the loss."""
+    """Updates at most, the decay included, whatever was measured."""
     batch_size: int = 64
     """Worked solutions an update."""
     lr: float = 3e-3
@@ -303,11 +339,26 @@ class WarmStartConfig:
 
     def __post_init__(self) -> None:
         check_range("warm_start.excess", self.excess, low=0.0, low_open=True)
+        check_range("warm_start.pass_share", self.pass_share, low=0.0)
         check_range("warm_start.decay_updates", self.decay_updates, low=1)
         check_range("warm_start.max_updates", self.max_updates, low=1)
         check_range("warm_start.batch_size", self.batch_size, low=1)
         check_range("warm_start.lr", self.lr, low=0.0, low_open=True)
         check_range("warm_start.warmup_steps", self.warmup_steps, low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SafeguardConfig:
+    """What a run keeps for the worst, and when it gives up."""
+
+    keep_checkpoints: int = 3
+    """Checkpoints kept, the newest ones."""
+    nonfinite_steps: int = 5
+    """Optimizer steps in a row that may be skipped for a NaN or Inf in loss or gradient; the next one ends the run."""
+
+    def __post_init__(self) -> None:
+        check_range("safeguards.keep_checkpoints", self.keep_checkpoints, low=1)
+        check_range("safeguards.nonfinite_steps", self.nonfinite_steps, low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +370,11 @@ class TrainConfig:
     task: str = "digit-chain"
     """digit-chain, jsonl (set by --data), or reasoning-gym:NAME."""
     data: Path | None = None
-    """JSONL file with one prompt and answer a line; sets the task to jsonl."""
+    """Prompts and answers: JSONL, Parquet, or a folder of datasets' save_to_disk; sets the task to jsonl."""
+    layout: Literal["auto", "plain", "gsm8k", "math", "dapo", "aime"] = "auto"
+    """How the data file is written: which fields, where the answer stands, the prompt's template; auto: as it looks."""
+    reward: tuple[str, ...] = ()
+    """NAME[:WEIGHT] ...: math, exact, format, regex=PATTERN, package.module:function; by default the task's own."""
     out: Path | None = None
     """Run folder to create; by default runs/<task>-<preset>-<date and time>."""
     resume: Path | None = None
@@ -342,8 +397,14 @@ class TrainConfig:
     """Most packed tokens in one forward and backward; larger trees are split at nodes, the gradient is the same."""
     checkpoint_every: int = 10
     """Training steps between checkpoints; the last one is always written."""
-    report_trees: int = 8
-    """Grown trees drawn in the report."""
+    trees_per_step: int = 4
+    """Grown trees kept of every training step, for `ibtpo view`."""
+    trees_megabytes: float = 256.0
+    """Most disk the kept trees may take; beyond it steps are dropped evenly over the run."""
+    report_trees: int = 48
+    """Of the kept trees, how many the report holds, spread over the run."""
+    log: str = ""
+    """Log to wandb, trackio or both (wandb,trackio) as well; TensorBoard events are always written."""
     ib: IBConfig = field(default_factory=IBConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
@@ -356,13 +417,18 @@ class TrainConfig:
     jsonl: JsonlConfig = field(default_factory=JsonlConfig)
     digits: DigitChainConfig = field(default_factory=DigitChainConfig)
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    safeguards: SafeguardConfig = field(default_factory=SafeguardConfig)
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         check_choice("parity", self.parity, ("fast", "bitwise"))
+        check_choice("layout", self.layout, ("auto", "plain", "gsm8k", "math", "dapo", "aime"))
         check_range("sampled_tokens", self.sampled_tokens, low=1)
         check_range("prompts_per_step", self.prompts_per_step, low=1)
         check_range("mini_batches", self.mini_batches, low=1, high=self.prompts_per_step)
         check_range("micro_batch_tokens", self.micro_batch_tokens, low=1)
         check_range("checkpoint_every", self.checkpoint_every, low=1)
+        check_range("trees_per_step", self.trees_per_step, low=0)
+        check_range("trees_megabytes", self.trees_megabytes, low=0.0, low_open=True)
         check_range("report_trees", self.report_trees, low=0)
+        check_choice("log", self.log, ("", "wandb", "trackio", "wandb,trackio", "trackio,wandb"))

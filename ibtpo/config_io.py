@@ -79,6 +79,11 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if value in get_args(wanted):
             return value
         raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(repr, get_args(wanted)))}")
+    if get_origin(wanted) is tuple:  # of strings; one may be written without a list around it
+        items = [value] if isinstance(value, str) else value
+        if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
+            return tuple(items)
+        raise ValueError(f"{where}: {value!r} is not a list of texts")
     try:
         if wanted is float and not isinstance(value, bool):
             return float(value)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ibtpo.grow import Grower, chains
-from ibtpo.metrics import evaluation_metrics
+from ibtpo.metrics import evaluation_metrics, is_truncated
 from ibtpo.tasks import Problem
 from ibtpo_engine import Node, Sampling, Tree
 
@@ -43,7 +43,7 @@ def evaluate(
     leaves = [(leaf, tree.prompt_len) for tree in sampled for leaf in tree.leaves()]
     return values | {
         "eval_response_length": sum(leaf.end - start for leaf, start in leaves) / len(leaves),
-        "eval_truncated_share": sum(leaf.finish == "length" for leaf, _ in leaves) / len(leaves),
+        "eval_truncated_share": sum(is_truncated(leaf) for leaf, _ in leaves) / len(leaves),
         "evaluation_seconds": time.perf_counter() - begin,
     }
 

@@ -1,87 +1,109 @@
-r"""Grading mathematics with math-verify, in worker processes.
+r"""Grading completions in worker processes.
 
-math-verify limits its own time with a signal, which works only in a process's main thread, and the algebra system
-below it can hang, crash or eat all memory on what a policy writes. So every grading happens in a worker process:
+A reward can hang, crash or eat all memory on what a policy writes: the algebra system below math-verify does, and so
+does code of the user's. Time limits by signal work only in a process's main thread. So every grading happens in a
+worker process:
 
     submit -> queue -> one thread a worker -> pipe -> worker process (grading_worker.py; no torch)
 
-A worker interrupts itself after `timeout` seconds; one that does not answer shortly after is killed and replaced.
-Time-outs and failures count as wrong (0.0) and are counted; the other gradings never notice. Workers are started as
-fresh interpreters, never forked: forking a process that runs torch's threads can deadlock.
+A worker interrupts itself after `timeout` seconds a reward; one that does not answer shortly after is killed and
+replaced. Time-outs and failures count as wrong (0.0), are counted and logged; the other gradings never notice. When too
+many of the last `WINDOW` gradings failed, the grader gives up: a run on rewards that mean nothing is worse than none.
+Workers are started as fresh interpreters, never forked: forking a process that runs torch's threads can deadlock.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
-import importlib.util
 import json
+import logging
 import os
+import pickle
 import queue
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, Self
 
 from ibtpo import grading_worker
-from ibtpo.grading_worker import MATH
+from ibtpo.rewards import Graded, RewardSpec
 
+WINDOW = 100  # gradings over which the share of failed ones is taken
 _GRACE = 1.0  # seconds after the time-out before a worker that did not interrupt itself is killed
-_START_TIMEOUT = 120.0  # seconds a worker may take to import math-verify
+_START_TIMEOUT = 120.0  # seconds a worker may take to import what its rewards need
 _START_ATTEMPTS = 3
+_LOG = logging.getLogger(__name__)
 
 
 class GraderError(RuntimeError):
-    """No worker process can be started."""
+    """No worker process can be started, or too many gradings fail."""
 
 
 class Grader:
     """Grades completions in worker processes.
 
     Args:
+        rewards: names and weights; a grading is their weighted mean.
         workers: processes.
-        timeout: seconds a grading may take.
-        function: ``"module:name"`` of a function (answer, completion) -> float, importable in a fresh interpreter;
-            by default math-verify's equality.
+        timeout: seconds each reward may take on a completion.
+        max_failed_share: give up when more than this share of the last `WINDOW` gradings failed or timed out.
 
     Attributes:
-        timeouts: gradings given up because they took too long.
-        failures: gradings given up because the grader raised or its process died.
-
-    Raises:
-        ValueError: math-verify is not installed.
+        timeouts: gradings in which a reward took too long.
+        failures: gradings in which a reward raised, returned no number in [0, 1], or its process died.
+        last_fault: what went wrong last, in words.
     """
 
-    def __init__(self, workers: int = 1, timeout: float = 5.0, function: str = MATH) -> None:
-        if function == MATH and importlib.util.find_spec("math_verify") is None:
-            raise ValueError(
-                'jsonl.grade: "math" needs the package math-verify; install it, or set jsonl.grade to "exact"'
-            )
+    def __init__(
+        self,
+        rewards: Sequence[RewardSpec] = (RewardSpec("math"),),
+        workers: int = 1,
+        timeout: float = 5.0,
+        max_failed_share: float = 1.0,
+    ) -> None:
         self.timeouts = 0
         self.failures = 0
-        self._timeout = timeout
-        self._function = function
+        self.last_fault = ""
+        self._max_failed_share = max_failed_share
+        self._recent: deque[bool] = deque(maxlen=WINDOW)
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._closed = False
-        self._workers = [_Worker(function, timeout) for _ in range(workers)]
+        self._workers = [_Worker(rewards, timeout) for _ in range(workers)]
         self._threads = [threading.Thread(target=self._serve, args=(worker,), daemon=True) for worker in self._workers]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, answer: str, completion: str) -> Future[float]:
-        """Grade a completion against the reference answer; the future's result lies in [0, 1].
+    def submit(self, graded: Graded) -> Future[float]:
+        """Grade a completion; the future's result lies in [0, 1], or it is a GraderError.
 
         Raises:
             RuntimeError: the grader is closed.
         """
-        with self._lock:
-            if self._closed:
-                raise RuntimeError("this grader is closed")
-            job = _Job(answer, completion)
-            self._jobs.put(job)
-        return job.future
+        future: Future[float] = self._enqueue("grade", graded).future
+        return future
+
+    def extract(self, graded: Graded) -> Future[str | None]:
+        """The answer the completion gives, as the first reward reads it; None where it gives none or cannot be read.
+
+        Raises:
+            RuntimeError: the grader is closed.
+        """
+        future: Future[str | None] = self._enqueue("extract", graded).future
+        return future
+
+    def ready(self) -> None:
+        """Wait until a worker has imported all it needs.
+
+        Raises:
+            GraderError: it cannot.
+        """
+        self._enqueue("ready", None).future.result()
 
     def close(self) -> None:
         """Cancel what is waiting and end every worker process; closing twice is fine."""
@@ -104,6 +126,14 @@ class Grader:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _enqueue(self, kind: str, graded: Graded | None) -> _Job:
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this grader is closed")
+            job = _Job(kind, graded)
+            self._jobs.put(job)
+        return job
+
     def _serve(self, worker: _Worker) -> None:
         with contextlib.suppress(GraderError, OSError):
             worker.start()  # imports take a second: begin before the first completion is there
@@ -111,31 +141,56 @@ class Grader:
             if not job.future.set_running_or_notify_cancel():
                 continue
             try:
-                job.future.set_result(self._grade(worker, job))
-            except Exception as error:  # only a worker that cannot be started: the caller must hear of it
+                job.future.set_result(self._do(worker, job))
+            except Exception as error:  # a worker that cannot be started, too many failures: the caller must hear of it
                 job.future.set_exception(error)
         worker.reap()
 
-    def _grade(self, worker: _Worker, job: _Job) -> float:
+    def _do(self, worker: _Worker, job: _Job) -> float | str | None:
         worker.start()
-        reply = worker.ask(job.answer, job.completion)
-        with self._lock:
-            self.timeouts += reply.get("error") == "timeout"
-            self.failures += reply.get("error") == "failure"
+        if job.graded is None:
+            return None
+        reply = worker.ask(job.kind, job.graded)
+        if job.kind == "extract":
+            return reply.get("answer")
+        self._count(reply["faults"])
         return float(reply["reward"])
+
+    def _count(self, faults: list[list[str]]) -> None:
+        """Note how a grading went.
+
+        Raises:
+            GraderError: too many of the last ones failed.
+        """
+        with self._lock:
+            if self._closed:  # whoever is cut off now has not failed
+                return
+            self.timeouts += any(kind == "timeout" for _, kind, _ in faults)
+            self.failures += any(kind == "failure" for _, kind, _ in faults)
+            self._recent.append(bool(faults))
+            for name, _, message in faults:
+                self.last_fault = f"{name}: {message}"
+            failed, count = sum(self._recent), self.timeouts + self.failures
+            if (faults and count in (1, 10, 100)) or count % 1000 == 999:
+                _LOG.warning("reward %s (%d gradings failed so far; each counts as 0)", self.last_fault, count)
+        if len(self._recent) == WINDOW and failed > self._max_failed_share * WINDOW:
+            raise GraderError(
+                f"{failed} of the last {WINDOW} gradings failed, the last with: reward {self.last_fault}; mend the "
+                f"reward, or raise jsonl.max_failed_share (now {self._max_failed_share:g}) or jsonl.grade_timeout"
+            )
 
 
 class _Job:
-    def __init__(self, answer: str, completion: str) -> None:
-        self.answer, self.completion = answer, completion
-        self.future: Future[float] = Future()
+    def __init__(self, kind: str, graded: Graded | None) -> None:
+        self.kind, self.graded = kind, graded
+        self.future: Future[Any] = Future()
 
 
 class _Worker:
     """The parent's side of a worker process: started when first needed, replaced when it died."""
 
-    def __init__(self, function: str, timeout: float) -> None:
-        self._function, self._timeout = function, timeout
+    def __init__(self, rewards: Sequence[RewardSpec], timeout: float) -> None:
+        self._rewards, self._timeout = list(rewards), timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._lock = threading.Lock()  # guards starting against closing
@@ -144,7 +199,7 @@ class _Worker:
         """Make sure a process is up and ready to grade.
 
         Raises:
-            GraderError: none can be started.
+            GraderError: none can be started, or a reward cannot be loaded.
         """
         for _ in range(_START_ATTEMPTS):
             if self._closed or (self._process is not None and self._process.poll() is None):
@@ -153,24 +208,29 @@ class _Worker:
             with self._lock:
                 if not self._closed:
                     self._process = self._spawn()
-            if self._exchange(b"", _START_TIMEOUT) is not None:
+            greeting = self._exchange(b"", _START_TIMEOUT)
+            if greeting is not None and "error" in greeting:
+                self.reap()
+                raise GraderError(f"reward: {greeting['error']}; check the name, and that its packages are installed")
+            if greeting is not None:
                 return
             self.reap()
         if not self._closed:
             raise GraderError(
                 f"no grading process could be started in {_START_ATTEMPTS} attempts; try: "
-                f'{sys.executable} -c "import math_verify", and check that memory and processes are left'
+                f'{sys.executable} -c "import ibtpo.rewards", and check that memory and processes are left'
             )
 
-    def ask(self, answer: str, completion: str) -> dict[str, Any]:
-        """One grading: {"reward": float} and, where it was given up, {"error": "timeout" | "failure"}."""
-        begin = time.monotonic()
-        reply = self._exchange(json.dumps([answer, completion]).encode() + b"\n", self._timeout + _GRACE)
+    def ask(self, kind: str, graded: Graded) -> dict[str, Any]:
+        """One request (see grading_worker.py); a process that died or had to be killed is the first reward's fault."""
+        begin, timeout = time.monotonic(), self._timeout * len(self._rewards) + _GRACE
+        reply = self._exchange(base64.b64encode(pickle.dumps((kind, *graded))) + b"\n", timeout)
         if reply is not None:
             return reply
-        self.reap()
-        late = time.monotonic() - begin >= self._timeout + _GRACE
-        return {"reward": 0.0, "error": "timeout" if late else "failure"}
+        late = time.monotonic() - begin >= timeout
+        code = self.reap()
+        fault = ["timeout", "did not even stop when told to"] if late else ["failure", f"its process died ({code})"]
+        return {"reward": 0.0, "faults": [[self._rewards[0].name, *fault]]}
 
     def close(self) -> None:
         """End the process; whoever waits for it wakes up. No other will be started."""
@@ -181,11 +241,11 @@ class _Worker:
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            [sys.executable, "-P", grading_worker.__file__, self._function, str(self._timeout)],
+            [sys.executable, "-P", grading_worker.__file__, json.dumps(self._rewards), str(self._timeout)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), os.getcwd()])},
             start_new_session=True,  # Ctrl-C is for the trainer, which then closes us
         )
 
@@ -207,14 +267,17 @@ class _Worker:
         finally:
             deadline.cancel()
 
-    def reap(self) -> None:
-        """End the process, if there is one, and take back what it held."""
+    def reap(self) -> str:
+        """End the process, if there is one, and take back what it held; says how it ended."""
         if self._process is None:
-            return
+            return "not running"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(0.05)  # one that is dying may still say how
         self._process.kill()
-        self._process.wait()
+        code = self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):  # what it never read cannot be flushed
                     pipe.close()
         self._process = None
+        return f"signal {-code}" if code < 0 else f"exit code {code}"

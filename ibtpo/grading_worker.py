@@ -1,52 +1,40 @@
 """What runs inside a grading process (see grading.py); started as a script, imports no torch.
 
-A request is a line of JSON, [answer, completion]; a reply is {"reward": float} and, where the grading was given up,
-{"error": "timeout" | "failure"}. The first line written, {}, says that imports are done.
+A request is a line: a pickle of (kind, prompt, completion, answer, data) in base64; it comes from our own parent, so it
+may be trusted. A reply is a line of JSON: {"reward": float, "faults": [[reward's name, "timeout" | "failure", message],
+...]} to "grade", {"answer": str | None} to "extract". The first line written, {} or {"error": message}, says that
+imports are done, or why they cannot be.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import faulthandler
-import importlib
 import json
+import numbers
 import os
+import pickle
 import resource
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
-MATH = "math-verify"  # names the built-in grading function; anything else is "module:function"
+from ibtpo.rewards import Graded, Reward, RewardSpec, load_reward
+
 _SELF_DESTRUCT = 2.0  # seconds past the time-out after which a process stuck in C code, parent gone, ends itself
 _MEMORY = 4 << 30  # bytes of address space: a power tower ends in MemoryError, not in swap
+_ROUNDING = 1e-6  # a reward may lie this far outside [0, 1]
+_MESSAGE = 300  # characters of an error's last line that are passed on
+
+Result = TypeVar("Result")
 
 
 class _TimeUp(BaseException):
     """Not an Exception, so that no handler in the algebra system swallows it."""
-
-
-def math_equal(answer: str, completion: str) -> float:
-    """1.0 if the completion's final answer equals the reference, as math-verify sees it, else 0.0.
-
-    The reference may be bare (``\\frac{1}{2}``), in dollars, or boxed.
-    """
-    math_verify = importlib.import_module("math_verify")
-    marked = any(mark in answer for mark in ("$", r"\boxed", r"\(", r"\["))
-    gold = math_verify.parse(answer if marked else rf"\boxed{{{answer}}}", parsing_timeout=None)
-    found = math_verify.parse(completion, parsing_timeout=None)
-    return float(math_verify.verify(gold, found, timeout_seconds=None))
-
-
-def _load(function: str) -> Callable[[str, str], float]:
-    if function == MATH:
-        importlib.import_module("math_verify")
-        math_equal("1", r"\boxed{1}")  # builds the parser's tables before the clock runs
-        return math_equal
-    module, name = function.split(":")
-    loaded: Callable[[str, str], float] = getattr(importlib.import_module(module), name)
-    return loaded
 
 
 @contextlib.contextmanager
@@ -65,15 +53,55 @@ def _time_up(_signal: int, _frame: FrameType | None) -> None:
     raise _TimeUp
 
 
-def _reply(grade: Callable[[str, str], float], request: bytes, timeout: float) -> dict[str, Any]:
+def checked(value: Any) -> float:
+    """A reward as a float in [0, 1].
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is NaN or lies outside.
+    """
+    if not isinstance(value, numbers.Real) and not (hasattr(value, "__float__") and hasattr(value, "dtype")):
+        raise TypeError(f"a reward must be a number in [0, 1], not {type(value).__name__}")
+    number = float(value)
+    if not -_ROUNDING <= number <= 1 + _ROUNDING:
+        raise ValueError(f"a reward must lie in [0, 1], not {number}")
+    return min(max(number, 0.0), 1.0)
+
+
+def _attempt(call: Callable[[], Result], timeout: float) -> tuple[Result | None, list[str]]:
+    """The result, or None and what went wrong: a kind and a message."""
     try:
         with _limit(timeout):
-            reward = min(max(float(grade(*json.loads(request))), 0.0), 1.0)
-        return {"reward": reward} if reward == reward else {"reward": 0.0, "error": "failure"}
+            return call(), []
     except _TimeUp:
-        return {"reward": 0.0, "error": "timeout"}
-    except Exception:
-        return {"reward": 0.0, "error": "failure"}
+        return None, ["timeout", f"took longer than {timeout:g} s"]
+    except BaseException as error:  # a reward that calls sys.exit() is a failed reward, too
+        return None, ["failure", _last_line(error)]
+
+
+def _last_line(error: BaseException) -> str:
+    """The last line of the traceback, and where it was raised."""
+    text = " ".join(traceback.format_exception_only(error)[-1].split())[:_MESSAGE]
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{text} ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else text
+
+
+def _grade(rewards: list[tuple[RewardSpec, Reward]], graded: Graded, timeout: float) -> dict[str, Any]:
+    total, faults = 0.0, []
+    for spec, reward in rewards:
+        value, fault = _attempt(lambda reward=reward: checked(reward.grade(graded)), timeout)  # type: ignore[misc]
+        total += spec.weight * (value or 0.0)
+        if fault:
+            faults.append([spec.name, *fault])
+    return {"reward": min(total / sum(spec.weight for spec, _ in rewards), 1.0), "faults": faults}
+
+
+def _reply(rewards: list[tuple[RewardSpec, Reward]], request: bytes, timeout: float) -> dict[str, Any]:
+    kind, *fields = pickle.loads(base64.b64decode(request))
+    graded = Graded(*fields)
+    if kind == "grade":
+        return _grade(rewards, graded, timeout)
+    return {"answer": _attempt(lambda: rewards[0][1].extract(graded.completion), timeout)[0]}
 
 
 def _limit_memory() -> None:
@@ -82,16 +110,22 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-def main(function: str, timeout: float) -> None:
+def main(specs: list[RewardSpec], timeout: float) -> None:
     replies: IO[bytes] = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what graders print must not mix with the replies
     _limit_memory()
     signal.signal(signal.SIGALRM, _time_up)
-    grade = _load(function)
+    rewards = []
+    for spec in specs:
+        try:
+            rewards.append((spec, load_reward(spec.name)))
+        except BaseException as error:
+            replies.write(json.dumps({"error": f"{spec.name} cannot be loaded: {_last_line(error)}"}).encode() + b"\n")
+            return
     replies.write(b"{}\n")
     for request in sys.stdin.buffer:  # ends when the parent closes the pipe or is gone
-        replies.write(json.dumps(_reply(grade, request, timeout)).encode() + b"\n")
+        replies.write(json.dumps(_reply(rewards, request, timeout)).encode() + b"\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]))
+    main([RewardSpec(*spec) for spec in json.loads(sys.argv[1])], float(sys.argv[2]))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from ibtpo.config import JsonlConfig
+from ibtpo.metrics import is_truncated
 from ibtpo.tasks import Grades, Problem, format_prompt
 from ibtpo_engine import Node, Sampling, Search, Tree, TreeEngine
 
@@ -39,7 +40,7 @@ class Grading:
     def __call__(self, tree: Tree, leaf: Node) -> float | Future[float]:
         begin = time.perf_counter()
         completion = self.tokenizer.decode(leaf.prefix()[tree.prompt_len :], skip_special_tokens=True)
-        reward = self.task.grade(self.problems[tree.key], str(completion), leaf.finish == "length")
+        reward = self.task.grade(self.problems[tree.key], str(completion), is_truncated(leaf))
         self.seconds += time.perf_counter() - begin
         return reward
 

@@ -64,7 +64,7 @@ GROUPS: tuple[Group, ...] = (
             Metric("confidence", "probability", "eta2 = pi(s), mean over all steps."),
             Metric("sampler_entropy", "nats", "Next-token entropy at temperature 1, mean over sampled tokens."),
             Metric("response_length", "tokens", "Sampled tokens of a trajectory, mean."),
-            Metric("truncated_share", "share", "Trajectories cut off at the length limit."),
+            Metric("truncated_share", "share", "Trajectories not ended by a stop token: limit, budget or abort."),
             Metric("branch_depth", "steps", "Depth at which later rounds' branches begin, mean; 0 is the prompt."),
             *(_depth_metric(low, high) for low, high in _DEPTH_BINS),
         ),
@@ -80,8 +80,8 @@ GROUPS: tuple[Group, ...] = (
             Metric("tokens_trained", "tokens", "Tokens computed to train, prompts and repeated prefixes too."),
             Metric("sampling_efficiency", "ratio", "trajectory_tokens / tokens_computed."),
             Metric("training_efficiency", "ratio", "Tokens of the trained trajectories / tokens_trained."),
-            Metric("grade_timeouts", "count", "Gradings of the run given up for taking too long; they count as wrong."),
-            Metric("grade_failures", "count", "Gradings of the run in which the grader failed; they count as wrong."),
+            Metric("reward_timeouts", "count", "Gradings of the run in which a reward took too long; it counts as 0."),
+            Metric("reward_failures", "count", "Gradings of the run in which a reward failed; it counts as 0."),
         ),
     ),
     Group(
@@ -101,6 +101,7 @@ GROUPS: tuple[Group, ...] = (
             Metric("grad_norm", "", "L2 norm of the gradient before clipping, mean over optimizer steps."),
             Metric("lr", "", "Learning rate of the last optimizer step."),
             Metric("optimizer_steps", "count", "Optimizer steps taken."),
+            Metric("optimizer_steps_skipped", "count", "Optimizer steps left out: NaN or Inf in loss or gradient."),
             Metric("groups_skipped", "count", "Trees left out of the loss because their rewards are all equal."),
         ),
     ),
@@ -131,7 +132,7 @@ GROUPS: tuple[Group, ...] = (
             Metric("eval_prompts", "count", "Held-out prompts evaluated."),
             Metric("eval_samples", "count", "Samples a prompt: k."),
             Metric("eval_response_length", "tokens", "Length of the sampled completions, mean."),
-            Metric("eval_truncated_share", "share", "Sampled completions cut off at the length limit."),
+            Metric("eval_truncated_share", "share", "Sampled completions not ended by a stop token."),
         ),
     ),
     Group(
@@ -192,10 +193,15 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
         "eff_rate": _mean(float(len(set(group)) > 1) for group in groups),
         "sampler_entropy": _mean(h for tree in trees for node in _sampled(tree) for h in node.entropy.tolist()),
         "response_length": _mean(map(float, lengths)),
-        "truncated_share": _mean(float(leaf.finish == "length") for leaf, _ in leaves),
+        "truncated_share": _mean(float(is_truncated(leaf)) for leaf, _ in leaves),
     }
     values |= _estimate_metrics(trees) | _depth_metrics(trees)
     return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def is_truncated(leaf: Node) -> bool:
+    """Did something other than a stop token end the trajectory: the length limit, a budget, an abort?"""
+    return leaf.finish != "stop"
 
 
 def _rewards(leaves: Iterable[Node]) -> list[float]:

@@ -11,7 +11,11 @@ from ibtpo.config import OptimConfig
 from ibtpo_engine.shadow import copy_weights
 
 
-class NonFiniteGradient(ArithmeticError):
+class NonFinite(ArithmeticError):
+    """Loss, gradient or weights hold NaN or Inf; the message says which and what to do."""
+
+
+class NonFiniteGradient(NonFinite):
     """The gradient holds NaN or Inf; the weights were left as they were."""
 
 
@@ -68,14 +72,18 @@ class MasterAdamW:
             self._adamw.step()
             self.num_steps += 1
             self._write_back()
-        for parameter in [*self._parameters.values(), *self._masters.values()]:
-            parameter.grad = None
+        self.discard()
         if norm != norm or norm == float("inf"):
             raise NonFiniteGradient(
                 f"the gradient's norm is {norm} at optimizer step {self.num_steps + 1}; lower optim.lr or "
                 "loss.clip_high, and go on from the last checkpoint"
             )
         return norm
+
+    def discard(self) -> None:
+        """Clear the accumulated gradient without a step."""
+        for parameter in [*self._parameters.values(), *self._masters.values()]:
+            parameter.grad = None
 
     def _write_back(self) -> None:
         copy_weights(self._masters, self._parameters)

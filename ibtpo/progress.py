@@ -1,53 +1,107 @@
-"""Progress on long work: a bar on a terminal, a line now and then elsewhere."""
+"""Progress on long work: a bar with the latest figures on a terminal, a line now and then elsewhere."""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
+
+
+class _Bar(Progress):
+    """A progress bar with a line of figures below it."""
+
+    note = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar and, once there are any, the figures."""
+        yield self.make_tasks_table(self.tasks)
+        if self.note:
+            yield Text(f"  {self.note}", style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class Tracker:
     """One piece of work under way; `advance` moves it on."""
 
-    def __init__(self, console: Console, description: str, total: int, bar: Progress | None) -> None:
+    def __init__(self, console: Console, description: str, total: int, bar: _Bar | None) -> None:
         self._console = console
         self._description = description
         self.total = total  # may change on the way
-        self._done = 0
+        self._done = self._first = 0
         self._bar = bar
-        self._task = None if bar is None else bar.add_task(description, total=total, note="")
-        self._last_line = time.monotonic()
+        self._task = None if bar is None else bar.add_task(description, total=total)
+        self._begin = self._last_line = time.monotonic()
 
     def advance(self, amount: int, note: str = "") -> None:
-        """Move on by `amount`; `note` is shown beside it."""
+        """Move on by `amount`; `note` is shown with it. What was done before (a resumed run's) comes without a note."""
         self._done += amount
+        if not note and self._done == amount:
+            self._first = amount
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=min(self._done, self.total), total=self.total, note=note)
+            self._bar.note = note
+            self._bar.update(self._task, completed=min(self._done, self.total), total=self.total)
+            self._bar.refresh()
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES or self._done >= self.total:
             self._last_line = time.monotonic()
             share = min(self._done / self.total, 1.0)
-            self._console.print(f"{self._description}: {share:4.0%}  {note}", highlight=False)
+            parts = [note, self._time_left()]
+            line = "  ".join(part for part in parts if part)
+            self._console.print(f"{self._description}: {share:4.0%}  {line}", highlight=False, soft_wrap=True)
+
+    def _time_left(self) -> str:
+        done = self._done - self._first
+        if done <= 0 or self._done >= self.total:
+            return ""
+        return f"{duration((time.monotonic() - self._begin) * (self.total - self._done) / done)} left"
 
 
 @contextmanager
 def track(console: Console, description: str, total: int) -> Iterator[Tracker]:
     """Show the progress of work of size `total` while the block runs."""
-    if not console.is_terminal:
+    if not console.is_terminal or console.quiet:
         yield Tracker(console, description, total, None)
         return
     columns = (
-        TextColumn("{task.description:<22}"),
-        BarColumn(bar_width=28),
-        MofNCompleteColumn(),
+        TextColumn("{task.description:<20}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
+        TextColumn("[dim]left"),
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as bar:
+    with _Bar(*columns, console=console) as bar:
         yield Tracker(console, description, total, bar)
+
+
+def step_note(step: int, values: Mapping[str, float]) -> str:
+    """The figures of a training step in a line: reward (independent rollouts), Eff-Rate, speed, memory."""
+    parts = [f"step {step}"]
+    shown = (
+        ("avg_rate_iid", "reward (iid) {:.3f}"),
+        ("eff_rate", "eff-rate {:.2f}"),
+        ("tokens_per_second", "{:,.0f} tok/s"),
+    )
+    parts += [text.format(values[name]) for name, text in shown if name in values]
+    parts.append(f"{(values.get('peak_memory') or peak_host_memory()) / 2**30:.1f} GiB")
+    return "  ".join(parts)
+
+
+def peak_host_memory() -> int:
+    """The most memory this process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def duration(seconds: float) -> str:
+    """A time for reading: 42 s, 3:05, 2:10:00."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

@@ -4,10 +4,9 @@
 
     config.yaml       the configuration as resolved
     metrics.jsonl     a line of JSON a training step, names as in ibtpo/metrics.py
-    trees.jsonl       some of the grown trees, for the report
+    trees.jsonl       a line about each grown tree that is kept; trees/ holds them (ibtpo/treelog.py)
     events.out.*      the same metrics for TensorBoard
-    checkpoints/      step-000010/ ...    written under a hidden name, flushed to disk, then renamed
-    latest.json       which of them is the last
+    checkpoints/      step-000010/ ...    see ibtpo/checkpoints.py
     report.html       made from the above
 
 Whatever interrupts a run, a checkpoint that carries its final name is complete, and a log continues where its
@@ -17,51 +16,71 @@ checkpoint was taken.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Self
 
 import yaml
-from torch.utils.tensorboard import SummaryWriter
 
-from ibtpo.config import TrainConfig
+from ibtpo.checkpoints import (
+    CHECKPOINTS,
+    Checkpoint,
+    intact_checkpoint,
+    latest_checkpoint,
+    write_checkpoint,
+)
+from ibtpo.config import SafeguardConfig, TrainConfig
+from ibtpo.disk import RunFolderError, flush, no_space, sweep, unfinished, write_atomically
+from ibtpo.loggers import open_loggers, parse_names
 from ibtpo.metrics import check_names
-from ibtpo_engine.tree import Node, Tree
+from ibtpo.treelog import thin_trees, write_tree
 
-CONFIG, METRICS, TREES, LATEST = "config.yaml", "metrics.jsonl", "trees.jsonl", "latest.json"
-CHECKPOINTS = "checkpoints"
-KEPT = 2
+__all__ = [
+    "CONFIG",
+    "METRICS",
+    "REPORT",
+    "TREES",
+    "Checkpoint",
+    "RunFolder",
+    "RunFolderError",
+    "latest_checkpoint",
+    "no_space",
+    "read_rows",
+    "write_atomically",
+]
+
+CONFIG, METRICS, TREES = "config.yaml", "metrics.jsonl", "trees.jsonl"
+REPORT = "report.html"
 _LOCK = ".lock"
-_UNFINISHED = ".tmp"  # ending of what is being written; never read, removed when a run is opened
-_FULL = ("No space left on device", "Disk quota exceeded")  # how libraries that hide errno put it
-
-
-class RunFolderError(ValueError):
-    """The run folder cannot be used as asked; the message names it and the remedy."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk."""
-
-    step: int
-    path: Path
 
 
 class RunFolder:
-    """The folder of one run, locked while it is open. Use `create` or `open`, as a context manager."""
+    """The folder of one run, locked while it is open. Use `create` or `open`, as a context manager.
 
-    def __init__(self, path: Path, lock: IO[str], purge_step: int | None) -> None:
+    Attributes:
+        path: where it is.
+        last: the checkpoint it goes on from, or None.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        lock: IO[str],
+        last: Checkpoint | None,
+        purge_step: int | None,
+        config: TrainConfig | None = None,
+    ) -> None:
         self.path = path
+        self.last = last
         self._lock = lock
-        self._events = SummaryWriter(str(path), purge_step=purge_step)
+        names, settings = ([], {}) if config is None else (parse_names(config.log), _plain(asdict(config)))
+        self._loggers = open_loggers(path, names, settings, purge_step)
 
     @classmethod
     def create(cls, path: Path, config: TrainConfig) -> Self:
@@ -72,7 +91,7 @@ class RunFolder:
         """
         if path.exists() and not path.is_dir():
             raise RunFolderError(f"out: {path} is a file; choose another folder with --out")
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and not _is_free(path):
             resume = f", or continue the run with --resume {path}" if (path / CONFIG).exists() else ""
             raise RunFolderError(f"out: {path} already holds files; choose another folder with --out{resume}")
         try:
@@ -83,38 +102,62 @@ class RunFolder:
             raise RunFolderError(f"out: {path} cannot be created ({error.strerror}); choose another --out") from error
         try:
             with no_space(path, "nothing"):
-                (path / CHECKPOINTS).mkdir()
+                sweep(path)
+                (path / CHECKPOINTS).mkdir(exist_ok=True)
                 _write_config(path, config)
         except BaseException:
             shutil.rmtree(path, ignore_errors=True)
             lock.close()
             raise
-        return cls(path, lock, None)
+        return cls(path, lock, None, None, config)
 
     @classmethod
-    def open(cls, path: Path, config: TrainConfig | None = None, *, step: int | None = None) -> Self:
-        """Go on with a run: what was logged after `step` (default: that of its last checkpoint) is dropped.
+    def open(
+        cls,
+        path: Path,
+        config: TrainConfig | None = None,
+        *,
+        step: int | None = None,
+        say: Callable[[str], object] = print,
+    ) -> Self:
+        """Go on with a run: what was logged after `step` (default: that of its last intact checkpoint) is dropped.
+
+        Without a checkpoint everything logged is dropped: the run begins anew.
 
         Args:
-            config: what the run goes on with, if that differs from what is written there.
+            config: names the loggers; written by `configure`.
+            say: told of checkpoints that are damaged.
 
         Raises:
-            RunFolderError: this is no run folder, or another run uses it.
+            RunFolderError: this is no run folder, another run uses it, it cannot be written, or every checkpoint is
+                damaged.
         """
         if not (path / CONFIG).is_file():
             raise RunFolderError(f"resume: {path} is not a run folder (it has no {CONFIG}); check the path")
-        lock = _take_lock(path)
-        for leftover in [*path.glob(f".*{_UNFINISHED}"), *(path / CHECKPOINTS).glob(f".*{_UNFINISHED}")]:
-            _remove(leftover)
-        if step is None:
-            last = latest_checkpoint(path)
-            step = 0 if last is None else last.step
-        for name in (METRICS, TREES):
-            rows = [row for row in read_rows(path / name) if row["step"] <= step]
-            write_atomically(path / name, "".join(json.dumps(row) + "\n" for row in rows))
-        if config is not None:
-            _write_config(path, config)
-        return cls(path, lock, step + 1)
+        try:
+            lock = _take_lock(path)
+        except OSError as error:
+            raise RunFolderError(
+                f"resume: {path} cannot be written ({error.strerror}); make it writable, or copy it to where it is"
+            ) from error
+        try:
+            sweep(path)
+            sweep(path / CHECKPOINTS)
+            last = intact_checkpoint(path, say)
+            if step is None:
+                step = -1 if last is None else last.step
+            with no_space(path, "everything"):
+                for name in (METRICS, TREES):
+                    _cut(path / name, step)
+            return cls(path, lock, last, max(step, 0) + 1, config)
+        except BaseException:
+            lock.close()
+            raise
+
+    def configure(self, config: TrainConfig) -> None:
+        """Write down what the run goes on with."""
+        with no_space(self.path, "everything"):
+            _write_config(self.path, config)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append the metrics of a training step; several rows may share a step (an evaluation has its own).
@@ -128,18 +171,24 @@ class RunFolder:
         check_names(values)
         finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
         self._append(METRICS, {"step": step, **finite})
+        self._loggers.log(step, finite)
+
+    def add_tree(self, step: int, record: Mapping[str, Any], *, most_bytes: float = math.inf) -> None:
+        """Keep a grown tree (a `tree_record`); beyond `most_bytes` in all, whole steps go, evenly over the run.
+
+        Raises:
+            RunFolderError: the disk is full.
+        """
         with no_space(self.path, "everything logged before"):
-            for name, value in finite.items():
-                if value is not None:
-                    self._events.add_scalar(name, value, step)
-            self._events.flush()
+            self._append(TREES, write_tree(self.path, step, record))
+            if deleted := thin_trees(self.path, most_bytes):
+                rows = [row for row in read_rows(self.path / TREES) if row.get("file") not in deleted]
+                write_atomically(self.path / TREES, "".join(json.dumps(row) + "\n" for row in rows))
 
-    def add_tree(self, step: int, record: Mapping[str, Any]) -> None:
-        """Keep a grown tree (a `tree_record`) for the report."""
-        self._append(TREES, {"step": step, **record})
-
-    def checkpoint(self, step: int, write: Callable[[Path], object], *, keep: int = KEPT) -> Path:
-        """Save a checkpoint and forget all but the `keep` newest.
+    def checkpoint(
+        self, step: int, write: Callable[[Path], object], *, keep: int = SafeguardConfig.keep_checkpoints
+    ) -> Path:
+        """Save a checkpoint, after what was logged up to it, and forget all but the `keep` newest.
 
         Args:
             write: called with an empty folder to fill.
@@ -147,33 +196,18 @@ class RunFolder:
         Raises:
             RunFolderError: the disk is full; nothing half-written stays behind, older checkpoints do.
         """
-        folder = self.path / CHECKPOINTS
-        final = folder / f"step-{step:06d}"
-        temporary = folder / f".{final.name}{_UNFINISHED}"
-        last = latest_checkpoint(self.path)
-        kept = "no checkpoint was there before" if last is None else f"{last.path}"
-        with no_space(self.path, kept):
-            try:
-                _remove(temporary)
-                temporary.mkdir(parents=True)
-                write(temporary)
-                _flush_folder(temporary)
-                _remove(final)
-                temporary.rename(final)
-                _flush(folder)
-                write_atomically(self.path / LATEST, json.dumps({"step": step, "path": f"{CHECKPOINTS}/{final.name}"}))
-            except BaseException:
-                _remove(temporary)
-                raise
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            if old != final:
-                _remove(old)
-        return final
+        for name in (METRICS, TREES):
+            if (self.path / name).exists():
+                flush(self.path / name)
+        return write_checkpoint(self.path, step, write, keep=keep)
 
     def close(self) -> None:
-        """Flush the events and let others open the folder."""
-        self._events.close()
-        self._lock.close()
+        """Flush the logs and let others open the folder."""
+        try:
+            with contextlib.suppress(OSError):  # the disk is full: whoever filled it has been told
+                self._loggers.close()
+        finally:
+            self._lock.close()
 
     def __enter__(self) -> Self:
         return self
@@ -194,19 +228,6 @@ class RunFolder:
                 raise
 
 
-def latest_checkpoint(path: Path) -> Checkpoint | None:
-    """The last complete checkpoint of a run folder, or None.
-
-    The pointer is a convenience; where it is missing, torn or points nowhere, the folders' names decide.
-    """
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        pointer = json.loads((path / LATEST).read_text("utf-8"))
-        if (path / pointer["path"]).is_dir():
-            return Checkpoint(int(pointer["step"]), path / pointer["path"])
-    folders = sorted((path / CHECKPOINTS).glob("step-*"))
-    return Checkpoint(int(folders[-1].name.removeprefix("step-")), folders[-1]) if folders else None
-
-
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a log; a line that is not whole (the run was killed while writing it) is left out."""
     if not path.exists():
@@ -219,44 +240,34 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                     yield row
 
 
-def tree_record(
-    tree: Tree, decode: Callable[[list[int]], object], *, answer: str = "", title: str = ""
-) -> dict[str, Any]:
-    """A tree as plain data: what `RunFolder.add_tree` keeps and the report draws.
-
-    Nodes are depth first; each names its parent's index (None for the prompt, which comes first).
-    """
-    nodes = tree.nodes()
-    index = {node: i for i, node in enumerate(nodes)}
-    ib = tree.notes.get("ib")
-    records = [
-        {
-            "parent": None if node.parent is None else index[node.parent],
-            "text": str(decode(node.tokens.tolist())),
-            "tokens": len(node),
-            "round": node.notes.get("round"),
-            "reward": node.reward if node.is_leaf else None,
-            "finish": node.finish,
-            "entropy": float(node.entropy.mean()) if node.parent is not None else None,
-            **({} if ib is None else _estimates(ib, node)),
-        }
-        for node in nodes
-    ]
-    return {"title": title, "answer": answer, "nodes": records}
+def _is_free(path: Path) -> bool:
+    """May a new run begin here? A run killed before it wrote its configuration leaves no more than this."""
+    leftovers = {_LOCK, CHECKPOINTS, unfinished(path / CONFIG).name}
+    names = {entry.name for entry in path.iterdir()}
+    return names <= leftovers and not (CHECKPOINTS in names and any((path / CHECKPOINTS).iterdir()))
 
 
-def _estimates(ib: Any, node: Node) -> dict[str, float | None]:
-    step = node.parent is not None
-    values = {
-        "value": ib.value(node),
-        "eta1": ib.eta1(node) if step else None,
-        "eta2": ib.eta2(node) if step else None,
-        "score": ib.score(node) if node.children else None,
-    }
-    return {name: None if value is None or not math.isfinite(value) else value for name, value in values.items()}
+def _cut(path: Path, step: int) -> None:
+    """Rewrite a log without the rows that came after `step`, and without a torn one."""
+    if not path.exists():
+        return
+    temporary = unfinished(path)
+    with temporary.open("w", encoding="utf-8") as file:
+        for row in read_rows(path):
+            if row["step"] <= step:
+                file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _take_lock(path: Path) -> IO[str]:
+    """Lock a run folder; the lock ends with the process, however that ends.
+
+    Raises:
+        RunFolderError: another process holds it.
+        OSError: the folder cannot be written.
+    """
     lock = (path / _LOCK).open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -264,55 +275,6 @@ def _take_lock(path: Path) -> IO[str]:
         lock.close()
         raise RunFolderError(f"{path} is in use by another run; wait for it, or choose another --out") from None
     return lock
-
-
-@contextlib.contextmanager
-def no_space(path: Path, kept: str) -> Iterator[None]:
-    """Turn "disk full", from whatever library, into an error that says what to do."""
-    try:
-        yield
-    except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and not any(phrase in str(error) for phrase in _FULL):
-            raise
-        raise RunFolderError(
-            f"no space left on the disk of {path}; what was being written was removed, kept: {kept}; free some space, "
-            f"then continue with --resume {path}"
-        ) from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file under a temporary name, flush it to disk and rename it; no reader ever sees half of it."""
-    temporary = path.with_name(f".{path.name}{_UNFINISHED}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _flush_folder(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _flush(path)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _write_config(path: Path, config: TrainConfig) -> None:

@@ -7,12 +7,15 @@ import time
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ibtpo.config import TrainConfig
 from ibtpo.policy import Policy
-from ibtpo.tasks import DigitChain, JsonlTask, Task, format_prompt
+from ibtpo.tasks import DataTask, DigitChain, Problem, Task, format_prompt
 from ibtpo.tasks.digit_chain import right_solution
 from ibtpo_engine import Engine, Sampling
+
+_ALWAYS = 10_000  # prompts that are tokenized to be checked, whatever their length
 
 
 def make_sampling(config: TrainConfig, policy: Policy) -> Sampling:
@@ -68,27 +71,85 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+@torch.no_grad()
+def find_nonfinite(model: nn.Module) -> str | None:
+    """Name the first parameter that holds NaN or Inf, and how many; None if there is none."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter.sum(dtype=torch.float64))):  # one pass without a mask as large
+            count = int((~torch.isfinite(parameter)).sum())
+            if count:
+                return f"{count} of {parameter.numel()} numbers of {name} are NaN or Inf"
+    return None
+
+
+def check_weights(policy: Policy, source: str) -> None:
+    """Raise ValueError if the policy holds NaN or Inf: nothing could be learned from it."""
+    if fault := find_nonfinite(policy.model):
+        raise ValueError(f"model: {source} cannot be trained, {fault}; give a checkpoint from before that happened")
+
+
 def default_folder(config: TrainConfig) -> Path:
     """runs/<task>-<method>-<date and time>."""
     return Path("runs") / f"{config.task.replace(':', '-')}-{config.advantage.kind}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def check_prompts(task: Task, policy: Policy, config: TrainConfig) -> None:
-    """Raise ValueError, naming the line of a data file, if a prompt is not for this policy or leaves it no room."""
-    if isinstance(task, JsonlTask):
-        problems = [task.train_problem(index) for index in range(task.num_train)] + task.eval_problems(sys.maxsize)
-    elif isinstance(task, DigitChain):
-        problems = [task.longest_problem()]
-    else:
-        problems = task.eval_problems(config.eval.prompts)
+def check_prompts(task: Task, policy: Policy, config: TrainConfig) -> list[str]:
+    """Leave out prompts longer than ``jsonl.max_prompt_tokens``; see that the others suit the policy.
+
+    Returns:
+        what was read and left out, for the user, a sentence each.
+
+    Raises:
+        ValueError: a prompt is not for this policy or leaves it no room; the line of a data file is named.
+    """
+    check = _PromptCheck(policy, config)
+    if isinstance(task, DataTask):
+        limit = config.jsonl.max_prompt_tokens
+        unwanted = "an unsuitable prompt" if limit is None else f"more than {limit:,} prompt tokens"
+        task.keep(check, unwanted)
+        return task.notes
+    problems = [task.longest_problem()] if isinstance(task, DigitChain) else task.eval_problems(config.eval.prompts)
     for problem in problems:
-        fault = _fault(format_prompt(policy.tokenizer, problem, config.jsonl), policy, config.engine.kv_tokens)
-        if fault is not None:
-            from_file = isinstance(task, JsonlTask)
-            where = f"{config.data}, line {problem.data['line']}" if from_file else f"task {task.name}"
-            raise ValueError(f"{where}: {fault}")
+        check(problem)
     if isinstance(task, DigitChain):
         _check_room_for_answer(task, policy, config)
+    return []
+
+
+class _PromptCheck:
+    """Is a prompt short enough for ``jsonl.max_prompt_tokens``? Raises where it is, but does not suit the policy.
+
+    A token has at least one byte, so most prompts of a large file need not be tokenized to know that they are short;
+    the first `_ALWAYS` are.
+    """
+
+    def __init__(self, policy: Policy, config: TrainConfig) -> None:
+        self._policy, self._config = policy, config
+        wanted = config.jsonl.max_prompt_tokens or sys.maxsize
+        self._safe = min(wanted + 1, policy.model.config.max_positions, config.engine.kv_tokens)
+        self._limit = config.jsonl.max_prompt_tokens
+        self._around: int | None = None  # tokens a message costs besides its own text, examples included
+        self._num_checked = 0
+
+    def __call__(self, problem: Problem) -> bool:
+        self._num_checked += 1
+        if self._num_checked > _ALWAYS and self._bound(problem) < self._safe:
+            return True
+        tokens = format_prompt(self._policy.tokenizer, problem, self._config.jsonl)
+        if self._around is None:
+            self._around = len(tokens)
+        if self._limit is not None and len(tokens) > self._limit:
+            return False
+        fault = _fault(tokens, self._policy, self._config.engine.kv_tokens)
+        if fault is not None:
+            raise ValueError(f"{problem.data.get('where', 'the prompts')}: {fault}")
+        return True
+
+    def _bound(self, problem: Problem) -> int:
+        """At least as many tokens as the formatted prompt has."""
+        assert self._around is not None
+        texts = [problem.prompt] if isinstance(problem.prompt, str) else [m["content"] for m in problem.prompt]
+        return self._around * (len(texts) + 1) + sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
 
 
 def _check_room_for_answer(task: DigitChain, policy: Policy, config: TrainConfig) -> None:

@@ -16,11 +16,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from random import Random
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from ibtpo.config import SearchConfig
 from ibtpo_engine.tree import Node
 
 Ints = npt.NDArray[np.int32]
@@ -40,12 +42,16 @@ class StepSplitter:
         tokenizer: gives the text of a token; each id is decoded once, when it is first seen.
         separator: text that ends a step. Its characters must not be spread over tokens of single bytes (true of ASCII).
         step_tokens: if set, steps are runs of this many tokens and `separator` is ignored.
+        noise: share of the boundaries moved to a random token between their neighbours; the tokens decide how, so that
+            the same branch is always cut alike.
 
     Raises:
         ValueError: the separator is empty, or `step_tokens` < 1.
     """
 
-    def __init__(self, tokenizer: Decoder, separator: str = "\n\n", *, step_tokens: int | None = None) -> None:
+    def __init__(
+        self, tokenizer: Decoder, separator: str = "\n\n", *, step_tokens: int | None = None, noise: float = 0.0
+    ) -> None:
         if step_tokens is not None and step_tokens < 1:
             raise ValueError(f"step_tokens: {step_tokens} must be at least 1")
         if step_tokens is None and not separator:
@@ -53,6 +59,7 @@ class StepSplitter:
         self.tokenizer = tokenizer
         self.separator = separator
         self.step_tokens = step_tokens
+        self.noise = noise
         self.context = 2 * len(separator) if step_tokens is None else 0  # tokens before a branch that can matter
         self._texts: dict[int, str] = {}
 
@@ -64,6 +71,10 @@ class StepSplitter:
             context: int [c], the ids just before it on its path, so that a separator begun there is seen.
         """
         ids = np.asarray(tokens).tolist()
+        offsets = self._offsets(ids, context)
+        return _moved(offsets, ids, self.noise) if self.noise else offsets
+
+    def _offsets(self, ids: list[int], context: npt.ArrayLike) -> list[int]:
         if self.step_tokens is not None:
             return list(range(self.step_tokens, len(ids), self.step_tokens))
         head = "".join(map(self.text, np.asarray(context).tolist()))
@@ -95,6 +106,21 @@ class StepSplitter:
             last = found
             found = text.find(self.separator, found + 1)
         return ends
+
+
+def _moved(offsets: Sequence[int], ids: Sequence[int], share: float) -> list[int]:
+    """The offsets, each with probability `share` moved to anywhere between the one before and the one after."""
+    rng = Random(str(ids))
+    moved = [0, *offsets, len(ids)]
+    for i in range(1, len(moved) - 1):
+        if rng.random() < share:
+            moved[i] = rng.randrange(moved[i - 1] + 1, moved[i + 1])
+    return moved[1:-1]
+
+
+def step_splitter(tokenizer: Decoder, config: SearchConfig) -> StepSplitter:
+    """The splitter of a search's settings."""
+    return StepSplitter(tokenizer, config.separator, step_tokens=config.step_tokens, noise=config.boundary_noise)
 
 
 Splitter = StepSplitter | Callable[[Ints], Sequence[int]]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,19 +12,24 @@ import torch
 from rich.console import Console
 
 from ibtpo.config import TrainConfig
-from ibtpo.policy import built_in_policy, load_policy
-from ibtpo.report import write_report
-from ibtpo.runlog import RunFolder, latest_checkpoint
-from ibtpo.setup import check_prompts, choose_device, default_folder, make_engine
-from ibtpo.tasks import TeachableTask, make_task
+from ibtpo.loggers import check_installed
+from ibtpo.policy import Policy, built_in_policy, load_policy
+from ibtpo.resume import announce_changes
+from ibtpo.runlog import REPORT, RunFolder
+from ibtpo.setup import check_prompts, check_weights, choose_device, default_folder, make_engine
+from ibtpo.tasks import Task, TeachableTask, make_task
 from ibtpo.trainer import Trainer
+from ibtpo.viewer import export_page
 from ibtpo_engine import OutOfPages
 
 
-def train(config: TrainConfig, console: Console) -> Path:
+def train(config: TrainConfig, console: Console, on_step: Callable[[int], None] = lambda step: None) -> Path:
     """Run or resume a training run to its end.
 
     Everything that can be wrong with the input is checked before the run folder is made.
+
+    Args:
+        on_step: called with the number of each training step, once it is logged and saved; what it raises ends the run.
 
     Returns:
         the run folder; the trained policy is its last checkpoint.
@@ -30,6 +37,7 @@ def train(config: TrainConfig, console: Console) -> Path:
     Raises:
         ValueError: the input cannot be used; the message names file, field and remedy.
         Interrupted: stopped by Ctrl-C or SIGTERM, with a checkpoint to continue from.
+        NonFinite, GraderError: training came to nothing; the last checkpoint is from before.
     """
     if config.sampling.temperature == 0:
         raise ValueError("sampling.temperature: 0 is greedy, all trajectories would be alike; set it above 0 to train")
@@ -38,42 +46,67 @@ def train(config: TrainConfig, console: Console) -> Path:
             f"search.redraws: {config.search.redraws} draws again for groups of equal rewards, on which "
             f"advantage.uniform_groups={config.advantage.uniform_groups} trains; set it to skip, or redraws to 0"
         )
-    out = config.resume or config.out or default_folder(config)
-    source: Path | str = config.model
-    if config.resume is not None and (last := latest_checkpoint(config.resume)) is not None:
-        source = last.path
+    check_installed(config.log)
+    settings = replace(config, resume=None)  # what the folder says the run is
+    with ExitStack() as stack:
+        folder = None
+        if config.resume is not None:
+            announce_changes(config.resume, settings, console)
+            folder = stack.enter_context(RunFolder.open(config.resume, settings, say=lambda text: _say(console, text)))
+        source = config.model if folder is None or folder.last is None else folder.last.path
+        policy = _policy(config, source)
+        task = stack.enter_context(closing(make_task(config)))
+        _check_input(config, policy, task, source, console)
+        engine = make_engine(config, policy)
+        if folder is None:
+            folder = stack.enter_context(RunFolder.create(config.out or default_folder(config), settings))
+        else:
+            folder.configure(settings)
+        gc.collect()
+        gc.freeze()  # what is loaded by now stays; the collector need not walk it while trees come and go
+        stack.callback(gc.unfreeze)
+        _run(Trainer(config, folder, policy, task, engine, console, on_step))
+    return folder.path
+
+
+def _policy(config: TrainConfig, source: Path | str) -> Policy:
     dtype, device = getattr(torch, config.dtype), choose_device(config.device)
     if source == "built-in":
         policy = built_in_policy(config.seed, dtype=dtype, device=device)
     else:
         policy = load_policy(source, dtype=dtype, device=device)
     policy.adapt(config.lora, config.seed)
-    task = make_task(config)
+    return policy
+
+
+def _check_input(config: TrainConfig, policy: Policy, task: Task, source: Path | str, console: Console) -> None:
+    if source == "built-in" and not isinstance(task, TeachableTask):
+        raise ValueError(
+            f"model: the built-in policy knows the characters of digit-chain only, task {task.name} needs a "
+            "checkpoint; give one with --model DIR"
+        )
+    check_weights(policy, str(source))
+    for note in check_prompts(task, policy, config):
+        console.print(note, style="dim", highlight=False)
+
+
+def _run(trainer: Trainer) -> None:
+    """Train, and write the report however that ends."""
+    path = trainer.folder.path
+    if trainer.config.resume is not None:
+        trainer.resume()
     try:
-        if source == "built-in" and not isinstance(task, TeachableTask):
-            raise ValueError(
-                f"model: the built-in policy knows the characters of digit-chain only, task {task.name} needs a "
-                "checkpoint; give one with --model DIR"
-            )
-        check_prompts(task, policy, config)
-        engine = make_engine(config, policy)
-        settings = replace(config, resume=None)  # what the folder says the run is
-        opened = RunFolder.create(out, settings) if config.resume is None else RunFolder.open(out, settings)
-        gc.collect()
-        gc.freeze()  # what is loaded by now stays; the collector need not walk it while trees come and go
-        with opened as folder:
-            trainer = Trainer(config, folder, policy, task, engine, console)
-            if config.resume is not None:
-                trainer.resume()
-            try:
-                trainer.run()
-            except OutOfPages as error:
-                raise OutOfPages(
-                    f"{error}; in a run: --engine.kv-tokens, and --resume {out} goes on from the last checkpoint"
-                ) from None
-            finally:
-                write_report(out)
+        trainer.run()
+    except OutOfPages as error:
+        raise OutOfPages(
+            f"{error}; in a run: --engine.kv-tokens, and --resume {path} goes on from the last checkpoint"
+        ) from None
     finally:
-        gc.unfreeze()
-        task.close()
-    return out
+        try:
+            export_page([path], path / REPORT, trees=trainer.config.report_trees)
+        except (OSError, ValueError) as error:  # must not hide how the run ended, nor spoil a good end
+            _say(trainer.console, f"no report was written: {error}")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

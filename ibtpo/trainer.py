@@ -6,9 +6,9 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
@@ -18,33 +18,41 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ibtpo.config import TrainConfig
+from ibtpo.disk import flush_tree
 from ibtpo.evaluate import evaluate
 from ibtpo.grow import Grower, Interrupted
 from ibtpo.metrics import tree_metrics
 from ibtpo.mixed import grow_mixed
-from ibtpo.optim import MasterAdamW
+from ibtpo.optim import MasterAdamW, NonFinite
 from ibtpo.policy import Policy, load_policy
-from ibtpo.progress import Tracker, track
-from ibtpo.runlog import METRICS, RunFolder, latest_checkpoint, read_rows, tree_record
+from ibtpo.progress import Tracker, step_note, track
+from ibtpo.runlog import METRICS, RunFolder, read_rows
 from ibtpo.search import make_search
-from ibtpo.setup import make_sampling
-from ibtpo.steps import StepSplitter
-from ibtpo.tasks import JsonlTask, Problem, Task, TeachableTask
+from ibtpo.setup import find_nonfinite, make_sampling
+from ibtpo.steps import step_splitter
+from ibtpo.tasks import Problem, Task, TeachableTask
+from ibtpo.treelog import tree_record
 from ibtpo.update import Updater, frozen_copy
-from ibtpo.warmstart import WarmStart, warm_start
+from ibtpo.warmstart import WarmStart, warm_start_of
 from ibtpo_engine import Engine, Model, Tree
 from ibtpo_engine.adapter_folder import is_adapter_folder
 
-START = "start"  # in the run folder: the warm-started policy, where a frozen reference of it is needed
+START = "start"  # in the run folder: the warm-started policy, of which a frozen reference is made
 
 
 @dataclass
 class State:
-    """How far a run is; with the weights and the optimizer, all that is needed to go on."""
+    """How far a run is; with the weights and the optimizer, all that is needed to go on.
+
+    Random numbers need no state: samples are keyed by seed, tree (the problem's index) and position, problems by seed
+    and index.
+    """
 
     step: int = 0
     sampled_tokens: int = 0
     next_problem: int = 0
+    nonfinite_in_a_row: int = 0
+    reward_counts: dict[str, float] = field(default_factory=dict)  # `Task.counts` of the whole run
 
 
 class Trainer:
@@ -57,16 +65,25 @@ class Trainer:
         task: poses and grades.
         engine: samples from the policy.
         console: where progress goes.
+        on_step: called with the number of each training step, once it is logged and saved; what it raises ends the run.
     """
 
     def __init__(
-        self, config: TrainConfig, folder: RunFolder, policy: Policy, task: Task, engine: Engine, console: Console
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        policy: Policy,
+        task: Task,
+        engine: Engine,
+        console: Console,
+        on_step: Callable[[int], None] = lambda step: None,
     ) -> None:
         self.config = config
         self.folder = folder
         self.policy = policy
         self.task = task
         self.console = console
+        self.on_step = on_step
         self.state = State()
         self.stop_requested = False
         self.stop_signal = 0  # the signal that asked for it
@@ -74,8 +91,8 @@ class Trainer:
         self.optimizer = MasterAdamW(policy.model, config.optim)
         self.engine = engine
         self.grower = Grower(engine, task, policy.tokenizer, config.jsonl, lambda: self.stop_requested)
-        splitter = StepSplitter(policy.tokenizer, config.search.separator, step_tokens=config.search.step_tokens)
-        self.search = make_search(config.search, config.ib, splitter, config.sampling.max_tokens)
+        self.splitter = step_splitter(policy.tokenizer, config.search)
+        self.search = make_search(config.search, config.ib, self.splitter, config.sampling.max_tokens)
         self.held_out = task.eval_problems(config.eval.prompts)
         self._updater: Updater | None = None
         self._started = False  # is there a policy worth saving?
@@ -85,11 +102,14 @@ class Trainer:
 
         Raises:
             Interrupted: the run was stopped; a checkpoint was written, unless the warm start was still under way.
+            NonFinite: too many updates in a row, or the weights to be saved, hold NaN or Inf.
+            GraderError: too many gradings failed.
         """
         with self._stop_on_signal():
             try:
                 if self.state.step == 0:
                     self._start()
+                self._evaluate_if_due()
                 self._train()
                 self._evaluate("Evaluating after")
             except Interrupted:
@@ -98,8 +118,8 @@ class Trainer:
                 raise Interrupted(f"stopped at step {self.state.step}; {how}", self.stop_signal) from None
 
     def resume(self) -> None:
-        """Go on from the folder's last checkpoint; without one the run starts over."""
-        last = latest_checkpoint(self.folder.path)
+        """Go on from the folder's last intact checkpoint; without one the run starts over."""
+        last = self.folder.last
         if last is None:
             return
         try:
@@ -107,8 +127,8 @@ class Trainer:
             self.optimizer.load_state(load_file(last.path / "optimizer.safetensors"))
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise ValueError(
-                f"resume: {last.path} is damaged, its state.json or optimizer.safetensors cannot be read ({error}); "
-                "remove this folder to go on from the checkpoint before it, or give it to --model to start a new run"
+                f"resume: state.json or optimizer.safetensors of {last.path} are not of this version ({error}); "
+                f"resume with the version that wrote them, or start a new run from its weights with --model {last.path}"
             ) from None
         self.engine.weights_changed()
         self._started = True
@@ -134,12 +154,18 @@ class Trainer:
                 if self.stop_requested:
                     raise Interrupted
 
-            end = warm_start(
-                self.policy, task, config, seed=self.config.seed, problem=task.train_problem, on_update=on_update
+            end = warm_start_of(
+                self.config,
+                self.policy,
+                task,
+                self.grower,
+                self.engine,
+                self.sampling,
+                problem=self.task.train_problem,
+                on_update=on_update,
             )
-        self.engine.weights_changed()
-        if Updater.needs_reference(self.config):
-            self.policy.save(self.folder.path / START)
+        self.policy.save(self.folder.path / START)
+        flush_tree(self.folder.path / START)
         seconds = time.perf_counter() - begin
         self.folder.log(
             0,
@@ -164,10 +190,16 @@ class Trainer:
                 self.config.eval.samples,
                 on_prompt=lambda tree: tracker.advance(1),
             )
+        self.engine.weights_changed()  # training must not find what evaluation left cached: a resumed run would not
         self.folder.log(self.state.step, values)
+
+    def _evaluate_if_due(self) -> None:
+        if self.config.eval.every and self.state.step and self.state.step % self.config.eval.every == 0:
+            self._evaluate(f"Evaluating at step {self.state.step}")
 
     def _train(self) -> None:
         self._updater = Updater(self.policy.model, self.optimizer, self._reference(), self.config)
+        self._updater.nonfinite_in_a_row = self.state.nonfinite_in_a_row
         with track(self.console, "Training", self.config.sampled_tokens) as tracker:
             tracker.advance(self.state.sampled_tokens)
             while self.state.sampled_tokens < self.config.sampled_tokens:
@@ -179,7 +211,9 @@ class Trainer:
     def _step(self, tracker: Tracker) -> None:
         begin = time.perf_counter()
         before = self.engine.stats()
+        counted = self.task.counts()
         trees, problems, reward_seconds = self._grow()
+        self._count_rewards(counted)
         sampled = time.perf_counter()
         assert self._updater is not None
         spent = min(self.state.sampled_tokens / self.config.sampled_tokens, 1.0)
@@ -198,26 +232,29 @@ class Trainer:
             "tokens_per_second": values["tokens_sampled"] / (sampled - begin - reward_seconds),
         }
         self._finish_step(values, trees, problems)
-        tracker.advance(
-            int(values["tokens_sampled"]),
-            f"step {self.state.step}  avg-rate (iid) {values['avg_rate_iid']:.2f}  eff-rate {values['eff_rate']:.2f}",
-        )
+        tracker.advance(int(values["tokens_sampled"]), step_note(self.state.step, values))
 
     def _finish_step(self, values: dict[str, float], trees: list[Tree], problems: list[Problem]) -> None:
         state = self.state
         state.step += 1
         state.sampled_tokens += int(values["tokens_sampled"])
         state.next_problem += len(problems)
-        if isinstance(self.task, JsonlTask) and self.task.grader is not None:
-            values |= {"grade_timeouts": self.task.grader.timeouts, "grade_failures": self.task.grader.failures}
+        assert self._updater is not None
+        state.nonfinite_in_a_row = self._updater.nonfinite_in_a_row
+        values |= state.reward_counts
         if self.policy.model.device.type == "cuda":
             values["peak_memory"] = float(torch.cuda.max_memory_allocated(self.policy.model.device))
         self.folder.log(state.step, values)
-        self._keep_tree(trees[0], problems[0])
+        self._keep_trees(trees, problems)
         if state.step % self.config.checkpoint_every == 0:
             self._checkpoint()
-        if self.config.eval.every and state.step % self.config.eval.every == 0:
-            self._evaluate(f"Evaluating at step {state.step}")
+        self._evaluate_if_due()
+        self.on_step(state.step)
+
+    def _count_rewards(self, before: Mapping[str, float]) -> None:
+        """Add what the task counted since; the sums of the run outlive its processes."""
+        for name, value in self.task.counts().items():
+            self.state.reward_counts[name] = self.state.reward_counts.get(name, 0) + value - before.get(name, 0)
 
     def _grow(self) -> tuple[list[Tree], list[Problem], float]:
         """Trees on the next problems, all that were drawn; seconds spent in grading."""
@@ -231,13 +268,14 @@ class Trainer:
             redraws=self.config.search.redraws,
         )
 
-    def _keep_tree(self, tree: Tree, problem: Problem) -> None:
-        """Keep the first tree of a step for the report."""
-        if self.config.report_trees:
+    def _keep_trees(self, trees: list[Tree], problems: list[Problem]) -> None:
+        """Keep the first trees of a step for the viewer and the report."""
+        kept = list(zip(trees, problems, strict=True))[: self.config.trees_per_step]
+        for index, (tree, problem) in enumerate(kept):
             record = tree_record(
-                tree, self.policy.tokenizer.decode, answer=problem.answer, title=f"step {self.state.step}"
+                tree, self.policy.tokenizer.decode, piece=self.splitter.text, answer=problem.answer, index=index
             )
-            self.folder.add_tree(self.state.step, record)
+            self.folder.add_tree(self.state.step, record, most_bytes=self.config.trees_megabytes * 1e6)
 
     # ---- saving and stopping ---------------------------------------------------------------------------------
 
@@ -254,12 +292,18 @@ class Trainer:
         return frozen_copy(load_policy(start, dtype=model.dtype, device=model.device).model)
 
     def _checkpoint(self) -> Path:
+        if fault := find_nonfinite(self.policy.model):
+            raise NonFinite(
+                f"{fault} at step {self.state.step}; nothing was saved. Lower optim.lr and go on from the last "
+                f"checkpoint with --resume {self.folder.path}"
+            )
+
         def write(path: Path) -> None:
             self.policy.save(path)
             save_file(self.optimizer.state(), path / "optimizer.safetensors")
             (path / "state.json").write_text(json.dumps(asdict(self.state)), encoding="utf-8")
 
-        return self.folder.checkpoint(self.state.step, write)
+        return self.folder.checkpoint(self.state.step, write, keep=self.config.safeguards.keep_checkpoints)
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:

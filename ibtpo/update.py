@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -16,7 +17,7 @@ from torch import Tensor
 from ibtpo.advantage import NodeAdvantage, advantage
 from ibtpo.config import TrainConfig
 from ibtpo.loss import policy_metrics, policy_objective, summarize
-from ibtpo.optim import MasterAdamW
+from ibtpo.optim import MasterAdamW, NonFinite, NonFiniteGradient
 from ibtpo.pack import MicroBatch, pack
 from ibtpo_engine import Model, PackedTree, Parity, Tree, sampler_logprob
 from ibtpo_kernels import linear_logprob, policy_head, with_value_of
@@ -55,9 +56,13 @@ class Updater:
         reference: the frozen starting policy; needed for a KL penalty or ``advantage.pi_ref = "reference"``. It may be
             `model` itself: then its adapters are off wherever the reference is run.
         config: everything else.
+
+    Attributes:
+        nonfinite_in_a_row: optimizer steps skipped since the last one taken.
     """
 
     def __init__(self, model: Model, optimizer: MasterAdamW, reference: Model | None, config: TrainConfig) -> None:
+        self.nonfinite_in_a_row = 0
         self.model = model
         self.optimizer = optimizer
         self.reference = reference
@@ -77,11 +82,16 @@ class Updater:
     def update(self, trees: Sequence[Tree]) -> dict[str, float]:
         """Take the step's optimizer steps; groups without a gradient are dropped first.
 
+        An optimizer step whose loss or gradient holds NaN or Inf is skipped: weights and optimizer stay as they were.
+
         Args:
             trees: finished and graded, with their estimates in ``tree.notes["ib"]``.
 
         Returns:
             metrics; without any usable group only `groups_skipped` and zero amounts.
+
+        Raises:
+            NonFinite: too many optimizer steps in a row had to be skipped.
         """
         advantages = [self._advantage(tree) for tree in trees]
         kept = [one for one in advantages if not one.skipped]
@@ -89,6 +99,7 @@ class Updater:
             "groups_skipped": float(len(trees) - len(kept)),
             "tokens_trained": 0.0,
             "optimizer_steps": 0.0,
+            "optimizer_steps_skipped": 0.0,
             "lr": self.optimizer.lr,
         }
         parts = _divide(kept, self.config.mini_batches)
@@ -102,14 +113,37 @@ class Updater:
         for batches in mini_batches:
             results.append(summarize([self._accumulate(batch) for batch in batches]))
             counts["lr"] = self.optimizer.lr
-            norms.append(self.optimizer.step())
+            if (norm := self._step(results[-1]["loss"])) is not None:
+                norms.append(norm)
         counts["tokens_trained"] = float(sum(len(batch) for batches in mini_batches for batch in batches))
         counts["optimizer_steps"] = float(len(norms))
+        counts["optimizer_steps_skipped"] = float(len(mini_batches) - len(norms))
+        norm = sum(norms) / len(norms) if norms else math.nan
         first = {name: results[0][name] for name in ("logprob_gap", "logprob_gap_max")}
         mean = {name: sum(result[name] for result in results) / len(results) for name in results[0]}
         trained = sum(int(one.lengths.sum()) for one in kept)
         efficiency = trained / counts["tokens_trained"]
-        return mean | first | gap | counts | {"grad_norm": sum(norms) / len(norms), "training_efficiency": efficiency}
+        return mean | first | gap | counts | {"grad_norm": norm, "training_efficiency": efficiency}
+
+    def _step(self, loss: float) -> float | None:
+        """Take an optimizer step and return the gradient's norm; None if loss or gradient forbid it."""
+        fault = f"the loss is {loss}"
+        if math.isfinite(loss):
+            try:
+                norm = self.optimizer.step()
+                self.nonfinite_in_a_row = 0
+                return norm
+            except NonFiniteGradient as error:
+                fault = str(error).partition(";")[0]
+        self.optimizer.discard()
+        self.nonfinite_in_a_row += 1
+        if self.nonfinite_in_a_row > self.config.safeguards.nonfinite_steps:
+            raise NonFinite(
+                f"{self.nonfinite_in_a_row} optimizer steps in a row had NaN or Inf in loss or gradient and were "
+                f"skipped (the last: {fault}); lower optim.lr and go on from the last checkpoint, or "
+                "allow more with safeguards.nonfinite_steps"
+            )
+        return None
 
     def _advantage(self, tree: Tree) -> NodeAdvantage:
         packed = tree.export()

@@ -1,7 +1,8 @@
 """Supervised warm start: the built-in policy learns the task's worked solutions from random weights.
 
-How many updates that takes differs from seed to seed, so the loss decides: the learning rate stays up until the
-policy's loss is near the teacher's own entropy, the least that any policy can reach, and then falls.
+How many updates that takes differs from seed to seed, so measurements decide. The learning rate stays up until the
+policy's loss is near the teacher's own entropy, the least that any policy can reach, and its sampled pass rate is a
+fair share of the teacher's; then it falls.
 """
 
 from __future__ import annotations
@@ -15,15 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ibtpo.config import OptimConfig, WarmStartConfig
+from ibtpo.config import OptimConfig, TrainConfig, WarmStartConfig
+from ibtpo.grow import Grower, chains
 from ibtpo.optim import MasterAdamW
 from ibtpo.policy import Policy
 from ibtpo.tasks import Problem, TeachableTask
+from ibtpo_engine import Engine, Sampling
 from ibtpo_kernels import linear_logprob
 
 ADAMW = {"beta1": 0.9, "beta2": 0.98, "weight_decay": 0.05, "grad_clip": 1.0}
 FINAL_RATE = 0.1  # the cosine ends at this share of the rate before it
 WINDOW = 10  # updates whose excess losses are averaged
+CHECK_EVERY = 25  # updates between two measurements of the pass rate
+CHECK_PROMPTS, CHECK_SAMPLES = 128, 4  # what a measurement takes
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,7 @@ def warm_start(
     seed: int,
     problem: Callable[[int], Problem],
     on_update: Callable[[WarmStart], None],
+    pass_share: Callable[[], float] = lambda: math.inf,
 ) -> WarmStart:
     """Train on fresh worked solutions, the loss on the answer alone.
 
@@ -59,13 +65,15 @@ def warm_start(
         seed: of the teacher's draws.
         problem: the problem of an index; update u of batch size b uses indices [u*b, (u+1)*b).
         on_update: called after each update.
+        pass_share: measures the policy's pass rate as a share of the teacher's (`PassShare`); asked every `CHECK_EVERY`
+            updates once the loss is low enough. By default the loss alone decides.
 
     Returns:
         How it ended.
     """
     optimizer = MasterAdamW(policy.model, OptimConfig(lr=config.lr, warmup_steps=config.warmup_steps, **ADAMW))
     rng = np.random.default_rng([seed, 1])
-    schedule = _Schedule(config)
+    schedule = _Schedule(config, pass_share)
     recent: deque[float] = deque(maxlen=WINDOW)
     while True:
         first = schedule.updates * config.batch_size
@@ -87,10 +95,12 @@ def warm_start(
 
 
 class _Schedule:
-    """The learning rate of each update: up, then down a cosine once the loss is low enough or time is short."""
+    """The learning rate of each update: up, then down a cosine once the policy is good enough or time is short."""
 
-    def __init__(self, config: WarmStartConfig) -> None:
+    def __init__(self, config: WarmStartConfig, pass_share: Callable[[], float] = lambda: math.inf) -> None:
         self._config = config
+        self._pass_share = pass_share
+        self._next_check = 0  # the first update at which the pass rate may be measured again
         self._fall = max(config.max_updates - config.decay_updates, 0)  # the first update at a falling rate
         self.updates = 0
         self.total = config.max_updates
@@ -103,9 +113,81 @@ class _Schedule:
     def advance(self, excess: float) -> None:
         """An update was made; the mean excess loss of late is `excess`."""
         self.updates += 1
-        if WINDOW <= self.updates < self._fall and excess <= self._config.excess:
+        if WINDOW <= self.updates < self._fall and excess <= self._config.excess and self._passes():
             self._fall = self.updates
             self.total = self.updates + self._config.decay_updates
+
+    def _passes(self) -> bool:
+        if self.updates < self._next_check:
+            return False
+        self._next_check = self.updates + CHECK_EVERY
+        return self._pass_share() >= self._config.pass_share
+
+
+def warm_start_of(
+    config: TrainConfig,
+    policy: Policy,
+    task: TeachableTask,
+    grower: Grower,
+    engine: Engine,
+    sampling: Sampling,
+    *,
+    problem: Callable[[int], Problem],
+    on_update: Callable[[WarmStart], None],
+) -> WarmStart:
+    """The warm start a run begins with: `warm_start` on its task's training problems, ended by loss and `PassShare`."""
+    first = config.warm_start.max_updates * config.warm_start.batch_size
+    unseen = [problem(first + index) for index in range(CHECK_PROMPTS)]
+    end = warm_start(
+        policy,
+        task,
+        config.warm_start,
+        seed=config.seed,
+        problem=problem,
+        on_update=on_update,
+        pass_share=PassShare(engine, grower, task, sampling, unseen, config.seed),
+    )
+    engine.weights_changed()
+    return end
+
+
+class PassShare:
+    """The sampled pass rate of a policy as a share of its teacher's, on training prompts the warm start never reaches.
+
+    The prompts and the random numbers are the same in every measurement.
+
+    Args:
+        engine: samples from the policy.
+        grower: of that engine; grades.
+        task: whose teacher to compare with.
+        sampling: how the run will sample.
+        problems: `CHECK_PROMPTS` of them.
+        seed: of the teacher's draws.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        grower: Grower,
+        task: TeachableTask,
+        sampling: Sampling,
+        problems: Sequence[Problem],
+        seed: int,
+    ) -> None:
+        self._engine, self._grower, self._sampling, self._problems = engine, grower, sampling, problems
+        rng = np.random.default_rng([seed, 2])
+        draws = [(p, task.worked_solution(p, rng).text) for p in problems for _ in range(CHECK_SAMPLES)]
+        grades = [grower.task.grade(p, text, False) for p, text in draws]
+        right = sum(grade if isinstance(grade, float) else grade.result() for grade in grades)
+        self._teacher = max(right / len(draws), 1 / len(draws))
+
+    def __call__(self) -> float:
+        """Measure, with the weights as they are now."""
+        self._engine.weights_changed()
+        keys = [-1 - index for index in range(len(self._problems))]
+        trees, _ = self._grower.grow(self._problems, keys, chains(CHECK_SAMPLES), self._sampling)
+        rewards = [leaf.reward or 0.0 for tree in trees for leaf in tree.leaves()]
+        return sum(rewards) / len(rewards) / self._teacher
 
 
 def supervised_loss(policy: Policy, batch: Sequence[tuple[str, str]]) -> tuple[Tensor, int]:

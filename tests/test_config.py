@@ -18,7 +18,13 @@ from ibtpo.config_io import PRESETS, base_config, load_yaml, merge
 from ibtpo.runlog import CONFIG, RunFolder
 
 Field = tuple[tuple[str, ...], Any, Any]
-OTHER_VALUES = {"device": "cpu", "task": "reasoning-gym:chain_sum", "search.separator": "###"}
+OTHER_VALUES = {
+    "jsonl.template": "Q: {prompt}",
+    "device": "cpu",
+    "log": "wandb",
+    "task": "reasoning-gym:chain_sum",
+    "search.separator": "###",
+}
 
 
 def _fields(config: Any, path: tuple[str, ...] = ()) -> Iterator[Field]:
@@ -40,6 +46,8 @@ def _other_value(path: tuple[str, ...], hint: Any, default: Any) -> Any:
     wanted = next(option for option in options if option is not type(None))
     if get_origin(wanted) is Literal:
         return next(value for value in get_args(wanted) if value != default)
+    if get_origin(wanted) is tuple:
+        return ("exact", "format:0.5")
     if wanted is bool:
         return not default
     if wanted is int:
@@ -131,7 +139,7 @@ def test_every_field_can_be_set_on_the_command_line(monkeypatch: pytest.MonkeyPa
         if isinstance(value, bool):
             arguments.append(f"--{'.'.join([*path[:-1], '' if value else 'no-'])}{path[-1]}".replace("_", "-"))
         else:
-            arguments += [f"--{flag}", str(value)]
+            arguments += [f"--{flag}", *(value if isinstance(value, tuple) else [str(value)])]
     config = _parsed(monkeypatch, *arguments)
     for path, value in values.items():
         assert _get(config, path) == value, path
@@ -225,7 +233,7 @@ def test_unknown_fields_and_wrong_types_are_named(changes: dict[str, Any], messa
         ({"sampling": {"max_tokens": 0}}, r"sampling\.max_tokens: 0 lies outside \[1, inf\)"),
         ({"engine": {"kv_tokens": 15}}, r"engine\.kv_tokens: 15 lies outside \[16, inf\)"),
         ({"eval": {"prompts": 0}}, r"eval\.prompts: 0 lies outside \[1, inf\)"),
-        ({"jsonl": {"eval_fraction": 1}}, r"jsonl\.eval_fraction: 1\.0 lies outside \[0\.0, 1\.0\)"),
+        ({"jsonl": {"eval_fraction": 2}}, r"jsonl\.eval_fraction: 2\.0 lies outside \[0\.0, 1\.0\]"),
         ({"digits": {"min_ops": 5, "max_ops": 4}}, r"digits\.max_ops: 4 lies outside \[5, inf\)"),
         ({"warm_start": {"max_updates": 0}}, r"warm_start\.max_updates: 0 lies outside \[1, inf\)"),
         ({"sampled_tokens": 0}, r"sampled_tokens: 0 lies outside \[1, inf\)"),

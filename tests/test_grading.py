@@ -8,17 +8,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
-from ibtpo import grading
-from ibtpo.grading import Grader, GraderError
+from ibtpo import rewards
+from ibtpo.grading import WINDOW, Grader, GraderError
+from ibtpo.rewards import Graded, RewardSpec, parse_rewards
 
 BAD_GRADERS = """
 import ctypes, os, signal, sys, time
 
-def grade(answer, completion):
+def grade(prompt, completion, answer, data):
     print("noise on standard output")
     if completion == "sleep":
         time.sleep(600)
@@ -41,6 +43,10 @@ def grade(answer, completion):
         return float(len(bytearray(1 << 40)))
     if completion == "nan":
         return float("nan")
+    if completion == "text":
+        return "1.0"
+    if completion == "two":
+        return 2.0
     if completion == "torch":
         return float("torch" in sys.modules)
     if completion == "pid":
@@ -49,11 +55,18 @@ def grade(answer, completion):
 """
 
 
+Bad = tuple[RewardSpec, ...]
+
+
+def submit(grader: Grader, answer: str, completion: str) -> Future[float]:
+    return grader.submit(Graded("?", completion, answer, {}))
+
+
 @pytest.fixture
-def bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[RewardSpec, ...]]:
     (tmp_path / "bad_graders.py").write_text(BAD_GRADERS)
     monkeypatch.syspath_prepend(tmp_path)
-    yield "bad_graders:grade"
+    yield (RewardSpec("bad_graders:grade"),)
 
 
 @pytest.fixture(scope="module")
@@ -82,58 +95,58 @@ def math() -> Iterator[Grader]:
     ],
 )
 def test_math_answers_are_compared_by_value(math: Grader, answer: str, completion: str, reward: float) -> None:
-    assert math.submit(answer, completion).result(60) == reward
+    assert submit(math, answer, completion).result(60) == reward
 
 
 def test_math_grading_keeps_up_with_sampling(math: Grader) -> None:
-    math.submit("1", "1").result(60)
+    submit(math, "1", "1").result(60)
     begin = time.monotonic()
-    futures = [math.submit(r"\frac{3}{4}", rf"thus \boxed{{\frac{{{i}}}{{4}}}}") for i in range(100)]
+    futures = [submit(math, r"\frac{3}{4}", rf"thus \boxed{{\frac{{{i}}}{{4}}}}") for i in range(100)]
     assert sum(future.result(60) for future in futures) == 1.0
     assert 100 / (time.monotonic() - begin) > 20  # hundreds a second on an idle core
 
 
 @pytest.mark.parametrize("completion", ["sleep", "swallow", "hang in C"])
-def test_a_hanging_grader_counts_as_timed_out_and_the_rest_survive(bad: str, completion: str) -> None:
-    with Grader(1, timeout=0.2, function=bad) as grader:
+def test_a_hanging_grader_counts_as_timed_out_and_the_rest_survive(bad: Bad, completion: str) -> None:
+    with Grader(bad, timeout=0.2) as grader:
         texts = ["4", completion, "4", "5"]
-        futures = [grader.submit("4", text) for text in texts]
+        futures = [submit(grader, "4", text) for text in texts]
         assert [future.result(60) for future in futures] == [1.0, 0.0, 1.0, 0.0]
         assert (grader.timeouts, grader.failures) == (1, 0)
 
 
-def test_a_failing_grader_counts_as_wrong_and_the_rest_survive(bad: str) -> None:
-    with Grader(2, timeout=5.0, function=bad) as grader:
+def test_a_failing_grader_counts_as_wrong_and_the_rest_survive(bad: Bad) -> None:
+    with Grader(bad, 2) as grader:
         texts = ["die", "4", "raise", "exit", "4", "memory", "nan", "die", "4"]
-        futures = [grader.submit("4", text) for text in texts]
+        futures = [submit(grader, "4", text) for text in texts]
         assert [future.result(60) for future in futures] == [float(text == "4") for text in texts]
         assert (grader.timeouts, grader.failures) == (0, 6)
 
 
-def test_a_worker_killed_between_gradings_is_replaced_unnoticed(bad: str) -> None:
-    with Grader(1, function=bad) as grader:
-        pid = round(grader.submit("4", "pid").result(60) * 1e9)
+def test_a_worker_killed_between_gradings_is_replaced_unnoticed(bad: Bad) -> None:
+    with Grader(bad) as grader:
+        pid = round(submit(grader, "4", "pid").result(60) * 1e9)
         os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
-        assert grader.submit("4", "4").result(60) == 1.0
+        assert submit(grader, "4", "4").result(60) == 1.0
         assert grader.failures == 0
 
 
-def test_long_completions_pass_the_pipe(bad: str) -> None:
-    with Grader(1, function=bad) as grader:
+def test_long_completions_pass_the_pipe(bad: Bad) -> None:
+    with Grader(bad) as grader:
         text = "long \u2028 text\n" * 100_000
-        assert grader.submit(text, text).result(60) == 1.0
+        assert submit(grader, text, text).result(60) == 1.0
 
 
-def test_workers_do_not_load_torch(bad: str) -> None:
-    with Grader(1, function=bad) as grader:
-        assert grader.submit("", "torch").result(60) == 0.0
+def test_workers_do_not_load_torch(bad: Bad) -> None:
+    with Grader(bad) as grader:
+        assert submit(grader, "", "torch").result(60) == 0.0
 
 
-def test_close_ends_processes_and_cancels_what_waits(bad: str) -> None:
-    grader = Grader(1, timeout=60.0, function=bad)
-    pid = round(grader.submit("4", "pid").result(60) * 1e9)
-    running, waiting = grader.submit("4", "sleep"), grader.submit("4", "4")
+def test_close_ends_processes_and_cancels_what_waits(bad: Bad) -> None:
+    grader = Grader(bad, timeout=60.0)
+    pid = round(submit(grader, "4", "pid").result(60) * 1e9)
+    running, waiting = submit(grader, "4", "sleep"), submit(grader, "4", "4")
     time.sleep(0.2)
     begin = time.monotonic()
     grader.close()
@@ -143,24 +156,57 @@ def test_close_ends_processes_and_cancels_what_waits(bad: str) -> None:
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
     with pytest.raises(RuntimeError, match="closed"):
-        grader.submit("4", "4")
+        submit(grader, "4", "4")
 
 
-def test_a_grader_that_cannot_start_says_so(bad: str) -> None:
-    with Grader(1, function="bad_graders:missing") as grader, pytest.raises(GraderError, match="3 attempts"):
-        grader.submit("4", "4").result(60)
+def test_a_grader_that_cannot_start_says_so(bad: Bad) -> None:
+    with (
+        Grader((RewardSpec("bad_graders:missing"),)) as grader,
+        pytest.raises(GraderError, match="missing.*cannot be loaded"),
+    ):
+        submit(grader, "4", "4").result(60)
 
 
 def test_missing_math_verify_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grading.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(rewards.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r'math-verify.*"exact"'):
-        Grader()
+        parse_rewards(["math"])
 
 
-def test_workers_end_when_the_trainer_is_killed(bad: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("completion", "error"), [("raise", "RuntimeError: xxx"), ("text", "TypeError"), ("two", "not 2.0")]
+)
+def test_too_many_failures_stop_the_run_and_name_the_last(bad: Bad, completion: str, error: str) -> None:
+    with Grader(bad, max_failed_share=0.5) as grader:
+        half = WINDOW // 2
+        futures = [submit(grader, "4", text) for text in ["4"] * half + [completion] * (half + 1)]
+        assert sum(future.result(60) for future in futures[:-1]) == half
+        with pytest.raises(GraderError, match=f"51 of the last 100.*bad_graders:grade: .*{error}.*max_failed_share"):
+            futures[-1].result(60)
+
+
+def test_several_rewards_make_their_weighted_mean_and_fail_apart(bad: Bad) -> None:
+    mixed = parse_rewards(["exact", r"format:0.5", r"regex=answer:\s*(\w+)$:0.25", "bad_graders:grade:0.25"])
+    assert [spec.weight for spec in mixed] == [1.0, 0.5, 0.25, 0.25]
+    with Grader(mixed, timeout=0.3) as grader:
+        assert submit(grader, "4", "4").result(60) == (1 + 0.25) / 2
+        assert submit(grader, "4", r"\boxed{5}" + "\nanswer: 4").result(60) == (0.5 + 0.25) / 2
+        assert submit(grader, "sleep", "sleep").result(60) == 1 / 2
+        assert (grader.timeouts, grader.failures) == (1, 0)
+
+
+@pytest.mark.parametrize("text", ["maths", "regex=(", "math:0", "math:-1", "math:nan", ""])
+def test_a_reward_that_is_not_known_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="^reward: "):
+        parse_rewards([text])
+
+
+def test_workers_end_when_the_trainer_is_killed(bad: Bad, tmp_path: Path) -> None:
     script = (
-        f"from ibtpo.grading import Grader; g = Grader(1, 0.3, {bad!r})\n"
-        "print(round(g.submit('', 'pid').result() * 1e9), flush=True); g.submit('', 'hang in C').result()"
+        "from ibtpo.grading import Grader; from ibtpo.rewards import Graded, RewardSpec\n"
+        "g = Grader((RewardSpec('bad_graders:grade'),), 1, 0.3)\n"
+        "ask = lambda text: g.submit(Graded('', text, '', {})).result()\n"
+        "print(round(ask('pid') * 1e9), flush=True); ask('hang in C')"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment)

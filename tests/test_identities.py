@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trees import (
     VOCABULARY,
-    TablePolicy,
     TinyModel,
     chain,
     estimate,
@@ -27,6 +26,7 @@ from ibtpo.ib import IBEstimates
 from ibtpo.loss import policy_loss
 from ibtpo.pack import pack
 from ibtpo.search import make_search
+from ibtpo.studies.table_policy import TablePolicy
 from ibtpo_engine.tree import Tree
 
 SIMPLEX = st.lists(st.tuples(st.floats(0.01, 1), st.floats(0.0, 1.0)), min_size=2, max_size=6)

@@ -7,9 +7,11 @@ import json
 import math
 import subprocess
 import sys
+import types
 from collections.abc import Callable
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +21,13 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ibtpo import metrics
+from ibtpo.checkpoints import checkpoints
 from ibtpo.config import IBConfig, TrainConfig
 from ibtpo.ib import IBEstimates
+from ibtpo.loggers import check_installed
 from ibtpo.metrics import bootstrap_interval, evaluation_metrics, pass_at_k, tree_metrics
-from ibtpo.runlog import RunFolder, RunFolderError, latest_checkpoint, read_rows, tree_record
+from ibtpo.runlog import RunFolder, RunFolderError, latest_checkpoint, read_rows
+from ibtpo.treelog import read_tree, thin_trees, tree_record
 from ibtpo_engine.tree import Node, Tree
 
 
@@ -71,7 +76,7 @@ def test_two_runs_on_one_folder_are_refused(path: Path) -> None:
     with RunFolder.create(path, TrainConfig()):
         with pytest.raises(RunFolderError, match="in use"):
             RunFolder.open(path)
-        script = "import sys; from ibtpo.runlog import *; RunFolder.open(Path(sys.argv[1]))"
+        script = "import sys; from pathlib import Path; from ibtpo.runlog import *; RunFolder.open(Path(sys.argv[1]))"
         other = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
         assert "in use by another run" in other.stderr
     RunFolder.open(path).close()
@@ -139,29 +144,55 @@ def test_the_newest_checkpoints_are_kept(path: Path) -> None:
     with RunFolder.create(path, TrainConfig()) as run:
         assert latest_checkpoint(path) is None
         for step in (5, 10, 15, 15):
-            assert run.checkpoint(step, save(str(step))).name == f"step-{step:06d}"
+            assert run.checkpoint(step, save(str(step)), keep=2).name == f"step-{step:06d}"
     last = latest_checkpoint(path)
     assert last is not None and last.step == 15
     assert (last.path / "model.safetensors").read_text() == "15"
     assert sorted(p.name for p in (path / "checkpoints").iterdir()) == ["step-000010", "step-000015"]
 
 
-@pytest.mark.parametrize("pointer", [None, "", '{"step": 1', "[]", '{"step": 99, "path": "checkpoints/step-000099"}'])
-def test_a_torn_pointer_is_no_obstacle(path: Path, pointer: str | None) -> None:
+def test_the_latest_is_the_highest_number(path: Path) -> None:
+    """Not the last name in the alphabet, and no file beside them that is no checkpoint."""
     with RunFolder.create(path, TrainConfig()) as run:
-        run.checkpoint(1, save())
-        run.checkpoint(2, save())
-    (path / "latest.json").unlink()
-    if pointer is not None:
-        (path / "latest.json").write_text(pointer)
+        for step in (999_999, 1_000_000, 1_000_001):
+            run.checkpoint(step, save(), keep=2)
+        (path / "checkpoints" / "step-notes").mkdir()
     last = latest_checkpoint(path)
-    assert last is not None and last.step == 2
+    assert last is not None and last.step == 1_000_001
+    assert [checkpoint.step for checkpoint in checkpoints(path)] == [1_000_000, 1_000_001]
+
+
+@pytest.mark.parametrize("hurt", ["cut", "flip", "missing", "sums missing", "sums torn"])
+def test_a_damaged_checkpoint_is_set_aside(path: Path, hurt: str) -> None:
+    with RunFolder.create(path, TrainConfig()) as run:
+        for step in (1, 2):
+            run.log(step, {"reward": 0.5})
+            run.checkpoint(step, save())
+    last = path / "checkpoints" / "step-000002"
+    weights, sums = last / "model.safetensors", last / "checksums.json"
+    {
+        "cut": lambda: weights.write_text("weig"),
+        "flip": lambda: weights.write_text("weighty"),
+        "missing": weights.unlink,
+        "sums missing": sums.unlink,
+        "sums torn": lambda: sums.write_text(sums.read_text()[:20]),
+    }[hurt]()
+    said: list[str] = []
+    with RunFolder.open(path, say=said.append) as run:
+        assert run.last is not None and run.last.step == 1
+    assert len(said) == 1 and str(last) in said[0] and "set aside as damaged-000002" in said[0]
+    assert [row["step"] for row in rows(path)] == [1]
+    assert not last.exists() and (path / "checkpoints" / "damaged-000002").is_dir()
+    (path / "checkpoints" / "step-000001" / "checksums.json").unlink()
+    with pytest.raises(RunFolderError, match="every checkpoint is damaged .*step-000001: checksums.json is missing"):
+        RunFolder.open(path)
+    assert (path / "checkpoints" / "step-000001").is_dir()
 
 
 def test_an_interrupted_checkpoint_is_ignored_and_cleaned(path: Path) -> None:
     """kill -9 in the middle of a write: the earlier checkpoint is the last one, and what was left is removed."""
     script = (
-        "import os, sys; from ibtpo.runlog import *\n"
+        "import os, sys; from pathlib import Path; from ibtpo.config import TrainConfig; from ibtpo.runlog import *\n"
         "run = RunFolder.create(Path(sys.argv[1]), TrainConfig())\n"
         "run.checkpoint(1, lambda folder: (folder / 'a').write_text('a'))\n"
         "run.checkpoint(2, lambda folder: ((folder / 'a').write_text('half'), os.kill(os.getpid(), 9)))\n"
@@ -296,7 +327,7 @@ def test_tree_metrics_average_over_trees_and_leave_out_what_is_unknown() -> None
 
 
 def test_tree_record_is_plain_data_with_parents_first() -> None:
-    record = tree_record(small_tree(), lambda ids: "".join(map(str, ids)), answer="2", title="p")
+    record = tree_record(small_tree(), lambda ids: "".join(map(str, ids)), answer="2")
     nodes = json.loads(json.dumps(record, allow_nan=False))["nodes"]
     assert [(node["parent"], node["text"], node["round"]) for node in nodes] == [
         (None, "99", None), (0, "1", 0), (1, "23", 0), (1, "5", 1), (0, "4", 0),
@@ -306,6 +337,90 @@ def test_tree_record_is_plain_data_with_parents_first() -> None:
     plain = small_tree()
     plain.notes.clear()
     assert "value" not in tree_record(plain, str)["nodes"][0]
+
+
+def test_tree_record_has_a_piece_and_figures_for_every_token() -> None:
+    tree = small_tree()
+    for node, kept in zip(tree.nodes(), tree_record(tree, lambda ids: "".join(map(str, ids)))["nodes"], strict=True):
+        assert len(kept["pieces"]) == len(node.tokens) and "".join(kept["pieces"]) == kept["text"]
+        assert len(kept["logprob"]) == len(kept["entropy"]) == (0 if node.parent is None else len(node.tokens))
+
+
+def test_a_character_spread_over_tokens_belongs_to_the_one_that_completes_it() -> None:
+    def decode(ids: list[int]) -> str:  # tokens are single bytes
+        return bytes(ids).decode(errors="replace")
+
+    tree = small_tree()
+    tree.root.tokens = np.array(list("aé€".encode()), np.int32)
+    assert tree_record(tree, decode)["nodes"][0]["pieces"] == ["a", "", "é", "", "", "€"]
+
+
+def test_trees_are_kept_within_bounds_and_spread_over_the_run(path: Path) -> None:
+    record = tree_record(small_tree(), lambda ids: "".join(map(str, ids)))
+    with RunFolder.create(path, TrainConfig()) as run:
+        run.add_tree(1, record)
+        [first] = (path / "trees").iterdir()
+        size = first.stat().st_size
+        for step in range(2, 41):
+            run.add_tree(step, record, most_bytes=10.5 * size)
+    rows_ = list(read_rows(path / "trees.jsonl"))
+    assert {row["file"] for row in rows_} == {file.name for file in (path / "trees").iterdir()}
+    steps = [row["step"] for row in rows_]
+    assert 5 <= len(steps) <= 11 and steps[0] == 1 and steps[-1] == 40
+    assert max(b - a for a, b in pairwise(steps)) <= 20
+    assert read_tree(path / "trees" / rows_[-1]["file"])["step"] == 40
+    assert thin_trees(path, 1) and len(list((path / "trees").iterdir())) == 2  # the first and the last stay
+
+
+# ---- loggers ----
+
+
+class FakeTracker(types.ModuleType):
+    """Stands in for wandb or trackio."""
+
+    def __init__(self, name: str, fails_at: int | None = None) -> None:
+        super().__init__(name)
+        self.started: dict[str, Any] = {}
+        self.logged: list[dict[str, float]] = []
+        self.finished = False
+        self.fails_at = fails_at
+
+    def init(self, **options: Any) -> FakeTracker:
+        self.started = options
+        return self
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None: ...
+
+    def log(self, values: dict[str, float]) -> None:
+        if values["step"] == self.fails_at:
+            raise ConnectionError("the service is down")
+        self.logged.append(values)
+
+    def finish(self) -> None:
+        self.finished = True
+
+
+def test_loggers_get_what_the_log_gets_and_never_end_a_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb, trackio = FakeTracker("wandb", fails_at=2), FakeTracker("trackio")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    with RunFolder.create(path, TrainConfig(log="wandb,trackio")) as run:
+        run.log(1, {"reward": 0.5, "loss": float("nan")})
+        with pytest.warns(RuntimeWarning, match="logging to wandb stopped .ConnectionError: the service is down"):
+            run.log(2, {"reward": 0.6})
+        run.log(3, {"reward": 0.7})
+    assert trackio.logged == [{"step": i, "reward": r} for i, r in ((1, 0.5), (2, 0.6), (3, 0.7))] and trackio.finished
+    assert len(wandb.logged) == 1 and wandb.started["config"]["search"]["rounds"] == TrainConfig().search.rounds
+    assert [row["reward"] for row in rows(path)] == [0.5, 0.6, 0.7]
+    assert len(EventAccumulator(str(path)).Reload().Scalars("reward")) == 3
+
+
+def test_loggers_that_are_unknown_or_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="log"):
+        TrainConfig(log="wanbd")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="log: trackio is not installed; pip install trackio"):
+        check_installed("trackio")
 
 
 # ---- evaluation ----

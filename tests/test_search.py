@@ -5,11 +5,12 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from trees import TablePolicy, fill
+from trees import fill
 
 from ibtpo.config import IBConfig, SearchConfig
 from ibtpo.ib import IBEstimates
 from ibtpo.search import anywhere, highest_scores, make_search
+from ibtpo.studies.table_policy import TablePolicy
 from ibtpo_engine.tree import Node, Tree
 
 POLICY = TablePolicy()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -112,3 +114,16 @@ def test_a_predicate_works_in_place_of_a_splitter_and_is_checked():
         leaf = fill(Tree([0]).root.fork()[0], range(6), reward=0.0)
         with pytest.raises(ValueError, match="splitter: offsets"):
             split_steps(leaf, lambda tokens, wrong=wrong: wrong)
+
+
+def test_noise_moves_that_share_of_the_boundaries() -> None:
+    """Every third token ends a step; the moved ones stay between their neighbours and are the same each time."""
+    exact, tokens = list(range(3, 3000, 3)), list(range(3000))
+    splitter = StepSplitter(PieceTokenizer([]), step_tokens=3, noise=0.3)
+    moved = splitter(tokens)
+    assert moved == splitter(tokens)
+    assert len(moved) == len(exact)
+    assert all(a < b for a, b in pairwise([0, *moved, 3000]))
+    share = sum(a != b for a, b in zip(moved, exact, strict=True)) / len(exact)
+    assert 0.2 < share < 0.27  # three or so in four moves end elsewhere
+    assert StepSplitter(PieceTokenizer([]), step_tokens=3)(tokens) == exact

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-import types
+from collections.abc import Iterator
+from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ibtpo.config import DigitChainConfig, JsonlConfig, TrainConfig
+from ibtpo.rewards import final_answer
 from ibtpo.tasks import Problem, TeachableTask, format_prompt, make_task
+from ibtpo.tasks.data import DataTask
 from ibtpo.tasks.digit_chain import (
     SYMBOLS,
     DigitChain,
@@ -28,9 +31,7 @@ from ibtpo.tasks.digit_chain import (
     result,
     right_solution,
 )
-from ibtpo.tasks.gym import GymTask, final_answer
-from ibtpo.tasks.jsonl import JsonlTask, read_problems
-from ibtpo_engine.randomness import mix
+from ibtpo.tasks.gym import GymTask
 
 EXACT = JsonlConfig(grade="exact")
 
@@ -184,18 +185,18 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
 def test_jsonl_rows_are_divided_by_prompt_and_shuffled_every_epoch(tmp_path: Path) -> None:
     rows = [{"prompt": f"What is {i}+{i}?", "answer": 2 * i} for i in range(50)]
     path = write_jsonl(tmp_path / "data.jsonl", rows + rows[:10])  # some rows twice
-    task = JsonlTask(path, EXACT, seed=1)
+    task = DataTask(path, EXACT, seed=1)
     held_out = [p.prompt for p in task.eval_problems(100)]
     epochs = [[task.train_problem(e * task.num_train + i).prompt for i in range(task.num_train)] for e in range(2)]
     assert len(held_out) == len(set(held_out)) == 5
     assert not set(held_out) & set(epochs[0])
     assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
-    assert task.train_problem(3) == JsonlTask(path, EXACT, seed=1).train_problem(3)
-    assert held_out != [p.prompt for p in JsonlTask(path, EXACT, seed=2).eval_problems(100)]
+    assert task.train_problem(3) == DataTask(path, EXACT, seed=1).train_problem(3)
+    assert held_out != [p.prompt for p in DataTask(path, EXACT, seed=2).eval_problems(100)]
 
 
 def test_jsonl_exact_grading_takes_the_stripped_last_line(tmp_path: Path) -> None:
-    task = JsonlTask(write_jsonl(tmp_path / "d", [{"prompt": p, "answer": " 4 "} for p in "ab"]), EXACT)
+    task = DataTask(write_jsonl(tmp_path / "d", [{"prompt": p, "answer": " 4 "} for p in "ab"]), EXACT)
     problem = task.train_problem(0)
     assert task.grade(problem, "two and two\n\n 4 \n\n", False) == 1.0
     assert task.grade(problem, "4 or 5", False) == task.grade(problem, "", False) == 0.0
@@ -203,7 +204,7 @@ def test_jsonl_exact_grading_takes_the_stripped_last_line(tmp_path: Path) -> Non
 
 
 def test_jsonl_math_grading_runs_in_workers(tmp_path: Path) -> None:
-    task = JsonlTask(write_jsonl(tmp_path / "d", [{"prompt": p, "answer": "1/2"} for p in "ab"]), JsonlConfig())
+    task = DataTask(write_jsonl(tmp_path / "d", [{"prompt": p, "answer": "1/2"} for p in "ab"]), JsonlConfig())
     try:
         right, wrong = (task.grade(task.train_problem(0), rf"so \boxed{{{x}}}", False) for x in ("0.5", "2"))
         assert not isinstance(right, float) and not isinstance(wrong, float)
@@ -218,9 +219,10 @@ def test_jsonl_reads_messages_blank_lines_numbers_and_a_byte_order_mark(tmp_path
     chat = [{"role": "user", "content": "héllo\u2028"}]
     lines = [json.dumps({"prompt": chat, "answer": 3.5}, ensure_ascii=False), "", '{"prompt": "b", "answer": "x"}']
     path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode() + b"\r\n\n")
-    first, second = read_problems(path, JsonlConfig())
-    assert (first.prompt, first.answer, first.data["line"]) == (chat, "3.5", 1)
-    assert (second.prompt, second.answer, second.data["line"]) == ("b", "x", 3)
+    task = DataTask(path, JsonlConfig(grade="exact", eval_fraction=1.0))
+    first, second = task.eval_problems(2)
+    assert (first.prompt, first.answer, first.data["where"]) == (chat, "3.5", f"{path}, line 1")
+    assert (second.prompt, second.answer, second.data["where"]) == ("b", "x", f"{path}, line 3")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +232,7 @@ def test_jsonl_reads_messages_blank_lines_numbers_and_a_byte_order_mark(tmp_path
         (b"\n \n", r"the file is empty"),
         (b'{"prompt": "a", "answer": "b"}\n{"prompt": "a"', r"line 2: malformed JSON at column"),
         (b'[{"prompt": "a", "answer": "b"}]\n', r"line 1: expected an object, found a list"),
-        (b'{"question": "a", "answer": "b"}\n', r'line 1: field "prompt" is missing \(fields found: \'question\''),
+        (b'{"text": "a", "answer": "b"}\n', r'line 1: field "prompt" is missing \(fields found: \'text\''),
         (b'{"prompt": "a"}\n', r'line 1: field "answer" is missing.*jsonl.answer_field'),
         (b'{"prompt": 7, "answer": "b"}\n', r'line 1: field "prompt" is a number'),
         (b'{"prompt": "  ", "answer": "b"}\n', r'line 1: field "prompt" is empty'),
@@ -243,50 +245,64 @@ def test_jsonl_reads_messages_blank_lines_numbers_and_a_byte_order_mark(tmp_path
         (b'{"prompt": "a", "answer": NaN}\n', r"line 1: NaN is not JSON"),
         (b'{"prompt": "\xff", "answer": "b"}\n', r"line 1: not UTF-8"),
         (b'{"prompt": "a", "answer": "b"}\n', r"at least 2 different prompts"),
-        (b'{"prompt": "a", "answer": "b"}\n' * 3, r"3 row\(s\) with 1 different prompt"),
+        (b'{"prompt": "a", "answer": "b"}\n' * 3, r"1 row\(s\) with 1 different prompt"),
     ],
 )
 def test_jsonl_names_file_line_field_and_remedy(tmp_path: Path, content: bytes, expected: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=expected) as caught:
-        JsonlTask(path, EXACT)
+        DataTask(path, EXACT)
     message = str(caught.value)
     assert message.startswith(str(path)) and "\n" not in message and len(message) < 400
 
 
 def test_jsonl_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nowhere\.jsonl: no such file.*--data"):
-        JsonlTask(tmp_path / "nowhere.jsonl", EXACT)
+        DataTask(tmp_path / "nowhere.jsonl", EXACT)
 
 
 # ---- reasoning-gym ----
 
 
-class FakeSums:
-    """As much of a reasoning-gym dataset as the adapter uses."""
+FAKE_GYM = '''
+"""As much of reasoning-gym as the adapter and its grading process use."""
+import random
 
-    def __init__(self, size: int, seed: int) -> None:
+class Sums:
+    def __init__(self, size, seed):
         self.size, self.seed = size, seed
 
-    def __getitem__(self, index: int) -> dict[str, object]:
+    def __getitem__(self, index):
         assert 0 <= index < self.size
-        a = mix(self.seed, index) % 100_000
-        return {"question": f"{a} + 1 =", "answer": str(a + 1), "metadata": {"source_dataset": "chain_sum"}}
+        a = random.Random(f"{self.seed} {index}").randrange(100_000)
+        return {"question": f"{a} + 1 =", "answer": str(a + 1), "metadata": {"range": (1, 2)}}
 
-    def score_answer(self, answer: str, entry: dict[str, object]) -> float:
+def create_dataset(name, size, seed):
+    return Sums(size, seed)
+
+def get_score_answer_fn(name):
+    def score(answer, entry):
+        assert entry["metadata"]["range"] == (1, 2)
         if answer == "crash":
             raise RuntimeError(answer)
         return {entry["answer"]: 1.0, "nan": float("nan"), "big": 7.0}.get(answer, 0.01)
+    return score
+'''
 
 
 @pytest.fixture
-def fake_gym(monkeypatch: pytest.MonkeyPatch) -> None:
-    package, factory = types.ModuleType("reasoning_gym"), types.ModuleType("reasoning_gym.factory")
-    package.create_dataset = lambda name, size, seed: FakeSums(size, seed)  # type: ignore[attr-defined]
-    factory.DATASETS = {"chain_sum": None, "countdown": None}  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "reasoning_gym", package)
-    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", factory)
+def fake_gym(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    package = tmp_path / "reasoning_gym"
+    package.mkdir()
+    (package / "__init__.py").write_text(FAKE_GYM)
+    (package / "factory.py").write_text('DATASETS = {"chain_sum": None, "countdown": None}')
+    for name in [name for name in sys.modules if name.split(".")[0] == "reasoning_gym"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in ("reasoning_gym", "reasoning_gym.factory"):
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.usefixtures("fake_gym")
@@ -299,13 +315,21 @@ def test_gym_problems_are_reproducible_and_held_out() -> None:
 
 
 @pytest.mark.usefixtures("fake_gym")
-def test_gym_grades_the_final_answer_within_zero_and_one() -> None:
+def test_gym_grades_the_final_answer_in_workers_and_counts_what_fails() -> None:
     task = GymTask("reasoning-gym:chain_sum")
     problem = task.train_problem(0)
-    for text in ("{}", r"thus \boxed{{{}}}", "<answer>1</answer> no, <answer> {} </answer>", "so\n{}\n"):
-        assert task.grade(problem, text.format(problem.answer), False) == 1.0
-    assert task.grade(problem, problem.answer, True) == 0.0
-    assert [task.grade(problem, text, False) for text in ("3", "crash", "nan", "big")] == [0.01, 0.0, 0.0, 1.0]
+
+    def grade(text: str) -> float:
+        future = task.grade(problem, text, False)
+        assert not isinstance(future, float)
+        return future.result(60)
+
+    with closing(task):
+        for text in ("{}", r"thus \boxed{{{}}}", "<answer>1</answer> no, <answer> {} </answer>", "so\n{}\n"):
+            assert grade(text.format(problem.answer)) == 1.0
+        assert task.grade(problem, problem.answer, True) == 0.0
+        assert [grade(text) for text in ("3", "crash", "nan", "big")] == [0.01, 0.0, 0.0, 0.0]
+        assert task.counts() == {"reward_timeouts": 0, "reward_failures": 3}
 
 
 @pytest.mark.usefixtures("fake_gym")

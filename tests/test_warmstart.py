@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from ibtpo.config import DigitChainConfig, WarmStartConfig
+from ibtpo.config_io import base_config
+from ibtpo.grow import Grower
 from ibtpo.policy import built_in_policy
+from ibtpo.setup import make_engine
 from ibtpo.tasks import DigitChain
-from ibtpo.warmstart import FINAL_RATE, WINDOW, WarmStart, _Schedule, warm_start
+from ibtpo.warmstart import CHECK_EVERY, FINAL_RATE, WINDOW, PassShare, WarmStart, _Schedule, warm_start
+from ibtpo_engine import Sampling
 
 CONFIG = WarmStartConfig(excess=0.5, decay_updates=4, max_updates=40, batch_size=4)
 
@@ -54,3 +58,27 @@ def test_policy_comes_near_its_teacher() -> None:
     assert WINDOW + config.decay_updates < end.updates == end.total == len(seen) < config.max_updates
     assert 0.0 < end.excess < config.excess < seen[10].excess
     assert all(state.total == config.max_updates for state in seen[: -config.decay_updates - 1])
+
+
+def test_rate_falls_only_once_the_pass_rate_suffices_too() -> None:
+    """Low loss from the start; the share is asked for every 25 updates, and the third answer is enough."""
+    config = replace(CONFIG, max_updates=200, pass_share=0.4)
+    answers = iter([0.1, 0.39, 0.4])
+    schedule = _Schedule(config, lambda: next(answers))
+    while schedule.updates < schedule.total:
+        schedule.advance(0.0)
+    assert schedule.updates == WINDOW + 2 * CHECK_EVERY + config.decay_updates
+
+
+def test_pass_share_compares_policy_and_teacher() -> None:
+    """A policy that has learnt nothing has none of the teacher's rate; a teacher never right does not divide by 0."""
+    torch.set_num_threads(1)
+    config = base_config(task=None, preset="grpo", file=None, run=None)
+    task = DigitChain(DigitChainConfig(min_ops=1, max_ops=1), 0)
+    policy = built_in_policy(0, dtype=torch.float32, device=torch.device("cpu"))
+    engine = make_engine(config, policy)
+    grower = Grower(engine, task, policy.tokenizer, config.jsonl)
+    problems = [task.train_problem(index) for index in range(8)]
+    share = PassShare(engine, grower, task, Sampling(max_tokens=8, stop_tokens=policy.stops), problems, 0)
+    assert 0.5 < share._teacher <= 1.0  # one operation, mean error rate .18
+    assert share() == 0.0

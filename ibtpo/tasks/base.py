@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ibtpo.config import JsonlConfig
 
-Messages = Sequence[dict[str, str]]
 HELD_OUT_SHARE = 8  # one generated prompt in so many belongs to evaluation
 
 
@@ -27,7 +26,9 @@ class Problem:
     answer: str
     """Reference answer, as text."""
     data: dict[str, Any] = field(default_factory=dict)
-    """Whatever the task itself needs for grading."""
+    """Whatever else rewards need; "where" says where in a data file it is from."""
+    examples: tuple[tuple[str, str], ...] = ()
+    """Worked examples shown before the prompt: (prompt, solution)."""
 
 
 class Grades(Protocol):
@@ -35,6 +36,12 @@ class Grades(Protocol):
 
     def grade(self, problem: Problem, completion: str, truncated: bool) -> float | Future[float]:
         """Reward in [0, 1] of a completion, now or later; a truncated one gets 0."""
+
+    def extract(self, problem: Problem, completion: str) -> str | Future[str | None] | None:
+        """The answer a completion gives, in a form in which equal answers are equal texts; None if it gives none."""
+
+    def counts(self) -> dict[str, float]:
+        """How many gradings failed and timed out so far, under the names of the log; empty where none can."""
 
     def close(self) -> None:
         """End whatever runs in the background."""
@@ -101,14 +108,15 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, config: 
     """Token ids of a problem's prompt, ready to be continued.
 
     With a chat template (and ``config.chat_template``) the prompt becomes the user's message, with the header of the
-    assistant's turn appended. Without one, text is encoded as it is, below the system prompt if there is one.
-    A system message of the problem's own wins over ``config.system_prompt``.
+    assistant's turn appended; worked examples are turns before it. Without one, text is encoded as it is, below the
+    system prompt and the examples if there are any, with a blank line between them. A system message of the problem's
+    own wins over ``config.system_prompt``.
 
     Raises:
         ValueError: chat messages, but no chat template to format them with.
     """
     if config.chat_template and getattr(tokenizer, "chat_template", None):
-        messages = _with_system_prompt(problem.prompt, config.system_prompt)
+        messages = _messages(problem, config.system_prompt)
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return list(tokenizer.encode(text, add_special_tokens=False))  # the template writes the special tokens itself
     if not isinstance(problem.prompt, str):
@@ -116,12 +124,21 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, config: 
             "the prompts are chat messages, but the tokenizer has no chat template (or jsonl.chat_template is false); "
             "use a model folder whose tokenizer has one, or give the prompts as plain strings"
         )
-    text = problem.prompt if config.system_prompt is None else f"{config.system_prompt}\n\n{problem.prompt}"
-    return list(tokenizer.encode(text))
+    before = [] if config.system_prompt is None else [config.system_prompt]
+    before += [f"{prompt}\n\n{solution}" for prompt, solution in problem.examples]
+    return list(tokenizer.encode("\n\n".join([*before, problem.prompt])))
 
 
-def _with_system_prompt(prompt: str | Messages, system_prompt: str | None) -> list[dict[str, str]]:
+def _messages(problem: Problem, system_prompt: str | None) -> list[dict[str, str]]:
+    prompt = problem.prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if system_prompt is not None and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system_prompt})
-    return messages
+    own = messages[0]["role"] == "system"
+    system = (
+        messages[:1] if own else [{"role": "system", "content": system_prompt}] if system_prompt is not None else []
+    )
+    turns = [
+        {"role": role, "content": text}
+        for example in problem.examples
+        for role, text in zip(("user", "assistant"), example, strict=True)
+    ]
+    return [*system, *turns, *messages[own:]]

@@ -106,6 +106,14 @@ class DigitChain:
             return float(text.rsplit("\n", 1)[-1] == problem.answer)
         return float(text == right_solution(problem).removesuffix(END))
 
+    def extract(self, problem: Problem, completion: str) -> str | None:
+        """The final digit, or whatever stands in its place."""
+        return completion.removesuffix(END).rsplit("\n", 1)[-1] or None
+
+    def counts(self) -> dict[str, float]:
+        """Grading here cannot fail."""
+        return {}
+
     def worked_solution(self, problem: Problem, rng: np.random.Generator) -> WorkedSolution:
         """A worked answer by the imperfect teacher; after a mistake the chain goes on from the wrong digit."""
         logprob = 0.0

@@ -3,39 +3,47 @@
 from __future__ import annotations
 
 import importlib
-import math
-import re
 from types import ModuleType
 from typing import Any
 
+from ibtpo.config import JsonlConfig
+from ibtpo.rewards import GYM, RewardSpec
 from ibtpo.tasks.base import Problem, is_held_out, suggest
-from ibtpo.tasks.jsonl import last_line
+from ibtpo.tasks.grades import RewardGrades
 from ibtpo_engine.randomness import mix
 
-PREFIX = "reasoning-gym:"
 _TRAIN, _EVAL = range(2)  # streams of random numbers
 _SIZE = 1 << 40  # problems are made when asked for; the size is only a bound on the index
 _ATTEMPTS = 256  # draws before we conclude that a dataset has too few different problems
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 
 
-class GymTask:
-    """``reasoning-gym:NAME``, for example ``reasoning-gym:chain_sum``.
+class GymTask(RewardGrades):
+    """``reasoning-gym:NAME``, for example ``reasoning-gym:chain_sum``; graded by the package's score by default.
 
     Raises:
         ValueError: the package is not installed, or has no dataset of this name.
+        GraderError: a reward cannot be loaded.
     """
 
-    def __init__(self, name: str, seed: int = 0, separator: str = "\n\n") -> None:
+    def __init__(
+        self,
+        name: str,
+        seed: int = 0,
+        separator: str = "\n\n",
+        *,
+        config: JsonlConfig | None = None,
+        rewards: tuple[RewardSpec, ...] = (),
+    ) -> None:
         self.separator = separator
-        dataset = name.removeprefix(PREFIX)
-        self.name = PREFIX + dataset
+        dataset = name.removeprefix(GYM)
+        self.name = GYM + dataset
         package = _import_package()
         _check_name(package, dataset)
         self._datasets = {
             stream: package.create_dataset(dataset, size=_SIZE, seed=mix(seed, stream) % (1 << 31))
             for stream in (_TRAIN, _EVAL)
         }
+        super().__init__(rewards or (RewardSpec(self.name),), config or JsonlConfig())
 
     def train_problem(self, index: int) -> Problem:
         """The training problem of this index, never a held-out one."""
@@ -44,19 +52,6 @@ class GymTask:
     def eval_problems(self, n: int) -> list[Problem]:
         """`n` held-out problems."""
         return [self._draw(_EVAL, index, held_out=True) for index in range(n)]
-
-    def grade(self, problem: Problem, completion: str, truncated: bool) -> float:
-        """The package's score, in [0, 1], of the completion's final answer."""
-        if truncated:
-            return 0.0
-        try:
-            score = float(self._datasets[_TRAIN].score_answer(final_answer(completion), problem.data["entry"]))
-        except Exception:  # graders parse free text; what they cannot parse is wrong, not a reason to stop the run
-            return 0.0
-        return min(max(score, 0.0), 1.0) if math.isfinite(score) else 0.0
-
-    def close(self) -> None:
-        """Nothing runs in the background."""
 
     def _draw(self, stream: int, index: int, held_out: bool) -> Problem:
         for attempt in range(_ATTEMPTS):
@@ -69,29 +64,12 @@ class GymTask:
         )
 
 
-def final_answer(completion: str) -> str:
-    r"""What a completion answers: the last ``<answer>`` element, else the last ``\boxed{}``, else the last line."""
-    if tagged := _ANSWER_TAG.findall(completion):
-        return str(tagged[-1]).strip()
-    start = completion.rfind(r"\boxed{")
-    return last_line(completion) if start < 0 else _braced(completion, start + len(r"\boxed{"))
-
-
-def _braced(text: str, start: int) -> str:
-    depth = 1
-    for i in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[i], 0)
-        if depth == 0:
-            return text[start:i].strip()
-    return text[start:].strip()
-
-
 def _import_package() -> Any:
     try:
         return importlib.import_module("reasoning_gym")
     except ImportError as error:
         raise ValueError(
-            f"task {PREFIX}...: the package reasoning-gym cannot be imported ({error}); "
+            f"task {GYM}...: the package reasoning-gym cannot be imported ({error}); "
             'install it with: pip install "ibtpo[gym]"  (or: pip install reasoning-gym)'
         ) from error
 
@@ -99,4 +77,4 @@ def _import_package() -> Any:
 def _check_name(package: ModuleType, name: str) -> None:
     known = sorted(importlib.import_module(f"{package.__name__}.factory").DATASETS)
     if name not in known:
-        raise ValueError(f'task "{PREFIX}{name}": reasoning-gym has no dataset of this name; {suggest(name, known)}')
+        raise ValueError(f'task "{GYM}{name}": reasoning-gym has no dataset of this name; {suggest(name, known)}')

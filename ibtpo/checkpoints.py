@@ -1,0 +1,145 @@
+"""Checkpoints of a run: written beside their place, flushed, renamed; checked before they are trusted.
+
+::
+
+    checkpoints/step-000010/          complete: it got its name last
+        checksums.json                bytes and SHA-256 of every other file
+        ...                           what the trainer wrote
+    checkpoints/.step-000020.tmp/     being written, or being removed
+    checkpoints/damaged-000020/       complete once, but not what was written; set aside by a resume
+
+At every moment the newest complete checkpoint stays where it is until the next one has its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ibtpo.disk import RunFolderError, flush, flush_tree, no_space, remove, retire, unfinished, write_atomically
+
+CHECKPOINTS, CHECKSUMS = "checkpoints", "checksums.json"
+_NAME, _ASIDE = "step-", "damaged-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    step: int
+    path: Path
+
+
+def checkpoints(run: Path) -> list[Checkpoint]:
+    """The complete checkpoints of a run folder, oldest first; their contents are not looked at."""
+    found = (run / CHECKPOINTS).glob(f"{_NAME}*")
+    numbered = [(path.name.removeprefix(_NAME), path) for path in found if path.is_dir()]
+    return sorted((Checkpoint(int(n), path) for n, path in numbered if n.isdigit()), key=lambda c: c.step)
+
+
+def latest_checkpoint(run: Path) -> Checkpoint | None:
+    """The last complete checkpoint of a run folder, or None; its contents are not looked at."""
+    found = checkpoints(run)
+    return found[-1] if found else None
+
+
+def write_checkpoint(run: Path, step: int, write: Callable[[Path], object], *, keep: int) -> Path:
+    """Save a checkpoint and forget all but the `keep` newest. The step's own, if it is there already, is left alone.
+
+    Args:
+        write: called with an empty folder to fill.
+
+    Raises:
+        RunFolderError: the disk is full; nothing half-written stays behind, older checkpoints do.
+    """
+    folder = run / CHECKPOINTS
+    final = folder / f"{_NAME}{step:06d}"
+    if not final.exists():
+        last = latest_checkpoint(run)
+        with no_space(run, "no checkpoint was there before" if last is None else f"{last.path}"):
+            _write(final, write)
+    for old in checkpoints(run)[:-keep]:
+        if old.path != final:
+            retire(old.path)
+    return final
+
+
+def _write(final: Path, write: Callable[[Path], object]) -> None:
+    temporary = unfinished(final)
+    try:
+        remove(temporary)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        sums = {str(path.relative_to(temporary)): _sum(path) for path in _files(temporary)}
+        write_atomically(temporary / CHECKSUMS, json.dumps(sums, indent=1))
+        flush_tree(temporary)
+        temporary.rename(final)
+        flush(final.parent)
+    except BaseException:
+        remove(temporary)
+        raise
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _sum(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def damage(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with a checkpoint's files, in a few words; None if each is what was written."""
+    try:
+        sums = json.loads((checkpoint.path / CHECKSUMS).read_text(encoding="utf-8"))
+        for name, expected in sums.items():
+            path = checkpoint.path / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+            if _sum(path) != expected:
+                return f"{name} is not what was written"
+    except FileNotFoundError:
+        return f"{CHECKSUMS} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{CHECKSUMS} or a file it names cannot be read ({' '.join(str(error).split())})"
+    return None
+
+
+def intact_checkpoint(run: Path, say: Callable[[str], object]) -> Checkpoint | None:
+    """The newest checkpoint whose files are what was written, or None if the run has none at all.
+
+    Newer ones, all damaged, are set aside as damaged-NNNNNN.
+
+    Args:
+        say: told of each damaged one.
+
+    Raises:
+        RunFolderError: there are checkpoints, but every one is damaged.
+    """
+    faults: list[tuple[Checkpoint, str]] = []
+    for checkpoint in reversed(checkpoints(run)):
+        fault = damage(checkpoint)
+        if fault is None:
+            for damaged, why in faults:
+                say(f"{damaged.path} is damaged ({why}); set aside as {_set_aside(damaged).name}")
+            return checkpoint
+        faults.append((checkpoint, fault))
+    if not faults:
+        return None
+    listed = "; ".join(f"{checkpoint.path}: {why}" for checkpoint, why in faults)
+    raise RunFolderError(
+        f"resume: every checkpoint is damaged ({listed}); put one back from a copy, or begin a new run with --out"
+    )
+
+
+def _set_aside(checkpoint: Checkpoint) -> Path:
+    aside = checkpoint.path.with_name(f"{_ASIDE}{checkpoint.path.name.removeprefix(_NAME)}")
+    remove(aside)
+    return checkpoint.path.rename(aside)

@@ -1,0 +1,89 @@
+"""Writing that survives: whole files or none, on the disk and not in its cache alone; plain words when it is full."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+UNFINISHED = ".tmp"  # ending of what is being written or removed; never read, swept away when a run is opened
+_FULL = ("No space left on device", "Disk quota exceeded")  # how libraries that hide errno put it
+
+
+class RunFolderError(ValueError):
+    """The run folder cannot be used as asked; the message names it and the remedy."""
+
+
+@contextlib.contextmanager
+def no_space(path: Path, kept: str) -> Iterator[None]:
+    """Turn "disk full", from whatever library, into an error that says what to do."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not any(phrase in str(error) for phrase in _FULL):
+            raise
+        raise RunFolderError(
+            f"no space left on the disk of {path}; what was being written was removed, kept: {kept}; free some space, "
+            f"then continue with --resume {path}"
+        ) from error
+
+
+def unfinished(path: Path) -> Path:
+    """The hidden name beside `path` under which it is written."""
+    return path.with_name(f".{path.name}{UNFINISHED}")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file under a temporary name, flush it to disk and rename it; no reader ever sees half of it."""
+    temporary = unfinished(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def flush_tree(folder: Path) -> None:
+    """`flush` a folder and all that lies below it."""
+    for path in [*folder.rglob("*"), folder]:
+        flush(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def retire(folder: Path) -> None:
+    """Remove a folder so that no moment shows half of it under its own name."""
+    hidden = unfinished(folder)
+    remove(hidden)
+    folder.rename(hidden)
+    remove(hidden)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what an interrupted process was still writing or removing."""
+    for leftover in folder.glob(f".*{UNFINISHED}"):
+        remove(leftover)

@@ -1,0 +1,47 @@
+"""The process of one cell: ``python -m ibtpo.studies.cell FOLDER`` does what FOLDER/spec.json says, on one thread.
+
+It ends at once when its standard input does, so it never outlives the study that started it, however that ended. What
+it leaves is FOLDER/result.json, written last and whole, or FOLDER/error.txt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+import torch
+
+from ibtpo.config import TrainConfig
+from ibtpo.config_io import merge
+from ibtpo.runlog import write_atomically
+from ibtpo.studies.measure import measure
+
+SPEC, RESULT, ERROR = "spec.json", "result.json", "error.txt"
+
+
+def main(folder: Path) -> int:
+    """Do the work; returns the exit code."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    try:
+        spec = json.loads((folder / SPEC).read_text(encoding="utf-8"))
+        policy = None if spec["folder"] is None else Path(spec["folder"])
+        config = merge(TrainConfig(), spec["config"], source=SPEC)
+        result = measure(spec, config, folder, policy)
+        write_atomically(folder / RESULT, json.dumps(result))
+    except Exception as error:
+        write_atomically(folder / ERROR, f"{type(error).__name__}: {' '.join(str(error).split())}")
+        raise
+    return 0
+
+
+def _end_with_parent() -> None:
+    os.read(0, 1)  # nothing is ever written there: this returns when whoever holds the other end is gone
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,223 @@
+"""A study as data: a YAML file of variants, seeds and tasks becomes cells, each the work of one process.
+
+::
+
+    title: ...
+    kind: train | samplers | bias      what a cell does, see ibtpo/studies/measure.py
+    baseline: grpo                     the variant the others are compared with
+    run: {...}                         settings of every cell, as in --config of `ibtpo train`
+    tasks: {NAME: {...}, ...}          settings of each task; one nameless task if left out
+    policies: [start, half]            kind samplers: policies to sample from; half: GRPO's after a third of the tokens
+    variants:
+      grpo: {}                         preset of the same name
+      beta 1: {preset: ib-tpo, ib: {beta: 1}}
+
+A cell's folder is named after a hash of all that decides its result, so studies in the same folder share cells.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from ibtpo.config import TrainConfig
+from ibtpo.config_io import PRESETS, base_config, load_yaml, merge
+from ibtpo.tasks.base import suggest
+
+Kind = Literal["train", "samplers", "bias"]
+HALF_SHARE = 3  # the half-trained policy has seen the budget divided by this
+_FIELDS = ("title", "kind", "baseline", "run", "tasks", "policies", "variants")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The work of one process."""
+
+    kind: Literal["train", "samplers", "bias", "start"]
+    variant: str
+    task: str
+    seed: int
+    config: TrainConfig
+    options: Mapping[str, Any]
+    """What else `measure` is told: plain data."""
+    policy: Cell | None = None
+    """The cell whose policy this one begins with, if not that of `config.model`."""
+    policy_name: str = ""
+
+    @property
+    def id(self) -> str:
+        """The folder's name: readable, and different wherever a result might be."""
+        digest = hashlib.blake2b(json.dumps(self.spec(), sort_keys=True).encode(), digest_size=5).hexdigest()
+        words = re.sub(r"[^A-Za-z0-9.+-]+", "-", f"{self.kind}-{self.variant}").strip("-")
+        return f"{words}-seed{self.seed}-{digest}"
+
+    def spec(self) -> dict[str, Any]:
+        """All that decides the result, as JSON knows it."""
+        config = json.loads(json.dumps(asdict(self.config), default=str))
+        above = None if self.policy is None else self.policy.id
+        return {"kind": self.kind, "config": config, "options": dict(self.options), "policy": above}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is compared with what.
+
+    Attributes:
+        skipped: variants left out, with the reason.
+    """
+
+    name: str
+    title: str
+    kind: Kind
+    baseline: str
+    variants: Mapping[str, Mapping[str, Any]]
+    tasks: Mapping[str, Mapping[str, Any]]
+    run: Mapping[str, Any]
+    policies: Sequence[str]
+    skipped: Mapping[str, str]
+
+    def cells(self, seeds: int, *, prompts: int, changes: Mapping[str, Any]) -> list[Cell]:
+        """Every cell of `seeds` seeds, the policies they begin with not among them.
+
+        Args:
+            prompts: kinds samplers and bias: prompts a variant, over all seeds.
+            changes: settings that win over the study's own.
+
+        Raises:
+            ValueError: settings that do not exist or are out of range.
+        """
+        made = []
+        for seed in range(seeds):
+            for task, settings in self.tasks.items():
+                for variant, own in self.variants.items():
+                    made += self._of(variant, own, task, settings, seed, -(-prompts // seeds), changes)
+        return made
+
+    def _of(
+        self,
+        variant: str,
+        own: Mapping[str, Any],
+        task: str,
+        settings: Mapping[str, Any],
+        seed: int,
+        prompts: int,
+        changes: Mapping[str, Any],
+    ) -> list[Cell]:
+        options = {name: settings[name] for name in ("facts", "depth") if name in settings}
+        settings = {name: value for name, value in settings.items() if name not in options}
+        layers = (self.run, settings, changes)
+        config = _configure(own, str(own.get("preset", variant)), layers, f"study {self.name}: {variant}", seed)
+        if self.kind == "bias":
+            return [Cell("bias", variant, task, seed, config, options | {"prompts": prompts})]
+        start = _start(layers, self.name, seed)
+        if self.kind == "train":
+            return [Cell("train", variant, task, seed, config, {}, start)]
+        policies = {"start": start, "half": _half(layers, self.name, seed, start)}
+        return [
+            Cell("samplers", variant, task, seed, config, {"prompts": prompts}, policies[name], name)
+            for name in self.policies
+        ]
+
+
+def load_study(name: str) -> Study:
+    """A study that ships with the package, or one in a YAML file.
+
+    Variants whose preset does not exist here are left out, see `Study.skipped`.
+
+    Raises:
+        ValueError: no such study, or its file cannot be used.
+    """
+    shipped = {path.name.removesuffix(".yaml"): path for path in files(__package__).iterdir() if _is_yaml(path.name)}
+    if _is_yaml(name):
+        path = Path(name)
+    elif name in shipped:
+        path = Path(str(shipped[name]))
+    else:
+        raise ValueError(f"study: {name!r} is not known; {suggest(name, sorted(shipped))}; or give a FILE.yaml")
+    raw = load_yaml(path)
+    if unknown := sorted(raw.keys() - set(_FIELDS)):
+        raise ValueError(f"{path}: unknown field {unknown[0]}; {suggest(unknown[0], _FIELDS)}")
+    for field in ("run", "tasks", "variants"):
+        if not isinstance(raw.get(field) or {}, dict):
+            raise ValueError(f"{path}: {field} must hold names and settings")
+    if raw.get("kind", "train") not in get_args(Kind):
+        raise ValueError(f"{path}: kind {raw['kind']!r} is not one of {', '.join(get_args(Kind))}")
+    variants = {str(key): value or {} for key, value in (raw.get("variants") or {}).items()}
+    missing = {v: str(own.get("preset", v)) for v, own in variants.items() if own.get("preset", v) not in PRESETS}
+    kept = {variant: own for variant, own in variants.items() if variant not in missing}
+    if not kept:
+        raise ValueError(f"{path}: no variant whose preset exists; presets: {', '.join(PRESETS)}")
+    baseline = str(raw.get("baseline", next(iter(kept))))
+    if baseline not in variants:
+        raise ValueError(f"{path}: baseline {baseline!r} is not a variant; {suggest(baseline, list(variants))}")
+    policies = raw.get("policies") or ["start"]
+    if not set(policies) <= {"start", "half"}:
+        raise ValueError(f"{path}: policies {policies} are not among start, half")
+    return Study(
+        name=path.stem,
+        title=str(raw.get("title", path.stem)),
+        kind=raw.get("kind", "train"),
+        baseline=baseline,
+        variants=kept,
+        tasks={str(key): value or {} for key, value in (raw.get("tasks") or {"": {}}).items()},
+        run=raw.get("run") or {},
+        policies=policies,
+        skipped={variant: f"preset {preset} does not exist here" for variant, preset in missing.items()},
+    )
+
+
+def with_policies(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells and all that they begin with, each once, what is needed first."""
+    ordered: dict[str, Cell] = {}
+
+    def add(cell: Cell) -> None:
+        if cell.policy is not None:
+            add(cell.policy)
+        ordered.setdefault(cell.id, cell)
+
+    for cell in sorted(cells, key=lambda cell: cell.policy is None):
+        add(cell)
+    return list(ordered.values())
+
+
+def _is_yaml(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def _configure(
+    own: Mapping[str, Any], preset: str, layers: Sequence[Mapping[str, Any]], source: str, seed: int
+) -> TrainConfig:
+    task = next((layer["task"] for layer in reversed(layers) if "task" in layer), None)
+    data = any(layer.get("data") for layer in layers)
+    config = base_config(task="jsonl" if data and task is None else task, preset=preset, file=None, run=None)
+    for layer in layers[:-1]:
+        config = merge(config, layer, source=source)
+    config = merge(config, {name: value for name, value in own.items() if name != "preset"}, source=source)
+    config = merge(config, layers[-1], source=source)
+    if data:
+        config = replace(config, task="jsonl")
+    return replace(config, seed=seed, report_trees=0, out=None, resume=None)
+
+
+def _start(layers: Sequence[Mapping[str, Any]], name: str, seed: int) -> Cell | None:
+    """The warm start of a seed, the same for every variant; None if the policy comes from a folder."""
+    config = _configure({}, "grpo", layers, f"study {name}", seed)
+    if config.model != "built-in":
+        return None
+    known = TrainConfig()  # the fields that a warm start does not depend on are as they are by default
+    kept = ("seed", "task", "dtype", "digits", "warm_start", "sampling")
+    config = replace(known, **{field: getattr(config, field) for field in kept})
+    return Cell("start", "policy", "", seed, config, {})
+
+
+def _half(layers: Sequence[Mapping[str, Any]], name: str, seed: int, start: Cell | None) -> Cell:
+    config = _configure({}, "grpo", layers, f"study {name}", seed)
+    return Cell(
+        "train", "grpo", "", seed, replace(config, sampled_tokens=config.sampled_tokens // HALF_SHARE), {}, start
+    )

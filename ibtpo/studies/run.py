@@ -1,0 +1,129 @@
+"""Cells over the processes of a machine: what is done is kept, what fails is recorded, whatever ends the study.
+
+::
+
+    OUT/cells/<cell>/   spec.json, log.txt, result.json once done, error.txt if it failed
+    OUT/<study>/        table, figures, page
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from ibtpo.progress import track
+from ibtpo.runlog import write_atomically
+from ibtpo.studies.cell import ERROR, RESULT, SPEC
+from ibtpo.studies.matrix import Cell, with_policies
+from ibtpo.studies.measure import policy_of
+
+CELLS, LOG = "cells", "log.txt"
+_POLL_SECONDS = 0.05
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A cell that did not come to a result."""
+
+    cell: Cell
+    message: str
+
+
+def is_done(out: Path, cell: Cell) -> bool:
+    """Has this cell a result?"""
+    return (out / CELLS / cell.id / RESULT).is_file()
+
+
+def run_cells(out: Path, cells: Sequence[Cell], jobs: int, console: Console) -> list[Failure]:
+    """Run what is not done yet, and the policies it begins with, each cell in a process of its own.
+
+    Raises:
+        ValueError: another study is at work in this folder.
+        KeyboardInterrupt: Ctrl-C; the cells under way were ended, the others are kept.
+    """
+    needed = with_policies([cell for cell in cells if not is_done(out, cell)])
+    waiting = [cell for cell in needed if not is_done(out, cell)]
+    under_way: dict[str, tuple[Cell, subprocess.Popen[bytes]]] = {}
+    failures: dict[str, Failure] = {}
+    with _locked(out), track(console, "Study", len(waiting)) as tracker:
+        try:
+            while waiting or under_way:
+                for cell in list(waiting):
+                    above = cell.policy
+                    if above is not None and above.id in failures:
+                        waiting.remove(cell)
+                        failures[cell.id] = Failure(cell, f"not begun: {above.id} failed")
+                        tracker.advance(1)
+                    elif len(under_way) < jobs and (above is None or is_done(out, above)):
+                        waiting.remove(cell)
+                        under_way[cell.id] = (cell, _begin(out, cell))
+                for name, (cell, process) in list(under_way.items()):
+                    if process.poll() is None:
+                        continue
+                    del under_way[name]
+                    _close(process)
+                    if not is_done(out, cell):
+                        failures[name] = Failure(cell, _message(out / CELLS / name, process.returncode))
+                        console.print(f"failed: {name}: {failures[name].message}", highlight=False, markup=False)
+                    tracker.advance(1, f"{name} ({len(failures)} failed)" if failures else name)
+                time.sleep(_POLL_SECONDS)
+        finally:
+            for _, process in under_way.values():
+                process.kill()
+                _close(process)
+    return list(failures.values())
+
+
+def _begin(out: Path, cell: Cell) -> subprocess.Popen[bytes]:
+    folder = out / CELLS / cell.id
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt that did not end well
+    folder.mkdir(parents=True)
+    policy = None if cell.policy is None else str(policy_of(out / CELLS / cell.policy.id).resolve())
+    write_atomically(folder / SPEC, json.dumps(cell.spec() | {"folder": policy}, indent=1))
+    with (folder / LOG).open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ibtpo.studies.cell", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for the study, which ends its cells
+            env=os.environ | dict.fromkeys(_THREADS, "1"),
+        )
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
+
+
+def _message(folder: Path, code: int) -> str:
+    """Why a cell has no result, left in its folder for the report."""
+    if not (folder / ERROR).is_file():
+        said = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        last = f"; last line of {LOG}: {said[-1]}" if said else ""
+        write_atomically(folder / ERROR, f"ended with code {code}{last}")
+    return (folder / ERROR).read_text(encoding="utf-8")
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"out: another study is at work in {out}; wait for it, or choose another --out") from None
+        yield

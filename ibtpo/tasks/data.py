@@ -1,0 +1,212 @@
+"""A task read from a data file: filtered, divided into training and evaluation, shuffled every epoch.
+
+Only numbers are kept in memory, a few bytes a row; a row is read when its problem is asked for:
+
+    file -> rows that pass the filters -> prompts held out | rows trained on -> a new order every epoch -> problem i
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from ibtpo.config import JsonlConfig
+from ibtpo.rewards import RewardSpec
+from ibtpo.tasks.base import Problem, seeded
+from ibtpo.tasks.grades import RewardGrades
+from ibtpo.tasks.layouts import Layout, choose_layout, get_field, read_example, read_problem
+from ibtpo.tasks.rows import Rows, fail, open_rows
+
+_SPLIT, _ORDER = range(2)  # streams of random numbers
+
+Ints = npt.NDArray[np.int64]
+
+
+class DataTask(RewardGrades):
+    """Prompts and answers of a file, divided by seed into training and evaluation rows.
+
+    Rows with the same prompt always land on the same side. Training passes over its rows in a new seeded order every
+    epoch, so that a problem's index alone says which row it is.
+
+    Attributes:
+        notes: what was read, chosen and left out, a sentence each, for the user.
+
+    Raises:
+        ValueError: the file is missing or something in it is not as it should be; file, line and field are named.
+        GraderError: a reward cannot be loaded.
+    """
+
+    name = "jsonl"
+
+    def __init__(
+        self,
+        path: Path,
+        config: JsonlConfig,
+        seed: int = 0,
+        separator: str = "\n\n",
+        *,
+        layout: str = "auto",
+        rewards: tuple[RewardSpec, ...] = (),
+    ) -> None:
+        self.separator = separator
+        self.seed = seed
+        self.notes: list[str] = []
+        self._file = self._held_out_file = _File(path, layout, config)
+        self._examples = _read_examples(config, self._file.layout)
+        if config.eval_data is None:
+            self._train, self._eval = _divide(self._file, config, seed)
+        else:
+            self._held_out_file = _File(config.eval_data, layout, config)
+            self._eval = _first_of_each(self._held_out_file.prompts)
+            seen = np.isin(self._file.prompts, self._held_out_file.prompts)
+            self._train = np.flatnonzero(~seen)
+            if seen.any():
+                self.notes.append(f"{path}: {seen.sum():,} rows left out, their prompts are in {config.eval_data}")
+        for file in dict.fromkeys((self._file, self._held_out_file)):
+            self.notes += file.notes
+        self.notes.append(f"{path}: {len(self._train):,} rows to train on, {len(self._eval):,} prompts held out")
+        self._epoch, self._order = -1, np.empty(0, np.int64)
+        super().__init__(rewards or (RewardSpec(config.grade),), config)
+
+    def train_problem(self, index: int) -> Problem:
+        """The training problem of this index; every ``num_train`` indices are one pass over the rows.
+
+        Raises:
+            ValueError: every row is held out.
+        """
+        if not len(self._train):
+            raise ValueError(f"{self._file.rows.path}: no row is left to train on; lower jsonl.eval_fraction")
+        epoch, row = divmod(index, len(self._train))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, seeded(self.seed, _ORDER, epoch).permutation(len(self._train))
+        return self._file.problem(int(self._train[self._order[row]]), self._examples)
+
+    @property
+    def num_train(self) -> int:
+        """Number of training rows."""
+        return len(self._train)
+
+    @property
+    def num_eval(self) -> int:
+        """Number of held-out prompts."""
+        return len(self._eval)
+
+    def eval_problems(self, n: int) -> list[Problem]:
+        """The first `n` held-out prompts, or all where there are fewer."""
+        return [self._held_out_file.problem(int(i), self._examples) for i in self._eval[:n]]
+
+    def keep(self, wanted: Callable[[Problem], bool], unwanted: str) -> None:
+        """Leave out every row, on both sides, whose problem is not `wanted`; `unwanted` says in a note what they have.
+
+        Raises:
+            ValueError: no row is left on a side that had some.
+        """
+        path = self._file.rows.path
+        train = self._wanted(self._file, self._train, wanted)
+        held_out = self._wanted(self._held_out_file, self._eval, wanted)
+        if (len(self._train) and not len(train)) or not len(held_out):
+            raise ValueError(f"{path}: every row {'held out ' if len(train) else ''}has {unwanted}; allow more")
+        if dropped := len(self._train) + len(self._eval) - len(train) - len(held_out):
+            self.notes.append(f"{path}: {dropped:,} rows left out, they have {unwanted}")
+        self._train, self._eval, self._epoch = train, held_out, -1
+
+    def _wanted(self, file: _File, rows: Ints, wanted: Callable[[Problem], bool]) -> Ints:
+        mask = np.fromiter((wanted(file.problem(int(i), self._examples)) for i in rows), bool, len(rows))
+        chosen: Ints = rows[mask]
+        return chosen
+
+
+class _File:
+    """A data file after its filters: row numbers, and a hash of every row's prompt."""
+
+    def __init__(self, path: Path, layout: str, config: JsonlConfig) -> None:
+        self.rows: Rows = open_rows(path)
+        self.layout, note = choose_layout(layout, self.rows, config)
+        self._config = config
+        self.notes = [note] if note else []
+        prompts, answers, rates = self._scan()
+        kept = (rates >= config.min_pass_rate) & (rates <= config.max_pass_rate)
+        self._note(~kept, f"pass rate outside [{config.min_pass_rate:g}, {config.max_pass_rate:g}]")
+        if config.duplicates == "drop":
+            first = np.zeros(len(kept), bool)
+            chosen = np.flatnonzero(kept)
+            first[chosen[_first_of_each(prompts[kept] ^ answers[kept])]] = True
+            self._note(kept & ~first, "same prompt and answer as an earlier row")
+            kept = first
+        if not kept.any():
+            raise ValueError(f"{path}: no row passes the filters; widen jsonl.min_pass_rate and jsonl.max_pass_rate")
+        self._kept: Ints = np.flatnonzero(kept)
+        self.prompts = prompts[kept]
+
+    def problem(self, index: int, examples: tuple[tuple[str, str], ...] = ()) -> Problem:
+        """The problem of the row that is number `index` among those kept."""
+        row = int(self._kept[index])
+        problem = read_problem(self.layout, self.rows[row], self.rows.where(row), self._config)
+        return Problem(problem.prompt, problem.answer, problem.data, examples)
+
+    def _scan(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.float64]]:
+        """Check every row; hashes of prompts and of answers, and pass rates."""
+        number = len(self.rows)
+        hashes, rates = np.empty((2, number), np.uint64), np.ones(number)
+        field = self._config.pass_rate_field
+        for i in range(number):
+            row, where = self.rows[i], self.rows.where(i)
+            problem = read_problem(self.layout, row, where, self._config)
+            hashes[:, i] = _hash(problem.prompt), _hash([problem.answer])
+            if field is not None:
+                rates[i] = _check_rate(get_field(row, field, "pass_rate_field", where), field, where)
+        return hashes[0], hashes[1], rates
+
+    def _note(self, dropped: npt.NDArray[np.bool_], why: str) -> None:
+        if dropped.any():
+            self.notes.append(f"{self.rows.path}: {dropped.sum():,} of {len(dropped):,} rows left out: {why}")
+
+
+def _hash(value: str | list[str] | list[dict[str, str]]) -> int:
+    """64 bits of a text or messages; two among a million rows agree by chance once in 10 million files."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _check_rate(value: object, field: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        fail(where, f'field "{field}" is {value!r}', "a pass rate is a number from 0 to 1")
+    return float(value)
+
+
+def _first_of_each(values: npt.NDArray[np.uint64]) -> Ints:
+    """Where each different value appears first, in order."""
+    return np.sort(np.unique(values, return_index=True)[1])
+
+
+def _divide(file: _File, config: JsonlConfig, seed: int) -> tuple[Ints, Ints]:
+    """Rows to train on, and the first row of each held-out prompt, in random order."""
+    first = _first_of_each(file.prompts)  # one row a prompt
+    path, number = file.rows.path, len(first)
+    everything = config.eval_fraction == 1 and config.eval_count is None
+    if number < 2 and not everything:
+        raise ValueError(
+            f"{path}: {len(file.prompts)} row(s) with {number} different prompt(s); at least 2 different prompts are "
+            "needed, one to train on and one to hold out for evaluation: add rows"
+        )
+    if everything:
+        return np.empty(0, np.int64), first
+    wanted = config.eval_count or max(1, round(config.eval_fraction * number))
+    if config.eval_count is not None and wanted >= number:
+        raise ValueError(f"jsonl.eval_count: {wanted} of the {number} prompts of {path} leave none to train on")
+    shuffled = seeded(seed, _SPLIT).permutation(number)[: min(wanted, number - 1)]
+    held_out = np.isin(file.prompts, file.prompts[first[shuffled]])
+    return np.flatnonzero(~held_out), first[shuffled]
+
+
+def _read_examples(config: JsonlConfig, layout: Layout) -> tuple[tuple[str, str], ...]:
+    if config.few_shot is None:
+        return ()
+    rows = open_rows(config.few_shot)
+    return tuple(read_example(layout, rows[i], rows.where(i)) for i in range(len(rows)))

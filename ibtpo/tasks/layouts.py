@@ -1,0 +1,199 @@
+r"""Layouts of data files: which fields hold prompt and answer, and how the published mathematics sets write them.
+
+==========  ===============================================  =====================================================
+``plain``   ``prompt``, ``answer``                           any file; the fields can be named
+``gsm8k``   ``question``, ``answer``                         GSM8K: the answer stands after ``####``
+``math``    ``problem``, ``solution``                        MATH, MATH-500: the last ``\boxed{}`` of the solution
+``dapo``    ``prompt``, ``reward_model.ground_truth``        DAPO-Math-17K and verl: the prompt is a list of messages
+``aime``    ``problem``, ``answer``                          AIME: the answer is an integer from 0 to 999
+==========  ===============================================  =====================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ibtpo.config import JsonlConfig
+from ibtpo.rewards import boxed
+from ibtpo.tasks.base import Problem
+from ibtpo.tasks.rows import Rows, fail, kind_of
+
+BOXED = "{prompt}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+"""The instruction the published results of mathematics models are measured with."""
+
+_MISSING = object()
+_LOOKED_AT = 100  # rows from which a layout is told
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a row becomes a problem."""
+
+    name: str
+    prompt_field: str
+    """Dots step into nested objects, where no field has the dotted name itself."""
+    answer_field: str
+    read_answer: Callable[[str], str | None] = str.strip
+    """The reference in the text of the answer field; None if it is not there."""
+    answer_form: str = ""
+    """What that text must look like, for error messages."""
+    template: str = "{prompt}"
+    """What the policy is shown; for a list of messages, put around the last one."""
+
+
+def _after_hashes(text: str) -> str | None:
+    _, mark, answer = text.rpartition("####")
+    return answer.strip().replace(",", "") if mark else None
+
+
+def _integer(text: str) -> str | None:
+    """AIME writes 073 now and then; 73 is meant."""
+    digits = text.strip().removesuffix(".0")
+    return str(int(digits)) if digits.isascii() and digits.isdigit() and int(digits) <= 999 else None
+
+
+LAYOUTS: dict[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        Layout("plain", "prompt", "answer"),
+        Layout("gsm8k", "question", "answer", _after_hashes, '"#### " and the answer at the end', BOXED),
+        Layout("math", "problem", "solution", boxed, r"a solution with its answer in \boxed{}", BOXED),
+        Layout("dapo", "prompt", "reward_model.ground_truth"),
+        Layout("aime", "problem", "answer", _integer, "an integer from 0 to 999", BOXED),
+    )
+}
+_PROMPTS = ("prompt", "question", "problem", "instruction", "input", "messages")
+_ANSWERS = ("answer", "ground_truth", "reward_model.ground_truth", "solution", "final_answer", "target", "output")
+
+
+def choose_layout(name: str, rows: Rows, config: JsonlConfig) -> tuple[Layout, str]:
+    """The layout of this name, or the one the first rows tell ("auto"), with the fields of `config` in place.
+
+    Returns:
+        the layout, and a note on what was chosen; "" if there was nothing to choose.
+    """
+    first = rows[0]
+    layout = LAYOUTS[name] if name != "auto" else _detect([rows[i] for i in range(min(len(rows), _LOOKED_AT))])
+    note = f"{rows.path}: layout {layout.name}, read from its fields; --layout names another" if name == "auto" else ""
+    if layout.name == "plain" and name == "auto":
+        prompt = config.prompt_field or _first(first, _PROMPTS) or layout.prompt_field
+        answer = config.answer_field or _first(first, _ANSWERS) or layout.answer_field
+        usual = (prompt, answer) == (layout.prompt_field, layout.answer_field)
+        note = "" if usual or (config.prompt_field and config.answer_field) else (
+            f'{rows.path}: prompts are read from the field "{prompt}", answers from "{answer}"; '
+            "jsonl.prompt_field and jsonl.answer_field name others"
+        )  # fmt: skip
+        layout = replace(layout, prompt_field=prompt, answer_field=answer)
+    return replace(
+        layout,
+        prompt_field=config.prompt_field or layout.prompt_field,
+        answer_field=config.answer_field or layout.answer_field,
+        template=config.template or layout.template,
+    ), note
+
+
+def _detect(rows: Sequence[Mapping[str, Any]]) -> Layout:
+    def all_have(field: str, read: Callable[[str], str | None] = str.strip) -> bool:
+        values = [_get(row, field) for row in rows]
+        return all(value is not _MISSING and read(str(value)) is not None for value in values)
+
+    if all_have("prompt") and all_have("reward_model.ground_truth"):
+        return LAYOUTS["dapo"]
+    if all_have("question") and all_have("answer", _after_hashes):
+        return LAYOUTS["gsm8k"]
+    if all_have("problem") and all_have("answer", _integer) and _get(rows[0], "level") is _MISSING:
+        return LAYOUTS["aime"]
+    if all_have("problem") and all_have("solution", boxed):
+        return LAYOUTS["math"]
+    return LAYOUTS["plain"]
+
+
+def _first(row: Mapping[str, Any], fields: tuple[str, ...]) -> str | None:
+    return next((field for field in fields if _get(row, field) is not _MISSING), None)
+
+
+def _get(row: Mapping[str, Any], field: str) -> Any:
+    """A field by name, in any letter case, or by a path of names joined with dots; _MISSING without one."""
+    if field in row:
+        return row[field]
+    lower = field.lower()
+    for name, value in row.items():
+        if name.lower() == lower:
+            return value
+    head, dot, tail = field.partition(".")
+    return _get(row[head], tail) if dot and isinstance(row.get(head), Mapping) else _MISSING
+
+
+def get_field(row: Mapping[str, Any], field: str, option: str, where: str) -> Any:
+    """The value of a field of a row.
+
+    Raises:
+        ValueError: the row has no such field.
+    """
+    value = _get(row, field)
+    if value is _MISSING:
+        found = ", ".join(map(repr, row)) or "none"
+        remedy = f"add it, or name another in jsonl.{option}"
+        fail(where, f'field "{field}" is missing (fields found: {found})', remedy)
+    return value
+
+
+def read_problem(layout: Layout, row: Mapping[str, Any], where: str, config: JsonlConfig) -> Problem:
+    """The problem a row poses, its prompt in the layout's template.
+
+    Raises:
+        ValueError: something in the row is not as it should be; the message names place, field and remedy.
+    """
+    field = layout.prompt_field
+    prompt = _check_prompt(get_field(row, field, "prompt_field", where), field, where)
+    field = layout.answer_field
+    text = _check_answer(get_field(row, field, "answer_field", where), field, where)
+    answer = layout.read_answer(text)
+    if not answer:
+        fail(where, f'field "{field}" is not {layout.answer_form}', "mend the row, or choose another --layout")
+    data = {name: get_field(row, name, "data_fields", where) for name in config.data_fields}
+    return Problem(_in_template(prompt, layout.template), answer, data | {"where": where})
+
+
+def read_example(layout: Layout, row: Mapping[str, Any], where: str) -> tuple[str, str]:
+    """A worked example: the prompt in its template, and the text of the field "solution", else of the answer."""
+    prompt = _check_prompt(get_field(row, layout.prompt_field, "prompt_field", where), layout.prompt_field, where)
+    field = "solution" if _get(row, "solution") is not _MISSING else layout.answer_field
+    solution = _check_answer(get_field(row, field, "answer_field", where), field, where)
+    shown = _in_template(prompt, layout.template)
+    return shown if isinstance(shown, str) else shown[-1]["content"], solution
+
+
+def _in_template(prompt: str | list[dict[str, str]], template: str) -> str | list[dict[str, str]]:
+    if isinstance(prompt, str):
+        return template.replace("{prompt}", prompt)
+    *before, last = prompt
+    return [*before, {**last, "content": template.replace("{prompt}", last["content"])}]
+
+
+def _check_prompt(prompt: Any, field: str, where: str) -> str | list[dict[str, str]]:
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            fail(where, f'field "{field}" is empty', "give every row a prompt, or remove the row")
+        return prompt
+    if not isinstance(prompt, list):
+        fail(where, f'field "{field}" is {kind_of(prompt)}', "it must be a string or a list of chat messages")
+    if not prompt:
+        fail(where, f'field "{field}" is an empty list of messages', "give every row a prompt, or remove the row")
+    for i, message in enumerate(prompt):
+        if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
+            remedy = 'write {"role": "user", "content": "..."}'
+            fail(where, f'message {i} of field "{field}" is not a chat message', remedy)
+    if not prompt[-1]["content"].strip():
+        fail(where, f'the last message of field "{field}" is empty', "give it content, or remove the row")
+    return [{"role": message["role"], "content": message["content"]} for message in prompt]
+
+
+def _check_answer(answer: Any, field: str, where: str) -> str:
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+        fail(where, f'field "{field}" is {kind_of(answer)}', "it must be a string or a number")
+    if not str(answer).strip():
+        fail(where, f'field "{field}" is empty', "give every row an answer, or remove the row")
+    return str(answer)

@@ -1,0 +1,212 @@
+"""Rows of data files, read one at a time: JSONL through an index of its lines, Arrow and Parquet through a memory map.
+
+None is read into memory whole. A JSONL file costs 8 bytes a row for the offsets of its lines; a folder written by
+``datasets.Dataset.save_to_disk`` is mapped as it is; a Parquet file is compressed and knows no single rows, so the
+columns that are needed are unpacked once into an unnamed temporary Arrow file, which is mapped.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import mmap
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+_FORMATS = "a JSONL file (.jsonl), a Parquet file or folder (.parquet), or a folder written by datasets' save_to_disk"
+
+
+class Rows(Protocol):
+    """Rows of a file, in its order."""
+
+    path: Path
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Row `index` as a mapping of its fields.
+
+        Raises:
+            ValueError: it cannot be read; the message says where it is, what is wrong, and what to do.
+        """
+
+    def where(self, index: int) -> str:
+        """Where row `index` is, for error messages: the file and the line or row, counted from 1."""
+
+
+def fail(where: str, problem: str, remedy: str) -> NoReturn:
+    """Raise the error of a row that cannot be used."""
+    raise ValueError(f"{where}: {problem}; {remedy}") from None
+
+
+def open_rows(path: Path) -> Rows:
+    """The rows of a data file or folder.
+
+    Raises:
+        ValueError: there is no such file, it is empty, or of a format that is not known.
+    """
+    if not path.exists():
+        raise ValueError(f"{path}: no such file; give --data {_FORMATS}, with one prompt and answer a row")
+    rows: Rows
+    if path.is_dir():
+        files = sorted(path.glob("*.parquet"))
+        rows = parquet_rows(path, files) if files else saved_rows(path)
+    elif path.suffix == ".parquet":
+        rows = parquet_rows(path, [path])
+    elif path.suffix == ".arrow":
+        rows = ArrowRows(path, [path])
+    else:
+        rows = JsonlRows(path)
+    if not len(rows):
+        raise ValueError(
+            f"{path}: the file is empty; write one JSON object a line, such as "
+            '{"prompt": "What is 2+2?", "answer": "4"}'
+        )
+    return rows
+
+
+class JsonlRows:
+    """A file with one JSON object a line; blank lines are skipped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._starts, self._lines = _index(path)
+        self._map: mmap.mmap | bytes = b""
+        if len(self._starts):
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start = int(self._starts[index])
+        end = self._map.find(b"\n", start)
+        return _parse_object(self._map[start : None if end < 0 else end], self.where(index))
+
+    def where(self, index: int) -> str:
+        """The file and the line, counted from 1."""
+        line = index if self._lines is None else int(self._lines[index])
+        return f"{self.path}, line {line + 1}"
+
+
+def _index(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
+    """Where the lines that are not blank begin, and their numbers where that is not 0, 1, 2, ..."""
+    starts, lines, offset, number = [], [], 0, -1
+    with path.open("rb") as file:
+        for number, line in enumerate(file):
+            if not line.isspace():
+                starts.append(offset)
+                lines.append(number)
+            offset += len(line)
+    gaps = len(lines) != number + 1
+    return np.array(starts, np.int64), np.array(lines, np.int64) if gaps else None
+
+
+def _parse_object(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line.decode("utf-8-sig"), parse_constant=lambda name: fail(
+            where, f"{name} is not JSON", "write a number or a string"))  # fmt: skip
+    except UnicodeDecodeError as error:
+        fail(where, f"not UTF-8 text (byte {error.start} of the line)", "save the file as UTF-8")
+    except json.JSONDecodeError as error:
+        hint = "a JSONL file holds one complete JSON object a line, no array around them and no comma between them"
+        fail(where, f"malformed JSON at column {error.colno} ({error.msg})", hint)
+    except RecursionError:
+        fail(where, "JSON nested too deeply", "a row is a flat object")
+    if not isinstance(record, dict):
+        fail(where, f"expected an object, found {kind_of(record)}", 'write {"prompt": ..., "answer": ...}')
+    return record
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in JSON's words."""
+    kinds = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
+    return kinds.get(type(value), "a number")
+
+
+class ArrowRows:
+    """Memory-mapped Arrow files of one schema (stream or file format), one after the other."""
+
+    def __init__(self, path: Path, files: Sequence[Path]) -> None:
+        self.path = path
+        self._batches: list[Any] = []
+        for file in files:
+            self._batches += _map_batches(file)
+        self._ends = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        number = int(np.searchsorted(self._ends, index, side="right")) - 1
+        [row] = self._batches[number].slice(index - int(self._ends[number]), 1).to_pylist()
+        return dict(row)
+
+    def where(self, index: int) -> str:
+        """The file and the row, counted from 1."""
+        return f"{self.path}, row {index + 1}"
+
+
+def _map_batches(file: Path) -> list[Any]:
+    arrow = _arrow(file)
+    source = arrow.memory_map(str(file))
+    try:
+        return list(arrow.ipc.open_stream(source))
+    except arrow.ArrowInvalid:
+        pass
+    try:
+        reader = arrow.ipc.open_file(source)
+        return [reader.get_batch(i) for i in range(reader.num_record_batches)]
+    except arrow.ArrowInvalid as error:
+        raise ValueError(f"{file}: not an Arrow file ({' '.join(str(error).split())}); write it again") from None
+
+
+def saved_rows(folder: Path) -> ArrowRows:
+    """A folder of `Dataset.save_to_disk`; of a `DatasetDict`, its only split or the one called train."""
+    splits = folder / "dataset_dict.json"
+    if splits.is_file():
+        names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
+        if len(names) > 1 and "train" not in names:
+            raise ValueError(
+                f"{folder}: has the splits {', '.join(names)}; give the folder of one: {folder / names[0]}"
+            )
+        return saved_rows(folder / ("train" if "train" in names else names[0]))
+    state = folder / "state.json"
+    if not state.is_file():
+        raise ValueError(f"{folder}: no data was found there (no state.json, no *.parquet); give --data {_FORMATS}")
+    described = json.loads(state.read_text(encoding="utf-8"))
+    if described.get("_indices_data_files"):
+        raise ValueError(f"{folder}: holds an index over its rows; save it again with flatten_indices().save_to_disk()")
+    return ArrowRows(folder, [folder / entry["filename"] for entry in described["_data_files"]])
+
+
+def parquet_rows(path: Path, files: Sequence[Path]) -> ArrowRows:
+    """Parquet files, unpacked batch by batch into a temporary Arrow file that is mapped and already unlinked."""
+    arrow = _arrow(path)
+    parquet = importlib.import_module("pyarrow.parquet")
+    with tempfile.NamedTemporaryFile(prefix="ibtpo-", suffix=".arrow") as unpacked:
+        try:
+            schema = parquet.read_schema(files[0])
+            with arrow.ipc.new_stream(unpacked.name, schema) as writer:
+                for file in files:
+                    for batch in parquet.ParquetFile(file).iter_batches():
+                        writer.write_batch(batch)
+        except arrow.ArrowInvalid as error:
+            raise ValueError(f"{path}: not a Parquet file ({' '.join(str(error).split())}); write it again") from None
+        return ArrowRows(path, [Path(unpacked.name)])
+
+
+def _arrow(path: Path) -> Any:
+    try:
+        importlib.import_module("pyarrow.ipc")
+        return importlib.import_module("pyarrow")
+    except ImportError as error:
+        raise ValueError(
+            f'{path}: Parquet and Arrow need the package pyarrow ({error}); install it with: pip install "ibtpo[data]"'
+        ) from error

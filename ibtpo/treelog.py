@@ -1,0 +1,174 @@
+"""Grown trees on disk: a small file a tree, and a line about each in an index that is quick to search.
+
+::
+
+    trees.jsonl                        a line a tree: step, prompt, answer, rewards, file
+    trees/step-000012-003.json.gz      the tree itself: what `tree_record` returns
+
+The viewer reads the index whole and a tree only when somebody looks at it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ibtpo.metrics import RIGHT
+from ibtpo_engine.tree import Node, Tree
+
+FOLDER = "trees"
+FILE = re.compile(r"step-(\d{6,})-\d{3,}\.json\.gz")
+_INDEXED_LETTERS = 400  # of prompt and answer; the tree holds them whole
+
+Record = dict[str, Any]
+
+
+def tree_record(
+    tree: Tree,
+    decode: Callable[[list[int]], object],
+    *,
+    piece: Callable[[int], str] | None = None,
+    answer: str = "",
+    index: int = 0,
+) -> Record:
+    """A tree as plain data.
+
+    Args:
+        tree: finished and graded.
+        decode: the text of token ids.
+        piece: what one token adds to a text, if that is not its decoding alone (`StepSplitter.text`).
+        answer: reference answer.
+        index: the tree's number within its training step.
+
+    Returns:
+        ``answer``, ``index``, ``branched``: [round, node, IB-Score when picked] in the order the search branched, and
+        ``nodes``, depth first. A node names its ``parent``'s index (None for the prompt, which comes first), its
+        ``text``, the ``pieces`` the text is made of, a token each, their ``logprob`` and ``entropy`` in nats under the
+        model at temperature 1 (empty for the prompt), ``round``, ``reward`` and ``finish`` of a leaf, and the
+        estimates ``value``, ``eta1``, ``eta2`` and ``score`` where the search left them.
+    """
+    nodes = tree.nodes()
+    place = {node: i for i, node in enumerate(nodes)}
+    ib = tree.notes.get("ib")
+    one = cache(piece or (lambda token: str(decode([token]))))
+    records = []
+    for node in nodes:
+        pieces = _pieces(node.tokens.tolist(), decode, one)
+        sampled = node.parent is not None
+        records.append(
+            {
+                "parent": None if node.parent is None else place[node.parent],
+                "text": "".join(pieces),
+                "pieces": pieces,
+                "logprob": _rounded(node.logprob_raw.tolist()) if sampled else [],
+                "entropy": _rounded(node.entropy.tolist()) if sampled else [],
+                "round": node.notes.get("round"),
+                "reward": node.reward if node.is_leaf else None,
+                "finish": node.finish,
+                **({} if ib is None else _estimates(ib, node)),
+            }
+        )
+    picked = [[turn, place[node], _finite(score)] for turn, node, score in tree.notes.get("branched", ())]
+    return {"answer": answer, "index": index, "branched": picked, "nodes": records}
+
+
+def _pieces(ids: list[int], decode: Callable[[list[int]], object], piece: Callable[[int], str]) -> list[str]:
+    """The text of each token; a character spread over several belongs to the one that completes it."""
+    pieces = [piece(token) for token in ids]
+    if not any("\ufffd" in text for text in pieces):
+        return pieces
+    pieces, shown, whole = [], 0, str(decode(ids))
+    for i in range(1, len(ids)):
+        complete = max(shown, len(str(decode(ids[:i])).rstrip("\ufffd")))
+        pieces.append(whole[shown:complete])
+        shown = complete
+    return [*pieces, whole[shown:]]
+
+
+def _estimates(ib: Any, node: Node) -> dict[str, float | None]:
+    step = node.parent is not None
+    return {
+        "value": _finite(ib.value(node)),
+        "eta1": _finite(ib.eta1(node)) if step else None,
+        "eta2": _finite(ib.eta2(node)) if step else None,
+        "score": _finite(ib.score(node)) if node.children else None,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
+def _rounded(values: Sequence[float]) -> list[float | None]:
+    """Three decimals; None for what is not finite."""
+    return [round(value, 3) if math.isfinite(value) else None for value in values]
+
+
+def write_tree(folder: Path, step: int, record: Mapping[str, Any]) -> Record:
+    """Write a `tree_record` into the run folder; returns its line for the index."""
+    index = int(record.get("index", 0))
+    path = folder / FOLDER / f"step-{step:06d}-{index:03d}.json.gz"
+    path.parent.mkdir(exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        data = json.dumps({"step": step, **record}, allow_nan=False, separators=(",", ":")).encode()
+        temporary.write_bytes(gzip.compress(data, 6, mtime=0))
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return {"step": step, "index": index, "file": path.name, **_summary(record)}
+
+
+def _summary(record: Mapping[str, Any]) -> Record:
+    nodes = record["nodes"]
+    rewards = [node.get("reward") or 0.0 for node in nodes if node.get("finish") is not None]
+    return {
+        "prompt": nodes[0]["text"][:_INDEXED_LETTERS] if nodes else "",
+        "answer": str(record.get("answer", ""))[:_INDEXED_LETTERS],
+        "leaves": len(rewards),
+        "right": sum(reward > RIGHT for reward in rewards),
+        "reward": round(math.fsum(rewards) / len(rewards), 4) if rewards else None,
+        "steps": max(len(nodes) - 1, 0),
+        "tokens": sum(len(node.get("pieces", ())) for node in nodes[1:]),
+    }
+
+
+def thin_trees(folder: Path, most_bytes: float) -> set[str]:
+    """Delete the trees of steps whose neighbours are nearest until the rest takes at most `most_bytes`.
+
+    Trees of the first and of the last step stay. Returns the names of the deleted files.
+    """
+    paths = {path: path.stat().st_size for path in (folder / FOLDER).iterdir() if FILE.fullmatch(path.name)}
+    sizes: Counter[int] = Counter()
+    for path, size in paths.items():
+        sizes[_step(path.name)] += size
+    deleted: set[str] = set()
+    while sizes.total() > most_bytes and len(sizes) > 2:
+        steps = sorted(sizes)
+        gone = steps[1:-1][min(range(len(steps) - 2), key=lambda i: steps[i + 2] - steps[i])]
+        del sizes[gone]
+        for path in [path for path in paths if _step(path.name) == gone]:
+            path.unlink(missing_ok=True)
+            deleted.add(path.name)
+            del paths[path]
+    return deleted
+
+
+def _step(name: str) -> int:
+    match = FILE.fullmatch(name)
+    assert match is not None
+    return int(match[1])
+
+
+def read_tree(path: Path) -> Record:
+    """The tree in a file of the `trees` folder."""
+    record: Record = json.loads(gzip.decompress(path.read_bytes()))
+    return record

@@ -1,0 +1,58 @@
+"""``ibtpo view``: look at a run, or at two beside each other."""
+
+from __future__ import annotations
+
+import threading
+import webbrowser
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from ibtpo.viewer.export import export_page
+from ibtpo.viewer.server import Viewer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewArguments:
+    """Look at a run, finished or under way, in the browser: curves, prompts, trees. Two runs are shown together."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """One run folder, or two to compare."""
+    port: int | None = None
+    """Port on 127.0.0.1; by default 8642, or any free one if that is taken."""
+    browser: bool = True
+    """Open the page in a browser."""
+    export: Path | None = None
+    """Write the page to this HTML file instead of serving it; it needs neither server nor network."""
+    trees: int = 400
+    """Most trees of each run in an exported page."""
+
+
+def view(arguments: Sequence[str], console: Console) -> int:
+    """Run the command; Ctrl-C ends it. Returns the exit code."""
+    parsed = tyro.cli(ViewArguments, prog="ibtpo view", args=arguments, use_underscores=False)
+    if not 1 <= len(parsed.runs) <= 2:
+        raise ValueError(f"runs: {len(parsed.runs)} folders; give one, or two to compare")
+    if parsed.port is not None and not 0 <= parsed.port <= 65535:
+        raise ValueError(f"port: {parsed.port} must be between 0 and 65535")
+    if parsed.trees < 0:
+        raise ValueError(f"trees: {parsed.trees} must be at least 0")
+    if parsed.export is not None:
+        if not parsed.export.absolute().parent.is_dir():
+            raise ValueError(f"export: {parsed.export.parent} is no folder; make it, or name another file")
+        console.print(
+            f"page: {export_page(parsed.runs, parsed.export, trees=parsed.trees)}", highlight=False, soft_wrap=True
+        )
+        return 0
+    with Viewer(parsed.runs, parsed.port) as viewer:
+        console.print(f"{viewer.url}  (Ctrl-C ends it)", highlight=False, soft_wrap=True)
+        if parsed.browser:
+            threading.Thread(target=webbrowser.open, args=(viewer.url,), daemon=True).start()
+        try:
+            viewer.serve()
+        except KeyboardInterrupt:
+            console.print("ended", highlight=False)
+    return 0

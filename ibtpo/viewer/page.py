@@ -1,0 +1,70 @@
+"""The page: style, script and data put into one HTML document that loads nothing else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import json
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from ibtpo.metrics import GROUPS
+
+SCRIPTS = ("util", "data", "chart", "overview", "layout", "tree", "detail", "table", "panes", "app")
+
+
+def render_page(title: str, data: dict[str, Any], *, live: bool) -> str:
+    """The document.
+
+    The content security policy names the hashes of our own style and script: markup that a completion might smuggle
+    in could neither run nor load anything.
+
+    Args:
+        title: of the window; any text.
+        data: what the script starts with; any JSON, strings of any content.
+        live: may the page ask the server it came from for more?
+    """
+    style, script = _resource("style.css"), _script()
+    policy = (
+        f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
+        + ("; connect-src 'self'" if live else "")
+    )
+    parts = {
+        "policy": html.escape(policy),
+        "title": html.escape(title),
+        "style": style,
+        "script": script,
+        "data": embed(data),
+    }
+    pieces = _resource("page.html").split("@@")
+    return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
+
+
+def metric_groups() -> list[dict[str, Any]]:
+    """Every metric with its unit and meaning, by group."""
+    return [
+        {"title": g.title, "metrics": [{"name": m.name, "unit": m.unit, "meaning": m.meaning} for m in g.metrics]}
+        for g in GROUPS
+    ]
+
+
+def embed(data: Any) -> str:
+    """JSON that can stand inside a ``<script>`` element, whatever strings it holds."""
+    text = json.dumps(data, allow_nan=False, separators=(",", ":"))  # ASCII
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+@cache
+def _script() -> str:
+    return '"use strict";\n' + "\n".join(_resource(f"{name}.js") for name in SCRIPTS)
+
+
+@cache
+def _resource(name: str) -> str:
+    return files("ibtpo.viewer").joinpath("static", name).read_text("utf-8")
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

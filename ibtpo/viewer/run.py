@@ -1,0 +1,159 @@
+"""What the page is told of a run: its logs, read as they grow."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ibtpo.report import describe_run, summarize_rows
+from ibtpo.runlog import CONFIG, METRICS, TREES
+from ibtpo.treelog import FILE, FOLDER
+
+Row = dict[str, Any]
+
+
+class GrowingLog:
+    """The rows of a JSONL file that somebody else appends to.
+
+    ::
+
+        [0, offset)      whole lines, in `rows`
+        [offset, size)   the beginning of a line that is being written
+
+    A file that was replaced or cut (a resumed run drops what came after its checkpoint) is read anew; `generation`
+    counts how often, so that a page knows its own copy is stale.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        self.generation = 0
+        self._file: tuple[int, int] | None = None  # (device, inode)
+        self._offset = 0
+
+    def refresh(self) -> None:
+        """Read what has come since the last time."""
+        try:
+            with self.path.open("rb") as file:
+                status = _status(file.fileno())
+                if status[:2] != self._file or status[2] < self._offset:
+                    self.rows, self._offset, self._file = [], 0, status[:2]
+                    self.generation += 1
+                file.seek(self._offset)
+                data = file.read()
+        except FileNotFoundError:
+            return
+        whole = data[: data.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        self.rows += [row for line in whole.splitlines() if (row := _row(line)) is not None]
+
+    def since(self, cursor: str) -> tuple[list[Row], bool, str]:
+        """(rows after `cursor`, does the reader have to forget what it has, the next cursor)."""
+        generation, _, count = cursor.partition(".")
+        start = int(count) if generation == str(self.generation) and count.isdigit() else 0
+        return self.rows[start:], start == 0, f"{self.generation}.{len(self.rows)}"
+
+
+def _status(descriptor: int) -> tuple[int, int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_size
+
+
+def _row(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+class RunView:
+    """One run folder as the page sees it. Safe to use from several threads.
+
+    Raises:
+        ValueError: the path is no run folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not (path / CONFIG).is_file():
+            raise ValueError(f"view: {path} is not a run folder (it has no {CONFIG}); check the path")
+        self.path = path
+        self.name = path.resolve().name
+        self._metrics = GrowingLog(path / METRICS)
+        self._trees = GrowingLog(path / TREES)
+        self._lock = threading.Lock()
+
+    def poll(self, metrics: str = "", trees: str = "") -> dict[str, Any]:
+        """What is new since the cursors of the last answer; without them, everything."""
+        with self._lock:
+            self._metrics.refresh()
+            self._trees.refresh()
+            rows, reset, cursor = self._metrics.since(metrics)
+            grown, tree_reset, tree_cursor = self._trees.since(trees)
+            answer: dict[str, Any] = {
+                "age": self._age(),
+                "metrics": {"cursor": cursor, "reset": reset, **columns(rows)},
+                "trees": {"cursor": tree_cursor, "reset": tree_reset, "rows": [r for r in grown if _has_file(r)]},
+            }
+            if rows or reset:
+                answer["summary"] = asdict(summarize_rows(self._metrics.rows))
+            if not metrics:
+                answer |= self._description()
+            return answer
+
+    def trees(self) -> list[Row]:
+        """The index of the trees whose files are there."""
+        with self._lock:
+            self._trees.refresh()
+            return [row for row in self._trees.rows if _has_file(row) and self.tree_file(row["file"]) is not None]
+
+    def tree_file(self, name: str) -> Path | None:
+        """The file of a tree (gzipped JSON), or None if there is none of that name."""
+        path = self.path / FOLDER / name
+        return path if FILE.fullmatch(name) and path.is_file() else None
+
+    def config(self) -> dict[str, Any]:
+        """The run's configuration."""
+        return yaml.safe_load((self.path / CONFIG).read_text("utf-8")) or {}
+
+    def _description(self) -> dict[str, Any]:
+        config = self.config()
+        return {
+            "name": self.name,
+            "facts": describe_run(config),
+            "config": yaml.safe_dump(config, sort_keys=False),
+            "budget": config.get("sampled_tokens"),
+        }
+
+    def _age(self) -> float | None:
+        """Seconds since the run last wrote a metric."""
+        try:
+            return max(time.time() - (self.path / METRICS).stat().st_mtime, 0.0)
+        except FileNotFoundError:
+            return None
+
+
+def _has_file(row: Mapping[str, Any]) -> bool:
+    return isinstance(row.get("file"), str) and FILE.fullmatch(row["file"]) is not None
+
+
+def columns(rows: Sequence[Row]) -> dict[str, Any]:
+    """Rows by column, which is smaller: ``{"steps": [...], "values": {name: [value or None, ...]}}``."""
+    names = dict.fromkeys(name for row in rows for name in row if name != "step")
+    return {
+        "steps": [row["step"] for row in rows],
+        "values": {name: [_short(row.get(name)) for row in rows] for name in names},
+    }
+
+
+def _short(value: Any) -> float | None:
+    """Seven digits: more than anyone can see."""
+    return float(f"{value:.7g}") if isinstance(value, int | float) else None

@@ -1,0 +1,128 @@
+"""The local server: the page, what is new in its runs, and a tree at a time.
+
+::
+
+    GET /                                   the page
+    GET /api/run/0?metrics=1.20&trees=1.80  what has come since these cursors (`RunView.poll`)
+    GET /api/run/0/tree/step-...json.gz     one tree, gzipped JSON
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import parse_qs, urlsplit
+
+from ibtpo.report import NOT_ACCURACY
+from ibtpo.viewer.page import metric_groups, render_page
+from ibtpo.viewer.run import RunView
+
+HOST = "127.0.0.1"
+DEFAULT_PORT = 8642
+_LOCAL_NAMES = ("127.0.0.1", "localhost")
+
+
+class Viewer:
+    """Serves the page of one or two runs on this machine only; a context manager.
+
+    Args:
+        runs: run folders, finished or being written.
+        port: where to listen; 0: anywhere; None: at `DEFAULT_PORT`, or anywhere if that is taken.
+
+    Raises:
+        ValueError: a path is no run folder, or the port is taken.
+    """
+
+    def __init__(self, runs: Sequence[Path], port: int | None = None) -> None:
+        self.views = [RunView(run) for run in runs]
+        try:
+            self._server = _Server(self.views, DEFAULT_PORT if port is None else port)
+        except OSError as error:
+            if port is not None:
+                raise ValueError(
+                    f"port: {port} cannot be used ({error.strerror}); choose another, or 0 for any"
+                ) from None
+            self._server = _Server(self.views, 0)
+
+    @property
+    def url(self) -> str:
+        """Where the page is."""
+        return f"http://{HOST}:{self._server.server_address[1]}/"
+
+    def serve(self) -> None:
+        """Answer requests until `stop` is called from another thread, or Ctrl-C."""
+        self._server.serve_forever(poll_interval=0.1)
+
+    def stop(self) -> None:
+        """End `serve`."""
+        self._server.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, views: Sequence[RunView], port: int) -> None:
+        super().__init__((HOST, port), _Handler)
+        self.views = views
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: _Server
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        """Answer a request; a name that is not this machine's is refused (DNS rebinding)."""
+        if self.headers.get("Host", "").rpartition(":")[0] not in _LOCAL_NAMES:
+            return self._send(HTTPStatus.FORBIDDEN, b"only this machine may look", "text/plain")
+        url = urlsplit(self.path)
+        parts = [part for part in url.path.split("/") if part]
+        if not parts:
+            return self._send(HTTPStatus.OK, self._page(), "text/html; charset=utf-8")
+        if parts[:2] == ["api", "run"] and len(parts) >= 3 and (view := self._view(parts[2])) is not None:
+            if len(parts) == 3:
+                query = {name: values[-1] for name, values in parse_qs(url.query).items()}
+                answer = view.poll(query.get("metrics", ""), query.get("trees", ""))
+                return self._send(HTTPStatus.OK, json.dumps(answer, allow_nan=False).encode(), "application/json")
+            if len(parts) == 5 and parts[3] == "tree" and (file := view.tree_file(parts[4])) is not None:
+                return self._send(HTTPStatus.OK, file.read_bytes(), "application/json", encoding="gzip")
+        return self._send(HTTPStatus.NOT_FOUND, b"nothing here", "text/plain")
+
+    def _view(self, number: str) -> RunView | None:
+        known = number.isdigit() and int(number) < len(self.server.views)
+        return self.server.views[int(number)] if known else None
+
+    def _page(self) -> bytes:
+        data: dict[str, Any] = {
+            "live": True,
+            "notAccuracy": NOT_ACCURACY,
+            "groups": metric_groups(),
+            "runs": [view.poll() for view in self.server.views],
+        }
+        return render_page(" · ".join(view.name for view in self.server.views), data, live=True).encode()
+
+    def _send(self, status: HTTPStatus, body: bytes, kind: str, *, encoding: str = "") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Content-Type-Options", "nosniff")
+        if encoding:
+            self.send_header("Content-Encoding", encoding)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""

@@ -1,0 +1,156 @@
+"""Data files: every layout and format gives the problems it holds; filters, splits and orders are what they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import byte_tokenizer
+
+from ibtpo.config import JsonlConfig
+from ibtpo.tasks import Problem, format_prompt
+from ibtpo.tasks.data import DataTask
+from ibtpo.tasks.layouts import BOXED
+from ibtpo.tasks.rows import open_rows
+
+ALL = {"grade": "exact", "eval_fraction": 1.0}
+VERL = {"prompt": [{"role": "user", "content": "Solve: 1+1"}], "reward_model": {"ground_truth": "34", "style": "rule"}}
+ROWS: dict[str, tuple[dict[str, Any], Any, str]] = {  # layout -> row, prompt, answer
+    "gsm8k": ({"question": "How many?", "answer": "5*300=<<5*300=1500>>1500\n#### 1,500"}, "How many?", "1500"),
+    "math": (
+        {"problem": "Find x.", "level": "Level 5", "type": "Algebra", "solution": r"So \\boxed{\\frac{1}{2}}."},
+        "Find x.",
+        r"\\frac{1}{2}",
+    ),
+    "dapo": (VERL | {"data_source": "math_dapo", "ability": "MATH"}, VERL["prompt"], "34"),
+    "aime": ({"ID": "2024-I-1", "Problem": "Find n.", "Solution": "...", "Answer": 73}, "Find n.", "73"),
+    "plain": ({"prompt": "1+1", "answer": 2}, "1+1", "2"),
+}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+def opened(path: Path, layout: str = "auto", seed: int = 0, **config: Any) -> DataTask:
+    return DataTask(path, JsonlConfig(**{"grade": "exact"} | config), seed, layout=layout)
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("told", [True, False])
+def test_every_layout_is_read_by_name_and_by_its_fields(tmp_path: Path, name: str, told: bool) -> None:
+    row, prompt, answer = ROWS[name]
+    task = opened(write(tmp_path / "d.jsonl", [row]), name if told else "auto", **ALL)
+    [problem] = task.eval_problems(9)
+    shown = BOXED.replace("{prompt}", prompt) if name in ("gsm8k", "math", "aime") else prompt
+    assert (problem.prompt, problem.answer) == (shown, answer)
+    assert any(f"layout {name}" in note for note in task.notes) == (not told and name != "plain")
+
+
+@pytest.mark.parametrize(
+    ("layout", "row", "message"),
+    [
+        ("gsm8k", {"question": "a", "answer": "7"}, 'line 2: field "answer" is not "#### "'),
+        ("math", {"problem": "a", "solution": "7"}, r"line 2: field \"solution\" is not a solution with its answer in"),
+        ("aime", {"problem": "a", "answer": "1/2"}, 'line 2: field "answer" is not an integer from 0 to 999'),
+        ("dapo", {"prompt": "a", "reward_model": {}}, 'line 2: field "reward_model.ground_truth" is missing'),
+    ],
+)
+def test_a_row_of_another_layout_is_named(tmp_path: Path, layout: str, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        opened(write(tmp_path / "d.jsonl", [ROWS[layout][0], row]), layout, **ALL)
+
+
+def test_a_file_of_integers_and_fractions_is_not_taken_for_aime(tmp_path: Path) -> None:
+    rows = [{"problem": "a", "answer": "7"}, {"problem": "b", "answer": "1/2"}]
+    task = opened(write(tmp_path / "d.jsonl", rows), **ALL)
+    assert [p.answer for p in task.eval_problems(2)] == ["7", "1/2"]
+    assert 'prompts are read from the field "problem"' in task.notes[0]
+
+
+def test_parquet_and_saved_folders_hold_what_the_jsonl_file_holds(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [VERL | {"n": i, "reward_model": {"ground_truth": str(i), "style": "rule"}} for i in range(2500)]
+    dataset = datasets.Dataset.from_list(rows)
+    dataset.to_parquet(tmp_path / "d.parquet")
+    dataset.save_to_disk(tmp_path / "saved", num_shards=3)
+    datasets.DatasetDict(train=dataset.select([5, 3]), test=dataset).save_to_disk(tmp_path / "dict")
+    for name in ("d.parquet", "saved", "saved/data-00000-of-00003.arrow"):
+        found = open_rows(tmp_path / name)
+        assert [found[i] for i in range(len(found))] == rows[: len(found)]
+        assert len(found) == (834 if name.endswith(".arrow") else 2500)
+    assert [row["n"] for row in map(open_rows(tmp_path / "dict").__getitem__, range(2))] == [5, 3]
+    assert open_rows(tmp_path / "saved").where(7) == f"{tmp_path / 'saved'}, row 8"
+
+
+@pytest.mark.parametrize("name", ["d.parquet", "d.arrow"])
+def test_a_damaged_binary_file_is_named(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(b"not that at all, but long enough")
+    with pytest.raises(ValueError, match=f"{name}: not a.* file"):
+        open_rows(tmp_path / name)
+
+
+def test_filters_leave_rows_out_and_say_how_many(tmp_path: Path) -> None:
+    rows = [{"prompt": "x" * (i + 1), "answer": i, "rate": i / 20} for i in range(20)]
+    path = write(tmp_path / "d.jsonl", rows + rows[5:7])
+    config = {"pass_rate_field": "rate", "min_pass_rate": 0.2, "max_pass_rate": 0.8}
+    task = opened(path, **ALL, **config)
+    assert [p.answer for p in task.eval_problems(99)] == [str(i) for i in range(4, 17)]
+    assert any("7 of 22 rows left out: pass rate outside [0.2, 0.8]" in note for note in task.notes)
+    assert any("2 of 22 rows left out: same prompt and answer" in note for note in task.notes)
+    task.keep(lambda problem: len(problem.prompt) <= 10, "more than 10 prompt tokens")
+    assert [len(p.prompt) for p in task.eval_problems(99)] == [5, 6, 7, 8, 9, 10]
+    assert "7 rows left out, they have more than 10 prompt tokens" in task.notes[-1]
+    with pytest.raises(ValueError, match="line 1.*pass rate is a number from 0 to 1"):
+        opened(write(path, [{"prompt": "a", "answer": "b", "rate": 2}]), **ALL, **config)
+
+
+def test_held_out_by_count_and_by_a_file_of_its_own(tmp_path: Path) -> None:
+    rows = [{"prompt": str(i), "answer": i} for i in range(30)]
+    path, other = (
+        write(tmp_path / "d.jsonl", rows),
+        write(tmp_path / "e.jsonl", [*rows[:4], {"prompt": "z", "answer": 0}]),
+    )
+    task = opened(path, eval_count=7)
+    assert (task.num_train, task.num_eval) == (23, 7)
+    task = opened(path, eval_data=other)
+    assert [p.prompt for p in task.eval_problems(9)] == ["0", "1", "2", "3", "z"]
+    assert {task.train_problem(i).prompt for i in range(60)} == {str(i) for i in range(4, 30)}
+    with pytest.raises(ValueError, match="eval_count: 30 of the 30"):
+        opened(path, eval_count=30)
+
+
+def test_the_index_alone_decides_the_problem_in_every_epoch(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", [{"prompt": str(i), "answer": i} for i in range(40)])
+    task, again = opened(path, seed=3), opened(path, seed=3)
+    in_order = [task.train_problem(i).prompt for i in range(4 * task.num_train)]
+    jumping = [again.train_problem(i).prompt for i in reversed(range(4 * task.num_train))][::-1]
+    epochs = [tuple(in_order[i : i + 36]) for i in range(0, 144, 36)]
+    assert in_order == jumping
+    assert len(set(epochs)) == 4 and len({frozenset(epoch) for epoch in epochs}) == 1
+
+
+def test_examples_and_templates_come_before_the_prompt(tmp_path: Path) -> None:
+    row = ROWS["gsm8k"][0]
+    shots = write(tmp_path / "shots.jsonl", [{"question": "One?", "answer": "#### 1"}])
+    config = JsonlConfig(
+        grade="exact", eval_fraction=1.0, few_shot=shots, template="Q: {prompt} {x}", system_prompt="S"
+    )
+    [problem] = DataTask(write(tmp_path / "d.jsonl", [row]), config).eval_problems(1)
+
+    def text(chat: bool) -> str:
+        tokenizer = byte_tokenizer(chat=chat)
+        return str(tokenizer.decode(format_prompt(tokenizer, problem, config)))
+
+    assert text(False) == "S\n\nQ: One? {x}\n\n#### 1\n\nQ: How many? {x}"
+    turns = ("system\nS", "user\nQ: One? {x}", "assistant\n#### 1", "user\nQ: How many? {x}")
+    assert text(True) == "".join(f"<|im_start|>{turn}<|im_end|>\n" for turn in turns) + "<|im_start|>assistant\n"
+    own = Problem([{"role": "system", "content": "mine"}, {"role": "user", "content": "?"}], "", {}, problem.examples)
+    tokenizer = byte_tokenizer()
+    assert str(tokenizer.decode(format_prompt(tokenizer, own, config))).startswith(
+        "<|im_start|>system\nmine<|im_end|>\n<|im_start|>user\nQ: One?"
+    )

@@ -1,0 +1,116 @@
+"""What a study says of its numbers, against values worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from trees import chain
+
+from ibtpo.studies.matrix import load_study
+from ibtpo.studies.measure import recursive_value
+from ibtpo.studies.results import collect, read_curve, train_numbers
+from ibtpo.studies.run import CELLS
+from ibtpo.studies.statistics import area_under, estimate, paired_difference
+from ibtpo.studies.tables import csv_text, markdown_text, sections
+from ibtpo_engine.tree import Tree
+
+
+def test_interval_of_two_seeds_is_known_in_full() -> None:
+    """Two values: resampled means are a, (a+b)/2, b with chances 1/4, 1/2, 1/4, so the 95 % interval is [a, b]."""
+    found = estimate([0.2, 0.6])
+    assert found is not None
+    assert (found.mean, found.low, found.high, found.seeds) == pytest.approx((0.4, 0.2, 0.6, 2))
+    assert found.is_apart_from_zero
+
+
+def test_one_seed_has_no_interval_and_none_no_estimate() -> None:
+    alone = estimate([0.3, math.nan])
+    assert alone is not None and (alone.mean, alone.seeds) == (0.3, 1)
+    assert math.isnan(alone.low) and not alone.is_apart_from_zero
+    assert estimate([]) is None
+
+
+def test_differences_are_taken_within_seeds() -> None:
+    """Seeds differ by .5, the variants within each by .1: paired, the interval is a point; other seeds drop out."""
+    difference = paired_difference({0: 0.2, 1: 0.7, 2: 9.0}, {0: 0.1, 1: 0.6, 3: 5.0})
+    assert difference is not None and difference.seeds == 2
+    assert (difference.mean, difference.low, difference.high) == pytest.approx((0.1, 0.1, 0.1))
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_area_is_the_mean_height_up_to_the_budget() -> None:
+    """0 to 1 over 100 tokens, then flat: cut at 150 it is (50 + 50) / 150; a NaN is no point; the end is held."""
+    assert area_under([0, 50, 100, 200], [0.0, math.nan, 1.0, 1.0], 150) == pytest.approx(100 / 150)
+    assert area_under([0, 100], [0.0, 1.0], 200) == pytest.approx((50 + 100) / 200)
+    assert math.isnan(area_under([0], [math.nan], 10))
+
+
+def test_columns_of_a_run_come_from_its_log() -> None:
+    rows = [
+        {"step": 0, "eval_avg": 0.1, "eval_greedy": 0.3},
+        {"step": 1, "tokens_sampled": 60, "step_seconds": 2.0, "eff_rate": 0.5},
+        {"step": 2, "tokens_sampled": 40, "step_seconds": 3.0, "eff_rate": 0.7},
+        {"step": 2, "eval_avg": 0.5, "eval_greedy": 0.9},
+    ]
+    numbers = train_numbers(read_curve(rows), 100)
+    assert numbers["before"] == 0.1 and numbers["eval_avg"] == 0.5 and numbers["eval_greedy"] == 0.9
+    assert numbers["area"] == pytest.approx(0.3)
+    assert numbers["eff_rate"] == pytest.approx(0.6) and numbers["seconds"] == 5.0
+
+
+def test_recursive_value_weighs_branches_alike() -> None:
+    """Below the prompt a branch with leaves 1, 1, 1 and a chain with 0: (1 + 0)/2, not 3/4."""
+    tree = Tree([0])
+    first = chain(tree.root, [([1], -1.0), ([2], -1.0)], 1.0)
+    for token in (3, 4):
+        chain(first[0], [([token], -1.0)], 1.0)
+    chain(tree.root, [([5], -1.0)], 0.0)
+    assert recursive_value(tree) == 0.5
+
+
+def test_shipped_studies_load_and_share_their_cells() -> None:
+    """Every YAML makes cells; GRPO's cell of `main` is that of `ablation`; all methods of a seed share a start."""
+    for name in ("samplers", "main", "ablation", "beta", "lambda", "segmentation-noise", "open-points", "bias"):
+        study = load_study(name)
+        cells = study.cells(2, prompts=100, changes={})
+        assert len({cell.id for cell in cells}) == len(cells) > 1, name
+        assert study.baseline in study.variants
+    main, ablation = (load_study(name).cells(1, prompts=1, changes={}) for name in ("main", "ablation"))
+    assert {c.id for c in main if c.variant == "grpo"} == {c.id for c in ablation if c.variant == "grpo"}
+    starts = {cell.policy.id for cell in main if cell.policy is not None}
+    assert len(starts) == 1  # every method begins with the same weights
+
+
+def test_a_study_that_cannot_be_used_says_why(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean"):
+        load_study("mian")
+    file = tmp_path / "mine.yaml"
+    file.write_text("baseline: grpo\nvariants: {no-such-method: {}}\n")
+    with pytest.raises(ValueError, match="no variant whose preset exists"):
+        load_study(str(file))
+    file.write_text("variant: {grpo: {}}\n")
+    with pytest.raises(ValueError, match="unknown field variant"):
+        load_study(str(file))
+    file.write_text("variants: {grpo: {}, no-such-method: {}}\n")
+    assert list(load_study(str(file)).skipped) == ["no-such-method"]
+
+
+def test_table_of_results_on_disk(tmp_path: Path) -> None:
+    """Bias results of two seeds: means over trees, then over seeds; a cell without a result is said to be missing."""
+    study = load_study("bias")
+    cells = [c for c in study.cells(2, prompts=2, changes={}) if c.task == "easy"]
+    for cell in cells[:-1]:
+        folder = tmp_path / CELLS / cell.id
+        folder.mkdir(parents=True)
+        errors = [{"avg_rate": e + cell.seed, "recursive": 0.0, "avg_rate_iid": None} for e in (0.0, 0.2)]
+        (folder / "result.json").write_text(json.dumps({"prompts": errors, "exact": 0.5}))
+    results = collect(study, cells, tmp_path)
+    assert results.missing == cells[-1:]
+    [section] = sections(results)
+    leaf_mean = section.rows["independent 12"][[c.name for c in section.columns].index("avg_rate")].value
+    assert leaf_mean is not None and leaf_mean.mean == pytest.approx(0.6) and leaf_mean.seeds == 2
+    assert "easy,independent 12,avg_rate,0.6" in csv_text(results)
+    assert "1 cells have no result yet" in markdown_text(results)
