@@ -35,6 +35,7 @@ from ibtpo.runlog import METRICS, RunFolder, read_rows
 from ibtpo.setup import make_engine
 from ibtpo.tasks import DigitChain, Problem
 from ibtpo.tasks.digit_chain import right_solution
+from ibtpo.studies.matrix import load_study
 from ibtpo.train import train
 from ibtpo.trainer import Trainer
 from ibtpo_engine import Sampling
@@ -325,6 +326,12 @@ def test_the_documentation_names_every_reading_of_every_open_point():
     missing = {(group, name) for group, names in OPEN_POINTS.items() for name in names} - documented
     assert missing == set()
     assert {("search", "separator"), ("search", "step_tokens"), ("advantage", "std_eps")} <= documented
+
+
+def test_every_other_reading_has_its_row_in_a_study():
+    changes = [own for name in ("open-points", "beyond") for own in load_study(name).variants.values()]
+    for group, name, value in OTHER_READINGS:
+        assert any(one.get(group, {}).get(name) == value for one in changes), (group, name, value)
 
 
 def test_what_is_cut_off_at_the_length_limit_earns_nothing():
