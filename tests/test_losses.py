@@ -33,9 +33,9 @@ from ibtpo.pack import MicroBatch
 from ibtpo.policy import built_in_policy
 from ibtpo.runlog import METRICS, RunFolder, read_rows
 from ibtpo.setup import make_engine
+from ibtpo.studies.matrix import load_study
 from ibtpo.tasks import DigitChain, Problem
 from ibtpo.tasks.digit_chain import right_solution
-from ibtpo.studies.matrix import load_study
 from ibtpo.train import train
 from ibtpo.trainer import Trainer
 from ibtpo_engine import Sampling
