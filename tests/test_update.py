@@ -244,6 +244,7 @@ def test_uniform_groups_alone_change_nothing() -> None:
     values = updater.update(trees)
     assert torch.equal(_flat(model), before)
     assert updater.optimizer.num_steps == 0
+    assert values.pop("optimizer_steps_skipped") == 0.0
     assert values == {"groups_skipped": 2.0, "tokens_trained": 0.0, "optimizer_steps": 0.0, "lr": 1e-3}
 
 
