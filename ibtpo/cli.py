@@ -1,4 +1,4 @@
-"""The command line: ``ibtpo train | eval | sample | study | view``; every configuration field is a flag."""
+"""The command line: ``ibtpo train | eval | sample | presets | study | view``; every configuration field is a flag."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import tyro
@@ -26,6 +26,7 @@ from ibtpo.grading import GraderError
 from ibtpo.grow import Grower, Interrupted
 from ibtpo.optim import NonFinite
 from ibtpo.policy import Policy, load_policy
+from ibtpo.presets import PRESET_NOTES, PRESETS
 from ibtpo.progress import track
 from ibtpo.report import NOT_ACCURACY, summarize_run
 from ibtpo.rewards import RewardSpec, parse_rewards
@@ -40,11 +41,12 @@ from ibtpo.train import train
 from ibtpo.viewer.cli import view
 from ibtpo_engine import EngineError, Tree
 
-USAGE = """usage: ibtpo {train,eval,sample,study,view} [--help] [flags]
+USAGE = """usage: ibtpo {train,eval,sample,presets,study,view} [--help] [flags]
 
   train    grow trees, score them, train on them; `ibtpo train` alone runs the built-in task
   eval     held-out accuracy of a checkpoint or run: avg@k, pass@k, greedy
   sample   grow one tree and print it
+  presets  the methods --preset knows: what each is, where it comes from, what it sets
   study    methods x seeds at an equal budget: the paper's tables, with intervals, curves and a page
   view     look at a run in the browser, or at two: curves, prompts, trees
 
@@ -53,6 +55,12 @@ with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
 """
 
 Flat = tyro.conf.arg(name="")  # the fields of the run are flags without a prefix
+Preset = Annotated[
+    str,
+    tyro.conf.arg(
+        help=f"Method: {', '.join(PRESETS)}; `ibtpo presets` explains them. Fields in --config or flags win over it."
+    ),
+]
 Arguments = TypeVar("Arguments")
 
 
@@ -64,8 +72,7 @@ class TrainArguments:
     Face folder and a JSONL file of prompts and answers the same loop runs on them.
     """
 
-    preset: str = "ib-tpo"
-    """Method: ib-tpo or grpo; fields set in --config or by flags win over it."""
+    preset: Preset = "ib-tpo"
     config: Path | None = None
     """YAML file with any of the fields below."""
     quiet: bool = False
@@ -88,8 +95,7 @@ class EvalArguments:
 class SampleArguments:
     """Grow one tree and print it: steps with value, IB-Score, confidence, and the round they were sampled in."""
 
-    preset: str = "ib-tpo"
-    """Method: ib-tpo or grpo."""
+    preset: Preset = "ib-tpo"
     config: Path | None = None
     """YAML file with any of the fields below."""
     prompt: str | None = None
@@ -105,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0 done, 2 the input cannot be used, 130 stopped by Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str], Console], int]]
-    commands = {"train": _train, "eval": _eval, "sample": _sample, "study": study, "view": view}
+    commands = {"train": _train, "eval": _eval, "sample": _sample, "presets": _presets, "study": study, "view": view}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -188,6 +194,32 @@ def _sample(arguments: list[str], console: Console) -> int:
         f"{tree.num_sampled} tokens sampled for {sum(leaf.end - tree.prompt_len for leaf in leaves)} in trajectories"
     )
     return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetsArguments:
+    """List the methods that --preset knows: what each is, where it comes from, what it sets."""
+
+
+def _presets(arguments: list[str], console: Console) -> int:
+    _parse(PresetsArguments, PresetsArguments(), "ibtpo presets", arguments)
+    table = Table("preset", "what it is", "sets", show_lines=True)
+    for name, changes in PRESETS.items():
+        explanation, source = PRESET_NOTES[name]
+        table.add_row(name, f"{explanation} [dim]({source})[/]", "\n".join(_settings(changes)))
+    for column in (table.columns[0], table.columns[2]):
+        column.no_wrap = True
+    console.print(table)
+    return 0
+
+
+def _settings(changes: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The fields of a nested mapping as flags and values."""
+    for name, value in changes.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name} {value}"
 
 
 def _result_tables(folder: Path) -> list[Table]:

@@ -23,13 +23,21 @@ class IBConfig:
     """pi(s) of a step of many tokens: exp(mean log-prob), exp(sum), mean or minimum token probability."""
     zero_parent: Literal["one", "zero", "smooth"] = "one"
     """phat(s)/phat(parent) where the parent's value is 0: no evidence (1), dead (0); smooth: Laplace in every ratio."""
-    value: Literal["leaf_mean", "recursive"] = "leaf_mean"
-    """phat of a node: share of the reward over the leaves below, or mean of its children's values."""
+    value: Literal["leaf_mean", "recursive", "shrunk"] = "leaf_mean"
+    """phat of a node: share of the reward over the leaves below, mean of its children's values, or `shrinkage`."""
+    shrinkage: float = 1.0
+    """k of `shrunk`: phat = (reward below + k*phat(parent))/(leaves below + k), a prior worth k leaves; ours."""
+    score_beta: Literal["fixed", "balanced"] = "fixed"
+    """beta in the ranking: `beta`, or the one at which gain and confidence spread equally over a tree's nodes; ours."""
+    score_bonus: float = 0.0
+    """c: searches rank nodes by IB-Score + c times its estimated standard error; 0: by the score alone (paper)."""
     duplicates: Literal["separate", "merge"] = "separate"
     """The same step sampled twice under one parent: two draws, or one node with pooled leaves."""
 
     def __post_init__(self) -> None:
         check_range("ib.beta", self.beta, low=0.0, low_open=True)
+        check_range("ib.shrinkage", self.shrinkage, low=0.0)
+        check_range("ib.score_bonus", self.score_bonus, low=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +64,8 @@ class SearchConfig:
     """K, rollouts of `vineppo` that tell the value of a step; they are sampled, not trained on."""
     lookahead: int = 1
     """Rounds of a tree under way at once; 1, the paper's: a round knows the outcome of all before it."""
+    redraws: int = 0
+    """Times a training step draws further prompts for groups whose rewards are all equal (DAPO); 0 takes what comes."""
     branch_at_root: bool = True
     """May the prompt itself be branched again?"""
     separator: str = "\n\n"
@@ -68,6 +78,7 @@ class SearchConfig:
     def __post_init__(self) -> None:
         for name in ("group_size", "initial_branches", "rounds", "nodes_per_round", "branches_per_node", "lookahead"):
             check_range(f"search.{name}", getattr(self, name), low=1)
+        check_range("search.redraws", self.redraws, low=0)
         check_range("search.boundary_noise", self.boundary_noise, low=0.0, high=1.0)
         for name in ("segment_tokens", "value_rollouts"):
             check_range(f"search.{name}", getattr(self, name), low=1)
@@ -120,6 +131,10 @@ class LossConfig:
     """Ratios above 1 + clip_high carry no gradient where the advantage is positive."""
     kl_coef: float = 0.001
     """Weight of the KL penalty (k3 estimator) to the frozen starting policy; 0 keeps no reference model."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus: the loss falls by this times the mean entropy of the policy, in nats."""
+    entropy_advantage_coef: float = 0.0
+    """Weight of the mean of entropy times advantage (IBRO): more entropy where the advantage is positive."""
     aggregation: Literal["token", "sequence", "dr_grpo"] = "token"
     """token: mean over all tokens of the optimizer step; sequence: mean of trajectory means; dr_grpo: sum/(G*max)."""
     prefix_weight: Literal["trajectory", "sqrt", "node"] = "trajectory"
@@ -130,7 +145,8 @@ class LossConfig:
     def __post_init__(self) -> None:
         check_range("loss.clip_low", self.clip_low, low=0.0, high=1.0)
         check_range("loss.clip_high", self.clip_high, low=0.0)
-        check_range("loss.kl_coef", self.kl_coef, low=0.0)
+        for name in ("kl_coef", "entropy_coef", "entropy_advantage_coef"):
+            check_range(f"loss.{name}", getattr(self, name), low=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)

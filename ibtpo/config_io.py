@@ -13,29 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from ibtpo.config import TrainConfig
-
-_EPTREE = {"method": "eptree", "initial_branches": 4, "nodes_per_round": 2, "rounds": 2}  # 4*(1 + 1*2*1) = 12
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "ib-tpo": {"search": {"method": "ibtree"}, "advantage": {"kind": "ib-tpo"}},
-    "grpo": {"search": {"method": "independent"}, "advantage": {"kind": "grpo"}},
-    "random-tree": {"search": {"method": "random-tree"}, "advantage": {"kind": "grpo"}},
-    "treerl": {"search": _EPTREE, "advantage": {"kind": "treerl"}},
-    "treepo": {"search": {"method": "treepo", "group_size": 12}, "advantage": {"kind": "treepo"}},
-    "tree-grpo": {
-        "search": {"method": "tree-grpo", "initial_branches": 4, "nodes_per_round": 2, "rounds": 2},
-        "advantage": {"kind": "tree-grpo"},
-    },
-    "vineppo": {
-        "search": {"method": "vineppo", "group_size": 2, "value_rollouts": 1},
-        "advantage": {"kind": "vineppo"},
-    },
-    "ibtree-grpo": {"search": {"method": "ibtree"}, "advantage": {"kind": "grpo"}},
-    "ib-adv-only": {"search": {"method": "independent"}, "advantage": {"kind": "ib-tpo"}},
-    "random+ib-adv": {"search": {"method": "random-tree"}, "advantage": {"kind": "ib-tpo"}},
-    "eptree+ib-adv": {"search": _EPTREE, "advantage": {"kind": "ib-tpo"}},
-}
-"""What each method changes in the configuration."""
+from ibtpo.presets import PRESETS
 
 Config = TypeVar("Config")
 

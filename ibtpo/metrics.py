@@ -91,6 +91,7 @@ GROUPS: tuple[Group, ...] = (
             Metric("weight", "tokens", "Sum of the token weights in the loss."),
             Metric("clip_fraction", "share", "Token weight whose gradient the clipping removed (clip share)."),
             Metric("entropy", "nats", "Entropy of the policy being trained, mean over token weights."),
+            Metric("entropy_advantage", "nats", "Entropy times advantage, mean over token weights; with IBRO."),
             Metric("kl_old_k1", "nats", "KL to the policy that sampled, k1 estimate, mean over token weights."),
             Metric("kl_old_k3", "nats", "KL to the policy that sampled, k3 estimate, mean over token weights."),
             Metric("kl_ref_k1", "nats", "KL to the frozen reference, k1 estimate; only where it is penalised."),

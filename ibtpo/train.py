@@ -41,6 +41,11 @@ def train(config: TrainConfig, console: Console, on_step: Callable[[int], None] 
     """
     if config.sampling.temperature == 0:
         raise ValueError("sampling.temperature: 0 is greedy, all trajectories would be alike; set it above 0 to train")
+    if config.search.redraws > 0 and config.advantage.uniform_groups != "skip":
+        raise ValueError(
+            f"search.redraws: {config.search.redraws} draws again for groups of equal rewards, on which "
+            f"advantage.uniform_groups={config.advantage.uniform_groups} trains; set it to skip, or redraws to 0"
+        )
     check_installed(config.log)
     settings = replace(config, resume=None)  # what the folder says the run is
     with ExitStack() as stack:

@@ -22,6 +22,7 @@ from ibtpo.disk import flush_tree
 from ibtpo.evaluate import evaluate
 from ibtpo.grow import Grower, Interrupted
 from ibtpo.metrics import tree_metrics
+from ibtpo.mixed import grow_mixed
 from ibtpo.optim import MasterAdamW, NonFinite
 from ibtpo.policy import Policy, load_policy
 from ibtpo.progress import Tracker, step_note, track
@@ -210,9 +211,8 @@ class Trainer:
     def _step(self, tracker: Tracker) -> None:
         begin = time.perf_counter()
         before = self.engine.stats()
-        problems, keys = self._next_problems()
         counted = self.task.counts()
-        trees, reward_seconds = self.grower.grow(problems, keys, self.search, self.sampling)
+        trees, problems, reward_seconds = self._grow()
         self._count_rewards(counted)
         sampled = time.perf_counter()
         assert self._updater is not None
@@ -256,9 +256,17 @@ class Trainer:
         for name, value in self.task.counts().items():
             self.state.reward_counts[name] = self.state.reward_counts.get(name, 0) + value - before.get(name, 0)
 
-    def _next_problems(self) -> tuple[list[Problem], list[int]]:
-        indices = range(self.state.next_problem, self.state.next_problem + self.config.prompts_per_step)
-        return [self.task.train_problem(index) for index in indices], list(indices)
+    def _grow(self) -> tuple[list[Tree], list[Problem], float]:
+        """Trees on the next problems, all that were drawn; seconds spent in grading."""
+        return grow_mixed(
+            self.grower,
+            self.task.train_problem,
+            self.search,
+            self.sampling,
+            first=self.state.next_problem,
+            count=self.config.prompts_per_step,
+            redraws=self.config.search.redraws,
+        )
 
     def _keep_trees(self, trees: list[Tree], problems: list[Problem]) -> None:
         """Keep the first trees of a step for the viewer and the report."""

@@ -180,7 +180,7 @@ class Updater:
         def objective(logprob: Tensor, entropy: Tensor, edges: Tensor | slice, rows: Tensor | slice) -> Tensor:
             if exact is not None:
                 logprob = with_value_of(logprob, exact[edges])
-            return policy_objective(logprob, batch, config, reference_logprob, edges)
+            return policy_objective(logprob, entropy, batch, config, reference_logprob, edges, rows)
 
         loss, logprob, entropy = policy_head(
             hidden, self.model.head, batch.edge_row, batch.targets, objective, temperature=temperature

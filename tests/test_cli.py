@@ -122,7 +122,7 @@ def test_help_lists_every_field_with_a_sentence(
 def test_usage_names_the_commands(arguments: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == code
     out = capsys.readouterr().out
-    assert all(f"\n  {command} " in out for command in ("train", "eval", "sample"))
+    assert all(f"\n  {command} " in out for command in ("train", "eval", "sample", "presets"))
 
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -424,7 +424,10 @@ def test_chat_messages_need_a_chat_template(tmp_path: Path, data: Path, refused:
         (["--dtype", "float16"], "float16"),
         (["--task", "digit-chian"], 'did you mean "digit-chain"?'),
         (["--task", "reasoning-gym:no-such-thing"], "reasoning-gym"),
-        (["--preset", "gpro"], "preset: 'gpro' is not one of ib-tpo, grpo. Did you mean grpo?"),
+        (
+            ["--preset", "gpro"],
+            "preset: 'gpro' is not one of ib-tpo, grpo, grpo-clip-higher, grpo-entropy, ibro, dapo. Did you",
+        ),
         (["--device", "abacus"], "device: 'abacus' is not a device"),
         (["--device", "meta"], "device: 'meta' is not supported; use auto, cpu, cuda or cuda:N"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from ibtpo import cli
 from ibtpo.config import TrainConfig
-from ibtpo.config_io import PRESETS, base_config, load_yaml, merge
+from ibtpo.config_io import base_config, load_yaml, merge
+from ibtpo.presets import PRESETS
 from ibtpo.runlog import CONFIG, RunFolder
 
 Field = tuple[tuple[str, ...], Any, Any]
