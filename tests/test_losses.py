@@ -362,7 +362,7 @@ def test_the_presets_command_explains_every_preset(capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("command", ["train", "sample"])
 def test_help_names_every_preset(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit):
         main([command, "--help"])
     assert ",".join(PRESETS) in "".join(capsys.readouterr().out.replace("│", " ").split())
