@@ -20,8 +20,9 @@ import torch
 from checkpoints import save_additions, save_checkpoint
 
 from ibtpo.cli import main
-from ibtpo.evaluation import Completion, summarize
-from ibtpo.evaluation.statistics import ks_up_to, majority_at, pass_rates
+from ibtpo.config import EvalConfig
+from ibtpo.evaluation import Completion, sample_completions, summarize
+from ibtpo.evaluation.statistics import MOST_SAMPLES, ks_up_to, majority_at, pass_rates
 from ibtpo.policy import built_in_policy
 
 FLAGS = ["--digits.min-ops", "1", "--digits.max-ops", "2", "--sampling.max-tokens", "14"]
@@ -84,6 +85,8 @@ def test_majority_of_many_samples_is_exact_and_quick() -> None:
     assert half == pytest.approx([0.5] * 4)
     assert majority_at([str(i) for i in range(256)], [1.0] + [0.0] * 255, [1, 256]) == pytest.approx([1 / 256] * 2)
     assert time.perf_counter() - begin < 10
+    with pytest.raises(ValueError, match=r"eval\.samples: 1001 lies outside"):
+        EvalConfig(samples=MOST_SAMPLES + 1)
     with pytest.raises(ValueError, match="need 1 <= k <= n <= 1000"):
         majority_at(["7"], [1.0], [2])
 
@@ -241,6 +244,31 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_numbers(built_in: Path, 
     assert sorted(map(json.dumps, read(out))) == sorted(map(json.dumps, read(tmp_path / "whole")))
     assert numbers(out) == numbers(tmp_path / "whole")
     assert len(read(out)) == 420 and 0 < numbers(out)["eval_avg"] < 1
+
+
+def test_ctrl_c_says_how_to_go_on(
+    built_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("--model", built_in, *FLAGS, "--samples", 3, "--limit", 3, "--out", tmp_path / "out")
+
+    def stopped(*arguments: Any, **more: Any) -> None:
+        keep = arguments[4]
+
+        def keep_some(completion: Completion) -> None:
+            keep(completion)
+            if completion.prompt == 1:
+                raise KeyboardInterrupt
+
+        sample_completions(*arguments[:4], keep_some, *arguments[5:], **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ibtpo.evaluation.command.sample_completions", stopped)
+        assert run(*command) == 130
+    kept = len(read_raw(tmp_path / "out"))
+    assert 0 < kept < 12
+    assert f"stopped; {kept} completions are kept, the same command goes on" in capsys.readouterr().err
+    assert run(*command) == 0
+    assert len(read(tmp_path / "out")) == 12
 
 
 def read_raw(folder: Path) -> list[bytes]:

@@ -232,7 +232,7 @@ def test_truncated_samples_of_an_evaluation_are_wrong_and_do_not_vote(tmp_path: 
 
 
 @pytest.mark.skipif(importlib.util.find_spec("reasoning_gym") is None, reason="reasoning-gym is not installed")
-@pytest.mark.parametrize("name", ["chain_sum", "countdown", "leg_counting"])
+@pytest.mark.parametrize("name", ["chain_sum", "leg_counting"])
 def test_the_real_reasoning_gym_poses_and_grades(name: str) -> None:
     task = make_task(TrainConfig(task=f"reasoning-gym:{name}"))
     try:

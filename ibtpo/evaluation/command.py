@@ -21,7 +21,7 @@ from ibtpo.config import TrainConfig
 from ibtpo.evaluation.evaluate import Evaluation, summarize
 from ibtpo.evaluation.folder import EvaluationFolder
 from ibtpo.evaluation.sampling import Completion, Place, sample_completions
-from ibtpo.evaluation.statistics import ks_up_to
+from ibtpo.evaluation.statistics import MOST_SAMPLES, ks_up_to
 from ibtpo.grow import Grower, Interrupted
 from ibtpo.policy import Policy
 from ibtpo.progress import track
@@ -62,7 +62,7 @@ class EvalArguments:
         """
         config, changes = self.run, dict[str, int]()
         if self.samples is not None:
-            check_range("samples", self.samples, low=1)
+            check_range("samples", self.samples, low=1, high=MOST_SAMPLES)
             changes["samples"] = self.samples
         if self.limit is not None:
             check_range("limit", self.limit, low=1)
