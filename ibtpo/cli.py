@@ -21,18 +21,18 @@ from rich.tree import Tree as Outline
 
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import base_config
-from ibtpo.evaluate import evaluate
+from ibtpo.evaluation.command import EvalArguments, print_evaluation, run_evaluation
 from ibtpo.grading import GraderError
 from ibtpo.grow import Grower, Interrupted
+from ibtpo.list_flags import join_repeated
 from ibtpo.optim import NonFinite
 from ibtpo.policy import Policy, load_policy
 from ibtpo.presets import PRESET_NOTES, PRESETS
-from ibtpo.progress import track
 from ibtpo.report import NOT_ACCURACY, summarize_run
 from ibtpo.rewards import RewardSpec, parse_rewards
 from ibtpo.runlog import CONFIG, REPORT, latest_checkpoint
 from ibtpo.search import make_search
-from ibtpo.setup import check_prompts, choose_device, make_engine, make_sampling
+from ibtpo.setup import choose_device, make_engine, make_sampling
 from ibtpo.steps import step_splitter
 from ibtpo.studies.command import study
 from ibtpo.tasks import DigitChain, Grades, Problem, RewardGrades, Task, make_task
@@ -44,7 +44,7 @@ from ibtpo_engine import EngineError, Tree
 USAGE = """usage: ibtpo {train,eval,sample,presets,study,view} [--help] [flags]
 
   train    grow trees, score them, train on them; `ibtpo train` alone runs the built-in task
-  eval     held-out accuracy of a checkpoint or run: avg@k, pass@k, greedy
+  eval     accuracy of a checkpoint or run: avg@k, pass@k, maj@k, greedy; resumable
   sample   grow one tree and print it
   presets  the methods --preset knows: what each is, where it comes from, what it sets
   study    methods x seeds at an equal budget: the paper's tables, with intervals, curves and a page
@@ -77,17 +77,6 @@ class TrainArguments:
     """YAML file with any of the fields below."""
     quiet: bool = False
     """Show no progress, only the result."""
-    run: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalArguments:
-    """Measure held-out accuracy from independent rollouts: avg@k, pass@k and greedy, with 95 % intervals."""
-
-    config: Path | None = None
-    """YAML file with any of the fields below."""
-    json: Path | None = None
-    """Also write the numbers to this file."""
     run: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
 
 
@@ -148,31 +137,14 @@ def _train(arguments: list[str], console: Console) -> int:
 
 
 def _eval(arguments: list[str], console: Console) -> int:
-    parsed = _parse(
-        EvalArguments, EvalArguments(run=_base(arguments, run=_run_of_model(arguments))), "ibtpo eval", arguments
-    )
-    if parsed.json is not None and not parsed.json.parent.is_dir():
-        raise ValueError(f"json: {parsed.json.parent} is no folder; make it, or name another file")
-    config, policy, task = _open(parsed.run)
+    base = replace(_base(arguments, run=_run_of_model(arguments)), out=None)  # the run's own folder is not for this
+    parsed = _parse(EvalArguments, EvalArguments(run=base), "ibtpo eval", arguments)
+    config, policy, task = _open(parsed.resolve())
     with closing(task):
-        for note in check_prompts(task, policy, config):
-            console.print(note, style="dim", highlight=False)
-        problems = task.eval_problems(config.eval.prompts)
-        grower = Grower(make_engine(config, policy), task, policy.tokenizer, config.jsonl)
-        with track(console, "Evaluating", 2 * len(problems)) as tracker:
-            values = evaluate(
-                grower,
-                problems,
-                make_sampling(config, policy),
-                config.eval.samples,
-                on_prompt=lambda tree: tracker.advance(1),
-            )
-    table = Table("", "mean", "95 % interval", title=f"{len(problems)} held-out prompts, k = {config.eval.samples}")
-    for name, title in (("eval_avg", "avg@k"), ("eval_pass", "pass@k"), ("eval_greedy", "greedy")):
-        table.add_row(title, f"{values[name]:.3f}", f"{values[f'{name}_low']:.3f} – {values[f'{name}_high']:.3f}")
-    console.print(table)
+        evaluation, summary = run_evaluation(config, _model_folder(config), policy, task, console)
+    print_evaluation(evaluation, summary, console)
     if parsed.json is not None:
-        parsed.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        parsed.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
@@ -262,7 +234,7 @@ def _run_of_model(arguments: list[str]) -> Path | None:
 
 
 def _parse(kind: type[Arguments], default: Arguments, program: str, arguments: list[str]) -> Arguments:
-    return tyro.cli(kind, default=default, prog=program, args=arguments, use_underscores=False)
+    return tyro.cli(kind, default=default, prog=program, args=join_repeated(arguments), use_underscores=False)
 
 
 def _with_data(config: TrainConfig) -> TrainConfig:
@@ -275,12 +247,14 @@ def _open(config: TrainConfig) -> tuple[TrainConfig, Policy, Task]:
     config = _with_data(config)
     if config.model == "built-in":
         raise ValueError("model: give --model a checkpoint or run folder; `ibtpo train` makes one")
-    folder = Path(config.model)
-    last = latest_checkpoint(folder)
-    if last is not None:
-        folder = last.path
-    policy = load_policy(folder, dtype=getattr(torch, config.dtype), device=choose_device(config.device))
+    policy = load_policy(_model_folder(config), dtype=getattr(torch, config.dtype), device=choose_device(config.device))
     return config, policy, make_task(config)
+
+
+def _model_folder(config: TrainConfig) -> Path:
+    """Where the weights are: of a run folder, its last checkpoint."""
+    last = latest_checkpoint(Path(config.model))
+    return Path(config.model) if last is None else last.path
 
 
 def _problem(arguments: SampleArguments, task: Task) -> tuple[Problem, Grades]:

@@ -322,13 +322,13 @@ class EvalConfig:
     prompts: int = 256
     """Held-out prompts."""
     samples: int = 8
-    """k of avg@k and pass@k: independent samples a prompt; a greedy pass is always added."""
+    """k of avg@k, pass@k and maj@k: independent samples a prompt; a greedy pass is always added."""
     every: int = 0
     """Evaluate every so many optimizer steps; 0: before and after training only."""
 
     def __post_init__(self) -> None:
         check_range("eval.prompts", self.prompts, low=1)
-        check_range("eval.samples", self.samples, low=1)
+        check_range("eval.samples", self.samples, low=1, high=1000)
         check_range("eval.every", self.every, low=0)
 
 
@@ -390,7 +390,7 @@ class TrainConfig:
     reward: tuple[str, ...] = ()
     """NAME[:WEIGHT] ...: math, exact, format, regex=PATTERN, package.module:function; by default the task's own."""
     out: Path | None = None
-    """Run folder to create; by default runs/<task>-<preset>-<date and time>."""
+    """Run folder to create; by default runs/<task>-<preset>-<date and time>. Of `ibtpo eval`: where completions go."""
     resume: Path | None = None
     """Run folder to continue from its last checkpoint."""
     seed: int = 0

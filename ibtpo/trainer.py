@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ibtpo.config import TrainConfig
 from ibtpo.disk import flush_tree
-from ibtpo.evaluate import evaluate
+from ibtpo.evaluation import evaluate
 from ibtpo.grow import Grower, Interrupted
 from ibtpo.metrics import tree_metrics
 from ibtpo.mixed import grow_mixed
