@@ -3,6 +3,7 @@
 ::
 
     config.yaml       the configuration as resolved
+    environment.json  versions and command line of every start (ibtpo/environment.py)
     metrics.jsonl     a line of JSON a training step, names as in ibtpo/metrics.py
     trees.jsonl       a line about each grown tree that is kept; trees/ holds them (ibtpo/treelog.py)
     events.out.*      the same metrics for TensorBoard

@@ -68,7 +68,7 @@ class Finding:
 def doctor(arguments: Sequence[str], console: Console) -> int:
     """Run the command; returns 0, or 1 if something is broken."""
     parsed = tyro.cli(DoctorArguments, prog="ibtpo doctor", args=arguments, use_underscores=False)
-    found = []
+    found: list[Finding] = []
     for finding in examine(kernels=parsed.kernels):
         if not parsed.json:
             _show(console, finding, is_first=not found or found[-1].group != finding.group)
@@ -208,7 +208,7 @@ def _gpu() -> Iterator[Finding]:
         yield Finding("hardware", "gpu", "note", "none: there is no NVIDIA driver here")
     else:
         try:
-            torch.cuda.init()
+            torch.cuda.init()  # type: ignore[no-untyped-call]
             why = "torch sees no device; is CUDA_VISIBLE_DEVICES empty?"
         except Exception as error:
             why = _one_line(error)
