@@ -27,7 +27,9 @@ Generated from `ibtpo/config.py` by `python -m ibtpo.config_reference > docs/con
 Every field is a flag of `ibtpo train`, `eval` and `sample` (`--search.rounds 5`, with `-` for `_`) and a key of a YAML
 file (`--config FILE`, `search: {rounds: 5}`). Flags win over the file, the file over the preset, the preset over these
 defaults; without a task or data of your own, the built-in task's settings (`ibtpo/configs/digit-chain.yaml`) stand
-between the last two. `ibtpo config` prints what comes out. A limit that depends on another field is that at its default.
+between the last two. `ibtpo config` prints what comes out.
+
+A limit that depends on another field is shown at its default.
 """
 
 
