@@ -66,9 +66,7 @@ def model_card(
     }
     if (base := _hub_name(config.model)) is not None:
         header["base_model"] = base
-    title = f"Trained with {method(config)} for {step:,} steps"
-    if step == 0:
-        title = "Before training"
+    title = f"{step:,} steps of {config.advantage.kind}" if step else "Before training"
     facts = {
         "base model": config.model if base is None else base,
         "method": method(config),
@@ -93,9 +91,9 @@ def model_card(
 
 def method(config: TrainConfig) -> str:
     """Advantage and sampler, and the preset whose settings these are, if there is one."""
-    named = next((name for name, changes in PRESETS.items() if _agrees(config, changes)), None)
     text = f"{config.advantage.kind} advantages on {config.search.method} samples"
-    return text if named is None else f"{text} (preset {named})"
+    fitting = [name for name, changes in PRESETS.items() if _agrees(config, changes)]
+    return f"{text} (preset {max(fitting, key=lambda name: _size(PRESETS[name]))})" if fitting else text
 
 
 def save_generation_config(policy: Policy, config: TrainConfig, folder: Path) -> None:
@@ -149,6 +147,11 @@ def _agrees(config: Any, changes: Mapping[str, Any]) -> bool:
         _agrees(getattr(config, name), value) if isinstance(value, Mapping) else plain(getattr(config, name)) == value
         for name, value in changes.items()
     )
+
+
+def _size(changes: Mapping[str, Any]) -> int:
+    """How many fields a preset sets: of those that fit, the most particular one is meant."""
+    return sum(_size(value) if isinstance(value, Mapping) else 1 for value in changes.values())
 
 
 def _hub_name(model: str) -> str | None:
