@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -137,6 +138,20 @@ def test_packages_missing_old_or_damaged_are_broken(monkeypatch: pytest.MonkeyPa
     assert broken["rich"] == "not installed; pip install 'rich>=13'"
     assert broken["transformers"].startswith("4.57.0, but >=5 is needed")
     assert "cannot be imported (libc.so.7: cannot open)" in broken["safetensors"]
+
+
+def test_it_runs_where_the_command_line_itself_cannot(tmp_path: Path) -> None:
+    """`ibtpo` imports transformers; doctor as a module says what is wrong with it."""
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text("raise RuntimeError('half an upgrade')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    command = [sys.executable, "-m", "ibtpo.commands.doctor", "--json", "--no-kernels"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    found = {row["name"]: row for row in json.loads(done.stdout)}
+    assert found["transformers"]["status"] == "broken"
+    assert "half an upgrade" in found["transformers"]["text"]
+    assert found["torch"]["status"] == found["reference"]["status"] == "ok"
 
 
 def test_a_gpu_that_torch_cannot_use_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

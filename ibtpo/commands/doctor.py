@@ -20,7 +20,6 @@ import tyro
 from packaging.requirements import Requirement
 from rich.console import Console
 
-from ibtpo_engine.memory import free_memory
 from ibtpo_kernels import active_backend, backend, cpu
 from ibtpo_kernels.dispatch import BACKENDS
 from ibtpo_kernels.self_check import self_check
@@ -261,7 +260,10 @@ def _kernels() -> Iterator[Finding]:
 
 def _space() -> Iterator[Finding]:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    free = free_memory(torch.device("cpu"))
+    memory = importlib.import_module(
+        "ibtpo_engine.memory"
+    )  # here, for it brings transformers, which may be what is broken
+    free = memory.free_memory(torch.device("cpu"))
     yield _room("memory", free, total, LOW_MEMORY, "close something, or lower engine.kv_tokens")
     usage = shutil.disk_usage(Path.cwd())
     yield _room("disk, here", usage.free, usage.total, LOW_DISK, "free some, or put runs elsewhere with --out")
