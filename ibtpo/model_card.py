@@ -99,7 +99,7 @@ def method(config: TrainConfig) -> str:
 def save_generation_config(policy: Policy, config: TrainConfig, folder: Path) -> None:
     """Write generation_config.json: stop tokens, and the sampling that the policy was trained with."""
     sampling = config.sampling
-    GenerationConfig(
+    GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=sampling.temperature > 0,
         temperature=sampling.temperature or None,
         top_p=sampling.top_p,
