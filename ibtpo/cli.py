@@ -1,4 +1,4 @@
-"""The command line: ``ibtpo train | eval | sample | presets | study | view``; every configuration field is a flag."""
+"""The command line: ``ibtpo train | eval | sample | study | view | ...``; every configuration field is a flag."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree as Outline
 
+from ibtpo.commands.completion import CompletionArguments, completion
+from ibtpo.commands.config import ConfigArguments, show_config
+from ibtpo.commands.doctor import DoctorArguments, doctor
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import base_config
 from ibtpo.evaluation.command import EvalArguments, print_evaluation, run_evaluation
@@ -34,14 +37,14 @@ from ibtpo.runlog import CONFIG, REPORT, latest_checkpoint
 from ibtpo.search import make_search
 from ibtpo.setup import choose_device, make_engine, make_sampling
 from ibtpo.steps import step_splitter
-from ibtpo.studies.command import study
+from ibtpo.studies.command import StudyArguments, study
 from ibtpo.tasks import DigitChain, Grades, Problem, RewardGrades, Task, make_task
 from ibtpo.tasks.digit_chain import parse_prompt
 from ibtpo.train import train
-from ibtpo.viewer.cli import view
+from ibtpo.viewer.cli import ViewArguments, view
 from ibtpo_engine import EngineError, Tree
 
-USAGE = """usage: ibtpo {train,eval,sample,presets,study,view} [--help] [flags]
+USAGE = """usage: ibtpo {train,eval,sample,presets,study,view,config,doctor,completion} [--help] [flags]
 
   train    grow trees, score them, train on them; `ibtpo train` alone runs the built-in task
   eval     accuracy of a checkpoint or run: avg@k, pass@k, maj@k, greedy; resumable
@@ -49,6 +52,9 @@ USAGE = """usage: ibtpo {train,eval,sample,presets,study,view} [--help] [flags]
   presets  the methods --preset knows: what each is, where it comes from, what it sets
   study    methods x seeds at an equal budget: the paper's tables, with intervals, curves and a page
   view     look at a run in the browser, or at two: curves, prompts, trees
+  config   print the settings that a command would use, or --explain every one
+  doctor   what is installed, what works here, and each kernel against its reference
+  completion   print a script that completes commands and flags in bash, zsh or fish
 
 `ibtpo COMMAND --help` lists every flag with its default. Settings may also come from a YAML file (--config FILE),
 with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
@@ -97,10 +103,13 @@ class SampleArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 the input cannot be used, 130 stopped by Ctrl-C."""
+    """Run a command; returns the exit code: 0 done, 1 a study's cell failed or something is broken (doctor), 2 the
+    input cannot be used, 130 stopped by Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str], Console], int]]
     commands = {"train": _train, "eval": _eval, "sample": _sample, "presets": _presets, "study": study, "view": view}
+    commands |= {"config": _config, "doctor": doctor, "completion": _completion}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -192,6 +201,30 @@ def _settings(changes: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
             yield from _settings(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name} {value}"
+
+
+def _config(arguments: list[str], console: Console) -> int:
+    early = _early(arguments)
+    base = ConfigArguments(preset=early.preset, run=_base(arguments, run=early.resume))
+    parsed = _parse(ConfigArguments, base, "ibtpo config", arguments)
+    return show_config(replace(parsed, run=_with_data(parsed.run)))
+
+
+def _completion(arguments: list[str], console: Console) -> int:
+    return completion(
+        arguments,
+        {
+            "train": TrainArguments,
+            "eval": EvalArguments,
+            "sample": SampleArguments,
+            "presets": PresetsArguments,
+            "study": StudyArguments,
+            "view": ViewArguments,
+            "config": ConfigArguments,
+            "doctor": DoctorArguments,
+            "completion": CompletionArguments,
+        },
+    )
 
 
 def _result_tables(folder: Path) -> list[Table]:

@@ -3,6 +3,7 @@
 ::
 
     config.yaml       the configuration as resolved
+    environment.json  versions and command line of every start (ibtpo/environment.py)
     metrics.jsonl     a line of JSON a training step, names as in ibtpo/metrics.py
     trees.jsonl       a line about each grown tree that is kept; trees/ holds them (ibtpo/treelog.py)
     events.out.*      the same metrics for TensorBoard
@@ -26,8 +27,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Self
 
-import yaml
-
 from ibtpo.checkpoints import (
     CHECKPOINTS,
     Checkpoint,
@@ -36,6 +35,7 @@ from ibtpo.checkpoints import (
     write_checkpoint,
 )
 from ibtpo.config import SafeguardConfig, TrainConfig
+from ibtpo.config_io import dump_yaml, plain
 from ibtpo.disk import RunFolderError, flush, no_space, sweep, unfinished, write_atomically
 from ibtpo.loggers import open_loggers, parse_names
 from ibtpo.metrics import check_names
@@ -79,7 +79,7 @@ class RunFolder:
         self.path = path
         self.last = last
         self._lock = lock
-        names, settings = ([], {}) if config is None else (parse_names(config.log), _plain(asdict(config)))
+        names, settings = ([], {}) if config is None else (parse_names(config.log), plain(asdict(config)))
         self._loggers = open_loggers(path, names, settings, purge_step)
 
     @classmethod
@@ -278,13 +278,4 @@ def _take_lock(path: Path) -> IO[str]:
 
 
 def _write_config(path: Path, config: TrainConfig) -> None:
-    write_atomically(path / CONFIG, yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
-
-
-def _plain(value: Any) -> Any:
-    """Containers and paths as YAML knows them."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    write_atomically(path / CONFIG, dump_yaml(config))

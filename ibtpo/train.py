@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from ibtpo.config import TrainConfig
+from ibtpo.environment import record_environment
 from ibtpo.loggers import check_installed
 from ibtpo.policy import Policy, built_in_policy, load_policy
 from ibtpo.resume import announce_changes
@@ -62,6 +63,8 @@ def train(config: TrainConfig, console: Console, on_step: Callable[[int], None] 
             folder = stack.enter_context(RunFolder.create(config.out or default_folder(config), settings))
         else:
             folder.configure(settings)
+        if differences := record_environment(folder.path):
+            _say(console, f"goes on with other versions: {', '.join(differences)}")
         gc.collect()
         gc.freeze()  # what is loaded by now stays; the collector need not walk it while trees come and go
         stack.callback(gc.unfreeze)
