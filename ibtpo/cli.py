@@ -26,7 +26,7 @@ from ibtpo.grading import GraderError
 from ibtpo.grow import Grower, Interrupted
 from ibtpo.optim import NonFinite
 from ibtpo.policy import Policy, load_policy
-from ibtpo.progress import track
+from ibtpo.progress import RunConsole, track
 from ibtpo.report import NOT_ACCURACY, summarize_run
 from ibtpo.rewards import RewardSpec, parse_rewards
 from ibtpo.runlog import CONFIG, REPORT, latest_checkpoint
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: list[str], console: Console) -> int:
     base = TrainArguments(run=_base(arguments, run=_early(arguments).resume))
     parsed = _parse(TrainArguments, replace(base, preset=_early(arguments).preset), "ibtpo train", arguments)
-    out = train(_with_data(parsed.run), Console(quiet=True) if parsed.quiet else console)
+    out = train(_with_data(parsed.run), RunConsole(quiet=parsed.quiet))
     for table in _result_tables(out):
         console.print(table)
     console.print(NOT_ACCURACY, style="dim")

@@ -14,7 +14,7 @@ from rich.console import Console
 from ibtpo.config import TrainConfig
 from ibtpo.loggers import check_installed
 from ibtpo.policy import Policy, built_in_policy, load_policy
-from ibtpo.resume import announce_changes
+from ibtpo.resume import announce_changes, with_absolute_paths
 from ibtpo.runlog import REPORT, RunFolder
 from ibtpo.setup import check_prompts, check_weights, choose_device, default_folder, make_engine
 from ibtpo.tasks import Task, TeachableTask, make_task
@@ -42,6 +42,7 @@ def train(config: TrainConfig, console: Console, on_step: Callable[[int], None] 
     if config.sampling.temperature == 0:
         raise ValueError("sampling.temperature: 0 is greedy, all trajectories would be alike; set it above 0 to train")
     check_installed(config.log)
+    config = with_absolute_paths(config)
     settings = replace(config, resume=None)  # what the folder says the run is
     with ExitStack() as stack:
         folder = None

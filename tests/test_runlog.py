@@ -369,7 +369,7 @@ def test_trees_are_kept_within_bounds_and_spread_over_the_run(path: Path) -> Non
     assert 5 <= len(steps) <= 11 and steps[0] == 1 and steps[-1] == 40
     assert max(b - a for a, b in pairwise(steps)) <= 20
     assert read_tree(path / "trees" / rows_[-1]["file"])["step"] == 40
-    assert thin_trees(path, 1) and len(list((path / "trees").iterdir())) == 2  # the first and the last stay
+    assert thin_trees(path, 1, 1) and len(list((path / "trees").iterdir())) == 2  # the first and the last stay
 
 
 # ---- loggers ----
