@@ -3,9 +3,9 @@
     python bench/soak_train.py                      10,000 steps
     python bench/soak_train.py --seconds 180        as many as fit
 
-Every `--every` steps a row goes to bench/results/soak_train.csv: step, seconds so far, seconds a step since the last row,
-resident memory. The exit code is 1 if the median memory of the last fifth of the rows lies more than `--most-growth`
-above that of the second.
+Every `--every` steps a row goes to bench/results/soak_train.csv: step, seconds so far, seconds a step since the last
+row, resident memory. The exit code is 1 if the median memory of the last fifth of the rows lies more than
+`--most-growth` above that of the second.
 """
 
 from __future__ import annotations
