@@ -51,8 +51,8 @@ USAGE = """usage: ibtpo {train,eval,sample,study,view} [--help] [flags]
 `ibtpo COMMAND --help` lists every flag with its default. Settings may also come from a YAML file (--config FILE),
 with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
 
-Exit codes: 0 done, or stopped by SIGTERM or a closed pipe with a checkpoint; 2 the input cannot be used or the run cannot
-go on, stderr says why; 130 stopped by Ctrl-C. docs/troubleshooting.md lists what can go wrong and what to do.
+Exit codes: 0 done, or stopped by SIGTERM or a closed pipe with a checkpoint; 2 the input cannot be used or the run
+cannot go on, stderr says why; 130 stopped by Ctrl-C. docs/troubleshooting.md lists what can go wrong and what to do.
 """
 
 Flat = tyro.conf.arg(name="")  # the fields of the run are flags without a prefix

@@ -371,8 +371,9 @@ def test_a_closed_pipe_stops_the_run_with_a_checkpoint(adder: list[object], whol
     ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stderr is not None
-    while "Training:" not in process.stdout.readline():
-        pass
+    line = process.stdout.readline()
+    while line and "Training:" not in line:
+        line = process.stdout.readline()
     process.stdout.close()
     message = process.stderr.read()
     assert process.wait(60) == 0, message
