@@ -31,6 +31,7 @@ from ibtpo.list_flags import join_repeated
 from ibtpo.optim import NonFinite
 from ibtpo.policy import Policy, load_policy
 from ibtpo.presets import PRESET_NOTES, PRESETS
+from ibtpo.progress import RunConsole
 from ibtpo.report import NOT_ACCURACY, summarize_run
 from ibtpo.rewards import RewardSpec, parse_rewards
 from ibtpo.runlog import CONFIG, REPORT, latest_checkpoint
@@ -58,6 +59,9 @@ USAGE = """usage: ibtpo {train,eval,sample,presets,study,view,config,doctor,comp
 
 `ibtpo COMMAND --help` lists every flag with its default. Settings may also come from a YAML file (--config FILE),
 with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
+
+Exit codes: 0 done, or stopped by SIGTERM or a closed pipe with a checkpoint; 2 the input cannot be used or the run
+cannot go on, stderr says why; 130 stopped by Ctrl-C. docs/troubleshooting.md lists what can go wrong and what to do.
 """
 
 Flat = tyro.conf.arg(name="")  # the fields of the run are flags without a prefix
@@ -103,9 +107,7 @@ class SampleArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 1 a study's cell failed or something is broken (doctor), 2 the
-    input cannot be used, 130 stopped by Ctrl-C.
-    """
+    """Run a command; returns the exit code, as `USAGE` lists them."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str], Console], int]]
     commands = {"train": _train, "eval": _eval, "sample": _sample, "presets": _presets, "study": study, "view": view}
@@ -134,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: list[str], console: Console) -> int:
     base = TrainArguments(run=_base(arguments, run=_early(arguments).resume))
     parsed = _parse(TrainArguments, replace(base, preset=_early(arguments).preset), "ibtpo train", arguments)
-    out = train(_with_data(parsed.run), Console(quiet=True) if parsed.quiet else console)
+    out = train(_with_data(parsed.run), RunConsole(quiet=parsed.quiet))
     for table in _result_tables(out):
         console.print(table)
     console.print(NOT_ACCURACY, style="dim")

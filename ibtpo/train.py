@@ -15,7 +15,7 @@ from ibtpo.config import TrainConfig
 from ibtpo.environment import record_environment
 from ibtpo.loggers import check_installed
 from ibtpo.policy import Policy, built_in_policy, load_policy
-from ibtpo.resume import announce_changes
+from ibtpo.resume import announce_changes, with_absolute_paths
 from ibtpo.runlog import REPORT, RunFolder
 from ibtpo.setup import check_prompts, check_weights, choose_device, default_folder, make_engine
 from ibtpo.tasks import Task, TeachableTask, make_task
@@ -48,6 +48,7 @@ def train(config: TrainConfig, console: Console, on_step: Callable[[int], None] 
             f"advantage.uniform_groups={config.advantage.uniform_groups} trains; set it to skip, or redraws to 0"
         )
     check_installed(config.log)
+    config = with_absolute_paths(config)
     settings = replace(config, resume=None)  # what the folder says the run is
     with ExitStack() as stack:
         folder = None

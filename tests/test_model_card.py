@@ -101,8 +101,8 @@ def test_settings_that_are_no_preset_claim_none() -> None:
     assert method(TrainConfig()).endswith("(preset ib-tpo)")
     grpo = TrainConfig(search=SearchConfig(method="independent"), advantage=AdvantageConfig(kind="grpo"))
     assert method(grpo) == "grpo advantages on independent samples (preset grpo)"
-    mixed = TrainConfig(search=SearchConfig(method="random-tree"))
-    assert method(mixed) == "ib-tpo advantages on random-tree samples"
+    mixed = TrainConfig(search=SearchConfig(method="tree-grpo"))
+    assert method(mixed) == "ib-tpo advantages on tree-grpo samples"
 
 
 def test_a_resume_by_another_version_says_so(
