@@ -169,6 +169,8 @@ class OptimConfig:
     """Share of the learning rate left when the run's tokens are spent; in between it falls linearly with them."""
     grad_clip: float = 1.0
     """Largest L2 norm of the gradient; longer ones are scaled down."""
+    state: Literal["float32", "8bit"] = "float32"
+    """How the running means are kept; 8bit (bitsandbytes) takes 2 bytes a weight instead of 8."""
 
     def __post_init__(self) -> None:
         check_range("optim.lr", self.lr, low=0.0, low_open=True)
@@ -179,6 +181,7 @@ class OptimConfig:
         check_range("optim.warmup_steps", self.warmup_steps, low=0)
         check_range("optim.final_share", self.final_share, low=0.0, high=1.0)
         check_range("optim.grad_clip", self.grad_clip, low=0.0, low_open=True)
+        check_choice("optim.state", self.state, ("float32", "8bit"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,11 +234,14 @@ class EngineConfig:
     """Most branches decoded in one step."""
     prefill_tokens: int = 2048
     """Most prompt tokens computed in one step; longer prompts are computed in chunks."""
+    release: Literal["auto", "always", "never"] = "auto"
+    """Hand the pool's memory back while the policy is updated; auto: on a GPU, or where the run does not fit else."""
 
     def __post_init__(self) -> None:
         check_range("engine.kv_tokens", self.kv_tokens, low=16)
         check_range("engine.max_branches", self.max_branches, low=1)
         check_range("engine.prefill_tokens", self.prefill_tokens, low=16)
+        check_choice("engine.release", self.release, ("auto", "always", "never"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -409,6 +415,8 @@ class TrainConfig:
     """Optimizer steps the trees of a training step are divided over."""
     micro_batch_tokens: int = 16_384
     """Most packed tokens in one forward and backward; larger trees are split at nodes, the gradient is the same."""
+    gradient_checkpointing: bool = False
+    """Keep no activations inside decoder layers, compute them again in the backward: less memory, the same gradient."""
     checkpoint_every: int = 10
     """Training steps between checkpoints; the last one is always written."""
     trees_per_step: int = 4

@@ -114,7 +114,8 @@ GROUPS: tuple[Group, ...] = (
             Metric("evaluation_seconds", "s", "Wall clock of an evaluation."),
             Metric("step_seconds", "s", "Wall clock of the whole training step."),
             Metric("tokens_per_second", "tokens/s", "tokens_sampled / sampling_seconds."),
-            Metric("peak_memory", "bytes", "Most accelerator memory allocated so far."),
+            Metric("peak_memory", "bytes", "Most memory so far: of the GPU, allocated; on a CPU, the process's."),
+            Metric("memory_planned", "bytes", "The same as the plan before the first step foresaw it."),
         ),
     ),
     Group(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,7 @@ class MasterAdamW:
             {"params": [p for p in masters if p.ndim > 1], "weight_decay": config.weight_decay},
             {"params": [p for p in masters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        self._adamw = torch.optim.AdamW(
-            groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
-        )
+        self._adamw = _adamw(groups, config)
 
     @property
     def lr(self) -> float:
@@ -65,6 +64,7 @@ class MasterAdamW:
             master = self._masters[name]
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
+                parameter.grad = None  # one at a time: never all gradients in both types
         norm = float(nn.utils.clip_grad_norm_(self._masters.values(), self.config.grad_clip))
         if norm == norm and norm != float("inf"):
             for group in self._adamw.param_groups:
@@ -95,18 +95,52 @@ class MasterAdamW:
             if master is not self._parameters[name]:
                 state[f"master.{name}"] = master.detach()
             for key, value in self._adamw.state.get(master, {}).items():
-                state[f"{key}.{name}"] = value
+                if not key.startswith("qmap"):
+                    state[f"{key}.{name}"] = torch.as_tensor(value)
         return state
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned, for a model of the same shape."""
+        """Put back what `state` returned, for a model of the same shape.
+
+        Raises:
+            ValueError: the running means were kept in another form.
+        """
+        kept = "8bit" if any(key.startswith("state1.") for key in state) else "float32"
+        if kept != self.config.state and len(state) > 1 + sum(key.startswith("master.") for key in state):
+            raise ValueError(f"optim.state: it was saved as {kept}, not {self.config.state}")
         self.num_steps = int(state["num_steps"])
         for name, master in self._masters.items():
             if f"master.{name}" in state:
                 master.copy_(state[f"master.{name}"])
+            if self.config.state == "8bit":
+                self._load_8bit(name, master, state)
+                continue
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{key}.{name}" in state:
                     value = state[f"{key}.{name}"].clone()
                     self._adamw.state[master][key] = value if key == "step" else value.to(master.device)
         self._write_back()
+
+    def _load_8bit(self, name: str, master: Tensor, state: Mapping[str, Tensor]) -> None:
+        if f"step.{name}" not in state:
+            return
+        groups = enumerate(self._adamw.param_groups)
+        place = next((g, i) for g, group in groups for i, p in enumerate(group["params"]) if p is master)
+        self._adamw.init_state(self._adamw.param_groups[place[0]], master, *place)  # makes the code tables, too
+        for key in ("state1", "state2", "absmax1", "absmax2"):
+            if f"{key}.{name}" in state:  # small parameters are kept in float32, without scales
+                self._adamw.state[master][key].copy_(state[f"{key}.{name}"])
+        self._adamw.state[master]["step"] = int(state[f"step.{name}"])
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> Any:
+    """torch's AdamW, or the one of bitsandbytes, which keeps its running means in 8 bits."""
+    fields: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if config.state == "float32":
+        return torch.optim.AdamW(groups, **fields, fused=True)
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except ImportError:
+        raise ValueError("optim.state: 8bit needs bitsandbytes; pip install 'ibtpo[8bit]', or use float32") from None
+    return AdamW8bit([group for group in groups if group["params"]], **fields)

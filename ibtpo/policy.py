@@ -24,9 +24,15 @@ from ibtpo_engine import (
     stop_tokens,
 )
 from ibtpo_engine.adapter_folder import base_of, is_adapter_folder
+from ibtpo_engine.errors import CheckpointError
 from ibtpo_engine.lora import TARGETS
 
 _ADAPTED = {"all": TARGETS, "attention": TARGETS[:4], "mlp": TARGETS[4:]}
+
+
+def adapted_projections(config: LoRAConfig) -> tuple[str, ...]:
+    """Names of the projections that adapters are put on."""
+    return _ADAPTED[config.targets]
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Policy:
         """
         if config.rank == 0:
             return
-        wanted = LoRA(rank=config.rank, alpha=config.alpha, targets=_ADAPTED[config.targets])
+        wanted = LoRA(rank=config.rank, alpha=config.alpha, targets=adapted_projections(config))
         if self.base is None:
             raise ValueError("lora.rank: the built-in policy is small, train it whole; give a checkpoint with --model")
         if self.model.adapters is None:
@@ -79,6 +85,16 @@ def load_policy(folder: Path | str, *, dtype: torch.dtype, device: torch.device)
         load_adapter(model, folder)
     tokenizer = load_tokenizer(folder if (Path(folder) / "tokenizer_config.json").exists() else base)
     return Policy(model, tokenizer, stop_tokens(base, tokenizer), base)
+
+
+def model_shape(source: Path | str) -> ModelConfig:
+    """The shape of a policy that is not loaded yet: "built-in", a checkpoint folder, or an adapter folder's base."""
+    if source == "built-in":
+        return ModelConfig.from_dict(built_in_config(char_tokenizer()))
+    folder = Path(base_of(source) if is_adapter_folder(source) else source)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder. Give a Hugging Face checkpoint folder.")
+    return ModelConfig.from_folder(folder)
 
 
 def built_in_policy(seed: int, *, dtype: torch.dtype, device: torch.device) -> Policy:

@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 SECONDS_BETWEEN_LINES = 10.0
+PROCESS = Path("/proc/self/status")
 
 
 class RunConsole(Console):
@@ -110,7 +112,19 @@ def step_note(step: int, values: Mapping[str, float]) -> str:
 
 def peak_host_memory() -> int:
     """The most memory this process has held, in bytes."""
+    if PROCESS.is_file():  # of this program alone; what getrusage says includes the one that started it
+        return _of_process("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def host_memory() -> int:
+    """The memory this process holds now, in bytes; where that cannot be read, the most it has held."""
+    return _of_process("VmRSS") if PROCESS.is_file() else peak_host_memory()
+
+
+def _of_process(field: str) -> int:
+    lines = dict(line.split(":", 1) for line in PROCESS.read_text(encoding="utf-8").splitlines())
+    return int(lines[field].split()[0]) * 1024
 
 
 def duration(seconds: float) -> str:

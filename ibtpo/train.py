@@ -14,7 +14,8 @@ from rich.console import Console
 from ibtpo.config import TrainConfig
 from ibtpo.environment import record_environment
 from ibtpo.loggers import check_installed
-from ibtpo.policy import Policy, built_in_policy, load_policy
+from ibtpo.memory_fit import check_memory
+from ibtpo.policy import Policy, built_in_policy, load_policy, model_shape
 from ibtpo.resume import announce_changes, with_absolute_paths
 from ibtpo.runlog import REPORT, RunFolder
 from ibtpo.setup import check_prompts, check_weights, choose_device, default_folder, make_engine
@@ -56,6 +57,8 @@ def train(config: TrainConfig, console: Console, on_step: Callable[[int], None] 
             announce_changes(config.resume, settings, console)
             folder = stack.enter_context(RunFolder.open(config.resume, settings, say=lambda text: _say(console, text)))
         source = config.model if folder is None or folder.last is None else folder.last.path
+        plan = check_memory(config, model_shape(source), choose_device(config.device))
+        console.print(str(plan), style="dim", highlight=False, markup=False, soft_wrap=True)
         policy = _policy(config, source)
         task = stack.enter_context(closing(make_task(config)))
         _check_input(config, policy, task, source, console)
@@ -69,7 +72,7 @@ def train(config: TrainConfig, console: Console, on_step: Callable[[int], None] 
         gc.collect()
         gc.freeze()  # what is loaded by now stays; the collector need not walk it while trees come and go
         stack.callback(gc.unfreeze)
-        _run(Trainer(config, folder, policy, task, engine, console, on_step))
+        _run(Trainer(config, folder, policy, task, engine, console, on_step, plan))
     return folder.path
 
 

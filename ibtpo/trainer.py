@@ -21,12 +21,13 @@ from ibtpo.config import TrainConfig
 from ibtpo.disk import flush_tree, no_space, write_atomically
 from ibtpo.evaluation import evaluate
 from ibtpo.grow import Grower, Interrupted
+from ibtpo.memory_plan import MemoryPlan
 from ibtpo.metrics import tree_metrics
 from ibtpo.mixed import grow_mixed
 from ibtpo.model_card import CARD, model_card, save_generation_config
 from ibtpo.optim import MasterAdamW, NonFinite
 from ibtpo.policy import Policy, load_policy
-from ibtpo.progress import Tracker, step_note, track
+from ibtpo.progress import Tracker, peak_host_memory, step_note, track
 from ibtpo.runlog import METRICS, RunFolder, latest_checkpoint, read_rows
 from ibtpo.search import make_search
 from ibtpo.setup import find_nonfinite, make_sampling
@@ -67,6 +68,7 @@ class Trainer:
         engine: samples from the policy.
         console: where progress goes.
         on_step: called with the number of each training step, once it is logged and saved; what it raises ends the run.
+        plan: of its memory; logged beside what was measured, and says whether the pool is released in an update.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Trainer:
         engine: Engine,
         console: Console,
         on_step: Callable[[int], None] = lambda step: None,
+        plan: MemoryPlan | None = None,
     ) -> None:
         self.config = config
         self.folder = folder
@@ -85,6 +88,7 @@ class Trainer:
         self.task = task
         self.console = console
         self.on_step = on_step
+        self.plan = plan
         self.state = State()
         self.stop_requested = False
         self.stop_signal = 0  # the signal that asked for it
@@ -220,7 +224,9 @@ class Trainer:
         assert self._updater is not None
         spent = min(self.state.sampled_tokens / self.config.sampled_tokens, 1.0)
         self.optimizer.scale = 1.0 - (1.0 - self.config.optim.final_share) * spent
-        values = tree_metrics(trees) | self._updater.update(trees)
+        values = tree_metrics(trees)
+        with self._pool_released():
+            values |= self._updater.update(trees)
         self.engine.weights_changed()
         end = time.perf_counter()
         computed = self.engine.stats()["computed"] - before["computed"]
@@ -244,14 +250,30 @@ class Trainer:
         assert self._updater is not None
         state.nonfinite_in_a_row = self._updater.nonfinite_in_a_row
         values |= state.reward_counts
-        if self.policy.model.device.type == "cuda":
-            values["peak_memory"] = float(torch.cuda.max_memory_allocated(self.policy.model.device))
+        values |= self._memory()
         self.folder.log(state.step, values)
         self._keep_trees(trees, problems)
         if state.step % self.config.checkpoint_every == 0:
             self._checkpoint()
         self._evaluate_if_due()
         self.on_step(state.step)
+
+    @contextmanager
+    def _pool_released(self) -> Iterator[None]:
+        """The block without the pool, where the plan says so; what it holds is of old weights afterwards anyway."""
+        if self.plan is None or not self.plan.release:
+            yield
+            return
+        self.engine.release()
+        yield
+        if self.policy.model.device.type == "cuda":
+            torch.cuda.empty_cache()  # what the update left in pieces, so that the pool fits in again
+        self.engine.restore()
+
+    def _memory(self) -> dict[str, float]:
+        device = self.policy.model.device
+        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_memory()
+        return {"peak_memory": float(peak)} | ({} if self.plan is None else {"memory_planned": float(self.plan.total)})
 
     def _count_rewards(self, before: Mapping[str, float]) -> None:
         """Add what the task counted since; the sums of the run outlive its processes."""

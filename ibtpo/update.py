@@ -171,7 +171,9 @@ class Updater:
                 else:
                     with torch.no_grad():
                         reference_logprob, _ = edge_logprob(self.reference, batch, temperature)
-        hidden = self.model.packed(batch.tokens, batch.pos, batch.end, parity=parity)[batch.rows]
+        hidden = self.model.packed(
+            batch.tokens, batch.pos, batch.end, parity=parity, checkpointing=self.config.gradient_checkpointing
+        )[batch.rows]
         exact: Tensor | None = None
         if parity == "bitwise":  # the head below finds the gradient, of values that lie within rounding
             edges_of = (hidden, self.model.head, batch.edge_row, batch.targets)

@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from ibtpo.tasks import Problem, TeachableTask
 from ibtpo_engine import Engine, Sampling
 from ibtpo_kernels import linear_logprob
 
-ADAMW = {"beta1": 0.9, "beta2": 0.98, "weight_decay": 0.05, "grad_clip": 1.0}
+ADAMW: dict[str, Any] = {"beta1": 0.9, "beta2": 0.98, "weight_decay": 0.05, "grad_clip": 1.0}
 FINAL_RATE = 0.1  # the cosine ends at this share of the rate before it
 WINDOW = 10  # updates whose excess losses are averaged
 CHECK_EVERY = 25  # updates between two measurements of the pass rate

@@ -23,7 +23,7 @@ def step_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    timed = ("seconds", "per_second")
+    timed = ("seconds", "per_second", "memory", "planned")
     return [{name: value for name, value in row.items() if not name.endswith(timed)} for row in rows]
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ibtpo_engine.lora import Adapters, LoRA, adapt_layers
 from ibtpo_engine.model_config import ModelConfig
@@ -178,15 +179,22 @@ class Model(nn.Module):
         angles = pos.to(wide)[:, None] * self._frequencies
         return angles.cos(), angles.sin()
 
-    def forward(self, tokens: Tensor, attend: Attend, project: Project = plain_project) -> Tensor:
+    def forward(
+        self, tokens: Tensor, attend: Attend, project: Project = plain_project, checkpointing: bool = False
+    ) -> Tensor:
         """int64 [N] -> hidden states after the final norm, [N, H]; `project` runs every linear layer but the head."""
         x_NH = F.embedding(tokens, self.model.embed_tokens.weight)
         for block in self.model.layers:
-            x_NH = block(x_NH, attend, project)
+            if checkpointing:  # no random numbers in a block, so none to keep
+                x_NH = checkpoint(block, x_NH, attend, project, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_NH = block(x_NH, attend, project)
         out: Tensor = self.model.norm(x_NH)
         return out
 
-    def packed(self, tokens: Tensor, pos: Tensor, end: Tensor, *, parity: Parity = "fast") -> Tensor:
+    def packed(
+        self, tokens: Tensor, pos: Tensor, end: Tensor, *, parity: Parity = "fast", checkpointing: bool = False
+    ) -> Tensor:
         """Training forward over a packed forest, differentiable.
 
         Args:
@@ -194,6 +202,8 @@ class Model(nn.Module):
             pos: int [N], depth of each token on its path.
             end: int32 [N], exclusive end of each token's subtree.
             parity: "bitwise" gives the bits of an `Engine(parity="bitwise")`, however its rows came about.
+            checkpointing: keep only what enters each block, and run the block again in the backward pass; the
+                gradients are the same.
 
         Returns:
             Hidden states after the final norm, [N, H].
@@ -203,7 +213,8 @@ class Model(nn.Module):
         """
         check_parity(parity, dtype=self.dtype, device=self.device)
         attend = by_depth(end, page_size=PAGE) if parity == "bitwise" else None
-        hidden: Tensor = self(tokens, PackedAttention(end, *self.rotation(pos), attend), project_for(parity))
+        attention = PackedAttention(end, *self.rotation(pos), attend)
+        hidden: Tensor = self(tokens, attention, project_for(parity), checkpointing)
         return hidden
 
     def add_adapters(self, config: LoRA, *, seed: int = 0) -> None:

@@ -1,0 +1,215 @@
+"""How much memory a run will take, from its configuration alone, before anything of it is allocated.
+
+P parameters, of which Pt are trained; e bytes a number of `dtype`; N tokens of the largest micro-batch; V vocabulary, H
+hidden, I inner size, L layers, Hq/Hkv heads of size D, r rank of the adapters. In bytes:
+
+    weights        e P                    what the engine samples with, too: it borrows them
+    masters        4 Pt                   only below fp32, whose updates 8 bits of mantissa would round away
+    optimizer      8 Pt                   two running means in fp32; 8bit: 2 Pt and two scales every 256 numbers
+    gradients      e Pt, in a step 4 Pt   of the masters; a 16-bit gradient is freed as soon as it is widened
+    KV pool        2 L Hkv D e tokens     0 during the update where it is released
+    reference      e P                    a frozen copy; 0 with adapters (switched off) or without need of one
+    activations    N (L a + e H + 4 D + 12), and with adapters 7 L e r N for all seven projections, where
+                   a = e (4 H + 3 I + (n + 1) (Hq + Hkv) D) + 4 Hq        n = 2 with query and key norms, 1 without
+                   what autograd keeps of a layer: residual stream and its norm twice (4 H); gate, up and their product
+                   (3 I); queries, keys before norm and before attention, values, output of attention; its log-sums
+      with checkpointing                  N (L e H + a + e H + 4 D + 12): a layer's input, and one layer whole
+    workspace      with the loss          logits of one chunk of rows, hidden and its gradient (2 e N H), and, where the
+                                          head is trained, its gradient in fp32 and in `dtype`: (4 + e) V H
+                   in the layers' backward e N (2 I + 3 H), and the head's gradient e V H, waiting for the embedding's
+                   in the optimizer step  temporaries of 8bit on a CPU: 20 bytes a number of the largest parameter
+                   while sampling         logits of `max_branches` rows twice in fp32, a chunk of the prompt
+
+Not all of it is there at once: `MemoryPlan.phases` adds up what meets while sampling, in the backward pass and in the
+optimizer step, and the largest counts. Tests compare each line with tensors, `bench/train_large.py` the sum with runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from ibtpo.config import TrainConfig
+from ibtpo.policy import adapted_projections
+from ibtpo.progress import host_memory
+from ibtpo.update import Updater
+from ibtpo_engine import Model, ModelConfig
+from ibtpo_engine.adapter_folder import is_adapter_folder
+from ibtpo_engine.memory import free_memory
+from ibtpo_engine.pages import PAGE, pages_for
+
+GIB = 1 << 30
+_CHUNK = 1 << 24  # logits alive at a time, as in ibtpo_kernels.one_pass
+_CHUNK_ROWS = 64
+_SMALL = 4096  # fewer numbers than these are not kept in 8 bits, bitsandbytes' min_8bit_size
+_LATER = 150 << 20  # what a process on a CPU loads and keeps later: optimizer, logger and matrix libraries, caches
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that a run takes, and how they add up.
+
+    Attributes:
+        parts: bytes by name, in the order of the module's table; "process" is what is there already (CPU only).
+        phases: bytes that meet in each phase of a step.
+        free: bytes of the device that are there for the run, those of the process included.
+        tokens: N, of the largest micro-batch.
+        release: is the pool's memory handed back during the update?
+        device: "cpu" or "cuda".
+    """
+
+    parts: Mapping[str, int]
+    phases: Mapping[str, int]
+    free: int
+    tokens: int
+    release: bool
+    device: str
+
+    @property
+    def total(self) -> int:
+        """Most bytes at any moment."""
+        return max(self.phases.values())
+
+    @property
+    def fits(self) -> bool:
+        """Is there as much?"""
+        return self.total <= self.free
+
+    def __str__(self) -> str:
+        peak = max(self.phases, key=lambda name: self.phases[name])
+        where = "memory" if self.device == "cpu" else "GPU memory"
+        notes = {"activations": f", {self.tokens:,} tokens", "KV pool": ", not during the update" * self.release}
+        parts = [f"{name}{notes.get(name, '')} {_gib(n)}" for name, n in self.parts.items() if n]
+        return (
+            f"memory plan: {'; '.join(parts)}. At most {_gib(self.total)} at once ({peak}) of {_gib(self.free)} "
+            f"free {where}"
+        )
+
+
+def _gib(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / (1 << 20):.1f} MiB"
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers of a model: parameters, those trained, the largest trained, those with too few to be kept in 8 bits."""
+
+    parameters: int
+    trained: int
+    largest: int
+    trained_small: int
+
+
+def _itemsize(config: TrainConfig) -> int:
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    return dtype.itemsize
+
+
+def _sizes(shape: ModelConfig, config: TrainConfig) -> _Sizes:
+    with torch.device("meta"):
+        model = Model(replace(shape, num_layers=1))
+    layer = dict(model.model.layers[0].named_parameters())
+    in_layer = [parameter.numel() for parameter in layer.values()]
+    base = [parameter.numel() for parameter in model.parameters()] + in_layer * (shape.num_layers - 1)
+    if config.lora.rank == 0:
+        return _Sizes(sum(base), sum(base), max(base), sum(count for count in base if count < _SMALL))
+    names = [f"{name}.weight" for name in adapted_projections(config.lora)]
+    sides = [size for name, p in layer.items() if name.partition(".")[2] in names for size in p.shape]
+    adapters = [config.lora.rank * size for size in sides] * shape.num_layers
+    small = sum(count for count in adapters if count < _SMALL)
+    return _Sizes(sum(base) + sum(adapters), sum(adapters), max(adapters), small)
+
+
+def largest_micro_batch(config: TrainConfig) -> int:
+    """N: the budget, what a mini-batch can have at most, or the longest trajectory, which is never cut."""
+    prompt = config.jsonl.max_prompt_tokens
+    longest = config.sampling.max_tokens + (prompt or 0)
+    most = max(config.micro_batch_tokens, longest)
+    if config.task != "digit-chain" and prompt is None:
+        return most  # prompts may have any length
+    tree = (prompt or 4 * config.digits.max_ops) + config.search.trajectories * config.sampling.max_tokens
+    return min(most, -(-config.prompts_per_step // config.mini_batches) * tree)
+
+
+def activation_bytes(shape: ModelConfig, config: TrainConfig, tokens: int) -> int:
+    """What autograd keeps of the model's forward pass over `tokens` packed tokens; see the module's table."""
+    size, heads, head = _itemsize(config), shape.num_heads, shape.head_dim
+    wide = (3 if shape.qk_norm else 2) * (heads + shape.num_kv_heads) * head
+    layer = size * (4 * shape.hidden_size + 3 * shape.intermediate_size + wide) + 4 * heads
+    layer += size * config.lora.rank * len(adapted_projections(config.lora)) if config.lora.rank else 0
+    once = size * shape.hidden_size + 4 * head + 12
+    if config.gradient_checkpointing:
+        return tokens * (shape.num_layers * size * shape.hidden_size + layer + once)
+    return tokens * (shape.num_layers * layer + once)
+
+
+def _loss_workspace(shape: ModelConfig, config: TrainConfig, tokens: int) -> int:
+    size, head = _itemsize(config), shape.vocab_size * shape.hidden_size
+    rows = min(tokens, max(_CHUNK_ROWS, _CHUNK // shape.vocab_size))
+    logits = rows * shape.vocab_size * size
+    gradient = 0 if config.lora.rank else 4 * head + (size * head if size < 4 else 0)
+    return logits + 2 * size * tokens * shape.hidden_size + gradient
+
+
+def _layer_workspace(shape: ModelConfig, config: TrainConfig, tokens: int) -> int:
+    size = _itemsize(config)
+    waiting = 0 if config.lora.rank else size * shape.vocab_size * shape.hidden_size
+    return size * tokens * (2 * shape.intermediate_size + 3 * shape.hidden_size) + waiting
+
+
+def _sampling_workspace(shape: ModelConfig, config: TrainConfig) -> int:
+    size = _itemsize(config)
+    wanted = max(config.prompts_per_step * config.search.trajectories, config.eval.prompts * config.eval.samples)
+    rows = min(config.engine.max_branches, wanted)
+    chunk = config.engine.prefill_tokens * size * (2 * shape.intermediate_size + 4 * shape.hidden_size)
+    return 8 * rows * shape.vocab_size + chunk
+
+
+def _copies_reference(config: TrainConfig) -> bool:
+    """Is a frozen copy kept? Fresh adapters are switched off instead."""
+    return Updater.needs_reference(config) and (config.lora.rank == 0 or is_adapter_folder(config.model))
+
+
+def plan_memory(
+    config: TrainConfig, shape: ModelConfig, device: torch.device, *, free: int | None = None
+) -> MemoryPlan:
+    """What a run takes on its device.
+
+    Args:
+        config: the run.
+        shape: of its model.
+        device: where it runs.
+        free: bytes that the run may have; by default what is free now.
+    """
+    size, on_cpu = _itemsize(config), device.type == "cpu"
+    count, tokens = _sizes(shape, config), largest_micro_batch(config)
+    eight = config.optim.state == "8bit"
+    large = count.trained - count.trained_small
+    process = host_memory() + _LATER if on_cpu else 0
+    pool = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * size * pages_for(config.engine.kv_tokens) * PAGE
+    parts = {
+        "process": process,
+        "weights": size * count.parameters,
+        "master weights": 4 * count.trained if size < 4 else 0,
+        "optimizer state": 8 * count.trained_small + large * 2 + large // 32 if eight else 8 * count.trained,
+        "gradients": 4 * count.trained,
+        "KV pool": pool,
+        "activations": activation_bytes(shape, config, tokens),
+        "log-prob workspace": _loss_workspace(shape, config, tokens),
+        "reference model": size * count.parameters if _copies_reference(config) else 0,
+    }
+    kept = sum(parts[name] for name in ("process", "weights", "master weights", "optimizer state", "reference model"))
+    backward = size * count.trained + parts["activations"]
+    backward += max(parts["log-prob workspace"], _layer_workspace(shape, config, tokens))
+    step = parts["gradients"] + (20 * count.largest if eight and on_cpu else 0)
+    phases = {"sampling": kept + pool + _sampling_workspace(shape, config)}
+    updates = {"backward pass": kept + backward, "optimizer step": kept + step}
+    room = free if free is not None else free_memory(device) + (host_memory() if on_cpu else 0)
+    release = config.engine.release == "always"
+    if config.engine.release == "auto":
+        largest = max(updates.values())
+        release = not on_cpu or (max(largest, *phases.values()) <= room < largest + pool)
+    phases |= {name: need + (0 if release else pool) for name, need in updates.items()}
+    return MemoryPlan(parts, phases, room, tokens, release, device.type)

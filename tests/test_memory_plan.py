@@ -1,0 +1,293 @@
+"""The memory plan against tensors; what does not fit is refused with flags that do; fewer bytes, the same numbers."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import save_additions, save_checkpoint
+from rich.console import Console
+from torch import nn
+
+from ibtpo.config import AdvantageConfig, EngineConfig, EvalConfig, LoRAConfig, OptimConfig, SamplingConfig, TrainConfig
+from ibtpo.memory_fit import check_memory, fitting_flags
+from ibtpo.memory_plan import GIB, activation_bytes, largest_micro_batch, plan_memory
+from ibtpo.optim import MasterAdamW
+from ibtpo.policy import adapted_projections
+from ibtpo.runlog import latest_checkpoint
+from ibtpo.train import train
+from ibtpo.update import frozen_copy
+from ibtpo_engine import Engine, LoRA, Model, ModelConfig, initialise
+
+CPU = torch.device("cpu")
+SHAPE = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 144,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+RUN = TrainConfig(model="elsewhere", task="jsonl", dtype="bfloat16")
+LORA = LoRAConfig(rank=4)
+
+
+def shape_of(architecture: str = "Qwen3ForCausalLM", **fields: object) -> ModelConfig:
+    return ModelConfig.from_dict(SHAPE | {"architectures": [architecture]} | fields)
+
+
+def model_of(shape: ModelConfig, config: TrainConfig) -> Model:
+    model = initialise(Model(shape), 0).to(getattr(torch, config.dtype))
+    if config.lora.rank:
+        model.add_adapters(LoRA(rank=config.lora.rank, targets=adapted_projections(config.lora)))
+    return model
+
+
+def forest(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(300, (tokens,), generator=generator)
+    return ids, torch.arange(tokens), torch.full((tokens,), tokens, dtype=torch.int32)
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora", [LoRAConfig(), LORA, LoRAConfig(rank=40, targets="mlp")], ids=lambda c: c.rank)
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_stays_is_planned_to_the_byte(dtype: Any, lora: LoRAConfig, tied: bool) -> None:
+    """Weights, masters, running means, gradients, reference and pool; steps and rounding up to pages apart."""
+    config = replace(RUN, dtype=dtype, lora=lora, engine=EngineConfig(kv_tokens=1000))
+    shape = shape_of(tie_word_embeddings=tied)
+    model = model_of(shape, config)
+    parts = plan_memory(config, shape, CPU).parts
+    assert parts["weights"] == nbytes(model.parameters())
+    optimizer = MasterAdamW(model, config.optim)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    state = optimizer.state()
+    assert parts["master weights"] == nbytes(v for k, v in state.items() if k.startswith("master."))
+    assert parts["optimizer state"] == nbytes(v for k, v in state.items() if k.startswith("exp_avg"))
+    assert parts["gradients"] == sum(p.numel() for p in trained) * 4
+    assert parts["reference model"] == (0 if lora.rank else nbytes(frozen_copy(model).parameters()))
+    pool = Engine(model, kv_tokens=1000).cache.pool
+    assert parts["KV pool"] == nbytes((pool.keys, pool.values))
+
+
+@pytest.mark.parametrize("architecture", ["Qwen3ForCausalLM", "LlamaForCausalLM"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("lora", [LoRAConfig(), LORA], ids=lambda c: c.rank)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_what_autograd_keeps(
+    architecture: str, dtype: Any, lora: LoRAConfig, checkpointing: bool
+) -> None:
+    """Within the two tensors of one layer: below the first adapter nothing is kept; of a checkpointed model, layers'
+    inputs are kept before the backward pass, the one whole layer during it."""
+    config = replace(RUN, dtype=dtype, lora=lora, gradient_checkpointing=checkpointing)
+    shape = shape_of(architecture)
+    model, tokens = model_of(shape, config), 97
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.packed(*forest(tokens), checkpointing=checkpointing)
+    assert hidden.requires_grad
+    planned = activation_bytes(shape, config, tokens)
+    slack = tokens * (getattr(torch, dtype).itemsize * shape.hidden_size + 8)
+    if checkpointing:
+        whole = activation_bytes(replace(shape, num_layers=1), replace(config, gradient_checkpointing=False), tokens)
+        planned -= whole - tokens * (getattr(torch, dtype).itemsize * shape.hidden_size + 4 * shape.head_dim + 12)
+    assert abs(sum(kept.values()) - planned) <= slack
+
+
+@pytest.mark.parametrize("lora", [LoRAConfig(), LORA], ids=lambda c: c.rank)
+def test_checkpointing_changes_no_bit_of_the_gradients(lora: LoRAConfig) -> None:
+    config = replace(RUN, dtype="float32", lora=lora)
+    gradients = []
+    for checkpointing in (False, True):
+        model = model_of(shape_of(), config)
+        model.packed(*forest(97), checkpointing=checkpointing).square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert any(gradient.abs().max() > 0 for gradient in gradients[0].values())
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+BIG = shape_of(vocab_size=151_936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, head_dim=128)
+
+
+@pytest.mark.parametrize(
+    ("config", "gib", "parts"),
+    [
+        (RUN, 45.0, ["micro-batch-tokens"]),
+        (replace(RUN, micro_batch_tokens=2048, engine=EngineConfig(kv_tokens=900_000)), 35.0, ["engine.kv-tokens"]),
+        (RUN, 29.0, ["micro-batch-tokens", "gradient-checkpointing"]),
+        (RUN, 12.0, ["lora.rank"]),
+        (replace(RUN, lora=LoRAConfig(rank=64)), 5.5, ["gradient-checkpointing"]),
+    ],
+)
+def test_the_flags_that_are_offered_fit_and_little_more_would_not(
+    config: TrainConfig, gib: float, parts: list[str]
+) -> None:
+    free = int(gib * GIB)
+    device = torch.device("cuda")
+    assert not plan_memory(config, BIG, device, free=free).fits
+    flags = fitting_flags(config, BIG, device, free)
+    assert flags is not None
+    assert all(part in flags for part in parts), flags
+    words = flags.split()
+    value = {
+        name: int(words[i + 1])
+        for i, name in enumerate(words)
+        if name.startswith("--") and i + 1 < len(words) and words[i + 1].isdigit()
+    }
+    changed = replace(
+        config,
+        micro_batch_tokens=value.get("--micro-batch-tokens", config.micro_batch_tokens),
+        engine=replace(config.engine, kv_tokens=value.get("--engine.kv-tokens", config.engine.kv_tokens)),
+        lora=replace(config.lora, rank=value.get("--lora.rank", config.lora.rank)),
+        gradient_checkpointing="--gradient-checkpointing" in words,
+    )
+    assert plan_memory(changed, BIG, device, free=free).fits
+    if "--micro-batch-tokens" in value:
+        more = replace(changed, micro_batch_tokens=changed.micro_batch_tokens + 256)
+        assert not plan_memory(more, BIG, device, free=free).fits
+
+
+def test_a_run_that_does_not_fit_is_refused_before_its_folder_is_made(tmp_path: Path) -> None:
+    config = replace(TrainConfig(), device="cpu", out=tmp_path / "run", engine=EngineConfig(kv_tokens=10**12))
+    with pytest.raises(
+        ValueError, match=r"KV pool.* nothing was allocated; the nearest that fits: --engine\.kv-tokens"
+    ):
+        train(config, Console(file=io.StringIO()))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ValueError, match="no setting of this model fits"):
+        check_memory(RUN, replace(BIG, num_layers=10**6), CPU)
+
+
+def test_a_micro_batch_is_never_planned_smaller_than_a_trajectory_nor_larger_than_all_trees() -> None:
+    config = replace(RUN, micro_batch_tokens=64, sampling=SamplingConfig(max_tokens=500))
+    assert largest_micro_batch(config) == 500
+    digits = TrainConfig(prompts_per_step=2, mini_batches=2, sampling=SamplingConfig(max_tokens=50))
+    assert largest_micro_batch(digits) < digits.micro_batch_tokens
+
+
+def _two_steps(optimizer: MasterAdamW, network: nn.Module, first: int) -> None:
+    for seed in range(first, first + 2):
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in network.parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_running_means_in_8_bits_continue_to_the_bit_and_take_what_is_planned(dtype: torch.dtype) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = OptimConfig(lr=1e-2, state="8bit")
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Linear(128, 96).to(dtype)
+
+    ours = network()
+    optimizer = MasterAdamW(ours, config)
+    _two_steps(optimizer, ours, 0)
+    saved = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+    assert saved["state1.weight"].dtype == torch.uint8
+    assert saved["state1.bias"].dtype == torch.float32
+    other = network()
+    other.load_state_dict(ours.state_dict())
+    resumed = MasterAdamW(other, config)
+    resumed.load_state(saved)
+    for one, model in ((optimizer, ours), (resumed, other)):
+        _two_steps(one, model, 2)
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), other.parameters(), strict=True))
+    after = resumed.state()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in optimizer.state().items())
+    with pytest.raises(ValueError, match=r"optim\.state: it was saved as 8bit, not float32"):
+        MasterAdamW(network(), OptimConfig()).load_state(saved)
+
+
+def test_8_bits_take_a_quarter_and_the_scales() -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    config = replace(RUN, optim=OptimConfig(state="8bit"))
+    model = model_of(shape_of(), config)
+    optimizer = MasterAdamW(model, config.optim)
+    _two_steps(optimizer, model, 0)
+    kept = nbytes(v for k, v in optimizer.state().items() if k.startswith(("state", "absmax")))
+    assert plan_memory(config, shape_of(), CPU).parts["optimizer state"] == pytest.approx(kept, rel=0.01)
+
+
+def _run(tmp_path: Path, name: str, **fields: Any) -> list[dict[str, Any]]:
+    model = tmp_path / "model"
+    if not model.exists():
+        save_checkpoint(model, teach=30)
+        save_additions(tmp_path / "data.jsonl")
+    config = replace(
+        TrainConfig(),
+        model=str(model), task="jsonl", data=tmp_path / "data.jsonl", out=tmp_path / name, device="cpu",
+        sampled_tokens=60, prompts_per_step=6, sampling=SamplingConfig(max_tokens=4, temperature=1.0, top_p=1.0),
+        eval=EvalConfig(prompts=1, samples=1), advantage=AdvantageConfig(), **fields,
+    )  # fmt: skip
+    folder = train(config, Console(file=io.StringIO()))
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if "tokens_sampled" in row]
+
+
+def test_a_run_without_the_pool_in_updates_learns_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = []
+    release = Engine.release
+    monkeypatch.setattr(Engine, "release", lambda engine: (released.append(1), release(engine))[1])
+    runs = []
+    for choice in ("never", "always"):
+        before = len(released)
+        engine = EngineConfig(kv_tokens=2048, release=choice)  # type: ignore[arg-type]
+        runs.append(_run(tmp_path, choice, engine=engine, optim=OptimConfig(lr=1e-3)))
+        assert (len(released) > before) == (choice == "always")
+    assert sum(row["optimizer_steps"] for row in runs[0]) > 0
+    for name in ("reward", "loss", "grad_norm", "logprob_gap_max"):
+        assert [row.get(name) for row in runs[0]] == [row.get(name) for row in runs[1]]
+    assert runs[0][-1]["memory_planned"] > 0
+    assert runs[0][-1]["peak_memory"] > 0
+
+
+def test_a_checkpoint_of_adapters_is_what_peft_loads(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    from transformers import AutoModelForCausalLM
+
+    from ibtpo.policy import load_policy
+
+    rows = _run(tmp_path, "lora", lora=LORA, engine=EngineConfig(kv_tokens=2048), optim=OptimConfig(lr=1e-2))
+    assert sum(row["optimizer_steps"] for row in rows) > 0
+    last = latest_checkpoint(tmp_path / "lora")
+    assert last is not None
+    assert not (last.path / "model.safetensors").exists(), "the base is not saved again"
+    theirs = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), last.path).eval()
+    policy = load_policy(last.path, dtype=torch.float32, device=CPU)
+    ids, pos, end = forest(20)
+    ids %= policy.model.config.vocab_size
+    with torch.no_grad():
+        ours = policy.model.packed(ids, pos, end) @ policy.model.head.T
+        wanted = theirs(ids[None]).logits[0]
+        with theirs.disable_adapter():
+            base = theirs(ids[None]).logits[0]
+    assert (ours - wanted).abs().max() < 1e-4
+    assert (wanted - base).abs().max() > 1e-3
