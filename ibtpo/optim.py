@@ -143,4 +143,4 @@ def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> Any:
         from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError:
         raise ValueError("optim.state: 8bit needs bitsandbytes; pip install 'ibtpo[8bit]', or use float32") from None
-    return AdamW8bit([group for group in groups if group["params"]], **fields)
+    return AdamW8bit([group for group in groups if group["params"]], **fields)  # type: ignore[no-untyped-call]
