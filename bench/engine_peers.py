@@ -5,7 +5,7 @@ python bench/engine_peers.py [decode shared trees throughput ...] [--out FOLDER]
 decode      the built-in policy at batch 1 ... 256, prompts of 24 tokens, 64 new ones, against `transformers` generate
             and its continuous batching (generate_batch)
 shared      a prompt of 512 tokens and 16 branches of 32, a model of the shape of Qwen2.5-0.5B with random weights
-trees       IBTree (4, 9, 1, 1) against independent trajectories, seconds at equal sampled tokens
+trees       IBTree with 1 to 8 branches a round against independent trajectories, tokens sampled a second
 throughput  nano-vllm's load: 256 sequences with 100 to 1,024 tokens in and out, a model of the shape of Qwen3-0.6B;
             --scale makes both smaller, as a CPU demands
 
@@ -19,7 +19,6 @@ import random
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -136,9 +135,9 @@ def trees(options: argparse.Namespace) -> list[Row]:
     splitter = StepSplitter(policy.tokenizer, "\n")
     sampling, rows = Sampling(max_tokens=64), []
 
-    def grow(engine: Engine, method: Literal["ibtree", "independent"], prompts: np.ndarray) -> int:
+    def grow(engine: Engine, config: SearchConfig, prompts: np.ndarray) -> int:
         engine.cache.index.clear()
-        search = make_search(SearchConfig(method=method, group_size=8), IBConfig(), splitter, 64)
+        search = make_search(config, IBConfig(), splitter, 64)
         graded = engine.run(search, prompts, sampling, reward=lambda tree, leaf: float(leaf.tokens.sum() % 2))
         return sum(tree.num_sampled for _, tree in graded)
 
@@ -146,9 +145,12 @@ def trees(options: argparse.Namespace) -> list[Row]:
         prompts = np.random.default_rng(0).integers(1, 14, (count, 24))
         engine = Engine(policy.model, kv_tokens=256 * 16 * 96)
         contenders = {
-            "IBTree (4, 9, 1, 1)": partial(grow, engine, "ibtree", prompts),
-            "independent, 8": partial(grow, engine, "independent", prompts),
+            f"IBTree (4, {1 + 8 // k}, {k}, 1)": partial(
+                grow, engine, SearchConfig(rounds=1 + 8 // k, nodes_per_round=k), prompts
+            )
+            for k in (1, 2, 4, 8)
         }
+        contenders["independent, 8"] = partial(grow, engine, SearchConfig(method="independent", group_size=8), prompts)
         rows += compare("trees, prompts", count, contenders, options.repetitions)
     return rows
 

@@ -9,18 +9,24 @@ the clipped objective is linear in the positive and in the negative part of an a
 
     -min(r*A, clip(r)*A) = -( max(A, 0) * min(r, 1 + clip_high)  +  min(A, 0) * max(r, 1 - clip_low) )
 
-so two sums a token are all the loss needs, whoever the advantages belong to: see `NodeAdvantage.weigh`.
+so two sums a token are all the loss needs, whoever the advantages belong to: see `NodeAdvantage.weigh`. The formulas of
+the rivals (`treerl`, `vineppo`: of steps; `treepo`, `tree-grpo`: of trajectories) are in `ibtpo/advantages/`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from ibtpo.advantages.tree_grpo import tree_grpo
+from ibtpo.advantages.treepo import treepo, whiten
+from ibtpo.advantages.treerl import treerl
+from ibtpo.advantages.vineppo import vineppo
 from ibtpo.config import AdvantageConfig
 from ibtpo.ib import IBEstimates, step_probability
 from ibtpo_engine.export import PackedTree
@@ -40,7 +46,7 @@ class NodeAdvantage:
         packed: the tree.
         a_gl, a_ib: float64 [S], the global and the local part as in the paper.
         a: float64 [S], what the tokens of a step get: A_GL + lambda*A_IB, or for GRPO the mean over its trajectories.
-        a_trajectory: float64 [G], set if advantages belong to trajectories (GRPO); then `a` is for display only.
+        a_trajectory: float64 [G], set if advantages belong to trajectories (as GRPO's do); `a` is for display then.
         leaf_begin, leaf_end: int64 [S], the trajectories through a node are [leaf_begin, leaf_end).
         lengths: int64 [G], sampled tokens of each trajectory.
         skipped: all rewards were equal and the group is to be dropped: no tokens, no share in any mean.
@@ -108,7 +114,8 @@ def advantage(
         raise ValueError("advantage: the tree has no finished trajectory")
     rewards = np.array([leaf.reward for leaf in leaves], np.float64)
     uniform = bool(rewards.min() == rewards.max())
-    scale = math.inf if uniform else rewards.std(ddof=1 if config.std == "sample" else 0) + config.std_eps
+    ddof = 1 if config.std == "sample" else 0
+    scale = math.inf if uniform else rewards.std(ddof=ddof) + config.std_eps
     values = np.array([estimates.value(node) for node in packed.nodes])
     a_gl = (values - values[0]) / scale
     a_ib = _local(packed, estimates, config, reference_logprob)
@@ -126,10 +133,43 @@ def advantage(
     )
     if config.kind == "ib-tpo":
         return steps
-    a_trajectory = (rewards - rewards.mean()) / scale
+    if config.kind == "treerl":
+        below = steps.sum_leaves(rewards) / steps.multiplicity
+        return replace(steps, a=treerl(packed, below, steps.multiplicity))
+    if config.kind == "vineppo":
+        a = vineppo(packed)
+        return replace(steps, a=a, skipped=not a.any())  # equal rewards say nothing of the values
+    if config.kind == "tree-grpo":
+        groups = np.array([leaf.notes.get("group", 0) for leaf in leaves], np.int64)
+        return _of_trajectories(steps, tree_grpo(rewards, groups, eps=config.std_eps, ddof=ddof))
+    if config.kind == "treepo":
+        return _of_trajectories(steps, treepo(rewards, begin, end))
+    return _of_trajectories(steps, (rewards - rewards.mean()) / scale)
+
+
+def _of_trajectories(steps: NodeAdvantage, a_trajectory: Doubles) -> NodeAdvantage:
+    """The advantages [G] of trajectories in place of those of steps; a node shows their mean."""
     mean = steps.sum_leaves(a_trajectory) / np.maximum(steps.multiplicity, 1)
     mean[0] = 0.0
     return replace(steps, a=mean, a_trajectory=a_trajectory)
+
+
+def over_batch(advantages: Sequence[NodeAdvantage], config: AdvantageConfig) -> list[NodeAdvantage]:
+    """What depends on all trees of a training step: TreePO's advantages are whitened, others left as they are.
+
+    Skipped trees neither count nor change.
+    """
+    if config.kind != "treepo":
+        return list(advantages)
+    kept = [one for one in advantages if not one.skipped]
+    scaled = whiten([_trajectories(one) for one in kept], [one.lengths for one in kept], config.std_eps)
+    of_kept = iter(scaled)
+    return [one if one.skipped else _of_trajectories(one, next(of_kept)) for one in advantages]
+
+
+def _trajectories(one: NodeAdvantage) -> Doubles:
+    assert one.a_trajectory is not None
+    return one.a_trajectory
 
 
 def _local(

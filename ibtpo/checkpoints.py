@@ -3,7 +3,8 @@
 ::
 
     checkpoints/step-000010/          complete: it got its name last
-        checksums.json                bytes and SHA-256 of every other file
+        checksums.json                bytes and SHA-256 of every other file, but for
+        README.md                     the model card, which grows with later evaluations
         ...                           what the trainer wrote
     checkpoints/.step-000020.tmp/     being written, or being removed
     checkpoints/damaged-000020/       complete once, but not what was written; set aside by a resume
@@ -85,7 +86,7 @@ def _write(final: Path, write: Callable[[Path], object]) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md")
 
 
 def _sum(path: Path) -> dict[str, Any]:

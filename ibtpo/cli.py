@@ -1,4 +1,4 @@
-"""The command line: ``ibtpo train | eval | sample | study | view``; every configuration field is a flag."""
+"""The command line: ``ibtpo train | eval | sample | study | view | ...``; every configuration field is a flag."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import tyro
@@ -19,40 +19,58 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree as Outline
 
+from ibtpo.commands.completion import CompletionArguments, completion
+from ibtpo.commands.config import ConfigArguments, show_config
+from ibtpo.commands.doctor import DoctorArguments, doctor
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import base_config
-from ibtpo.evaluate import evaluate
+from ibtpo.evaluation.command import EvalArguments, print_evaluation, run_evaluation
 from ibtpo.grading import GraderError
 from ibtpo.grow import Grower, Interrupted
+from ibtpo.list_flags import join_repeated
 from ibtpo.optim import NonFinite
 from ibtpo.policy import Policy, load_policy
-from ibtpo.progress import track
+from ibtpo.presets import PRESET_NOTES, PRESETS
+from ibtpo.progress import RunConsole
 from ibtpo.report import NOT_ACCURACY, summarize_run
 from ibtpo.rewards import RewardSpec, parse_rewards
 from ibtpo.runlog import CONFIG, REPORT, latest_checkpoint
 from ibtpo.search import make_search
-from ibtpo.setup import check_prompts, choose_device, make_engine, make_sampling
+from ibtpo.setup import choose_device, make_engine, make_sampling
 from ibtpo.steps import step_splitter
-from ibtpo.studies.command import study
+from ibtpo.studies.command import StudyArguments, study
 from ibtpo.tasks import DigitChain, Grades, Problem, RewardGrades, Task, make_task
 from ibtpo.tasks.digit_chain import parse_prompt
 from ibtpo.train import train
-from ibtpo.viewer.cli import view
+from ibtpo.viewer.cli import ViewArguments, view
 from ibtpo_engine import EngineError, Tree
 
-USAGE = """usage: ibtpo {train,eval,sample,study,view} [--help] [flags]
+USAGE = """usage: ibtpo {train,eval,sample,presets,study,view,config,doctor,completion} [--help] [flags]
 
   train    grow trees, score them, train on them; `ibtpo train` alone runs the built-in task
-  eval     held-out accuracy of a checkpoint or run: avg@k, pass@k, greedy
+  eval     accuracy of a checkpoint or run: avg@k, pass@k, maj@k, greedy; resumable
   sample   grow one tree and print it
+  presets  the methods --preset knows: what each is, where it comes from, what it sets
   study    methods x seeds at an equal budget: the paper's tables, with intervals, curves and a page
   view     look at a run in the browser, or at two: curves, prompts, trees
+  config   print the settings that a command would use, or --explain every one
+  doctor   what is installed, what works here, and each kernel against its reference
+  completion   print a script that completes commands and flags in bash, zsh or fish
 
 `ibtpo COMMAND --help` lists every flag with its default. Settings may also come from a YAML file (--config FILE),
 with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
+
+Exit codes: 0 done, or stopped by SIGTERM or a closed pipe with a checkpoint; 2 the input cannot be used or the run
+cannot go on, stderr says why; 130 stopped by Ctrl-C. docs/troubleshooting.md lists what can go wrong and what to do.
 """
 
 Flat = tyro.conf.arg(name="")  # the fields of the run are flags without a prefix
+Preset = Annotated[
+    str,
+    tyro.conf.arg(
+        help=f"Method: {', '.join(PRESETS)}; `ibtpo presets` explains them. Fields in --config or flags win over it."
+    ),
+]
 Arguments = TypeVar("Arguments")
 
 
@@ -64,8 +82,7 @@ class TrainArguments:
     Face folder and a JSONL file of prompts and answers the same loop runs on them.
     """
 
-    preset: str = "ib-tpo"
-    """Method: ib-tpo or grpo; fields set in --config or by flags win over it."""
+    preset: Preset = "ib-tpo"
     config: Path | None = None
     """YAML file with any of the fields below."""
     quiet: bool = False
@@ -74,22 +91,10 @@ class TrainArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalArguments:
-    """Measure held-out accuracy from independent rollouts: avg@k, pass@k and greedy, with 95 % intervals."""
-
-    config: Path | None = None
-    """YAML file with any of the fields below."""
-    json: Path | None = None
-    """Also write the numbers to this file."""
-    run: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
-
-
-@dataclass(frozen=True, kw_only=True)
 class SampleArguments:
     """Grow one tree and print it: steps with value, IB-Score, confidence, and the round they were sampled in."""
 
-    preset: str = "ib-tpo"
-    """Method: ib-tpo or grpo."""
+    preset: Preset = "ib-tpo"
     config: Path | None = None
     """YAML file with any of the fields below."""
     prompt: str | None = None
@@ -102,10 +107,11 @@ class SampleArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 2 the input cannot be used, 130 stopped by Ctrl-C."""
+    """Run a command; returns the exit code, as `USAGE` lists them."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands: dict[str, Callable[[list[str], Console], int]]
-    commands = {"train": _train, "eval": _eval, "sample": _sample, "study": study, "view": view}
+    commands = {"train": _train, "eval": _eval, "sample": _sample, "presets": _presets, "study": study, "view": view}
+    commands |= {"config": _config, "doctor": doctor, "completion": _completion}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0 if arguments else 2
@@ -130,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: list[str], console: Console) -> int:
     base = TrainArguments(run=_base(arguments, run=_early(arguments).resume))
     parsed = _parse(TrainArguments, replace(base, preset=_early(arguments).preset), "ibtpo train", arguments)
-    out = train(_with_data(parsed.run), Console(quiet=True) if parsed.quiet else console)
+    out = train(_with_data(parsed.run), RunConsole(quiet=parsed.quiet))
     for table in _result_tables(out):
         console.print(table)
     console.print(NOT_ACCURACY, style="dim")
@@ -142,31 +148,14 @@ def _train(arguments: list[str], console: Console) -> int:
 
 
 def _eval(arguments: list[str], console: Console) -> int:
-    parsed = _parse(
-        EvalArguments, EvalArguments(run=_base(arguments, run=_run_of_model(arguments))), "ibtpo eval", arguments
-    )
-    if parsed.json is not None and not parsed.json.parent.is_dir():
-        raise ValueError(f"json: {parsed.json.parent} is no folder; make it, or name another file")
-    config, policy, task = _open(parsed.run)
+    base = replace(_base(arguments, run=_run_of_model(arguments)), out=None)  # the run's own folder is not for this
+    parsed = _parse(EvalArguments, EvalArguments(run=base), "ibtpo eval", arguments)
+    config, policy, task = _open(parsed.resolve())
     with closing(task):
-        for note in check_prompts(task, policy, config):
-            console.print(note, style="dim", highlight=False)
-        problems = task.eval_problems(config.eval.prompts)
-        grower = Grower(make_engine(config, policy), task, policy.tokenizer, config.jsonl)
-        with track(console, "Evaluating", 2 * len(problems)) as tracker:
-            values = evaluate(
-                grower,
-                problems,
-                make_sampling(config, policy),
-                config.eval.samples,
-                on_prompt=lambda tree: tracker.advance(1),
-            )
-    table = Table("", "mean", "95 % interval", title=f"{len(problems)} held-out prompts, k = {config.eval.samples}")
-    for name, title in (("eval_avg", "avg@k"), ("eval_pass", "pass@k"), ("eval_greedy", "greedy")):
-        table.add_row(title, f"{values[name]:.3f}", f"{values[f'{name}_low']:.3f} – {values[f'{name}_high']:.3f}")
-    console.print(table)
+        evaluation, summary = run_evaluation(config, _model_folder(config), policy, task, console)
+    print_evaluation(evaluation, summary, console)
     if parsed.json is not None:
-        parsed.json.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        parsed.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
@@ -188,6 +177,56 @@ def _sample(arguments: list[str], console: Console) -> int:
         f"{tree.num_sampled} tokens sampled for {sum(leaf.end - tree.prompt_len for leaf in leaves)} in trajectories"
     )
     return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetsArguments:
+    """List the methods that --preset knows: what each is, where it comes from, what it sets."""
+
+
+def _presets(arguments: list[str], console: Console) -> int:
+    _parse(PresetsArguments, PresetsArguments(), "ibtpo presets", arguments)
+    table = Table("preset", "what it is", "sets", show_lines=True)
+    for name, changes in PRESETS.items():
+        explanation, source = PRESET_NOTES[name]
+        table.add_row(name, f"{explanation} [dim]({source})[/]", "\n".join(_settings(changes)))
+    for column in (table.columns[0], table.columns[2]):
+        column.no_wrap = True
+    console.print(table)
+    return 0
+
+
+def _settings(changes: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The fields of a nested mapping as flags and values."""
+    for name, value in changes.items():
+        if isinstance(value, Mapping):
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name} {value}"
+
+
+def _config(arguments: list[str], console: Console) -> int:
+    early = _early(arguments)
+    base = ConfigArguments(preset=early.preset, run=_base(arguments, run=early.resume))
+    parsed = _parse(ConfigArguments, base, "ibtpo config", arguments)
+    return show_config(replace(parsed, run=_with_data(parsed.run)))
+
+
+def _completion(arguments: list[str], console: Console) -> int:
+    return completion(
+        arguments,
+        {
+            "train": TrainArguments,
+            "eval": EvalArguments,
+            "sample": SampleArguments,
+            "presets": PresetsArguments,
+            "study": StudyArguments,
+            "view": ViewArguments,
+            "config": ConfigArguments,
+            "doctor": DoctorArguments,
+            "completion": CompletionArguments,
+        },
+    )
 
 
 def _result_tables(folder: Path) -> list[Table]:
@@ -230,7 +269,7 @@ def _run_of_model(arguments: list[str]) -> Path | None:
 
 
 def _parse(kind: type[Arguments], default: Arguments, program: str, arguments: list[str]) -> Arguments:
-    return tyro.cli(kind, default=default, prog=program, args=arguments, use_underscores=False)
+    return tyro.cli(kind, default=default, prog=program, args=join_repeated(arguments), use_underscores=False)
 
 
 def _with_data(config: TrainConfig) -> TrainConfig:
@@ -243,12 +282,14 @@ def _open(config: TrainConfig) -> tuple[TrainConfig, Policy, Task]:
     config = _with_data(config)
     if config.model == "built-in":
         raise ValueError("model: give --model a checkpoint or run folder; `ibtpo train` makes one")
-    folder = Path(config.model)
-    last = latest_checkpoint(folder)
-    if last is not None:
-        folder = last.path
-    policy = load_policy(folder, dtype=getattr(torch, config.dtype), device=choose_device(config.device))
+    policy = load_policy(_model_folder(config), dtype=getattr(torch, config.dtype), device=choose_device(config.device))
     return config, policy, make_task(config)
+
+
+def _model_folder(config: TrainConfig) -> Path:
+    """Where the weights are: of a run folder, its last checkpoint."""
+    last = latest_checkpoint(Path(config.model))
+    return Path(config.model) if last is None else last.path
 
 
 def _problem(arguments: SampleArguments, task: Task) -> tuple[Problem, Grades]:

@@ -23,31 +23,49 @@ class IBConfig:
     """pi(s) of a step of many tokens: exp(mean log-prob), exp(sum), mean or minimum token probability."""
     zero_parent: Literal["one", "zero", "smooth"] = "one"
     """phat(s)/phat(parent) where the parent's value is 0: no evidence (1), dead (0); smooth: Laplace in every ratio."""
-    value: Literal["leaf_mean", "recursive"] = "leaf_mean"
-    """phat of a node: share of the reward over the leaves below, or mean of its children's values."""
+    value: Literal["leaf_mean", "recursive", "shrunk"] = "leaf_mean"
+    """phat of a node: share of the reward over the leaves below, mean of its children's values, or `shrinkage`."""
+    shrinkage: float = 1.0
+    """k of `shrunk`: phat = (reward below + k*phat(parent))/(leaves below + k), a prior worth k leaves; ours."""
+    score_beta: Literal["fixed", "balanced"] = "fixed"
+    """beta in the ranking: `beta`, or the one at which gain and confidence spread equally over a tree's nodes; ours."""
+    score_bonus: float = 0.0
+    """c: searches rank nodes by IB-Score + c times its estimated standard error; 0: by the score alone (paper)."""
     duplicates: Literal["separate", "merge"] = "separate"
     """The same step sampled twice under one parent: two draws, or one node with pooled leaves."""
 
     def __post_init__(self) -> None:
         check_range("ib.beta", self.beta, low=0.0, low_open=True)
+        check_range("ib.shrinkage", self.shrinkage, low=0.0)
+        check_range("ib.score_bonus", self.score_bonus, low=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """How a group of trajectories is sampled for a prompt (paper, section 3)."""
 
-    method: Literal["ibtree", "independent", "random-tree"] = "ibtree"
-    """ibtree: branch where the IB-Score is highest; random-tree: anywhere; independent: `group_size` chains."""
+    method: Literal["ibtree", "independent", "random-tree", "eptree", "treepo", "tree-grpo", "vineppo"] = "ibtree"
+    """ibtree: branch where the IB-Score is highest; random-tree: anywhere; independent: chains; the rest: rivals."""
     group_size: int = 8
-    """G, trajectories a prompt for `independent`; the trees derive theirs: B0 + (L-1)*K*B."""
+    """G, trajectories a prompt for `independent`, `treepo` and `vineppo`; the other trees derive theirs."""
     initial_branches: int = 4
-    """B0, independent trajectories a tree begins with."""
+    """B0, independent trajectories a tree begins with: B0 + (L-1)*K*B in all; M trees of `eptree` and `tree-grpo`."""
     rounds: int = 9
     """L, rounds of growth, the initial one included."""
     nodes_per_round: int = 1
-    """K, nodes branched in a round."""
+    """K, nodes branched in a round; `eptree` and `tree-grpo` branch so many in each of their trees."""
     branches_per_node: int = 1
     """B, new trajectories from each of them."""
+    segment_tokens: int = 512
+    """Length of a segment, the step of `treepo`."""
+    deepest_share: float = 0.875
+    """Share of `sampling.max_tokens` from which on `eptree` begins no branches."""
+    value_rollouts: int = 9
+    """K, rollouts of `vineppo` that tell the value of a step; they are sampled, not trained on."""
+    lookahead: int = 1
+    """Rounds of a tree under way at once; 1, the paper's: a round knows the outcome of all before it."""
+    redraws: int = 0
+    """Times a training step draws further prompts for groups whose rewards are all equal (DAPO); 0 takes what comes."""
     branch_at_root: bool = True
     """May the prompt itself be branched again?"""
     separator: str = "\n\n"
@@ -58,9 +76,13 @@ class SearchConfig:
     """Share of the step boundaries moved to a random token between their neighbours (the paper's robustness test)."""
 
     def __post_init__(self) -> None:
-        for name in ("group_size", "initial_branches", "rounds", "nodes_per_round", "branches_per_node"):
+        for name in ("group_size", "initial_branches", "rounds", "nodes_per_round", "branches_per_node", "lookahead"):
             check_range(f"search.{name}", getattr(self, name), low=1)
+        check_range("search.redraws", self.redraws, low=0)
         check_range("search.boundary_noise", self.boundary_noise, low=0.0, high=1.0)
+        for name in ("segment_tokens", "value_rollouts"):
+            check_range(f"search.{name}", getattr(self, name), low=1)
+        check_range("search.deepest_share", self.deepest_share, low=0.0, high=1.0, low_open=True)
         if self.step_tokens is not None:
             check_range("search.step_tokens", self.step_tokens, low=1)
         elif not self.separator:
@@ -69,17 +91,20 @@ class SearchConfig:
     @property
     def trajectories(self) -> int:
         """G, trajectories a prompt."""
-        if self.method == "independent":
+        if self.method in ("independent", "treepo", "vineppo"):
             return self.group_size
-        return self.initial_branches + (self.rounds - 1) * self.nodes_per_round * self.branches_per_node
+        later = (self.rounds - 1) * self.nodes_per_round * self.branches_per_node
+        if self.method in ("eptree", "tree-grpo"):
+            return self.initial_branches * (1 + later)
+        return self.initial_branches + later
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdvantageConfig:
     """Step-level advantages (paper, section 4)."""
 
-    kind: Literal["ib-tpo", "grpo"] = "ib-tpo"
-    """ib-tpo: A_GL + lambda*A_IB on every node; grpo: (R - mean)/std on every trajectory."""
+    kind: Literal["ib-tpo", "grpo", "treerl", "treepo", "tree-grpo", "vineppo"] = "ib-tpo"
+    """ib-tpo: A_GL + lambda*A_IB on every node; grpo: (R - mean)/std on every trajectory; the rest: rivals."""
     ib_weight: float = 0.1
     """lambda, weight of the local term A_IB; the paper saw 0.5 collapse."""
     pi_ref: Literal["sampling", "reference"] = "sampling"
@@ -106,6 +131,10 @@ class LossConfig:
     """Ratios above 1 + clip_high carry no gradient where the advantage is positive."""
     kl_coef: float = 0.001
     """Weight of the KL penalty (k3 estimator) to the frozen starting policy; 0 keeps no reference model."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus: the loss falls by this times the mean entropy of the policy, in nats."""
+    entropy_advantage_coef: float = 0.0
+    """Weight of the mean of entropy times advantage (IBRO): more entropy where the advantage is positive."""
     aggregation: Literal["token", "sequence", "dr_grpo"] = "token"
     """token: mean over all tokens of the optimizer step; sequence: mean of trajectory means; dr_grpo: sum/(G*max)."""
     prefix_weight: Literal["trajectory", "sqrt", "node"] = "trajectory"
@@ -116,7 +145,8 @@ class LossConfig:
     def __post_init__(self) -> None:
         check_range("loss.clip_low", self.clip_low, low=0.0, high=1.0)
         check_range("loss.clip_high", self.clip_high, low=0.0)
-        check_range("loss.kl_coef", self.kl_coef, low=0.0)
+        for name in ("kl_coef", "entropy_coef", "entropy_advantage_coef"):
+            check_range(f"loss.{name}", getattr(self, name), low=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,13 +328,13 @@ class EvalConfig:
     prompts: int = 256
     """Held-out prompts."""
     samples: int = 8
-    """k of avg@k and pass@k: independent samples a prompt; a greedy pass is always added."""
+    """k of avg@k, pass@k and maj@k: independent samples a prompt; a greedy pass is always added."""
     every: int = 0
     """Evaluate every so many optimizer steps; 0: before and after training only."""
 
     def __post_init__(self) -> None:
         check_range("eval.prompts", self.prompts, low=1)
-        check_range("eval.samples", self.samples, low=1)
+        check_range("eval.samples", self.samples, low=1, high=1000)
         check_range("eval.every", self.every, low=0)
 
 
@@ -366,7 +396,7 @@ class TrainConfig:
     reward: tuple[str, ...] = ()
     """NAME[:WEIGHT] ...: math, exact, format, regex=PATTERN, package.module:function; by default the task's own."""
     out: Path | None = None
-    """Run folder to create; by default runs/<task>-<preset>-<date and time>."""
+    """Run folder to create; by default runs/<task>-<preset>-<date and time>. Of `ibtpo eval`: where completions go."""
     resume: Path | None = None
     """Run folder to continue from its last checkpoint."""
     seed: int = 0
@@ -412,6 +442,11 @@ class TrainConfig:
     safeguards: SafeguardConfig = field(default_factory=SafeguardConfig)
 
     def __post_init__(self) -> None:
+        if self.advantage.kind == "vineppo" and self.search.method != "vineppo":
+            raise ValueError("advantage.kind: vineppo needs the rollouts of search.method=vineppo; set that too")
+        if self.search.method == "treepo" and self.search.segment_tokens >= self.sampling.max_tokens:
+            limit = f"sampling.max_tokens={self.sampling.max_tokens}"
+            raise ValueError(f"search.segment_tokens: {self.search.segment_tokens} must be below {limit}")
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         check_choice("parity", self.parity, ("fast", "bitwise"))
         check_choice("layout", self.layout, ("auto", "plain", "gsm8k", "math", "dapo", "aime"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -13,12 +13,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from ibtpo.config import TrainConfig
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "ib-tpo": {"search": {"method": "ibtree"}, "advantage": {"kind": "ib-tpo"}},
-    "grpo": {"search": {"method": "independent"}, "advantage": {"kind": "grpo"}},
-}
-"""What each method changes in the configuration."""
+from ibtpo.presets import PRESETS
 
 Config = TypeVar("Config")
 
@@ -93,6 +88,20 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content or {}, dict):
         raise ValueError(f"{path}: must hold fields and values, like `sampled_tokens: 100_000`")
     return content or {}
+
+
+def plain(value: Any) -> Any:
+    """Containers and paths as YAML and JSON know them."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def dump_yaml(config: TrainConfig) -> str:
+    """A configuration as the text of a YAML file that `load_yaml` and `merge` take back."""
+    return yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True)
 
 
 def base_config(*, task: str | None, preset: str, file: Path | None, run: Path | None) -> TrainConfig:

@@ -23,24 +23,34 @@ class Interrupted(Exception):
         self.signal = signal
 
 
+OnLeaf = Callable[[Tree, Node, str, "float | Future[float]"], None]
+
+
+def _ignore(tree: Tree, leaf: Node, completion: str, reward: float | Future[float]) -> None:
+    pass
+
+
 @dataclass
 class Grading:
     """The reward function of a batch of trees; a tree's key says which problem it answers.
 
     Attributes:
         problems: problem by tree key.
+        on_leaf: called with tree, leaf, completion and its reward, as completions arrive.
         seconds: time spent in grading on this side of any worker process.
     """
 
     task: Grades
     tokenizer: PreTrainedTokenizerBase
     problems: dict[int, Problem]
+    on_leaf: OnLeaf = _ignore
     seconds: float = field(default=0.0, init=False)
 
     def __call__(self, tree: Tree, leaf: Node) -> float | Future[float]:
         begin = time.perf_counter()
         completion = self.tokenizer.decode(leaf.prefix()[tree.prompt_len :], skip_special_tokens=True)
         reward = self.task.grade(self.problems[tree.key], str(completion), is_truncated(leaf))
+        self.on_leaf(tree, leaf, str(completion), reward)
         self.seconds += time.perf_counter() - begin
         return reward
 
@@ -68,6 +78,8 @@ class Grower:
         search: Search,
         sampling: Sampling,
         on_tree: Callable[[Tree], None] = lambda tree: None,
+        *,
+        on_leaf: OnLeaf = _ignore,
     ) -> tuple[list[Tree], float]:
         """Grow a tree on every problem.
 
@@ -76,6 +88,7 @@ class Grower:
             keys: a different integer for each; with the engine's seed it decides the samples.
             search, sampling: how.
             on_tree: called as trees are done, in any order.
+            on_leaf: called with tree, leaf, completion and its reward (or its future) as trajectories end.
 
         Returns:
             the trees in the order of the problems, each leaf with its reward; seconds spent in grading.
@@ -83,7 +96,7 @@ class Grower:
         Raises:
             Interrupted: `should_stop` said so.
         """
-        grading = Grading(self.task, self.tokenizer, dict(zip(keys, problems, strict=True)))
+        grading = Grading(self.task, self.tokenizer, dict(zip(keys, problems, strict=True)), on_leaf)
         prompts = [format_prompt(self.tokenizer, problem, self.data) for problem in problems]
         waited = self.engine.seconds_waiting
         trees: list[Tree | None] = [None] * len(problems)

@@ -9,7 +9,12 @@ Because the ratios of the children average to 1 (exactly so with recursive value
 ``J = (1 + beta) * (Cov(eta1, eta2) - mean(eta2)/beta)``: high where confidence sits on the branches that lead to the
 answer and where the policy is still undecided.
 
-A new trajectory changes values and scores only along its own path, so adding one costs O(depth * children).
+A new trajectory changes values and scores only along its own path, so adding one costs O(depth * children). Shrunk
+values depend on all above them: then every value is computed again, O(nodes).
+
+Beyond the paper, as settings: ``value="shrunk"`` draws a node's value towards its parent's, as if k more leaves had
+that value; ``score_beta="balanced"`` ranks nodes by J at a beta of the tree's own; ``score_bonus`` ranks them by
+J + c * (standard error of J).
 """
 
 from __future__ import annotations
@@ -42,6 +47,9 @@ def step_probability(logprob: npt.NDArray[np.floating[Any]], kind: str) -> float
     if kind == "min":
         return math.exp(min(values))
     raise ValueError(f"step_probability: {kind!r} is not one of geometric, product, mean, min")
+
+
+_NO_SPREAD = 1e-9  # standard deviations below this are rounding
 
 
 class _Cell:
@@ -105,6 +113,8 @@ class IBEstimates:
         while above is not None:
             self._update(above, leaf.reward)
             above = above.parent
+        if self.config.value == "shrunk":
+            self._shrink()
 
     def _known_parent(self, steps: Sequence[Node]) -> _Cell:
         """The cell the trajectory branches from, after checking that no step above it was cut since it was counted."""
@@ -131,16 +141,42 @@ class IBEstimates:
         """Take in one more reward below `cell`, whose draws are up to date."""
         cell.leaves += 1
         cell.total += reward
-        if self.config.value == "leaf_mean":
-            cell.value = cell.total / cell.leaves
-        else:
+        if self.config.value == "recursive":
             values = [child.value for child in cell.draws] + cell.ends
-            cell.value = sum(values) / len(values)
+            self._evaluate(cell, sum(values) / len(values))
+        else:
+            self._evaluate(cell, cell.total / cell.leaves)
+        self._rate(cell)
+
+    def _shrink(self) -> None:
+        """Value every cell from the prompt down, then score them: the posterior mean under Beta(k*v, k*(1 - v)).
+
+        v is the parent's value. The prompt has no parent and keeps its mean.
+        """
+        k = self.config.shrinkage
+        cells = list(dict.fromkeys(self._cells.values()))  # parents first
+        for cell in cells[1:]:
+            assert cell.parent is not None
+            self._evaluate(cell, (cell.total + k * cell.parent.value) / (cell.leaves + k))
+        for cell in cells:
+            self._rate(cell)
+
+    def _evaluate(self, cell: _Cell, value: float) -> None:
+        cell.value = value
         smooth = self.config.zero_parent == "smooth"
-        cell.ratio_value = (cell.value * cell.leaves + 1) / (cell.leaves + 2) if smooth else cell.value
+        cell.ratio_value = (value * cell.leaves + 1) / (cell.leaves + 2) if smooth else value
+
+    def _rate(self, cell: _Cell) -> None:
         if cell.draws:
-            gain = sum(self._eta1(child) * child.probability for child in cell.draws)
-            cell.score = (1.0 + self.config.beta) / len(cell.draws) * gain
+            cell.score = self._score(cell, self.config.beta)
+
+    def _score(self, cell: _Cell, beta: float) -> float:
+        return (1.0 + beta) / len(cell.draws) * sum(self._products(cell, beta))
+
+    def _products(self, cell: _Cell, beta: float) -> list[float]:
+        """eta1 * eta2 of each child drawn, at this beta: J is their mean times 1 + beta."""
+        shift = 1.0 / self.config.beta - 1.0 / beta
+        return [(self._eta1(child) + shift) * child.probability for child in cell.draws]
 
     def _eta1(self, cell: _Cell) -> float:
         assert cell.parent is not None
@@ -174,8 +210,50 @@ class IBEstimates:
         return sum((a - mean1) * (b - mean2) for a, b in zip(first, second, strict=True)) / len(draws)
 
     def branching(self) -> Iterator[tuple[Node, float]]:
-        """(node, IB-Score) of every node with children, oldest first; of merged nodes only the first."""
-        return ((cell.node, cell.score) for cell in self._branching)
+        """(node, what searches rank it by) of every node with children, oldest first; of merged nodes only the first.
+
+        The rank is the IB-Score, at `ranking_beta`, plus `score_bonus` times its standard error.
+        """
+        c, beta = self.config.score_bonus, self.ranking_beta()
+        if c == 0.0 and beta == self.config.beta:
+            return ((cell.node, cell.score) for cell in self._branching)
+        pooled = self._pooled_variance(beta)
+        return (
+            (cell.node, self._score(cell, beta) + c * self._standard_error(cell, beta, pooled))
+            for cell in self._branching
+        )
+
+    def ranking_beta(self) -> float:
+        """beta of the ranking: `config.beta`, or if balanced, the one that gives both parts of J the same say.
+
+        J = (1 + beta) * (g - h/beta) with g = mean of (ratio - 1)*pi and h = mean of pi over the children. Balanced is
+        beta = std(h)/std(g) over the nodes with children; `config.beta` while either is the same at all of them.
+        """
+        beta = self.config.beta
+        if self.config.score_beta == "fixed" or not self._branching:
+            return beta
+        h = [sum(child.probability for child in cell.draws) / len(cell.draws) for cell in self._branching]
+        g = [cell.score / (1.0 + beta) + of_cell / beta for cell, of_cell in zip(self._branching, h, strict=True)]
+        spread_g, spread_h = (math.sqrt(_squares(part) / len(part)) for part in (g, h))
+        return spread_h / spread_g if min(spread_g, spread_h) > _NO_SPREAD else beta
+
+    def standard_error(self, node: Node) -> float:
+        """Estimated standard error of `score` as a mean over n children drawn: (1 + beta) * sqrt(variance/n).
+
+        The variance of eta1*eta2 in one draw is the node's own, ((sum of squared deviations) + pooled)/n, where the
+        tree's pooled within-node variance counts as one more degree of freedom: a node with one child has that alone.
+        """
+        beta = self.config.beta
+        return self._standard_error(self._parent(node), beta, self._pooled_variance(beta))
+
+    def _standard_error(self, cell: _Cell, beta: float, pooled: float) -> float:
+        n = len(cell.draws)
+        return (1.0 + beta) * math.sqrt((_squares(self._products(cell, beta)) + pooled) / n / n)
+
+    def _pooled_variance(self, beta: float) -> float:
+        """Squared deviations within nodes over their degrees of freedom; 0 if no node has two children."""
+        freedom = sum(len(cell.draws) - 1 for cell in self._branching)
+        return sum(_squares(self._products(cell, beta)) for cell in self._branching) / freedom if freedom else 0.0
 
     def _step(self, node: Node) -> _Cell:
         cell = self._cells[node]
@@ -188,3 +266,9 @@ class IBEstimates:
         if not cell.draws:
             raise ValueError(f"{node!r} has no children to score")
         return cell
+
+
+def _squares(values: Sequence[float]) -> float:
+    """Sum of squared deviations from the mean."""
+    mean = sum(values) / len(values)
+    return sum((value - mean) ** 2 for value in values)

@@ -2,10 +2,13 @@
 
     r    = exp(logp - old_logp)
     loss = sum over edges of -( P * min(r, 1 + clip_high) + N * max(r, 1 - clip_low) ) + kl_coef * w * k3
+           - sum over edges of (entropy_coef * w + entropy_advantage_coef * (P + N)) * H
 
 with P, N and w as in `MicroBatch`: the weighted positive and negative advantages and the weight itself, averages
 included, and k3 = exp(ref - logp) - (ref - logp) - 1, an unbiased and never negative estimate of the divergence
-KL(policy | reference).
+KL(policy | reference). H is the entropy of the row that predicts the edge, at the temperature sampled with: an
+entropy bonus, and the advantage-weighted one of IBRO (arXiv 2507.18391), which raises entropy where A > 0 and
+lowers it where A < 0.
 """
 
 from __future__ import annotations
@@ -33,9 +36,9 @@ def policy_loss(
 
     Args:
         logprob: [E], log-probs of ``batch.targets`` under the policy being trained.
-        entropy: [T], entropy in nats at ``batch.rows``; logged only.
+        entropy: [T], entropy in nats at ``batch.rows``.
         batch: weights and old log-probs.
-        config: clip range and KL weight.
+        config: clip range, weights of the KL penalty and of the entropy terms.
         reference_logprob: [E], log-probs under the frozen reference.
 
     Returns:
@@ -44,24 +47,28 @@ def policy_loss(
     Raises:
         ValueError: ``config.kl_coef`` > 0 without `reference_logprob`.
     """
-    loss = policy_objective(logprob, batch, config, reference_logprob)
+    loss = policy_objective(logprob, entropy, batch, config, reference_logprob)
     metrics = policy_metrics(logprob.detach(), entropy.detach(), batch, config, reference_logprob)
     return loss, metrics | {"loss": loss.detach()}
 
 
 def policy_objective(
     logprob: Tensor,
+    entropy: Tensor,
     batch: MicroBatch,
     config: LossConfig,
     reference_logprob: Tensor | None = None,
     edges: Tensor | slice = slice(None),
+    rows: Tensor | slice = slice(None),
 ) -> Tensor:
-    """The loss of some edges of a micro-batch: a sum, so that `policy_head` can ask for it a part at a time.
+    """The loss of some edges and rows of a micro-batch: a sum, so that `policy_head` can ask for it part by part.
 
     Args:
         logprob: [e], log-probs of ``batch.targets[edges]`` under the policy being trained.
+        entropy: [t], entropies at ``batch.rows[rows]``.
         batch, config, reference_logprob: as in `policy_loss`, of the whole micro-batch.
         edges: which of its edges.
+        rows: which of its rows.
 
     Returns:
         scalar, differentiable.
@@ -72,11 +79,21 @@ def policy_objective(
     ratio = torch.exp((logprob - batch.old_logprob[edges]).clamp(max=LARGEST_EXPONENT))
     gained = batch.positive[edges] * ratio.clamp(max=1 + config.clip_high)
     gained = gained + batch.negative[edges] * ratio.clamp(min=1 - config.clip_low)
-    if config.kl_coef == 0:
-        return -gained.sum()
-    if reference_logprob is None:
-        raise ValueError(f"policy_loss: kl_coef={config.kl_coef} needs reference_logprob")
-    return -gained.sum() + config.kl_coef * (batch.weight[edges] * _k3(reference_logprob[edges] - logprob)).sum()
+    loss = -gained.sum()
+    if config.kl_coef > 0:
+        if reference_logprob is None:
+            raise ValueError(f"policy_loss: kl_coef={config.kl_coef} needs reference_logprob")
+        loss = loss + config.kl_coef * (batch.weight[edges] * _k3(reference_logprob[edges] - logprob)).sum()
+    if config.entropy_coef > 0 or config.entropy_advantage_coef > 0:
+        loss = loss - (_entropy_weight(batch, config)[rows] * entropy).sum()
+    return loss
+
+
+def _entropy_weight(batch: MicroBatch, config: LossConfig) -> Tensor:
+    """[T]: what the entropy of a row counts, added up over the edges it predicts."""
+    by_edge = config.entropy_coef * batch.weight
+    by_edge = by_edge + config.entropy_advantage_coef * (batch.positive + batch.negative)
+    return by_edge.new_zeros(len(batch.rows)).index_put((batch.edge_row,), by_edge, accumulate=True)
 
 
 def _k3(log_ratio: Tensor) -> Tensor:
@@ -108,6 +125,8 @@ def policy_metrics(
         "logprob_gap": (weight * gap.abs()).sum(),
         "logprob_gap_max": gap.abs().max(),
     }
+    if config.entropy_advantage_coef > 0:
+        metrics["entropy_advantage"] = ((batch.positive + batch.negative) * entropy[batch.edge_row]).sum()
     if reference_logprob is not None:
         metrics["kl_ref_k1"] = (weight * (logprob - reference_logprob)).sum()
         metrics["kl_ref_k3"] = (weight * _k3(reference_logprob - logprob)).sum()

@@ -75,7 +75,7 @@ GROUPS: tuple[Group, ...] = (
             Metric("prompts", "count", "Prompts, that is trees."),
             Metric("trajectories", "count", "Trajectories, that is leaves."),
             Metric("trajectory_tokens", "tokens", "Length of all trajectories, a shared token once for each."),
-            Metric("tokens_sampled", "tokens", "Tokens sampled, each counted once."),
+            Metric("tokens_sampled", "tokens", "Tokens sampled, each counted once, trained on or not."),
             Metric("tokens_computed", "tokens", "Tokens computed to sample: prefilled, decoded, recomputed."),
             Metric("tokens_trained", "tokens", "Tokens computed to train, prompts and repeated prefixes too."),
             Metric("sampling_efficiency", "ratio", "trajectory_tokens / tokens_computed."),
@@ -91,6 +91,7 @@ GROUPS: tuple[Group, ...] = (
             Metric("weight", "tokens", "Sum of the token weights in the loss."),
             Metric("clip_fraction", "share", "Token weight whose gradient the clipping removed (clip share)."),
             Metric("entropy", "nats", "Entropy of the policy being trained, mean over token weights."),
+            Metric("entropy_advantage", "nats", "Entropy times advantage, mean over token weights; with IBRO."),
             Metric("kl_old_k1", "nats", "KL to the policy that sampled, k1 estimate, mean over token weights."),
             Metric("kl_old_k3", "nats", "KL to the policy that sampled, k3 estimate, mean over token weights."),
             Metric("kl_ref_k1", "nats", "KL to the frozen reference, k1 estimate; only where it is penalised."),
@@ -126,6 +127,9 @@ GROUPS: tuple[Group, ...] = (
             Metric("eval_pass", "0 to 1", "Unbiased pass@k, 1 - C(n-c, k)/C(n, k)."),
             Metric("eval_pass_low", "0 to 1", "Lower end of its 95 % bootstrap interval over prompts."),
             Metric("eval_pass_high", "0 to 1", "Upper end."),
+            Metric("eval_maj", "0 to 1", "maj@k: mean reward of the answer that most of the k samples give."),
+            Metric("eval_maj_low", "0 to 1", "Lower end of its 95 % bootstrap interval over prompts."),
+            Metric("eval_maj_high", "0 to 1", "Upper end."),
             Metric("eval_greedy", "0 to 1", "Mean reward of the greedy completion."),
             Metric("eval_greedy_low", "0 to 1", "Lower end of its 95 % bootstrap interval over prompts."),
             Metric("eval_greedy_high", "0 to 1", "Upper end."),
@@ -186,7 +190,7 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
         "prompts": float(len(trees)),
         "trajectories": float(len(leaves)),
         "trajectory_tokens": float(sum(lengths)),
-        "tokens_sampled": float(sum(tree.num_sampled for tree in trees)),
+        "tokens_sampled": float(sum(tree.num_sampled + tree.notes.get("auxiliary_tokens", 0) for tree in trees)),
         "reward": _mean(reward for group in groups for reward in group),
         "avg_rate": _mean(_mean(group) for group in groups if group),
         "avg_rate_iid": _mean(map(_mean, iid)),
@@ -273,13 +277,19 @@ def bootstrap_interval(
 
 
 def evaluation_metrics(
-    sampled: npt.ArrayLike, greedy: npt.ArrayLike, *, seed: int = 0, k: int | None = None
+    sampled: npt.ArrayLike,
+    greedy: npt.ArrayLike,
+    *,
+    majority: npt.ArrayLike | None = None,
+    seed: int = 0,
+    k: int | None = None,
 ) -> dict[str, float]:
     """The accuracies of an evaluation with their intervals, under the names of the log.
 
     Args:
         sampled: [P, n] rewards of n independent samples a prompt.
         greedy: [P] rewards of the greedy completions.
+        majority: [P] maj@k of the prompts, if their answers are known.
         seed: of the bootstrap.
         k: of pass@k, at most n; by default n.
     """
@@ -287,7 +297,11 @@ def evaluation_metrics(
     num_samples = rewards.shape[1]
     passed = [pass_at_k(num_samples, int((row > RIGHT).sum()), k or num_samples) for row in rewards]
     values = {"eval_prompts": float(len(rewards)), "eval_samples": float(num_samples)}
-    for name, per_prompt in (("eval_avg", avg_at_k(rewards)), ("eval_pass", passed), ("eval_greedy", greedy)):
+    accuracies: dict[str, npt.ArrayLike | None]
+    accuracies = {"eval_avg": avg_at_k(rewards), "eval_pass": passed, "eval_maj": majority, "eval_greedy": greedy}
+    for name, per_prompt in accuracies.items():
+        if per_prompt is None:
+            continue
         values[name] = float(np.mean(np.asarray(per_prompt, np.float64)))
         values[f"{name}_low"], values[f"{name}_high"] = bootstrap_interval(per_prompt, seed=seed)
     return values

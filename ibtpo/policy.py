@@ -24,6 +24,7 @@ from ibtpo_engine import (
     stop_tokens,
 )
 from ibtpo_engine.adapter_folder import base_of, is_adapter_folder
+from ibtpo_engine.errors import CheckpointError
 from ibtpo_engine.lora import TARGETS
 
 _ADAPTED = {"all": TARGETS, "attention": TARGETS[:4], "mlp": TARGETS[4:]}
@@ -90,7 +91,10 @@ def model_shape(source: Path | str) -> ModelConfig:
     """The shape of a policy that is not loaded yet: "built-in", a checkpoint folder, or an adapter folder's base."""
     if source == "built-in":
         return ModelConfig.from_dict(built_in_config(char_tokenizer()))
-    return ModelConfig.from_folder(base_of(source) if is_adapter_folder(source) else source)
+    folder = Path(base_of(source) if is_adapter_folder(source) else source)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder. Give a Hugging Face checkpoint folder.")
+    return ModelConfig.from_folder(folder)
 
 
 def built_in_policy(seed: int, *, dtype: torch.dtype, device: torch.device) -> Policy:

@@ -18,6 +18,7 @@ NOT_ACCURACY = (
 _ACCURACIES = (
     ("eval_avg", "Sampled, avg@{k}", "mean of {k} independent samples a prompt"),
     ("eval_pass", "Sampled, pass@{k}", "at least one of {k} right"),
+    ("eval_maj", "Sampled, maj@{k}", "the answer most of {k} give"),
     ("eval_greedy", "Greedy", "the most likely token each time"),
 )
 _SUMMED = (
@@ -55,7 +56,7 @@ class Summary:
     """The result of a run: what the closing table and the head of the page show.
 
     Attributes:
-        accuracies: sampled avg@k, pass@k and greedy, before and after.
+        accuracies: sampled avg@k, pass@k, maj@k and greedy, before and after.
         amounts: name, value, and how it is meant, ready for reading.
         steps: training steps.
     """

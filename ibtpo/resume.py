@@ -7,7 +7,7 @@ configuration, so each change is named.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,17 @@ from ibtpo.config_io import load_yaml, merge
 from ibtpo.disk import RunFolderError
 
 CONFIG = "config.yaml"
+_OTHER, _HELD_OUT = "the problems would be others", "held-out problems would be trained on"
 FIXED = {
     "model": "the checkpoint holds the weights, the KL reference is the model the run began with",
     "dtype": "weights and optimizer state are saved in it",
     "seed": "problems, samples and what is held out hang on it",
-    "task": "the problems would be others",
-    "data": "the problems would be others",
-    "digits": "the problems would be others",
-    "jsonl.prompt_field": "the problems would be others",
-    "jsonl.answer_field": "the problems would be others",
-    "jsonl.eval_fraction": "held-out problems would be trained on",
+    **dict.fromkeys(("task", "data", "layout", "digits"), _OTHER),
+    **{f"jsonl.{name}": _OTHER for name in ("prompt_field", "answer_field", "data_fields", "template")},
+    **{f"jsonl.{name}": _OTHER for name in ("system_prompt", "few_shot", "chat_template", "max_prompt_tokens")},
+    **{f"jsonl.{name}": _OTHER for name in ("pass_rate_field", "min_pass_rate", "max_pass_rate", "duplicates")},
+    **{f"jsonl.{name}": _HELD_OUT for name in ("eval_fraction", "eval_count", "eval_data")},
+    **dict.fromkeys(("reward", "jsonl.grade"), "rewards before and after would not mean the same"),
     "lora": "the adapters and their optimizer state have this shape",
     "warm_start": "it is over",
 }
@@ -55,6 +56,18 @@ def announce_changes(run: Path, config: TrainConfig, console: Console) -> None:
     if changes:
         listed = ", ".join(f"{name} {before[name]} -> {value}" for name, value in changes.items())
         console.print(f"goes on with other settings: {listed}", highlight=False, markup=False, soft_wrap=True)
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The run as it is found from any working directory: model folder and data files by their whole paths."""
+    model = str(Path(config.model).absolute()) if Path(config.model).is_dir() else config.model
+    few_shot, eval_data = _absolute(config.jsonl.few_shot), _absolute(config.jsonl.eval_data)
+    jsonl = replace(config.jsonl, few_shot=few_shot, eval_data=eval_data)
+    return replace(config, model=model, data=_absolute(config.data), jsonl=jsonl)
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

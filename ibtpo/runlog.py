@@ -3,6 +3,7 @@
 ::
 
     config.yaml       the configuration as resolved
+    environment.json  versions and command line of every start (ibtpo/environment.py)
     metrics.jsonl     a line of JSON a training step, names as in ibtpo/metrics.py
     trees.jsonl       a line about each grown tree that is kept; trees/ holds them (ibtpo/treelog.py)
     events.out.*      the same metrics for TensorBoard
@@ -26,8 +27,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Self
 
-import yaml
-
 from ibtpo.checkpoints import (
     CHECKPOINTS,
     Checkpoint,
@@ -36,10 +35,12 @@ from ibtpo.checkpoints import (
     write_checkpoint,
 )
 from ibtpo.config import SafeguardConfig, TrainConfig
+from ibtpo.config_io import dump_yaml, plain
 from ibtpo.disk import RunFolderError, flush, no_space, sweep, unfinished, write_atomically
 from ibtpo.loggers import open_loggers, parse_names
 from ibtpo.metrics import check_names
-from ibtpo.treelog import thin_trees, write_tree
+from ibtpo.treelog import FOLDER as TREE_FOLDER
+from ibtpo.treelog import thin_trees, tree_bytes, write_tree
 
 __all__ = [
     "CONFIG",
@@ -79,7 +80,8 @@ class RunFolder:
         self.path = path
         self.last = last
         self._lock = lock
-        names, settings = ([], {}) if config is None else (parse_names(config.log), _plain(asdict(config)))
+        self._tree_bytes = tree_bytes(path)  # from time to time counted anew
+        names, settings = ([], {}) if config is None else (parse_names(config.log), plain(asdict(config)))
         self._loggers = open_loggers(path, names, settings, purge_step)
 
     @classmethod
@@ -143,6 +145,7 @@ class RunFolder:
         try:
             sweep(path)
             sweep(path / CHECKPOINTS)
+            sweep(path / TREE_FOLDER)
             last = intact_checkpoint(path, say)
             if step is None:
                 step = -1 if last is None else last.step
@@ -180,10 +183,11 @@ class RunFolder:
             RunFolderError: the disk is full.
         """
         with no_space(self.path, "everything logged before"):
-            self._append(TREES, write_tree(self.path, step, record))
-            if deleted := thin_trees(self.path, most_bytes):
-                rows = [row for row in read_rows(self.path / TREES) if row.get("file") not in deleted]
-                write_atomically(self.path / TREES, "".join(json.dumps(row) + "\n" for row in rows))
+            row = write_tree(self.path, step, record)
+            self._append(TREES, row)
+            self._tree_bytes += (self.path / TREE_FOLDER / row["file"]).stat().st_size
+            if self._tree_bytes > most_bytes:
+                self._thin_trees(most_bytes)
 
     def checkpoint(
         self, step: int, write: Callable[[Path], object], *, keep: int = SafeguardConfig.keep_checkpoints
@@ -214,6 +218,13 @@ class RunFolder:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _thin_trees(self, most_bytes: float) -> None:
+        """Delete trees, and the lines about them; rare, as each time a tenth of the room is made free."""
+        if deleted := thin_trees(self.path, most_bytes, 0.9 * most_bytes):
+            rows = [row for row in read_rows(self.path / TREES) if row.get("file") not in deleted]
+            write_atomically(self.path / TREES, "".join(json.dumps(row) + "\n" for row in rows))
+        self._tree_bytes = tree_bytes(self.path)
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         line = json.dumps(row, allow_nan=False) + "\n"
@@ -278,13 +289,4 @@ def _take_lock(path: Path) -> IO[str]:
 
 
 def _write_config(path: Path, config: TrainConfig) -> None:
-    write_atomically(path / CONFIG, yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
-
-
-def _plain(value: Any) -> Any:
-    """Containers and paths as YAML knows them."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    write_atomically(path / CONFIG, dump_yaml(config))

@@ -12,10 +12,11 @@ import torch
 from rich.console import Console
 
 from ibtpo.config import TrainConfig
+from ibtpo.environment import record_environment
 from ibtpo.loggers import check_installed
 from ibtpo.memory_fit import check_memory
 from ibtpo.policy import Policy, built_in_policy, load_policy, model_shape
-from ibtpo.resume import announce_changes
+from ibtpo.resume import announce_changes, with_absolute_paths
 from ibtpo.runlog import REPORT, RunFolder
 from ibtpo.setup import check_prompts, check_weights, choose_device, default_folder, make_engine
 from ibtpo.tasks import Task, TeachableTask, make_task
@@ -42,7 +43,13 @@ def train(config: TrainConfig, console: Console, on_step: Callable[[int], None] 
     """
     if config.sampling.temperature == 0:
         raise ValueError("sampling.temperature: 0 is greedy, all trajectories would be alike; set it above 0 to train")
+    if config.search.redraws > 0 and config.advantage.uniform_groups != "skip":
+        raise ValueError(
+            f"search.redraws: {config.search.redraws} draws again for groups of equal rewards, on which "
+            f"advantage.uniform_groups={config.advantage.uniform_groups} trains; set it to skip, or redraws to 0"
+        )
     check_installed(config.log)
+    config = with_absolute_paths(config)
     settings = replace(config, resume=None)  # what the folder says the run is
     with ExitStack() as stack:
         folder = None
@@ -60,6 +67,8 @@ def train(config: TrainConfig, console: Console, on_step: Callable[[int], None] 
             folder = stack.enter_context(RunFolder.create(config.out or default_folder(config), settings))
         else:
             folder.configure(settings)
+        if differences := record_environment(folder.path):
+            _say(console, f"goes on with other versions: {', '.join(differences)}")
         gc.collect()
         gc.freeze()  # what is loaded by now stays; the collector need not walk it while trees come and go
         stack.callback(gc.unfreeze)

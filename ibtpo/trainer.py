@@ -18,15 +18,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ibtpo.config import TrainConfig
-from ibtpo.disk import flush_tree
-from ibtpo.evaluate import evaluate
+from ibtpo.disk import flush_tree, no_space, write_atomically
+from ibtpo.evaluation import evaluate
 from ibtpo.grow import Grower, Interrupted
 from ibtpo.memory_plan import MemoryPlan
 from ibtpo.metrics import tree_metrics
+from ibtpo.mixed import grow_mixed
+from ibtpo.model_card import CARD, model_card, save_generation_config
 from ibtpo.optim import MasterAdamW, NonFinite
 from ibtpo.policy import Policy, load_policy
 from ibtpo.progress import Tracker, peak_host_memory, step_note, track
-from ibtpo.runlog import METRICS, RunFolder, read_rows
+from ibtpo.runlog import METRICS, RunFolder, latest_checkpoint, read_rows
 from ibtpo.search import make_search
 from ibtpo.setup import find_nonfinite, make_sampling
 from ibtpo.steps import step_splitter
@@ -195,6 +197,7 @@ class Trainer:
             )
         self.engine.weights_changed()  # training must not find what evaluation left cached: a resumed run would not
         self.folder.log(self.state.step, values)
+        self._renew_card()
 
     def _evaluate_if_due(self) -> None:
         if self.config.eval.every and self.state.step and self.state.step % self.config.eval.every == 0:
@@ -214,9 +217,8 @@ class Trainer:
     def _step(self, tracker: Tracker) -> None:
         begin = time.perf_counter()
         before = self.engine.stats()
-        problems, keys = self._next_problems()
         counted = self.task.counts()
-        trees, reward_seconds = self.grower.grow(problems, keys, self.search, self.sampling)
+        trees, problems, reward_seconds = self._grow()
         self._count_rewards(counted)
         sampled = time.perf_counter()
         assert self._updater is not None
@@ -278,9 +280,17 @@ class Trainer:
         for name, value in self.task.counts().items():
             self.state.reward_counts[name] = self.state.reward_counts.get(name, 0) + value - before.get(name, 0)
 
-    def _next_problems(self) -> tuple[list[Problem], list[int]]:
-        indices = range(self.state.next_problem, self.state.next_problem + self.config.prompts_per_step)
-        return [self.task.train_problem(index) for index in indices], list(indices)
+    def _grow(self) -> tuple[list[Tree], list[Problem], float]:
+        """Trees on the next problems, all that were drawn; seconds spent in grading."""
+        return grow_mixed(
+            self.grower,
+            self.task.train_problem,
+            self.search,
+            self.sampling,
+            first=self.state.next_problem,
+            count=self.config.prompts_per_step,
+            redraws=self.config.search.redraws,
+        )
 
     def _keep_trees(self, trees: list[Tree], problems: list[Problem]) -> None:
         """Keep the first trees of a step for the viewer and the report."""
@@ -314,10 +324,28 @@ class Trainer:
 
         def write(path: Path) -> None:
             self.policy.save(path)
+            save_generation_config(self.policy, self.config, path)
+            (path / CARD).write_text(self._card(), encoding="utf-8")
             save_file(self.optimizer.state(), path / "optimizer.safetensors")
             (path / "state.json").write_text(json.dumps(asdict(self.state)), encoding="utf-8")
 
         return self.folder.checkpoint(self.state.step, write, keep=self.config.safeguards.keep_checkpoints)
+
+    def _card(self) -> str:
+        return model_card(
+            self.config,
+            step=self.state.step,
+            sampled_tokens=self.state.sampled_tokens,
+            rows=read_rows(self.folder.path / METRICS),
+            chat=bool(self.policy.tokenizer.chat_template),
+        )
+
+    def _renew_card(self) -> None:
+        """Add to this step's checkpoint, if there is one, what was measured since."""
+        last = latest_checkpoint(self.folder.path)
+        if last is not None and last.step == self.state.step:
+            with no_space(self.folder.path, "everything"):
+                write_atomically(last.path / CARD, self._card())
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:

@@ -14,7 +14,6 @@ import gzip
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -141,25 +140,38 @@ def _summary(record: Mapping[str, Any]) -> Record:
     }
 
 
-def thin_trees(folder: Path, most_bytes: float) -> set[str]:
-    """Delete the trees of steps whose neighbours are nearest until the rest takes at most `most_bytes`.
+def tree_bytes(folder: Path) -> int:
+    """Bytes that the trees of a run folder take."""
+    return sum(path.stat().st_size for path in _tree_files(folder))
+
+
+def thin_trees(folder: Path, most_bytes: float, left_bytes: float) -> set[str]:
+    """If the trees take more than `most_bytes`, delete those of steps whose neighbours are nearest until the rest takes
+    at most `left_bytes`.
 
     Trees of the first and of the last step stay. Returns the names of the deleted files.
     """
-    paths = {path: path.stat().st_size for path in (folder / FOLDER).iterdir() if FILE.fullmatch(path.name)}
-    sizes: Counter[int] = Counter()
-    for path, size in paths.items():
-        sizes[_step(path.name)] += size
+    files: dict[int, list[Path]] = {}
+    for path in _tree_files(folder):
+        files.setdefault(_step(path.name), []).append(path)
+    sizes = {step: sum(path.stat().st_size for path in paths) for step, paths in files.items()}
     deleted: set[str] = set()
-    while sizes.total() > most_bytes and len(sizes) > 2:
-        steps = sorted(sizes)
-        gone = steps[1:-1][min(range(len(steps) - 2), key=lambda i: steps[i + 2] - steps[i])]
-        del sizes[gone]
-        for path in [path for path in paths if _step(path.name) == gone]:
+    total = sum(sizes.values())
+    if total <= most_bytes:
+        return deleted
+    steps = sorted(sizes)
+    while total > left_bytes and len(steps) > 2:
+        gone = steps.pop(1 + min(range(len(steps) - 2), key=lambda i: steps[i + 2] - steps[i]))
+        total -= sizes[gone]
+        for path in files[gone]:
             path.unlink(missing_ok=True)
             deleted.add(path.name)
-            del paths[path]
     return deleted
+
+
+def _tree_files(folder: Path) -> list[Path]:
+    trees = folder / FOLDER
+    return [path for path in trees.iterdir() if FILE.fullmatch(path.name)] if trees.is_dir() else []
 
 
 def _step(name: str) -> int:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ibtpo.advantage import NodeAdvantage, advantage
+from ibtpo.advantage import NodeAdvantage, advantage, over_batch
 from ibtpo.config import TrainConfig
 from ibtpo.loss import policy_metrics, policy_objective, summarize
 from ibtpo.optim import MasterAdamW, NonFinite, NonFiniteGradient
@@ -93,7 +93,7 @@ class Updater:
         Raises:
             NonFinite: too many optimizer steps in a row had to be skipped.
         """
-        advantages = [self._advantage(tree) for tree in trees]
+        advantages = over_batch([self._advantage(tree) for tree in trees], self.config.advantage)
         kept = [one for one in advantages if not one.skipped]
         counts = {
             "groups_skipped": float(len(trees) - len(kept)),
@@ -182,7 +182,7 @@ class Updater:
         def objective(logprob: Tensor, entropy: Tensor, edges: Tensor | slice, rows: Tensor | slice) -> Tensor:
             if exact is not None:
                 logprob = with_value_of(logprob, exact[edges])
-            return policy_objective(logprob, batch, config, reference_logprob, edges)
+            return policy_objective(logprob, entropy, batch, config, reference_logprob, edges, rows)
 
         loss, logprob, entropy = policy_head(
             hidden, self.model.head, batch.edge_row, batch.targets, objective, temperature=temperature

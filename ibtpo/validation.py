@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_limits: ContextVar[dict[str, str] | None] = ContextVar("ibtpo_limits", default=None)
+
+
+@contextmanager
+def noting_limits() -> Iterator[dict[str, str]]:
+    """Note what every check inside allows, by the name of the field: documentation says what the code does."""
+    noted: dict[str, str] = {}
+    token = _limits.set(noted)
+    try:
+        yield noted
+    finally:
+        _limits.reset(token)
+
+
+def _note(name: str, allowed: str) -> None:
+    if (noted := _limits.get()) is not None:
+        noted[name] = allowed
 
 
 def check_range(
@@ -15,15 +35,17 @@ def check_range(
     high_open: bool = False,
 ) -> None:
     """Raise unless `value` lies in the interval (an open end excludes its bound)."""
+    left = "(-inf" if low is None else f"{'(' if low_open else '['}{low}"
+    right = "inf)" if high is None else f"{high}{')' if high_open else ']'}"
+    _note(name, f"{left}, {right}")
     too_low = low is not None and (value <= low if low_open else value < low)
     too_high = high is not None and (value >= high if high_open else value > high)
     if too_low or too_high or value != value:
-        left = "(-inf" if low is None else f"{'(' if low_open else '['}{low}"
-        right = "inf)" if high is None else f"{high}{')' if high_open else ']'}"
         raise ValueError(f"{name}: {value} lies outside {left}, {right}")
 
 
 def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raise unless `value` is one of `choices`."""
+    _note(name, ", ".join(choice or '""' for choice in choices))
     if value not in choices:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, choices))}")

@@ -14,7 +14,8 @@ from rich.console import Console
 
 from ibtpo import cli
 from ibtpo.config import TrainConfig
-from ibtpo.config_io import PRESETS, base_config, load_yaml, merge
+from ibtpo.config_io import base_config, load_yaml, merge
+from ibtpo.presets import PRESETS
 from ibtpo.runlog import CONFIG, RunFolder
 
 Field = tuple[tuple[str, ...], Any, Any]
@@ -70,6 +71,7 @@ def _get(config: Any, path: Sequence[str]) -> Any:
 
 
 FIELDS = list(_fields(TrainConfig()))
+GROUPS = ("search", "advantage", "loss", "ib")  # what belongs to a method
 
 
 def _parsed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> TrainConfig:
@@ -175,10 +177,13 @@ def test_data_in_the_file_means_the_jsonl_task_too(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_differ_from_the_default_in_method_alone(name: str) -> None:
     config = base_config(task="jsonl", preset=name, file=None, run=None)
-    kinds = {"ib-tpo": ("ibtree", "ib-tpo"), "grpo": ("independent", "grpo")}
-    assert (config.search.method, config.advantage.kind) == kinds[name]
-    method = {"search": {"method": "ibtree"}, "advantage": {"kind": "ib-tpo"}}
-    assert merge(config, method, source="") == TrainConfig()
+    named = (PRESETS[name]["search"]["method"], PRESETS[name]["advantage"]["kind"])
+    assert (config.search.method, config.advantage.kind) == named
+    for path, _, default in FIELDS:
+        named = PRESETS[name].get(path[0], {})
+        if path[-1] not in named and path != ("task",):
+            assert _get(config, path) == default, path
+    assert [(group, field) for group, fields in PRESETS[name].items() for field in fields if group not in GROUPS] == []
 
 
 @pytest.mark.parametrize(
@@ -284,7 +289,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_unknown_preset_suggests_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"preset: 'grop' is not one of ib-tpo, grpo\. Did you mean grpo\?"):
+    with pytest.raises(ValueError, match=r"preset: 'grop' is not one of ib-tpo, grpo, .*\. Did you mean grpo\?"):
         base_config(task=None, preset="grop", file=None, run=None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,18 @@ def test_a_file_of_integers_and_fractions_is_not_taken_for_aime(tmp_path: Path) 
     task = opened(write(tmp_path / "d.jsonl", rows), **ALL)
     assert [p.answer for p in task.eval_problems(2)] == ["7", "1/2"]
     assert 'prompts are read from the field "problem"' in task.notes[0]
+
+
+def test_the_rows_of_the_page_are_read_as_it_says(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\*\*(\w+)\*\*: .*?^```json\n(.*?)\n```", page, flags=re.DOTALL | re.MULTILINE)
+    answers = {"plain": "4", "gsm8k": "1005", "math": r"\frac{1}{2}", "dapo": "34", "aime": "343"}
+    assert [name for name, _ in shown] == list(answers)
+    for name, row in shown:
+        (tmp_path / "d.jsonl").write_text(row + "\n", encoding="utf-8")
+        task = opened(tmp_path / "d.jsonl", **ALL)
+        assert task.eval_problems(1)[0].answer == answers[name]
+        assert any(f"layout {name}" in note for note in task.notes) == (name != "plain")
 
 
 def test_parquet_and_saved_folders_hold_what_the_jsonl_file_holds(tmp_path: Path) -> None:

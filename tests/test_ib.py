@@ -20,7 +20,8 @@ CONFIGS = st.builds(
     beta=st.sampled_from([0.5, 5.0]),
     step_probability=st.sampled_from(["geometric", "product", "mean", "min"]),
     zero_parent=st.sampled_from(["one", "zero", "smooth"]),
-    value=st.sampled_from(["leaf_mean", "recursive"]),
+    value=st.sampled_from(["leaf_mean", "recursive", "shrunk"]),
+    shrinkage=st.sampled_from([0.0, 0.5, 3.0]),
     duplicates=st.sampled_from(["separate", "merge"]),
 )
 
@@ -57,6 +58,88 @@ def test_hand_computed_recursive_values():
     assert ib.value(tree.root) == pytest.approx((1 / 2 + 0) / 2)  # not 1/3: each child is one draw
     assert ib.eta1(a) == pytest.approx(2 - 1.2)
     assert ib.score(tree.root) == pytest.approx(6 / 2 * (0.8 * 0.5 - 1.2 * 0.25))
+
+
+def test_hand_computed_shrunk_values():
+    """k = 2: the prompt keeps 1/3, a = (1 + 2/3)/4 = 5/12, a1 = (1 + 5/6)/3, a2 = (0 + 5/6)/3, b = (0 + 2/3)/3."""
+    tree, trajectories = small_tree()
+    (a, a1), (a2,), (b,) = trajectories
+    ib = estimate(tree, trajectories, IBConfig(value="shrunk", shrinkage=2.0))
+    assert [ib.value(n) for n in (tree.root, a, a1, a2, b)] == pytest.approx([1 / 3, 5 / 12, 11 / 18, 5 / 18, 2 / 9])
+    # ratios a 5/4, b 2/3 and a1 22/15, a2 2/3, each minus 1.2
+    assert [ib.eta1(n) for n in (a, b, a1, a2)] == pytest.approx([0.05, 2 / 3 - 1.2, 22 / 15 - 1.2, 2 / 3 - 1.2])
+    assert ib.score(tree.root) == pytest.approx(3 * (0.05 * 0.5 + (2 / 3 - 1.2) * 0.25))
+    assert ib.score(a) == pytest.approx(3 * ((22 / 15 - 1.2) * 0.5 + (2 / 3 - 1.2) * 0.25), abs=1e-6)
+
+
+def test_a_shrunk_value_follows_its_parent_when_a_leaf_is_added_elsewhere():
+    tree, trajectories = small_tree()
+    (b,) = trajectories[2]
+    ib = estimate(tree, trajectories, IBConfig(value="shrunk", shrinkage=1.0))
+    assert ib.value(b) == pytest.approx((0 + 1 / 3) / 2)
+    ib.add_leaf(chain(tree.root, [([9], -1.0)], 1.0))
+    assert ib.value(b) == pytest.approx((0 + 1 / 2) / 2)
+
+
+def test_shrinkage_of_zero_is_the_leaf_mean():
+    tree, trajectories = random_trajectories(Random(3), leaves=7)
+    shrunk, plain = (
+        estimate(tree, trajectories, config) for config in (IBConfig(value="shrunk", shrinkage=0.0), IBConfig())
+    )
+    assert [shrunk.value(node) for node in tree.nodes()] == [plain.value(node) for node in tree.nodes()]
+    assert dict(shrunk.branching()) == dict(plain.branching())
+
+
+def test_hand_computed_standard_errors():
+    """eta1*eta2: prompt .15, -.3; a .4, -.3. Squared deviations .10125 and .245, pooled over 1 + 1 degrees."""
+    tree, trajectories = small_tree()
+    a = trajectories[0][0]
+    ib = estimate(tree, trajectories, IBConfig(score_bonus=0.5))
+    pooled = (0.10125 + 0.245) / 2
+    expected = {tree.root: 6 * math.sqrt((0.10125 + pooled) / 2 / 2), a: 6 * math.sqrt((0.245 + pooled) / 2 / 2)}
+    assert {node: ib.standard_error(node) for node in expected} == pytest.approx(expected)
+    assert dict(ib.branching()) == pytest.approx({node: ib.score(node) + 0.5 * e for node, e in expected.items()})
+    plain = estimate(tree, trajectories)
+    assert dict(plain.branching()) == {tree.root: plain.score(tree.root), a: plain.score(a)}
+
+
+def test_a_node_with_one_child_has_the_pooled_error_and_a_chain_has_none():
+    tree, trajectories = small_tree()
+    trajectories.append(chain(tree.root, [([9], math.log(0.25)), ([10], math.log(0.25))], 0.0))
+    ib = estimate(tree, trajectories, IBConfig(score_bonus=1.0))
+    (only_child, _) = trajectories[-1]
+    # the prompt's ratios are now 2, 0, 0 (value 1/4): .8*.5, -1.2*.25 twice; a's are .4, -.3 as before
+    pooled = (0.49 * 2 / 3 + 0.245) / (2 + 1)
+    assert ib.standard_error(only_child) == pytest.approx(6 * math.sqrt(pooled))
+    alone = Tree([1])
+    lonely = estimate(alone, [chain(alone.root, [([2], -1.0), ([3], -1.0)], 1.0)], IBConfig(score_bonus=1.0))
+    assert lonely.standard_error(alone.root) == 0.0
+    assert dict(lonely.branching())[alone.root] == lonely.score(alone.root)
+
+
+def test_hand_computed_balanced_beta():
+    """The tree of the test above. Gain g: prompt (.5 - .25 - .25)/3, a (.5 - .25)/2, d 0; confidence 1/3, 3/8, 1/4."""
+    tree, trajectories = small_tree()
+    trajectories.append(chain(tree.root, [([9], math.log(0.25)), ([10], math.log(0.25))], 0.0))
+    a, d = trajectories[0][0], trajectories[-1][0]
+    ib = estimate(tree, trajectories, IBConfig(score_beta="balanced"))
+    beta = math.sqrt((1 / 72**2 + 1 / 18**2 + 5**2 / 72**2) / (2 / 24**2 + 1 / 12**2))  # std(confidence)/std(g), 0.88
+    assert ib.ranking_beta() == pytest.approx(beta, rel=1e-6)
+    expected = {tree.root: 0 - 1 / 3 / beta, a: 1 / 8 - 3 / 8 / beta, d: 0 - 1 / 4 / beta}
+    assert dict(ib.branching()) == pytest.approx({node: (1 + beta) * j for node, j in expected.items()}, rel=1e-5)
+    assert ib.score(a) == pytest.approx(6 * (1 / 8 - 3 / 8 / 5))  # what is logged keeps the configured beta
+
+
+def test_a_tree_without_evidence_is_ranked_at_the_configured_beta():
+    tree, trajectories = small_tree()  # the mean confidence is 3/8 at both nodes
+    assert estimate(tree, trajectories, IBConfig(score_beta="balanced")).ranking_beta() == 5.0
+    for reward in (0.0, 1.0):
+        tree = Tree([1])
+        steps = chain(tree.root, [([2], math.log(0.25)), ([3], math.log(0.8))], reward)
+        ib = estimate(tree, [steps], IBConfig(score_beta="balanced"))
+        assert ib.ranking_beta() == 5.0
+        assert dict(ib.branching()) == {tree.root: ib.score(tree.root), steps[0]: ib.score(steps[0])}
+    assert IBEstimates(Tree([1]), IBConfig(score_beta="balanced")).ranking_beta() == 5.0
 
 
 @pytest.mark.parametrize(("rule", "ratio"), [("one", 1.0), ("zero", 0.0), ("smooth", (1 / 3) / (1 / 4))])
@@ -130,6 +213,10 @@ def brute_force(tree: Tree, config: IBConfig) -> dict[Node, tuple[float, float, 
     def value(node: Node) -> float:
         if config.value == "leaf_mean":
             return float(np.mean(rewards(node)))
+        if config.value == "shrunk":
+            k = 0.0 if node.parent is None else config.shrinkage
+            prior = 0.0 if node.parent is None else value(node.parent)
+            return (sum(rewards(node)) + k * prior) / (len(rewards(node)) + k)
         ends = [twin.reward for twin in same(node) if twin.is_leaf]
         return float(np.mean([value(child) for child in children(node)] + ends))
 

@@ -26,6 +26,8 @@ LOSSES = st.builds(
     clip_low=st.sampled_from([0.0, 0.2]),
     clip_high=st.sampled_from([0.2, 0.28]),
     kl_coef=st.sampled_from([0.0, 0.5]),
+    entropy_coef=st.sampled_from([0.0, 0.3]),
+    entropy_advantage_coef=st.sampled_from([0.0, 0.2]),
     aggregation=st.sampled_from(["token", "sequence", "dr_grpo"]),
     prefix_weight=st.sampled_from(["trajectory", "sqrt", "node"]),
 )
@@ -121,7 +123,9 @@ def test_the_real_model_has_the_unpacked_gradient_too(aggregation, prefix_weight
     model, frozen = qwen3(0), qwen3(1)
     advantages = forest(7, kind=kind)
     near_policy(model, advantages, 7)
-    config = LossConfig(aggregation=aggregation, prefix_weight=prefix_weight, kl_coef=0.5)
+    config = LossConfig(
+        aggregation=aggregation, prefix_weight=prefix_weight, kl_coef=0.5, entropy_coef=0.3, entropy_advantage_coef=0.2
+    )
     reference = lambda *packed: log_probs(frozen, *packed).detach()  # noqa: E731
     metrics = [check_gradients(model, advantages, config, budget, reference) for budget in (10**6, 30)]
     assert 0.1 < metrics[0]["clip_fraction"] < 0.9  # the clip was active

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
+import numpy as np
 import pytest
 from trees import fill
 
@@ -116,3 +117,47 @@ def test_a_search_asks_for_pending_nodes_only():
     growth = make_search(SearchConfig(), IBConfig(), one_token_steps, 10)(tree := Tree([1]))
     pending: list[Node] = next(growth)
     assert [node.is_pending and node.parent is tree.root for node in pending] == [True] * 4
+
+
+# ---- rounds ahead of their outcomes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["ibtree", "random-tree"])
+@pytest.mark.parametrize("lookahead", [2, 3, 8, 20])
+def test_rounds_ahead_grow_as_many_trajectories_and_count_them_all(method: str, lookahead: int) -> None:
+    """And no node has two branches under way while another could be branched."""
+    policy = TablePolicy((0.9, 0.6, 0.3), 4)
+    config = SearchConfig(method=method, rounds=9, lookahead=lookahead)
+    widest = 0
+    for key in range(20):
+        tree = Tree([1], key=key)
+        policy.run(make_search(config, IBConfig(), lambda tokens: range(1, len(tokens)), 4), tree, Random(key))
+        assert len(tree.leaves()) == config.trajectories == 12
+        estimates = tree.notes["ib"]
+        assert estimates.value(tree.root) == pytest.approx(np.mean([leaf.reward for leaf in tree.leaves()]))
+        rounds = [leaf.notes["round"] for leaf in tree.leaves()]
+        assert sorted(rounds) == [0] * 4 + list(range(1, 9))
+        branched = [node for _, node, _ in tree.notes["branched"]]
+        for i in range(len(branched) - 1):
+            widest = max(widest, len(set(branched[i : i + lookahead])))
+    assert widest == min(lookahead, 8)
+
+
+def test_with_one_round_under_way_it_is_the_plain_search() -> None:
+    """Round by round the search waits for its own branches: nothing but lists is yielded."""
+    yielded = []
+
+    def watched(tree: Tree):
+        growth = make_search(SearchConfig(), IBConfig(), lambda tokens: range(1, len(tokens)), 4)(tree)
+        sent = None
+        while True:
+            try:
+                asked = growth.send(sent)
+            except StopIteration:
+                return
+            yielded.append(asked)
+            sent = yield asked
+
+    TablePolicy((0.9, 0.6, 0.3), 4).run(watched, Tree([1], key=0), Random(0))
+    assert len(yielded) == 9
+    assert all(isinstance(asked, list) for asked in yielded)

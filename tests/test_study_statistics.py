@@ -73,7 +73,8 @@ def test_recursive_value_weighs_branches_alike() -> None:
 
 def test_shipped_studies_load_and_share_their_cells() -> None:
     """Every YAML makes cells; GRPO's cell of `main` is that of `ablation`; all methods of a seed share a start."""
-    for name in ("samplers", "main", "ablation", "beta", "lambda", "segmentation-noise", "open-points", "bias"):
+    names = ("samplers", "main", "ablation", "beta", "lambda", "segmentation-noise", "open-points", "beyond", "bias")
+    for name in names:
         study = load_study(name)
         cells = study.cells(2, prompts=100, changes={})
         assert len({cell.id for cell in cells}) == len(cells) > 1, name

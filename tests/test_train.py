@@ -16,7 +16,14 @@ import pytest
 import torch
 import yaml
 from checkpoints import save_additions, save_checkpoint
-from safetensors.torch import load_file
+from endings import assert_complete as _assert_complete
+from endings import assert_same_end as _assert_same_end
+from endings import evaluations as _evaluations
+from endings import last_checkpoint as _last
+from endings import log_rows as _rows
+from endings import saved as _saved
+from endings import step_rows as _steps
+from endings import untimed as _untimed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ibtpo.warmstart
@@ -35,67 +42,10 @@ TINY_MODEL = [
     "--sampled-tokens", "250", "--prompts-per-step", "4", "--search.rounds", "5", "--sampling.max-tokens", "6",
     "--eval.prompts", "4", "--eval.samples", "2", "--optim.lr", "1e-3", "--optim.warmup-steps", "1",
 ]  # fmt: skip
-Tensors = dict[str, torch.Tensor]
 
 
 def _run(*arguments: object) -> int:
     return main(["train", *map(str, arguments)])
-
-
-def _rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def _steps(folder: Path) -> list[dict[str, Any]]:
-    return [row for row in _rows(folder) if "tokens_sampled" in row]
-
-
-def _untimed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    timed = ("seconds", "per_second", "memory", "planned")
-    return [{name: value for name, value in row.items() if not name.endswith(timed)} for row in rows]
-
-
-def _evaluations(folder: Path) -> list[dict[str, Any]]:
-    return [row for row in _rows(folder) if "eval_avg" in row]
-
-
-def _last(folder: Path) -> Path:
-    last = latest_checkpoint(folder)
-    assert last is not None
-    return last.path
-
-
-def _saved(folder: Path) -> tuple[Tensors, Tensors, dict[str, int]]:
-    path = _last(folder)
-    state = json.loads((path / "state.json").read_text())
-    return load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), state
-
-
-def _assert_same_end(left: Path, right: Path) -> None:
-    """Weights, optimizer, counters and metrics of two runs are the same, to the last bit."""
-    (model, optimizer, state), (other_model, other_optimizer, other_state) = _saved(left), _saved(right)
-    assert state == other_state
-    for mine, other in ((model, other_model), (optimizer, other_optimizer)):
-        assert mine.keys() == other.keys()
-        assert [name for name in mine if not torch.equal(mine[name], other[name])] == []
-    assert _untimed(_steps(left)) == _untimed(_steps(right))
-    assert _untimed(_evaluations(left))[-1] == _untimed(_evaluations(right))[-1]
-
-
-def _assert_complete(folder: Path, budget: int) -> None:
-    """Steps count up without a gap, tokens add up to the budget, and nothing half-written lies about."""
-    steps = _steps(folder)
-    assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))
-    sampled = [row["tokens_sampled"] for row in steps]
-    assert sum(sampled[:-1]) < budget <= sum(sampled)
-    state = _saved(folder)[2]
-    assert state["step"] == len(steps)
-    assert state["sampled_tokens"] == sum(sampled)
-    assert state["next_problem"] == sum(row["prompts"] for row in steps)
-    assert _evaluations(folder)[0]["step"] == 0
-    assert _evaluations(folder)[-1]["step"] == len(steps)
-    assert list(folder.rglob("*.tmp")) == []
-    assert "</html>" in (folder / "report.html").read_text()
 
 
 @pytest.fixture(scope="session")

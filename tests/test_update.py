@@ -98,16 +98,18 @@ def test_right_steps_become_likelier_and_wrong_ones_less_likely(kind: str, dtype
     assert values["grad_norm"] > 0
 
 
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.2])
 @pytest.mark.parametrize("kl_coef", [0.0, 0.3])
 @pytest.mark.parametrize("chunk_rows", [5, 64], ids=["many-chunks", "one-chunk"])
 def test_loss_metrics_and_gradients_are_those_of_log_probs_and_a_loss_after_them(
-    chunk_rows: int, kl_coef: float, monkeypatch: pytest.MonkeyPatch
+    chunk_rows: int, kl_coef: float, entropy_coef: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one-pass head of the update against `policy_loss` of `edge_logprob`, in float64, by every parameter."""
     monkeypatch.setattr(one_pass, "_CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(one_pass, "_CHUNK_ROWS", chunk_rows)
     model, reference = _model(dtype=torch.float64), _model(seed=1, dtype=torch.float64)
-    config = _config(loss=LossConfig(kl_coef=kl_coef))
+    loss_config = LossConfig(kl_coef=kl_coef, entropy_coef=entropy_coef, entropy_advantage_coef=entropy_coef / 2)
+    config = _config(loss=loss_config)
     updater = _updater(model, config, reference if kl_coef else None)
     trees = _trees(_model(seed=2))  # sampled by another policy: ratios differ from one, some are clipped
     (batch,) = updater._pack([updater._advantage(tree) for tree in trees])
@@ -242,6 +244,7 @@ def test_uniform_groups_alone_change_nothing() -> None:
     values = updater.update(trees)
     assert torch.equal(_flat(model), before)
     assert updater.optimizer.num_steps == 0
+    assert values.pop("optimizer_steps_skipped") == 0.0
     assert values == {"groups_skipped": 2.0, "tokens_trained": 0.0, "optimizer_steps": 0.0, "lr": 1e-3}
 
 

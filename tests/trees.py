@@ -139,6 +139,8 @@ def unpacked_loss(
                     lp = logp[t - 1, tokens[t]]
                     r = torch.exp(lp - float(old[t]))
                     term = -torch.minimum(r * a, r.clamp(1 - config.clip_low, 1 + config.clip_high) * a)
+                    entropy = -(logp[t - 1].exp() * logp[t - 1]).sum()
+                    term = term - (config.entropy_coef + config.entropy_advantage_coef * a) * entropy
                     if ref is not None:
                         x = ref[t - 1, tokens[t]] - lp
                         term = term + config.kl_coef * (torch.exp(x) - x - 1)

@@ -18,7 +18,7 @@ from ibtpo_engine.errors import (
 )
 from ibtpo_engine.export import PackedTree
 from ibtpo_engine.given import Score
-from ibtpo_engine.growing import Growth, Reward, Search
+from ibtpo_engine.growing import Ahead, Growth, Reward, Search
 from ibtpo_engine.http_backend import CompletionsServer, HttpBackend
 from ibtpo_engine.lora import LoRA
 from ibtpo_engine.masks import MaskState, TokenMask
@@ -32,6 +32,7 @@ from ibtpo_engine.stream import Event
 from ibtpo_engine.tree import Node, Tree
 
 __all__ = [
+    "Ahead",
     "Backend",
     "BackendEngine",
     "BackendError",

@@ -229,7 +229,7 @@ class _Run:
         """Begin the search on another prompt."""
         tree = self.engine.tree(prompt, key=key)
         growth = self.growing[tree.ordinal] = Growing(index, tree, self.search, self.reward)
-        growth.ask([])
+        growth.ask()
         self._submit(growth)
 
     def _submit(self, growth: Growing) -> None:
@@ -254,7 +254,7 @@ class _Run:
     def resume(self) -> Iterator[tuple[int, Tree]]:
         """Hand the branches that are finished and graded to their searches; yield the trees whose search has ended."""
         for growth in [growth for growth in self.growing.values() if growth.is_ready()]:
-            growth.ask(growth.nodes)
+            growth.ask()
             if growth.done:
                 del self.growing[growth.tree.ordinal]
                 growth.tree.close()

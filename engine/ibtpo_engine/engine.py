@@ -382,7 +382,7 @@ class Engine:
                 raise ValueError(f"run: no key is left for prompt {index}; give one key a prompt")
             tree = self.tree(prompt, key=key, budget=budget)
             growth = growing[tree.ordinal] = self._growing[tree.ordinal] = Growing(index, tree, search, reward)
-            growth.ask([])
+            growth.ask()
             self._submit_round(growth, sampling)
 
     def _advance(self, growing: dict[int, Growing]) -> None:
@@ -398,8 +398,8 @@ class Engine:
 
     def _resume(self, growing: dict[int, Growing], sampling: Sampling) -> Iterator[tuple[int, Tree]]:
         """Hand finished and graded branches to their searches; yield the trees whose search has ended."""
-        for growth in [growth for growth in growing.values() if growth.unfinished == 0 and growth.is_ready()]:
-            growth.ask(growth.nodes)
+        for growth in [growth for growth in growing.values() if growth.is_ready()]:
+            growth.ask()
             if growth.done:
                 del growing[growth.tree.ordinal], self._growing[growth.tree.ordinal]
                 growth.tree.close()

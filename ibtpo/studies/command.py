@@ -36,7 +36,7 @@ class StudyArguments:
     """
 
     name: Annotated[str, tyro.conf.Positional]
-    """main, ablation, samplers, bias, beta, lambda, segmentation-noise, open-points, or a FILE.yaml of your own."""
+    """main, ablation, samplers, bias, beta, lambda, segmentation-noise, open-points, beyond, or FILE.yaml, your own."""
     seeds: int = 5
     """Seeds 0, 1, ...; each has its own task, starting policy and random numbers, shared by all variants."""
     jobs: int | None = None

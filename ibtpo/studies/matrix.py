@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ibtpo.config import TrainConfig
-from ibtpo.config_io import PRESETS, base_config, load_yaml, merge
+from ibtpo.config_io import base_config, load_yaml, merge
+from ibtpo.presets import PRESETS
 from ibtpo.tasks.base import suggest
 
 Kind = Literal["train", "samplers", "bias"]

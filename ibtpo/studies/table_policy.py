@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Sequence
 from random import Random
 
 import numpy as np
 
-from ibtpo_engine.tree import Node, Tree
+from ibtpo_engine import Ahead, Node, Search, Tree
 
 
 class TablePolicy:
@@ -27,15 +27,16 @@ class TablePolicy:
         """Exact success probability of a prompt."""
         return float(np.mean(self.facts)) ** self.depth
 
-    def run(self, search: Callable[[Tree], Generator[list[Node], list[Node], None]], tree: Tree, rng: Random) -> Tree:
+    def run(self, search: Search, tree: Tree, rng: Random) -> Tree:
         """What Engine.run does for one tree."""
         growth = search(tree)
-        pending = next(growth)
+        asked = next(growth)
         while True:
-            for node in pending:
+            asked = asked if isinstance(asked, Ahead) else Ahead(asked, asked)
+            for node in asked.extend:
                 self._extend(node, rng)
             try:
-                pending = growth.send(pending)
+                asked = growth.send(list(asked.until))
             except StopIteration:
                 return tree
 

@@ -1,0 +1,37 @@
+"""Tree-GRPO's advantage of a trajectory (arXiv 2509.21240): its z-score in its tree plus that among all trajectories.
+
+    A(i) = (R_i - mean of its tree) / (std of its tree + eps)  +  (R_i - mean of the group) / (std of the group + eps)
+
+Trees are told apart by ``leaf.notes["group"]``; where no search has left it, the group is one tree.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Doubles = npt.NDArray[np.float64]
+Longs = npt.NDArray[np.int64]
+
+
+def tree_grpo(rewards: Doubles, groups: Longs, *, eps: float, ddof: int) -> Doubles:
+    """float64 [G].
+
+    Args:
+        rewards: [G].
+        groups: [G], the tree each trajectory belongs to.
+        eps: added to the deviations.
+        ddof: 0 or 1, what is taken off the count in a deviation.
+    """
+    inside = np.zeros(len(rewards))
+    for group in np.unique(groups):
+        inside[groups == group] = z_score(rewards[groups == group], eps=eps, ddof=ddof)
+    return inside + z_score(rewards, eps=eps, ddof=ddof)
+
+
+def z_score(rewards: Doubles, *, eps: float, ddof: int) -> Doubles:
+    """(R - mean)/(std + eps); 0 where all are equal."""
+    if rewards.min() == rewards.max():
+        return np.zeros(len(rewards))
+    scores: Doubles = (rewards - rewards.mean()) / (rewards.std(ddof=ddof) + eps)
+    return scores

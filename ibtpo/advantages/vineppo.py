@@ -1,0 +1,25 @@
+"""VinePPO's advantage of a step (arXiv 2410.01679): V where it ends minus V where it begins.
+
+The values come from rollouts of their own: ``node.notes["value"]``, left by the search of that name.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ibtpo_engine.export import PackedTree
+
+Doubles = npt.NDArray[np.float64]
+
+
+def vineppo(packed: PackedTree) -> Doubles:
+    """float64 [S], the prompt's being 0.
+
+    Raises:
+        ValueError: a node has no value.
+    """
+    if any("value" not in node.notes for node in packed.nodes):
+        raise ValueError("advantage: kind=vineppo needs the values that search.method=vineppo leaves on every node")
+    value = {node: float(node.notes["value"]) for node in packed.nodes}
+    return np.array([0.0 if node.parent is None else value[node] - value[node.parent] for node in packed.nodes])

@@ -1,0 +1,8 @@
+"""Accuracy from independent rollouts: avg@k, pass@k, maj@k and greedy, in training and as a command of its own."""
+
+from __future__ import annotations
+
+from ibtpo.evaluation.evaluate import evaluate, summarize
+from ibtpo.evaluation.sampling import Completion, sample_completions
+
+__all__ = ["Completion", "evaluate", "sample_completions", "summarize"]

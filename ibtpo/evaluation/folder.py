@@ -1,0 +1,130 @@
+"""The folder of an evaluation: it goes on where it was stopped, however that happened.
+
+::
+
+    settings.json        what is evaluated, how; an evaluation of anything else is refused here
+    completions.jsonl    a line a completion, appended as they arrive, in any order
+    summary.json         written at the end, from the lines above
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any, Self
+
+from ibtpo.disk import no_space, write_atomically
+from ibtpo.evaluation.sampling import Completion, Place
+from ibtpo.runlog import CONFIG
+
+SETTINGS, COMPLETIONS, SUMMARY = "settings.json", "completions.jsonl", "summary.json"
+
+
+class EvaluationFolder:
+    """An evaluation's folder, locked while it is open; use as a context manager.
+
+    Args:
+        path: made if it is not there.
+        settings: what decides the numbers, by name.
+
+    Attributes:
+        found: the completions that were there, by their place.
+
+    Raises:
+        ValueError: the folder holds a run, other files, or an evaluation with other settings; another process uses it,
+            or it cannot be written.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self.path = path
+        self.found: dict[Place, Completion] = {}
+        self._check_free()
+        try:
+            with no_space(path, "nothing"):
+                path.mkdir(parents=True, exist_ok=True)
+                self._file = (path / COMPLETIONS).open("a+b")
+        except OSError as error:
+            raise ValueError(f"out: {path} cannot be written ({error.strerror}); choose another --out") from error
+        try:
+            self._lock(self._file)
+            self._check_settings(json.loads(json.dumps(settings)))
+            self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def add(self, completion: Completion, where: str | None = None) -> None:
+        """Append a completion; once this returns, a killed process does not lose it."""
+        row = completion._asdict() | ({} if where is None else {"where": where})
+        with no_space(self.path, "all completions before"):
+            self._file.write(json.dumps(row).encode() + b"\n")
+            self._file.flush()
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write the summary."""
+        with no_space(self.path, "all completions"):
+            write_atomically(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def _check_free(self) -> None:
+        if not self.path.exists() or (self.path / SETTINGS).is_file():
+            return
+        if not self.path.is_dir():
+            raise ValueError(f"out: {self.path} is a file; choose another folder with --out")
+        if (self.path / CONFIG).is_file():
+            raise ValueError(f"out: {self.path} is a run folder; choose another, such as {self.path / 'eval'}")
+        if {entry.name for entry in self.path.iterdir()} - {COMPLETIONS}:
+            raise ValueError(f"out: {self.path} already holds other files; choose another folder with --out")
+
+    def _lock(self, file: IO[bytes]) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except BlockingIOError:
+            message = f"out: {self.path} is in use by another evaluation; wait for it, or choose another --out"
+            raise ValueError(message) from None
+
+    def _check_settings(self, settings: Mapping[str, Any]) -> None:
+        path = self.path / SETTINGS
+        if not path.is_file():
+            with no_space(self.path, "nothing"):
+                write_atomically(path, json.dumps(settings, indent=2) + "\n")
+            return
+        try:
+            before = dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError:
+            raise ValueError(f"out: {path} cannot be read; choose another folder with --out") from None
+        changed = [
+            f"{name} was {before.get(name, 'not there')!r}, is {settings.get(name, 'not there')!r}"
+            for name in dict.fromkeys([*before, *settings])
+            if name != "model" and before.get(name) != settings.get(name)  # a model may have moved; its weights count
+        ]
+        if changed:
+            raise ValueError(
+                f"out: {self.path} holds another evaluation ({'; '.join(changed)}); give the same settings to go on "
+                "with it, or choose another folder with --out"
+            )
+
+    def _read(self) -> None:
+        """Take what is there, and cut off a line that is not whole: the process was killed while writing it."""
+        self._file.seek(0)
+        end = 0
+        for number, line in enumerate(self._file, 1):
+            if not line.endswith(b"\n"):
+                break
+            end += len(line)
+            try:
+                row = json.loads(line)
+                completion = Completion(**{name: row[name] for name in Completion._fields})
+            except (ValueError, KeyError, TypeError):
+                where = f"{self.path / COMPLETIONS}, line {number}"
+                raise ValueError(f"{where}: not a completion; remove the line, it is then sampled again") from None
+            self.found[completion.prompt, completion.sample] = completion
+        os.truncate(self.path / COMPLETIONS, end)

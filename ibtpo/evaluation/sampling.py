@@ -1,0 +1,141 @@
+"""Independent completions of every problem, handed on as soon as they are graded and their answers read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from collections.abc import Set as AbstractSet
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import NamedTuple
+
+from ibtpo.grow import Grower
+from ibtpo.metrics import is_truncated
+from ibtpo.tasks import Grades, Problem
+from ibtpo_engine import Node, Sampling, Search, Tree
+
+Place = tuple[int, int | None]
+"""(index of the problem, index of the sample); the greedy completion has no index."""
+
+
+class Completion(NamedTuple):
+    """One completion of a problem and what came of it."""
+
+    prompt: int
+    """Index of the problem."""
+    sample: int | None
+    """Index of the sample; None is the greedy completion."""
+    text: str
+    reward: float
+    answer: str | None
+    """As `Grades.extract` reads it; None if there is none, it cannot be read, or the completion is truncated."""
+    finish: str
+    """What ended it: "stop", "length", ..."""
+    tokens: int
+    """Sampled tokens."""
+
+
+def sample_completions(
+    grower: Grower,
+    problems: Sequence[Problem],
+    sampling: Sampling,
+    samples: int,
+    keep: Callable[[Completion], object],
+    *,
+    done: AbstractSet[Place] = frozenset(),
+    on_prompt: Callable[[Tree], object] = lambda tree: None,
+) -> None:
+    """Sample `samples` completions of every problem, and its greedy one, except those that are `done`.
+
+    The same problems get the same random numbers every time, whatever is done already: evaluations are paired.
+
+    Args:
+        grower: engine, task, tokenizer.
+        sampling: of the independent samples; the greedy pass sets temperature 0.
+        keep: called with each completion, in any order.
+        on_prompt: called twice a problem (sampled, then greedy) that is not done, as they are done.
+
+    Raises:
+        Interrupted: the grower was told to stop.
+        GraderError: too many gradings failed.
+    """
+    greedy = replace(sampling, temperature=0.0)
+    passes: tuple[tuple[list[int | None], Sampling], ...] = (([*range(samples)], sampling), ([None], greedy))
+    for wanted, how in passes:
+        missing = {_key(i): [(i, sample) not in done for sample in wanted] for i in range(len(problems))}
+        missing = {key: flags for key, flags in missing.items() if any(flags)}
+        collector = _Collector(grower.task, problems, wanted, keep)
+
+        def tree_done(tree: Tree, collector: _Collector = collector) -> None:
+            collector.hand_on()
+            on_prompt(tree)
+
+        try:
+            asked = [problems[_index(key)] for key in missing]
+            grower.grow(asked, list(missing), _chains(missing), how, tree_done, on_leaf=collector)
+        finally:
+            collector.hand_on()
+        collector.hand_on(wait=True)
+
+
+def _key(index: int) -> int:
+    return -1 - index  # never a training tree's key
+
+
+_index = _key  # its own inverse
+
+
+def _chains(missing: dict[int, list[bool]]) -> Search:
+    """Independent trajectories, of which those that are not missing are left out; the others draw what they would."""
+
+    def search(tree: Tree) -> Generator[list[Node], list[Node], None]:
+        flags = missing[tree.key]
+        nodes = tree.root.fork(len(flags))
+        for node, is_missing in zip(nodes, flags, strict=True):
+            if not is_missing:
+                node.drop()
+        yield [node for node in nodes if not node.dropped]
+
+    return search
+
+
+class _Collector:
+    """Makes completions of graded leaves; holds them while their reward or answer is on its way."""
+
+    def __init__(
+        self,
+        task: Grades,
+        problems: Sequence[Problem],
+        wanted: Sequence[int | None],
+        keep: Callable[[Completion], object],
+    ) -> None:
+        self._task, self._problems, self._wanted, self._keep = task, problems, wanted, keep
+        self._waiting: list[tuple[Completion, Future[float] | None, Future[str | None] | None]] = []
+
+    def __call__(self, tree: Tree, leaf: Node, text: str, reward: float | Future[float]) -> None:
+        index = _index(tree.key)
+        answer = None if is_truncated(leaf) else self._task.extract(self._problems[index], text)
+        completion = Completion(
+            prompt=index,
+            sample=self._wanted[leaf.birth[1]],
+            text=text,
+            reward=0.0 if isinstance(reward, Future) else reward,
+            answer=None if isinstance(answer, Future) else answer,
+            finish=str(leaf.finish),
+            tokens=leaf.end - tree.prompt_len,
+        )
+        later = (reward if isinstance(reward, Future) else None, answer if isinstance(answer, Future) else None)
+        self._waiting.append((completion, *later))
+        self.hand_on()
+
+    def hand_on(self, *, wait: bool = False) -> None:
+        """Hand on what is complete; with `wait`, all of it."""
+        waiting, self._waiting = self._waiting, []
+        for completion, reward, answer in waiting:
+            if not wait and any(future is not None and not future.done() for future in (reward, answer)):
+                self._waiting.append((completion, reward, answer))
+                continue
+            if reward is not None:
+                completion = completion._replace(reward=reward.result())
+            if answer is not None:
+                completion = completion._replace(answer=answer.result())
+            self._keep(completion)

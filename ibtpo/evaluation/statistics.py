@@ -1,0 +1,103 @@
+r"""What n independent samples a prompt say about k of them: pass@k and maj@k, without drawing subsets.
+
+Both are exact means over all ordered choices of k of the n samples: unbiased for k fresh samples, alike in every run.
+maj@k is the reward of the majority's answer. Equal texts are one answer, samples without a readable answer do not vote,
+ties go to the answer seen first, and its first completion is what is rewarded; 0 where nobody votes.
+
+In a random order each of t tied answers is first equally often, and so is each of an answer's completions. With c_a
+completions of answer a, their mean reward r_a, and u samples that do not vote:
+
+    maj@k = sum_m sum_{votes j_a <= m, t of them equal m, t >= 1}  prod_a C(c_a, j_a) * C(u, k - sum_a j_a) / C(n, k)
+                                                                  * mean of r_a over the tied answers
+
+which a pass over the answers computes for each m, keeping (votes so far, answers tied at m).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ibtpo.metrics import RIGHT, bootstrap_interval, pass_at_k
+from ibtpo.report import Estimate
+
+Doubles = npt.NDArray[np.float64]
+MOST_SAMPLES = 1000  # as eval.samples allows; 2**n, the largest number on the way, must fit a double
+
+
+def ks_up_to(samples: int) -> list[int]:
+    """1, 2, 4, ... below `samples`, and `samples` itself."""
+    return [1 << i for i in range(samples.bit_length()) if 1 << i < samples] + [samples]
+
+
+def estimate(per_prompt: npt.ArrayLike) -> Estimate:
+    """Mean over prompts with its 95 % percentile bootstrap interval."""
+    values = np.asarray(per_prompt, np.float64)
+    return Estimate(float(values.mean()), *bootstrap_interval(values))
+
+
+def pass_rates(rewards: npt.ArrayLike, k: int) -> list[float]:
+    """[P, n] rewards -> each prompt's unbiased pass@k."""
+    array = np.asarray(rewards, np.float64)
+    return [pass_at_k(array.shape[1], int((row > RIGHT).sum()), k) for row in array]
+
+
+def majority_rates(
+    answers: Sequence[Sequence[str | None]], rewards: Sequence[Sequence[float]], ks: Sequence[int]
+) -> Doubles:
+    """[P, n] answers and rewards -> [len(ks), P], each prompt's maj@k."""
+    rows = [majority_at(a, r, ks) for a, r in zip(answers, rewards, strict=True)]
+    return np.asarray(rows, np.float64).T
+
+
+def majority_at(answers: Sequence[str | None], rewards: Sequence[float], ks: Sequence[int]) -> list[float]:
+    """maj@k of one prompt for every k of `ks`; see above.
+
+    Args:
+        answers: [n], None where a sample gives no readable answer.
+        rewards: [n] of the same samples.
+
+    Raises:
+        ValueError: not 1 <= k <= n <= `MOST_SAMPLES`.
+    """
+    samples = len(answers)
+    if not all(1 <= k <= samples <= MOST_SAMPLES for k in ks):
+        raise ValueError(f"majority_at: n={samples}, ks={list(ks)} need 1 <= k <= n <= {MOST_SAMPLES}")
+    of: dict[str, list[float]] = {}
+    for answer, reward in zip(answers, rewards, strict=True):
+        if answer is not None:
+            of.setdefault(answer, []).append(reward)
+    groups = [(len(group), math.fsum(group) / len(group)) for group in of.values()]
+    votes = sum(count for count, _ in groups)
+    won = sum((_won_with(m, groups, votes) for m in _sizes(groups)), start=np.zeros(votes + 1))
+    silent = samples - votes
+    return [
+        float(sum(won[j] * math.comb(silent, k - j) for j in range(min(k, votes) + 1)) / math.comb(samples, k))
+        for k in ks
+    ]
+
+
+def _sizes(groups: Iterable[tuple[int, float]]) -> range:
+    return range(1, 1 + max((count for count, _ in groups), default=0))
+
+
+def _won_with(most: int, groups: Sequence[tuple[int, float]], votes: int) -> Doubles:
+    """[votes + 1]: by number of votes cast, the summed reward of the winners over all choices in which `most` win."""
+    ways = np.zeros((votes + 1, votes // most + 1))  # [votes cast, answers tied at `most`]: number of choices
+    paid = np.zeros_like(ways)  # the same choices, each times the summed rewards of its tied answers
+    ways[0, 0] = 1.0
+    for count, reward in groups:
+        new_ways, new_paid = np.zeros_like(ways), np.zeros_like(ways)
+        for j in range(min(count, most - 1) + 1):
+            new_ways[j:] += math.comb(count, j) * ways[: votes + 1 - j]
+            new_paid[j:] += math.comb(count, j) * paid[: votes + 1 - j]
+        if count >= most:
+            before, tied = ways[: votes + 1 - most, :-1], slice(most, None)
+            new_ways[tied, 1:] += math.comb(count, most) * before
+            new_paid[tied, 1:] += math.comb(count, most) * (paid[: votes + 1 - most, :-1] + reward * before)
+        ways, paid = new_ways, new_paid
+    shares: Doubles = (paid[:, 1:] / np.arange(1, ways.shape[1])).sum(axis=1)
+    return shares

@@ -1,0 +1,165 @@
+"""The model card of a checkpoint: README.md with YAML front matter, as the Hugging Face Hub reads it.
+
+It names no path of this machine but the base model's, and no time: the same run writes the same card.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import GenerationConfig
+
+from ibtpo.config import TrainConfig
+from ibtpo.config_io import plain
+from ibtpo.environment import environment
+from ibtpo.policy import Policy
+from ibtpo.presets import PRESETS
+
+CARD = "README.md"
+
+_LOAD = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+inputs = tokenizer({prompt}, return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0]))
+```
+
+vLLM: `vllm serve FOLDER`. `ibtpo eval --model FOLDER` measures it as it was trained.
+"""
+_LOAD_ADAPTER = """These are LoRA adapters; the base model is needed too.
+
+```python
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+folder = "."  # this folder
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoPeftModelForCausalLM.from_pretrained(folder)  # .merge_and_unload() makes it a plain model
+```
+
+vLLM: `vllm serve BASE --enable-lora --lora-modules trained=FOLDER`.
+"""
+
+
+def model_card(
+    config: TrainConfig, *, step: int, sampled_tokens: int, rows: Iterable[Mapping[str, Any]], chat: bool = False
+) -> str:
+    """The text of a checkpoint's README.md.
+
+    Args:
+        config: the run.
+        step: training steps taken.
+        sampled_tokens: tokens sampled for them.
+        rows: of the run's log; the evaluations up to `step` are shown.
+        chat: does the tokenizer have a chat template?
+    """
+    header: dict[str, Any] = {
+        "library_name": "transformers" if config.lora.rank == 0 else "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["reinforcement-learning", "ibtpo", config.advantage.kind],
+    }
+    if (base := _hub_name(config.model)) is not None:
+        header["base_model"] = base
+    title = f"{step:,} steps of {config.advantage.kind}" if step else "Before training"
+    facts = {
+        "base model": config.model if base is None else base,
+        "method": method(config),
+        "data": str(config.data or config.task),
+        "rewards": ", ".join(config.reward) or "the task's own",
+        "training steps": f"{step:,}",
+        "sampled tokens": f"{sampled_tokens:,} of {config.sampled_tokens:,}",
+        "seed": str(config.seed),
+        "made by": f"ibtpo {environment()['ibtpo']}",
+    }
+    lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", f"# {title}", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    lines += ["", "## Held-out accuracy", "", *_accuracy(row for row in rows if row["step"] <= step), ""]
+    prompt = '"7*8-5=?\\n"' if config.model == "built-in" else '"..."'
+    if chat:
+        message = 'tokenizer.apply_chat_template([{"role": "user", "content": "..."}]'
+        prompt = message + ", add_generation_prompt=True, tokenize=False)"
+    load = _LOAD.format(prompt=prompt) if config.lora.rank == 0 else _LOAD_ADAPTER
+    lines += ["## Loading it", "", load, "## Settings", "", "```yaml", _settings(config), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def method(config: TrainConfig) -> str:
+    """Advantage and sampler, and the preset whose settings these are, if there is one."""
+    text = f"{config.advantage.kind} advantages on {config.search.method} samples"
+    fitting = [name for name, changes in PRESETS.items() if _agrees(config, changes)]
+    return f"{text} (preset {max(fitting, key=lambda name: _size(PRESETS[name]))})" if fitting else text
+
+
+def save_generation_config(policy: Policy, config: TrainConfig, folder: Path) -> None:
+    """Write generation_config.json: stop tokens, and the sampling that the policy was trained with."""
+    sampling = config.sampling
+    GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=sampling.temperature > 0,
+        temperature=sampling.temperature or None,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p or None,
+        bos_token_id=policy.tokenizer.bos_token_id,
+        eos_token_id=list(policy.stops),
+        pad_token_id=policy.tokenizer.pad_token_id,
+    ).save_pretrained(folder)
+
+
+def _accuracy(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    evaluations = [row for row in rows if row.get("eval_avg") is not None]
+    if not evaluations:
+        return ["Not measured yet."]
+    first = evaluations[0]
+    prompts, k = int(first["eval_prompts"]), int(first["eval_samples"])
+    lines = [f"{prompts} held-out prompts, {k} independent samples each; 95 % bootstrap intervals over prompts.", ""]
+    lines += [f"| step | avg@{k} | pass@{k} | greedy |", "|---|---|---|---|"]
+    names = ("eval_avg", "eval_pass", "eval_greedy")
+    return lines + [f"| {row['step']} | {' | '.join(_interval(row, name) for name in names)} |" for row in evaluations]
+
+
+def _interval(row: Mapping[str, Any], name: str) -> str:
+    return f"{row[name]:.3f} ({row[f'{name}_low']:.3f} – {row[f'{name}_high']:.3f})"
+
+
+def _settings(config: TrainConfig) -> str:
+    """What differs from the defaults."""
+    return yaml.safe_dump(_changed(config, TrainConfig()) or {}, sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _changed(config: Any, default: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, before in vars(default).items():
+        now = getattr(config, name)
+        if now == before or name in ("out", "resume"):
+            continue
+        found[name] = _changed(now, before) if hasattr(before, "__dataclass_fields__") else plain(now)
+    return found
+
+
+def _agrees(config: Any, changes: Mapping[str, Any]) -> bool:
+    return all(
+        _agrees(getattr(config, name), value) if isinstance(value, Mapping) else plain(getattr(config, name)) == value
+        for name, value in changes.items()
+    )
+
+
+def _size(changes: Mapping[str, Any]) -> int:
+    """How many fields a preset sets: of those that fit, the most particular one is meant."""
+    return sum(_size(value) if isinstance(value, Mapping) else 1 for value in changes.values())
+
+
+def _hub_name(model: str) -> str | None:
+    """The name on the Hub that a checkpoint folder says it has, or None."""
+    try:
+        name = json.loads((Path(model) / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+    except (OSError, ValueError, AttributeError):
+        return None
+    is_name = isinstance(name, str) and name.count("/") == 1 and not name.startswith((".", "/")) and name[-1] != "/"
+    return name if is_name and not Path(name).exists() else None

@@ -1,0 +1,79 @@
+"""IBTree, its random control, and independent sampling (paper, section 3): one loop that differs in the pick."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from itertools import cycle, islice
+from random import Random
+
+from ibtpo.config import IBConfig, SearchConfig
+from ibtpo.searches.base import Growth, branch, count_leaves, fork_all, prepare, random_numbers
+from ibtpo.steps import Splitter
+from ibtpo_engine import Ahead, Node, Tree
+
+Scored = list[tuple[Node, float]]
+Pick = Callable[[Scored, int, Random], list[Node]]
+"""(candidates with their IB-Scores, K, random numbers) -> up to K of them."""
+
+
+def highest_scores(candidates: Scored, count: int, rng: Random) -> list[Node]:
+    """The `count` candidates with the highest IB-Score, best first; ties in random order."""
+    ranked = sorted((-score, rng.random(), i) for i, (_, score) in enumerate(candidates))
+    return [candidates[i][0] for _, _, i in ranked[:count]]
+
+
+def anywhere(candidates: Scored, count: int, rng: Random) -> list[Node]:
+    """`count` different candidates, all equally likely."""
+    return [node for node, _ in rng.sample(candidates, min(count, len(candidates)))]
+
+
+def ibtree(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int) -> Growth:
+    """IBTree(B0, L, K, B): branch where the IB-Score is highest."""
+    return _grow_tree(tree, config, ib, splitter, max_tokens, highest_scores)
+
+
+def random_tree(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int) -> Growth:
+    """The same tree sizes, branching at random nodes: the paper's control."""
+    return _grow_tree(tree, config, ib, splitter, max_tokens, anywhere)
+
+
+def independent(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int) -> Growth:
+    """`group_size` trajectories from the prompt, cut into steps like the others."""
+    estimates = prepare(tree, ib)
+    tree.notes["iid_leaves"] = yield from branch([tree.root], config.group_size, 0, estimates, splitter)
+
+
+def _grow_tree(
+    tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int, pick: Pick
+) -> Growth:
+    """Rounds 1 to L-1, `lookahead` of them under way at once: a round is chosen before the last ones have ended.
+
+    Nodes with a branch under way are passed over, or all rounds under way would begin at the same node.
+    """
+    estimates = prepare(tree, ib)
+    rng = random_numbers(tree)
+    tree.notes["iid_leaves"] = yield from branch([tree.root], config.initial_branches, 0, estimates, splitter)
+    deepest = tree.prompt_len + max_tokens
+    under_way: deque[tuple[int, list[Node]]] = deque()
+    for turn in range(1, config.rounds):
+        busy = {leaf.parent for _, leaves in under_way for leaf in leaves}
+        candidates = [
+            (node, score)
+            for node, score in estimates.branching()
+            if node.end < deepest and (config.branch_at_root or node is not tree.root)
+        ]
+        candidates = [(node, score) for node, score in candidates if node not in busy] or candidates
+        picked = pick(candidates, config.nodes_per_round, rng) or [tree.root]
+        picked = list(islice(cycle(picked), config.nodes_per_round))  # fewer than K candidates: the same G all the same
+        tree.notes["branched"] += [(turn, node, estimates.score(node)) for node in picked]
+        branches = fork_all(picked, config.branches_per_node)
+        under_way.append((turn, branches))
+        if len(under_way) < config.lookahead:
+            yield Ahead(branches, [])
+        else:
+            ended, until = under_way.popleft()
+            leaves = yield branches if until is branches else Ahead(branches, until)
+            count_leaves(leaves, ended, estimates, splitter)
+    for turn, branches in under_way:
+        count_leaves((yield Ahead([], branches)), turn, estimates, splitter)

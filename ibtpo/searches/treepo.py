@@ -1,0 +1,43 @@
+"""TreePO's search (arXiv 2508.17445): segments of fixed length, two children a node, a width for a budget.
+
+At every segment boundary each path under way gets a second child as long as the group has fewer than `group_size`
+paths; where only some can have one, they are drawn at random. Where all paths have ended and the width is not used up,
+the rest begins, two each, at random earlier boundaries of random finished ones.
+
+Which paths are under way at a boundary depends on nothing that is sampled behind it, so the first child is sampled to
+its end at once, and the second is forked off its boundary: the same trees in about log2(width) rounds.
+"""
+
+from __future__ import annotations
+
+from math import nan
+
+from ibtpo.config import IBConfig, SearchConfig
+from ibtpo.searches.base import Growth, branch, prepare, random_numbers
+from ibtpo.steps import Ints, Splitter
+from ibtpo_engine.tree import Tree
+
+
+def treepo(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int) -> Growth:
+    """A tree of width `group_size` whose steps are segments of `segment_tokens`; `splitter` is not asked."""
+    estimates = prepare(tree, ib)
+    rng = random_numbers(tree)
+    deepest = tree.prompt_len + max_tokens
+
+    def segments(tokens: Ints) -> range:
+        return range(config.segment_tokens, len(tokens), config.segment_tokens)
+
+    leaves = yield from branch([tree.root], min(2, config.group_size), 0, estimates, segments)
+    tree.notes["iid_leaves"] = list(leaves)
+    level, turn = list(tree.root.children), 0
+    while (room := config.group_size - len(leaves)) > 0:
+        turn += 1
+        under_way = [node for node in level if node.children and node.end < deepest]
+        if under_way:
+            picked = under_way if len(under_way) <= room else rng.sample(under_way, room)
+        else:
+            earlier = [rng.choice(rng.choice(leaves).path()[:-1]) for _ in range((room + 1) // 2)]
+            picked = [node for node in earlier for _ in range(2)][:room]
+        tree.notes["branched"] += [(turn, node, nan) for node in picked]
+        leaves = leaves + (yield from branch(picked, 1, turn, estimates, segments))
+        level = [child for node in under_way for child in node.children]

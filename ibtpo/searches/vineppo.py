@@ -1,0 +1,39 @@
+"""VinePPO's search (arXiv 2410.01679): chains, and K rollouts from the end of every step that only tell its value.
+
+V of a step is the mean reward of its K rollouts, that of the prompt included; where a chain ends it is the chain's
+reward. The rollouts are dropped as soon as they are counted: they are not trained on and no average is taken over
+them, but their tokens were sampled, which ``tree.notes["auxiliary_tokens"]`` says.
+"""
+
+from __future__ import annotations
+
+from ibtpo.config import IBConfig, SearchConfig
+from ibtpo.searches.base import Growth, branch, prepare
+from ibtpo.steps import Splitter
+from ibtpo_engine.tree import Node, Tree
+
+
+def vineppo(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int) -> Growth:
+    """`group_size` chains, K = `value_rollouts`; leaves ``notes["value"]`` on every node."""
+    estimates = prepare(tree, ib)
+    tree.notes["auxiliary_tokens"] = 0
+    chains = yield from branch([tree.root], config.group_size, 0, estimates, splitter)
+    tree.notes["iid_leaves"] = chains
+    for leaf in chains:
+        assert leaf.reward is not None
+        leaf.notes["value"] = leaf.reward
+    steps = [leaf.path()[:-1] for leaf in chains]
+    for depth in range(max(map(len, steps))):  # one depth at a time: the rollouts of all would fill the engine's pool
+        states = list(dict.fromkeys(path[depth] for path in steps if depth < len(path)))
+        rollouts = yield [branch for node in states for branch in node.fork(config.value_rollouts)]
+        for i, node in enumerate(states):
+            node.notes["value"] = _spend(tree, rollouts[i * config.value_rollouts : (i + 1) * config.value_rollouts])
+
+
+def _spend(tree: Tree, rollouts: list[Node]) -> float:
+    """The mean reward of rollouts, which leave the tree; their tokens are counted."""
+    rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
+    for rollout in rollouts:
+        tree.notes["auxiliary_tokens"] += len(rollout)
+        rollout.drop()
+    return sum(rewards) / len(rewards)

@@ -1,0 +1,105 @@
+"""Every op on a backend against the plain torch reference, at small shapes: does this installation compute rightly?
+
+The problems are the small ones of the roofline catalog, each in the dtypes that it is measured in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ibtpo_kernels.dispatch import backend
+from ibtpo_kernels.ops import plan_decode
+from ibtpo_kernels.roofline.catalog import problems
+from ibtpo_kernels.roofline.problem import Outputs, Problem, error_of, name_of
+from ibtpo_kernels.roofline.trees import DecodeTree
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+"""Largest norm of the difference over the norm of the reference: some 100 roundings of fp32, 5 of bf16."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """An op compared with its reference.
+
+    Attributes:
+        op: as in `ibtpo_kernels`; "both" passes are forward and backward.
+        dtype: such as "bfloat16".
+        error: norm of the difference over the norm, the largest of its problems; inf if it failed.
+        tolerance: of that.
+        failure: what an op raised, or None.
+    """
+
+    op: str
+    dtype: str
+    error: float
+    tolerance: float
+    failure: str | None = None
+
+    @property
+    def is_ok(self) -> bool:
+        """Whether the op computes what the reference does."""
+        return self.error <= self.tolerance
+
+
+def self_check(name: str, device: torch.device | str) -> Iterator[Check]:
+    """Compare every op of a backend with the reference, on tensors of `device`; takes seconds.
+
+    Raises:
+        ValueError: the backend is not available here.
+    """
+    with backend(name):
+        pass
+    device = torch.device(device)
+    groups: dict[tuple[str, torch.dtype], list[Problem]] = {}
+    for problem in _small_problems():
+        groups.setdefault((problem.op, problem.dtype), []).append(problem)
+    yield _of_planner(name, device)
+    for (op, dtype), group in groups.items():
+        tolerance = TOLERANCE[dtype]
+        try:
+            error = max(_error(problem, name, device) for problem in group)
+        except Exception as failure:  # whatever it is, it is what the check is for
+            text = " ".join(str(failure).split()) or type(failure).__name__
+            yield Check(op, name_of(dtype), float("inf"), tolerance, text)
+        else:
+            yield Check(op, name_of(dtype), error, tolerance)
+
+
+def _small_problems() -> list[Problem]:
+    every = [problem for problem in problems("cpu") if problem.which != "plan"]
+    quick = {(problem.op, problem.shape, problem.which) for problem in every if problem.is_quick}
+    return [problem for problem in every if (problem.op, problem.shape, problem.which) in quick]
+
+
+def _error(problem: Problem, name: str, device: torch.device) -> float:
+    return error_of(_outputs(problem, name, device), _outputs(problem, "reference", device))
+
+
+def _outputs(problem: Problem, name: str, device: torch.device) -> Outputs:
+    """What our op makes of the problem's inputs, always the same ones."""
+    inputs = problem.draw(device, torch.Generator(device).manual_seed(0))
+    own = next(contender for contender in problem.contenders if contender.kind == "ours")
+    with problem.context(), backend(name):
+        return own.comparable(inputs, own.load()(inputs)())
+
+
+def _of_planner(name: str, device: torch.device) -> Check:
+    """The planner's items are integers: all alike, or not."""
+    tree = DecodeTree((1, 8), (64, 48))
+    table = tree.page_table().to(device)
+    rows = torch.arange(tree.branches, dtype=torch.int32, device=device)
+    lengths = torch.full_like(rows, 100)
+
+    def items(which: str) -> Tensor:
+        with backend(which):
+            return plan_decode(table, rows, lengths).items
+
+    try:
+        error = 0.0 if torch.equal(items(name), items("reference")) else float("inf")
+    except Exception as failure:
+        return Check("plan_decode", "int32", float("inf"), 0.0, " ".join(str(failure).split()))
+    return Check("plan_decode", "int32", error, 0.0)

@@ -1,0 +1,115 @@
+"""Searches that go on before all their branches have ended (`Ahead`), on an engine and on a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from engine_helpers import assert_idle, prompt_of, tiny_model
+
+from ibtpo_engine import Ahead, BackendEngine, Engine, EngineBackend, Node, Sampling, Tree
+
+MODEL = tiny_model()
+SAMPLING = Sampling(max_tokens=24, stop_tokens=(2,))
+PROMPTS = [prompt_of(7 + 3 * i, seed=i) for i in range(6)]
+BRANCHES, WINDOW = 8, 3
+
+
+def windowed(tree: Tree) -> Iterator[Ahead]:
+    """Eight branches, three at a time; each begins at the prompt or after the first token of the longest one known."""
+    extend = tree.root.fork(WINDOW)
+    waiting, known = list(extend), []
+    while waiting:
+        [ended] = yield Ahead(extend, waiting[:1])
+        assert ended is waiting.pop(0)
+        assert ended.finish is not None and ended.reward == float(len(ended))
+        known.append((len(ended), ended.tokens.tolist(), ended))
+        extend = []
+        if len(known) + len(waiting) < BRANCHES:
+            size, _, longest = max(known, key=lambda item: item[0])
+            extend = longest.fork(1, at=1) if len(known) % 2 and size > 1 and len(longest) > 1 else tree.root.fork(1)
+            waiting += extend
+    tree.notes["order"] = [tokens for _, tokens, _ in known]
+
+
+def length(tree: Tree, leaf: Node) -> float:
+    return float(len(leaf))
+
+
+def orders(engine: Engine | BackendEngine, count: int, reward=length, first: int = 0) -> list[list[list[int]]]:
+    keys = range(first, count)
+    trees = dict(engine.run(windowed, PROMPTS[first:count], SAMPLING, reward=reward, keys=keys))
+    return [trees[i].notes["order"] for i in range(count - first)]
+
+
+def test_what_a_search_is_told_depends_on_its_tree_alone() -> None:
+    """Alone, beside others, in a pool too small for all, with rewards late and in any order: the same trees."""
+    engine = Engine(MODEL, kv_tokens=8192)
+    together = orders(engine, 6)
+    assert all(len(order) == BRANCHES for order in together)
+    assert_idle(engine)
+    for i in range(6):
+        assert orders(Engine(MODEL, kv_tokens=8192), i + 1, first=i) == together[i : i + 1]
+    small = Engine(MODEL, kv_tokens=192)
+    assert orders(small, 6) == together
+    assert small.stats()["preemptions"] + small.stats()["evicted_pages"] > 0
+    assert_idle(small)
+    with ThreadPoolExecutor(4) as pool:
+        rng = np.random.default_rng(0)
+
+        def late(tree: Tree, leaf: Node) -> Future[float]:
+            pause = float(rng.random()) * 0.003
+            return pool.submit(lambda: __import__("time").sleep(pause) or float(len(leaf)))
+
+        assert orders(Engine(MODEL, kv_tokens=8192), 6, reward=late) == together
+
+
+def test_a_window_is_what_is_under_way() -> None:
+    """While the first of three is waited for the others go on; with a window of one it is the plain protocol."""
+    engine, seen = Engine(MODEL, kv_tokens=4096), []
+
+    def search(tree: Tree) -> Iterator[Ahead | list[Node]]:
+        short, long = tree.root.fork(2)
+        yield Ahead([short], [short])
+        yield Ahead([long], [])  # nothing to wait for: goes on at once
+        seen.append(long.in_flight)
+        found = yield [*tree.root.fork(1)]
+        seen.append(len(found))
+        assert (yield Ahead([], [long])) == [long]
+        assert (yield Ahead([], [long])) == [long]  # it is known already
+        assert not long.in_flight
+
+    list(engine.run(search, [PROMPTS[0]], Sampling(max_tokens=24)))
+    assert seen == [True, 1]
+    assert_idle(engine)
+
+
+def test_a_search_that_ends_early_leaves_nothing_under_way() -> None:
+    engine = Engine(MODEL, kv_tokens=4096)
+
+    def search(tree: Tree) -> Iterator[Ahead]:
+        nodes = tree.root.fork(3)
+        yield Ahead(nodes, nodes[:1])
+
+    [(_, tree)] = engine.run(search, [PROMPTS[0]], SAMPLING)
+    assert tree.closed
+    assert_idle(engine)
+
+
+def test_waiting_for_what_was_never_asked_for_is_refused() -> None:
+    engine = Engine(MODEL, kv_tokens=4096)
+
+    def search(tree: Tree) -> Iterator[Ahead]:
+        first, second = tree.root.fork(2)
+        yield Ahead([first], [second])
+
+    with pytest.raises(ValueError, match="never asked to extend"):
+        list(engine.run(search, [PROMPTS[0]], SAMPLING))
+    assert_idle(engine)
+
+
+def test_a_backend_grows_the_same_kind_of_search() -> None:
+    engine = BackendEngine(EngineBackend(Engine(MODEL, kv_tokens=8192)))
+    assert all(len(order) == BRANCHES for order in orders(engine, 6))

@@ -1,0 +1,302 @@
+"""Evaluation: the statistics against brute force, completions one by one, and a folder that survives kill -9."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import save_additions, save_checkpoint
+
+from ibtpo.cli import main
+from ibtpo.config import EvalConfig
+from ibtpo.evaluation import Completion, sample_completions, summarize
+from ibtpo.evaluation.statistics import MOST_SAMPLES, ks_up_to, majority_at, pass_rates
+from ibtpo.policy import built_in_policy
+
+FLAGS = ["--digits.min-ops", "1", "--digits.max-ops", "2", "--sampling.max-tokens", "14"]
+
+
+@pytest.fixture(scope="module")
+def built_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("built-in")
+    built_in_policy(0, dtype=torch.float32, device=torch.device("cpu")).save(folder)
+    return folder
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------
+
+
+def brute_majority(answers: Sequence[str | None], rewards: Sequence[float], k: int) -> float:
+    """The definition: every ordered choice of k samples votes; a tie goes to the answer seen first."""
+    total, number = 0.0, 0
+    for chosen in permutations(range(len(answers)), k):
+        votes = Counter(answers[i] for i in chosen if answers[i] is not None)  # in the order first seen
+        if votes:
+            winner = max(votes, key=lambda answer: votes[answer])  # the first of the largest
+            total += next(rewards[i] for i in chosen if answers[i] == winner)
+        number += 1
+    return total / number
+
+
+def test_majority_is_the_mean_over_all_ordered_choices() -> None:
+    draw = random.Random(0)
+    cases = [(["a", "a", "b", "b", "c", None], [1, 0.5, 0, 0.25, 1, 1])]
+    for size in (1, 2, 3, 4, 5, 6):
+        for _ in range(12):
+            answers = [draw.choice(["a", "b", "c", None]) for _ in range(size)]
+            cases.append((answers, [draw.choice([0.0, 0.3, 1.0]) for _ in answers]))
+    for answers, rewards in cases:
+        ks = range(1, len(answers) + 1)
+        expected = [brute_majority(answers, rewards, k) for k in ks]
+        assert majority_at(answers, rewards, ks) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("answers", "rewards", "k", "expected"),
+    [
+        (["7", "7", "8"], [1, 1, 0], 3, 1.0),  # the majority is right
+        (["7", "8", "8"], [1, 0, 0], 3, 0.0),  # and here it is wrong
+        (["7", "8"], [1, 0], 2, 0.5),  # a tie: either may come first
+        (["7", None, None], [1, 0, 0], 3, 1.0),  # the unreadable do not vote
+        ([None, None], [1, 1], 2, 0.0),  # nobody votes
+        (["7", "8", "8"], [1, 0, 0], 1, 1 / 3),  # one sample: its mean reward
+        (["7", "7", "8"], [1, 1, 0], 2, 2 / 3),  # {7,7} right, {7,8} twice a tie
+    ],
+)
+def test_majority_by_hand(answers: list[str | None], rewards: list[float], k: int, expected: float) -> None:
+    assert majority_at(answers, rewards, [k]) == [pytest.approx(expected)]
+
+
+def test_majority_of_many_samples_is_exact_and_quick() -> None:
+    begin = time.perf_counter()
+    half = majority_at(["7"] * 128 + ["8"] * 128, [1.0] * 128 + [0.0] * 128, [1, 2, 255, 256])
+    assert half == pytest.approx([0.5] * 4)
+    assert majority_at([str(i) for i in range(256)], [1.0] + [0.0] * 255, [1, 256]) == pytest.approx([1 / 256] * 2)
+    assert time.perf_counter() - begin < 10
+    with pytest.raises(ValueError, match=r"eval\.samples: 1001 lies outside"):
+        EvalConfig(samples=MOST_SAMPLES + 1)
+    with pytest.raises(ValueError, match="need 1 <= k <= n <= 1000"):
+        majority_at(["7"], [1.0], [2])
+
+
+def test_accuracies_of_a_small_evaluation_by_hand() -> None:
+    rows = [  # prompt, sample, reward, answer
+        (0, 0, 1.0, "4"), (0, 1, 1.0, "4"), (0, 2, 0.0, "5"), (0, None, 1.0, "4"),
+        (1, 0, 0.0, "9"), (1, 1, 0.0, "9"), (1, 2, 1.0, "8"), (1, None, 0.0, None),
+    ]  # fmt: skip
+    completions = [Completion(p, s, "", r, a, "stop" if a else "length", 5 if s else 8) for p, s, r, a in rows]
+    random.Random(1).shuffle(completions)
+    evaluation = summarize(completions)
+    means = {name: found.value for name, found in evaluation.accuracies().items()}
+    assert means == pytest.approx(
+        {
+            "avg@3": 0.5,
+            "pass@1": 0.5,
+            "pass@2": (1 + 2 / 3) / 2,
+            "pass@3": 1.0,
+            "maj@1": 0.5,
+            "maj@2": (2 / 3 + 1 / 3) / 2,
+            "maj@3": 0.5,
+            "greedy": 0.5,
+        }
+    )
+    metrics = evaluation.metrics()
+    assert (metrics["eval_maj"], metrics["eval_maj_low"], metrics["eval_maj_high"]) == (0.5, 0.0, 1.0)
+    assert (metrics["eval_truncated_share"], metrics["eval_response_length"]) == (0.0, 6.0)
+
+
+def test_ks_are_powers_of_two_and_all() -> None:
+    assert [ks_up_to(n) for n in (1, 2, 3, 8, 12)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4, 8], [1, 2, 4, 8, 12]]
+    assert pass_rates([[1, 0, 0, 0], [0, 0, 0, 0]], 2) == [0.5, 0.0]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------
+
+
+def run(*arguments: object) -> int:
+    return main(["eval", *map(str, arguments)])
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    summary = json.loads((folder / "summary.json").read_text())
+    return {name: value for name, value in summary.items() if name != "speed"}
+
+
+def test_a_folder_holds_every_completion_and_the_summary(
+    built_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ("--model", built_in, *FLAGS, "--out", out, "--samples", 4, "--limit", 6)
+    assert run(*command) == 0
+    printed = capsys.readouterr().out
+    assert "6 prompts, 4 samples each" in printed
+    assert all(word in printed for word in ("avg@4", "greedy", "pass@k", "maj@k", "truncated", "tokens/s"))
+    rows = read(out)
+    assert sorted((row["prompt"], -1 if row["sample"] is None else row["sample"]) for row in rows) == [
+        (prompt, sample) for prompt in range(6) for sample in range(-1, 4)
+    ]
+    truncated = [row for row in rows if row["finish"] != "stop"]
+    assert truncated and all(row["reward"] == 0 and row["answer"] is None for row in truncated)
+    first = numbers(out)
+    assert first["accuracies"]["avg@4"]["mean"] == first["eval_avg"]
+    assert run(*command) == 0  # nothing is left to do
+    assert "30 completions are there already" in capsys.readouterr().out
+    assert read(out) == rows
+    assert numbers(out) == first
+
+
+def test_a_part_of_the_completions_is_sampled_again_as_it_was(built_in: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = ("--model", built_in, *FLAGS, "--out", out, "--samples", 5, "--limit", 4)
+    assert run(*command) == 0
+    before, whole = numbers(out), sorted(map(json.dumps, read(out)))
+    kept = (out / "completions.jsonl").read_bytes().splitlines(keepends=True)[::3]
+    (out / "completions.jsonl").write_bytes(b"".join(kept) + b'{"prompt": 3, "sam')
+    assert run(*command) == 0
+    assert (sorted(map(json.dumps, read(out))), numbers(out)) == (whole, before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("--sampling.temperature", 0.5), "sampling.temperature was 1.0, is 0.5"),
+        (("--samples", 3), "samples was 2, is 3"),
+        (("--limit", 2), "prompts was 3, is 2"),
+        (("--seed", 1), "seed was 0, is 1"),
+        (("--digits.grade", "last"), "digits.grade was 'strict', is 'last'"),
+        (("--digits.min-ops", 2), "prompts and answers was"),
+    ],
+)
+def test_other_settings_are_refused(
+    built_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: tuple[object, ...], message: str
+) -> None:
+    command = ("--model", built_in, *FLAGS, "--out", tmp_path / "out", "--samples", 2, "--limit", 3)
+    assert run(*command) == 0
+    before = (tmp_path / "out" / "completions.jsonl").read_bytes()
+    assert run(*command, *change) == 2
+    error = capsys.readouterr().err
+    assert message in error and "choose another folder with --out" in error
+    assert (tmp_path / "out" / "completions.jsonl").read_bytes() == before
+
+
+def test_another_model_is_refused_and_a_moved_one_is_not(
+    built_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, moved = tmp_path / "other", tmp_path / "moved"
+    built_in_policy(1, dtype=torch.float32, device=torch.device("cpu")).save(other)
+    built_in_policy(0, dtype=torch.float32, device=torch.device("cpu")).save(moved)
+    rest = (*FLAGS, "--out", tmp_path / "out", "--samples", 1, "--limit", 1)
+    assert [run("--model", model, *rest) for model in (built_in, other, moved)] == [0, 2, 0]
+    assert "weights was" in capsys.readouterr().err
+
+
+def test_folders_that_are_something_else_are_refused(
+    built_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("{}")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    for name, message in (("run", "is a run folder; choose another, such as"), ("other", "already holds other files")):
+        assert run("--model", built_in, *FLAGS, "--out", tmp_path / name) == 2
+        assert message in capsys.readouterr().err
+    out = tmp_path / "out"
+    command = ("--model", built_in, *FLAGS, "--out", out, "--samples", 1, "--limit", 1)
+    assert run(*command) == 0
+    (out / "completions.jsonl").write_text('{"prompt": 0}\n')
+    assert run(*command) == 2
+    assert "completions.jsonl, line 1: not a completion" in capsys.readouterr().err
+
+
+def test_a_killed_evaluation_goes_on_and_gives_the_same_numbers(built_in: Path, tmp_path: Path) -> None:
+    rest = [*FLAGS, "--samples", "6", "--limit", "60", "--engine.max-branches", "6", "--digits.grade", "last"]
+    assert run("--model", built_in, *rest, "--out", tmp_path / "whole") == 0
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "ibtpo.cli", "eval", "--model", str(built_in), *rest, "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (out / "completions.jsonl").exists() or len(read_raw(out)) < 20:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    found = len(read_raw(out))
+    assert 20 <= found < 420
+    assert not (out / "summary.json").exists()
+    assert run("--model", built_in, *rest, "--out", out) == 0
+    assert sorted(map(json.dumps, read(out))) == sorted(map(json.dumps, read(tmp_path / "whole")))
+    assert numbers(out) == numbers(tmp_path / "whole")
+    assert len(read(out)) == 420 and 0 < numbers(out)["eval_avg"] < 1
+
+
+def test_ctrl_c_says_how_to_go_on(
+    built_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("--model", built_in, *FLAGS, "--samples", 3, "--limit", 3, "--out", tmp_path / "out")
+
+    def stopped(*arguments: Any, **more: Any) -> None:
+        keep = arguments[4]
+
+        def keep_some(completion: Completion) -> None:
+            keep(completion)
+            if completion.prompt == 1:
+                raise KeyboardInterrupt
+
+        sample_completions(*arguments[:4], keep_some, *arguments[5:], **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ibtpo.evaluation.command.sample_completions", stopped)
+        assert run(*command) == 130
+    kept = len(read_raw(tmp_path / "out"))
+    assert 0 < kept < 12
+    assert f"stopped; {kept} completions are kept, the same command goes on" in capsys.readouterr().err
+    assert run(*command) == 0
+    assert len(read(tmp_path / "out")) == 12
+
+
+def read_raw(folder: Path) -> list[bytes]:
+    return (folder / "completions.jsonl").read_bytes().splitlines()
+
+
+# ---- whole files -----------------------------------------------------------------------------------------------
+
+
+def test_whole_evaluates_every_row_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_checkpoint(tmp_path / "model", context=64, teach=10)
+    data = save_additions(tmp_path / "rows.jsonl", 20)
+    rest = ("--model", model, "--data", data, "--jsonl.grade", "exact", "--samples", 2, "--sampling.max-tokens", 4)
+    assert run(*rest, "--whole", "--out", tmp_path / "out") == 0
+    asked = {row["where"] for row in read(tmp_path / "out")}
+    assert asked == {f"{data}, line {i + 1}" for i in range(20)}
+    assert run(*rest) == 0
+    assert "2 prompts, 2 samples each" in capsys.readouterr().out
+    assert run("--model", model, "--whole") == 2
+    assert "whole: only a data file has an end" in capsys.readouterr().err
+
+
+def test_answers_are_read_in_grading_processes(tmp_path: Path) -> None:
+    model = save_checkpoint(tmp_path / "model", context=64, teach=40)
+    data = save_additions(tmp_path / "rows.jsonl", 6)
+    flags = ("--model", model, "--data", data, "--reward", r"regex=(\d)", "--samples", 3, "--sampling.max-tokens", 4)
+    assert run(*flags, "--whole", "--out", tmp_path / "out") == 0
+    rows = read(tmp_path / "out")
+    voted = [row for row in rows if row["answer"] is not None]
+    assert voted and all(row["answer"].isdigit() and row["answer"] in row["text"] for row in voted)
+    assert all(row["finish"] == "stop" for row in voted)
