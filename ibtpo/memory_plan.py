@@ -114,14 +114,20 @@ def _sizes(shape: ModelConfig, config: TrainConfig) -> _Sizes:
         model = Model(replace(shape, num_layers=1))
     layer = dict(model.model.layers[0].named_parameters())
     in_layer = [parameter.numel() for parameter in layer.values()]
-    base = [parameter.numel() for parameter in model.parameters()] + in_layer * (shape.num_layers - 1)
+    with_one = [parameter.numel() for parameter in model.parameters()]
+    more = shape.num_layers - 1
+    total = sum(with_one) + more * sum(in_layer)
     if config.lora.rank == 0:
-        return _Sizes(sum(base), sum(base), max(base), sum(count for count in base if count < _SMALL))
+        return _Sizes(total, total, max(with_one), _small(with_one) + more * _small(in_layer))
     names = [f"{name}.weight" for name in adapted_projections(config.lora)]
     sides = [size for name, p in layer.items() if name.partition(".")[2] in names for size in p.shape]
-    adapters = [config.lora.rank * size for size in sides] * shape.num_layers
-    small = sum(count for count in adapters if count < _SMALL)
-    return _Sizes(sum(base) + sum(adapters), sum(adapters), max(adapters), small)
+    adapters = [config.lora.rank * size for size in sides]
+    trained = sum(adapters) * shape.num_layers
+    return _Sizes(total + trained, trained, max(adapters), _small(adapters) * shape.num_layers)
+
+
+def _small(counts: list[int]) -> int:
+    return sum(count for count in counts if count < _SMALL)
 
 
 def largest_micro_batch(config: TrainConfig) -> int:

@@ -15,7 +15,7 @@ from ibtpo.tasks import DataTask, DigitChain, Problem, Task, format_prompt
 from ibtpo.tasks.digit_chain import right_solution
 from ibtpo_engine import Engine, Sampling
 
-_PIECE = 1 << 22  # numbers of a parameter looked at together
+_PIECE = 1 << 22  # numbers of a parameter looked at together: on a CPU torch widens all that it sums
 _ALWAYS = 10_000  # prompts that are tokenized to be checked, whatever their length
 
 
@@ -76,7 +76,8 @@ def choose_device(name: str) -> torch.device:
 def find_nonfinite(model: nn.Module) -> str | None:
     """Name the first parameter that holds NaN or Inf, and how many; None if there is none."""
     for name, parameter in model.named_parameters():
-        pieces = parameter.flatten().split(_PIECE)  # on a CPU torch widens what it sums, as a whole
+        flat = parameter.flatten()
+        pieces = [flat[i : i + _PIECE] for i in range(0, len(flat), _PIECE)]
         if not all(bool(torch.isfinite(piece.sum(dtype=torch.float64))) for piece in pieces):
             count = int((~torch.isfinite(parameter)).sum())
             if count:

@@ -20,6 +20,7 @@ from ibtpo.memory_plan import GIB, activation_bytes, largest_micro_batch, plan_m
 from ibtpo.optim import MasterAdamW
 from ibtpo.policy import adapted_projections
 from ibtpo.runlog import latest_checkpoint
+from ibtpo.setup import find_nonfinite
 from ibtpo.train import train
 from ibtpo.update import frozen_copy
 from ibtpo_engine import Engine, LoRA, Model, ModelConfig, initialise
@@ -291,3 +292,15 @@ def test_a_checkpoint_of_adapters_is_what_peft_loads(tmp_path: Path) -> None:
             base = theirs(ids[None]).logits[0]
     assert (ours - wanted).abs().max() < 1e-4
     assert (wanted - base).abs().max() > 1e-3
+
+
+def test_the_search_for_nan_takes_little_memory_and_looks_everywhere() -> None:
+    """Widened as a whole, a matrix in bf16 would take four times its memory again."""
+    model = nn.Linear(1 << 12, (1 << 12) + 3, bias=False, dtype=torch.bfloat16)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        assert find_nonfinite(model) is None
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest <= 8 * (1 << 22)
+    with torch.no_grad():
+        model.weight[-1, -1] = float("nan")
+    assert find_nonfinite(model) == f"1 of {model.weight.numel()} numbers of weight are NaN or Inf"
