@@ -10,7 +10,6 @@ second of 4 branches of 16 tokens on one prompt of 32, the prompt's own forward 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 from record_run import processor
+from rows import append
 from safetensors.torch import save_file
 
 from ibtpo_engine import Engine, Model, ModelConfig, Sampling, load_model
@@ -140,13 +140,7 @@ def main() -> None:
         "checkpoint_gb": round(size, 3),
         "largest_shard_gb": round(largest, 3),
     } | measured
-    new = not arguments.out.exists()
-    with arguments.out.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(values))
-        if new:
-            writer.writeheader()
-        writer.writerow(values)
-    print(values)
+    append(arguments.out, values)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ make train ARGS="--out runs/demo" && .venv/bin/python bench/record_run.py runs/d
 
 from __future__ import annotations
 
-import csv
 import sys
 import time
 from pathlib import Path
 
 import torch
+from rows import append
 
 from ibtpo.config_io import load_yaml
 from ibtpo.runlog import read_rows
@@ -50,14 +50,7 @@ def row(run: Path) -> dict[str, object]:
 def main(run: Path) -> None:
     """Append, with a header if the file is new."""
     values = row(run)
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(values))
-        if new:
-            writer.writeheader()
-        writer.writerow(values)
-    print(values)
+    append(RESULTS, values)
 
 
 if __name__ == "__main__":

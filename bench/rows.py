@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -99,3 +99,15 @@ def write(path: Path, rows: list[Row]) -> None:
         writer.writeheader()
         writer.writerows([*kept, *fresh])
     print(f"wrote {path}")
+
+
+def append(path: Path, values: Mapping[str, object]) -> None:
+    """Add one line to a CSV, with a header if the file is new; print it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(values))
+        if new:
+            writer.writeheader()
+        writer.writerow(values)
+    print(values)

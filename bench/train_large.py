@@ -12,7 +12,6 @@ sampling and of updates a step; planned and measured peak of the process in GB, 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 from load_model import QWEN3_1_7B, write_checkpoint
 from record_run import processor
+from rows import append
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -137,13 +137,7 @@ def main() -> None:
         "measured_gb": round(last["peak_memory"] / 1e9, 3),
         "measured_to_planned": round(last["peak_memory"] / last["memory_planned"], 3),
     }
-    new = not arguments.out.exists()
-    with arguments.out.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(values))
-        if new:
-            writer.writeheader()
-        writer.writerow(values)
-    print(values)
+    append(arguments.out, values)
     if values["optimizer_steps"] == 0:
         raise SystemExit("every group had equal rewards, so nothing was trained; take more --steps")
     if abs(last["peak_memory"] / last["memory_planned"] - 1) > TRUE:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -289,6 +290,23 @@ def test_the_one_before_a_damaged_checkpoint_is_taken(
     assert _run("--resume", folder) == 0
     assert f"{last} is damaged (optimizer.safetensors has" in capsys.readouterr().out
     _assert_complete(folder, 1200)
+    _assert_same_end(folder, whole)
+
+
+@pytest.mark.parametrize("preset", ["dapo", "treepo", "vineppo"])
+def test_methods_that_look_beyond_one_tree_go_on_where_they_were(preset: str, policy: Path, tmp_path: Path) -> None:
+    """Prompts drawn again, advantages whitened over the step, rollouts that leave the tree: a resume repeats them."""
+    whole, folder = tmp_path / "whole", tmp_path / "run"
+    flags = ["--preset", preset, *QUICK, "--sampled-tokens", "2500", "--checkpoint-every", "1"]
+    assert _run("--model", policy, "--out", whole, *flags) == 0
+    shutil.copytree(whole, folder)
+    shutil.rmtree(_last(folder))  # as if killed just before its last checkpoint
+    before = _saved(folder)[2]["step"]
+    assert 0 < before < len(_steps(whole))
+    if preset == "dapo":
+        assert max(row["prompts"] for row in _steps(whole)) > 6, "nothing was drawn again"
+    assert _run("--resume", folder) == 0
+    _assert_complete(folder, 2500)
     _assert_same_end(folder, whole)
 
 
