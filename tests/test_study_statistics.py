@@ -76,10 +76,10 @@ def test_shipped_studies_load_and_share_their_cells() -> None:
     names = ("samplers", "main", "ablation", "beta", "lambda", "segmentation-noise", "open-points", "beyond", "bias")
     for name in names:
         study = load_study(name)
-        cells = study.cells(2, prompts=100, changes={})
+        cells = study.cells(range(2), prompts=100, changes={})
         assert len({cell.id for cell in cells}) == len(cells) > 1, name
         assert study.baseline in study.variants
-    main, ablation = (load_study(name).cells(1, prompts=1, changes={}) for name in ("main", "ablation"))
+    main, ablation = (load_study(name).cells(range(1), prompts=1, changes={}) for name in ("main", "ablation"))
     assert {c.id for c in main if c.variant == "grpo"} == {c.id for c in ablation if c.variant == "grpo"}
     starts = {cell.policy.id for cell in main if cell.policy is not None}
     assert len(starts) == 1  # every method begins with the same weights
@@ -99,10 +99,18 @@ def test_a_study_that_cannot_be_used_says_why(tmp_path: Path) -> None:
     assert list(load_study(str(file)).skipped) == ["no-such-method"]
 
 
+def test_seeds_are_those_that_are_named() -> None:
+    """Cells of other seeds are other cells, and a study on fresh seeds shares none."""
+    study = load_study("beyond")
+    first, fresh = (study.cells(seeds, prompts=1, changes={}) for seeds in (range(2), range(5, 7)))
+    assert {cell.seed for cell in fresh} == {5, 6}
+    assert len(first) == len(fresh) and not {c.id for c in first} & {c.id for c in fresh}
+
+
 def test_table_of_results_on_disk(tmp_path: Path) -> None:
     """Bias results of two seeds: means over trees, then over seeds; a cell without a result is said to be missing."""
     study = load_study("bias")
-    cells = [c for c in study.cells(2, prompts=2, changes={}) if c.task == "easy"]
+    cells = [c for c in study.cells(range(2), prompts=2, changes={}) if c.task == "easy"]
     for cell in cells[:-1]:
         folder = tmp_path / CELLS / cell.id
         folder.mkdir(parents=True)

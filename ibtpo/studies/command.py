@@ -38,7 +38,9 @@ class StudyArguments:
     name: Annotated[str, tyro.conf.Positional]
     """main, ablation, samplers, bias, beta, lambda, segmentation-noise, open-points, beyond, or FILE.yaml, your own."""
     seeds: int = 5
-    """Seeds 0, 1, ...; each has its own task, starting policy and random numbers, shared by all variants."""
+    """How many; each seed has its own task, starting policy and random numbers, shared by all variants."""
+    first_seed: int = 0
+    """The seeds are this and those after it: what was picked on some seeds is to be judged on others."""
     jobs: int | None = None
     """Processes at a time; by default one a core."""
     out: Path = Path("runs/studies")
@@ -64,10 +66,12 @@ def study(arguments: Sequence[str], console: Console) -> int:
     parsed = tyro.cli(StudyArguments, prog="ibtpo study", args=list(arguments), use_underscores=False)
     for name in ("seeds", "prompts"):
         check_range(name, getattr(parsed, name), low=1)
+    check_range("first-seed", parsed.first_seed, low=0)
     jobs = parsed.jobs if parsed.jobs is not None else os.cpu_count() or 1
     check_range("jobs", jobs, low=1)
     plan = load_study(parsed.name)
-    cells = plan.cells(parsed.seeds, prompts=parsed.prompts, changes=_changes(parsed, plan))
+    seeds = range(parsed.first_seed, parsed.first_seed + parsed.seeds)
+    cells = plan.cells(seeds, prompts=parsed.prompts, changes=_changes(parsed, plan))
     for variant, reason in plan.skipped.items():
         console.print(f"left out: {variant}, {reason}", highlight=False, markup=False)
     done = sum(is_done(parsed.out, cell) for cell in cells)

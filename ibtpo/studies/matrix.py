@@ -83,8 +83,8 @@ class Study:
     policies: Sequence[str]
     skipped: Mapping[str, str]
 
-    def cells(self, seeds: int, *, prompts: int, changes: Mapping[str, Any]) -> list[Cell]:
-        """Every cell of `seeds` seeds, the policies they begin with not among them.
+    def cells(self, seeds: Sequence[int], *, prompts: int, changes: Mapping[str, Any]) -> list[Cell]:
+        """Every cell of these seeds, the policies they begin with not among them.
 
         Args:
             prompts: kinds samplers and bias: prompts a variant, over all seeds.
@@ -94,10 +94,10 @@ class Study:
             ValueError: settings that do not exist or are out of range.
         """
         made = []
-        for seed in range(seeds):
+        for seed in seeds:
             for task, settings in self.tasks.items():
                 for variant, own in self.variants.items():
-                    made += self._of(variant, own, task, settings, seed, -(-prompts // seeds), changes)
+                    made += self._of(variant, own, task, settings, seed, -(-prompts // len(seeds)), changes)
         return made
 
     def _of(
