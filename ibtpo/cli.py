@@ -21,6 +21,7 @@ from rich.tree import Tree as Outline
 
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import base_config
+from ibtpo.distributed import join, restarted
 from ibtpo.evaluate import evaluate
 from ibtpo.grading import GraderError
 from ibtpo.grow import Grower, Interrupted
@@ -130,7 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: list[str], console: Console) -> int:
     base = TrainArguments(run=_base(arguments, run=_early(arguments).resume))
     parsed = _parse(TrainArguments, replace(base, preset=_early(arguments).preset), "ibtpo train", arguments)
-    out = train(_with_data(parsed.run), Console(quiet=True) if parsed.quiet else console)
+    config = restarted(_with_data(parsed.run))
+    with join(config) as group:
+        out = train(config, Console(quiet=True) if parsed.quiet or not group.leads else console, group=group)
+    if not group.leads:
+        return 0
     for table in _result_tables(out):
         console.print(table)
     console.print(NOT_ACCURACY, style="dim")

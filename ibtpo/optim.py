@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ class MasterAdamW:
         self.config = config
         self.num_steps = 0
         self.scale = 1.0  # of the learning rate, for schedules beyond the warm-up
+        self.sum_gradients: Callable[[Iterable[nn.Parameter]], None] = lambda masters: None  # over several processes
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         wide = (torch.float32, torch.float64)
         self._masters = {
@@ -65,6 +66,7 @@ class MasterAdamW:
             master = self._masters[name]
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
+        self.sum_gradients(self._masters.values())
         norm = float(nn.utils.clip_grad_norm_(self._masters.values(), self.config.grad_clip))
         if norm == norm and norm != float("inf"):
             for group in self._adamw.param_groups:
