@@ -162,25 +162,25 @@ class Updater:
 
     def _gradients(self, batches: Sequence[MicroBatch]) -> list[Mapping[str, Tensor]]:
         """Gradients of this process's micro-batches; the metrics of those of all processes."""
-        metrics = [self._accumulate(batch) for batch in batches]
+        most = len(batches)
         if self.model is not self.full:  # sharded: every process must take part in every pass of any
-            most = max(self.group.gather(len(batches), "count micro-batches"))
-            for _ in range(most - len(batches)):
-                self._accumulate(blank(self.model.device))
+            most = max(self.group.gather(most, "count micro-batches"))
+        metrics = [self._accumulate(batch) for batch in batches]
+        for _ in range(most - len(batches)):
+            self._accumulate(blank(self.model.device))
         if self.group.size == 1:
             return [*metrics]
         return self.group.join([{n: value.cpu() for n, value in one.items()} for one in metrics], "share metrics")
 
     def _advantages(self, trees: Sequence[Tree]) -> list[NodeAdvantage]:
-        packed = [tree.export() for tree in trees]
-        reference: list[npt.NDArray[np.float32] | None] = [None] * len(trees)
-        if self.config.advantage.pi_ref == "reference":
-            own = [self._reference_logprob(packed[i]) for i in self.group.share(len(trees))]
-            reference = [*self.group.join(own, "score under the reference")]
-        return [
-            advantage(one, tree.notes["ib"], self.config.advantage, reference_logprob=logprob)
-            for one, tree, logprob in zip(packed, trees, reference, strict=True)
-        ]
+        if self.config.advantage.pi_ref != "reference":
+            return [self._advantage(tree) for tree in trees]
+        own = [self._reference_logprob(trees[i].export()) for i in self.group.share(len(trees))]
+        logprobs = self.group.join(own, "score trees under the reference")
+        return [self._advantage(*pair) for pair in zip(trees, logprobs, strict=True)]
+
+    def _advantage(self, tree: Tree, reference: npt.NDArray[np.float32] | None = None) -> NodeAdvantage:
+        return advantage(tree.export(), tree.notes["ib"], self.config.advantage, reference_logprob=reference)
 
     def _pack(self, advantages: Sequence[NodeAdvantage]) -> list[MicroBatch]:
         mine = balance([len(one.packed) for one in advantages], self.group.size)[self.group.rank]

@@ -24,7 +24,7 @@ def choose_mode(config: TrainConfig, model: Model, group: Group) -> Mode:
         ValueError: fsdp was asked for a model with adapters.
     """
     if config.distributed == "fsdp" and config.lora.rank > 0 and group.size > 1:
-        raise ValueError("distributed: fsdp splits whole models only; train adapters (lora.rank) with --distributed ddp")
+        raise ValueError("distributed: fsdp splits whole models only; train adapters with --distributed ddp")
     if group.size == 1 or config.lora.rank > 0 or config.distributed == "ddp":
         return "ddp"
     if config.distributed == "fsdp":
