@@ -22,6 +22,7 @@ def start(size: int, work: Callable[..., Any], *arguments: Any, logs: Path) -> l
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     logs.mkdir(parents=True, exist_ok=True)
     ranks = [
         _CONTEXT.Process(target=_rank, args=(rank, size, port, logs, work, arguments), daemon=True)

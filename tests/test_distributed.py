@@ -21,12 +21,14 @@ from processes import end, run, start
 from safetensors.torch import load_file
 from trees import VOCABULARY, chain, estimate, random_trajectories
 
+from ibtpo.advantage import advantage
 from ibtpo.cli import main
-from ibtpo.config import AdvantageConfig, LossConfig, LoRAConfig, OptimConfig, SamplingConfig, TrainConfig
+from ibtpo.config import AdvantageConfig, LoRAConfig, LossConfig, OptimConfig, SamplingConfig, TrainConfig
 from ibtpo.distributed import ALONE, Group, choose_mode, join, make_learner
 from ibtpo.distributed.exchange import freeze, thaw
 from ibtpo.distributed.group import balance
 from ibtpo.metrics import tree_metrics
+from ibtpo.pack import pack
 from ibtpo.runlog import latest_checkpoint
 from ibtpo.update import Updater, frozen_copy
 from ibtpo_engine import LoRA, Model, Tree
@@ -42,8 +44,8 @@ CONFIG = TrainConfig(
 )
 TINY = [
     "--jsonl.grade", "exact", "--prompts-per-step", "4", "--search.rounds", "5", "--sampling.max-tokens", "6",
-    "--eval.prompts", "4", "--eval.samples", "2", "--optim.lr", "1e-3", "--optim.warmup-steps", "1", "--optim.eps", "1e-3",
-    "--checkpoint-every", "2", "--distributed-timeout", "60",
+    "--eval.prompts", "4", "--eval.samples", "2", "--checkpoint-every", "2", "--distributed-timeout", "60",
+    "--optim.lr", "1e-3", "--optim.warmup-steps", "1", "--optim.eps", "1e-3",
 ]  # fmt: skip
 
 
@@ -125,17 +127,25 @@ def test_loss_gradients_and_updates_are_those_of_one_process(
     for mine, other in zip(ours["gradients"], theirs["gradients"], strict=True):
         assert _difference(mine, other) < within
     assert _difference(ours["weights"], theirs["weights"]) < within
-    assert _difference(ours["state"], theirs["state"]) < max(within, 2 * within)
-    assert all(not torch.equal(w, p) for w, p in zip(  # every parameter moved
-        theirs["weights"].values(), tiny_model(0, vocabulary=VOCABULARY, dtype=dtype).parameters(), strict=True
-    ))  # fmt: skip
+    assert _difference(ours["state"], theirs["state"]) < 2 * within  # second moments are squares
+    if dtype != torch.bfloat16:  # which rounds a small update away; the masters in the state have it
+        before = dict(tiny_model(0, vocabulary=VOCABULARY, dtype=dtype).named_parameters())
+        assert [name for name, weight in theirs["weights"].items() if torch.equal(weight, before[name])] == []
 
 
-def test_a_denominator_of_a_process_alone_would_be_noticed() -> None:
-    """The gradients above do differ where means are taken over each process's trees."""
-    theirs = _update(CONFIG, torch.float64, ALONE)
-    alone = _update(replace(CONFIG, mini_batches=1), torch.float64, ALONE)
-    assert _difference(alone["gradients"][0], theirs["gradients"][0]) > 1e-3
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "dr_grpo"])
+def test_shares_of_a_step_carry_the_weights_of_the_whole(aggregation: Any) -> None:
+    """Every edge has the weight it has where one process packs all trees, to the last bit."""
+    trees = [advantage(tree.export(), tree.notes["ib"], AdvantageConfig()) for tree in _trees()]
+    how = {"micro_batch_tokens": 10**6, "max_tokens": 64, "dtype": torch.float64}
+    loss = LossConfig(aggregation=aggregation)
+    weights = []
+    for shares in ([None], balance([len(tree.packed) for tree in trees], 3)):
+        batches = [batch for only in shares for batch in pack(trees, loss, only=only, **how)]
+        edges = torch.cat([torch.stack([b.edge_tree, b.edge_token]) for b in batches], 1)
+        order = (edges[0] * 10**6 + edges[1]).argsort()
+        weights.append(torch.cat([torch.stack([b.weight, b.positive, b.negative]) for b in batches], 1)[:, order])
+    assert torch.equal(*weights)
 
 
 # ---- trees ---------------------------------------------------------------------------------------------------------
@@ -174,9 +184,7 @@ def test_work_is_shared_out_evenly() -> None:
     assert [list(Group(rank, 3).share(7)) for rank in range(3)] == [[0, 1], [2, 3], [4, 5, 6]]
     assert [list(Group(rank, 3).share(1)) for rank in range(3)] == [[], [], [0]]
     shares = balance([5, 9, 1, 4, 7], 2)
-    assert shares == [[0, 1], [2, 3, 4]] or sorted(sum(shares, [])) == [0, 1, 2, 3, 4]
-    loads = [sum([5, 9, 1, 4, 7][i] for i in share) for share in shares]
-    assert max(loads) - min(loads) <= 2
+    assert shares == [[1, 3], [0, 2, 4]]  # 13 and 13
 
 
 # ---- failures ------------------------------------------------------------------------------------------------------
@@ -186,13 +194,13 @@ def _one_is_missing(config: TrainConfig) -> None:
     with join(config) as group:
         if group.rank != 1:
             group.meet("count heads")
-        time.sleep(4)
+        time.sleep(2)
 
 
 def test_who_does_not_come_in_time_is_named(tmp_path: Path) -> None:
-    codes = end(start(3, _one_is_missing, replace(CONFIG, distributed_timeout=1.0), logs=tmp_path))
+    codes = end(start(3, _one_is_missing, replace(CONFIG, distributed_timeout=0.5), logs=tmp_path))
     assert all(codes)
-    assert "waited 1 s for rank 1 of 3 to count heads" in (tmp_path / "0.txt").read_text()
+    assert "waited 0.5 s for rank 1 of 3 to count heads" in (tmp_path / "0.txt").read_text()
 
 
 def _one_raises(config: TrainConfig) -> None:
@@ -208,7 +216,7 @@ def test_one_that_raises_ends_all_with_its_message(tmp_path: Path) -> None:
     assert time.monotonic() - began < 20
     assert "ValueError: the third row" in (tmp_path / "1.txt").read_text()
     assert "rank 1 failed: the third row has no answer" in (tmp_path / "0.txt").read_text()
-    assert (tmp_path / "2.txt").read_text() == ""
+    assert "third row" not in (tmp_path / "2.txt").read_text()
 
 
 def test_fsdp_refuses_adapters() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.distributed_c10d import Store
 
 BUCKET_BYTES = 64 << 20  # of gradients summed in one call
 _FAILURE = "failure"
+_GRACE = 5.0  # seconds that rank 0 waits for the others to have left
 
 T = TypeVar("T")
 
@@ -85,16 +87,36 @@ class Group:
         came = self._store.multi_get([f"at/{rank}" for rank in range(self.size)])
         return [rank for rank, meetings in enumerate(came) if int(meetings) < self._meetings]
 
+    def leave(self) -> None:
+        """Meet for the last time; rank 0, which may keep the store, goes when all others have.
+
+        Raises:
+            PeerFailed: as `meet`.
+        """
+        if self._store is None:
+            return
+        self.meet("end the run")
+        with suppress(dist.DistError):
+            deadline = time.monotonic() + _GRACE
+            left = self._store.add("left", 1)
+            while self.leads and left < self.size and time.monotonic() < deadline:
+                time.sleep(0.01)
+                left = self._store.add("left", 0)
+
     def fail(self, message: str) -> None:
         """Tell the others why this process ends; the first message stays."""
         if self._store is not None:
-            self._store.compare_set(_FAILURE, "", f"rank {self.rank} failed: {message}")
+            with suppress(dist.DistError):
+                self._store.compare_set(_FAILURE, "", f"rank {self.rank} failed: {message}")
 
     def failure(self) -> str | None:
         """Which process failed and why, if one did."""
-        if self._store is None or not self._store.check([_FAILURE]):
+        try:
+            if self._store is None or not self._store.check([_FAILURE]):
+                return None
+            return str(self._store.get(_FAILURE), "utf-8")
+        except dist.DistError:  # whoever keeps the store is gone
             return None
-        return str(self._store.get(_FAILURE), "utf-8")
 
     def gather(self, value: T, what: str) -> list[T]:
         """What every process brings, in the order of their ranks; small, or seldom: it is pickled."""

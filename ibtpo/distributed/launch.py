@@ -37,20 +37,13 @@ def join(config: TrainConfig) -> Iterator[Group]:
     device = torch.device(device_name(config))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=config.distributed_timeout))))
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=config.distributed_timeout),
-    )
-    group = Group(rank, size, PrefixStore("ibtpo", store), config.distributed_timeout)
+    group = _connect(device, config.distributed_timeout)
     try:
         yield group
-        group.meet("end the run")
+        group.leave()
         dist.destroy_process_group()
     except Interrupted as stop:
+        group.leave()
         if group.leads:
             raise
         raise SystemExit(0 if stop.signal == signal.SIGTERM else 130) from None
@@ -60,9 +53,31 @@ def join(config: TrainConfig) -> Iterator[Group]:
             raise SystemExit(2) from None  # who failed has said why, and rank 0 says who
         if failure is not None:
             raise PeerFailed(failure) from None
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            raise PeerFailed(f"the connection to another process broke, was it killed? ({_line(error)})") from None
         if not isinstance(error, PeerFailed):
-            group.fail(" ".join(f"{error}".split()) or type(error).__name__)
+            group.fail(_line(error))
         raise
+
+
+def _connect(device: torch.device, timeout: float) -> Group:
+    wait = timedelta(seconds=timeout)
+    try:
+        store, rank, size = next(iter(rendezvous("env://", timeout=wait)))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may outlive those who wrote in it
+        store = PrefixStore(f"ibtpo-{attempt}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+    except (RuntimeError, ValueError) as error:
+        raise PeerFailed(
+            f"this process could not join the others ({_line(error)}); start all with torchrun, with the same "
+            "--nnodes and --rdzv-endpoint"
+        ) from None
+    return Group(rank, size, PrefixStore("group", store), timeout)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def device_name(config: TrainConfig) -> str:

@@ -49,6 +49,7 @@ def shard(full: Model) -> Model:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
     model.to_empty(device=full.device)
     values = dict(full.named_parameters())
     with torch.no_grad():
