@@ -109,6 +109,5 @@ class MasterAdamW:
                 master.copy_(state[f"master.{name}"])
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{key}.{name}" in state:
-                    value = state[f"{key}.{name}"].clone()
-                    self._adamw.state[master][key] = value if key == "step" else value.to(master.device)
+                    self._adamw.state[master][key] = state[f"{key}.{name}"].clone().to(master.device)
         self._write_back()

@@ -59,10 +59,10 @@ def train(
         policy = _policy(config, source)
         task = stack.enter_context(closing(make_task(config)))
         _check_input(config, policy, task, source, console)
-        engine = make_engine(config, policy)
         mode = choose_mode(config, policy.model, group)
         if group.size > 1:
             _say(console, f"{group.size} processes, {mode}")
+        engine = make_engine(config, policy)
         if folder is None:
             folder = stack.enter_context(_created(config.out or default_folder(config), settings, group))
         else:

@@ -18,6 +18,7 @@ from ibtpo.config import TrainConfig
 from ibtpo.distributed.group import ALONE, Group, PeerFailed
 from ibtpo.grow import Interrupted
 from ibtpo.runlog import CONFIG
+from ibtpo.setup import choose_device
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def join(config: TrainConfig) -> Iterator[Group]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    device = torch.device(device_name(config))
+    device = choose_device(device_name(config))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     group = _connect(device, config.distributed_timeout)
@@ -73,7 +74,9 @@ def _connect(device: torch.device, timeout: float) -> Group:
             f"this process could not join the others ({_line(error)}); start all with torchrun, with the same "
             "--nnodes and --rdzv-endpoint"
         ) from None
-    return Group(rank, size, PrefixStore("group", store), timeout)
+    group = Group(rank, size, PrefixStore("group", store), timeout)
+    group.meet("begin")  # so that nobody fails while others still connect to it
+    return group
 
 
 def _line(error: Exception) -> str:

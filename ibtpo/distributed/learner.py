@@ -20,6 +20,8 @@ SPARE = 0.25  # of the free memory, left to activations and logits
 def choose_mode(config: TrainConfig, model: Model, group: Group) -> Mode:
     """What ``config.distributed`` says; "auto" is ddp where `ddp_bytes` leave enough of every process's free memory.
 
+    Call it before the KV pool is made.
+
     Raises:
         ValueError: fsdp was asked for a model with adapters.
     """
