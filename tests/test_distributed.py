@@ -23,15 +23,16 @@ from trees import VOCABULARY, chain, estimate, random_trajectories
 
 from ibtpo.advantage import advantage
 from ibtpo.cli import main
-from ibtpo.config import AdvantageConfig, LoRAConfig, LossConfig, OptimConfig, SamplingConfig, TrainConfig
-from ibtpo.distributed import ALONE, Group, choose_mode, join, make_learner
+from ibtpo.config import AdvantageConfig, EngineConfig, LoRAConfig, LossConfig, OptimConfig, SamplingConfig, TrainConfig
+from ibtpo.distributed import ALONE, Group, choose_mode, device_name, join, learner, make_learner, restarted
 from ibtpo.distributed.exchange import freeze, thaw
 from ibtpo.distributed.group import balance
+from ibtpo.distributed.learner import ddp_bytes
 from ibtpo.metrics import tree_metrics
 from ibtpo.pack import pack
 from ibtpo.runlog import latest_checkpoint
 from ibtpo.update import Updater, frozen_copy
-from ibtpo_engine import LoRA, Model, Tree
+from ibtpo_engine import Model, Tree
 
 CONFIG = TrainConfig(
     sampling=SamplingConfig(temperature=0.8, top_p=1.0, max_tokens=64),
@@ -219,12 +220,64 @@ def test_one_that_raises_ends_all_with_its_message(tmp_path: Path) -> None:
     assert "third row" not in (tmp_path / "2.txt").read_text()
 
 
+class _Twins(Group):
+    """Two processes that bring the same."""
+
+    def gather(self, value: Any, what: str) -> list[Any]:
+        return [value, value]
+
+
+def test_auto_takes_shares_where_whole_copies_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    config = replace(CONFIG, engine=EngineConfig(kv_tokens=1000))
+    parameters = sum(p.numel() for p in model.parameters())
+    kv = 1000 * 2 * 2 * 2 * 8 * 4  # keys and values, layers, heads, head size, fp32
+    assert ddp_bytes(config, model) == (8 + 4 + 4) * parameters + kv  # moments, gradients, reference
+    assert ddp_bytes(config, tiny_model(dtype=torch.bfloat16)) == (4 + 8 + 6 + 2) * parameters + kv // 2
+    monkeypatch.setattr(learner, "free_memory", lambda device: 2 * ddp_bytes(config, model))
+    assert choose_mode(config, model, _Twins(0, 2)) == "ddp"
+    monkeypatch.setattr(learner, "free_memory", lambda device: ddp_bytes(config, model))
+    assert choose_mode(config, model, _Twins(0, 2)) == "fsdp"
+    assert choose_mode(config, model, ALONE) == "ddp"
+    assert choose_mode(replace(config, distributed="ddp"), model, _Twins(0, 2)) == "ddp"
+
+
+@pytest.mark.parametrize(("variables", "device", "expected"), [
+    ({}, "cuda:1", "cuda:1"),
+    ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "auto", "cuda:1"),
+    ({"WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "cpu", "cpu"),
+    ({"WORLD_SIZE": "4", "LOCAL_RANK": "2"}, "cuda", "lower --nproc-per-node"),
+    ({"WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "cuda:0", "would be shared"),
+])  # fmt: skip
+def test_every_process_of_a_node_gets_its_own_gpu(
+    variables: dict[str, str], device: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if " " in expected:
+        with pytest.raises(ValueError, match=expected):
+            device_name(replace(CONFIG, device=device))
+    else:
+        assert device_name(replace(CONFIG, device=device)) == expected
+
+
+def test_a_restart_resumes_the_run_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, out=tmp_path)
+    (tmp_path / "config.yaml").touch()
+    assert restarted(config) == config
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert restarted(config).resume == tmp_path
+    assert restarted(replace(config, out=tmp_path / "none")).resume is None
+    assert restarted(replace(config, out=None)).resume is None
+
+
 def test_fsdp_refuses_adapters() -> None:
     config = replace(CONFIG, distributed="fsdp", lora=LoRAConfig(rank=2))
     with pytest.raises(ValueError, match="train adapters with --distributed ddp"):
         choose_mode(config, Model(tiny_model().config), Group(0, 2))
     assert choose_mode(replace(config, distributed="auto"), Model(tiny_model().config), Group(0, 2)) == "ddp"
-    assert LoRA(rank=2).scale == 16.0
 
 
 # ---- runs ----------------------------------------------------------------------------------------------------------
