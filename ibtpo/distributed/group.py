@@ -45,6 +45,7 @@ class Group:
         self.timeout = timeout
         self._store = store
         self._meetings = 0
+        self._failure: str | None = None
         if store is not None:
             store.set(f"at/{rank}", "0")
 
@@ -111,12 +112,10 @@ class Group:
 
     def failure(self) -> str | None:
         """Which process failed and why, if one did."""
-        try:
-            if self._store is None or not self._store.check([_FAILURE]):
-                return None
-            return str(self._store.get(_FAILURE), "utf-8")
-        except dist.DistError:  # whoever keeps the store is gone
-            return None
+        with suppress(dist.DistError):  # whoever keeps the store may be gone
+            if self._failure is None and self._store is not None and self._store.check([_FAILURE]):
+                self._failure = str(self._store.get(_FAILURE), "utf-8")
+        return self._failure
 
     def gather(self, value: T, what: str) -> list[T]:
         """What every process brings, in the order of their ranks; small, or seldom: it is pickled."""
