@@ -24,6 +24,7 @@ from ibtpo.commands.config import ConfigArguments, show_config
 from ibtpo.commands.doctor import DoctorArguments, doctor
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import base_config
+from ibtpo.distributed import join, restarted
 from ibtpo.evaluation.command import EvalArguments, print_evaluation, run_evaluation
 from ibtpo.grading import GraderError
 from ibtpo.grow import Grower, Interrupted
@@ -136,7 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: list[str], console: Console) -> int:
     base = TrainArguments(run=_base(arguments, run=_early(arguments).resume))
     parsed = _parse(TrainArguments, replace(base, preset=_early(arguments).preset), "ibtpo train", arguments)
-    out = train(_with_data(parsed.run), RunConsole(quiet=parsed.quiet))
+    config = restarted(_with_data(parsed.run))
+    with join(config) as group:
+        out = train(config, RunConsole(quiet=parsed.quiet or not group.leads), group=group)
+    if not group.leads:
+        return 0
     for table in _result_tables(out):
         console.print(table)
     console.print(NOT_ACCURACY, style="dim")

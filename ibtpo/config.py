@@ -407,6 +407,10 @@ class TrainConfig:
     """bitwise: the trainer finds the sampler's log-probs to the last bit (CPUs only); fast: within rounding."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    distributed: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Under torchrun. ddp: a whole copy in every process; fsdp: shares of one; auto: ddp if that fits."""
+    distributed_timeout: float = 1800.0
+    """Seconds that the processes of a run wait for the last of them, before it is named and the run ends."""
     sampled_tokens: int = 600_000
     """Training ends when this many tokens have been sampled."""
     prompts_per_step: int = 24
@@ -449,6 +453,8 @@ class TrainConfig:
             raise ValueError(f"search.segment_tokens: {self.search.segment_tokens} must be below {limit}")
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         check_choice("parity", self.parity, ("fast", "bitwise"))
+        check_choice("distributed", self.distributed, ("auto", "ddp", "fsdp"))
+        check_range("distributed_timeout", self.distributed_timeout, low=0.0, low_open=True)
         check_choice("layout", self.layout, ("auto", "plain", "gsm8k", "math", "dapo", "aime"))
         check_range("sampled_tokens", self.sampled_tokens, low=1)
         check_range("prompts_per_step", self.prompts_per_step, low=1)

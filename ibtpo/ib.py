@@ -116,6 +116,35 @@ class IBEstimates:
         if self.config.value == "shrunk":
             self._shrink()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled is flat: cells refer to each other by number, so that no chain of them is followed."""
+        cells = list(dict.fromkeys(self._cells.values()))
+        number = {cell: i for i, cell in enumerate(cells)}
+        rows = [
+            {name: getattr(cell, name) for name in _Cell.__slots__}
+            | {"parent": cell.parent and number[cell.parent], "draws": [number[child] for child in cell.draws]}
+            for cell in cells
+        ]
+        return vars(self) | {
+            "rows": rows,
+            "_cells": [(node, number[cell]) for node, cell in self._cells.items()],
+            "_branching": [number[cell] for cell in self._branching],
+            "_merged": [(number[above], tokens, number[cell]) for (above, tokens), cell in self._merged.items()],
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        rows = state.pop("rows")
+        cells = [_Cell(row["node"], None, row["probability"]) for row in rows]
+        for cell, row in zip(cells, rows, strict=True):
+            row["parent"] = None if row["parent"] is None else cells[row["parent"]]
+            row["draws"] = [cells[child] for child in row["draws"]]
+            for name, value in row.items():
+                setattr(cell, name, value)
+        vars(self).update(state)
+        self._cells = {node: cells[i] for node, i in state["_cells"]}
+        self._branching = [cells[i] for i in state["_branching"]]
+        self._merged = {(cells[above], tokens): cells[i] for above, tokens, i in state["_merged"]}
+
     def _known_parent(self, steps: Sequence[Node]) -> _Cell:
         """The cell the trajectory branches from, after checking that no step above it was cut since it was counted."""
         node = steps[0].parent

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class MasterAdamW:
         self.config = config
         self.num_steps = 0
         self.scale = 1.0  # of the learning rate, for schedules beyond the warm-up
+        self.sum_gradients: Callable[[Iterable[nn.Parameter]], None] = lambda masters: None  # over several processes
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         wide = (torch.float32, torch.float64)
         self._masters = {
@@ -65,6 +66,7 @@ class MasterAdamW:
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
                 parameter.grad = None  # one at a time: never all gradients in both types
+        self.sum_gradients(self._masters.values())
         norm = float(nn.utils.clip_grad_norm_(self._masters.values(), self.config.grad_clip))
         if norm == norm and norm != float("inf"):
             for group in self._adamw.param_groups:
@@ -118,8 +120,7 @@ class MasterAdamW:
                 continue
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{key}.{name}" in state:
-                    value = state[f"{key}.{name}"].clone()
-                    self._adamw.state[master][key] = value if key == "step" else value.to(master.device)
+                    self._adamw.state[master][key] = state[f"{key}.{name}"].clone().to(master.device)
         self._write_back()
 
     def _load_8bit(self, name: str, master: Tensor, state: Mapping[str, Tensor]) -> None:

@@ -17,7 +17,7 @@ What no prediction depends on is left out: the last token of every trajectory, f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any, Self
@@ -83,6 +83,7 @@ def pack(
     micro_batch_tokens: int,
     max_tokens: int,
     dtype: torch.dtype = torch.float32,
+    only: Collection[int] | None = None,
 ) -> list[MicroBatch]:
     """Pack all trees of one optimizer step; skipped groups are left out of everything.
 
@@ -92,6 +93,7 @@ def pack(
         micro_batch_tokens: most packed tokens of a micro-batch. A trajectory longer than that gets its own.
         max_tokens: length limit of a trajectory, the denominator of `dr_grpo`.
         dtype: of weights and log-probs.
+        only: indices of the trees to pack; means are taken over all of them all the same.
 
     Returns:
         micro-batches whose losses add up to the step's loss, the same for the same input; none if all is skipped.
@@ -105,10 +107,31 @@ def pack(
     parts = [
         _part(index, tree, of_tree, edges, dtype)
         for (index, tree), of_tree in zip(kept, weights, strict=True)
+        if only is None or index in only
         for edges in _divide(tree.packed, np.flatnonzero(of_tree[0] > 0), micro_batch_tokens)
     ]
     bins = _first_fit([len(part) for part in parts], micro_batch_tokens)
     return [_side_by_side([parts[i] for i in chosen]) for chosen in bins]
+
+
+def blank(device: torch.device) -> MicroBatch:
+    """A micro-batch whose loss and gradient are 0: for a process that only keeps others company."""
+    zero, none = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
+    return MicroBatch(
+        tokens=zero,
+        pos=zero,
+        end=zero.to(torch.int32) + 1,
+        rows=zero,
+        edge_row=zero,
+        targets=zero,
+        positive=none,
+        negative=none,
+        weight=none,
+        old_logprob=none,
+        multiplicity=zero,
+        edge_tree=zero,
+        edge_token=zero,
+    ).to(device)
 
 
 def _edge_weights(tree: NodeAdvantage, config: LossConfig, num_trajectories: int, max_tokens: int) -> Doubles:

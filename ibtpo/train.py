@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from ibtpo.checkpoints import Checkpoint
 from ibtpo.config import TrainConfig
+from ibtpo.distributed import ALONE, Follower, Group, choose_mode, device_name
 from ibtpo.environment import record_environment
 from ibtpo.loggers import check_installed
 from ibtpo.memory_fit import check_memory
@@ -25,13 +27,19 @@ from ibtpo.viewer import export_page
 from ibtpo_engine import OutOfPages
 
 
-def train(config: TrainConfig, console: Console, on_step: Callable[[int], None] = lambda step: None) -> Path:
+def train(
+    config: TrainConfig,
+    console: Console,
+    on_step: Callable[[int], None] = lambda step: None,
+    group: Group = ALONE,
+) -> Path:
     """Run or resume a training run to its end.
 
     Everything that can be wrong with the input is checked before the run folder is made.
 
     Args:
         on_step: called with the number of each training step, once it is logged and saved; what it raises ends the run.
+        group: the processes that run it together, each of which calls this; rank 0 keeps the folder.
 
     Returns:
         the run folder; the trained policy is its last checkpoint.
@@ -54,17 +62,19 @@ def train(config: TrainConfig, console: Console, on_step: Callable[[int], None] 
     with ExitStack() as stack:
         folder = None
         if config.resume is not None:
-            announce_changes(config.resume, settings, console)
-            folder = stack.enter_context(RunFolder.open(config.resume, settings, say=lambda text: _say(console, text)))
+            folder = stack.enter_context(_reopened(config.resume, settings, console, group))
         source = config.model if folder is None or folder.last is None else folder.last.path
         plan = check_memory(config, model_shape(source), choose_device(config.device))
         console.print(str(plan), style="dim", highlight=False, markup=False, soft_wrap=True)
         policy = _policy(config, source)
         task = stack.enter_context(closing(make_task(config)))
         _check_input(config, policy, task, source, console)
+        mode = choose_mode(config, policy.model, group)
+        if group.size > 1:
+            _say(console, f"{group.size} processes, {mode}")
         engine = make_engine(config, policy)
         if folder is None:
-            folder = stack.enter_context(RunFolder.create(config.out or default_folder(config), settings))
+            folder = stack.enter_context(_created(config.out or default_folder(config), settings, group))
         else:
             folder.configure(settings)
         if differences := record_environment(folder.path):
@@ -72,12 +82,35 @@ def train(config: TrainConfig, console: Console, on_step: Callable[[int], None] 
         gc.collect()
         gc.freeze()  # what is loaded by now stays; the collector need not walk it while trees come and go
         stack.callback(gc.unfreeze)
-        _run(Trainer(config, folder, policy, task, engine, console, on_step, plan))
+        _run(Trainer(config, folder, policy, task, engine, console, on_step, plan, group=group, mode=mode))
     return folder.path
 
 
+def _created(path: Path, settings: TrainConfig, group: Group) -> RunFolder:
+    """The folder of a new run, made by rank 0."""
+    if group.leads:
+        folder = RunFolder.create(path, settings)
+        group.gather(folder.path, "make the run folder")
+        return folder
+    return Follower(group.gather(path, "make the run folder")[0], None)
+
+
+def _reopened(path: Path, settings: TrainConfig, console: Console, group: Group) -> RunFolder:
+    """The folder of a run that goes on, opened by rank 0; all go on from the same checkpoint."""
+    if group.leads:
+        announce_changes(path, settings, console)
+        folder = RunFolder.open(path, settings, say=lambda text: _say(console, text))
+        group.gather(folder.last, "open the run folder")
+        return folder
+    nothing: Checkpoint | None = None
+    last = group.gather(nothing, "open the run folder")[0]
+    if last is not None and not last.path.is_dir():
+        raise ValueError(f"resume: {last.path} is not seen from every node; put the run on a disk that all share")
+    return Follower(path, last)
+
+
 def _policy(config: TrainConfig, source: Path | str) -> Policy:
-    dtype, device = getattr(torch, config.dtype), choose_device(config.device)
+    dtype, device = getattr(torch, config.dtype), choose_device(device_name(config))
     if source == "built-in":
         policy = built_in_policy(config.seed, dtype=dtype, device=device)
     else:
@@ -110,7 +143,8 @@ def _run(trainer: Trainer) -> None:
         ) from None
     finally:
         try:
-            export_page([path], path / REPORT, trees=trainer.config.report_trees)
+            if trainer.group.leads:
+                export_page([path], path / REPORT, trees=trainer.config.report_trees)
         except (OSError, ValueError) as error:  # must not hide how the run ended, nor spoil a good end
             _say(trainer.console, f"no report was written: {error}")
 

@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 
 from ibtpo.config import TrainConfig
 from ibtpo.disk import flush_tree, no_space, write_atomically
+from ibtpo.distributed import ALONE, Group, Mode, make_grower, make_learner
 from ibtpo.evaluation import evaluate
 from ibtpo.grow import Grower, Interrupted
 from ibtpo.memory_plan import MemoryPlan
 from ibtpo.metrics import tree_metrics
 from ibtpo.mixed import grow_mixed
 from ibtpo.model_card import CARD, model_card, save_generation_config
-from ibtpo.optim import MasterAdamW, NonFinite
+from ibtpo.optim import NonFinite
 from ibtpo.policy import Policy, load_policy
 from ibtpo.progress import Tracker, peak_host_memory, step_note, track
 from ibtpo.runlog import METRICS, RunFolder, latest_checkpoint, read_rows
@@ -58,7 +59,7 @@ class State:
 
 
 class Trainer:
-    """One run in one process.
+    """One run, in one process or in several that go through it together: then only rank 0 logs and saves.
 
     Args:
         config: the run.
@@ -69,6 +70,8 @@ class Trainer:
         console: where progress goes.
         on_step: called with the number of each training step, once it is logged and saved; what it raises ends the run.
         plan: of its memory; logged beside what was measured, and says whether the pool is released in an update.
+        group: the processes of the run.
+        mode: how they train.
     """
 
     def __init__(
@@ -81,6 +84,9 @@ class Trainer:
         console: Console,
         on_step: Callable[[int], None] = lambda step: None,
         plan: MemoryPlan | None = None,
+        *,
+        group: Group = ALONE,
+        mode: Mode = "ddp",
     ) -> None:
         self.config = config
         self.folder = folder
@@ -93,9 +99,11 @@ class Trainer:
         self.stop_requested = False
         self.stop_signal = 0  # the signal that asked for it
         self.sampling = make_sampling(config, policy)
-        self.optimizer = MasterAdamW(policy.model, config.optim)
+        self.group, self.mode = group, mode
+        self.model, self.optimizer = make_learner(config, policy.model, group, mode)
         self.engine = engine
-        self.grower = Grower(engine, task, policy.tokenizer, config.jsonl, lambda: self.stop_requested)
+        grower = Grower(engine, task, policy.tokenizer, config.jsonl, lambda: self.stop_requested)
+        self.grower = make_grower(grower, group)
         self.splitter = step_splitter(policy.tokenizer, config.search)
         self.search = make_search(config.search, config.ib, self.splitter, config.sampling.max_tokens)
         self.held_out = task.eval_problems(config.eval.prompts)
@@ -118,6 +126,7 @@ class Trainer:
                 self._train()
                 self._evaluate("Evaluating after")
             except Interrupted:
+                self._agree_to_stop()
                 kept = f"saved {self._checkpoint()}" if self._started else "nothing is saved of a warm start"
                 how = f"{kept}; go on with: ibtpo train --resume {self.folder.path}"
                 raise Interrupted(f"stopped at step {self.state.step}; {how}", self.stop_signal) from None
@@ -156,7 +165,7 @@ class Trainer:
             def on_update(state: WarmStart) -> None:
                 tracker.total = state.total
                 tracker.advance(1, f"loss {state.loss:.3f}, {state.excess:.3f} above the teacher's")
-                if self.stop_requested:
+                if self._agree_to_stop():
                     raise Interrupted
 
             end = warm_start_of(
@@ -169,8 +178,12 @@ class Trainer:
                 problem=self.task.train_problem,
                 on_update=on_update,
             )
-        self.policy.save(self.folder.path / START)
-        flush_tree(self.folder.path / START)
+        self.group.copy_from_leader(self.policy.model.parameters())
+        self.engine.weights_changed()
+        self.model, self.optimizer = make_learner(self.config, self.policy.model, self.group, self.mode)
+        if self.group.leads:
+            self.policy.save(self.folder.path / START)
+            flush_tree(self.folder.path / START)
         seconds = time.perf_counter() - begin
         self.folder.log(
             0,
@@ -185,7 +198,8 @@ class Trainer:
     def _evaluate(self, title: str) -> None:
         """Held-out accuracy at this step, unless the log has it already (the run was resumed)."""
         rows = read_rows(self.folder.path / METRICS)
-        if any(row["step"] == self.state.step and "eval_avg" in row for row in rows):
+        known = any(row["step"] == self.state.step and "eval_avg" in row for row in rows)
+        if self.group.gather(known, "evaluate")[0]:  # rank 0 writes the log
             return
         with track(self.console, title, 2 * len(self.held_out)) as tracker:
             values = evaluate(
@@ -204,13 +218,15 @@ class Trainer:
             self._evaluate(f"Evaluating at step {self.state.step}")
 
     def _train(self) -> None:
-        self._updater = Updater(self.policy.model, self.optimizer, self._reference(), self.config)
+        self._updater = Updater(
+            self.model, self.optimizer, self._reference(), self.config, group=self.group, full=self.policy.model
+        )
         self._updater.nonfinite_in_a_row = self.state.nonfinite_in_a_row
         with track(self.console, "Training", self.config.sampled_tokens) as tracker:
             tracker.advance(self.state.sampled_tokens)
             while self.state.sampled_tokens < self.config.sampled_tokens:
                 self._step(tracker)
-                if self.stop_requested:
+                if self._agree_to_stop():
                     raise Interrupted
         self._checkpoint()
 
@@ -229,7 +245,7 @@ class Trainer:
             values |= self._updater.update(trees)
         self.engine.weights_changed()
         end = time.perf_counter()
-        computed = self.engine.stats()["computed"] - before["computed"]
+        computed = sum(self.group.gather(self.engine.stats()["computed"] - before["computed"], "count tokens"))
         values |= {
             "tokens_computed": computed,
             "sampling_efficiency": values["trajectory_tokens"] / computed,
@@ -277,8 +293,10 @@ class Trainer:
 
     def _count_rewards(self, before: Mapping[str, float]) -> None:
         """Add what the task counted since; the sums of the run outlive its processes."""
-        for name, value in self.task.counts().items():
-            self.state.reward_counts[name] = self.state.reward_counts.get(name, 0) + value - before.get(name, 0)
+        new = {name: value - before.get(name, 0) for name, value in self.task.counts().items()}
+        for counts in self.group.gather(new, "count rewards"):
+            for name, value in counts.items():
+                self.state.reward_counts[name] = self.state.reward_counts.get(name, 0) + value
 
     def _grow(self) -> tuple[list[Tree], list[Problem], float]:
         """Trees on the next problems, all that were drawn; seconds spent in grading."""
@@ -322,11 +340,13 @@ class Trainer:
                 f"checkpoint with --resume {self.folder.path}"
             )
 
+        optimizer = self.optimizer.state()  # gathered from all processes
+
         def write(path: Path) -> None:
             self.policy.save(path)
             save_generation_config(self.policy, self.config, path)
             (path / CARD).write_text(self._card(), encoding="utf-8")
-            save_file(self.optimizer.state(), path / "optimizer.safetensors")
+            save_file(optimizer, path / "optimizer.safetensors")
             (path / "state.json").write_text(json.dumps(asdict(self.state)), encoding="utf-8")
 
         return self.folder.checkpoint(self.state.step, write, keep=self.config.safeguards.keep_checkpoints)
@@ -347,12 +367,19 @@ class Trainer:
             with no_space(self.folder.path, "everything"):
                 write_atomically(last.path / CARD, self._card())
 
+    def _agree_to_stop(self) -> bool:
+        """Has any process been asked to stop? Then all are."""
+        signals = self.group.gather((self.stop_requested, self.stop_signal), "ask who was told to stop")
+        self.stop_requested = any(asked for asked, _ in signals)
+        self.stop_signal = max(number for _, number in signals)
+        return self.stop_requested
+
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
         """The first Ctrl-C or SIGTERM asks for a stop at the next safe point; a second Ctrl-C stops at once."""
 
         def ask(number: int, frame: FrameType | None) -> None:
-            if self.stop_requested and number == signal.SIGINT:
+            if self.stop_requested and number == signal.SIGINT and self.group.size == 1:  # torchrun repeats it
                 raise KeyboardInterrupt
             self.stop_requested, self.stop_signal = True, number
             self.console.print("\nstopping at the next safe point; Ctrl-C again to stop at once", highlight=False)

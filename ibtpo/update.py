@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import pairwise
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ibtpo.advantage import NodeAdvantage, advantage, over_batch
 from ibtpo.config import TrainConfig
+from ibtpo.distributed.group import ALONE, Group, balance
 from ibtpo.loss import policy_metrics, policy_objective, summarize
 from ibtpo.optim import MasterAdamW, NonFinite, NonFiniteGradient
-from ibtpo.pack import MicroBatch, pack
+from ibtpo.pack import MicroBatch, blank, pack
 from ibtpo_engine import Model, PackedTree, Parity, Tree, sampler_logprob
 from ibtpo_kernels import linear_logprob, policy_head, with_value_of
 
@@ -56,17 +57,30 @@ class Updater:
         reference: the frozen starting policy; needed for a KL penalty or ``advantage.pi_ref = "reference"``. It may be
             `model` itself: then its adapters are off wherever the reference is run.
         config: everything else.
+        group: the processes that share the work; all are given the same trees.
+        full: the policy that samples, where `model` is its sharded copy; by default `model`.
 
     Attributes:
         nonfinite_in_a_row: optimizer steps skipped since the last one taken.
     """
 
-    def __init__(self, model: Model, optimizer: MasterAdamW, reference: Model | None, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        model: Model,
+        optimizer: MasterAdamW,
+        reference: Model | None,
+        config: TrainConfig,
+        *,
+        group: Group = ALONE,
+        full: Model | None = None,
+    ) -> None:
         self.nonfinite_in_a_row = 0
         self.model = model
         self.optimizer = optimizer
         self.reference = reference
         self.config = config
+        self.group = group
+        self.full = model if full is None else full
         sampling = config.sampling
         truncated = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
         self.recompute = truncated or config.loss.old_logprob == "recompute"
@@ -93,7 +107,7 @@ class Updater:
         Raises:
             NonFinite: too many optimizer steps in a row had to be skipped.
         """
-        advantages = over_batch([self._advantage(tree) for tree in trees], self.config.advantage)
+        advantages = over_batch(self._advantages(trees), self.config.advantage)
         kept = [one for one in advantages if not one.skipped]
         counts = {
             "groups_skipped": float(len(trees) - len(kept)),
@@ -111,11 +125,12 @@ class Updater:
             gap = self._recompute(mini_batches, parts)
         results, norms = [], []
         for batches in mini_batches:
-            results.append(summarize([self._accumulate(batch) for batch in batches]))
+            results.append(summarize(self._gradients(batches)))
             counts["lr"] = self.optimizer.lr
             if (norm := self._step(results[-1]["loss"])) is not None:
                 norms.append(norm)
-        counts["tokens_trained"] = float(sum(len(batch) for batches in mini_batches for batch in batches))
+        packed = sum(len(batch) for batches in mini_batches for batch in batches)
+        counts["tokens_trained"] = float(sum(self.group.gather(packed, "count tokens")))
         counts["optimizer_steps"] = float(len(norms))
         counts["optimizer_steps_skipped"] = float(len(mini_batches) - len(norms))
         norm = sum(norms) / len(norms) if norms else math.nan
@@ -145,17 +160,36 @@ class Updater:
             )
         return None
 
-    def _advantage(self, tree: Tree) -> NodeAdvantage:
-        packed = tree.export()
-        reference = self._reference_logprob(packed) if self.config.advantage.pi_ref == "reference" else None
-        return advantage(packed, tree.notes["ib"], self.config.advantage, reference_logprob=reference)
+    def _gradients(self, batches: Sequence[MicroBatch]) -> list[Mapping[str, Tensor]]:
+        """Gradients of this process's micro-batches; the metrics of those of all processes."""
+        most = len(batches)
+        if self.model is not self.full:  # sharded: every process must take part in every pass of any
+            most = max(self.group.gather(most, "count micro-batches"))
+        metrics = [self._accumulate(batch) for batch in batches]
+        for _ in range(most - len(batches)):
+            self._accumulate(blank(self.model.device))
+        if self.group.size == 1:
+            return [*metrics]
+        return self.group.join([{n: value.cpu() for n, value in one.items()} for one in metrics], "share metrics")
+
+    def _advantages(self, trees: Sequence[Tree]) -> list[NodeAdvantage]:
+        if self.config.advantage.pi_ref != "reference":
+            return [self._advantage(tree) for tree in trees]
+        own = [self._reference_logprob(trees[i].export()) for i in self.group.share(len(trees))]
+        logprobs = self.group.join(own, "score trees under the reference")
+        return [self._advantage(*pair) for pair in zip(trees, logprobs, strict=True)]
+
+    def _advantage(self, tree: Tree, reference: npt.NDArray[np.float32] | None = None) -> NodeAdvantage:
+        return advantage(tree.export(), tree.notes["ib"], self.config.advantage, reference_logprob=reference)
 
     def _pack(self, advantages: Sequence[NodeAdvantage]) -> list[MicroBatch]:
+        mine = balance([len(one.packed) for one in advantages], self.group.size)[self.group.rank]
         batches = pack(
             advantages,
             self.config.loss,
             micro_batch_tokens=self.config.micro_batch_tokens,
             max_tokens=self.config.sampling.max_tokens,
+            only=mine,
         )
         return [batch.to(self.model.device) for batch in batches]
 
@@ -203,13 +237,14 @@ class Updater:
         for batches, part in zip(mini_batches, parts, strict=True):
             trees = [one.packed for one in part]
             for i, batch in enumerate(batches):
-                old, raw = full_logprobs(self.model, batch, self.config.sampling.temperature, self.config.parity)
+                old, raw = full_logprobs(self.full, batch, self.config.sampling.temperature, self.config.parity)
                 difference = (raw.cpu() - _sampled_raw(trees, batch)).abs()
                 total += float((difference * batch.weight.cpu()).sum())
                 weight += float(batch.weight.sum())
                 largest = max(largest, float(difference.max()))
                 batches[i] = replace(batch, old_logprob=old)
-        return {"logprob_gap": total / weight, "logprob_gap_max": largest}
+        totals, weights, most = zip(*self.group.gather((total, weight, largest), "compare log-probs"), strict=True)
+        return {"logprob_gap": sum(totals) / sum(weights), "logprob_gap_max": max(most)}
 
     @torch.no_grad()
     def _reference_logprob(self, packed: PackedTree) -> npt.NDArray[np.float32]:

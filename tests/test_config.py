@@ -78,7 +78,7 @@ def _parsed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> TrainConfig:
     """What `ibtpo train ARGUMENTS` would run."""
     seen: list[TrainConfig] = []
 
-    def stop(config: TrainConfig, console: Console) -> Path:
+    def stop(config: TrainConfig, console: Console, **how: object) -> Path:
         seen.append(config)
         raise KeyboardInterrupt
 

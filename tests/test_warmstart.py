@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from ibtpo.cli import main
 from ibtpo.config import DigitChainConfig, WarmStartConfig
 from ibtpo.config_io import base_config
 from ibtpo.grow import Grower
 from ibtpo.policy import built_in_policy
+from ibtpo.runlog import latest_checkpoint
 from ibtpo.setup import make_engine
 from ibtpo.tasks import DigitChain
 from ibtpo.warmstart import CHECK_EVERY, FINAL_RATE, WINDOW, PassShare, WarmStart, _Schedule, warm_start
@@ -82,3 +87,19 @@ def test_pass_share_compares_policy_and_teacher() -> None:
     share = PassShare(engine, grower, task, Sampling(max_tokens=8, stop_tokens=policy.stops), problems, 0)
     assert 0.5 < share._teacher <= 1.0  # one operation, mean error rate .18
     assert share() == 0.0
+
+
+def test_bf16_training_goes_on_from_the_warm_start(tmp_path: Path) -> None:
+    """The optimizer's fp32 masters are those of the warm-started policy, not of the random one before it."""
+    arguments = [
+        "--dtype", "bfloat16", "--optim.lr", "1e-9", "--advantage.uniform-groups", "ib_only",
+        "--warm-start.max-updates", "12", "--warm-start.decay-updates", "4", "--warm-start.pass-share", "0",
+        "--sampled-tokens", "200", "--prompts-per-step", "2", "--eval.prompts", "2", "--eval.samples", "1",
+    ]  # fmt: skip
+    assert main(["train", "--quiet", "--out", str(tmp_path / "run"), *arguments]) == 0
+    last = latest_checkpoint(tmp_path / "run")
+    assert last is not None
+    before, after = (load_file(path / "model.safetensors") for path in (tmp_path / "run" / "start", last.path))
+    assert json.loads((last.path / "state.json").read_text())["step"] > 0
+    assert "exp_avg.model.norm.weight" in load_file(last.path / "optimizer.safetensors")  # it did step
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []

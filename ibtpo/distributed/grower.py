@@ -1,0 +1,62 @@
+"""Growing trees in several processes: each grows its share of the prompts, all get all trees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ibtpo.distributed.exchange import freeze, thaw
+from ibtpo.distributed.group import ALONE, Group
+from ibtpo.grow import Grower, Interrupted
+from ibtpo.tasks import Problem
+from ibtpo_engine import Sampling, Search, Tree
+
+
+@dataclass
+class SharedGrower(Grower):
+    """A `Grower` whose prompts are shared out over the processes of a group.
+
+    A tree's key decides its samples, so the trees are those one process would have grown.
+    """
+
+    group: Group = field(default=ALONE, kw_only=True)
+
+    def grow(
+        self,
+        problems: Sequence[Problem],
+        keys: Sequence[int],
+        search: Search,
+        sampling: Sampling,
+        on_tree: Callable[[Tree], None] = lambda tree: None,
+    ) -> tuple[list[Tree], float]:
+        """As `Grower.grow`: all trees, in the order of the problems; the seconds are the slowest process's.
+
+        Raises:
+            Interrupted: `should_stop` said so in any process.
+        """
+        mine = self.group.share(len(problems))
+        own: list[Tree] = []
+        grown: tuple[bytes, float] | None
+        try:
+            own, seconds = super().grow(
+                problems[mine.start : mine.stop], keys[mine.start : mine.stop], search, sampling, on_tree
+            )
+            grown = freeze(own), seconds
+        except Interrupted:
+            grown = None
+        parts = [part for part in self.group.gather(grown, "exchange their trees") if part is not None]
+        if len(parts) < self.group.size:
+            raise Interrupted
+        trees: list[Tree] = []
+        for rank, (data, _) in enumerate(parts):
+            theirs = own if rank == self.group.rank else thaw(data)
+            if rank != self.group.rank:
+                for tree in theirs:
+                    on_tree(tree)
+            trees += theirs
+        return trees, max(seconds for _, seconds in parts)
+
+
+def make_grower(grower: Grower, group: Group) -> Grower:
+    """The grower itself in a group of one, else the same shared out over the group."""
+    return grower if group.size == 1 else SharedGrower(**vars(grower), group=group)

@@ -1,0 +1,112 @@
+"""Joining the processes that torchrun started: backend, device, and how a failure reaches the others."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from ibtpo.config import TrainConfig
+from ibtpo.distributed.group import ALONE, Group, PeerFailed
+from ibtpo.grow import Interrupted
+from ibtpo.runlog import CONFIG
+from ibtpo.setup import choose_device
+
+
+@contextmanager
+def join(config: TrainConfig) -> Iterator[Group]:
+    """The group of processes that this one was started in, until the block ends; a group of one without torchrun.
+
+    An exception that leaves the block ends the others with its message. Only rank 0 says how a run was interrupted.
+
+    Raises:
+        ValueError: the launcher's environment and the configuration do not fit.
+        PeerFailed: another process failed.
+        SystemExit: on the others, once the message is out.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    device = choose_device(device_name(config))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    group = _connect(device, config.distributed_timeout)
+    try:
+        yield group
+        group.leave()
+        dist.destroy_process_group()
+    except Interrupted as stop:
+        group.leave()
+        if group.leads:
+            raise
+        raise SystemExit(0 if stop.signal == signal.SIGTERM else 130) from None
+    except Exception as error:
+        failure = group.failure()
+        if failure is not None and not group.leads:
+            raise SystemExit(2) from None  # who failed has said why, and rank 0 says who
+        if failure is not None:
+            raise PeerFailed(failure) from None
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+            raise PeerFailed(f"the connection to another process broke, was it killed? ({_line(error)})") from None
+        if not isinstance(error, PeerFailed):
+            group.fail(_line(error))
+        raise
+
+
+def _connect(device: torch.device, timeout: float) -> Group:
+    wait = timedelta(seconds=timeout)
+    try:
+        store, rank, size = next(iter(rendezvous("env://", timeout=wait)))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may outlive those who wrote in it
+        store = PrefixStore(f"ibtpo-{attempt}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+    except (RuntimeError, ValueError) as error:
+        raise PeerFailed(
+            f"this process could not join the others ({_line(error)}); start all with torchrun, with the same "
+            "--nnodes and --rdzv-endpoint"
+        ) from None
+    group = Group(rank, size, PrefixStore("group", store), timeout)
+    group.meet("begin")  # so that nobody fails while others still connect to it
+    return group
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def device_name(config: TrainConfig) -> str:
+    """The device of this process: with several on a node, the GPU of its local rank.
+
+    Raises:
+        ValueError: there are fewer GPUs than processes, or the configuration names one for all.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return config.device
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda:"):
+        raise ValueError(f"device: {name} would be shared by all processes of torchrun; use --device cuda, or auto")
+    if name != "cuda":
+        return name
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise ValueError(f"device: process {local} of this node has no GPU, torch sees {count}; lower --nproc-per-node")
+    return f"cuda:{local}"
+
+
+def restarted(config: TrainConfig) -> TrainConfig:
+    """The run as torchrun's restart must go on with it: one that began in `out` is resumed from there."""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if again and config.resume is None and config.out is not None and (config.out / CONFIG).is_file():
+        return replace(config, resume=config.out)
+    return config

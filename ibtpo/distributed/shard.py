@@ -1,0 +1,107 @@
+"""A model and its optimizer split over processes (FSDP2), beside the whole copy that samples.
+
+::
+
+    sharded    fp32 masters, gradients, AdamW's moments: a share of each on every process; trained
+    full       the policy as the engine and checkpoints know it, in the type it computes in: whole on every process
+
+After each update the shares are gathered into `full`, a parameter at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ibtpo.config import OptimConfig
+from ibtpo.optim import MasterAdamW
+from ibtpo_engine import Model
+
+_WIDE = (torch.float32, torch.float64)
+
+
+def shard(full: Model) -> Model:
+    """A trainable copy of `full`, of which every process holds a share; it computes in the type of `full`.
+
+    Parameters are split by decoder layer, gradients *summed* over the processes, both kept in fp32 at least. All
+    processes must run the same number of forward and backward passes.
+
+    Raises:
+        ValueError: the model has adapters.
+    """
+    if full.adapters is not None:
+        raise ValueError("distributed: fsdp splits whole models only; train adapters (lora.rank) with ddp")
+    mesh = init_device_mesh(full.device.type, (dist.get_world_size(),))
+    wide = full.dtype if full.dtype in _WIDE else torch.float32
+    with torch.device("meta"):
+        model = Model(full.config).to(wide)
+    policy = MixedPrecisionPolicy(param_dtype=full.dtype, reduce_dtype=wide)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # the head is used after the forward
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+    model.to_empty(device=full.device)
+    values = dict(full.named_parameters())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(_share(values[name].detach().to(wide), cast(DTensor, parameter)))
+    return model
+
+
+def _share(value: Tensor, like: DTensor) -> DTensor:
+    """This process's share of a tensor that every process holds whole; nothing is sent."""
+    mesh: DeviceMesh = like.device_mesh
+    return distribute_tensor(value.to(like.device), mesh, like.placements, src_data_rank=None)
+
+
+def _whole(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+class ShardedAdamW(MasterAdamW):
+    """`MasterAdamW` on the shares of a sharded model; what it saves and loads is whole, as one process writes it.
+
+    Args:
+        sharded: what `shard` returned.
+        full: the whole copy, kept up to date.
+        config: rates and limits.
+    """
+
+    def __init__(self, sharded: Model, full: Model, config: OptimConfig) -> None:
+        self._full = dict(full.named_parameters())
+        super().__init__(sharded, config)
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        for name, master in self._masters.items():
+            self._full[name].copy_(_whole(master.detach()))
+
+    def state(self) -> dict[str, Tensor]:
+        """As `MasterAdamW.state` of the whole model, on rank 0 and on the CPU; of the others, nothing."""
+        narrow = {f"master.{n}": p for n, p in self._masters.items() if self._full[n].dtype not in _WIDE}
+        state: dict[str, Tensor] = {}
+        for name, value in {**super().state(), **narrow}.items():
+            whole = _whole(value.detach())  # all processes take part
+            if dist.get_rank() == 0:
+                state[name] = whole.cpu()
+        return state
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state` returned, here or in a run of any number of processes."""
+        shares = dict(state)
+        for name, master in self._masters.items():
+            for key in (f"{kind}.{name}" for kind in ("master", "exp_avg", "exp_avg_sq")):
+                if key in shares:
+                    shares[key] = _share(shares[key], cast(DTensor, master))
+        super().load_state(shares)
