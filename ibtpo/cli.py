@@ -137,9 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: list[str], console: Console) -> int:
     base = TrainArguments(run=_base(arguments, run=_early(arguments).resume))
     parsed = _parse(TrainArguments, replace(base, preset=_early(arguments).preset), "ibtpo train", arguments)
-    config = restarted(_with_data(parsed.run))
+    config = _with_data(parsed.run)
     with join(config) as group:
-        out = train(config, RunConsole(quiet=parsed.quiet or not group.leads), group=group)
+        out = train(restarted(config, group), RunConsole(quiet=parsed.quiet or not group.leads), group=group)
     if not group.leads:
         return 0
     for table in _result_tables(out):

@@ -26,8 +26,13 @@ class Interrupted(Exception):
 OnLeaf = Callable[[Tree, Node, str, "float | Future[float]"], None]
 
 
-def _ignore(tree: Tree, leaf: Node, completion: str, reward: float | Future[float]) -> None:
-    pass
+def ignore_leaf(tree: Tree, leaf: Node, completion: str, reward: float | Future[float]) -> None:
+    """Take a finished trajectory and do nothing."""
+
+
+def completion_of(tokenizer: PreTrainedTokenizerBase, tree: Tree, leaf: Node) -> str:
+    """The text of a trajectory behind its prompt."""
+    return str(tokenizer.decode(leaf.prefix()[tree.prompt_len :], skip_special_tokens=True))
 
 
 @dataclass
@@ -43,14 +48,14 @@ class Grading:
     task: Grades
     tokenizer: PreTrainedTokenizerBase
     problems: dict[int, Problem]
-    on_leaf: OnLeaf = _ignore
+    on_leaf: OnLeaf = ignore_leaf
     seconds: float = field(default=0.0, init=False)
 
     def __call__(self, tree: Tree, leaf: Node) -> float | Future[float]:
         begin = time.perf_counter()
-        completion = self.tokenizer.decode(leaf.prefix()[tree.prompt_len :], skip_special_tokens=True)
-        reward = self.task.grade(self.problems[tree.key], str(completion), is_truncated(leaf))
-        self.on_leaf(tree, leaf, str(completion), reward)
+        completion = completion_of(self.tokenizer, tree, leaf)
+        reward = self.task.grade(self.problems[tree.key], completion, is_truncated(leaf))
+        self.on_leaf(tree, leaf, completion, reward)
         self.seconds += time.perf_counter() - begin
         return reward
 
@@ -79,7 +84,7 @@ class Grower:
         sampling: Sampling,
         on_tree: Callable[[Tree], None] = lambda tree: None,
         *,
-        on_leaf: OnLeaf = _ignore,
+        on_leaf: OnLeaf = ignore_leaf,
     ) -> tuple[list[Tree], float]:
         """Grow a tree on every problem.
 

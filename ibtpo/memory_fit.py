@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
 
 from ibtpo.config import TrainConfig
-from ibtpo.memory_plan import MemoryPlan, largest_micro_batch, plan_memory
+from ibtpo.distributed import ALONE, Group, Mode
+from ibtpo.memory_plan import ONE, MemoryPlan, Processes, largest_micro_batch, plan_memory
 from ibtpo_engine import ModelConfig
 from ibtpo_engine.pages import PAGE
 
@@ -16,21 +18,53 @@ _STEP = 256  # settings are looked for in multiples of it
 _RANKS = (64, 32, 16, 8, 4)
 
 
-def check_memory(config: TrainConfig, shape: ModelConfig, device: torch.device) -> MemoryPlan:
-    """The plan of a run.
+def check_memory(
+    config: TrainConfig, shape: ModelConfig, device: torch.device, group: Group = ALONE
+) -> tuple[Mode, MemoryPlan]:
+    """How the processes of a run train, and what that takes of each; all must call it, before they load anything.
+
+    ``distributed: auto`` is ddp where that fits every process, else fsdp; with adapters, and alone, always ddp.
 
     Raises:
-        ValueError: it does not fit; the message names what is short and settings that fit.
+        ValueError: it does not fit, and the message names what is short and settings that fit; or fsdp was asked for
+            what cannot be split.
     """
-    plan = plan_memory(config, shape, device)
+    if config.distributed == "fsdp" and group.size > 1:
+        _check_split(config)
+    hosts = group.gather(socket.gethostname(), "count the processes of each host")
+    sharing = hosts.count(hosts[group.rank]) if device.type == "cpu" else 1
+    mode: Mode = "fsdp" if config.distributed == "fsdp" and group.size > 1 else "ddp"
+    processes = Processes(group.size, mode, sharing)
+    plan = plan_memory(config, shape, device, processes=processes)
+    fit = group.gather(plan.fits, "plan memory")
+    if config.distributed == "auto" and not all(fit) and _is_split(config, group):
+        processes = replace(processes, mode="fsdp")
+        plan = plan_memory(config, shape, device, free=plan.free, processes=processes)
     if plan.fits:
-        return plan
-    flags = fitting_flags(config, shape, device, plan.free)
+        return processes.mode, plan
+    flags = fitting_flags(config, shape, device, plan.free, processes)
     remedy = f"the nearest that fits: {flags}" if flags else "no setting of this model fits; take a smaller one"
     raise ValueError(f"{plan}, so nothing was allocated; {remedy}")
 
 
-def fitting_flags(config: TrainConfig, shape: ModelConfig, device: torch.device, free: int) -> str | None:
+def _is_split(config: TrainConfig, group: Group) -> bool:
+    """Can these processes hold shares of this run's model?"""
+    return group.size > 1 and config.lora.rank == 0 and config.optim.state == "float32"
+
+
+def _check_split(config: TrainConfig) -> None:
+    if config.lora.rank > 0:
+        raise ValueError("distributed: fsdp splits whole models only; train adapters with --distributed ddp")
+    if config.optim.state != "float32":
+        raise ValueError(
+            f"distributed: fsdp cannot split the optimizer's state in {config.optim.state}; use --optim.state float32, "
+            "of which each process holds a share, or --distributed ddp"
+        )
+
+
+def fitting_flags(
+    config: TrainConfig, shape: ModelConfig, device: torch.device, free: int, processes: Processes = ONE
+) -> str | None:
     """Flags with which a run fits into `free` bytes; None if none do.
 
     Tried in this order: smaller micro-batches, a smaller KV pool, both; then the same with adapters of a lower rank,
@@ -38,7 +72,7 @@ def fitting_flags(config: TrainConfig, shape: ModelConfig, device: torch.device,
     """
 
     def fits(candidate: TrainConfig) -> bool:
-        return plan_memory(candidate, shape, device, free=free).fits
+        return plan_memory(candidate, shape, device, free=free, processes=processes).fits
 
     for base in _bases(config):
         for candidate in _smaller(base, fits):
@@ -56,7 +90,8 @@ def _bases(config: TrainConfig) -> Iterator[TrainConfig]:
         kept = [replace(one, gradient_checkpointing=True) for one in kept]
         yield from kept
     if config.lora.rank == 0 and config.model != "built-in":
-        yield from (replace(kept[0], lora=replace(config.lora, rank=rank)) for rank in _RANKS)
+        whole = replace(kept[0], distributed="ddp" if config.distributed == "fsdp" else config.distributed)
+        yield from (replace(whole, lora=replace(config.lora, rank=rank)) for rank in _RANKS)
 
 
 def _smaller(base: TrainConfig, fits: Callable[[TrainConfig], bool]) -> Iterator[TrainConfig]:
@@ -102,4 +137,6 @@ def _difference(config: TrainConfig, other: TrainConfig) -> str:
         flags.append(f"--lora.rank {other.lora.rank}")
     if other.gradient_checkpointing != config.gradient_checkpointing:
         flags.append("--gradient-checkpointing")
+    if other.distributed != config.distributed:
+        flags.append(f"--distributed {other.distributed}")
     return " ".join(flags)

@@ -22,6 +22,10 @@ hidden, I inner size, L layers, Hq/Hkv heads of size D, r rank of the adapters. 
                    in the optimizer step  temporaries of 8bit on a CPU: 20 bytes a number of the largest parameter
                    while sampling         logits of `max_branches` rows twice in fp32, a chunk of the prompt
 
+In N processes each samples for its share of the prompts, and a step takes a bucket of gradients more. With fsdp masters
+(in fp32, too: the engine's weights are a copy), optimizer and gradients are a share of 1/N each, and to it come the
+*gathered layers*: two decoder layers and what lies outside of them, whole, with their gradients.
+
 Not all of it is there at once: `MemoryPlan.phases` adds up what meets while sampling, in the backward pass and in the
 optimizer step, and the largest counts. Tests compare each line with tensors, `bench/train_large.py` the sum with runs.
 """
@@ -34,6 +38,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from ibtpo.config import TrainConfig
+from ibtpo.distributed import Mode
+from ibtpo.distributed.group import BUCKET_BYTES
 from ibtpo.policy import adapted_projections
 from ibtpo.progress import host_memory
 from ibtpo.update import Updater
@@ -95,13 +101,37 @@ def _gib(count: int) -> str:
 
 
 @dataclass(frozen=True)
+class Processes:
+    """How a run is spread over processes, as far as the memory of one of them goes.
+
+    Attributes:
+        count: how many there are.
+        mode: "ddp", or "fsdp" with a share of masters, optimizer state and gradients each.
+        sharing: how many of them share a device's memory (those of a node, on CPUs).
+    """
+
+    count: int = 1
+    mode: Mode = "ddp"
+    sharing: int = 1
+
+
+ONE = Processes()
+"""A run in one process."""
+
+
+@dataclass(frozen=True)
 class _Sizes:
-    """Numbers of a model: parameters, those trained, the largest trained, those with too few to be kept in 8 bits."""
+    """Numbers of a model: parameters, those trained, the largest trained, those with too few to be kept in 8 bits.
+
+    Of the parameters, `layer` lie in each decoder layer and `outside` in none.
+    """
 
     parameters: int
     trained: int
     largest: int
     trained_small: int
+    layer: int
+    outside: int
 
 
 def _itemsize(config: TrainConfig) -> int:
@@ -116,14 +146,15 @@ def _sizes(shape: ModelConfig, config: TrainConfig) -> _Sizes:
     in_layer = [parameter.numel() for parameter in layer.values()]
     with_one = [parameter.numel() for parameter in model.parameters()]
     more = shape.num_layers - 1
-    total = sum(with_one) + more * sum(in_layer)
+    total, one = sum(with_one) + more * sum(in_layer), sum(in_layer)
+    outside = sum(with_one) - one
     if config.lora.rank == 0:
-        return _Sizes(total, total, max(with_one), _small(with_one) + more * _small(in_layer))
+        return _Sizes(total, total, max(with_one), _small(with_one) + more * _small(in_layer), one, outside)
     names = [f"{name}.weight" for name in adapted_projections(config.lora)]
     sides = [size for name, p in layer.items() if name.partition(".")[2] in names for size in p.shape]
     adapters = [config.lora.rank * size for size in sides]
     trained = sum(adapters) * shape.num_layers
-    return _Sizes(total + trained, trained, max(adapters), _small(adapters) * shape.num_layers)
+    return _Sizes(total + trained, trained, max(adapters), _small(adapters) * shape.num_layers, one, outside)
 
 
 def _small(counts: list[int]) -> int:
@@ -167,9 +198,10 @@ def _layer_workspace(shape: ModelConfig, config: TrainConfig, tokens: int) -> in
     return size * tokens * (2 * shape.intermediate_size + 3 * shape.hidden_size) + waiting
 
 
-def _sampling_workspace(shape: ModelConfig, config: TrainConfig) -> int:
+def _sampling_workspace(shape: ModelConfig, config: TrainConfig, processes: Processes) -> int:
     size = _itemsize(config)
-    wanted = max(config.prompts_per_step * config.search.trajectories, config.eval.prompts * config.eval.samples)
+    prompts, held_out = (-(-count // processes.count) for count in (config.prompts_per_step, config.eval.prompts))
+    wanted = max(prompts * config.search.trajectories, held_out * config.eval.samples)
     rows = min(config.engine.max_branches, wanted)
     chunk = config.engine.prefill_tokens * size * (2 * shape.intermediate_size + 4 * shape.hidden_size)
     return 8 * rows * shape.vocab_size + chunk
@@ -181,7 +213,12 @@ def _copies_reference(config: TrainConfig) -> bool:
 
 
 def plan_memory(
-    config: TrainConfig, shape: ModelConfig, device: torch.device, *, free: int | None = None
+    config: TrainConfig,
+    shape: ModelConfig,
+    device: torch.device,
+    *,
+    free: int | None = None,
+    processes: Processes = ONE,
 ) -> MemoryPlan:
     """What a run takes on its device.
 
@@ -189,33 +226,40 @@ def plan_memory(
         config: the run.
         shape: of its model.
         device: where it runs.
-        free: bytes that the run may have; by default what is free now.
+        free: bytes that the process may have; by default its share of what is free now.
+        processes: how the run is spread; adapters are never split.
     """
+    split = processes.count if processes.mode == "fsdp" and config.lora.rank == 0 else 1
     size, on_cpu = _itemsize(config), device.type == "cpu"
     count, tokens = _sizes(shape, config), largest_micro_batch(config)
     eight = config.optim.state == "8bit"
     large = count.trained - count.trained_small
     process = host_memory() + _LATER if on_cpu else 0
     pool = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * size * pages_for(config.engine.kv_tokens) * PAGE
+    moments = 8 * count.trained_small + large * 2 + large // 32 if eight else 8 * count.trained
     parts = {
         "process": process,
         "weights": size * count.parameters,
-        "master weights": 4 * count.trained if size < 4 else 0,
-        "optimizer state": 8 * count.trained_small + large * 2 + large // 32 if eight else 8 * count.trained,
-        "gradients": 4 * count.trained,
+        "master weights": -(-4 * count.trained // split) if size < 4 or split > 1 else 0,
+        "optimizer state": -(-moments // split),
+        "gradients": -(-4 * count.trained // split),
+        "gathered layers": size * (2 * count.layer + count.outside) if split > 1 else 0,
         "KV pool": pool,
         "activations": activation_bytes(shape, config, tokens),
         "log-prob workspace": _loss_workspace(shape, config, tokens),
         "reference model": size * count.parameters if _copies_reference(config) else 0,
     }
     kept = sum(parts[name] for name in ("process", "weights", "master weights", "optimizer state", "reference model"))
-    backward = size * count.trained + parts["activations"]
+    backward = size * count.trained if split == 1 else 2 * parts["gathered layers"] + parts["gradients"]
+    backward += parts["activations"]
     backward += max(parts["log-prob workspace"], _layer_workspace(shape, config, tokens))
     step = parts["gradients"] + (20 * count.largest if eight and on_cpu else 0)
-    step += size * count.trained if on_cpu and size < 4 else 0
-    phases = {"sampling": kept + pool + _sampling_workspace(shape, config)}
+    step += size * count.trained if on_cpu and size < 4 and split == 1 else 0
+    if processes.count > 1:  # gradients are summed, or weights put together, a piece at a time
+        step += min(4 * count.trained, max(BUCKET_BYTES, 4 * count.largest))
+    phases = {"sampling": kept + pool + _sampling_workspace(shape, config, processes)}
     updates = {"backward pass": kept + backward, "optimizer step": kept + step}
-    room = free if free is not None else free_memory(device) + (host_memory() if on_cpu else 0)
+    room = free if free is not None else free_memory(device) // processes.sharing + (host_memory() if on_cpu else 0)
     release = config.engine.release == "always"
     if config.engine.release == "auto":
         largest = max(updates.values())

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ibtpo.checkpoints import Checkpoint
 from ibtpo.config import TrainConfig
-from ibtpo.distributed import ALONE, Follower, Group, choose_mode, device_name
+from ibtpo.distributed import ALONE, Follower, Group, device_name
 from ibtpo.environment import record_environment
 from ibtpo.loggers import check_installed
 from ibtpo.memory_fit import check_memory
@@ -64,20 +64,19 @@ def train(
         if config.resume is not None:
             folder = stack.enter_context(_reopened(config.resume, settings, console, group))
         source = config.model if folder is None or folder.last is None else folder.last.path
-        plan = check_memory(config, model_shape(source), choose_device(config.device))
+        mode, plan = check_memory(config, model_shape(source), choose_device(device_name(config)), group)
         console.print(str(plan), style="dim", highlight=False, markup=False, soft_wrap=True)
+        if group.size > 1:
+            _say(console, f"{group.size} processes, {mode}")
         policy = _policy(config, source)
         task = stack.enter_context(closing(make_task(config)))
         _check_input(config, policy, task, source, console)
-        mode = choose_mode(config, policy.model, group)
-        if group.size > 1:
-            _say(console, f"{group.size} processes, {mode}")
         engine = make_engine(config, policy)
         if folder is None:
             folder = stack.enter_context(_created(config.out or default_folder(config), settings, group))
         else:
             folder.configure(settings)
-        if differences := record_environment(folder.path):
+        if group.leads and (differences := record_environment(folder.path)):
             _say(console, f"goes on with other versions: {', '.join(differences)}")
         gc.collect()
         gc.freeze()  # what is loaded by now stays; the collector need not walk it while trees come and go

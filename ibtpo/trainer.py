@@ -289,6 +289,7 @@ class Trainer:
     def _memory(self) -> dict[str, float]:
         device = self.policy.model.device
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_host_memory()
+        peak = max(self.group.gather(peak, "measure memory"))
         return {"peak_memory": float(peak)} | ({} if self.plan is None else {"memory_planned": float(self.plan.total)})
 
     def _count_rewards(self, before: Mapping[str, float]) -> None:
@@ -361,7 +362,9 @@ class Trainer:
         )
 
     def _renew_card(self) -> None:
-        """Add to this step's checkpoint, if there is one, what was measured since."""
+        """Add to this step's checkpoint, if there is one, what was measured since; rank 0 does."""
+        if not self.group.leads:
+            return
         last = latest_checkpoint(self.folder.path)
         if last is not None and last.step == self.state.step:
             with no_space(self.folder.path, "everything"):

@@ -4,7 +4,7 @@ from ibtpo.distributed.follower import Follower
 from ibtpo.distributed.group import ALONE, Group, PeerFailed
 from ibtpo.distributed.grower import make_grower
 from ibtpo.distributed.launch import device_name, join, restarted
-from ibtpo.distributed.learner import Mode, choose_mode, make_learner
+from ibtpo.distributed.learner import Mode, make_learner
 
 __all__ = [
     "ALONE",
@@ -12,7 +12,6 @@ __all__ = [
     "Group",
     "Mode",
     "PeerFailed",
-    "choose_mode",
     "device_name",
     "join",
     "make_grower",

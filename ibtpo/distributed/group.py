@@ -37,12 +37,16 @@ class Group:
         size: how many there are.
         store: where they meet; None for a group of one.
         timeout: seconds that the first to come waits for the last.
+        start: 1, or more where the launcher had to start the processes again.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, store: Store | None = None, timeout: float = 1800.0) -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, store: Store | None = None, timeout: float = 1800.0, *, start: int = 1
+    ) -> None:
         self.rank = rank
         self.size = size
         self.timeout = timeout
+        self.start = start
         self._store = store
         self._meetings = 0
         self._failure: str | None = None
@@ -77,7 +81,7 @@ class Group:
                 raise PeerFailed(failure)
             if time.monotonic() - begin > self.timeout:
                 raise PeerFailed(
-                    f"waited {self.timeout:g} s for {_ranks(missing)} of {self.size} to {what}; see what they printed, "
+                    f"waited {self.timeout:g} s for {ranks(missing)} of {self.size} to {what}; see what they printed, "
                     "and raise distributed_timeout if they are only slow"
                 )
             time.sleep(pause)
@@ -183,5 +187,6 @@ def _buckets(gradients: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield bucket
 
 
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+def ranks(numbers: Sequence[int]) -> str:
+    """ "rank 1" or "ranks 1, 2"."""
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"

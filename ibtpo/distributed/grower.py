@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ibtpo.distributed.exchange import freeze, thaw
 from ibtpo.distributed.group import ALONE, Group
-from ibtpo.grow import Grower, Interrupted
+from ibtpo.grow import Grower, Interrupted, OnLeaf, completion_of, ignore_leaf
 from ibtpo.tasks import Problem
 from ibtpo_engine import Sampling, Search, Tree
 
@@ -28,8 +28,12 @@ class SharedGrower(Grower):
         search: Search,
         sampling: Sampling,
         on_tree: Callable[[Tree], None] = lambda tree: None,
+        *,
+        on_leaf: OnLeaf = ignore_leaf,
     ) -> tuple[list[Tree], float]:
         """As `Grower.grow`: all trees, in the order of the problems; the seconds are the slowest process's.
+
+        `on_leaf` and `on_tree` are called for the trees of the others, too, once these have arrived.
 
         Raises:
             Interrupted: `should_stop` said so in any process.
@@ -39,7 +43,12 @@ class SharedGrower(Grower):
         grown: tuple[bytes, float] | None
         try:
             own, seconds = super().grow(
-                problems[mine.start : mine.stop], keys[mine.start : mine.stop], search, sampling, on_tree
+                problems[mine.start : mine.stop],
+                keys[mine.start : mine.stop],
+                search,
+                sampling,
+                on_tree,
+                on_leaf=on_leaf,
             )
             grown = freeze(own), seconds
         except Interrupted:
@@ -52,9 +61,15 @@ class SharedGrower(Grower):
             theirs = own if rank == self.group.rank else thaw(data)
             if rank != self.group.rank:
                 for tree in theirs:
+                    self._announce(tree, on_leaf)
                     on_tree(tree)
             trees += theirs
         return trees, max(seconds for _, seconds in parts)
+
+    def _announce(self, tree: Tree, on_leaf: OnLeaf) -> None:
+        if on_leaf is not ignore_leaf:  # the texts are decoded for it alone
+            for leaf in tree.leaves():
+                on_leaf(tree, leaf, completion_of(self.tokenizer, tree, leaf), leaf.reward or 0.0)
 
 
 def make_grower(grower: Grower, group: Group) -> Grower:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,11 +13,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ibtpo.config import TrainConfig
-from ibtpo.distributed.group import ALONE, Group, PeerFailed
+from ibtpo.distributed.group import ALONE, Group, PeerFailed, ranks
 from ibtpo.grow import Interrupted
 from ibtpo.runlog import CONFIG
 from ibtpo.setup import choose_device
@@ -65,8 +67,8 @@ def _connect(device: torch.device, timeout: float) -> Group:
     wait = timedelta(seconds=timeout)
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=wait)))
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the store may outlive those who wrote in it
-        store = PrefixStore(f"ibtpo-{attempt}", store)
+        start, name = _agree(store, rank, size, timeout)
+        store = PrefixStore(f"ibtpo-{name}", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
     except (RuntimeError, ValueError) as error:
@@ -74,9 +76,33 @@ def _connect(device: torch.device, timeout: float) -> Group:
             f"this process could not join the others ({_line(error)}); start all with torchrun, with the same "
             "--nnodes and --rdzv-endpoint"
         ) from None
-    group = Group(rank, size, PrefixStore("group", store), timeout)
+    group = Group(rank, size, PrefixStore("group", store), timeout, start=start)
     group.meet("begin")  # so that nobody fails while others still connect to it
     return group
+
+
+def _agree(store: Store, rank: int, size: int, timeout: float) -> tuple[int, str]:
+    """How often processes have been started with this store, and a name that only those started together know.
+
+    The store outlives them where torchrun restarts them, and its count of restarts is no name: over several nodes it
+    differs, as a node whose processes were well does not count. So rank 0 answers whoever says hello, by a name of
+    their own; by the time that processes start, those from before have ended on every node.
+    """
+    store, mine = PrefixStore("ibtpo", store), uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"hello/{rank}", mine)
+        count, name = str(store.get(f"answer/{mine}"), "utf-8").split()
+        store.set(f"heard/{name}/{rank}", "")
+        return int(count), name
+    start, deadline = store.add("starts", 1), time.monotonic() + timeout
+    while missing := [other for other in range(1, size) if not store.check([f"heard/{mine}/{other}"])]:
+        for other in missing:
+            if store.check([f"hello/{other}"]):
+                store.set(f"answer/{store.get(f'hello/{other}').decode()}", f"{start} {mine}")
+        if time.monotonic() > deadline:
+            raise PeerFailed(f"waited {timeout:g} s for {ranks(missing)} of {size} to begin; see what they printed")
+        time.sleep(0.01)
+    return start, mine
 
 
 def _line(error: Exception) -> str:
@@ -104,9 +130,12 @@ def device_name(config: TrainConfig) -> str:
     return f"cuda:{local}"
 
 
-def restarted(config: TrainConfig) -> TrainConfig:
-    """The run as torchrun's restart must go on with it: one that began in `out` is resumed from there."""
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    if again and config.resume is None and config.out is not None and (config.out / CONFIG).is_file():
-        return replace(config, resume=config.out)
-    return config
+def restarted(config: TrainConfig, group: Group) -> TrainConfig:
+    """The run as a restart by torchrun must go on with it: one that began in `out` is resumed from there.
+
+    Rank 0 decides, from its own view of the folder and of how often it was started.
+    """
+    again = group.start > 1 or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    begun = config.resume is None and config.out is not None and (config.out / CONFIG).is_file()
+    resumes = group.gather(again and begun, "ask whether the run has begun")[0]
+    return replace(config, resume=config.out) if resumes else config
