@@ -77,15 +77,18 @@ class Group:
         self._store.set(f"at/{self.rank}", str(self._meetings))
         begin, pause = time.monotonic(), 0.0005
         while missing := self._missing():
-            if failure := self.failure():
-                raise PeerFailed(failure)
+            if self.failure():
+                break
             if time.monotonic() - begin > self.timeout:
-                raise PeerFailed(
+                self.fail(
                     f"waited {self.timeout:g} s for {ranks(missing)} of {self.size} to {what}; see what they printed, "
                     "and raise distributed_timeout if they are only slow"
                 )
+                break
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
+        if failure := self.failure():  # also for those who came too late
+            raise PeerFailed(failure)
 
     def _missing(self) -> list[int]:
         assert self._store is not None
@@ -109,10 +112,10 @@ class Group:
                 left = self._store.add("left", 0)
 
     def fail(self, message: str) -> None:
-        """Tell the others why this process ends; the first message stays."""
+        """Tell the others why the run ends; the first message stays."""
         if self._store is not None:
             with suppress(dist.DistError):
-                self._store.compare_set(_FAILURE, "", f"rank {self.rank} failed: {message}")
+                self._store.compare_set(_FAILURE, "", message)
 
     def failure(self) -> str | None:
         """Which process failed and why, if one did."""

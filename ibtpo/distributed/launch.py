@@ -59,7 +59,7 @@ def join(config: TrainConfig) -> Iterator[Group]:
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
             raise PeerFailed(f"the connection to another process broke, was it killed? ({_line(error)})") from None
         if not isinstance(error, PeerFailed):
-            group.fail(_line(error))
+            group.fail(f"rank {group.rank} failed: {_line(error)}")
         raise
 
 
