@@ -207,13 +207,14 @@ def test_work_is_shared_out_evenly() -> None:
 
 def _one_is_missing(config: TrainConfig) -> None:
     with join(config) as group:
+        group.timeout = 0.5
         if group.rank != 1:
             group.meet("count heads")
         time.sleep(2)
 
 
 def test_who_does_not_come_in_time_is_named(tmp_path: Path) -> None:
-    run(3, _one_is_missing, replace(CONFIG, distributed_timeout=0.5), logs=tmp_path, ends_well=False)
+    run(3, _one_is_missing, CONFIG, logs=tmp_path, ends_well=False)
     assert "waited 0.5 s for rank 1 of 3 to count heads" in (tmp_path / "0.txt").read_text()
 
 
@@ -231,6 +232,21 @@ def test_one_that_raises_ends_all_with_its_message(tmp_path: Path) -> None:
     assert "ValueError: the third row" in (tmp_path / "1.txt").read_text()
     assert "rank 1 failed: the third row has no answer" in (tmp_path / "0.txt").read_text()
     assert "third row" not in (tmp_path / "2.txt").read_text()
+
+
+def _one_is_killed(config: TrainConfig) -> None:
+    with join(config) as group:
+        if group.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        group.gather(group.rank, "go on")
+
+
+def test_one_that_is_killed_ends_all_at_once(tmp_path: Path) -> None:
+    """Not after the time-out, which may be half an hour: torchrun would have to kill them to restart the run."""
+    began = time.monotonic()
+    run(3, _one_is_killed, replace(CONFIG, distributed_timeout=1800.0), logs=tmp_path, ends_well=False)
+    assert time.monotonic() - began < 20
+    assert "connection broke while waiting for" in (tmp_path / "0.txt").read_text()
 
 
 class _Twins(Group):

@@ -1,7 +1,8 @@
 """This process among those of its run: meeting, exchanging objects, summing gradients.
 
 Objects travel through gloo, gradients through NCCL on GPUs. Before anything collective the processes meet at the
-launcher's store: whoever does not come in time is named there, and so is whoever has failed meanwhile.
+launcher's store: whoever does not come in time is named there, and so is whoever has failed meanwhile. Who is killed
+breaks the connections of the others, which therefore wait at a gloo operation.
 """
 
 from __future__ import annotations
@@ -69,31 +70,40 @@ class Group:
             what: what for, in a few words; for the message.
 
         Raises:
-            PeerFailed: one failed, or did not come within `timeout` seconds.
+            PeerFailed: one failed, was killed, or did not come within `timeout` seconds.
         """
         if self._store is None:
             return
         self._meetings += 1
         self._store.set(f"at/{self.rank}", str(self._meetings))
+        everybody = dist.all_reduce(torch.zeros(1), async_op=True)  # through gloo, which notices at once who is gone
+        assert everybody is not None
         begin, pause = time.monotonic(), 0.0005
-        while missing := self._missing():
-            if self.failure():
-                break
+        while not everybody.is_completed() and not self.failure():
             if time.monotonic() - begin > self.timeout:
                 self.fail(
-                    f"waited {self.timeout:g} s for {ranks(missing)} of {self.size} to {what}; see what they printed, "
+                    f"waited {self.timeout:g} s for {self._missing()} to {what}; see what they printed, "
                     "and raise distributed_timeout if they are only slow"
                 )
                 break
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
+        try:
+            if not self.failure():
+                everybody.wait()
+        except RuntimeError as error:
+            self.fail(f"the connection broke while waiting for {self._missing()} to {what}, was it killed? ({error})")
         if failure := self.failure():  # also for those who came too late
-            raise PeerFailed(failure)
+            raise PeerFailed(" ".join(failure.split()))
 
-    def _missing(self) -> list[int]:
+    def _missing(self) -> str:
+        """Who has not come to the meeting that this process waits at."""
         assert self._store is not None
-        came = self._store.multi_get([f"at/{rank}" for rank in range(self.size)])
-        return [rank for rank, meetings in enumerate(came) if int(meetings) < self._meetings]
+        came: list[bytes] = []
+        with suppress(dist.DistError):
+            came = self._store.multi_get([f"at/{rank}" for rank in range(self.size)])
+        missing = [rank for rank, meetings in enumerate(came) if int(meetings) < self._meetings]
+        return f"{ranks(missing)} of {self.size}" if missing else "others"
 
     def leave(self) -> None:
         """Meet for the last time; rank 0, which may keep the store, goes when all others have.
@@ -114,13 +124,14 @@ class Group:
     def fail(self, message: str) -> None:
         """Tell the others why the run ends; the first message stays."""
         if self._store is not None:
+            self._failure = message  # should the store be gone
             with suppress(dist.DistError):
                 self._store.compare_set(_FAILURE, "", message)
 
     def failure(self) -> str | None:
         """Which process failed and why, if one did."""
         with suppress(dist.DistError):  # whoever keeps the store may be gone
-            if self._failure is None and self._store is not None and self._store.check([_FAILURE]):
+            if self._store is not None and self._store.check([_FAILURE]):
                 self._failure = str(self._store.get(_FAILURE), "utf-8")
         return self._failure
 

@@ -22,6 +22,8 @@ from ibtpo.grow import Interrupted
 from ibtpo.runlog import CONFIG
 from ibtpo.setup import choose_device
 
+_GRACE = 5.0  # seconds
+
 
 @contextmanager
 def join(config: TrainConfig) -> Iterator[Group]:
@@ -42,6 +44,7 @@ def join(config: TrainConfig) -> Iterator[Group]:
         torch.cuda.set_device(device)
     group = _connect(device, config.distributed_timeout)
     try:
+        group.meet("begin")  # so that nobody fails while others still connect to it
         yield group
         group.leave()
         dist.destroy_process_group()
@@ -57,7 +60,8 @@ def join(config: TrainConfig) -> Iterator[Group]:
         if failure is not None:
             raise PeerFailed(failure) from None
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-            raise PeerFailed(f"the connection to another process broke, was it killed? ({_line(error)})") from None
+            group.fail(f"the connection to another process broke, was it killed? ({_line(error)})")
+            raise PeerFailed(group.failure()) from None
         if not isinstance(error, PeerFailed):
             group.fail(f"rank {group.rank} failed: {_line(error)}")
         raise
@@ -70,15 +74,14 @@ def _connect(device: torch.device, timeout: float) -> Group:
         start, name = _agree(store, rank, size, timeout)
         store = PrefixStore(f"ibtpo-{name}", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=wait)
+        longer = wait + timedelta(seconds=_GRACE)  # so that a meeting ends first and says who was missing
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=longer)
     except (RuntimeError, ValueError) as error:
         raise PeerFailed(
             f"this process could not join the others ({_line(error)}); start all with torchrun, with the same "
             "--nnodes and --rdzv-endpoint"
         ) from None
-    group = Group(rank, size, PrefixStore("group", store), timeout, start=start)
-    group.meet("begin")  # so that nobody fails while others still connect to it
-    return group
+    return Group(rank, size, PrefixStore("group", store), timeout, start=start)
 
 
 def _agree(store: Store, rank: int, size: int, timeout: float) -> tuple[int, str]:
