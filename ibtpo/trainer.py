@@ -373,9 +373,10 @@ class Trainer:
     def _agree_to_stop(self) -> bool:
         """Has any process been asked to stop? Then all are."""
         signals = self.group.gather((self.stop_requested, self.stop_signal), "ask who was told to stop")
-        self.stop_requested = any(asked for asked, _ in signals)
-        self.stop_signal = max(number for _, number in signals)
-        return self.stop_requested
+        agreed = any(asked for asked, _ in signals)
+        if agreed:  # only then: a signal that came since the others were asked must not be forgotten
+            self.stop_requested, self.stop_signal = True, max(number for _, number in signals)
+        return agreed
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:

@@ -39,6 +39,7 @@ from ibtpo.metrics import tree_metrics
 from ibtpo.optim import NonFinite
 from ibtpo.pack import pack
 from ibtpo.runlog import RunFolder, latest_checkpoint
+from ibtpo.trainer import Trainer
 from ibtpo.update import Updater, frozen_copy
 from ibtpo_engine import Tree
 
@@ -511,12 +512,27 @@ def test_sigterm_to_one_stops_all_with_a_checkpoint(adder: list[object], tmp_pat
     with started(2, _train, *adder, "--out", folder, "--sampled-tokens", 10**7, logs=tmp_path / "logs") as ranks:
         _wait_for_steps(folder, 3)
         os.kill(ranks[1].pid, signal.SIGTERM)
-        assert end(ranks) == [0, 0]
+        assert end(ranks) == [0, 0], (tmp_path / "logs" / "1.txt").read_text()
     steps = len(_rows(folder))
     last = latest_checkpoint(folder)
     assert last is not None
     assert last.step == steps
     assert "go on with: ibtpo train --resume" in (tmp_path / "logs" / "0.txt").read_text()
+
+
+def test_a_signal_that_comes_while_the_others_are_asked_is_not_forgotten() -> None:
+    trainer = object.__new__(Trainer)
+    trainer.stop_requested, trainer.stop_signal = False, 0
+
+    class Asking(Group):
+        def gather(self, value: Any, what: str) -> list[Any]:
+            trainer.stop_requested, trainer.stop_signal = True, signal.SIGTERM  # as the handler does
+            return [value]
+
+    trainer.group = Asking()
+    assert not trainer._agree_to_stop()
+    assert trainer._agree_to_stop()
+    assert trainer.stop_signal == signal.SIGTERM
 
 
 def _wait_for_steps(folder: Path, steps: int) -> None:
