@@ -57,13 +57,14 @@ def _grow_tree(
     deepest = tree.prompt_len + max_tokens
     under_way: deque[tuple[int, list[Node]]] = deque()
     for turn in range(1, config.rounds):
-        busy = {leaf.parent for _, leaves in under_way for leaf in leaves}
         candidates = [
             (node, score)
             for node, score in estimates.branching()
             if node.end < deepest and (config.branch_at_root or node is not tree.root)
         ]
-        candidates = [(node, score) for node, score in candidates if node not in busy] or candidates
+        if under_way:
+            busy = {leaf.parent for _, leaves in under_way for leaf in leaves}
+            candidates = [(node, score) for node, score in candidates if node not in busy] or candidates
         picked = pick(candidates, config.nodes_per_round, rng) or [tree.root]
         picked = list(islice(cycle(picked), config.nodes_per_round))  # fewer than K candidates: the same G all the same
         tree.notes["branched"] += [(turn, node, estimates.score(node)) for node in picked]
