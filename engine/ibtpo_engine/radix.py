@@ -150,5 +150,5 @@ class RadixIndex:
 
 
 def _keys(tokens: Ints) -> list[bytes]:
-    data = np.ascontiguousarray(tokens, np.int32)
-    return [data[i : i + PAGE].tobytes() for i in range(0, len(data) - PAGE + 1, PAGE)]
+    data, size = np.asarray(tokens, np.int32).tobytes(), 4 * PAGE
+    return [data[i : i + size] for i in range(0, len(data) - size + 1, size)]
