@@ -110,7 +110,7 @@ def test_a_branch_has_the_same_bits_alone_and_in_any_batch() -> None:
 
 
 def test_two_python_threads_may_decode_at_once() -> None:
-    """Each with an engine of its own: one of them shares its steps out, the other runs alone, and nothing is mixed up."""
+    """Each with an engine of its own: one shares its steps out, the other runs alone, and nothing is mixed up."""
     models = [tiny_model(seed, hidden=200) for seed in (0, 1)]
     alone = [grow(model, batch=40) for model in models]
     with threads(3), ThreadPoolExecutor(2) as pool:

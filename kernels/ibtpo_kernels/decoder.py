@@ -92,8 +92,8 @@ def can_borrow(x: Tensor | None) -> bool:
 class Decoder:
     """A dense decoder (Qwen3, Qwen2, Llama) over a page pool, float32 on the CPU, in one native call.
 
-    A row's result has the same bits alone and in any batch, decoded and prefilled, on any number of threads. It runs the
-    weights as they were when it was made.
+    A row's result has the same bits alone and in any batch, decoded and prefilled, on any number of threads. Matrices
+    are those of the moment it was made.
 
     Args:
         layers: weights a layer.
@@ -133,7 +133,7 @@ class Decoder:
             checks.named(f"Decoder: layer {i}", vars(layer), shapes)
         weights = [_packed_layer(layer).tensors() for layer in layers]
         outer = [embedding, norm, _packed(head), cos, sin, torch.tensor([eps], dtype=torch.float32)]
-        self._tensors = [None if x is None else x.detach() for row in (*weights, outer) for x in row]  # keeps their memory
+        self._kept = [x.detach() for row in (*weights, outer) for x in row if x is not None]  # what the addresses name
         self._pages_like = (len(layers), num_kv_heads, head_dim)
         self._layers = np.array([[_address(x) for x in row] for row in weights], np.int64)
         self._image = np.array(
