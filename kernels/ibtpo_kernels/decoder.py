@@ -122,7 +122,7 @@ class Decoder:
     ) -> None:
         if native is None:
             raise ValueError("Decoder: the compiled module is missing; use the model itself")
-        outer = [embedding, norm, head, cos, sin]
+        outer: list[Tensor | None] = [embedding, norm, head, cos, sin]
         if not all(map(can_borrow, [*outer, *(x for layer in layers for x in layer.tensors())])):
             raise ValueError("Decoder: every tensor must be float32, contiguous and on the CPU; use the model itself")
         checks.decoder(embedding, norm, head, cos, sin, num_heads, num_kv_heads, eps)
