@@ -123,7 +123,7 @@ def _draw(mixed: Sequence[bool], *, first: int = 0, count: int = 3, redraws: int
     trees, problems, seconds = grow_mixed(
         script,  # type: ignore[arg-type]
         lambda index: Problem(str(index), ""),
-        lambda tree: iter(()),  # type: ignore[arg-type, return-value]
+        lambda keys: lambda tree: iter(()),  # type: ignore[arg-type, return-value]
         Sampling(),
         first=first,
         count=count,
