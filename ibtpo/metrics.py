@@ -191,7 +191,7 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
         "prompts": float(len(trees)),
         "trajectories": float(len(leaves)),
         "trajectory_tokens": float(sum(lengths)),
-        "tokens_sampled": float(sum(tree.num_sampled + tree.notes.get("auxiliary_tokens", 0) for tree in trees)),
+        "tokens_sampled": float(sum(map(num_sampled, trees))),
         "reward": _mean(reward for group in groups for reward in group),
         "avg_rate": _mean(_mean(group) for group in groups if group),
         "avg_rate_iid": _mean(map(_mean, iid)),
@@ -202,6 +202,11 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
     }
     values |= _estimate_metrics(trees) | _depth_metrics(trees) | _moved_metrics(trees)
     return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def num_sampled(tree: Tree) -> int:
+    """Tokens sampled for this tree: its own, and those of rollouts that have left it."""
+    return tree.num_sampled + int(tree.notes.get("auxiliary_tokens", 0))
 
 
 def is_mixed(tree: Tree) -> bool:

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from ibtpo.config import TrainConfig
 from ibtpo.grow import Grower
+from ibtpo.metrics import num_sampled
 from ibtpo.policy import Policy, built_in_policy, load_policy
 from ibtpo.runlog import METRICS, latest_checkpoint, read_rows
 from ibtpo.search import make_search
@@ -130,7 +131,7 @@ def tree_numbers(tree: Tree, decode: Callable[[list[int]], str]) -> Result:
         "avg_rate": sum(rewards) / len(rewards),
         "avg_rate_iid": sum(first) / len(first) if first else math.nan,
         "recursive": recursive_value(tree),
-        "tokens": tree.num_sampled,
+        "tokens": num_sampled(tree),
         "answers": len({text.rsplit("\n", 1)[-1] for text in answers}),
         "solutions": len(set(answers)),
     }
