@@ -63,7 +63,7 @@ class SearchConfig:
     value_rollouts: int = 9
     """K, rollouts of `vineppo` that tell the value of a step; they are sampled, not trained on."""
     lookahead: int = 1
-    """Rounds of a tree under way at once; 1, the paper's: a round knows the outcome of all before it."""
+    """Rounds of `ibtree` and `random-tree` under way at once; 1 (paper): a round knows the outcome of all before."""
     redraws: int = 0
     """Times a training step draws further prompts for groups whose rewards are all equal (DAPO); 0 takes what comes."""
     stop_uniform_after: int = 0
