@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_helpers import assert_idle, prompt_of, same, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+import ibtpo.studies.measure
 from ibtpo.config import IBConfig, SearchConfig
 from ibtpo.config_io import base_config, merge
 from ibtpo.metrics import is_mixed, tree_metrics
+from ibtpo.policy import built_in_policy
 from ibtpo.search import make_search
 from ibtpo.searches.sharing import Sharing, share_rounds
+from ibtpo.tasks import DigitChain, Problem
 from ibtpo.train import train
 from ibtpo_engine import BackendEngine, Engine, EngineBackend, Node, Sampling, Tree
 
@@ -162,6 +166,30 @@ def test_neither_the_batch_nor_the_pool_decides() -> None:
     backend = [grow(BackendEngine(EngineBackend(narrow), max_calls=calls)) for calls in (1, 32)]
     assert numbers(backend[0]) == [13, 5] * 3
     assert_same(*backend)
+
+
+class Coin(DigitChain):
+    """Grades by a hash; half of the prompts can only be wrong."""
+
+    def grade(self, problem: Problem, completion: str, truncated: bool) -> float:
+        return float(zlib.crc32(str(problem.prompt).encode()) % 2 and zlib.crc32(completion.encode()) % 2)
+
+
+def test_a_sampler_study_moves_budgets_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 4 of 7 trajectories, 3 rounds left: trees end there, as they would or with up to three more."""
+    built_in_policy(0, dtype=torch.float32, device=torch.device("cpu")).save(tmp_path / "policy")
+    changes = {
+        "search": {"initial_branches": 3, "rounds": 5, "stop_uniform_after": 4, "step_tokens": 1},
+        "sampling": {"max_tokens": 6},
+    }
+    config = merge(base_config(task=None, preset="ib-tpo", file=None, run=None), changes, source="")
+    monkeypatch.setattr(ibtpo.studies.measure, "make_task", lambda config: Coin(config.digits))
+    spec = {"kind": "samplers", "options": {"prompts": 8}}
+    rows = ibtpo.studies.measure.measure(spec, config, tmp_path, tmp_path / "policy")["prompts"]
+    grown = {row["eff_rate"]: {r["trajectories"] for r in rows if r["eff_rate"] == row["eff_rate"]} for row in rows}
+    assert grown[0.0] == {4}
+    assert max(grown[1.0]) > 7 and min(grown[1.0]) >= 7
+    assert sum(row["trajectories"] for row in rows) <= 8 * 7
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------
