@@ -48,6 +48,11 @@ def train(config: TrainConfig, console: Console, on_step: Callable[[int], None] 
             f"search.redraws: {config.search.redraws} draws again for groups of equal rewards, on which "
             f"advantage.uniform_groups={config.advantage.uniform_groups} trains; set it to skip, or redraws to 0"
         )
+    if config.search.stop_uniform_after > 0 and config.advantage.uniform_groups != "skip":
+        raise ValueError(
+            f"search.stop_uniform_after: {config.search.stop_uniform_after} ends trees of equal rewards, on which "
+            f"advantage.uniform_groups={config.advantage.uniform_groups} trains; set it to skip, or the other to 0"
+        )
     check_installed(config.log)
     config = with_absolute_paths(config)
     settings = replace(config, resume=None)  # what the folder says the run is

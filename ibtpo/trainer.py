@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,7 +36,7 @@ from ibtpo.tasks import Problem, Task, TeachableTask
 from ibtpo.treelog import tree_record
 from ibtpo.update import Updater, frozen_copy
 from ibtpo.warmstart import WarmStart, warm_start_of
-from ibtpo_engine import Engine, Model, Tree
+from ibtpo_engine import Engine, Model, Search, Tree
 from ibtpo_engine.adapter_folder import is_adapter_folder
 
 START = "start"  # in the run folder: the warm-started policy, of which a frozen reference is made
@@ -97,7 +97,6 @@ class Trainer:
         self.engine = engine
         self.grower = Grower(engine, task, policy.tokenizer, config.jsonl, lambda: self.stop_requested)
         self.splitter = step_splitter(policy.tokenizer, config.search)
-        self.search = make_search(config.search, config.ib, self.splitter, config.sampling.max_tokens)
         self.held_out = task.eval_problems(config.eval.prompts)
         self._updater: Updater | None = None
         self._started = False  # is there a policy worth saving?
@@ -280,12 +279,17 @@ class Trainer:
         for name, value in self.task.counts().items():
             self.state.reward_counts[name] = self.state.reward_counts.get(name, 0) + value - before.get(name, 0)
 
+    def _search(self, keys: Sequence[int]) -> Search:
+        """The search of trees that are grown together."""
+        config = self.config
+        return make_search(config.search, config.ib, self.splitter, config.sampling.max_tokens, keys)
+
     def _grow(self) -> tuple[list[Tree], list[Problem], float]:
         """Trees on the next problems, all that were drawn; seconds spent in grading."""
         return grow_mixed(
             self.grower,
             self.task.train_problem,
-            self.search,
+            self._search,
             self.sampling,
             first=self.state.next_problem,
             count=self.config.prompts_per_step,
