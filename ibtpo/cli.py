@@ -60,8 +60,9 @@ USAGE = """usage: ibtpo {train,eval,sample,presets,study,view,config,doctor,comp
 `ibtpo COMMAND --help` lists every flag with its default. Settings may also come from a YAML file (--config FILE),
 with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
 
-Exit codes: 0 done, or stopped by SIGTERM or a closed pipe with a checkpoint; 2 the input cannot be used or the run
-cannot go on, stderr says why; 130 stopped by Ctrl-C. docs/troubleshooting.md lists what can go wrong and what to do.
+Exit codes: 0 done, or a run stopped with a checkpoint by SIGTERM, a closed terminal or a closed pipe; 2 the input
+cannot be used or the run cannot go on, stderr says why; 130 stopped by Ctrl-C. docs/troubleshooting.md lists what can
+go wrong and what to do.
 """
 
 Flat = tyro.conf.arg(name="")  # the fields of the run are flags without a prefix
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return commands[arguments[0]](arguments[1:], Console())
     except Interrupted as stop:
         print(f"ibtpo: {stop}", file=sys.stderr)
-        return 0 if stop.signal == signal.SIGTERM else 130
+        return 0 if stop.signal in (signal.SIGTERM, signal.SIGHUP) else 130
     except KeyboardInterrupt:
         print("ibtpo: stopped at once; what the last checkpoint holds is safe", file=sys.stderr)
         return 130
