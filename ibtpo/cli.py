@@ -31,6 +31,7 @@ from ibtpo.list_flags import join_repeated
 from ibtpo.optim import NonFinite
 from ibtpo.policy import Policy, load_policy
 from ibtpo.presets import PRESET_NOTES, PRESETS
+from ibtpo.printable import printable
 from ibtpo.progress import RunConsole
 from ibtpo.report import NOT_ACCURACY, summarize_run
 from ibtpo.rewards import RewardSpec, parse_rewards
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # somebody piped us into `head`
         return 0
     except (ValueError, EngineError, GraderError, NonFinite, OSError) as error:
-        print(f"ibtpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"ibtpo: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
 
 
@@ -143,8 +144,8 @@ def _train(arguments: list[str], console: Console) -> int:
     console.print(NOT_ACCURACY, style="dim")
     last = latest_checkpoint(out)
     if last is not None:
-        console.print(f"checkpoint: {last.path}", highlight=False, soft_wrap=True)
-    console.print(f"report: {out / REPORT}", highlight=False, soft_wrap=True)
+        console.print(f"checkpoint: {last.path}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"report: {out / REPORT}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -233,7 +234,9 @@ def _completion(arguments: list[str], console: Console) -> int:
 def _result_tables(folder: Path) -> list[Table]:
     """What the run came to: held-out accuracy before and after, and what it took."""
     summary = summarize_run(folder)
-    accuracy = Table("held-out accuracy", "before", "after", title=f"{folder}: {summary.steps} training steps")
+    accuracy = Table(
+        "held-out accuracy", "before", "after", title=f"{escape(str(folder))}: {summary.steps} training steps"
+    )
     for row in summary.accuracies:
         accuracy.add_row(row.name, str(row.before or "–"), str(row.after or "–"))
     amounts = Table("", "", "")
@@ -314,7 +317,7 @@ def _outline(tree: Tree, policy: Policy, problem: Problem) -> Outline:
     """The tree as indented text."""
     estimates = tree.notes["ib"]
     prompt = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
-    outline = Outline(f"[bold]{escape(prompt.strip())}[/]  value {estimates.value(tree.root):.2f}")
+    outline = Outline(f"[bold]{escape(printable(prompt.strip()))}[/]  value {estimates.value(tree.root):.2f}")
     places = {tree.root: outline}
     for node in tree.nodes()[1:]:
         text = escape(repr(str(policy.tokenizer.decode(node.tokens.tolist())))[1:-1])

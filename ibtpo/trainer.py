@@ -349,8 +349,7 @@ class Trainer:
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
-        """The first Ctrl-C, SIGTERM or SIGHUP (the terminal was closed) asks for a stop at the next safe point; a second
-        Ctrl-C stops at once."""
+        """The first Ctrl-C, SIGTERM or SIGHUP asks for a stop at the next safe point; a second Ctrl-C stops at once."""
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self.stop_requested and number == signal.SIGINT:

@@ -422,3 +422,26 @@ def test_a_closed_terminal_stops_the_run_with_a_checkpoint_unless_told_otherwise
     assert len(step_rows(folder)) == step
     if ignored:
         assert_same_end(folder, whole)
+
+
+# ---- names and texts that a terminal would take for commands -----------------------------------------------------
+
+
+def test_names_that_look_like_markup_and_texts_with_escapes_are_shown_as_they_are(
+    adder: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, rows = adder[1], [{"question": f"{i} \x1b[2J+ 1", "answer": str(i + 1)} for i in range(9)]
+    data = tmp_path / "[bold" / "].jsonl"  # "[bold/]" would be markup, and wrong
+    data.parent.mkdir()
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "[b]run[" / "y]"
+    flags = [*adder[4:], "--data", data]
+    assert _train("--model", model, *flags, "--sampled-tokens", "40", "--out", folder) == 0
+    assert main(["eval", *map(str, ["--model", folder, "--limit", "2", "--out", tmp_path / "[" / "e]"])]) == 0
+    assert main(["eval", *map(str, ["--model", folder, "--limit", "2", "--out", tmp_path / "[" / "e]"])]) == 0
+    assert main(["view", str(folder), "--export", str(tmp_path / "[" / "p].html")]) == 0
+    assert main(["sample", *map(str, ["--model", folder])]) == 0
+    shown = capsys.readouterr()
+    for path in (data, folder, tmp_path / "[" / "e]", tmp_path / "[" / "p].html"):
+        assert str(path) in shown.out.replace("\n", "")
+    assert "\\x1b[2J" in shown.out and "\x1b[2J" not in shown.out + shown.err

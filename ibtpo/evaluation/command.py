@@ -95,7 +95,7 @@ def run_evaluation(
         GraderError: too many gradings failed.
     """
     for note in check_prompts(task, policy, config):
-        console.print(note, style="dim", highlight=False, soft_wrap=True)
+        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
     problems = task.eval_problems(config.eval.prompts)
     with ExitStack() as stack:
         store = None
@@ -105,7 +105,7 @@ def run_evaluation(
         found = {} if store is None else dict(store.found)
         if found:
             text = f"{config.out}: {len(found):,} completions are there already"
-            console.print(text, style="dim", highlight=False, soft_wrap=True)
+            console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
         try:
             speed = _sample(config, policy, task, problems, found, store, console)
         except KeyboardInterrupt:
