@@ -219,6 +219,7 @@ def test_eval_of_a_run_agrees_with_what_the_run_logged(tmp_path: Path, capsys: p
 def test_eval_looks_for_a_place_to_write_before_it_begins(built_in: Path, tmp_path: Path, refused: Refusal) -> None:
     message = refused("--model", built_in, "--json", tmp_path / "no" / "values.json", command="eval")
     assert f"json: {tmp_path / 'no'} is no folder" in message
+    assert f"json: {tmp_path} is a folder" in refused("--model", built_in, "--json", tmp_path, command="eval")
 
 
 @pytest.mark.parametrize("command", ["eval", "sample"])

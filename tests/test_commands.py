@@ -284,6 +284,8 @@ def test_bash_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, env={"PATH": path})
         assert {word.strip() for word in done.stdout.split()} == expected, done.stderr
+    registered = subprocess.run(["bash", "-c", f"source {script}; complete -p ibtpo"], capture_output=True, text=True)
+    assert registered.stdout == "complete -o default -F _tyro_ibtpo ibtpo\n"  # paths where the script knows nothing
 
 
 def test_an_unknown_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

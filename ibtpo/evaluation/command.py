@@ -74,6 +74,8 @@ class EvalArguments:
             config = replace(config, jsonl=replace(config.jsonl, eval_fraction=1.0, eval_count=None, eval_data=None))
         if self.json is not None and not self.json.parent.is_dir():
             raise ValueError(f"json: {self.json.parent} is no folder; make it, or name another file")
+        if self.json is not None and self.json.is_dir():
+            raise ValueError(f"json: {self.json} is a folder; name a file")
         return replace(config, eval=replace(config.eval, **changes))
 
 

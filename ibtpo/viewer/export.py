@@ -44,8 +44,7 @@ def export_page(runs: Sequence[Path], path: Path, *, trees: int) -> Path:
 def _whole(view: RunView, trees: int, most_bytes: int) -> dict[str, Any]:
     rows, files, size = [], {}, 0
     for row in pick_trees(view.trees(), trees):
-        file = view.tree_file(row["file"])
-        content = b"" if file is None else file.read_bytes()
+        content = view.tree(row["file"])
         if content and size + len(content) <= most_bytes:
             size += len(content)
             rows.append(row)
