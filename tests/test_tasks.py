@@ -340,6 +340,22 @@ def test_gym_grades_the_final_answer_in_workers_and_counts_what_fails() -> None:
         assert task.counts() == {"reward_timeouts": 0, "reward_failures": 3}
 
 
+def test_gym_speaks_with_the_package_itself() -> None:
+    pytest.importorskip("reasoning_gym")
+    task = GymTask("reasoning-gym:chain_sum", seed=1)
+    problem = task.train_problem(3)
+    assert problem == task.train_problem(3) and problem.prompt != task.train_problem(4).prompt
+
+    def grade(text: str) -> float:
+        future = task.grade(problem, text, False)
+        assert not isinstance(future, float)
+        return future.result(60)
+
+    with closing(task):
+        assert [grade(f"<answer>{text}</answer>") for text in (problem.answer, "none")] == [1.0, 0.0]
+    assert task.counts() == {"reward_timeouts": 0, "reward_failures": 0}
+
+
 @pytest.mark.usefixtures("fake_gym")
 def test_gym_suggests_the_nearest_dataset() -> None:
     with pytest.raises(ValueError, match='did you mean "chain_sum"'):
