@@ -292,8 +292,13 @@ def _open(config: TrainConfig) -> tuple[TrainConfig, Policy, Task]:
 
 def _model_folder(config: TrainConfig) -> Path:
     """Where the weights are: of a run folder, its last checkpoint."""
-    last = latest_checkpoint(Path(config.model))
-    return Path(config.model) if last is None else last.path
+    folder = Path(config.model)
+    last = latest_checkpoint(folder)
+    if last is None and (folder / CONFIG).is_file():
+        raise ValueError(
+            f"model: {folder} is a run folder that has no checkpoint yet; wait for one, or --resume the run"
+        )
+    return folder if last is None else last.path
 
 
 def _problem(arguments: SampleArguments, task: Task) -> tuple[Problem, Grades]:

@@ -21,7 +21,7 @@ import ibtpo_kernels
 from ibtpo import config_reference
 from ibtpo.cli import main
 from ibtpo.commands import doctor
-from ibtpo.commands.doctor import Finding, examine
+from ibtpo.commands.doctor import EXTRAS, Finding, examine
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import dump_yaml, merge
 from ibtpo_kernels import cpu, dispatch, has_compiled
@@ -116,6 +116,11 @@ def test_a_compiled_module_that_does_not_load_is_broken(monkeypatch: pytest.Monk
     finding = find("compiled kernels")
     assert finding.status == "broken"
     assert "undefined symbol: _Znwm" in finding.text
+
+
+def test_every_extra_for_users_is_looked_at() -> None:
+    extras = set(importlib.metadata.metadata("ibtpo").get_all("Provides-Extra") or ())
+    assert set(EXTRAS) == extras - {"dev", "bench"}
 
 
 def test_packages_missing_old_or_damaged_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from ibtpo.runlog import RunFolder
 from ibtpo.viewer import Viewer, export_page
 from ibtpo.viewer.export import pick_trees
 from ibtpo.viewer.page import embed
-from ibtpo.viewer.run import GrowingLog, RunView
+from ibtpo.viewer.run import GrowingLog, RunView, open_views
 
 
 @pytest.fixture
@@ -233,6 +233,12 @@ def test_a_taken_port_is_an_error_only_where_it_was_asked_for(tmp_path: Path) ->
         port = int(first.url.rstrip("/").rpartition(":")[2])
         with pytest.raises(ValueError, match=f"port: {port} cannot be used"):
             Viewer([run], port)
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    first, second, other = (make_run(tmp_path / name, steps=0, trees=0) for name in ("a/run", "b/run", "c"))
+    assert [view.name for view in open_views([first, second])] == ["a/run", "b/run"]
+    assert [view.name for view in open_views([first, other])] == ["run", "c"]
 
 
 def test_a_tree_whose_file_is_gone_is_not_offered(tmp_path: Path) -> None:

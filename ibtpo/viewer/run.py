@@ -150,6 +150,19 @@ class RunView:
             return None
 
 
+def open_views(runs: Sequence[Path]) -> list[RunView]:
+    """The views of several runs; where folders share a name, that of the folder above is put before it.
+
+    Raises:
+        ValueError: a path is no run folder.
+    """
+    views = [RunView(run) for run in runs]
+    if len({view.name for view in views}) < len(views):
+        for view in views:
+            view.name = "/".join(view.path.resolve().parts[-2:])
+    return views
+
+
 def _has_file(row: Mapping[str, Any]) -> bool:
     return isinstance(row.get("file"), str) and FILE.fullmatch(row["file"]) is not None
 

@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from ibtpo.report import NOT_ACCURACY
 from ibtpo.viewer.page import metric_groups, render_page
-from ibtpo.viewer.run import RunView
+from ibtpo.viewer.run import RunView, open_views
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8642
@@ -40,7 +40,7 @@ class Viewer:
     """
 
     def __init__(self, runs: Sequence[Path], port: int | None = None) -> None:
-        self.views = [RunView(run) for run in runs]
+        self.views = open_views(runs)
         try:
             self._server = _Server(self.views, DEFAULT_PORT if port is None else port)
         except OSError as error:
