@@ -361,7 +361,7 @@ class EvalConfig:
     samples: int = 8
     """k of avg@k, pass@k and maj@k: independent samples a prompt; a greedy pass is always added."""
     every: int = 0
-    """Evaluate every so many optimizer steps; 0: before and after training only."""
+    """Evaluate every so many training steps; 0: before and after training only."""
 
     def __post_init__(self) -> None:
         check_range("eval.prompts", self.prompts, low=1)

@@ -38,7 +38,7 @@ def train(config: TrainConfig, console: Console, on_step: Callable[[int], None] 
 
     Raises:
         ValueError: the input cannot be used; the message names file, field and remedy.
-        Interrupted: stopped by Ctrl-C or SIGTERM, with a checkpoint to continue from.
+        Interrupted: stopped by Ctrl-C, SIGTERM or SIGHUP, with a checkpoint to continue from.
         NonFinite, GraderError: training came to nothing; the last checkpoint is from before.
     """
     if config.sampling.temperature == 0:
@@ -99,7 +99,7 @@ def _check_input(config: TrainConfig, policy: Policy, task: Task, source: Path |
         )
     check_weights(policy, str(source))
     for note in check_prompts(task, policy, config):
-        console.print(note, style="dim", highlight=False)
+        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def _run(trainer: Trainer) -> None:

@@ -27,7 +27,7 @@ from ibtpo.mixed import grow_mixed
 from ibtpo.model_card import CARD, model_card, save_generation_config
 from ibtpo.optim import MasterAdamW, NonFinite
 from ibtpo.policy import Policy, load_policy
-from ibtpo.progress import Tracker, peak_host_memory, step_note, track
+from ibtpo.progress import Tracker, peak_host_memory, release_closed_terminal, step_note, track
 from ibtpo.runlog import METRICS, RunFolder, latest_checkpoint, read_rows
 from ibtpo.search import make_search
 from ibtpo.setup import find_nonfinite, make_sampling
@@ -102,7 +102,7 @@ class Trainer:
         self._started = False  # is there a policy worth saving?
 
     def run(self) -> None:
-        """Evaluate, train until the token budget is spent, evaluate; Ctrl-C or SIGTERM saves a checkpoint.
+        """Evaluate, train until the token budget is spent, evaluate; Ctrl-C, SIGTERM or SIGHUP saves a checkpoint.
 
         Raises:
             Interrupted: the run was stopped; a checkpoint was written, unless the warm start was still under way.
@@ -353,18 +353,23 @@ class Trainer:
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM asks for a stop at the next safe point; a second Ctrl-C stops at once."""
+        """The first Ctrl-C, SIGTERM or SIGHUP asks for a stop at the next safe point; a second Ctrl-C stops at once."""
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self.stop_requested and number == signal.SIGINT:
                 raise KeyboardInterrupt
             self.stop_requested, self.stop_signal = True, number
+            if number == signal.SIGHUP:
+                release_closed_terminal()
             self.console.print("\nstopping at the next safe point; Ctrl-C again to stop at once", highlight=False)
 
         if threading.current_thread() is not threading.main_thread():
             yield  # signals are the main thread's
             return
-        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        stops = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            stops.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, ask) for number in stops}
         try:
             yield
         finally:

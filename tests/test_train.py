@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ibtpo.warmstart
 from ibtpo.cli import main
+from ibtpo.metrics import METRICS
 from ibtpo.runlog import latest_checkpoint
 from ibtpo.tasks import DigitChain
 from ibtpo.trainer import Trainer
@@ -437,6 +438,12 @@ def test_the_run_folder_holds_what_the_readme_says(uninterrupted: Path) -> None:
         "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
         "optimizer.safetensors", "state.json",
     }  # fmt: skip
+
+
+def test_the_log_holds_every_metric(trained: Path) -> None:
+    """But for those that only a penalty, a preset or a grader of its own has."""
+    elsewhere = {"kl_ref_k1", "kl_ref_k3", "entropy_advantage", "reward_timeouts", "reward_failures"}
+    assert set().union(*_rows(trained)) - {"step"} == set(METRICS) - elsewhere
 
 
 def test_learning_rate_falls_linearly_with_the_tokens_spent(tmp_path: Path) -> None:

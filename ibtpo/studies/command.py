@@ -130,7 +130,7 @@ def _report(
         console.print(f"failed: {failure.cell.id}: {failure.message}", highlight=False, markup=False, style="red")
     if results.missing:
         console.print(f"{len(results.missing)} cells have no result yet", highlight=False)
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _command(arguments: Sequence[str]) -> str:
