@@ -330,7 +330,7 @@ def test_the_documentation_names_every_reading_of_every_open_point():
 
 
 def test_every_other_reading_has_its_row_in_a_study():
-    changes = [own for name in ("open-points", "beyond") for own in load_study(name).variants.values()]
+    changes = [own for name in ("open-points", "beyond", "budgets") for own in load_study(name).variants.values()]
     for group, name, value in OTHER_READINGS:
         assert any(one.get(group, {}).get(name) == value for one in changes), (group, name, value)
 

@@ -73,7 +73,18 @@ def test_recursive_value_weighs_branches_alike() -> None:
 
 def test_shipped_studies_load_and_share_their_cells() -> None:
     """Every YAML makes cells; GRPO's cell of `main` is that of `ablation`; all methods of a seed share a start."""
-    names = ("samplers", "main", "ablation", "beta", "lambda", "segmentation-noise", "open-points", "beyond", "bias")
+    names = (
+        "samplers",
+        "main",
+        "ablation",
+        "beta",
+        "lambda",
+        "segmentation-noise",
+        "open-points",
+        "beyond",
+        "budgets",
+        "bias",
+    )
     for name in names:
         study = load_study(name)
         cells = study.cells(range(2), prompts=100, changes={})
