@@ -33,7 +33,7 @@ class StudyArguments:
     """
 
     name: Annotated[str, tyro.conf.Positional]
-    """main, ablation, samplers, bias, beta, lambda, segmentation-noise, open-points, beyond, budgets; or a FILE.yaml."""
+    """main, ablation, samplers, bias, beta, lambda, segmentation-noise, open-points, beyond, budgets; or FILE.yaml."""
     seeds: int = 5
     """How many; each seed has its own task, starting policy and random numbers, shared by all variants."""
     first_seed: int = 0
