@@ -18,9 +18,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
-from ibtpo.grow import chains
 from ibtpo.tasks.digit_chain import parse_prompt, right_solution
 from ibtpo_engine import Engine, Growth, Model, ModelConfig, Node, Sampling, Search, Tree, load_tokenizer
+from ibtpo_engine.generate import independent
 
 
 def borrow(model: PreTrainedModel) -> Model:
@@ -42,7 +42,9 @@ class TreeRollouts:
         seed: decides every sample, with the order of the prompts.
     """
 
-    def __init__(self, search: Callable[[int], Search] = chains, *, kv_tokens: int = 50_000, seed: int = 0) -> None:
+    def __init__(
+        self, search: Callable[[int], Search] = independent, *, kv_tokens: int = 50_000, seed: int = 0
+    ) -> None:
         self.search = search
         self.kv_tokens = kv_tokens
         self.seed = seed

@@ -39,7 +39,7 @@ def checkpoints(run: Path) -> list[Checkpoint]:
     """The complete checkpoints of a run folder, oldest first; their contents are not looked at."""
     found = (run / CHECKPOINTS).glob(f"{_NAME}*")
     numbered = [(path.name.removeprefix(_NAME), path) for path in found if path.is_dir()]
-    return sorted((Checkpoint(int(n), path) for n, path in numbered if n.isdigit()), key=lambda c: c.step)
+    return sorted((Checkpoint(int(n), path) for n, path in numbered if n.isdecimal()), key=lambda c: c.step)
 
 
 def latest_checkpoint(run: Path) -> Checkpoint | None:

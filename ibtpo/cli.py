@@ -32,6 +32,7 @@ from ibtpo.list_flags import join_repeated
 from ibtpo.optim import NonFinite
 from ibtpo.policy import Policy, load_policy
 from ibtpo.presets import PRESET_NOTES, PRESETS
+from ibtpo.printable import printable
 from ibtpo.progress import RunConsole
 from ibtpo.report import NOT_ACCURACY, summarize_run
 from ibtpo.rewards import RewardSpec, parse_rewards
@@ -61,8 +62,9 @@ USAGE = """usage: ibtpo {train,eval,sample,presets,study,view,config,doctor,comp
 `ibtpo COMMAND --help` lists every flag with its default. Settings may also come from a YAML file (--config FILE),
 with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
 
-Exit codes: 0 done, or stopped by SIGTERM or a closed pipe with a checkpoint; 2 the input cannot be used or the run
-cannot go on, stderr says why; 130 stopped by Ctrl-C. docs/troubleshooting.md lists what can go wrong and what to do.
+Exit codes: 0 done, or a run stopped with a checkpoint by SIGTERM, a closed terminal or a closed pipe; 2 the input
+cannot be used or the run cannot go on, stderr says why; 130 stopped by Ctrl-C. docs/troubleshooting.md lists what can
+go wrong and what to do.
 """
 
 Flat = tyro.conf.arg(name="")  # the fields of the run are flags without a prefix
@@ -123,14 +125,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return commands[arguments[0]](arguments[1:], Console())
     except Interrupted as stop:
         print(f"ibtpo: {stop}", file=sys.stderr)
-        return 0 if stop.signal == signal.SIGTERM else 130
+        return 0 if stop.signal in (signal.SIGTERM, signal.SIGHUP) else 130
     except KeyboardInterrupt:
         print("ibtpo: stopped at once; what the last checkpoint holds is safe", file=sys.stderr)
         return 130
     except BrokenPipeError:  # somebody piped us into `head`
         return 0
     except (ValueError, EngineError, GraderError, NonFinite, OSError) as error:
-        print(f"ibtpo: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"ibtpo: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
 
 
@@ -147,8 +149,8 @@ def _train(arguments: list[str], console: Console) -> int:
     console.print(NOT_ACCURACY, style="dim")
     last = latest_checkpoint(out)
     if last is not None:
-        console.print(f"checkpoint: {last.path}", highlight=False, soft_wrap=True)
-    console.print(f"report: {out / REPORT}", highlight=False, soft_wrap=True)
+        console.print(f"checkpoint: {last.path}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"report: {out / REPORT}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -237,7 +239,9 @@ def _completion(arguments: list[str], console: Console) -> int:
 def _result_tables(folder: Path) -> list[Table]:
     """What the run came to: held-out accuracy before and after, and what it took."""
     summary = summarize_run(folder)
-    accuracy = Table("held-out accuracy", "before", "after", title=f"{folder}: {summary.steps} training steps")
+    accuracy = Table(
+        "held-out accuracy", "before", "after", title=f"{escape(str(folder))}: {summary.steps} training steps"
+    )
     for row in summary.accuracies:
         accuracy.add_row(row.name, str(row.before or "–"), str(row.after or "–"))
     amounts = Table("", "", "")
@@ -293,8 +297,13 @@ def _open(config: TrainConfig) -> tuple[TrainConfig, Policy, Task]:
 
 def _model_folder(config: TrainConfig) -> Path:
     """Where the weights are: of a run folder, its last checkpoint."""
-    last = latest_checkpoint(Path(config.model))
-    return Path(config.model) if last is None else last.path
+    folder = Path(config.model)
+    last = latest_checkpoint(folder)
+    if last is None and (folder / CONFIG).is_file():
+        raise ValueError(
+            f"model: {folder} is a run folder that has no checkpoint yet; wait for one, or --resume the run"
+        )
+    return folder if last is None else last.path
 
 
 def _problem(arguments: SampleArguments, task: Task) -> tuple[Problem, Grades]:
@@ -318,7 +327,7 @@ def _outline(tree: Tree, policy: Policy, problem: Problem) -> Outline:
     """The tree as indented text."""
     estimates = tree.notes["ib"]
     prompt = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
-    outline = Outline(f"[bold]{escape(prompt.strip())}[/]  value {estimates.value(tree.root):.2f}")
+    outline = Outline(f"[bold]{escape(printable(prompt.strip()))}[/]  value {estimates.value(tree.root):.2f}")
     places = {tree.root: outline}
     for node in tree.nodes()[1:]:
         text = escape(repr(str(policy.tokenizer.decode(node.tokens.tolist())))[1:-1])

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import IO, Any, TypeVar
 
+from ibtpo.printable import printable
 from ibtpo.rewards import Graded, Reward, RewardSpec, load_reward
 
 _SELF_DESTRUCT = 2.0  # seconds past the time-out after which a process stuck in C code, parent gone, ends itself
@@ -81,7 +82,7 @@ def _attempt(call: Callable[[], Result], timeout: float) -> tuple[Result | None,
 
 def _last_line(error: BaseException) -> str:
     """The last line of the traceback, and where it was raised."""
-    text = " ".join(traceback.format_exception_only(error)[-1].split())[:_MESSAGE]
+    text = printable(" ".join(traceback.format_exception_only(error)[-1].split())[:_MESSAGE])
     frames = traceback.extract_tb(error.__traceback__)
     return f"{text} ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else text
 

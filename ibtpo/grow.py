@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -111,12 +111,3 @@ class Grower:
             if self.should_stop():
                 raise Interrupted
         return [tree for tree in trees if tree is not None], grading.seconds + self.engine.seconds_waiting - waited
-
-
-def chains(n: int) -> Search:
-    """The plainest search: `n` independent trajectories, not cut into steps."""
-
-    def search(tree: Tree) -> Generator[list[Node], list[Node], None]:
-        yield tree.root.fork(n)
-
-    return search

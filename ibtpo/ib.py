@@ -85,6 +85,7 @@ class IBEstimates:
         self.config = config
         self.root = tree.root
         self._offset = 1.0 + 1.0 / config.beta
+        self._ratio_below_zero = 1.0 if config.zero_parent == "one" else 0.0
         self._cells: dict[Node, _Cell] = {tree.root: _Cell(tree.root, None, math.nan)}
         self._branching: list[_Cell] = []  # cells with at least one child, in the order they got it
         self._merged: dict[tuple[_Cell, bytes], _Cell] = {}
@@ -204,15 +205,16 @@ class IBEstimates:
 
     def _products(self, cell: _Cell, beta: float) -> list[float]:
         """eta1 * eta2 of each child drawn, at this beta: J is their mean times 1 + beta."""
-        shift = 1.0 / self.config.beta - 1.0 / beta
-        return [(self._eta1(child) + shift) * child.probability for child in cell.draws]
+        shift = 1.0 / self.config.beta - 1.0 / beta - self._offset
+        value = cell.ratio_value
+        if value > 0.0:
+            return [(child.ratio_value / value + shift) * child.probability for child in cell.draws]
+        return [(self._ratio_below_zero + shift) * child.probability for child in cell.draws]
 
     def _eta1(self, cell: _Cell) -> float:
         assert cell.parent is not None
         of_parent = cell.parent.ratio_value
-        if of_parent > 0.0:
-            return cell.ratio_value / of_parent - self._offset
-        return (1.0 if self.config.zero_parent == "one" else 0.0) - self._offset
+        return (cell.ratio_value / of_parent if of_parent > 0.0 else self._ratio_below_zero) - self._offset
 
     def value(self, node: Node) -> float:
         """phat(a*|s): the share of the reward earned below `node`, never smoothed."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import secrets
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,10 @@ from typing import Any, Protocol
 
 from torch.utils.tensorboard import SummaryWriter
 
+from ibtpo.disk import write_atomically
+
 PROJECT = "ibtpo"
+IDENTITY = ".run-id"
 
 
 class Logger(Protocol):
@@ -45,30 +49,42 @@ class TensorBoard:
 
 
 class Tracker:
-    """A run of Weights & Biases or of Trackio, which has the same interface; named after the run folder.
+    """A run of Weights & Biases or of Trackio, whose interfaces are nearly the same; named after the run folder.
 
-    The step is logged as a value, so a resumed run may go back to its checkpoint.
+    A resumed run goes on with the same one, and may go back to its checkpoint: to wandb, which refuses a smaller step,
+    the step is a value like others.
     """
 
     def __init__(self, module: str, path: Path, config: Mapping[str, Any]) -> None:
         self._module: Any = importlib.import_module(module)
-        name = path.resolve().name
-        if module == "wandb":
-            options = {"id": "".join(c if c.isalnum() or c in "-_" else "-" for c in name)[:64], "dir": str(path)}
-        else:
-            options = {}
-        self._run = self._module.init(project=PROJECT, name=name, config=dict(config), resume="allow", **options)
-        if module == "wandb":
+        self._takes_step = module == "trackio"  # and keeps the name "step" to itself
+        name, identity = path.resolve().name, _identity(path)
+        options = {"id": identity, "name": name, "dir": str(path)}
+        if self._takes_step:
+            options = {"name": f"{name}-{identity}"}  # folders may share a name; trackio knows runs by nothing else
+        self._run = self._module.init(project=PROJECT, config=dict(config), resume="allow", **options)
+        if not self._takes_step:
             self._run.define_metric("step")
             self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Send the values."""
-        self._module.log({"step": step, **values})
+        if self._takes_step:
+            self._module.log(dict(values), step=step)
+        else:
+            self._module.log({"step": step, **values})
 
     def close(self) -> None:
         """Mark the run as finished."""
         self._module.finish()
+
+
+def _identity(path: Path) -> str:
+    """Eight digits by which a run folder is known, wherever it is moved to."""
+    file = path / IDENTITY
+    if not file.is_file():
+        write_atomically(file, secrets.token_hex(4))
+    return file.read_text(encoding="utf-8")
 
 
 class Loggers:

@@ -7,9 +7,10 @@ All trees drawn are returned: their tokens were sampled, their rewards count in 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ibtpo.grow import Grower
+from ibtpo.metrics import is_mixed
 from ibtpo.tasks import Problem
 from ibtpo_engine import Sampling, Search, Tree
 
@@ -17,7 +18,7 @@ from ibtpo_engine import Sampling, Search, Tree
 def grow_mixed(
     grower: Grower,
     pose: Callable[[int], Problem],
-    search: Search,
+    search: Callable[[Sequence[int]], Search],
     sampling: Sampling,
     *,
     first: int,
@@ -29,7 +30,8 @@ def grow_mixed(
     Args:
         grower: grows and grades.
         pose: the training problem of an index; the index is the tree's key, too.
-        search, sampling: how.
+        search: makes the search of trees that are grown together, from their keys.
+        sampling: how.
         first: index of the first problem; those drawn are [first, first + number of trees).
         count: problems drawn first, and mixed groups wanted.
         redraws: times that as many problems as are missing are drawn again; 0: never.
@@ -44,16 +46,11 @@ def grow_mixed(
     problems: list[Problem] = []
     seconds, missing = 0.0, count
     for _ in range(1 + redraws):
-        keys = range(first + len(trees), first + len(trees) + missing)
+        keys = list(range(first + len(trees), first + len(trees) + missing))
         posed = [pose(key) for key in keys]
-        grown, graded = grower.grow(posed, list(keys), search, sampling)
+        grown, graded = grower.grow(posed, keys, search(keys), sampling)
         trees, problems, seconds = trees + grown, problems + posed, seconds + graded
         missing -= sum(map(is_mixed, grown))
         if missing == 0:
             break
     return trees, problems, seconds
-
-
-def is_mixed(tree: Tree) -> bool:
-    """Do the rewards of this graded tree differ?"""
-    return len({leaf.reward for leaf in tree.leaves()}) > 1

@@ -79,7 +79,7 @@ def model_card(
         "made by": f"ibtpo {environment()['ibtpo']}",
     }
     lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", f"# {title}", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in facts.items()]
+    lines += [f"| {name} | {_in_cell(value)} |" for name, value in facts.items()]
     lines += ["", "## Held-out accuracy", "", *_accuracy(row for row in rows if row["step"] <= step), ""]
     prompt = '"7*8-5=?\\n"' if config.model == "built-in" else '"..."'
     if chat:
@@ -110,6 +110,11 @@ def save_generation_config(policy: Policy, config: TrainConfig, folder: Path) ->
         eos_token_id=list(policy.stops),
         pad_token_id=policy.tokenizer.pad_token_id,
     ).save_pretrained(folder)
+
+
+def _in_cell(text: str) -> str:
+    """A text as a table's cell: a pattern of a reward, or a path, may hold the mark between cells, or end the line."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def _accuracy(rows: Iterable[Mapping[str, Any]]) -> list[str]:

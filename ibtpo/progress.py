@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
 import sys
+import termios
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any, cast
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -22,14 +25,55 @@ PROCESS = Path("/proc/self/status")
 class RunConsole(Console):
     """A console whose closed pipe (`ibtpo train | head`) stops the run as SIGTERM does: with a checkpoint.
 
-    rich would end the process where it stands.
+    rich would end the process where it stands. A closed terminal ends nothing by itself: the SIGHUP that comes with it
+    stops the run, unless the user had it ignored (nohup).
     """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        super().__init__(quiet=quiet, file=cast(IO[str], _Stream(sys.stdout)))
 
     def on_broken_pipe(self) -> None:
         """Say nothing more, and ask for the stop."""
         self.quiet = True
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         signal.raise_signal(signal.SIGTERM)
+
+
+class _Stream:
+    """A stream that says nothing more once its terminal was closed."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write, or let go of the terminal."""
+        return self._attempt(lambda: self._stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        """Flush, or let go of the terminal."""
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, act: Callable[[], int | None]) -> int | None:
+        try:
+            return act()
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            release_closed_terminal()
+            return None
+
+
+def release_closed_terminal() -> None:
+    """Where standard output and error go to a terminal that was closed, to write is an error: lead them nowhere."""
+    for descriptor in (1, 2):
+        try:
+            termios.tcgetattr(descriptor)
+        except termios.error as error:  # no terminal at all is ENOTTY
+            if error.args[0] == errno.EIO:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 class _Bar(Progress):

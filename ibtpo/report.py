@@ -144,7 +144,8 @@ def describe_run(config: Mapping[str, Any]) -> list[str]:
     """What the run was, in a few words each."""
     if not config:
         return []
-    search = config.get("search", {})
+    search = config.get("search")
+    search = search if isinstance(search, Mapping) else {}
     method = str(search.get("method", ""))
     if method == "independent":
         method += f" · {search.get('group_size')} chains"

@@ -9,6 +9,7 @@
     events.out.*      the same metrics for TensorBoard
     checkpoints/      step-000010/ ...    see ibtpo/checkpoints.py
     report.html       made from the above
+    .run-id           by which wandb and trackio know the run (ibtpo/loggers.py)
 
 Whatever interrupts a run, a checkpoint that carries its final name is complete, and a log continues where its
 checkpoint was taken.

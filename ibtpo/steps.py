@@ -78,7 +78,11 @@ class StepSplitter:
         if self.step_tokens is not None:
             return list(range(self.step_tokens, len(ids), self.step_tokens))
         head = "".join(map(self.text, np.asarray(context).tolist()))
-        pieces = [self.text(token) for token in ids]
+        texts = self._texts
+        try:
+            pieces = [texts[token] for token in ids]
+        except KeyError:  # a token that is new
+            pieces = list(map(self.text, ids))
         ends = list(accumulate(map(len, pieces), initial=len(head)))  # ends[i]: characters before token i
         at = [bisect_left(ends, end) for end in self._boundaries(head + "".join(pieces)) if end > len(head)]
         return [offset for offset in dict.fromkeys(at) if offset < len(ids)]

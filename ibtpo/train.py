@@ -46,7 +46,7 @@ def train(
 
     Raises:
         ValueError: the input cannot be used; the message names file, field and remedy.
-        Interrupted: stopped by Ctrl-C or SIGTERM, with a checkpoint to continue from.
+        Interrupted: stopped by Ctrl-C, SIGTERM or SIGHUP, with a checkpoint to continue from.
         NonFinite, GraderError: training came to nothing; the last checkpoint is from before.
     """
     if config.sampling.temperature == 0:
@@ -55,6 +55,16 @@ def train(
         raise ValueError(
             f"search.redraws: {config.search.redraws} draws again for groups of equal rewards, on which "
             f"advantage.uniform_groups={config.advantage.uniform_groups} trains; set it to skip, or redraws to 0"
+        )
+    if config.search.stop_uniform_after > 0 and config.advantage.uniform_groups != "skip":
+        raise ValueError(
+            f"search.stop_uniform_after: {config.search.stop_uniform_after} ends trees of equal rewards, on which "
+            f"advantage.uniform_groups={config.advantage.uniform_groups} trains; set it to skip, or the other to 0"
+        )
+    if config.search.stop_uniform_after > 0 and group.size > 1:
+        raise ValueError(
+            f"search.stop_uniform_after: {config.search.stop_uniform_after} moves rounds between all trees of a step, "
+            f"which {group.size} processes grow apart from each other; set it to 0, or train in one process"
         )
     check_installed(config.log)
     config = with_absolute_paths(config)
@@ -126,7 +136,7 @@ def _check_input(config: TrainConfig, policy: Policy, task: Task, source: Path |
         )
     check_weights(policy, str(source))
     for note in check_prompts(task, policy, config):
-        console.print(note, style="dim", highlight=False)
+        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def _run(trainer: Trainer) -> None:

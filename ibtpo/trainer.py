@@ -6,7 +6,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from ibtpo.mixed import grow_mixed
 from ibtpo.model_card import CARD, model_card, save_generation_config
 from ibtpo.optim import NonFinite
 from ibtpo.policy import Policy, load_policy
-from ibtpo.progress import Tracker, peak_host_memory, step_note, track
+from ibtpo.progress import Tracker, peak_host_memory, release_closed_terminal, step_note, track
 from ibtpo.runlog import METRICS, RunFolder, latest_checkpoint, read_rows
 from ibtpo.search import make_search
 from ibtpo.setup import find_nonfinite, make_sampling
@@ -37,7 +37,7 @@ from ibtpo.tasks import Problem, Task, TeachableTask
 from ibtpo.treelog import tree_record
 from ibtpo.update import Updater, frozen_copy
 from ibtpo.warmstart import WarmStart, warm_start_of
-from ibtpo_engine import Engine, Model, Tree
+from ibtpo_engine import Engine, Model, Search, Tree
 from ibtpo_engine.adapter_folder import is_adapter_folder
 
 START = "start"  # in the run folder: the warm-started policy, of which a frozen reference is made
@@ -105,13 +105,12 @@ class Trainer:
         grower = Grower(engine, task, policy.tokenizer, config.jsonl, lambda: self.stop_requested)
         self.grower = make_grower(grower, group)
         self.splitter = step_splitter(policy.tokenizer, config.search)
-        self.search = make_search(config.search, config.ib, self.splitter, config.sampling.max_tokens)
         self.held_out = task.eval_problems(config.eval.prompts)
         self._updater: Updater | None = None
         self._started = False  # is there a policy worth saving?
 
     def run(self) -> None:
-        """Evaluate, train until the token budget is spent, evaluate; Ctrl-C or SIGTERM saves a checkpoint.
+        """Evaluate, train until the token budget is spent, evaluate; Ctrl-C, SIGTERM or SIGHUP saves a checkpoint.
 
         Raises:
             Interrupted: the run was stopped; a checkpoint was written, unless the warm start was still under way.
@@ -299,12 +298,17 @@ class Trainer:
             for name, value in counts.items():
                 self.state.reward_counts[name] = self.state.reward_counts.get(name, 0) + value
 
+    def _search(self, keys: Sequence[int]) -> Search:
+        """The search of trees that are grown together."""
+        config = self.config
+        return make_search(config.search, config.ib, self.splitter, config.sampling.max_tokens, keys)
+
     def _grow(self) -> tuple[list[Tree], list[Problem], float]:
         """Trees on the next problems, all that were drawn; seconds spent in grading."""
         return grow_mixed(
             self.grower,
             self.task.train_problem,
-            self.search,
+            self._search,
             self.sampling,
             first=self.state.next_problem,
             count=self.config.prompts_per_step,
@@ -380,18 +384,23 @@ class Trainer:
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM asks for a stop at the next safe point; a second Ctrl-C stops at once."""
+        """The first Ctrl-C, SIGTERM or SIGHUP asks for a stop at the next safe point; a second Ctrl-C stops at once."""
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self.stop_requested and number == signal.SIGINT and self.group.size == 1:  # torchrun repeats it
                 raise KeyboardInterrupt
             self.stop_requested, self.stop_signal = True, number
+            if number == signal.SIGHUP:
+                release_closed_terminal()
             self.console.print("\nstopping at the next safe point; Ctrl-C again to stop at once", highlight=False)
 
         if threading.current_thread() is not threading.main_thread():
             yield  # signals are the main thread's
             return
-        previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        stops = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
+            stops.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, ask) for number in stops}
         try:
             yield
         finally:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from ibtpo.config import OptimConfig, TrainConfig, WarmStartConfig
-from ibtpo.grow import Grower, chains
+from ibtpo.grow import Grower
 from ibtpo.optim import MasterAdamW
 from ibtpo.policy import Policy
 from ibtpo.tasks import Problem, TeachableTask
 from ibtpo_engine import Engine, Sampling
+from ibtpo_engine.generate import independent
 from ibtpo_kernels import linear_logprob
 
 ADAMW: dict[str, Any] = {"beta1": 0.9, "beta2": 0.98, "weight_decay": 0.05, "grad_clip": 1.0}
@@ -186,7 +187,7 @@ class PassShare:
         """Measure, with the weights as they are now."""
         self._engine.weights_changed()
         keys = [-1 - index for index in range(len(self._problems))]
-        trees, _ = self._grower.grow(self._problems, keys, chains(CHECK_SAMPLES), self._sampling)
+        trees, _ = self._grower.grow(self._problems, keys, independent(CHECK_SAMPLES), self._sampling)
         rewards = [leaf.reward or 0.0 for tree in trees for leaf in tree.leaves()]
         return sum(rewards) / len(rewards) / self._teacher
 

@@ -110,6 +110,30 @@ def test_waiting_for_what_was_never_asked_for_is_refused() -> None:
     assert_idle(engine)
 
 
+@pytest.mark.parametrize("kind", ["engine", "backend"])
+def test_a_search_goes_on_once_the_future_it_asked_for_is_done(kind: str) -> None:
+    """The last of six trees to come opens the gate for all, though no more than one branch, or call, is under way."""
+    one = Engine(MODEL, kv_tokens=8192, max_branches=1)
+    engine = one if kind == "engine" else BackendEngine(EngineBackend(one), max_calls=1)
+    gate: Future[int] = Future()
+    came: list[int] = []
+
+    def search(tree: Tree) -> Iterator[list[Node] | Future[int]]:
+        yield tree.root.fork(2)
+        came.append(tree.key)
+        if len(came) == len(PROMPTS):
+            gate.set_result(7)
+        assert (yield gate) == []
+        tree.notes["seen"] = (gate.result(), len(came))
+        [again] = yield tree.root.fork(1)
+        assert again.reward == len(again)
+
+    trees = dict(engine.run(search, PROMPTS, SAMPLING, reward=length, keys=range(6)))
+    assert [trees[i].notes["seen"] for i in range(6)] == [(7, 6)] * 6
+    assert [len(trees[i].leaves()) for i in range(6)] == [3] * 6
+    assert_idle(one)
+
+
 def test_a_backend_grows_the_same_kind_of_search() -> None:
     engine = BackendEngine(EngineBackend(Engine(MODEL, kv_tokens=8192)))
     assert all(len(order) == BRANCHES for order in orders(engine, 6))

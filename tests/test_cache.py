@@ -92,7 +92,7 @@ def test_cutting_a_kv_gives_each_half_the_pages_its_tokens_touch(length: int, st
     kv = KV(pool, first, pool.allocate(pages_for(end) - first), data.draw(st.integers(start, end)))
     pages, computed = list(kv.pages), kv.computed
     at = data.draw(st.integers(start + 1, max(end - 1, start + 1)))
-    upper, lower = kv.split(at)
+    lower, upper = kv, kv.split_off(at)
     assert upper.pages == pages[: pages_for(at) - first]
     assert lower.pages == pages[at // PAGE - first :]
     assert (upper.first, lower.first) == (first, at // PAGE)

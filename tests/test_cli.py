@@ -26,7 +26,7 @@ from ibtpo.cli import main
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import load_yaml
 from ibtpo.policy import built_in_policy
-from ibtpo.runlog import latest_checkpoint
+from ibtpo.runlog import RunFolder, latest_checkpoint
 
 SMALL = [
     "--sampled-tokens", "150", "--prompts-per-step", "4", "--search.rounds", "2", "--sampling.max-tokens", "14",
@@ -219,11 +219,14 @@ def test_eval_of_a_run_agrees_with_what_the_run_logged(tmp_path: Path, capsys: p
 def test_eval_looks_for_a_place_to_write_before_it_begins(built_in: Path, tmp_path: Path, refused: Refusal) -> None:
     message = refused("--model", built_in, "--json", tmp_path / "no" / "values.json", command="eval")
     assert f"json: {tmp_path / 'no'} is no folder" in message
+    assert f"json: {tmp_path} is a folder" in refused("--model", built_in, "--json", tmp_path, command="eval")
 
 
 @pytest.mark.parametrize("command", ["eval", "sample"])
-def test_eval_and_sample_need_a_model(command: str, refused: Refusal) -> None:
+def test_eval_and_sample_need_a_model(command: str, tmp_path: Path, refused: Refusal) -> None:
     assert "model: give --model a checkpoint or run folder" in refused(command=command)
+    with RunFolder.create(tmp_path / "run", TrainConfig()):
+        assert "run is a run folder that has no checkpoint yet" in refused("--model", tmp_path / "run", command=command)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import ibtpo_kernels
 from ibtpo import config_reference
 from ibtpo.cli import main
 from ibtpo.commands import doctor
-from ibtpo.commands.doctor import Finding, examine
+from ibtpo.commands.doctor import EXTRAS, Finding, examine
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import dump_yaml, merge
 from ibtpo_kernels import cpu, dispatch, has_compiled
@@ -116,6 +117,11 @@ def test_a_compiled_module_that_does_not_load_is_broken(monkeypatch: pytest.Monk
     finding = find("compiled kernels")
     assert finding.status == "broken"
     assert "undefined symbol: _Znwm" in finding.text
+
+
+def test_every_extra_for_users_is_looked_at() -> None:
+    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text("utf-8"))["project"]
+    assert set(EXTRAS) == set(project["optional-dependencies"]) - {"dev", "bench"}
 
 
 def test_packages_missing_old_or_damaged_are_broken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,6 +290,8 @@ def test_bash_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
         done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, env={"PATH": path})
         assert {word.strip() for word in done.stdout.split()} == expected, done.stderr
+    registered = subprocess.run(["bash", "-c", f"source {script}; complete -p ibtpo"], capture_output=True, text=True)
+    assert registered.stdout == "complete -o default -F _tyro_ibtpo ibtpo\n"  # paths where the script knows nothing
 
 
 def test_an_unknown_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,8 @@ OTHER_VALUES = {
     "log": "wandb",
     "task": "reasoning-gym:chain_sum",
     "search.separator": "###",
+    "search.method": "random-tree",
+    "search.stop_uniform_after": 5,
 }
 
 

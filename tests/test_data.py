@@ -107,6 +107,36 @@ def test_a_damaged_binary_file_is_named(tmp_path: Path, name: str) -> None:
         open_rows(tmp_path / name)
 
 
+def test_a_damaged_folder_of_datasets_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    for name, content, expected in [
+        ("state.json", "{}", "state.json: not as datasets.*_data_files"),
+        ("state.json", "oops", "state.json: not as datasets"),
+        ("state.json", '{"_data_files": [{"filename": "gone.arrow"}]}', "gone.arrow is missing"),
+        ("dataset_dict.json", "{}", "dataset_dict.json: not as datasets"),
+    ]:
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=expected):
+            open_rows(tmp_path)
+
+
+def test_parquet_without_an_answer_without_rows_and_of_two_kinds_is_refused(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    def refused(expected: str, *tables: dict[str, Any]) -> None:
+        folder = tmp_path / "d"
+        folder.mkdir(exist_ok=True)
+        for number, columns in enumerate(tables):
+            parquet.write_table(arrow.table(columns), folder / f"{number}.parquet")
+        with pytest.raises(ValueError, match=expected):
+            opened(folder, **ALL)
+
+    refused('row 2: field "answer" is nan', {"prompt": ["a", "b"], "answer": [1.0, float("nan")]})
+    refused("d: has no rows", {"prompt": arrow.array([], arrow.string()), "answer": arrow.array([], arrow.string())})
+    refused(r"1.parquet: has other columns than 0.parquet", {"prompt": ["a"], "answer": ["1"]}, {"prompt": ["a"]})
+
+
 def test_filters_leave_rows_out_and_say_how_many(tmp_path: Path) -> None:
     rows = [{"prompt": "x" * (i + 1), "answer": i, "rate": i / 20} for i in range(20)]
     path = write(tmp_path / "d.jsonl", rows + rows[5:7])

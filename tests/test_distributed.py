@@ -23,13 +23,14 @@ import torch
 from checkpoints import save_additions, save_checkpoint
 from engine_helpers import tiny_model
 from processes import end, run, started, time_limit
+from rich.console import Console
 from safetensors.torch import load_file
 from trees import VOCABULARY, chain, estimate, random_trajectories
 
 from ibtpo import memory_plan
 from ibtpo.advantage import advantage
 from ibtpo.cli import main
-from ibtpo.config import AdvantageConfig, LoRAConfig, LossConfig, OptimConfig, SamplingConfig, TrainConfig
+from ibtpo.config import AdvantageConfig, LoRAConfig, LossConfig, OptimConfig, SamplingConfig, SearchConfig, TrainConfig
 from ibtpo.distributed import ALONE, Follower, Group, device_name, join, make_learner, restarted
 from ibtpo.distributed.exchange import freeze, thaw
 from ibtpo.distributed.group import balance
@@ -39,6 +40,7 @@ from ibtpo.metrics import tree_metrics
 from ibtpo.optim import NonFinite
 from ibtpo.pack import pack
 from ibtpo.runlog import RunFolder, latest_checkpoint
+from ibtpo.train import train
 from ibtpo.trainer import Trainer
 from ibtpo.update import Updater, frozen_copy
 from ibtpo_engine import Tree
@@ -349,6 +351,13 @@ def test_fsdp_refuses_what_it_cannot_split() -> None:
         check_memory(replace(CONFIG, distributed="fsdp", optim=OptimConfig(state="8bit")), shape, CPU, twins)
     assert check_memory(replace(config, distributed="auto"), shape, CPU, twins)[0] == "ddp"
     assert check_memory(config, shape, CPU, ALONE)[0] == "ddp"
+
+
+def test_rounds_do_not_move_between_processes() -> None:
+    """Each would wait for trees that others grow, for ever."""
+    config = replace(CONFIG, search=SearchConfig(stop_uniform_after=6))
+    with pytest.raises(ValueError, match="set it to 0, or train in one process"):
+        train(config, Console(quiet=True), group=_Twins(0, 2))
 
 
 def _spoiled(config: TrainConfig) -> None:

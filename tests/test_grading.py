@@ -39,6 +39,8 @@ def grade(prompt, completion, answer, data):
         sys.exit(0)
     if completion == "raise":
         raise RuntimeError("x" * 100_000)
+    if completion == "\\x1b[2J":
+        raise RuntimeError(completion)
     if completion == "memory":
         return float(len(bytearray(1 << 40)))
     if completion == "nan":
@@ -174,7 +176,13 @@ def test_missing_math_verify_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("completion", "error"), [("raise", "RuntimeError: xxx"), ("text", "TypeError"), ("two", "not 2.0")]
+    ("completion", "error"),
+    [
+        ("raise", "RuntimeError: xxx"),
+        ("\x1b[2J", r"RuntimeError: \\x1b\[2J \("),  # what would clear the terminal is spelled out
+        ("text", "TypeError"),
+        ("two", "not 2.0"),
+    ],
 )
 def test_too_many_failures_stop_the_run_and_name_the_last(bad: Bad, completion: str, error: str) -> None:
     with Grader(bad, max_failed_share=0.5) as grader:

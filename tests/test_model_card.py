@@ -97,6 +97,11 @@ def test_the_base_model_is_named_as_on_the_hub_where_the_folder_knows(tmp_path: 
     assert f"| base model | {tmp_path} |" in card
 
 
+def test_a_pattern_stays_in_its_cell() -> None:
+    card = model_card(TrainConfig(reward=("regex=a|b\n(c)",)), step=0, sampled_tokens=0, rows=[])
+    assert "| rewards | regex=a\\|b (c) |\n" in card
+
+
 def test_settings_that_are_no_preset_claim_none() -> None:
     assert method(TrainConfig()).endswith("(preset ib-tpo)")
     grpo = TrainConfig(search=SearchConfig(method="independent"), advantage=AdvantageConfig(kind="grpo"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -106,6 +107,15 @@ def test_a_branch_has_the_same_bits_alone_and_in_any_batch() -> None:
     for count in (1, 3):
         with threads(count):
             equal(grow(model, batch=60), together)
+
+
+def test_two_python_threads_may_decode_at_once() -> None:
+    """Each with an engine of its own: one shares its steps out, the other runs alone, and nothing is mixed up."""
+    models = [tiny_model(seed, hidden=200) for seed in (0, 1)]
+    alone = [grow(model, batch=40) for model in models]
+    with threads(3), ThreadPoolExecutor(2) as pool:
+        for nodes, expected in zip(pool.map(lambda model: grow(model, batch=40), models * 3), alone * 3, strict=True):
+            equal(nodes, expected)
 
 
 @pytest.mark.parametrize("prefill_tokens", [1, 7, 16])

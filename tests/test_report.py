@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import socket
+import struct
 import threading
 import urllib.error
 import urllib.request
@@ -21,7 +23,7 @@ from ibtpo.runlog import RunFolder
 from ibtpo.viewer import Viewer, export_page
 from ibtpo.viewer.export import pick_trees
 from ibtpo.viewer.page import embed
-from ibtpo.viewer.run import GrowingLog, RunView
+from ibtpo.viewer.run import GrowingLog, RunView, open_views
 
 
 @pytest.fixture
@@ -175,6 +177,42 @@ def test_the_server_gives_what_is_new_and_only_trees_of_the_run(tmp_path: Path) 
             thread.join()
 
 
+def test_a_run_folder_that_somebody_has_damaged_is_shown_as_far_as_it_can_be_read(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=2, trees=1)
+    with (run / "metrics.jsonl").open("ab") as log:
+        log.write(
+            b'{"step": 3, "reward": NaN, "loss": 1e999, "kl": "text"}\n\xff\n[4]\n{"step": 4, "reward": 0.5}\n{"st'
+        )
+    for config in ("a: [", "- 1", "search: 3", ""):
+        (run / "config.yaml").write_text(config)
+        answer = json.loads(json.dumps(RunView(run).poll(), allow_nan=False))
+        assert answer["metrics"]["steps"] == [0, 1, 2, 2, 3, 4]
+        assert answer["metrics"]["values"]["reward"][-2:] == [None, 0.5]
+        assert export_page([run], tmp_path / "page.html", trees=1).stat().st_size > 50_000
+
+
+def test_a_browser_that_leaves_and_one_that_asks_for_nonsense_are_no_trouble(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = make_run(tmp_path / "run", steps=2, trees=1)
+    with Viewer([run], 0) as viewer:
+        thread = threading.Thread(target=viewer.serve)
+        thread.start()
+        try:
+            port = int(viewer.url.rstrip("/").rpartition(":")[2])
+            for line in (b"GET /api/run/\xb2 HTTP/1.1", b"GET /api/run/0?metrics=1.%C2%B2 HTTP/1.1"):
+                with socket.create_connection(("127.0.0.1", port), 10) as connection:
+                    connection.sendall(line + b"\r\nHost: localhost:1\r\nConnection: close\r\n\r\n")
+                    assert connection.recv(12) in (b"HTTP/1.1 404", b"HTTP/1.1 200")
+                    reset = struct.pack("ii", 1, 0)  # whoever closes with it has lost interest
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+            assert get(viewer.url)[0] == 200
+        finally:
+            viewer.stop()
+            thread.join()
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_the_command_exports_and_refuses_what_it_cannot_show(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -197,9 +235,17 @@ def test_a_taken_port_is_an_error_only_where_it_was_asked_for(tmp_path: Path) ->
             Viewer([run], port)
 
 
+def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    first, second, other = (make_run(tmp_path / name, steps=0, trees=0) for name in ("a/run", "b/run", "c"))
+    assert [view.name for view in open_views([first, second])] == ["a/run", "b/run"]
+    assert [view.name for view in open_views([first, other])] == ["run", "c"]
+
+
 def test_a_tree_whose_file_is_gone_is_not_offered(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", steps=3, trees=2)
     view = RunView(run)
     assert len(view.trees()) == 2
-    next((run / "trees").iterdir()).unlink()
+    gone = next((run / "trees").iterdir())
+    gone.unlink()
     assert len(view.trees()) == 1
+    assert view.tree(gone.name) is None and view.tree(view.trees()[0]["file"]) is not None

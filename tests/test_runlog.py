@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import math
+import os
+import sqlite3
+import struct
 import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -393,10 +397,10 @@ class FakeTracker(types.ModuleType):
 
     def define_metric(self, name: str, step_metric: str | None = None) -> None: ...
 
-    def log(self, values: dict[str, float]) -> None:
-        if values["step"] == self.fails_at:
+    def log(self, values: dict[str, float], step: int | None = None) -> None:
+        if self.fails_at is not None and values["step"] == self.fails_at:
             raise ConnectionError("the service is down")
-        self.logged.append(values)
+        self.logged.append(values if step is None else {"step of trackio": step, **values})
 
     def finish(self) -> None:
         self.finished = True
@@ -411,10 +415,85 @@ def test_loggers_get_what_the_log_gets_and_never_end_a_run(path: Path, monkeypat
         with pytest.warns(RuntimeWarning, match="logging to wandb stopped .ConnectionError: the service is down"):
             run.log(2, {"reward": 0.6})
         run.log(3, {"reward": 0.7})
-    assert trackio.logged == [{"step": i, "reward": r} for i, r in ((1, 0.5), (2, 0.6), (3, 0.7))] and trackio.finished
+    assert (
+        trackio.logged == [{"step of trackio": i, "reward": r} for i, r in ((1, 0.5), (2, 0.6), (3, 0.7))]
+        and trackio.finished
+    )
     assert len(wandb.logged) == 1 and wandb.started["config"]["search"]["rounds"] == TrainConfig().search.rounds
     assert [row["reward"] for row in rows(path)] == [0.5, 0.6, 0.7]
     assert len(EventAccumulator(str(path)).Reload().Scalars("reward")) == 3
+
+
+REAL_LOGGER = """
+import pathlib, sys, warnings
+from ibtpo.config import TrainConfig
+from ibtpo.runlog import RunFolder
+warnings.simplefilter("error", UserWarning)  # trackio warns of names it changes
+name, folders = sys.argv[1], [pathlib.Path(text) for text in sys.argv[2:]]
+config = TrainConfig(log=name)
+for folder in folders:
+    with RunFolder.create(folder, config) as run:
+        run.log(1, {"reward": 0.5, "loss": float("nan")})
+        run.log(1, {"eval_avg": 0.25})
+        run.checkpoint(1, lambda path: (path / "file").write_text("x"))
+        run.log(2, {"reward": 0.75})
+with RunFolder.open(folders[0], config) as run:
+    run.log(2, {"reward": 1.0})
+"""
+
+
+def _log_for_real(module: str, tmp_path: Path) -> None:
+    """Two runs in folders of the same name, the first one resumed, in a process that reaches no network."""
+    pytest.importorskip(module)
+    home = {"HOME": str(tmp_path), "TRACKIO_DIR": str(tmp_path / "trackio"), "WANDB_MODE": "offline"}
+    command = [sys.executable, "-c", REAL_LOGGER, module, str(tmp_path / "a" / "run"), str(tmp_path / "b" / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | home, timeout=120)
+    assert done.returncode == 0 and "logging to" not in done.stderr, done.stderr
+
+
+def test_trackio_itself_keeps_the_runs_apart_and_the_steps(tmp_path: Path) -> None:
+    _log_for_real("trackio", tmp_path)
+    [database] = (tmp_path / "trackio").glob("ibtpo*.db")
+    with sqlite3.connect(database) as connection:
+        found = connection.execute("select run_name, step, metrics from metrics order by id").fetchall()
+    first, second = f"run-{(tmp_path / 'a/run/.run-id').read_text()}", f"run-{(tmp_path / 'b/run/.run-id').read_text()}"
+    begin = [(1, {"reward": 0.5}), (1, {"eval_avg": 0.25}), (2, {"reward": 0.75})]
+    expected = [*((first, *row) for row in begin), *((second, *row) for row in begin), (first, 2, {"reward": 1.0})]
+    assert [(name, step, json.loads(metrics)) for name, step, metrics in found] == expected
+
+
+def _wandb_records(content: bytes) -> Iterator[bytes]:
+    """The records of a .wandb file, which is a LevelDB log: blocks of 32 KiB, chunks of (CRC, length, kind, data)."""
+    at, record = 7, b""  # behind the file's own header
+    while at + 7 <= len(content):
+        if -at % 32768 < 7:  # no room for a chunk in the rest of the block
+            at += -at % 32768
+            continue
+        size, kind = struct.unpack_from("<HB", content, at + 4)
+        record += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, last; first and middle are 2 and 3
+            yield record
+            record = b""
+
+
+def test_wandb_itself_keeps_the_runs_apart_and_the_steps(tmp_path: Path) -> None:
+    _log_for_real("wandb", tmp_path)
+    messages = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    identities = set()
+    for folder, sessions in (("a", 2), ("b", 1)):
+        identity, logged = (tmp_path / folder / "run/.run-id").read_text(), []
+        files = sorted((tmp_path / folder / "run/wandb").glob("offline-run-*/*.wandb"))
+        assert [file.name for file in files] == [f"run-{identity}.wandb"] * sessions
+        for file in files:
+            for data in _wandb_records(file.read_bytes()):
+                record = messages.Record.FromString(data)
+                items = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+                logged += [{k: json.loads(v) for k, v in items.items() if not k.startswith("_")}] if items else []
+        expected = [{"step": 1, "reward": 0.5}, {"step": 1, "eval_avg": 0.25}, {"step": 2, "reward": 0.75}]
+        assert logged == expected + [{"step": 2, "reward": 1.0}] * (sessions - 1)
+        identities.add(identity)
+    assert len(identities) == 2
 
 
 def test_loggers_that_are_unknown_or_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

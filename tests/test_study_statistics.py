@@ -10,7 +10,7 @@ import pytest
 from trees import chain
 
 from ibtpo.studies.matrix import load_study
-from ibtpo.studies.measure import recursive_value
+from ibtpo.studies.measure import recursive_value, tree_numbers
 from ibtpo.studies.results import collect, read_curve, train_numbers
 from ibtpo.studies.run import CELLS
 from ibtpo.studies.statistics import area_under, estimate, paired_difference
@@ -73,7 +73,18 @@ def test_recursive_value_weighs_branches_alike() -> None:
 
 def test_shipped_studies_load_and_share_their_cells() -> None:
     """Every YAML makes cells; GRPO's cell of `main` is that of `ablation`; all methods of a seed share a start."""
-    names = ("samplers", "main", "ablation", "beta", "lambda", "segmentation-noise", "open-points", "beyond", "bias")
+    names = (
+        "samplers",
+        "main",
+        "ablation",
+        "beta",
+        "lambda",
+        "segmentation-noise",
+        "open-points",
+        "beyond",
+        "budgets",
+        "bias",
+    )
     for name in names:
         study = load_study(name)
         cells = study.cells(range(2), prompts=100, changes={})
@@ -95,8 +106,64 @@ def test_a_study_that_cannot_be_used_says_why(tmp_path: Path) -> None:
     file.write_text("variant: {grpo: {}}\n")
     with pytest.raises(ValueError, match="unknown field variant"):
         load_study(str(file))
+    for text, message in (
+        ("variants: {grpo: 3}", "variants: grpo must hold names and settings, not 3"),
+        ("variants: [grpo]", "variants must hold names and settings"),
+        ("variants: {grpo: {preset: [a]}}", "no variant whose preset exists"),
+        ("tasks: {a: 3}\nvariants: {grpo: {}}", "tasks: a must hold names and settings, not 3"),
+        ("run: 3\nvariants: {grpo: {}}", "run must hold names and settings, not 3"),
+        ("policies: 3\nvariants: {grpo: {}}", "policies 3 must be a list of start, half"),
+        ("policies: start\nvariants: {grpo: {}}", "policies 'start' must be a list of start, half"),
+        ("baseline: gone\nvariants: {grpo: {}, gone: {}}", "baseline 'gone' is not a variant that can run"),
+        ("kind: bias\nvariants: {grpo: {}}", r"task \(none given\): kind bias needs facts"),
+        ("kind: bias\ntasks: {a: {facts: [2], depth: 1}}\nvariants: {grpo: {}}", "task a: kind bias needs facts"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_study(str(file))
+    file.write_text("run: {eval: 3}\nvariants: {grpo: {}}")
+    with pytest.raises(ValueError, match=r"study mine: grpo: eval must hold fields and values"):
+        load_study(str(file)).cells([0], prompts=1, changes={})
     file.write_text("variants: {grpo: {}, no-such-method: {}}\n")
     assert list(load_study(str(file)).skipped) == ["no-such-method"]
+
+
+def test_the_budget_is_the_nearest_that_is_named(tmp_path: Path) -> None:
+    """Ours, then the study's for all, for a task, for a variant, then the user's; each evaluation field for itself."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "run: {eval: {samples: 4}}\n"
+        "tasks: {a: {}, b: {sampled_tokens: 20, eval: {prompts: 3}}}\n"
+        "variants: {grpo: {}, short: {preset: grpo, sampled_tokens: 10}}\n"
+    )
+
+    def budgets(**changes: object) -> dict[tuple[str, str], tuple[int, int, int, int]]:
+        cells = load_study(str(file)).cells([0], prompts=1, changes=changes)
+        return {
+            (cell.task, cell.variant): (
+                cell.config.sampled_tokens,
+                cell.config.eval.prompts,
+                cell.config.eval.samples,
+                cell.config.eval.every,
+            )
+            for cell in cells
+        }
+
+    assert budgets() == {
+        ("a", "grpo"): (600_000, 192, 4, 10),
+        ("a", "short"): (10, 192, 4, 10),
+        ("b", "grpo"): (20, 3, 4, 10),
+        ("b", "short"): (10, 3, 4, 10),
+    }
+    assert set(budgets(sampled_tokens=7, eval={"every": 2}).values()) == {(7, 192, 4, 2), (7, 3, 4, 2)}
+
+
+def test_tokens_of_dropped_rollouts_are_counted() -> None:
+    """A sampler that throws rollouts away has paid for them: two tokens in the tree, five beside it."""
+    tree = Tree([0])
+    chain(tree.root, [([1], -1.0), ([2], -1.0)], 1.0)
+    tree.notes["auxiliary_tokens"] = 5
+    assert tree_numbers(tree, str)["tokens"] == 7
 
 
 def test_seeds_are_those_that_are_named() -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
+import pty
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -383,3 +388,60 @@ def test_a_closed_pipe_stops_the_run_with_a_checkpoint(adder: list[object], whol
     assert _train("--resume", folder, "--sampled-tokens", "400") == 0
     if step <= len(step_rows(whole)):
         assert_same_end(folder, whole)
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["hangup", "nohup"])
+def test_a_closed_terminal_stops_the_run_with_a_checkpoint_unless_told_otherwise(
+    ignored: bool, adder: list[object], whole: Path, tmp_path: Path
+) -> None:
+    folder, budget = tmp_path / "run", "400" if ignored else "1_000_000"
+    master, terminal = pty.openpty()
+
+    def take_terminal() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+
+    command = [sys.executable, "-m", "ibtpo.cli", "train", *map(str, adder), "--out", str(folder)]
+    process = subprocess.Popen(
+        [*command, "--sampled-tokens", budget],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=take_terminal,
+    )
+    os.close(terminal)
+    shown, deadline = b"", time.monotonic() + 60
+    while not (folder / "metrics.jsonl").exists() or len(step_rows(folder)) < 1:
+        assert time.monotonic() < deadline and process.poll() is None, shown.decode()
+        if select.select([master], [], [], 0.005)[0]:  # whoever does not read holds up the run
+            shown += os.read(master, 1 << 16)
+    os.close(master)
+    assert process.wait(60) == 0, shown.decode()
+    step = json.loads((last_checkpoint(folder) / "state.json").read_text())["step"]
+    assert len(step_rows(folder)) == step
+    if ignored:
+        assert_same_end(folder, whole)
+
+
+# ---- names and texts that a terminal would take for commands -----------------------------------------------------
+
+
+def test_names_that_look_like_markup_and_texts_with_escapes_are_shown_as_they_are(
+    adder: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, rows = adder[1], [{"question": f"{i} \x1b[2J+ 1", "answer": str(i + 1)} for i in range(9)]
+    data = tmp_path / "[bold" / "].jsonl"  # "[bold/]" would be markup, and wrong
+    data.parent.mkdir()
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "[b]run[" / "y]"
+    flags = [*adder[4:], "--data", data]
+    assert _train("--model", model, *flags, "--sampled-tokens", "40", "--out", folder) == 0
+    assert main(["eval", *map(str, ["--model", folder, "--limit", "2", "--out", tmp_path / "[" / "e]"])]) == 0
+    assert main(["eval", *map(str, ["--model", folder, "--limit", "2", "--out", tmp_path / "[" / "e]"])]) == 0
+    assert main(["view", str(folder), "--export", str(tmp_path / "[" / "p].html")]) == 0
+    assert main(["sample", *map(str, ["--model", folder])]) == 0
+    shown = capsys.readouterr()
+    for path in (data, folder, tmp_path / "[" / "e]", tmp_path / "[" / "p].html"):
+        assert str(path) in shown.out.replace("\n", "")
+    assert "\\x1b[2J" in shown.out and "\x1b[2J" not in shown.out + shown.err

@@ -243,6 +243,14 @@ def test_jsonl_reads_messages_blank_lines_numbers_and_a_byte_order_mark(tmp_path
         (b'{"prompt": "a", "answer": true}\n', r'line 1: field "answer" is a truth value'),
         (b'{"prompt": "a", "answer": " "}\n', r'line 1: field "answer" is empty'),
         (b'{"prompt": "a", "answer": NaN}\n', r"line 1: NaN is not JSON"),
+        (b'{"prompt": "a", "answer": 1e999}\n', r'line 1: field "answer" is inf'),
+        (b'{"prompt": "a", "answer": %s}\n' % (b"1" * 5000), r"line 1: a number with thousands of digits"),
+        (b'{"prompt": "a\\ud800", "answer": "b"}\n', r'line 1: field "prompt" holds half of a character'),
+        (
+            b'{"prompt": [{"role": "user", "content": "\\udc00"}], "answer": "b"}\n',
+            r'"prompt" holds half of a character',
+        ),
+        (b'{"prompt": "a", "answer": "\\ud800"}\n', r'line 1: field "answer" holds half of a character'),
         (b'{"prompt": "\xff", "answer": "b"}\n', r"line 1: not UTF-8"),
         (b'{"prompt": "a", "answer": "b"}\n', r"at least 2 different prompts"),
         (b'{"prompt": "a", "answer": "b"}\n' * 3, r"1 row\(s\) with 1 different prompt"),
@@ -330,6 +338,22 @@ def test_gym_grades_the_final_answer_in_workers_and_counts_what_fails() -> None:
         assert task.grade(problem, problem.answer, True) == 0.0
         assert [grade(text) for text in ("3", "crash", "nan", "big")] == [0.01, 0.0, 0.0, 0.0]
         assert task.counts() == {"reward_timeouts": 0, "reward_failures": 3}
+
+
+def test_gym_speaks_with_the_package_itself() -> None:
+    pytest.importorskip("reasoning_gym")
+    task = GymTask("reasoning-gym:chain_sum", seed=1)
+    problem = task.train_problem(3)
+    assert problem == task.train_problem(3) and problem.prompt != task.train_problem(4).prompt
+
+    def grade(text: str) -> float:
+        future = task.grade(problem, text, False)
+        assert not isinstance(future, float)
+        return future.result(60)
+
+    with closing(task):
+        assert [grade(f"<answer>{text}</answer>") for text in (problem.answer, "none")] == [1.0, 0.0]
+    assert task.counts() == {"reward_timeouts": 0, "reward_failures": 0}
 
 
 @pytest.mark.usefixtures("fake_gym")

@@ -242,7 +242,7 @@ class _Run:
             return
         under_way: list[Future[Any]] = [*self.calls]
         for growth in self.growing.values():
-            under_way += growth.rewards.values()
+            under_way += growth.awaited()
         begin = time.perf_counter()
         wait(under_way, return_when=FIRST_COMPLETED)
         if not self.calls:

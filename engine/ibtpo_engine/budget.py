@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ibtpo_engine.errors import BudgetSpent
 from ibtpo_engine.pages import PAGE, pages_for
@@ -43,8 +43,7 @@ class Budget:
                 raise ValueError(f"Budget.{name}: {value} must be at least 1 (None sets no bound)")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limit:
+class Limit(NamedTuple):
     """How far a branch may grow.
 
     Attributes:

@@ -327,7 +327,8 @@ class Engine:
         """Grow a tree on every prompt, all in one continuously batched stream.
 
         Args:
-            search: called with a tree, returns a generator that yields pending nodes and receives them finished.
+            search: called with a tree, returns a generator that yields pending nodes and receives them finished. It may
+                yield a future, too, to go on once that is done: all trees are opened before any waits in vain.
             prompts: int [n] each.
             sampling: how branches are sampled.
             reward: grades a finished leaf; a future lets the other trees go on meanwhile.
@@ -386,12 +387,12 @@ class Engine:
             self._submit_round(growth, sampling)
 
     def _advance(self, growing: dict[int, Growing]) -> None:
-        """One step of the scheduler, or, if every tree waits for its rewards, wait for the first."""
+        """One step of the scheduler, or, if every tree waits for rewards or other futures, wait for the first."""
         if self.scheduler.num_branches:
             self._step()
             return
-        futures = [future for growth in growing.values() for future in growth.rewards.values()]
-        if futures:
+        futures = [future for growth in growing.values() for future in growth.awaited()]
+        if futures and not any(growth.is_ready() for growth in growing.values()):
             begin = time.perf_counter()
             wait(futures, return_when=FIRST_COMPLETED)
             self.seconds_waiting += time.perf_counter() - begin

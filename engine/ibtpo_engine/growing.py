@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from ibtpo_engine.errors import BudgetSpent
 from ibtpo_engine.tree import Node, Tree
@@ -25,7 +26,8 @@ class Ahead:
     until: Sequence[Node]
 
 
-Growth = Generator[Sequence[Node] | Ahead, list[Node], None]
+Growth = Generator["Sequence[Node] | Ahead | Future[Any]", list[Node], None]
+"""Yields branches to be extended and receives them finished; a future is waited for, and nothing is received for it."""
 Search = Callable[[Tree], Growth]
 Reward = Callable[[Tree, Node], "float | Future[float]"]
 
@@ -50,6 +52,7 @@ class Growing:
         self._under_way: set[Node] = set()
         self._until: list[Node] = []
         self._waits_for = 0  # how many of `_until` are under way
+        self._gate: Future[Any] | None = None
 
     def ask(self) -> None:
         """Send into the search what it waited for (it begins at the first call); take what it wants extended next."""
@@ -73,7 +76,10 @@ class Growing:
         except (StopIteration, BudgetSpent):
             self._end()
 
-    def _take(self, asked: Sequence[Node] | Ahead) -> None:
+    def _take(self, asked: Sequence[Node] | Ahead | Future[Any]) -> None:
+        self._gate = asked if isinstance(asked, Future) else None
+        if isinstance(asked, Future):
+            asked = Ahead([], [])
         asked = asked if isinstance(asked, Ahead) else Ahead(asked, asked)
         self.nodes, self._until = list(asked.extend), list(asked.until)
         if any(node.tree is not self.tree for node in [*self.nodes, *self._until]):
@@ -84,7 +90,7 @@ class Growing:
         self._waits_for = sum(node in self._under_way for node in self._until)
 
     def _end(self) -> None:
-        self.nodes, self._until, self._waits_for, self.done = [], [], 0, True
+        self.nodes, self._until, self._waits_for, self._gate, self.done = [], [], 0, None, True
 
     def finished(self, node: Node) -> None:
         """A branch ended: grade it, unless it only paused."""
@@ -106,9 +112,13 @@ class Growing:
         self._under_way.discard(node)
         self._waits_for -= node in self._until
 
+    def awaited(self) -> list[Future[Any]]:
+        """What it waits for besides branches: rewards, and the future it asked for."""
+        return [*self.rewards.values(), *([] if self._gate is None else [self._gate])]
+
     def is_ready(self) -> bool:
         """Is all that the search waits for finished and graded?"""
-        if self._waits_for:
+        if self._waits_for or not (self._gate is None or self._gate.done()):
             return False
         for node in [node for node, future in self.rewards.items() if future.done()]:
             node.reward = float(self.rewards.pop(node).result())

@@ -43,7 +43,7 @@ def _check_pages(held: list[KV], scheduler: Scheduler) -> None:
     owned = np.zeros(pool.num_pages, np.int64)
     for pages in [*(kv.pages for kv in held), index.pages()]:
         np.add.at(owned, pages, 1)
-    for page in np.flatnonzero(pool.refs != owned)[:1]:
+    for page in np.flatnonzero(np.asarray(pool.refs) != owned)[:1]:
         raise IntegrityError(f"page {page}: {pool.refs[page]} references counted, {owned[page]} owners found")
     free = np.bincount(np.array(pool._free, np.int64), minlength=pool.num_pages)
     for page in np.flatnonzero(free != (owned == 0))[:1]:

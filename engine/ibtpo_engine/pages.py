@@ -48,7 +48,7 @@ class PagePool:
     Attributes:
         keys, values: [layers, num_pages, PAGE, kv_heads, head_dim].
         layers: the same as a list of (keys, values) a layer.
-        refs: int32 [num_pages], owners of each page.
+        refs: [num_pages], owners of each page.
         copied: rows copied by `copy` so far.
     """
 
@@ -56,29 +56,30 @@ class PagePool:
         self, *, layers: int, num_pages: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._like: dict[str, Any] = {
-            "size": (layers, num_pages, PAGE, kv_heads, head_dim),
+            "size": (2, layers, num_pages, PAGE, kv_heads, head_dim),
             "dtype": dtype,
             "device": device,
         }
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.restore_memory()
         self.num_pages = num_pages
-        self.refs: npt.NDArray[np.int32] = np.zeros(num_pages, np.int32)
+        self.refs = [0] * num_pages  # a list: pages are counted one by one
         self._free = list(range(num_pages - 1, -1, -1))
         self.copied = 0
 
     def restore_memory(self) -> None:
         """Allocate the tensors unless they are there."""
         if not self.layers:
-            self.keys, self.values = torch.zeros(**self._like), torch.zeros(**self._like)
+            self._memory = torch.zeros(**self._like)
+            self.keys, self.values = self._memory.unbind(0)
             self.layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
 
     def release_memory(self) -> None:
         """Free the tensors if they are there; every page must be free."""
-        assert not self.refs.any(), "pages are still owned"
+        assert not any(self.refs), "pages are still owned"
         if self.layers:
             self.layers = []
-            del self.keys, self.values
+            del self._memory, self.keys, self.values
 
     @property
     def num_free(self) -> int:
@@ -97,7 +98,8 @@ class PagePool:
             return []
         taken = self._free[-n:][::-1]
         del self._free[-n:]
-        self.refs[taken] = 1
+        for page in taken:
+            self.refs[page] = 1
         return taken
 
     def share(self, pages: Sequence[int]) -> None:
@@ -116,13 +118,13 @@ class PagePool:
 
     def copy(self, source: int, target: int, rows: int) -> None:
         """Copy a whole page (rows past what is computed travel along unread); `rows` is what counts as copied."""
-        for pages in (self.keys, self.values):
-            pages[:, target].copy_(pages[:, source])
+        self._memory[:, :, target].copy_(self._memory[:, :, source])
         self.copied += rows
 
     def check_integrity(self, owned: npt.NDArray[np.int64]) -> None:
         """Assert that `owned` (references per page, counted by the caller) explains every reference and free page."""
-        assert np.array_equal(self.refs, owned), f"references differ on pages {np.flatnonzero(self.refs != owned)[:8]}"
+        differ = np.flatnonzero(np.asarray(self.refs) != owned)
+        assert not len(differ), f"references differ on pages {differ[:8]}"
         assert sorted(self._free) == np.flatnonzero(owned == 0).tolist(), "the free list disagrees with the references"
 
 
@@ -146,15 +148,15 @@ class KV:
         self.computed = computed
         self.hidden: Tensor | None = None
 
-    def split(self, at: int) -> tuple[KV, KV]:
-        """Divide at depth `at`; the page that straddles the cut is owned by both halves."""
+    def split_off(self, at: int) -> KV:
+        """Divide at depth `at` and return the upper part; the page that straddles the cut is owned by both."""
         upper_end, lower_first = pages_for(at), at // PAGE
         upper = KV(self.pool, self.first, self.pages[: max(upper_end - self.first, 0)], min(self.computed, at))
-        lower = KV(self.pool, lower_first, self.pages[lower_first - self.first :], max(self.computed, at))
-        lower.hidden = self.hidden
-        self.pool.share(self.pages[lower_first - self.first : upper_end - self.first])
-        self.pages = []
-        return upper, lower
+        self.pages = self.pages[lower_first - self.first :]
+        self.first, self.computed = lower_first, max(self.computed, at)
+        if upper_end > lower_first:
+            self.pool.share(self.pages[:1])
+        return upper
 
     def release(self) -> None:
         """Give every page back."""

@@ -100,7 +100,7 @@ class RadixIndex:
                 stack.extend((child, False) for child in entry.children.values())
                 continue
             free = all(state.pop(id(child)) for child in entry.children.values())
-            free = free and entry.page >= 0 and bool(self._pool.refs[entry.page] == 1)
+            free = free and entry.page >= 0 and self._pool.refs[entry.page] == 1
             state[id(entry)] = free
             count += free
         return count, state[id(top)]
@@ -121,7 +121,7 @@ class RadixIndex:
         return freed
 
     def _is_loose(self, entry: Entry) -> bool:
-        return not entry.children and bool(self._pool.refs[entry.page] == 1)
+        return not entry.children and self._pool.refs[entry.page] == 1
 
     def clear(self) -> None:
         """Forget everything (the keys and values became stale)."""
@@ -150,5 +150,5 @@ class RadixIndex:
 
 
 def _keys(tokens: Ints) -> list[bytes]:
-    data = np.ascontiguousarray(tokens, np.int32)
-    return [data[i : i + PAGE].tobytes() for i in range(0, len(data) - PAGE + 1, PAGE)]
+    data, size = np.asarray(tokens, np.int32).tobytes(), 4 * PAGE
+    return [data[i : i + size] for i in range(0, len(data) - size + 1, size)]

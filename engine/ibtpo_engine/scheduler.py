@@ -135,6 +135,8 @@ class Scheduler:
     def cancel(self, nodes: Iterable[Node]) -> None:
         """Forget pending nodes: their branches end unfinished and the nodes leave their trees."""
         doomed = {id(node) for node in nodes if node.in_flight}
+        if not doomed:
+            return
         for branch in [branch for branch in self.running.values() if id(branch.node) in doomed]:
             self._leave(branch)
             self._abandon(branch)

@@ -29,6 +29,10 @@ Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 
 
+_NO_TOKENS: Ints = np.empty(0, np.int32)  # of nodes that are pending: one for all
+_NO_NUMBERS: Floats = np.empty(0, np.float32)
+
+
 class Node:
     """An immutable run of tokens; `fork` grows the tree below it.
 
@@ -60,10 +64,10 @@ class Node:
         self.birth = (start, -1)  # (depth of the fork, how many began there before); names the stream
         self.forks: dict[int, int] = {}  # depth -> how many forks of this stream began there
         self.serial = tree._next_serial()
-        self.tokens: Ints = np.empty(0, np.int32)
-        self.logprob: Floats = np.empty(0, np.float32)
-        self.logprob_raw: Floats = np.empty(0, np.float32)
-        self.entropy: Floats = np.empty(0, np.float32)
+        self.tokens: Ints = _NO_TOKENS
+        self.logprob: Floats = _NO_NUMBERS
+        self.logprob_raw: Floats = _NO_NUMBERS
+        self.entropy: Floats = _NO_NUMBERS
         self.finish: str | None = None
         self.stopped_by: str | int | None = None
         self.reward: float | None = None
@@ -153,10 +157,10 @@ class Node:
         head.birth, head.forks = self.birth, self.forks  # one stream, one count of forks
         head.version = self.version
         head.children = [self]
-        for name in ("tokens", "logprob", "logprob_raw", "entropy"):
-            values = getattr(self, name)
-            setattr(head, name, values[:at])
-            setattr(self, name, values[at:])
+        head.tokens, self.tokens = self.tokens[:at], self.tokens[at:]
+        head.logprob, self.logprob = self.logprob[:at], self.logprob[at:]
+        head.logprob_raw, self.logprob_raw = self.logprob_raw[:at], self.logprob_raw[at:]
+        head.entropy, self.entropy = self.entropy[:at], self.entropy[at:]
         if self.parent is None:
             self.tree.root = head
         else:
@@ -165,7 +169,7 @@ class Node:
         self.parent = head
         self.start += at
         if self.kv is not None:
-            head.kv, self.kv = self.kv.split(head.end)
+            head.kv = self.kv.split_off(self.start)
         return head
 
     def fork(self, n: int = 1, at: int | None = None) -> list[Node]:

@@ -36,5 +36,7 @@ def completion(arguments: Sequence[str], commands: Mapping[str, type[Any]]) -> i
     try:
         tyro.cli(program, prog="ibtpo", args=["--tyro-print-completion", parsed.shell], use_underscores=False)
     except SystemExit as done:
+        if parsed.shell == "bash":
+            print("complete -o default -F _tyro_ibtpo ibtpo  # where the script knows nothing: paths")
         return int(done.code or 0)
     raise AssertionError("the script is printed by way of SystemExit")

@@ -25,7 +25,7 @@ from ibtpo_kernels.dispatch import BACKENDS
 from ibtpo_kernels.self_check import self_check
 
 Status = Literal["ok", "note", "slow", "broken"]
-EXTRAS = ("gpu", "study", "gym", "data")
+EXTRAS = ("gpu", "study", "gym", "data", "8bit")
 LOGGERS = ("wandb", "trackio")
 MODULES = {"pyyaml": "yaml"}  # where a distribution's module is not called like it
 LOW_DISK, LOW_MEMORY = 2e9, 2e9  # bytes; a checkpoint of a 0.5 B model with its optimizer takes more

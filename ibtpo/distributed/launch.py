@@ -52,7 +52,7 @@ def join(config: TrainConfig) -> Iterator[Group]:
         group.leave()
         if group.leads:
             raise
-        raise SystemExit(0 if stop.signal == signal.SIGTERM else 130) from None
+        raise SystemExit(0 if stop.signal in (signal.SIGTERM, signal.SIGHUP) else 130) from None
     except Exception as error:
         failure = group.failure()
         if failure is not None and not group.leads:

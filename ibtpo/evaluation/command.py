@@ -74,6 +74,8 @@ class EvalArguments:
             config = replace(config, jsonl=replace(config.jsonl, eval_fraction=1.0, eval_count=None, eval_data=None))
         if self.json is not None and not self.json.parent.is_dir():
             raise ValueError(f"json: {self.json.parent} is no folder; make it, or name another file")
+        if self.json is not None and self.json.is_dir():
+            raise ValueError(f"json: {self.json} is a folder; name a file")
         return replace(config, eval=replace(config.eval, **changes))
 
 
@@ -95,7 +97,7 @@ def run_evaluation(
         GraderError: too many gradings failed.
     """
     for note in check_prompts(task, policy, config):
-        console.print(note, style="dim", highlight=False, soft_wrap=True)
+        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
     problems = task.eval_problems(config.eval.prompts)
     with ExitStack() as stack:
         store = None
@@ -105,7 +107,7 @@ def run_evaluation(
         found = {} if store is None else dict(store.found)
         if found:
             text = f"{config.out}: {len(found):,} completions are there already"
-            console.print(text, style="dim", highlight=False, soft_wrap=True)
+            console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
         try:
             speed = _sample(config, policy, task, problems, found, store, console)
         except KeyboardInterrupt:

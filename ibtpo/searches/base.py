@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future
 from random import Random
+from typing import Any
 
 from ibtpo.config import IBConfig, SearchConfig
 from ibtpo.ib import IBEstimates
@@ -11,8 +13,8 @@ from ibtpo.steps import Splitter, split_steps
 from ibtpo_engine import Ahead, Node, Tree
 from ibtpo_engine.randomness import mix
 
-Growth = Generator[list[Node] | Ahead, list[Node], None]
-"""Yields pending nodes, receives them finished (`finish` and `reward` set)."""
+Growth = Generator["list[Node] | Ahead | Future[Any]", list[Node], None]
+"""Yields pending nodes, receives them finished (`finish` and `reward` set); or a future, which is waited for."""
 
 Sampled = Generator[list[Node], list[Node], list[Node]]
 """The same as a part of a search; returns the leaves."""

@@ -8,7 +8,10 @@ from itertools import cycle, islice
 from random import Random
 
 from ibtpo.config import IBConfig, SearchConfig
+from ibtpo.ib import IBEstimates
+from ibtpo.metrics import is_mixed
 from ibtpo.searches.base import Growth, branch, count_leaves, fork_all, prepare, random_numbers
+from ibtpo.searches.sharing import Sharing
 from ibtpo.steps import Splitter
 from ibtpo_engine import Ahead, Node, Tree
 
@@ -30,12 +33,16 @@ def anywhere(candidates: Scored, count: int, rng: Random) -> list[Node]:
 
 def ibtree(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int) -> Growth:
     """IBTree(B0, L, K, B): branch where the IB-Score is highest."""
-    return _grow_tree(tree, config, ib, splitter, max_tokens, highest_scores)
+    return guided(tree, config, ib, splitter, max_tokens, highest_scores)
 
 
 def random_tree(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int) -> Growth:
     """The same tree sizes, branching at random nodes: the paper's control."""
-    return _grow_tree(tree, config, ib, splitter, max_tokens, anywhere)
+    return guided(tree, config, ib, splitter, max_tokens, anywhere)
+
+
+PICKS: dict[str, Pick] = {"ibtree": highest_scores, "random-tree": anywhere}
+"""What the guided searches differ in, by `SearchConfig.method`."""
 
 
 def independent(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int) -> Growth:
@@ -44,28 +51,58 @@ def independent(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitt
     tree.notes["iid_leaves"] = yield from branch([tree.root], config.group_size, 0, estimates, splitter)
 
 
-def _grow_tree(
-    tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int, pick: Pick
+def guided(
+    tree: Tree,
+    config: SearchConfig,
+    ib: IBConfig,
+    splitter: Splitter,
+    max_tokens: int,
+    pick: Pick,
+    sharing: Sharing | None = None,
 ) -> Growth:
-    """Rounds 1 to L-1, `lookahead` of them under way at once: a round is chosen before the last ones have ended.
-
-    Nodes with a branch under way are passed over, or all rounds under way would begin at the same node.
-    """
+    """B0 trajectories, then rounds 1 to L-1 at the nodes picked; as many rounds as `sharing` says, if there is one."""
     estimates = prepare(tree, ib)
     rng = random_numbers(tree)
     tree.notes["iid_leaves"] = yield from branch([tree.root], config.initial_branches, 0, estimates, splitter)
     deepest = tree.prompt_len + max_tokens
-    under_way: deque[tuple[int, list[Node]]] = deque()
-    for turn in range(1, config.rounds):
-        busy = {leaf.parent for _, leaves in under_way for leaf in leaves}
+
+    def choose(busy: set[Node | None]) -> list[Node]:
         candidates = [
             (node, score)
             for node, score in estimates.branching()
             if node.end < deepest and (config.branch_at_root or node is not tree.root)
         ]
-        candidates = [(node, score) for node, score in candidates if node not in busy] or candidates
+        if busy:
+            candidates = [(node, score) for node, score in candidates if node not in busy] or candidates
         picked = pick(candidates, config.nodes_per_round, rng) or [tree.root]
-        picked = list(islice(cycle(picked), config.nodes_per_round))  # fewer than K candidates: the same G all the same
+        return list(islice(cycle(picked), config.nodes_per_round))  # too few candidates: the same G all the same
+
+    if sharing is None:
+        yield from _rounds(tree, range(1, config.rounds), config, choose, splitter)
+        return
+    yield from _rounds(tree, range(1, config.rounds_alone), config, choose, splitter)
+    everyone = sharing.meet(tree.key, mixed=is_mixed(tree))
+    yield everyone
+    end = config.rounds_alone + everyone.result()[tree.key]
+    tree.notes["moved"] = (end - config.rounds) * config.nodes_per_round * config.branches_per_node
+    yield from _rounds(tree, range(config.rounds_alone, end), config, choose, splitter)
+
+
+def _rounds(
+    tree: Tree,
+    turns: range,
+    config: SearchConfig,
+    choose: Callable[[set[Node | None]], list[Node]],
+    splitter: Splitter,
+) -> Growth:
+    """These rounds, `lookahead` of them under way at once: a round is chosen before the last ones have ended.
+
+    Nodes with a branch under way are passed over, or all rounds under way would begin at the same node.
+    """
+    estimates: IBEstimates = tree.notes["ib"]
+    under_way: deque[tuple[int, list[Node]]] = deque()
+    for turn in turns:
+        picked = choose({leaf.parent for _, leaves in under_way for leaf in leaves})
         tree.notes["branched"] += [(turn, node, estimates.score(node)) for node in picked]
         branches = fork_all(picked, config.branches_per_node)
         under_way.append((turn, branches))

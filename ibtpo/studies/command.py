@@ -23,9 +23,6 @@ from ibtpo.studies.run import CELLS, Failure, is_done, run_cells
 from ibtpo.studies.tables import csv_text, markdown_text, rich_tables
 from ibtpo.validation import check_range
 
-TOKENS = 600_000
-EVAL = {"prompts": 192, "samples": 8, "every": 10}
-
 
 @dataclass(frozen=True, kw_only=True)
 class StudyArguments:
@@ -36,7 +33,7 @@ class StudyArguments:
     """
 
     name: Annotated[str, tyro.conf.Positional]
-    """main, ablation, samplers, bias, beta, lambda, segmentation-noise, open-points, beyond, or FILE.yaml, your own."""
+    """main, ablation, samplers, bias, beta, lambda, segmentation-noise, open-points, beyond, budgets; or FILE.yaml."""
     seeds: int = 5
     """How many; each seed has its own task, starting policy and random numbers, shared by all variants."""
     first_seed: int = 0
@@ -71,7 +68,7 @@ def study(arguments: Sequence[str], console: Console) -> int:
     check_range("jobs", jobs, low=1)
     plan = load_study(parsed.name)
     seeds = range(parsed.first_seed, parsed.first_seed + parsed.seeds)
-    cells = plan.cells(seeds, prompts=parsed.prompts, changes=_changes(parsed, plan))
+    cells = plan.cells(seeds, prompts=parsed.prompts, changes=_changes(parsed))
     for variant, reason in plan.skipped.items():
         console.print(f"left out: {variant}, {reason}", highlight=False, markup=False)
     done = sum(is_done(parsed.out, cell) for cell in cells)
@@ -90,17 +87,17 @@ def study(arguments: Sequence[str], console: Console) -> int:
     return 1 if failures else 0
 
 
-def _changes(parsed: StudyArguments, plan: Study) -> dict[str, Any]:
-    """What wins over the study's own settings: our budget unless it names one, --config, then the flags."""
+def _changes(parsed: StudyArguments) -> dict[str, Any]:
+    """What wins over the study's own settings: --config, then the flags."""
     changes: dict[str, Any] = {} if parsed.config is None else load_yaml(parsed.config)
-    if "sampled_tokens" not in plan.run:
-        changes.setdefault("sampled_tokens", TOKENS)
-    evaluation = EVAL | plan.run.get("eval", {}) | changes.get("eval", {})
-    if parsed.eval_prompts is not None:
-        evaluation["prompts"] = parsed.eval_prompts
     if parsed.tokens is not None:
         changes["sampled_tokens"] = parsed.tokens
-    return changes | {"eval": evaluation}
+    if parsed.eval_prompts is not None:
+        of_file = changes.get("eval") or {}
+        if not isinstance(of_file, dict):
+            raise ValueError(f"{parsed.config}: eval must hold fields and values")
+        changes["eval"] = of_file | {"prompts": parsed.eval_prompts}
+    return changes
 
 
 def _failures(out: Path, cells: Sequence[Cell]) -> list[Failure]:
@@ -133,7 +130,7 @@ def _report(
         console.print(f"failed: {failure.cell.id}: {failure.message}", highlight=False, markup=False, style="red")
     if results.missing:
         console.print(f"{len(results.missing)} cells have no result yet", highlight=False)
-    console.print(f"report: {page}", highlight=False, soft_wrap=True)
+    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _command(arguments: Sequence[str]) -> str:

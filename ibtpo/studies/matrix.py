@@ -32,6 +32,8 @@ from ibtpo.presets import PRESETS
 from ibtpo.tasks.base import suggest
 
 Kind = Literal["train", "samplers", "bias"]
+DEFAULTS: dict[str, Any] = {"sampled_tokens": 600_000, "eval": {"prompts": 192, "samples": 8, "every": 10}}
+"""What holds wherever neither the study nor the user says another budget."""
 HALF_SHARE = 3  # the half-trained policy has seen the budget divided by this
 _FIELDS = ("title", "kind", "baseline", "run", "tasks", "policies", "variants")
 
@@ -112,7 +114,7 @@ class Study:
     ) -> list[Cell]:
         options = {name: settings[name] for name in ("facts", "depth") if name in settings}
         settings = {name: value for name, value in settings.items() if name not in options}
-        layers = (self.run, settings, changes)
+        layers = (DEFAULTS, self.run, settings, changes)
         config = _configure(own, str(own.get("preset", variant)), layers, f"study {self.name}: {variant}", seed)
         if self.kind == "bias":
             return [Cell("bias", variant, task, seed, config, options | {"prompts": prompts})]
@@ -144,33 +146,58 @@ def load_study(name: str) -> Study:
     raw = load_yaml(path)
     if unknown := sorted(raw.keys() - set(_FIELDS)):
         raise ValueError(f"{path}: unknown field {unknown[0]}; {suggest(unknown[0], _FIELDS)}")
-    for field in ("run", "tasks", "variants"):
-        if not isinstance(raw.get(field) or {}, dict):
-            raise ValueError(f"{path}: {field} must hold names and settings")
     if raw.get("kind", "train") not in get_args(Kind):
         raise ValueError(f"{path}: kind {raw['kind']!r} is not one of {', '.join(get_args(Kind))}")
-    variants = {str(key): value or {} for key, value in (raw.get("variants") or {}).items()}
-    missing = {v: str(own.get("preset", v)) for v, own in variants.items() if own.get("preset", v) not in PRESETS}
-    kept = {variant: own for variant, own in variants.items() if variant not in missing}
+    variants, tasks = _named(raw, "variants", path), _named(raw, "tasks", path) or {"": {}}
+    if raw.get("kind") == "bias":
+        for task, settings in tasks.items():
+            _check_table(settings, f"{path}: task {task or '(none given)'}")
+    presets = {variant: str(own.get("preset", variant)) for variant, own in variants.items()}
+    kept = {variant: own for variant, own in variants.items() if presets[variant] in PRESETS}
     if not kept:
         raise ValueError(f"{path}: no variant whose preset exists; presets: {', '.join(PRESETS)}")
     baseline = str(raw.get("baseline", next(iter(kept))))
-    if baseline not in variants:
-        raise ValueError(f"{path}: baseline {baseline!r} is not a variant; {suggest(baseline, list(variants))}")
+    if baseline not in kept:
+        raise ValueError(
+            f"{path}: baseline {baseline!r} is not a variant that can run; {suggest(baseline, list(kept))}"
+        )
     policies = raw.get("policies") or ["start"]
-    if not set(policies) <= {"start", "half"}:
-        raise ValueError(f"{path}: policies {policies} are not among start, half")
+    if not isinstance(policies, list) or not all(policy in ("start", "half") for policy in policies):
+        raise ValueError(f"{path}: policies {policies!r} must be a list of start, half")
     return Study(
         name=path.stem,
         title=str(raw.get("title", path.stem)),
         kind=raw.get("kind", "train"),
         baseline=baseline,
         variants=kept,
-        tasks={str(key): value or {} for key, value in (raw.get("tasks") or {"": {}}).items()},
-        run=raw.get("run") or {},
+        tasks=tasks,
+        run=_settings(raw.get("run"), f"{path}: run"),
         policies=policies,
-        skipped={variant: f"preset {preset} does not exist here" for variant, preset in missing.items()},
+        skipped={v: f"preset {preset} does not exist here" for v, preset in presets.items() if v not in kept},
     )
+
+
+def _named(raw: Mapping[str, Any], field: str, path: Path) -> dict[str, dict[str, Any]]:
+    """Settings by name, as `variants` and `tasks` hold them."""
+    found = _settings(raw.get(field), f"{path}: {field}")
+    return {str(name): _settings(own, f"{path}: {field}: {name}") for name, own in found.items()}
+
+
+def _settings(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value or {}, dict):
+        raise ValueError(f"{where} must hold names and settings, not {value!r}")
+    return value or {}
+
+
+def _check_table(settings: Mapping[str, Any], where: str) -> None:
+    """Raise unless a task of kind bias describes a `TablePolicy`."""
+    facts, depth = settings.get("facts"), settings.get("depth")
+    shares = isinstance(facts, list) and facts and all(isinstance(f, int | float) and 0 <= f <= 1 for f in facts)
+    if not (shares and isinstance(depth, int) and depth >= 1):
+        raise ValueError(
+            f"{where}: kind bias needs facts, a list of numbers from 0 to 1, and depth, at least 1; "
+            f"for example {{facts: [0.95, 0.7, 0.3], depth: 4}}"
+        )
 
 
 def with_policies(cells: Sequence[Cell]) -> list[Cell]:

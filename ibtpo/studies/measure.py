@@ -22,6 +22,7 @@ from rich.console import Console
 
 from ibtpo.config import TrainConfig
 from ibtpo.grow import Grower
+from ibtpo.metrics import num_sampled
 from ibtpo.policy import Policy, built_in_policy, load_policy
 from ibtpo.runlog import METRICS, latest_checkpoint, read_rows
 from ibtpo.search import make_search
@@ -107,11 +108,11 @@ def _samplers(config: TrainConfig, options: Mapping[str, Any]) -> Result:
 def _sampled(config: TrainConfig, policy: Policy, task: Task, prompts: int) -> list[Result]:
     grower = Grower(make_engine(config, policy), task, policy.tokenizer, config.jsonl)
     splitter = step_splitter(policy.tokenizer, config.search)
-    search = make_search(config.search, config.ib, splitter, config.sampling.max_tokens)
     problems, rows = task.eval_problems(prompts), []
     for first in range(0, len(problems), BATCH):
         batch = problems[first : first + BATCH]
         keys = list(range(first, first + len(batch)))
+        search = make_search(config.search, config.ib, splitter, config.sampling.max_tokens, keys)
         trees, _ = grower.grow(batch, keys, search, make_sampling(config, policy))
         rows += [tree_numbers(tree, lambda ids: str(policy.tokenizer.decode(ids))) for tree in trees]
         print(f"{len(rows)} of {len(problems)} prompts", flush=True)
@@ -130,7 +131,7 @@ def tree_numbers(tree: Tree, decode: Callable[[list[int]], str]) -> Result:
         "avg_rate": sum(rewards) / len(rewards),
         "avg_rate_iid": sum(first) / len(first) if first else math.nan,
         "recursive": recursive_value(tree),
-        "tokens": tree.num_sampled,
+        "tokens": num_sampled(tree),
         "answers": len({text.rsplit("\n", 1)[-1] for text in answers}),
         "solutions": len(set(answers)),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import Future
 from random import Random
 
 import numpy as np
@@ -32,6 +33,8 @@ class TablePolicy:
         growth = search(tree)
         asked = next(growth)
         while True:
+            if isinstance(asked, Future):
+                raise ValueError("TablePolicy grows one tree: there is nobody else it could wait for")
             asked = asked if isinstance(asked, Ahead) else Ahead(asked, asked)
             for node in asked.extend:
                 self._extend(node, rng)

@@ -11,6 +11,7 @@ r"""Layouts of data files: which fields hold prompt and answer, and how the publ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -177,7 +178,7 @@ def _check_prompt(prompt: Any, field: str, where: str) -> str | list[dict[str, s
     if isinstance(prompt, str):
         if not prompt.strip():
             fail(where, f'field "{field}" is empty', "give every row a prompt, or remove the row")
-        return prompt
+        return _check_text(prompt, field, where)
     if not isinstance(prompt, list):
         fail(where, f'field "{field}" is {kind_of(prompt)}', "it must be a string or a list of chat messages")
     if not prompt:
@@ -188,7 +189,7 @@ def _check_prompt(prompt: Any, field: str, where: str) -> str | list[dict[str, s
             fail(where, f'message {i} of field "{field}" is not a chat message', remedy)
     if not prompt[-1]["content"].strip():
         fail(where, f'the last message of field "{field}" is empty', "give it content, or remove the row")
-    return [{"role": message["role"], "content": message["content"]} for message in prompt]
+    return [{key: _check_text(message[key], field, where) for key in ("role", "content")} for message in prompt]
 
 
 def _check_answer(answer: Any, field: str, where: str) -> str:
@@ -196,4 +197,14 @@ def _check_answer(answer: Any, field: str, where: str) -> str:
         fail(where, f'field "{field}" is {kind_of(answer)}', "it must be a string or a number")
     if not str(answer).strip():
         fail(where, f'field "{field}" is empty', "give every row an answer, or remove the row")
-    return str(answer)
+    if isinstance(answer, float) and not math.isfinite(answer):
+        fail(where, f'field "{field}" is {answer}', "give every row an answer, or remove the row")
+    return _check_text(str(answer), field, where)
+
+
+def _check_text(text: str, field: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # no tokenizer takes it
+        fail(where, f'field "{field}" holds half of a character (a lone surrogate)', "mend the row, or remove it")
+    return text

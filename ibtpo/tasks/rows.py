@@ -63,9 +63,9 @@ def open_rows(path: Path) -> Rows:
     else:
         rows = JsonlRows(path)
     if not len(rows):
+        such = 'write one JSON object a line, such as {"prompt": "What is 2+2?", "answer": "4"}'
         raise ValueError(
-            f"{path}: the file is empty; write one JSON object a line, such as "
-            '{"prompt": "What is 2+2?", "answer": "4"}'
+            f"{path}: the file is empty; {such}" if isinstance(rows, JsonlRows) else f"{path}: has no rows; add some"
         )
     return rows
 
@@ -119,6 +119,10 @@ def _parse_object(line: bytes, where: str) -> dict[str, Any]:
         fail(where, f"malformed JSON at column {error.colno} ({error.msg})", hint)
     except RecursionError:
         fail(where, "JSON nested too deeply", "a row is a flat object")
+    except ValueError as error:
+        if where in str(error):
+            raise
+        fail(where, "a number with thousands of digits", "write it as a string")
     if not isinstance(record, dict):
         fail(where, f"expected an object, found {kind_of(record)}", 'write {"prompt": ..., "answer": ...}')
     return record
@@ -171,7 +175,7 @@ def saved_rows(folder: Path) -> ArrowRows:
     """A folder of `Dataset.save_to_disk`; of a `DatasetDict`, its only split or the one called train."""
     splits = folder / "dataset_dict.json"
     if splits.is_file():
-        names = json.loads(splits.read_text(encoding="utf-8"))["splits"]
+        names = _described(splits, "splits")
         if len(names) > 1 and "train" not in names:
             raise ValueError(
                 f"{folder}: has the splits {', '.join(names)}; give the folder of one: {folder / names[0]}"
@@ -180,10 +184,23 @@ def saved_rows(folder: Path) -> ArrowRows:
     state = folder / "state.json"
     if not state.is_file():
         raise ValueError(f"{folder}: no data was found there (no state.json, no *.parquet); give --data {_FORMATS}")
-    described = json.loads(state.read_text(encoding="utf-8"))
-    if described.get("_indices_data_files"):
+    if _described(state, "_indices_data_files", []):
         raise ValueError(f"{folder}: holds an index over its rows; save it again with flatten_indices().save_to_disk()")
-    return ArrowRows(folder, [folder / entry["filename"] for entry in described["_data_files"]])
+    names = [str(entry["filename"]) for entry in _described(state, "_data_files")]
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ValueError(f"{folder}: {missing[0]} is missing; copy the whole folder, or save it again")
+    return ArrowRows(folder, [folder / name for name in names])
+
+
+def _described(path: Path, name: str, default: list[Any] | None = None) -> list[Any]:
+    """A list in one of the files with which `datasets` describes a folder."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get(name, default)
+    except (ValueError, AttributeError):
+        found = None
+    if not isinstance(found, list):
+        raise ValueError(f"{path}: not as datasets' save_to_disk writes it (no list {name!r}); save it again")
+    return found
 
 
 def parquet_rows(path: Path, files: Sequence[Path]) -> ArrowRows:
@@ -195,7 +212,12 @@ def parquet_rows(path: Path, files: Sequence[Path]) -> ArrowRows:
             schema = parquet.read_schema(files[0])
             with arrow.ipc.new_stream(unpacked.name, schema) as writer:
                 for file in files:
-                    for batch in parquet.ParquetFile(file).iter_batches():
+                    opened = parquet.ParquetFile(file)
+                    if not opened.schema_arrow.equals(schema):
+                        raise ValueError(
+                            f"{file}: has other columns than {files[0].name}; write both alike, or give one"
+                        )
+                    for batch in opened.iter_batches():
                         writer.write_batch(batch)
         except arrow.ArrowInvalid as error:
             raise ValueError(f"{path}: not a Parquet file ({' '.join(str(error).split())}); write it again") from None

@@ -43,9 +43,8 @@ def view(arguments: Sequence[str], console: Console) -> int:
     if parsed.export is not None:
         if not parsed.export.absolute().parent.is_dir():
             raise ValueError(f"export: {parsed.export.parent} is no folder; make it, or name another file")
-        console.print(
-            f"page: {export_page(parsed.runs, parsed.export, trees=parsed.trees)}", highlight=False, soft_wrap=True
-        )
+        page = export_page(parsed.runs, parsed.export, trees=parsed.trees)
+        console.print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
         return 0
     with Viewer(parsed.runs, parsed.port) as viewer:
         console.print(f"{viewer.url}  (Ctrl-C ends it)", highlight=False, soft_wrap=True)

@@ -11,7 +11,7 @@ from typing import Any
 from ibtpo.report import NOT_ACCURACY
 from ibtpo.runlog import no_space, write_atomically
 from ibtpo.viewer.page import metric_groups, render_page
-from ibtpo.viewer.run import RunView
+from ibtpo.viewer.run import RunView, open_views
 
 MOST_BYTES = 32_000_000  # of embedded trees a page
 
@@ -28,7 +28,7 @@ def export_page(runs: Sequence[Path], path: Path, *, trees: int) -> Path:
         ValueError: a folder is no run folder.
         RunFolderError: the disk is full.
     """
-    views = [RunView(run) for run in runs]
+    views = open_views(runs)
     data = {
         "live": False,
         "notAccuracy": NOT_ACCURACY,
@@ -44,8 +44,7 @@ def export_page(runs: Sequence[Path], path: Path, *, trees: int) -> Path:
 def _whole(view: RunView, trees: int, most_bytes: int) -> dict[str, Any]:
     rows, files, size = [], {}, 0
     for row in pick_trees(view.trees(), trees):
-        file = view.tree_file(row["file"])
-        content = b"" if file is None else file.read_bytes()
+        content = view.tree(row["file"])
         if content and size + len(content) <= most_bytes:
             size += len(content)
             rows.append(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from ibtpo.config_io import load_yaml
 from ibtpo.report import describe_run, summarize_rows
 from ibtpo.runlog import CONFIG, METRICS, TREES
 from ibtpo.treelog import FILE, FOLDER
@@ -58,7 +60,7 @@ class GrowingLog:
     def since(self, cursor: str) -> tuple[list[Row], bool, str]:
         """(rows after `cursor`, does the reader have to forget what it has, the next cursor)."""
         generation, _, count = cursor.partition(".")
-        start = int(count) if generation == str(self.generation) and count.isdigit() else 0
+        start = int(count) if generation == str(self.generation) and count.isdecimal() else 0
         return self.rows[start:], start == 0, f"{self.generation}.{len(self.rows)}"
 
 
@@ -69,8 +71,8 @@ def _status(descriptor: int) -> tuple[int, int, int]:
 
 def _row(line: bytes) -> Row | None:
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = json.loads(line, parse_constant=lambda name: None)  # NaN and Infinity are no JSON for the page
+    except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
@@ -113,16 +115,23 @@ class RunView:
         """The index of the trees whose files are there."""
         with self._lock:
             self._trees.refresh()
-            return [row for row in self._trees.rows if _has_file(row) and self.tree_file(row["file"]) is not None]
+            return [row for row in self._trees.rows if _has_file(row) and (self.path / FOLDER / row["file"]).is_file()]
 
-    def tree_file(self, name: str) -> Path | None:
-        """The file of a tree (gzipped JSON), or None if there is none of that name."""
-        path = self.path / FOLDER / name
-        return path if FILE.fullmatch(name) and path.is_file() else None
+    def tree(self, name: str) -> bytes | None:
+        """A tree's file (gzipped JSON), or None if there is none of that name; a live run drops some now and then."""
+        if not FILE.fullmatch(name):
+            return None
+        try:
+            return (self.path / FOLDER / name).read_bytes()
+        except OSError:
+            return None
 
     def config(self) -> dict[str, Any]:
-        """The run's configuration."""
-        return yaml.safe_load((self.path / CONFIG).read_text("utf-8")) or {}
+        """The run's configuration; empty where the file cannot be read."""
+        try:
+            return load_yaml(self.path / CONFIG)
+        except (OSError, ValueError):
+            return {}
 
     def _description(self) -> dict[str, Any]:
         config = self.config()
@@ -141,6 +150,19 @@ class RunView:
             return None
 
 
+def open_views(runs: Sequence[Path]) -> list[RunView]:
+    """The views of several runs; where folders share a name, that of the folder above is put before it.
+
+    Raises:
+        ValueError: a path is no run folder.
+    """
+    views = [RunView(run) for run in runs]
+    if len({view.name for view in views}) < len(views):
+        for view in views:
+            view.name = "/".join(view.path.resolve().parts[-2:])
+    return views
+
+
 def _has_file(row: Mapping[str, Any]) -> bool:
     return isinstance(row.get("file"), str) and FILE.fullmatch(row["file"]) is not None
 
@@ -156,4 +178,4 @@ def columns(rows: Sequence[Row]) -> dict[str, Any]:
 
 def _short(value: Any) -> float | None:
     """Seven digits: more than anyone can see."""
-    return float(f"{value:.7g}") if isinstance(value, int | float) else None
+    return float(f"{value:.7g}") if isinstance(value, int | float) and math.isfinite(value) else None

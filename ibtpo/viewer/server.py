@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +21,7 @@ from urllib.parse import parse_qs, urlsplit
 
 from ibtpo.report import NOT_ACCURACY
 from ibtpo.viewer.page import metric_groups, render_page
-from ibtpo.viewer.run import RunView
+from ibtpo.viewer.run import RunView, open_views
 
 HOST = "127.0.0.1"
 DEFAULT_PORT = 8642
@@ -39,7 +40,7 @@ class Viewer:
     """
 
     def __init__(self, runs: Sequence[Path], port: int | None = None) -> None:
-        self.views = [RunView(run) for run in runs]
+        self.views = open_views(runs)
         try:
             self._server = _Server(self.views, DEFAULT_PORT if port is None else port)
         except OSError as error:
@@ -78,6 +79,11 @@ class _Server(ThreadingHTTPServer):
         super().__init__((HOST, port), _Handler)
         self.views = views
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that leaves before it has its answer is none."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
 
 class _Handler(BaseHTTPRequestHandler):
     server: _Server
@@ -96,12 +102,12 @@ class _Handler(BaseHTTPRequestHandler):
                 query = {name: values[-1] for name, values in parse_qs(url.query).items()}
                 answer = view.poll(query.get("metrics", ""), query.get("trees", ""))
                 return self._send(HTTPStatus.OK, json.dumps(answer, allow_nan=False).encode(), "application/json")
-            if len(parts) == 5 and parts[3] == "tree" and (file := view.tree_file(parts[4])) is not None:
-                return self._send(HTTPStatus.OK, file.read_bytes(), "application/json", encoding="gzip")
+            if len(parts) == 5 and parts[3] == "tree" and (tree := view.tree(parts[4])) is not None:
+                return self._send(HTTPStatus.OK, tree, "application/json", encoding="gzip")
         return self._send(HTTPStatus.NOT_FOUND, b"nothing here", "text/plain")
 
     def _view(self, number: str) -> RunView | None:
-        known = number.isdigit() and int(number) < len(self.server.views)
+        known = number.isdecimal() and int(number) < len(self.server.views)
         return self.server.views[int(number)] if known else None
 
     def _page(self) -> bytes:

@@ -4,21 +4,22 @@
 //                           x += down(silu(gate n) * up n),                              n = norm(x)
 //
 // The kernels are those that Python calls one by one; what is saved is the calls, most of the time of a step of a small
-// model. There is one parallel region: a thread takes a range of rows through all layers. Within it the kernels start
-// no threads of their own, for a product of some microseconds is not worth one; but attention of rows too few to share
-// may. Every kernel gives a row the same bits in any batch, so neither the threads nor the other rows can be seen in a
-// result.
+// model. A thread takes a range of rows through all layers. Meanwhile the kernels start no threads of their own, for a
+// product of some microseconds is not worth one; but attention of rows too few to share may. Every kernel gives a row
+// the same bits in any batch, so neither the threads nor the other rows can be seen in a result.
 #include "kernels.h"
 #include "simd.h"
+#include "team.h"
 #include "threads.h"
 
 namespace ibtpo::IBTPO_ISA {
 namespace {
 
-constexpr int64_t kThreadWork = 1 << 23;  // operations that a thread should have; with fewer, fewer threads
-constexpr int64_t kThreadRows = 8;        // rows it should have at least: each thread reads every weight
-constexpr int64_t kThreadParts = 4;       // parts a thread, of rows that do not see each other
-constexpr int64_t kPartRows = 16;         // rows of such a part, at least
+constexpr int64_t kTogetherWork = 1 << 23;  // operations a thread should have, of rows that wait for each other
+constexpr int64_t kApartWork = 1 << 21;     // the same of rows that do not
+constexpr int64_t kThreadRows = 8;          // rows it should have at least: each thread reads every weight
+constexpr int64_t kThreadParts = 4;         // parts a thread at most, of rows that do not see each other
+constexpr int64_t kPartRows = 16;           // rows of a part at least, before a thread has more than one
 
 struct Item {
   int32_t query_begin, query_end, page_begin, page_end;
@@ -134,7 +135,7 @@ class Part {
 
   INLINE_MEMBER void product(const float* x, int64_t depth, const float* weight, const float* bias, float* out,
                              int64_t num_cols, int64_t out_stride, bool add) const {
-    kernels.linear({x, weight, bias, out, count_, num_cols, depth, depth, out_stride, add});
+    kernels.linear({x, weight, bias, out, count_, num_cols, depth, depth, out_stride, add, true});
   }
 
   const Decoder& d_;
@@ -156,17 +157,17 @@ INLINE int64_t first_bad(const Decoder& d, const DecoderRows& r) {
   return -1;
 }
 
-INLINE int64_t threads_for(const Decoder& d, int64_t num_rows, int64_t available) {
+INLINE int64_t threads_for(const Decoder& d, int64_t num_rows, int64_t available, int64_t thread_work) {
   const int64_t q_size = d.num_heads * d.head_dim, kv_size = d.num_kv_heads * d.head_dim;
   const int64_t layer = d.hidden * (2 * q_size + 2 * kv_size + 3 * d.inner);
   const int64_t work = 2 * num_rows * (d.num_layers * layer + d.hidden * d.vocabulary);
-  return most(1, least(available, least(work / kThreadWork, num_rows / kThreadRows)));
+  return most(1, least(available, least(work / thread_work, num_rows / kThreadRows)));
 }
 
 // Rows of any paths, a part a thread: they wait for each other once a layer, for a row may see another one's key.
 // Returns -1 or what is in error.
 INLINE int64_t run_together(const Decoder& d, const DecoderRows& r) {
-  const int64_t available = max_threads(), wanted = threads_for(d, r.num_rows, available);
+  const int64_t available = max_threads(), wanted = threads_for(d, r.num_rows, available, kTogetherWork);
   int64_t failed = -1;
 #pragma omp parallel num_threads(wanted) if (wanted > 1)
   {
@@ -184,30 +185,34 @@ INLINE int64_t run_together(const Decoder& d, const DecoderRows& r) {
   return failed;
 }
 
-// Rows that do not see each other: nobody waits, and threads take parts as they come, so that one which another process
-// keeps from running holds up no more than the part that it has. then(part, begin, end) is called with a part's hidden
-// states done, and returns -1 or what is in error.
+// Rows that do not see each other, in parts of their own. then(part, begin, end) is called with a part's hidden states
+// done, and returns -1 or what is in error.
 template <class Then>
-INLINE int64_t run_apart(const Decoder& d, const DecoderRows& r, Then then) {
-  const int64_t available = max_threads(), wanted = threads_for(d, r.num_rows, available);
-  const int64_t parts = wanted == 1 ? 1 : least(wanted * kThreadParts, r.num_rows / kPartRows);
-  int64_t failed = -1;
-#pragma omp parallel num_threads(wanted) if (wanted > 1)
-  {
-    set_threads(1);
-#pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < parts; ++i) {
-      const int64_t begin = i * r.num_rows / parts, end = (i + 1) * r.num_rows / parts;
-      Part part(d, r, begin, end, wanted == 1 ? available : 1);
-      int64_t result = part.run([] {});
-      if (result < 0) result = then(part, begin, end);
-      if (result >= 0) {
-#pragma omp critical(ibtpo_decoder)
-        failed = result;
-      }
-    }
+struct Apart {
+  const Decoder& d;
+  const DecoderRows& r;
+  const Then& then;
+  int64_t parts, attention_threads, failed;
+
+  INLINE_MEMBER void run(int64_t i) {
+    const int64_t begin = i * r.num_rows / parts, end = (i + 1) * r.num_rows / parts;
+    set_threads(1);  // within a part no kernel starts threads of its own
+    Part part(d, r, begin, end, attention_threads);
+    int64_t result = part.run([] {});
+    if (result < 0) result = then(part, begin, end);
+    if (result >= 0) __atomic_store_n(&failed, result, __ATOMIC_RELAXED);
   }
-  return failed;
+};
+
+template <class Then>
+INLINE int64_t run_apart(const Decoder& d, const DecoderRows& r, const Then& then) {
+  const int64_t available = max_threads(), threads = threads_for(d, r.num_rows, available, kApartWork);
+  const int64_t each = threads == 1 ? 1 : least(kThreadParts, most(1, r.num_rows / (threads * kPartRows)));
+  Apart<Then> apart{d, r, then, threads * each, threads == 1 ? available : 1, -1};
+  const auto run = [](void* context, int64_t part) { static_cast<Apart<Then>*>(context)->run(part); };
+  share_out(apart.parts, threads, run, &apart);
+  set_threads(available);
+  return apart.failed;
 }
 
 // The last token of each chosen branch as a row, with what sampling the next one needs.

@@ -75,12 +75,15 @@ struct LogitEdges {
   int64_t count;
 };
 
+constexpr int64_t kPanel = 64;  // columns of a product that are computed together
+
 template <class T>  // float or bf16; K and x_stride are even if T is bf16
 struct Linear {
   const T *x, *weight, *bias;  // [M, K] with rows x_stride apart, [N, K], [N] or null
   T* out;                      // [M, N] with rows out_stride apart
   int64_t num_rows, num_cols, depth, x_stride, out_stride;
-  bool add;  // to what is in `out`
+  bool add;             // to what is in `out`
+  bool packed = false;  // weight is [ceil(N / kPanel), K, kPanel], zeros beyond N; K in words of tile.h
 };
 
 struct Sample {
@@ -115,14 +118,14 @@ struct Pointwise {
 
 // The structs from here to `Branches` are filled by ibtpo_kernels/decoder.py, field by field as 64-bit integers.
 
-struct DecoderLayer {  // weights [out, in]; biases and the norms of single heads may be null
+struct DecoderLayer {  // weights [out, in], packed as in Linear; biases and the norms of single heads may be null
   const float *attention_norm, *q, *q_bias, *k, *k_bias, *v, *v_bias, *q_norm, *k_norm, *o, *o_bias;
   const float *mlp_norm, *gate, *gate_bias, *up, *up_bias, *down, *down_bias;
 };
 
 struct Decoder {
   int64_t num_layers, hidden, inner, num_heads, num_kv_heads, head_dim, vocabulary, num_positions;
-  const float *embedding, *norm, *head;  // [V, H], [H], [V, H]
+  const float *embedding, *norm, *head;  // [V, H], [H], [V, H] packed
   const float *cos, *sin;                // [num_positions, D/2]
   const float* eps;                      // [1]
   const DecoderLayer* layers;            // [num_layers]

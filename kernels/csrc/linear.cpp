@@ -5,8 +5,9 @@
 // The depth is cut into blocks of kDepth words (a float, or a pair of bfloat16: tile.h). A block is summed in one
 // chain, k ascending, and the sums of the blocks are added in ascending order. That is all of it, whatever the number
 // of rows, the tile an element is computed in and the thread that does it: a row's result has the same bits alone and
-// in any batch. A weight is used where it lies; 64 of its rows are transposed a block at a time, into the L1 cache, for
-// as many rows of x as there are: for one row that is most of the work, for a hundred it is a few percent.
+// in any batch. A weight is used where it lies; kPanel of its rows are transposed a block at a time, into the L1 cache,
+// for as many rows of x as there are: for one row that is most of the work, for a hundred it is a few percent. The
+// decoder, which multiplies the same weights again and again, has them transposed once instead.
 #include "kernels.h"
 #include "parts.h"
 #include "tile.h"
@@ -15,7 +16,6 @@ namespace ibtpo::IBTPO_ISA {
 namespace {
 
 constexpr int64_t kDepth = 128;             // words of a block
-constexpr int64_t kPanel = 64;              // columns of a task; its block of the weight is 32 KiB
 constexpr int64_t kRows = 128;              // rows of a task; their sums are 32 KiB
 constexpr int64_t kParallelWork = 1 << 19;  // multiplications; below, starting threads costs more
 
@@ -29,11 +29,15 @@ INLINE void panel(const Linear<T>& p, int64_t row, int64_t rows, int64_t column,
   int64_t k = 0;
   do {  // once for a depth of 0, to clear the sums
     const int64_t words = least(kDepth, depth - k);
-    pack_words_transposed(block, kPanel, p.weight + column * p.depth + k * kWord, p.depth, cols, words * kWord);
-    if (k == 0)
-      product<Into::kStore>(sums, kPanel, rows, wide, {x, stride, 1}, (const Word<T>*)block, kPanel, words);
+    const Word<T>* b = block;
+    if (p.packed)
+      b = reinterpret_cast<const Word<T>*>(p.weight) + column * depth + k * kPanel;
     else
-      product<Into::kAdd>(sums, kPanel, rows, wide, {x + k, stride, 1}, (const Word<T>*)block, kPanel, words);
+      pack_words_transposed(block, kPanel, p.weight + column * p.depth + k * kWord, p.depth, cols, words * kWord);
+    if (k == 0)
+      product<Into::kStore>(sums, kPanel, rows, wide, {x, stride, 1}, b, kPanel, words);
+    else
+      product<Into::kAdd>(sums, kPanel, rows, wide, {x + k, stride, 1}, b, kPanel, words);
     k += kDepth;
   } while (k < depth);
   const T* bias = p.bias == nullptr ? nullptr : p.bias + column;

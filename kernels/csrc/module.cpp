@@ -99,6 +99,7 @@ NB_MODULE(_cpu, m) {
   define_direct(m);
 
   m.def("isa", [] { return active->isa; });
+  m.attr("panel") = kPanel;
 
   m.def("use_isa", [](const char* name) {  // for tests: run the kernels of a lesser instruction set
     for (const Kernels* kernels : runnable())

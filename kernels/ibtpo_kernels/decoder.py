@@ -1,19 +1,21 @@
 """A whole decoder in one native call: for models so small that the calls cost more than the arithmetic.
 
 The counterpart, on the CPU, of a captured CUDA graph: what a step runs is written down once, as addresses of weights
-and sizes, and then run without Python between the kernels. Weights are borrowed, never copied or packed: an update in
-place is seen by the next call.
+and sizes, and then run without Python between the kernels. Matrices are copied in the order that a product reads them
+in, so that a step of a few rows does not spend its time on transposing them: an update of the weights needs another
+`Decoder`, which takes less than a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ibtpo_kernels import checks
@@ -79,15 +81,19 @@ _BRANCH_FIELDS = (
 )  # fmt: skip
 
 
+_MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+
+
 def can_borrow(x: Tensor | None) -> bool:
-    """Whether the native decoder can read a weight where it lies."""
+    """Whether the native decoder can read a weight."""
     return x is None or (x.is_cpu and x.dtype is torch.float32 and x.is_contiguous())
 
 
 class Decoder:
     """A dense decoder (Qwen3, Qwen2, Llama) over a page pool, float32 on the CPU, in one native call.
 
-    A row's result has the same bits alone and in any batch, decoded and prefilled, on any number of threads.
+    A row's result has the same bits alone and in any batch, decoded and prefilled, on any number of threads. Matrices
+    are those of the moment it was made.
 
     Args:
         layers: weights a layer.
@@ -116,31 +122,24 @@ class Decoder:
     ) -> None:
         if native is None:
             raise ValueError("Decoder: the compiled module is missing; use the model itself")
-        weights = [layer.tensors() for layer in layers]
-        self._tensors = [
-            *(x for row in weights for x in row),
-            embedding,
-            norm,
-            head,
-            cos,
-            sin,
-            torch.tensor([eps], dtype=torch.float32),
-        ]
-        if not all(map(can_borrow, self._tensors)):
+        outer: list[Tensor | None] = [embedding, norm, head, cos, sin]
+        if not all(map(can_borrow, [*outer, *(x for layer in layers for x in layer.tensors())])):
             raise ValueError("Decoder: every tensor must be float32, contiguous and on the CPU; use the model itself")
-        self._tensors = [None if x is None else x.detach() for x in self._tensors]  # keeps their memory
         checks.decoder(embedding, norm, head, cos, sin, num_heads, num_kv_heads, eps)
         self.hidden_size, self.vocab_size = embedding.shape[1], embedding.shape[0]
         head_dim, inner = 2 * cos.shape[1], layers[0].gate.shape[0] if layers else 0
         shapes = _layer_shapes(self.hidden_size, inner, num_heads * head_dim, num_kv_heads * head_dim, head_dim)
         for i, layer in enumerate(layers):
             checks.named(f"Decoder: layer {i}", vars(layer), shapes)
+        weights = [_packed_layer(layer).tensors() for layer in layers]
+        outer = [embedding, norm, _packed(head), cos, sin, torch.tensor([eps], dtype=torch.float32)]
+        self._kept = [x.detach() for row in (*weights, outer) for x in row if x is not None]  # what the addresses name
         self._pages_like = (len(layers), num_kv_heads, head_dim)
         self._layers = np.array([[_address(x) for x in row] for row in weights], np.int64)
         self._image = np.array(
             [
                 len(layers), self.hidden_size, inner, num_heads, num_kv_heads, head_dim, self.vocab_size, len(cos),
-                *(_address(x) for x in self._tensors[-6:]), self._layers.ctypes.data,
+                *map(_address, outer), self._layers.ctypes.data,
             ],
             np.int64,
         )  # fmt: skip
@@ -247,6 +246,17 @@ class DecodeStep:
                 f"DecodeStep: branch {int(self._chosen[failed])} lacks a page, or its last token is out of range"
             )
         return self._code
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """[out, in] as [panels, in, panel], see `Linear` in kernels.h."""
+    panels = -(-len(weight) // native.panel)
+    padded = F.pad(weight.detach(), (0, 0, 0, panels * native.panel - len(weight)))
+    return padded.view(panels, native.panel, -1).transpose(1, 2).contiguous()
+
+
+def _packed_layer(layer: LayerWeights) -> LayerWeights:
+    return replace(layer, **{name: _packed(getattr(layer, name)) for name in _MATRICES})
 
 
 def _layer_shapes(hidden: int, inner: int, queries: int, keys: int, head_dim: int) -> dict[str, tuple[int, ...]]:
