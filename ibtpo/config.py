@@ -82,6 +82,11 @@ class SearchConfig:
             check_range(f"search.{name}", getattr(self, name), low=1)
         check_range("search.redraws", self.redraws, low=0)
         check_range("search.stop_uniform_after", self.stop_uniform_after, low=0)
+        if self.lookahead > 1 and not self.is_guided:
+            raise ValueError(
+                f"search.lookahead: {self.lookahead} is for rounds that are chosen one after the other, as ibtree and "
+                f"random-tree do; search.method={self.method} has none, set it to 1"
+            )
         if self.stop_uniform_after:
             self._check_stop()
         check_range("search.boundary_noise", self.boundary_noise, low=0.0, high=1.0)
@@ -95,7 +100,7 @@ class SearchConfig:
 
     def _check_stop(self) -> None:
         name, value, least = "search.stop_uniform_after", self.stop_uniform_after, max(self.initial_branches, 2)
-        if self.method not in ("ibtree", "random-tree"):
+        if not self.is_guided:
             raise ValueError(
                 f"{name}: {value} moves rounds between trees, which search.method={self.method} does not grow by; "
                 "use ibtree or random-tree, or set it to 0"
@@ -105,6 +110,11 @@ class SearchConfig:
                 f"{name}: {value} must be at least {least}, the trajectories a tree begins with (and 2), and below "
                 f"{self.trajectories}, those it has in all; or 0: never"
             )
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a tree grows by rounds of which each is chosen after the last."""
+        return self.method in ("ibtree", "random-tree")
 
     @property
     def rounds_alone(self) -> int:

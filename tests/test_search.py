@@ -122,6 +122,11 @@ def test_a_search_asks_for_pending_nodes_only():
 # ---- rounds ahead of their outcomes ------------------------------------------------------------------------------
 
 
+def test_searches_without_rounds_refuse_to_look_ahead() -> None:
+    with pytest.raises(ValueError, match=r"search.lookahead: 2 .*search.method=eptree has none"):
+        SearchConfig(method="eptree", lookahead=2)
+
+
 @pytest.mark.parametrize("method", ["ibtree", "random-tree"])
 @pytest.mark.parametrize("lookahead", [2, 3, 8, 20])
 def test_rounds_ahead_grow_as_many_trajectories_and_count_them_all(method: str, lookahead: int) -> None:

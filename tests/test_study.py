@@ -62,6 +62,13 @@ def test_killed_study_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Captur
     assert "2 cells, 2 done" in capsys.readouterr().out
 
 
+def test_seeds_are_not_for_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.yaml").write_text("seed: 3\n")
+    assert main(["study", "main", "--config", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "out")]) == 2
+    assert "mine.yaml: seed is the study's to set" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_failed_cell_is_recorded_and_tried_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A model folder that is not there fails its cells with the message; the same command tries again."""
     file, out = tmp_path / "mine.yaml", tmp_path / "out"

@@ -90,6 +90,8 @@ def study(arguments: Sequence[str], console: Console) -> int:
 def _changes(parsed: StudyArguments) -> dict[str, Any]:
     """What wins over the study's own settings: --config, then the flags."""
     changes: dict[str, Any] = {} if parsed.config is None else load_yaml(parsed.config)
+    if "seed" in changes:
+        raise ValueError(f"{parsed.config}: seed is the study's to set; name seeds by --first-seed and --seeds")
     if parsed.tokens is not None:
         changes["sampled_tokens"] = parsed.tokens
     if parsed.eval_prompts is not None:
