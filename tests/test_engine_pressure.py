@@ -302,7 +302,7 @@ def test_a_failing_run_gives_everything_back(model: Model, failure: str) -> None
     with pytest.raises(error):
         list(engine.run(**arguments))
     assert_idle(engine)
-    assert engine._growing == {}
+    assert engine._searches == []
     [(_, tree)] = engine.run(two_rounds, [PROMPTS[0]], SAMPLING, keys=[0])
     for node in tree.nodes()[1:]:
         assert node.tokens.tolist() == expected_tokens(model, node, SAMPLING).tolist()

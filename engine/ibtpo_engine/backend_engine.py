@@ -10,15 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy.typing as npt
 
 from ibtpo_engine.backends import Backend, Completion
 from ibtpo_engine.errors import BackendError, EngineError
-from ibtpo_engine.growing import Growing, Reward, Search
+from ibtpo_engine.growing import Growing, Reward, Search, Searches
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.tree import Node, Tree
 
@@ -132,24 +130,37 @@ class BackendEngine:
             ValueError: a search yields a node it may not extend, there are fewer keys than prompts, or the backend does
                 not know a sampling parameter.
         """
-        run = _Run(self, search, sampling, reward)
-        waiting, names = iter(enumerate(prompts)), None if keys is None else iter(keys)
+        calls: dict[Answer, _Call] = {}
+        pool = ThreadPoolExecutor(self.max_calls, thread_name_prefix="backend")
+
+        def submit(growth: Growing) -> None:
+            for call in self._calls(growth.nodes, sampling):
+                calls[pool.submit(call.make, self.backend)] = call
+
+        searches = Searches(search, prompts, keys, reward, lambda prompt, key: self.tree(prompt, key=key), submit)
         try:
             while True:
-                while not run.growing or len(run.calls) < self.max_calls:
-                    item = next(waiting, None)
-                    if item is None:
+                while not searches.growing or len(calls) < self.max_calls:
+                    if not searches.open():
                         break
-                    key = None if names is None else next(names, None)
-                    if names is not None and key is None:
-                        raise ValueError(f"run: no key is left for prompt {item[0]}; give one key a prompt")
-                    run.open(*item, key)
-                if not run.growing:
+                if not searches.growing:
                     return
-                run.wait()
-                yield from run.resume()
+                if not searches.any_ready():
+                    self._await(calls, searches)
+                yield from searches.resume()
         finally:
-            run.close()
+            pool.shutdown(wait=False, cancel_futures=True)  # requests already sent are not waited for
+            searches.close()
+
+    def _await(self, calls: dict[Answer, _Call], searches: Searches) -> None:
+        """Wait until a call or a reward has arrived; fill the nodes that were answered and have them graded."""
+        begin = time.perf_counter()
+        wait([*calls, *searches.awaited()], return_when=FIRST_COMPLETED)
+        if not calls:
+            self.seconds_waiting += time.perf_counter() - begin
+        for answer in [answer for answer in calls if answer.done()]:
+            for node in self._fill(calls.pop(answer), answer):
+                searches.growing[node.tree.ordinal].finished(node)
 
     def _calls(self, nodes: Sequence[Node], sampling: Sampling) -> list[_Call]:
         """Sort nodes into calls and mark them as under way."""
@@ -211,65 +222,6 @@ class BackendEngine:
                 node.in_flight = False
                 filled.append(node)
         return filled
-
-
-class _Run:
-    """One `BackendEngine.run`: the searches under way and the calls they wait for."""
-
-    def __init__(self, engine: BackendEngine, search: Search, sampling: Sampling, reward: Reward | None) -> None:
-        self.engine = engine
-        self.search = search
-        self.sampling = sampling
-        self.reward = reward
-        self.growing: dict[int, Growing] = {}
-        self.calls: dict[Answer, _Call] = {}
-        self.pool = ThreadPoolExecutor(engine.max_calls, thread_name_prefix="backend")
-
-    def open(self, index: int, prompt: npt.ArrayLike, key: int | None) -> None:
-        """Begin the search on another prompt."""
-        tree = self.engine.tree(prompt, key=key)
-        growth = self.growing[tree.ordinal] = Growing(index, tree, self.search, self.reward)
-        growth.ask()
-        self._submit(growth)
-
-    def _submit(self, growth: Growing) -> None:
-        for call in self.engine._calls(growth.nodes, self.sampling):
-            self.calls[self.pool.submit(call.make, self.engine.backend)] = call
-
-    def wait(self) -> None:
-        """Wait until a call or a reward has arrived; fill the nodes that were answered and have them graded."""
-        if any(growth.is_ready() for growth in self.growing.values()):
-            return
-        under_way: list[Future[Any]] = [*self.calls]
-        for growth in self.growing.values():
-            under_way += growth.awaited()
-        begin = time.perf_counter()
-        wait(under_way, return_when=FIRST_COMPLETED)
-        if not self.calls:
-            self.engine.seconds_waiting += time.perf_counter() - begin
-        for answer in [answer for answer in self.calls if answer.done()]:
-            for node in self.engine._fill(self.calls.pop(answer), answer):
-                self.growing[node.tree.ordinal].finished(node)
-
-    def resume(self) -> Iterator[tuple[int, Tree]]:
-        """Hand the branches that are finished and graded to their searches; yield the trees whose search has ended."""
-        for growth in [growth for growth in self.growing.values() if growth.is_ready()]:
-            growth.ask()
-            if growth.done:
-                del self.growing[growth.tree.ordinal]
-                growth.tree.close()
-                yield growth.index, growth.tree
-            else:
-                self._submit(growth)
-
-    def close(self) -> None:
-        """Forget what is under way; requests already sent are not waited for."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        with ExitStack() as closing:  # calls them all, last first, whatever a search does about its end
-            for growth in self.growing.values():
-                if growth.generator is not None:
-                    closing.callback(growth.generator.close)
-                closing.callback(growth.tree.close)
 
 
 def _abandon(nodes: Iterable[Node]) -> None:

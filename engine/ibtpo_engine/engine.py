@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, wait
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from ibtpo_engine.errors import BudgetSpent, OutOfPages, StaleWeights
 from ibtpo_engine.features import features_of
 from ibtpo_engine.generate import in_order, independent
 from ibtpo_engine.given import Score, attach, check_suffixes, given_branch
-from ibtpo_engine.growing import Growing, Reward, Search
+from ibtpo_engine.growing import Growing, Reward, Search, Searches
 from ibtpo_engine.integrity import check_engine
 from ibtpo_engine.memory import tokens_in_share
 from ibtpo_engine.model import Model
@@ -96,7 +96,7 @@ class Engine:
         self.max_branches = max_branches
         self.prefill_tokens = prefill_tokens
         self._trees: dict[int, Tree] = {}  # open trees by ordinal
-        self._growing: dict[int, Growing] = {}  # those of them that a search grows
+        self._searches: list[Searches] = []  # of each `run` under way
         self._opened = 0
         self._weights = WeightWatch(self.model, *([self.shadow.masters] if self.shadow else []))
         self._num_parameters = sum(p.numel() for p in self.model.parameters())
@@ -263,7 +263,7 @@ class Engine:
         nodes = [node for node in nodes if node.in_flight]
         self.scheduler.cancel(nodes)
         for node in nodes:
-            growth = self._growing.get(node.tree.ordinal)
+            growth = self._growth_of(node.tree)
             if growth is not None:
                 growth.lost(node)
 
@@ -344,70 +344,40 @@ class Engine:
             ValueError: a search yields a node it may not extend, or there are fewer keys than prompts.
         """
         self._check_weights()
-        waiting = iter(enumerate(prompts))
-        names = None if keys is None else iter(keys)
-        growing: dict[int, Growing] = {}
+        searches = Searches(
+            search,
+            prompts,
+            keys,
+            reward,
+            open_tree=lambda prompt, key: self.tree(prompt, key=key, budget=budget),
+            submit=lambda growth: self._submit_round(growth, sampling),
+        )
+        self._searches.append(searches)
         try:
             while True:
-                self._open_more(search, waiting, names, sampling, reward, budget, growing)
-                if not growing:
+                while not searches.growing or self.scheduler.num_branches < self.max_branches:
+                    if not searches.open():
+                        break
+                if not searches.growing:
                     return
-                self._advance(growing)
-                yield from self._resume(growing, sampling)
+                self._advance(searches)
+                for index, tree in searches.resume():
+                    yield index, tree
+                    self._check_weights()  # the caller had a turn
         finally:
-            with ExitStack() as closing:  # calls them all, last first, whatever a search does about its end
-                for growth in growing.values():
-                    del self._growing[growth.tree.ordinal]
-                    if growth.generator is not None:
-                        closing.callback(growth.generator.close)
-                    closing.callback(growth.tree.close)
+            self._searches.remove(searches)
+            searches.close()
 
-    def _open_more(
-        self,
-        search: Search,
-        waiting: Iterator[tuple[int, npt.ArrayLike]],
-        names: Iterator[int] | None,
-        sampling: Sampling,
-        reward: Reward | None,
-        budget: Budget | None,
-        growing: dict[int, Growing],
-    ) -> None:
-        """Open trees until there are branches enough to fill a batch, but at least one."""
-        while not growing or self.scheduler.num_branches < self.max_branches:
-            item = next(waiting, None)
-            if item is None:
-                return
-            index, prompt = item
-            key = None if names is None else next(names, None)
-            if names is not None and key is None:
-                raise ValueError(f"run: no key is left for prompt {index}; give one key a prompt")
-            tree = self.tree(prompt, key=key, budget=budget)
-            growth = growing[tree.ordinal] = self._growing[tree.ordinal] = Growing(index, tree, search, reward)
-            growth.ask()
-            self._submit_round(growth, sampling)
-
-    def _advance(self, growing: dict[int, Growing]) -> None:
+    def _advance(self, searches: Searches) -> None:
         """One step of the scheduler, or, if every tree waits for rewards or other futures, wait for the first."""
         if self.scheduler.num_branches:
             self._step()
             return
-        futures = [future for growth in growing.values() for future in growth.awaited()]
-        if futures and not any(growth.is_ready() for growth in growing.values()):
+        futures = searches.awaited()
+        if futures and not searches.any_ready():
             begin = time.perf_counter()
             wait(futures, return_when=FIRST_COMPLETED)
             self.seconds_waiting += time.perf_counter() - begin
-
-    def _resume(self, growing: dict[int, Growing], sampling: Sampling) -> Iterator[tuple[int, Tree]]:
-        """Hand finished and graded branches to their searches; yield the trees whose search has ended."""
-        for growth in [growth for growth in growing.values() if growth.is_ready()]:
-            growth.ask()
-            if growth.done:
-                del growing[growth.tree.ordinal], self._growing[growth.tree.ordinal]
-                growth.tree.close()
-                yield growth.index, growth.tree
-                self._check_weights()  # the caller had a turn
-            else:
-                self._submit_round(growth, sampling)
 
     def _submit_round(self, growth: Growing, sampling: Sampling) -> None:
         while True:
@@ -469,9 +439,14 @@ class Engine:
 
     def _report(self, node: Node) -> None:
         """Tell the search that grows a node's tree, if any, that the branch ended."""
-        growth = self._growing.get(node.tree.ordinal)
+        growth = self._growth_of(node.tree)
         if growth is not None and node.finish != "scored":
             growth.finished(node)
+
+    def _growth_of(self, tree: Tree) -> Growing | None:
+        """The search that grows a tree, if any."""
+        found = (searches.growing.get(tree.ordinal) for searches in self._searches)
+        return next((growth for growth in found if growth is not None), None)
 
     def _threads(self) -> AbstractContextManager[None]:
         if self.scheduler.runner.is_native:  # it chooses its threads itself
@@ -481,7 +456,8 @@ class Engine:
     def _suspend_one(self) -> None:
         """Pages are short: the youngest tree that a search grows gives its KV up; the oldest branch's stays."""
         oldest = self.scheduler.waiting[0].node.tree
-        trees = [growth.tree for growth in self._growing.values() if growth.tree is not oldest]
+        growing = [growth for searches in self._searches for growth in searches.growing.values()]
+        trees = [growth.tree for growth in growing if growth.tree is not oldest]
         holders = [tree for tree in trees if self.cache.owned_by(tree)]
         if not holders:
             raise self._out_of_pages()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+
+import numpy.typing as npt
 
 from ibtpo_engine.errors import BudgetSpent
 from ibtpo_engine.tree import Node, Tree
@@ -123,3 +126,83 @@ class Growing:
         for node in [node for node, future in self.rewards.items() if future.done()]:
             node.reward = float(self.rewards.pop(node).result())
         return not (self.rewards and any(node in self.rewards for node in self._until))
+
+
+class Searches:
+    """The searches of one `run`, each on a prompt of its own.
+
+    Args:
+        search: called with each tree.
+        prompts: taken one by one, as there is room.
+        keys: one a prompt, or None.
+        reward: grades what ends.
+        open_tree: opens a tree on (prompt, key).
+        submit: has the engine extend what a search asked for, `Growing.nodes`.
+
+    Attributes:
+        growing: those under way, by the ordinal of their tree.
+    """
+
+    def __init__(
+        self,
+        search: Search,
+        prompts: Iterable[npt.ArrayLike],
+        keys: Iterable[int] | None,
+        reward: Reward | None,
+        open_tree: Callable[[npt.ArrayLike, int | None], Tree],
+        submit: Callable[[Growing], None],
+    ) -> None:
+        self.growing: dict[int, Growing] = {}
+        self._search = search
+        self._reward = reward
+        self._waiting = iter(enumerate(prompts))
+        self._keys = None if keys is None else iter(keys)
+        self._open_tree = open_tree
+        self._submit = submit
+
+    def open(self) -> bool:
+        """Begin on the next prompt; False if there is none.
+
+        Raises:
+            ValueError: it has no key.
+        """
+        item = next(self._waiting, None)
+        if item is None:
+            return False
+        index, prompt = item
+        key = None if self._keys is None else next(self._keys, None)
+        if self._keys is not None and key is None:
+            raise ValueError(f"run: no key is left for prompt {index}; give one key a prompt")
+        tree = self._open_tree(prompt, key)
+        growth = self.growing[tree.ordinal] = Growing(index, tree, self._search, self._reward)
+        growth.ask()
+        self._submit(growth)
+        return True
+
+    def any_ready(self) -> bool:
+        """Can any of them go on?"""
+        return any(growth.is_ready() for growth in self.growing.values())
+
+    def awaited(self) -> list[Future[Any]]:
+        """What they wait for besides branches."""
+        return [future for growth in self.growing.values() for future in growth.awaited()]
+
+    def resume(self) -> Iterator[tuple[int, Tree]]:
+        """Hand what is finished and graded to those that can go on; yield the trees whose search has ended."""
+        for growth in [growth for growth in self.growing.values() if growth.is_ready()]:
+            growth.ask()
+            if growth.done:
+                del self.growing[growth.tree.ordinal]
+                growth.tree.close()
+                yield growth.index, growth.tree
+            else:
+                self._submit(growth)
+
+    def close(self) -> None:
+        """End those under way and close their trees."""
+        with ExitStack() as closing:  # calls them all, last first, whatever a search does about its end
+            for growth in self.growing.values():
+                if growth.generator is not None:
+                    closing.callback(growth.generator.close)
+                closing.callback(growth.tree.close)
+            self.growing = {}
