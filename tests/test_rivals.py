@@ -346,7 +346,7 @@ def test_equal_rewards_say_nothing(kind: str, reward: float) -> None:
 
 RIVALS = [
     "random-tree", "treerl", "treepo", "tree-grpo", "vineppo", "ibtree-grpo", "ib-adv-only", "random+ib-adv",
-    "eptree+ib-adv",
+    "eptree+ib-adv", "ib-tpo+",
 ]  # fmt: skip
 TINY = [
     "--digits.min-ops", "2", "--digits.max-ops", "3", "--digits.grade", "last", "--sampled-tokens", "1",

@@ -82,6 +82,7 @@ def test_shipped_studies_load_and_share_their_cells() -> None:
         "segmentation-noise",
         "open-points",
         "beyond",
+        "plus",
         "budgets",
         "bias",
     )

@@ -33,7 +33,8 @@ class StudyArguments:
     """
 
     name: Annotated[str, tyro.conf.Positional]
-    """main, ablation, samplers, bias, beta, lambda, segmentation-noise, open-points, beyond, budgets; or FILE.yaml."""
+    """main, ablation, samplers, bias, beta, lambda, segmentation-noise, open-points, beyond, plus, budgets;
+    or FILE.yaml, your own."""
     seeds: int = 5
     """How many; each seed has its own task, starting policy and random numbers, shared by all variants."""
     first_seed: int = 0
