@@ -291,7 +291,7 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_unknown_preset_suggests_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"preset: .grop. is not one of ib-tpo, ib-tpo\+, grpo, .*\. Did you mean grpo\?"):
+    with pytest.raises(ValueError, match=r"is not one of ib-tpo, ib-tpo\+, grpo, .*\. Did you mean grpo\?"):
         base_config(task=None, preset="grop", file=None, run=None)
 
 
