@@ -22,6 +22,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -53,7 +54,7 @@ class Cell:
     """The cell whose policy this one begins with, if not that of `config.model`."""
     policy_name: str = ""
 
-    @property
+    @cached_property
     def id(self) -> str:
         """The folder's name: readable, and different wherever a result might be."""
         digest = hashlib.blake2b(json.dumps(self.spec(), sort_keys=True).encode(), digest_size=5).hexdigest()

@@ -60,7 +60,7 @@ def run_cells(out: Path, cells: Sequence[Cell], jobs: int, console: Console) -> 
     with _locked(out), track(console, "Study", len(waiting)) as tracker:
         try:
             while waiting or under_way:
-                for cell in list(waiting):
+                for cell in list(waiting) if len(under_way) < jobs else ():
                     above = cell.policy
                     if above is not None and above.id in failures:
                         waiting.remove(cell)
