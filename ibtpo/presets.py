@@ -12,7 +12,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ib-tpo+": {
         "search": {"method": "ibtree", "branch_at_root": False},
         "advantage": {"kind": "ib-tpo", "uniform_groups": "ib_only"},
-        "ib": {"duplicates": "merge", "score_bonus": 1.0},
+        "ib": {"duplicates": "merge"},
     },
     "grpo": _GRPO,
     "grpo-clip-higher": _GRPO | {"loss": {"clip_high": 0.28}},
@@ -42,7 +42,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 PRESET_NOTES: dict[str, tuple[str, str]] = {
     "ib-tpo": ("trees branched where the IB-Score is highest, step-level advantages", "arXiv 2605.28109"),
-    "ib-tpo+": ("ib-tpo with the readings and the uncertainty bonus that measured best", "ours, docs/method.md"),
+    "ib-tpo+": ("ib-tpo with the three readings of open points that measured best", "ours, docs/method.md"),
     "grpo": ("independent trajectories, rewards against the group's mean over its deviation", "arXiv 2402.03300"),
     "grpo-clip-higher": ("grpo with more room for unlikely tokens to grow", "arXiv 2503.14476, section 3.1"),
     "grpo-entropy": ("grpo with a bonus for the policy's entropy", "common practice"),
