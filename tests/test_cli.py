@@ -431,7 +431,7 @@ def test_chat_messages_need_a_chat_template(tmp_path: Path, data: Path, refused:
         (["--task", "reasoning-gym:no-such-thing"], "reasoning-gym"),
         (
             ["--preset", "gpro"],
-            "preset: 'gpro' is not one of ib-tpo, grpo, grpo-clip-higher, ",
+            "preset: 'gpro' is not one of ib-tpo, ib-tpo+, grpo, grpo-clip-higher, ",
         ),
         (["--device", "abacus"], "device: 'abacus' is not a device"),
         (["--device", "meta"], "device: 'meta' is not supported; use auto, cpu, cuda or cuda:N"),
