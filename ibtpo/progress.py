@@ -35,7 +35,7 @@ class RunConsole(Console):
     def on_broken_pipe(self) -> None:
         """Say nothing more, and ask for the stop."""
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _lead_nowhere(sys.stdout.fileno())
         signal.raise_signal(signal.SIGTERM)
 
 
@@ -73,7 +73,13 @@ def release_closed_terminal() -> None:
             termios.tcgetattr(descriptor)
         except termios.error as error:  # no terminal at all is ENOTTY
             if error.args[0] == errno.EIO:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+                _lead_nowhere(descriptor)
+
+
+def _lead_nowhere(descriptor: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
 
 
 class _Bar(Progress):

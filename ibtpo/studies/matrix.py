@@ -35,7 +35,7 @@ from ibtpo.tasks.base import suggest
 Kind = Literal["train", "samplers", "bias"]
 DEFAULTS: dict[str, Any] = {"sampled_tokens": 600_000, "eval": {"prompts": 192, "samples": 8, "every": 10}}
 """What holds wherever neither the study nor the user says another budget."""
-HALF_SHARE = 3  # the half-trained policy has seen the budget divided by this
+HALF_SHARE = 3  # the policy called "half" has seen the budget divided by this
 _FIELDS = ("title", "kind", "baseline", "run", "tasks", "policies", "variants")
 
 

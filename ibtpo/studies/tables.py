@@ -53,7 +53,7 @@ def sections(results: Results) -> list[Section]:
             ]
             for variant, found in values.items()
         }
-        policies = {"start": "warm-started policy", "half": "half-trained policy"}
+        policies = {"start": "warm-started policy", "half": "policy after a third of the budget"}
         title = ", ".join(part for part in (task, policies.get(policy, policy)) if part)
         made.append(Section(title, columns, rows))
     return made

