@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ibtpo.config import IBConfig, SearchConfig
-from ibtpo.searches.base import Growth, Method
+from ibtpo.searches.base import Method
 from ibtpo.searches.eptree import eptree
 from ibtpo.searches.guided import PICKS, anywhere, guided, highest_scores, ibtree, independent, random_tree
 from ibtpo.searches.sharing import Sharing
@@ -35,6 +35,7 @@ from ibtpo.searches.tree_grpo import tree_grpo
 from ibtpo.searches.treepo import treepo
 from ibtpo.searches.vineppo import vineppo
 from ibtpo.steps import Splitter
+from ibtpo_engine import Growth
 from ibtpo_engine.tree import Tree
 
 __all__ = ["METHODS", "Growth", "anywhere", "highest_scores", "make_search"]

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future
 from random import Random
-from typing import Any
 
 from ibtpo.config import IBConfig, SearchConfig
 from ibtpo.ib import IBEstimates
 from ibtpo.steps import Splitter, split_steps
-from ibtpo_engine import Ahead, Node, Tree
+from ibtpo_engine import Growth, Node, Tree
 from ibtpo_engine.randomness import mix
 
-Growth = Generator["list[Node] | Ahead | Future[Any]", list[Node], None]
-"""Yields pending nodes, receives them finished (`finish` and `reward` set); or a future, which is waited for."""
-
 Sampled = Generator[list[Node], list[Node], list[Node]]
-"""The same as a part of a search; returns the leaves."""
+"""A part of a search: yields pending nodes, receives them finished and graded, returns the leaves."""
 
 Method = Callable[[Tree, SearchConfig, IBConfig, Splitter, int], Growth]
 """(tree, budget, estimates, where steps end, most new tokens of a trajectory) -> the tree's growth."""

@@ -17,8 +17,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ibtpo.config import IBConfig, SearchConfig
-from ibtpo.searches.base import Growth, Sampled, count_steps, prepare
+from ibtpo.searches.base import Sampled, count_steps, prepare
 from ibtpo.steps import Splitter, split_steps
+from ibtpo_engine import Growth
 from ibtpo_engine.tree import Node, Tree
 
 

@@ -10,10 +10,10 @@ from random import Random
 from ibtpo.config import IBConfig, SearchConfig
 from ibtpo.ib import IBEstimates
 from ibtpo.metrics import is_mixed
-from ibtpo.searches.base import Growth, branch, count_leaves, fork_all, prepare, random_numbers
+from ibtpo.searches.base import branch, count_leaves, fork_all, prepare, random_numbers
 from ibtpo.searches.sharing import Sharing
 from ibtpo.steps import Splitter
-from ibtpo_engine import Ahead, Node, Tree
+from ibtpo_engine import Ahead, Growth, Node, Tree
 
 Scored = list[tuple[Node, float]]
 Pick = Callable[[Scored, int, Random], list[Node]]

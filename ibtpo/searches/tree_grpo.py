@@ -10,8 +10,9 @@ from itertools import cycle, islice
 from math import nan
 
 from ibtpo.config import IBConfig, SearchConfig
-from ibtpo.searches.base import Growth, branch, prepare, random_numbers
+from ibtpo.searches.base import branch, prepare, random_numbers
 from ibtpo.steps import Splitter
+from ibtpo_engine import Growth
 from ibtpo_engine.tree import Node, Tree
 
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 from math import nan
 
 from ibtpo.config import IBConfig, SearchConfig
-from ibtpo.searches.base import Growth, branch, prepare, random_numbers
+from ibtpo.searches.base import branch, prepare, random_numbers
 from ibtpo.steps import Ints, Splitter
+from ibtpo_engine import Growth
 from ibtpo_engine.tree import Tree
 
 

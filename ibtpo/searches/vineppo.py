@@ -8,8 +8,9 @@ them, but their tokens were sampled, which ``tree.notes["auxiliary_tokens"]`` sa
 from __future__ import annotations
 
 from ibtpo.config import IBConfig, SearchConfig
-from ibtpo.searches.base import Growth, branch, prepare
+from ibtpo.searches.base import branch, prepare
 from ibtpo.steps import Splitter
+from ibtpo_engine import Growth
 from ibtpo_engine.tree import Node, Tree
 
 
