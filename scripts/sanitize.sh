@@ -65,8 +65,8 @@ main() {
   for isa in "${isas[@]}"; do
     say "tests with $isa"
     # shellcheck disable=SC2086 # several words
-    run env IBTPO_CHECKED_ISA="$isa" "$PYTHON" -m pytest -p sanitized tests/test_kernels_*.py -p no:cacheprovider \
-      ${PYTEST_ARGS:-} || status=1
+    run env IBTPO_CHECKED_ISA="$isa" "$PYTHON" -m pytest -p sanitized -p no:cacheprovider \
+      tests/test_kernels_*.py tests/test_native_decoder.py ${PYTEST_ARGS:-} || status=1
   done
   if ((status != 0)); then say "FAILED; the report is above" >&2; else say "clean: ${isas[*]}"; fi
   return "$status"
