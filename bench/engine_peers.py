@@ -6,6 +6,8 @@ decode      the built-in policy at batch 1 ... 256, prompts of 24 tokens, 64 new
             and its continuous batching (generate_batch)
 shared      a prompt of 512 tokens and 16 branches of 32, a model of the shape of Qwen2.5-0.5B with random weights
 trees       IBTree with 1 to 8 branches a round against independent trajectories, tokens sampled a second
+trees-large the same on the shape of Qwen2.5-0.5B, where a step of the model takes far longer than all that is done
+            about it: trajectories of 32 tokens behind prompts of 64
 throughput  nano-vllm's load: 256 sequences with 100 to 1,024 tokens in and out, a model of the shape of Qwen3-0.6B;
             --scale makes both smaller, as a CPU demands
 
@@ -129,29 +131,47 @@ def shared(options: argparse.Namespace) -> list[Row]:
     return compare("prompt 512, 16 branches, 0.5B", 16, contenders, max(3, options.repetitions // 3))
 
 
-def trees(options: argparse.Namespace) -> list[Row]:
+def grow(engine: Engine, config: SearchConfig, prompts: np.ndarray, splitter: StepSplitter, max_tokens: int) -> int:
     """A right answer is drawn by the tokens themselves, so that scores and branching are as lively as in training."""
+    engine.cache.index.clear()
+    search = make_search(config, IBConfig(), splitter, max_tokens)
+    sampling = Sampling(max_tokens=max_tokens)
+    graded = engine.run(search, prompts, sampling, reward=lambda tree, leaf: float(leaf.tokens.sum() % 2))
+    return sum(tree.num_sampled for _, tree in graded)
+
+
+def trees(options: argparse.Namespace) -> list[Row]:
     policy = built_in_policy(0, dtype=torch.float32, device=CPU)
-    splitter = StepSplitter(policy.tokenizer, "\n")
-    sampling, rows = Sampling(max_tokens=64), []
-
-    def grow(engine: Engine, config: SearchConfig, prompts: np.ndarray) -> int:
-        engine.cache.index.clear()
-        search = make_search(config, IBConfig(), splitter, 64)
-        graded = engine.run(search, prompts, sampling, reward=lambda tree, leaf: float(leaf.tokens.sum() % 2))
-        return sum(tree.num_sampled for _, tree in graded)
-
+    splitter, rows = StepSplitter(policy.tokenizer, "\n"), []
+    shapes = {
+        f"IBTree (4, {1 + 8 // k}, {k}, 1)": SearchConfig(rounds=1 + 8 // k, nodes_per_round=k) for k in (1, 2, 4, 8)
+    } | {"independent, 8": SearchConfig(method="independent", group_size=8)}
     for count in (24, 64, 256):
         prompts = np.random.default_rng(0).integers(1, 14, (count, 24))
         engine = Engine(policy.model, kv_tokens=256 * 16 * 96)
-        contenders = {
-            f"IBTree (4, {1 + 8 // k}, {k}, 1)": partial(
-                grow, engine, SearchConfig(rounds=1 + 8 // k, nodes_per_round=k), prompts
-            )
-            for k in (1, 2, 4, 8)
+        contenders: dict[str, Call] = {
+            name: partial(grow, engine, config, prompts, splitter, 64) for name, config in shapes.items()
         }
-        contenders["independent, 8"] = partial(grow, engine, SearchConfig(method="independent", group_size=8), prompts)
         rows += compare("trees, prompts", count, contenders, options.repetitions)
+    return rows
+
+
+def trees_large(options: argparse.Namespace) -> list[Row]:
+    model = random_model("Qwen2.5-0.5B")
+    splitter, rows = StepSplitter(built_in_policy(0, dtype=torch.float32, device=CPU).tokenizer, step_tokens=8), []
+    shapes = {
+        "IBTree (4, 9, 1, 1)": SearchConfig(),
+        "IBTree (4, 9, 1, 1), 4 rounds under way": SearchConfig(lookahead=4),
+        "IBTree (4, 2, 8, 1)": SearchConfig(rounds=2, nodes_per_round=8),
+        "independent, 8": SearchConfig(method="independent", group_size=8),
+    }
+    for count in options.prompts:
+        prompts = np.random.default_rng(0).integers(0, 151936, (count, 64))
+        engine = Engine(model, kv_tokens=count * 12 * 128 + 4096)
+        contenders: dict[str, Call] = {
+            name: partial(grow, engine, config, prompts, splitter, 32) for name, config in shapes.items()
+        }
+        rows += compare("trees, prompts, 0.5B", count, contenders, max(3, options.repetitions // 3))
     return rows
 
 
@@ -180,7 +200,7 @@ def throughput(options: argparse.Namespace) -> list[Row]:
     return compare("256 sequences, 100 to 1,024", scale, {"engine": ours}, 1, warmup=1)
 
 
-CASES = {"decode": decode, "shared": shared, "trees": trees, "throughput": throughput}
+CASES = {"decode": decode, "shared": shared, "trees": trees, "trees-large": trees_large, "throughput": throughput}
 
 
 def main() -> None:
@@ -188,6 +208,7 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="which; default: decode shared trees")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--repetitions", type=int, default=9, metavar="N")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[4, 16], metavar="N", help="of trees-large")
     parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="of throughput's lengths and layers")
     options = parser.parse_args()
     rows = [row for name in options.cases or ("decode", "shared", "trees") for row in CASES[name](options)]
