@@ -10,6 +10,8 @@ trees-large the same on the shape of Qwen2.5-0.5B, where a step of the model tak
             about it: trajectories of 32 tokens behind prompts of 64
 throughput  nano-vllm's load: 256 sequences with 100 to 1,024 tokens in and out, a model of the shape of Qwen3-0.6B;
             --scale makes both smaller, as a CPU demands
+graphs      on a GPU: a model of the shape of Qwen2.5-0.5B with decode steps captured as CUDA graphs, without, and
+            `transformers` generate; alone in one call, for the rows name the device
 
 Ours returns log-prob and entropy with every token; the peers return tokens. Writes engine_peers.csv.
 """
@@ -200,7 +202,31 @@ def throughput(options: argparse.Namespace) -> list[Row]:
     return compare("256 sequences, 100 to 1,024", scale, {"engine": ours}, 1, warmup=1)
 
 
-CASES = {"decode": decode, "shared": shared, "trees": trees, "trees-large": trees_large, "throughput": throughput}
+def graphs(options: argparse.Namespace) -> list[Row]:
+    device = torch.device("cuda")
+    model = random_model("Qwen2.5-0.5B").to(device)
+    peer = in_transformers(model, torch.bfloat16).to(device)
+    rows = []
+    for batch in (1, 8, 64, 256):
+        prompts = np.random.default_rng(0).integers(0, 151936, (batch, 64))
+        ids = torch.from_numpy(prompts).to(device)
+        contenders: dict[str, Call] = {
+            f"engine, {how}": partial(extend_all, Engine(model, kv_tokens=batch * 256, cuda_graphs=on), prompts, 64)
+            for how, on in (("captured steps", True), ("plain steps", False))
+        }
+        contenders["transformers generate"] = partial(generate, peer, ids, 64)
+        rows += compare("decode on a GPU, 0.5B", batch, contenders, max(3, options.repetitions // 3))
+    return rows
+
+
+CASES = {
+    "decode": decode,
+    "shared": shared,
+    "trees": trees,
+    "trees-large": trees_large,
+    "throughput": throughput,
+    "graphs": graphs,
+}
 
 
 def main() -> None:
@@ -212,7 +238,8 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="of throughput's lengths and layers")
     options = parser.parse_args()
     rows = [row for name in options.cases or ("decode", "shared", "trees") for row in CASES[name](options)]
-    write(options.out / "engine_peers.csv", rows)
+    device = torch.device("cuda" if options.cases == ["graphs"] else "cpu")
+    write(options.out / "engine_peers.csv", rows, device)
 
 
 if __name__ == "__main__":

@@ -84,9 +84,9 @@ def compare(case: str, x: float | int, contenders: dict[str, Call], repetitions:
     return rows
 
 
-def write(path: Path, rows: list[Row]) -> None:
-    """Replace the rows of the same cases, keep the others."""
-    stamp = asdict(here(CPU))
+def write(path: Path, rows: list[Row], device: torch.device = CPU) -> None:
+    """Replace the rows of the same cases, keep the others; `device` is where they were measured."""
+    stamp = asdict(here(device))
     fresh = [stamp | row.cells() for row in rows]
     cases = {row.case for row in rows}
     kept = []

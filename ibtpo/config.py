@@ -275,6 +275,8 @@ class EngineConfig:
     """Most branches decoded in one step."""
     prefill_tokens: int = 2048
     """Most prompt tokens computed in one step; longer prompts are computed in chunks."""
+    cuda_graphs: bool = False
+    """Capture decode steps as CUDA graphs; on a GPU only."""
     release: Literal["auto", "always", "never"] = "auto"
     """Hand the pool's memory back while the policy is updated; auto: on a GPU, or where the run does not fit else."""
 

@@ -46,6 +46,7 @@ def make_engine(config: TrainConfig, policy: Policy) -> Engine:
             max_branches=config.engine.max_branches,
             prefill_tokens=config.engine.prefill_tokens,
             parity=config.parity,
+            cuda_graphs=config.engine.cuda_graphs,
         )
     except RuntimeError as error:
         raise ValueError(

@@ -1,5 +1,6 @@
-"""Runs `triton_interpreter_cases.py` and `test_gpu.py` in a process of its own: TRITON_INTERPRET must be set before
-Triton is imported, and the rest of the suite must not see it. Also what is said of a backend that cannot run."""
+"""Runs `triton_interpreter_cases.py`, `test_gpu.py` and `test_step_graphs.py` in a process of its own: TRITON_INTERPRET
+must be set before Triton is imported, and the rest of the suite must not see it. Also what is said of a backend that
+cannot run."""
 
 from __future__ import annotations
 
@@ -28,6 +29,7 @@ def test_the_interpreted_kernels_match_the_reference() -> None:
             "no:cacheprovider",
             str(HERE / "triton_interpreter_cases.py"),
             str(HERE / "test_gpu.py"),
+            str(HERE / "test_step_graphs.py"),
         ],
         cwd=HERE.parent,
         env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -14,6 +14,7 @@ import torch
 from ibtpo_engine.branches import Branch
 from ibtpo_engine.budget import Budget, check_nodes, check_room, within_budgets
 from ibtpo_engine.cache import PageCache
+from ibtpo_engine.capture import Capture, capture_for
 from ibtpo_engine.endings import truncate, under_way
 from ibtpo_engine.errors import BudgetSpent, OutOfPages, StaleWeights
 from ibtpo_engine.features import features_of
@@ -51,10 +52,11 @@ class Engine:
         decode: token ids to text, as `tokenizer.decode`; stop strings need it.
         parity: "bitwise" gives a branch the same bits in every batch, prefilled, decoded, forked or preempted, and
             those of `Model.packed(parity="bitwise")`; "fast" promises equality up to rounding.
+        cuda_graphs: capture decode steps as CUDA graphs (`step_graphs`); for a model on a GPU, with Triton.
 
     Raises:
-        ValueError: a size is not positive, both sizes of the pool are given, or `parity` is unknown or cannot be kept
-            with this model.
+        ValueError: a size is not positive, both sizes of the pool are given, `parity` is unknown or cannot be kept
+            with this model, or graphs cannot be captured here.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Engine:
         prefill_tokens: int = 2048,
         decode: Decode | None = None,
         parity: Parity = "fast",
+        cuda_graphs: bool = False,
     ) -> None:
         if kv_tokens is not None and kv_share is not None:
             raise ValueError(f"Engine: kv_tokens={kv_tokens} and kv_share={kv_share} both size the pool; give one")
@@ -100,9 +103,9 @@ class Engine:
         self._opened = 0
         self._weights = WeightWatch(self.model, *([self.shadow.masters] if self.shadow else []))
         self._num_parameters = sum(p.numel() for p in self.model.parameters())
-        self._build()
+        self._build(capture_for(self.model) if cuda_graphs else None)
 
-    def _build(self) -> None:
+    def _build(self, capture: Capture | None) -> None:
         config = self.model.config
         pool = PagePool(
             layers=config.num_layers,
@@ -114,7 +117,7 @@ class Engine:
         )
         self.cache = PageCache(pool)
         self.scheduler = Scheduler(
-            Runner(self.model, pool, self.parity),
+            Runner(self.model, pool, self.parity, capture),
             self.cache,
             max_branches=self.max_branches,
             fill_tokens=self.prefill_tokens,

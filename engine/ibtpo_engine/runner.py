@@ -7,6 +7,7 @@ already), and how much of its path it sees. Decoding, prefill in chunks, and rec
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibtpo_engine.model import Model, QKNorm
+from ibtpo_engine.capture import Capture
+from ibtpo_engine.model import Model
 from ibtpo_engine.native import native_decoder
+from ibtpo_engine.paged_attention import PagedAttention
 from ibtpo_engine.pages import PAGE, PagePool
 from ibtpo_engine.parity import Parity, check_parity, project_for
 from ibtpo_engine.slots import Slots
@@ -26,9 +29,10 @@ from ibtpo_kernels import (
     DecodeStep,
     active_backend,
     batch_invariant_linear,
-    rope_append,
-    tree_decode,
 )
+
+if TYPE_CHECKING:
+    from ibtpo_engine.step_graphs import StepGraphs
 
 _CPU = torch.device("cpu")
 
@@ -50,33 +54,15 @@ class Rows:
     row: npt.NDArray[np.int32]
 
 
-class PagedAttention:
-    """Attention of a batch of rows over the pool; appends the rows' own keys and values first."""
-
-    def __init__(self, pool: PagePool, plan: DecodePlan, address: Tensor, cos: Tensor, sin: Tensor) -> None:
-        self.pool = pool
-        self.plan = plan
-        self.address = address
-        self.cos = cos
-        self.sin = sin
-
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, norms: QKNorm | None) -> Tensor:
-        keys, values = self.pool.layers[layer]
-        q_weight, k_weight, eps = (None, None, 0.0) if norms is None else norms.qk_norm
-        q = rope_append(
-            q, k, v, self.cos, self.sin, keys, values, self.address, q_weight=q_weight, k_weight=k_weight, eps=eps
-        )
-        return tree_decode(q, keys, values, self.plan)
-
-
 class Runner:
     """Runs rows; keeps the attention plan while the set of rows stays the same.
 
     A model that `native_decoder` accepts is run by it, any other as the module it is. The native decoder is bitwise as
-    it is; the module is asked for it by `parity`.
+    it is; the module is asked for it by `parity`. With `capture` the module's decode steps are captured and replayed
+    (`step_graphs`, which needs Triton).
     """
 
-    def __init__(self, model: Model, pool: PagePool, parity: Parity = "fast") -> None:
+    def __init__(self, model: Model, pool: PagePool, parity: Parity = "fast", capture: Capture | None = None) -> None:
         self.model = model
         self.pool = pool
         self.parity: Parity = parity
@@ -85,6 +71,11 @@ class Runner:
         self._decoder: Decoder | None = None
         self._step: DecodeStep | None = None
         self._chosen: npt.NDArray[np.int64] | None = None  # what the step was told to run
+        self.graphs: StepGraphs | None = None
+        if capture is not None:
+            from ibtpo_engine.step_graphs import StepGraphs  # not where Triton is missing
+
+            self.graphs = StepGraphs(model, pool, self.logits, capture)
         self.weights_changed()
 
     def invalidate(self) -> None:
@@ -100,6 +91,11 @@ class Runner:
     def is_native(self) -> bool:
         """Whether a forward pass is one native call."""
         return self._decoder is not None and active_backend(_CPU) == "cpu"
+
+    @property
+    def has_step(self) -> bool:
+        """Whether `decode` can run a step of nothing but decode rows."""
+        return self.is_native or self.graphs is not None
 
     def forward(self, rows: Rows, planner: DecodePlanner) -> Tensor:
         """Hidden states [T, H] of `rows`, whose paths' pages are in the table of `planner`."""
@@ -126,11 +122,17 @@ class Runner:
         return F.linear(hidden, self.model.head).float()
 
     def decode(self, slots: Slots, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Run the last token of each slot chosen and record the next one, all in one native call.
+        """Run the last token of each slot chosen and record the next one, in one native call or one replayed graph.
 
         Returns:
-            int64 [len(chosen)], as `DecodeStep.run`, of which it is a view. Only where `is_native`.
+            int64 [len(chosen)], as `DecodeStep.run`, of which it may be a view. Only where `has_step`.
         """
+        if not self.is_native:
+            assert self.graphs is not None
+            if self._chosen is not chosen:
+                self.graphs.choose(slots, chosen)
+                self._chosen = chosen
+            return self.graphs.decode(slots, chosen)
         assert self._decoder is not None
         if self._step is None or not self._step.is_current(self.pool.keys, self.pool.values):
             self._step, self._chosen = self._decoder.record(slots, self.pool.keys, self.pool.values), None

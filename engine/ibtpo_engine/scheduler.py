@@ -30,12 +30,11 @@ from ibtpo_engine.cache import PageCache, is_computed
 from ibtpo_engine.given import record_scores
 from ibtpo_engine.pages import KV, PAGE, pages_for
 from ibtpo_engine.runner import Rows, Runner
-from ibtpo_engine.slots import FINISH, Outputs, Slots
+from ibtpo_engine.slots import FINISH, LACKS_PAGE, Outputs, Slots
 from ibtpo_engine.tree import Node
 
 SlotIds = npt.NDArray[np.int64]
 
-LACKS_PAGE = 3  # code of `Runner.decode`: the branch goes on, once it has another page
 FILL_SLOTS = 32  # most nodes filled in one step
 
 
@@ -116,7 +115,7 @@ class Scheduler:
         ready: list[Branch] = []
         try:
             self._admit(ready)
-            if self.running and not ready and not self.fills and self.runner.is_native:
+            if self.running and not ready and not self.fills and self.runner.has_step:
                 return self._decode(version)
             self._grow()
             fills, decoding = list(self.fills.values()), self._decoding_slots()
@@ -216,7 +215,7 @@ class Scheduler:
         branch.kv = self.cache.open(branch.node, branch.node.start + 1)
         if branch.kv is None:
             return False
-        if parent.kv.hidden is None or (self.runner.is_native and not self.fills):
+        if parent.kv.hidden is None or (self.runner.has_step and not self.fills):
             self._take_slot(branch, branch.kv)
             self._join(branch)
         else:
@@ -313,7 +312,7 @@ class Scheduler:
                 branch = self.running.get(slot)
 
     def _decode(self, version: int) -> list[Node]:
-        """A step of nothing but decode rows, in one native call."""
+        """A step of nothing but decode rows, in one call."""
         if not self._has_pages:
             self._grow()
         decoding = self._decoding_slots()

@@ -22,6 +22,7 @@ Number = TypeVar("Number", np.int32, np.int64, np.float32)
 Outputs = tuple[Ints, Floats, Floats, Floats]  # tokens, logprob, logprob_raw, entropy of one branch, each [n]
 
 FINISH = (None, "stop", "length")
+LACKS_PAGE = 3  # code of a decode step beside those: the branch goes on, once it has another page
 
 
 class Slots:

@@ -195,8 +195,7 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, s
     narrow, wide = configs.decode_rows(group, dim, q.element_size())
     work = work_list(plan, group, narrow, wide)
     tiles = configs.decode(head_dim, q.element_size(), work.has_wide, configs.capability(q.device))
-    direct = work.num_slots == num_queries
-    num_slots = 0 if direct else work.num_slots
+    num_slots = 0 if work.is_direct else work.num_slots
     acc = torch.empty(num_slots, num_heads, head_dim, dtype=torch.float32, device=q.device)
     sums = torch.empty(num_slots, num_heads, 2, dtype=torch.float32, device=q.device)
     with on_device(q):
@@ -204,10 +203,10 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, s
             q, k_pages, v_pages, plan.page_table, plan.rows, plan.lengths, work.items, work.first_slot, acc, sums, out,
             num_heads, num_pages, plan.page_table.shape[1], q.stride(0), q.stride(1), num_kv_heads * head_dim,
             scale * LOG2_E, SPLIT=work.split_tokens, GROUP=group, HEAD=head_dim, DIM=dim, STEP=tiles.steps(dim),
-            PAGE=page_size, NARROW=narrow, WIDE=wide, BLOCK_N=tiles.block_n, HAS_WIDE=work.has_wide, DIRECT=direct,
-            PRECISION=dot_precision(q.dtype), **tiles.options,
+            PAGE=page_size, NARROW=narrow, WIDE=wide, BLOCK_N=tiles.block_n, HAS_WIDE=work.has_wide,
+            DIRECT=work.is_direct, PRECISION=dot_precision(q.dtype), **tiles.options,
         )  # fmt: skip
-        if not direct:
+        if not work.is_direct:
             merge[(num_queries, num_heads)](
                 acc, sums, work.first_slot, out, num_heads, HEAD=head_dim, DIM=dim, num_warps=1
             )

@@ -43,6 +43,7 @@ class Work:
         num_slots: of all queries.
         split_tokens: keys a split.
         has_wide: whether an item has more rows (queries x heads of a group) than the narrow tile.
+        is_direct: whether each query has one partial result, which then is its output.
     """
 
     items: Tensor
@@ -50,6 +51,7 @@ class Work:
     num_slots: int
     split_tokens: int
     has_wide: bool
+    is_direct: bool
 
 
 def cut(items: npt.NDArray[np.int32], lengths: Ints, width: int, page_size: int, split_pages: int) -> tuple[Ints, Ints]:
@@ -89,34 +91,60 @@ def tiled(items: Ints, lengths: Ints, group: int, narrow: int, wide: int, split_
     return out[np.argsort(-height * keys, kind="stable")]
 
 
-_CACHE: WeakKeyDictionary[DecodePlan, dict[tuple[int, int, int], Work]] = WeakKeyDictionary()
+@dataclass(frozen=True)
+class HostWork:
+    """`Work` while it is on the host: items int32 [W, 4], first_slot int32 [B + 1]."""
+
+    items: npt.NDArray[np.int32]
+    first_slot: npt.NDArray[np.int32]
+    split_tokens: int
+    has_wide: bool
+
+    @property
+    def num_slots(self) -> int:
+        """Partial results of all queries."""
+        return int(self.first_slot[-1])
 
 
-def work_list(plan: DecodePlan, group: int, narrow: int, wide: int) -> Work:
-    """The plan's work for `group` query heads a key/value head, in tiles of `narrow` or `wide` rows.
-
-    Made once a plan, when the first layer asks: for a plan of `DecodePlanner` without waiting for the device.
-    """
-    known = _CACHE.setdefault(plan, {})
-    shape = (group, narrow, wide)
-    if shape not in known:
-        known[shape] = _build(plan, *shape)
-    return known[shape]
-
-
-def _build(plan: DecodePlan, group: int, narrow: int, wide: int) -> Work:
+def host_work(plan: DecodePlan, group: int, narrow: int, wide: int) -> HostWork:
+    """The plan's work for `group` query heads a key/value head, in tiles of `narrow` or `wide` rows."""
     planned, seen = plan.on_host or (plan.items.cpu(), plan.lengths.cpu())
     lengths = seen.numpy().astype(np.int64)
     split_pages = max(1, configs.SPLIT // plan.page_size)
     split_tokens = split_pages * plan.page_size
     items, num_splits = cut(planned.numpy(), lengths, plan.page_table.shape[1], plan.page_size, split_pages)
     items = tiled(items, lengths, group, narrow, wide, split_tokens)
-    first_slot = np.r_[0, np.cumsum(num_splits)]
-    device = plan.lengths.device
-    return Work(
-        items=torch.from_numpy(items.astype(np.int32)).to(device),
-        first_slot=torch.from_numpy(first_slot.astype(np.int32)).to(device),
-        num_slots=int(first_slot[-1]),
-        split_tokens=split_tokens,
+    return HostWork(
+        items.astype(np.int32),
+        np.r_[0, np.cumsum(num_splits)].astype(np.int32),
+        split_tokens,
         has_wide=bool((items[:, 1] * group > narrow).any()),
     )
+
+
+_CACHE: WeakKeyDictionary[DecodePlan, dict[tuple[int, int, int], Work]] = WeakKeyDictionary()
+
+
+def work_list(plan: DecodePlan, group: int, narrow: int, wide: int) -> Work:
+    """`host_work` on the device.
+
+    Made once a plan, when the first layer asks: for a plan of `DecodePlanner` without waiting for the device.
+    """
+    known = _CACHE.setdefault(plan, {})
+    shape = (group, narrow, wide)
+    if shape not in known:
+        made, device = host_work(plan, *shape), plan.lengths.device
+        known[shape] = Work(
+            items=torch.from_numpy(made.items).to(device),
+            first_slot=torch.from_numpy(made.first_slot).to(device),
+            num_slots=made.num_slots,
+            split_tokens=made.split_tokens,
+            has_wide=made.has_wide,
+            is_direct=made.num_slots == len(plan.rows),
+        )
+    return known[shape]
+
+
+def set_work(plan: DecodePlan, group: int, narrow: int, wide: int, work: Work) -> None:
+    """Have `work_list` return this."""
+    _CACHE.setdefault(plan, {})[group, narrow, wide] = work

@@ -1,0 +1,47 @@
+"""What repeats a step on a GPU at the cost of one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+
+from ibtpo_engine.model import Model
+
+Step = Callable[[], None]
+Capture = Callable[[Step], Step]
+"""Runs a step, any number of times, and returns what repeats it."""
+
+
+def capture_for(model: Model) -> Capture:
+    """Captures steps of this model.
+
+    Raises:
+        ValueError: they cannot be captured.
+    """
+    if model.device.type != "cuda":
+        raise ValueError(f"cuda_graphs: the model is on {model.device}; move it to a GPU, or leave graphs off")
+    if find_spec("triton") is None:
+        raise ValueError("cuda_graphs: Triton is missing; install ibtpo[gpu] (Linux), or leave graphs off")
+    return CudaCapture(model.device)
+
+
+class CudaCapture:
+    """Captures steps; all share one pool of memory, as no two are replayed at a time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._memory = torch.cuda.graph_pool_handle()
+
+    def __call__(self, step: Step) -> Step:
+        with torch.cuda.device(self._device):
+            side, current = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
+            side.wait_stream(current)
+            with torch.cuda.stream(side):  # kernels are compiled and libraries set up outside of the capture
+                step()
+            current.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._memory):
+                step()
+        return graph.replay

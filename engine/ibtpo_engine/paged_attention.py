@@ -1,0 +1,28 @@
+"""Attention of rows that live in the page pool."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ibtpo_engine.model import QKNorm
+from ibtpo_engine.pages import PagePool
+from ibtpo_kernels import DecodePlan, rope_append, tree_decode
+
+
+class PagedAttention:
+    """Attention of a batch of rows over the pool; appends the rows' own keys and values first."""
+
+    def __init__(self, pool: PagePool, plan: DecodePlan, address: Tensor, cos: Tensor, sin: Tensor) -> None:
+        self.pool = pool
+        self.plan = plan
+        self.address = address
+        self.cos = cos
+        self.sin = sin
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, norms: QKNorm | None) -> Tensor:
+        keys, values = self.pool.layers[layer]
+        q_weight, k_weight, eps = (None, None, 0.0) if norms is None else norms.qk_norm
+        q = rope_append(
+            q, k, v, self.cos, self.sin, keys, values, self.address, q_weight=q_weight, k_weight=k_weight, eps=eps
+        )
+        return tree_decode(q, keys, values, self.plan)

@@ -1,0 +1,163 @@
+"""Decode steps on a GPU as captured CUDA graphs.
+
+A step launches some ten kernels a layer, most of which take less time than their launch; replayed as a graph they are
+one launch. What is captured reads and writes buffers that stay where they are::
+
+    host      plan, temperatures ...             token, pos, address, stream        tokens, log-probs, entropy
+                 | when branches begin or end       | every step                       ^
+    device    plan, settings ---------------->  [ model -> logits -> sample ] ---------+
+                                                  captured once a bucket, then replayed
+
+A bucket is a number of rows and the room of its plan, both rounded up. Rows that no branch uses are at position -1:
+they see nothing, write nothing, and nobody looks at what they sample. Weights are read where they lie, so graphs
+survive every update in place; where a parameter or the pool lies elsewhere now, all are captured anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ibtpo_engine.capture import Capture, Step
+from ibtpo_engine.model import Model
+from ibtpo_engine.paged_attention import PagedAttention
+from ibtpo_engine.pages import PagePool
+from ibtpo_engine.slots import LACKS_PAGE, Slots
+from ibtpo_kernels import DecodePlan, sample
+from ibtpo_kernels.gpu.replay import Heads, ReplayPlan, Room, work_for
+
+MOST_GRAPHS = 48  # the one used longest ago is forgotten
+
+
+class _Bucket:
+    """A step of at most `room.queries` rows at fixed addresses."""
+
+    def __init__(self, model: Model, pool: PagePool, logits: Callable[[Tensor], Tensor], plan: ReplayPlan) -> None:
+        size, device = plan.room.queries, model.device
+        pinned = device.type == "cuda"
+        self.plan = plan
+        self.rows = torch.zeros(4, size, dtype=torch.int64, pin_memory=pinned)  # token, pos, address, stream
+        self.settings = torch.zeros(4, size, pin_memory=pinned)  # temperature, top_p, top_k, min_p
+        self.replay: Step | None = None
+        self._rows, self._settings = self.rows.to(device), self.settings.to(device)
+        self._out = torch.zeros(4, size, dtype=torch.float64, device=device)  # token, logprob, logprob_raw, entropy
+        self._model, self._pool, self._logits = model, pool, logits
+
+    def step(self) -> None:
+        """What is captured."""
+        token, pos, address, stream = self._rows.unbind()
+        temperature, top_p, top_k, min_p = self._settings.unbind()
+        plan = self.plan.plan
+        plan.lengths.copy_(pos + 1)
+        attention = PagedAttention(self._pool, plan, address, *self._model.rotation(pos))
+        drawn = sample(
+            self._logits(self._model(token, attention)),
+            torch.stack((stream, pos + 1), -1),
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k.int(),
+            min_p=min_p,
+        )
+        self._out.copy_(torch.stack([part.double() for part in drawn]))
+
+    def send(self, values: Tensor) -> None:
+        """Copy `rows` or `settings` to the device."""
+        (self._rows if values is self.rows else self._settings).copy_(values, non_blocking=True)
+
+    def out(self, count: int) -> npt.NDArray[np.float64]:
+        """[4, count], what the last replay sampled; waits for it."""
+        return self._out[:, :count].cpu().numpy()
+
+
+class StepGraphs:
+    """Decode steps of one model over one pool.
+
+    Args:
+        model, pool: on a GPU.
+        logits: hidden states [B, H] to float32 logits [B, V].
+        capture: `CudaCapture`.
+
+    Attributes:
+        captured, replayed: how often.
+    """
+
+    def __init__(self, model: Model, pool: PagePool, logits: Callable[[Tensor], Tensor], capture: Capture) -> None:
+        self.captured = self.replayed = 0
+        self._model, self._pool, self._logits, self._capture = model, pool, logits, capture
+        config = model.config
+        self._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim, model.dtype)
+        self._buckets: dict[Room, _Bucket] = {}
+        self._bucket: _Bucket | None = None  # of the branches chosen
+        self._seen: object = None
+
+    def forget_moved(self) -> None:
+        """Drop the graphs if a parameter or the pool lies elsewhere than when they were captured."""
+        adapters = self._model.adapters
+        places = [p.data_ptr() for p in self._model.parameters()]
+        seen = (places, adapters is not None and adapters.on, self._pool.keys.data_ptr())
+        if seen != self._seen:
+            self._seen, self._bucket, self._buckets = seen, None, {}
+
+    def choose(self, slots: Slots, chosen: npt.NDArray[np.int64]) -> None:
+        """Say which branches the next steps are for."""
+        self.forget_moved()
+        lengths = torch.from_numpy(slots.length[chosen])
+        plan = slots.planner.plan(torch.from_numpy(chosen.astype(np.int32)), lengths)
+        work = work_for(plan, self._heads)
+        bucket = self._bucket_of(plan, Room.for_work(work, rounded_up(len(chosen))))
+        bucket.plan.load(plan, work)
+        count = len(chosen)
+        settings, rows = bucket.settings.numpy(), bucket.rows.numpy()
+        for row, name in enumerate(("temperature", "top_p", "top_k", "min_p")):
+            settings[row, :count] = getattr(slots, name)[chosen]
+            settings[row, count:] = 1.0 if name == "top_p" else 0.0
+        rows[:, count:] = np.array([0, -1, -1, 0])[:, None]
+        rows[3, :count] = slots.stream[chosen]
+        bucket.send(bucket.settings)
+        self._bucket = bucket
+
+    def _bucket_of(self, like: DecodePlan, room: Room) -> _Bucket:
+        bucket = self._buckets.pop(room, None)
+        if bucket is None:
+            bucket = _Bucket(self._model, self._pool, self._logits, ReplayPlan(like, room, self._heads))
+            if len(self._buckets) >= MOST_GRAPHS:
+                del self._buckets[next(iter(self._buckets))]
+        self._buckets[room] = bucket  # the last in order is the one used last
+        return bucket
+
+    def decode(self, slots: Slots, chosen: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Run the last token of each branch chosen and record the next one.
+
+        Returns:
+            int64 [len(chosen)]: as `DecodeStep.run`.
+
+        Raises:
+            ValueError: a branch has NaN or inf logits; then nothing is recorded.
+        """
+        bucket, count = self._bucket, len(chosen)
+        assert bucket is not None
+        bucket.rows.numpy()[:3, :count] = slots.next_rows(chosen)
+        bucket.send(bucket.rows)
+        slots.planner.upload()
+        if bucket.replay is None:
+            bucket.replay = self._capture(bucket.step)
+            self.captured += 1
+        bucket.replay()
+        self.replayed += 1
+        token, *numbers = bucket.out(count)
+        if token.min() < 0:
+            raise ValueError(f"sample: row {int(token.argmin())} has no distribution (NaN or inf logits)")
+        code = slots.record(chosen, token.astype(np.int32), *(part.astype(np.float32) for part in numbers))
+        lacks = slots.table[chosen, (slots.length[chosen] - 1) // slots.planner.page_size] < 0
+        return np.where((code == 0) & lacks, LACKS_PAGE, code)
+
+
+def rounded_up(count: int) -> int:
+    """Rows of the bucket for `count` branches: 1 to 8, then three bits of it, so at most a quarter is unused."""
+    step = 1 << max(count.bit_length() - 3, 0)
+    return -(-count // step) * step

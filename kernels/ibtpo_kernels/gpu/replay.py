@@ -1,0 +1,125 @@
+"""Decode plans for a captured CUDA graph that outlives them: the same buffers and launches, whatever they say.
+
+A graph repeats launches: the grid, the scratch memory and every address stay those of the capture, and a plan of its
+own is valid until a branch begins or ends. A `ReplayPlan` has room to spare instead, and takes one plan after the
+other. Room for four queries, six items and eight partial results, and what a plan of three queries makes of it::
+
+    lengths      70  90  20   0        the fourth query sees nothing, its output is 0
+    first_slot   0   2   4   5   5     ... and has no partial result
+    items        . . . . -  -          the last two have no query: their programs read and write nothing
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from ibtpo_kernels.gpu import configs
+from ibtpo_kernels.gpu.work import HostWork, Work, host_work, set_work
+from ibtpo_kernels.plan import DecodePlan
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The queries a plan is for: [*, num_heads, head_dim] in `dtype`, against `num_kv_heads`."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def tiles(self) -> tuple[int, int, int]:
+        """(query heads a key/value head, narrow rows, wide rows), as `work_list` takes them."""
+        group = self.num_heads // self.num_kv_heads
+        return group, *configs.decode_rows(group, configs.padded(self.head_dim), self.dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a `ReplayPlan` holds at most; graphs are kept by it.
+
+    Attributes:
+        queries, items, slots: as in `Work`.
+        has_wide: whether items may be wide; the launch differs.
+    """
+
+    queries: int
+    items: int
+    slots: int
+    has_wide: bool
+
+    @classmethod
+    def for_work(cls, work: HostWork, queries: int) -> Self:
+        """Room for `queries` like those of `work`: powers of two, so that the next plans are likely to fit."""
+        return cls(queries, _power(max(len(work.items), queries)), _power(max(work.num_slots, queries)), work.has_wide)
+
+
+def _power(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+class ReplayPlan:
+    """A plan that stays where it is while others are loaded into it.
+
+    Args:
+        like: a plan over the page table that all the others are over, too.
+        room: what it holds.
+        heads: the queries it is for.
+
+    Attributes:
+        plan: for `tree_decode`, of `room.queries` queries. Its lengths are the caller's to write; those of queries that
+            the loaded plan does not have must be 0.
+    """
+
+    def __init__(self, like: DecodePlan, room: Room, heads: Heads) -> None:
+        device = like.page_table.device
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.room = room
+        self.plan = DecodePlan(
+            like.page_table, zeros(room.queries), zeros(room.queries), zeros(0, 4), page_size=like.page_size
+        )
+        self._work = Work(
+            items=zeros(room.items, 4),
+            first_slot=zeros(room.queries + 1),
+            num_slots=room.slots,
+            split_tokens=max(1, configs.SPLIT // like.page_size) * like.page_size,
+            has_wide=room.has_wide,
+            is_direct=False,
+        )
+        set_work(self.plan, *heads.tiles, self._work)
+
+    def load(self, plan: DecodePlan, work: HostWork) -> None:
+        """Say what `plan` says, whose work is `work`.
+
+        Raises:
+            ValueError: there is no room for it.
+        """
+        room, count = self.room, len(plan.rows)
+        if (
+            count > room.queries
+            or len(work.items) > room.items
+            or work.num_slots > room.slots
+            or work.has_wide > room.has_wide
+        ):
+            raise ValueError(
+                f"ReplayPlan: {count} queries, {len(work.items)} items, {work.num_slots} partial results, wide: "
+                f"{work.has_wide}; it was made for {room}"
+            )
+        items, first_slot = self._work.items, self._work.first_slot
+        self.plan.rows[:count].copy_(plan.rows)
+        self.plan.rows[count:].zero_()
+        items[: len(work.items)].copy_(torch.from_numpy(work.items))
+        items[len(work.items) :].zero_()
+        first_slot[: count + 1].copy_(torch.from_numpy(work.first_slot))
+        first_slot[count + 1 :].fill_(work.num_slots)
+
+
+def work_for(plan: DecodePlan, heads: Heads) -> HostWork:
+    """What `ReplayPlan.load` takes beside the plan."""
+    return host_work(plan, *heads.tiles)
