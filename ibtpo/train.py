@@ -49,23 +49,7 @@ def train(
         Interrupted: stopped by Ctrl-C, SIGTERM or SIGHUP, with a checkpoint to continue from.
         NonFinite, GraderError: training came to nothing; the last checkpoint is from before.
     """
-    if config.sampling.temperature == 0:
-        raise ValueError("sampling.temperature: 0 is greedy, all trajectories would be alike; set it above 0 to train")
-    if config.search.redraws > 0 and config.advantage.uniform_groups != "skip":
-        raise ValueError(
-            f"search.redraws: {config.search.redraws} draws again for groups of equal rewards, on which "
-            f"advantage.uniform_groups={config.advantage.uniform_groups} trains; set it to skip, or redraws to 0"
-        )
-    if config.search.stop_uniform_after > 0 and config.advantage.uniform_groups != "skip":
-        raise ValueError(
-            f"search.stop_uniform_after: {config.search.stop_uniform_after} ends trees of equal rewards, on which "
-            f"advantage.uniform_groups={config.advantage.uniform_groups} trains; set it to skip, or the other to 0"
-        )
-    if config.search.stop_uniform_after > 0 and group.size > 1:
-        raise ValueError(
-            f"search.stop_uniform_after: {config.search.stop_uniform_after} moves rounds between all trees of a step, "
-            f"which {group.size} processes grow apart from each other; set it to 0, or train in one process"
-        )
+    _check_combinations(config, group)
     check_installed(config.log)
     config = with_absolute_paths(config)
     settings = replace(config, resume=None)  # what the folder says the run is
@@ -93,6 +77,42 @@ def train(
         stack.callback(gc.unfreeze)
         _run(Trainer(config, folder, policy, task, engine, console, on_step, plan, group=group, mode=mode))
     return folder.path
+
+
+def _check_combinations(config: TrainConfig, group: Group) -> None:
+    """Settings that are fine alone and not together.
+
+    Raises:
+        ValueError: names both.
+    """
+    search, advantage = config.search, config.advantage
+    if config.sampling.temperature == 0:
+        raise ValueError("sampling.temperature: 0 is greedy, all trajectories would be alike; set it above 0 to train")
+    if search.redraws > 0 and advantage.uniform_groups != "skip":
+        raise ValueError(
+            f"search.redraws: {search.redraws} draws again for groups of equal rewards, on which "
+            f"advantage.uniform_groups={advantage.uniform_groups} trains; set it to skip, or redraws to 0"
+        )
+    if search.redraws > 0 and advantage.kind == "vineppo":
+        raise ValueError(
+            f"search.redraws: {search.redraws} draws again for groups of equal rewards, from which "
+            "advantage.kind=vineppo learns all the same, by the values of their steps; set redraws to 0"
+        )
+    if advantage.kind == "treepo" and advantage.uniform_groups != "skip":
+        raise ValueError(
+            f"advantage.uniform_groups: {advantage.uniform_groups} would keep groups of equal rewards, to which the "
+            "whitening of advantage.kind=treepo gives advantages that no reward explains; set it to skip"
+        )
+    if search.stop_uniform_after > 0 and advantage.uniform_groups != "skip":
+        raise ValueError(
+            f"search.stop_uniform_after: {search.stop_uniform_after} ends trees of equal rewards, on which "
+            f"advantage.uniform_groups={advantage.uniform_groups} trains; set it to skip, or the other to 0"
+        )
+    if search.stop_uniform_after > 0 and group.size > 1:
+        raise ValueError(
+            f"search.stop_uniform_after: {search.stop_uniform_after} moves rounds between all trees of a step, "
+            f"which {group.size} processes grow apart from each other; set it to 0, or train in one process"
+        )
 
 
 def _created(path: Path, settings: TrainConfig, group: Group) -> RunFolder:

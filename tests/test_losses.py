@@ -150,10 +150,22 @@ def test_redraws_are_bounded_and_none_are_made_where_none_are_needed():
     assert _draw([True] * 9, redraws=5)[0].asked == [[0, 1, 2]]
 
 
-def test_redraws_and_training_on_equal_rewards_exclude_each_other(tmp_path: Path):
-    changes = {"out": str(tmp_path / "run"), "advantage": {"uniform_groups": "ib_only"}}
-    config = merge(base_config(task=None, preset="dapo", file=None, run=None), changes, source="")
-    with pytest.raises(ValueError, match=r"search\.redraws: 9 draws again .* set it to skip, or redraws to 0"):
+@pytest.mark.parametrize(
+    ("preset", "changes", "message"),
+    [
+        (
+            "dapo",
+            {"advantage": {"uniform_groups": "ib_only"}},
+            r"search\.redraws: 9 .* set it to skip, or redraws to 0",
+        ),
+        ("vineppo", {"search": {"redraws": 2}}, r"search\.redraws: 2 .* advantage\.kind=vineppo learns"),
+        ("treepo", {"advantage": {"uniform_groups": "ib_only"}}, r"advantage\.uniform_groups: ib_only would keep"),
+    ],
+)
+def test_settings_that_do_not_go_together(preset: str, changes: dict[str, Any], message: str, tmp_path: Path):
+    changes = {"out": str(tmp_path / "run"), **changes}
+    config = merge(base_config(task=None, preset=preset, file=None, run=None), changes, source="")
+    with pytest.raises(ValueError, match=message):
         train(config, Console(quiet=True))
     assert not (tmp_path / "run").exists()
 
