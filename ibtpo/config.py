@@ -427,7 +427,7 @@ class TrainConfig:
     """A training run."""
 
     model: str = "built-in"
-    """A Hugging Face checkpoint folder, or "built-in": a tiny policy warm-started on the built-in task."""
+    """A Hugging Face checkpoint folder, a run folder (its newest checkpoint), or "built-in": tiny, warm-started."""
     task: str = "digit-chain"
     """digit-chain, jsonl (set by --data), or reasoning-gym:NAME."""
     data: Path | None = None

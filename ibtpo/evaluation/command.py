@@ -23,15 +23,17 @@ from ibtpo.evaluation.folder import EvaluationFolder
 from ibtpo.evaluation.sampling import Completion, Place, sample_completions
 from ibtpo.evaluation.statistics import MOST_SAMPLES, ks_up_to
 from ibtpo.grow import Grower, Interrupted
+from ibtpo.model_card import CARD
 from ibtpo.policy import Policy
 from ibtpo.progress import track
 from ibtpo.report import Estimate
+from ibtpo.run_format import FORMAT_FILE
 from ibtpo.setup import check_prompts, make_engine, make_sampling
 from ibtpo.tasks import Problem, Task, format_prompt
 from ibtpo.validation import check_range
 from ibtpo_engine.adapter_folder import base_of, is_adapter_folder
 
-_NOT_THE_MODEL = ("optimizer.safetensors", "state.json", "checksums.json")  # what else is in a checkpoint
+_NOT_THE_MODEL = ("optimizer.safetensors", "state.json", "checksums.json", FORMAT_FILE, CARD)  # what else is there
 
 
 @dataclass(frozen=True, kw_only=True)
