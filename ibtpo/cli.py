@@ -64,9 +64,9 @@ USAGE = """usage: ibtpo {train,eval,sample,presets,study,view,config,doctor,comp
 `ibtpo COMMAND --help` lists every flag with its default. Settings may also come from a YAML file (--config FILE),
 with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
 
-Exit codes: 0 done, or a run stopped with a checkpoint by SIGTERM, a closed terminal or a closed pipe; 2 the input
-cannot be used or the run cannot go on, stderr says why; 130 stopped by Ctrl-C. docs/troubleshooting.md lists what can
-go wrong and what to do.
+Exit codes: 0 done, or train and eval stopped by SIGTERM, a closed terminal or a closed pipe, with what they had kept;
+2 the input cannot be used or the run cannot go on, stderr says why; 130 stopped by Ctrl-C. docs/troubleshooting.md
+lists what can go wrong and what to do.
 """
 
 Flat = tyro.conf.arg(name="")  # the fields of the run are flags without a prefix
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ibtpo: {stop}", file=sys.stderr)
         return 0 if stop.signal in (signal.SIGTERM, signal.SIGHUP) else 130
     except KeyboardInterrupt:
-        print("ibtpo: stopped at once; what the last checkpoint holds is safe", file=sys.stderr)
+        print("ibtpo: stopped at once; what was saved before is safe", file=sys.stderr)
         return 130
     except BrokenPipeError:  # somebody piped us into `head`
         return 0
@@ -161,7 +161,7 @@ def _eval(arguments: list[str], console: Console) -> int:
     parsed = _parse(EvalArguments, EvalArguments(run=base), "ibtpo eval", arguments)
     config, folder, policy, task = _open(parsed.resolve(), console)
     with closing(task):
-        evaluation, summary = run_evaluation(config, folder, policy, task, console)
+        evaluation, summary = run_evaluation(config, folder, policy, task, RunConsole())
     print_evaluation(evaluation, summary, console)
     if parsed.json is not None:
         parsed.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -4,8 +4,9 @@
 
     {"format": 1, "version": "0.1.0"}      beside a run's config.yaml, and in each of its checkpoints
 
-Whoever changes what the files of a run or of a checkpoint mean raises `FORMAT`, goes on reading what was written before,
-and says so in CHANGELOG.md. New files and new metrics change no meaning. A folder without a number is of format 1.
+Whoever changes what the files of a run or of a checkpoint mean raises `FORMAT`, goes on reading what was written
+before, and says so in CHANGELOG.md. New files and new metrics change no meaning. A folder without a number is of
+format 1.
 """
 
 from __future__ import annotations
@@ -54,9 +55,7 @@ def check_format(folder: Path) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
         number, writer = int(content["format"]), str(content.get("version"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise RunFolderError(
-            f"{path} does not say a format; put it back from a copy, it decides how to read the rest"
-        ) from None
+        raise RunFolderError(f"{path} does not say a format; put it back from a copy") from None
     if number > FORMAT:
         raise RunFolderError(
             f"{folder} has format {number}, this ibtpo ({package_version('ibtpo')}) reads up to {FORMAT}; update it to "

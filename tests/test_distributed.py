@@ -40,6 +40,7 @@ from ibtpo.metrics import tree_metrics
 from ibtpo.optim import NonFinite
 from ibtpo.pack import pack
 from ibtpo.runlog import RunFolder, latest_checkpoint
+from ibtpo.stopping import StopRequest
 from ibtpo.train import train
 from ibtpo.trainer import Trainer
 from ibtpo.update import Updater, frozen_copy
@@ -532,17 +533,17 @@ def test_sigterm_to_one_stops_all_with_a_checkpoint(adder: list[object], tmp_pat
 
 def test_a_signal_that_comes_while_the_others_are_asked_is_not_forgotten() -> None:
     trainer = object.__new__(Trainer)
-    trainer.stop_requested, trainer.stop_signal = False, 0
+    trainer.stop = StopRequest()
 
     class Asking(Group):
         def gather(self, value: Any, what: str) -> list[Any]:
-            trainer.stop_requested, trainer.stop_signal = True, signal.SIGTERM  # as the handler does
+            trainer.stop.signal = signal.SIGTERM  # as the handler does
             return [value]
 
     trainer.group = Asking()
     assert not trainer._agree_to_stop()
     assert trainer._agree_to_stop()
-    assert trainer.stop_signal == signal.SIGTERM
+    assert trainer.stop.signal == signal.SIGTERM
 
 
 def _wait_for_steps(folder: Path, steps: int) -> None:

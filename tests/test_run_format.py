@@ -152,7 +152,7 @@ def test_what_is_no_checkpoint_says_which_path_to_give(run: Path) -> None:
         with pytest.raises(RunFolderError, match=message):
             weights_of(path, print)
 
-    refused(run / "checkpoints", f"give the run, {run}, for the newest, or one of them")
+    refused(run / "checkpoints", f"give one of them, or {run} for the newest")
     for checkpoint in checkpoints(run):
         _damage(checkpoint.path)
     refused(run, "every checkpoint of .*run is damaged")
