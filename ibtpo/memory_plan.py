@@ -123,7 +123,7 @@ ONE = Processes()
 class _Sizes:
     """Numbers of a model: parameters, those trained, the largest trained, those with too few to be kept in 8 bits.
 
-    Of the parameters, `layer` lie in each decoder layer and `outside` in none.
+    Of those trained, `layer` lie in each decoder layer and `outside` in none.
     """
 
     parameters: int
@@ -154,7 +154,7 @@ def _sizes(shape: ModelConfig, config: TrainConfig) -> _Sizes:
     sides = [size for name, p in layer.items() if name.partition(".")[2] in names for size in p.shape]
     adapters = [config.lora.rank * size for size in sides]
     trained = sum(adapters) * shape.num_layers
-    return _Sizes(total + trained, trained, max(adapters), _small(adapters) * shape.num_layers, one, outside)
+    return _Sizes(total + trained, trained, max(adapters), _small(adapters) * shape.num_layers, sum(adapters), 0)
 
 
 def _small(counts: list[int]) -> int:
@@ -227,9 +227,9 @@ def plan_memory(
         shape: of its model.
         device: where it runs.
         free: bytes that the process may have; by default its share of what is free now.
-        processes: how the run is spread; adapters are never split.
+        processes: how the run is spread.
     """
-    split = processes.count if processes.mode == "fsdp" and config.lora.rank == 0 else 1
+    split = processes.count if processes.mode == "fsdp" else 1
     size, on_cpu = _itemsize(config), device.type == "cpu"
     count, tokens = _sizes(shape, config), largest_micro_batch(config)
     eight = config.optim.state == "8bit"
