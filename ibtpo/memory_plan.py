@@ -24,7 +24,7 @@ hidden, I inner size, L layers, Hq/Hkv heads of size D, r rank of the adapters. 
 
 In N processes each samples for its share of the prompts, and a step takes a bucket of gradients more. With fsdp masters
 (in fp32, too: the engine's weights are a copy), optimizer and gradients are a share of 1/N each, and to it come the
-*gathered layers*: two decoder layers and what lies outside of them, whole, with their gradients.
+*gathered layers*: what is trained of two decoder layers and outside of them, whole, with its gradients.
 
 Not all of it is there at once: `MemoryPlan.phases` adds up what meets while sampling, in the backward pass and in the
 optimizer step, and the largest counts. Tests compare each line with tensors, `bench/train_large.py` the sum with runs.

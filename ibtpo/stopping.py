@@ -44,7 +44,8 @@ class StopRequest:
             self.signal = number
             if number == signal.SIGHUP:
                 release_closed_terminal()
-            console.print("\nstopping at the next safe point; Ctrl-C again to stop at once", highlight=False)
+            again = "; Ctrl-C again to stop at once" if at_once else ""
+            console.print(f"\nstopping at the next safe point{again}", highlight=False)
 
         if threading.current_thread() is not threading.main_thread():
             yield

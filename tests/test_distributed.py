@@ -292,21 +292,23 @@ class _Twins(Group):
 CPU = torch.device("cpu")
 
 
-def test_auto_takes_shares_where_whole_copies_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rank", [0, 4])
+def test_auto_takes_shares_where_whole_copies_do_not_fit(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = replace(CONFIG, lora=LoRAConfig(rank=rank))
     shape, twins = tiny_model().config, _Twins(0, 2)
     monkeypatch.setattr(memory_plan, "host_memory", lambda: 0)
-    whole, split = (plan_memory(CONFIG, shape, CPU, processes=Processes(2, mode, 2)) for mode in ("ddp", "fsdp"))
+    whole, split = (plan_memory(base, shape, CPU, processes=Processes(2, mode, 2)) for mode in ("ddp", "fsdp"))
 
-    def mode(free: int, config: TrainConfig = CONFIG, group: Group = twins) -> str:
+    def mode(free: int, config: TrainConfig = base, group: Group = twins) -> str:
         monkeypatch.setattr(memory_plan, "free_memory", lambda device: free * group.size)  # shared by two
         return check_memory(config, shape, CPU, group)[0]
 
     assert split.total < whole.total
     assert mode(whole.total) == "ddp"
     assert mode(whole.total - 1) == "fsdp"
-    assert mode(whole.total, replace(CONFIG, distributed="fsdp")) == "fsdp"
+    assert mode(whole.total, replace(base, distributed="fsdp")) == "fsdp"
     assert mode(whole.total, group=ALONE) == "ddp"
-    for config, free in ((replace(CONFIG, distributed="ddp"), whole.total), (CONFIG, split.total)):
+    for config, free in ((replace(base, distributed="ddp"), whole.total), (base, split.total)):
         with pytest.raises(ValueError, match="so nothing was allocated"):
             mode(free - 1, config)
 
