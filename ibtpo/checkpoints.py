@@ -3,6 +3,7 @@
 ::
 
     checkpoints/step-000010/          complete: it got its name last
+        ibtpo.json                    its format, see ibtpo/run_format.py
         checksums.json                bytes and SHA-256 of every other file, but for
         README.md                     the model card, which grows with later evaluations
         ...                           what the trainer wrote
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ibtpo.disk import RunFolderError, flush, flush_tree, no_space, remove, retire, unfinished, write_atomically
+from ibtpo.run_format import check_format, is_run, write_format
 
 CHECKPOINTS, CHECKSUMS = "checkpoints", "checksums.json"
 _NAME, _ASIDE = "step-", "damaged-"
@@ -75,6 +77,7 @@ def _write(final: Path, write: Callable[[Path], object]) -> None:
         remove(temporary)
         temporary.mkdir(parents=True)
         write(temporary)
+        write_format(temporary)
         sums = {str(path.relative_to(temporary)): _sum(path) for path in _files(temporary)}
         write_atomically(temporary / CHECKSUMS, json.dumps(sums, indent=1))
         flush_tree(temporary)
@@ -122,12 +125,13 @@ def intact_checkpoint(run: Path, say: Callable[[str], object]) -> Checkpoint | N
         say: told of each damaged one.
 
     Raises:
-        RunFolderError: there are checkpoints, but every one is damaged.
+        RunFolderError: there are checkpoints, but every one is damaged; or the newest is of a newer format.
     """
     faults: list[tuple[Checkpoint, str]] = []
     for checkpoint in reversed(checkpoints(run)):
         fault = damage(checkpoint)
         if fault is None:
+            check_format(checkpoint.path)
             for damaged, why in faults:
                 say(f"{damaged.path} is damaged ({why}); set aside as {_set_aside(damaged).name}")
             return checkpoint
@@ -138,6 +142,42 @@ def intact_checkpoint(run: Path, say: Callable[[str], object]) -> Checkpoint | N
     raise RunFolderError(
         f"resume: every checkpoint is damaged ({listed}); put one back from a copy, or begin a new run with --out"
     )
+
+
+def weights_of(model: Path, say: Callable[[str], object]) -> Path:
+    """The folder whose weights `--model` means: `model` itself or, of a run folder, its newest intact checkpoint.
+
+    Only looked at, not locked: the run may be under way.
+
+    Args:
+        model: a checkpoint folder, or the folder of a run.
+        say: told which checkpoint of a run was taken, and of each damaged one.
+
+    Raises:
+        RunFolderError: the run has no checkpoint yet, or none that is intact; what would be taken is of a newer format;
+            or the path lies between run and checkpoint.
+    """
+    if model.name == CHECKPOINTS and is_run(model.parent):
+        raise RunFolderError(
+            f"model: {model} holds the checkpoints of a run; give one of them, or {model.parent} for the newest"
+        )
+    check_format(model)
+    found = checkpoints(model)
+    if not found and is_run(model):
+        raise RunFolderError(
+            f"model: {model} is a run folder that has no checkpoint yet; wait for one, or go on with the run: "
+            f"ibtpo train --resume {model}"
+        )
+    for checkpoint in reversed(found):
+        fault = damage(checkpoint)
+        if fault is None:
+            check_format(checkpoint.path)
+            say(f"model: {checkpoint.path}, the newest checkpoint of the run")
+            return checkpoint.path
+        say(f"{checkpoint.path} is damaged ({fault}), and not taken")
+    if found:
+        raise RunFolderError(f"model: every checkpoint of {model} is damaged; put one back from a copy")
+    return model
 
 
 def _set_aside(checkpoint: Checkpoint) -> Path:

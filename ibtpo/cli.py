@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree as Outline
 
+from ibtpo.checkpoints import weights_of
 from ibtpo.commands.completion import CompletionArguments, completion
 from ibtpo.commands.config import ConfigArguments, show_config
 from ibtpo.commands.doctor import DoctorArguments, doctor
@@ -36,7 +37,8 @@ from ibtpo.printable import printable
 from ibtpo.progress import RunConsole
 from ibtpo.report import NOT_ACCURACY, summarize_run
 from ibtpo.rewards import RewardSpec, parse_rewards
-from ibtpo.runlog import CONFIG, REPORT, latest_checkpoint
+from ibtpo.run_format import is_run
+from ibtpo.runlog import REPORT, latest_checkpoint
 from ibtpo.search import make_search
 from ibtpo.setup import choose_device, make_engine, make_sampling
 from ibtpo.steps import step_splitter
@@ -62,9 +64,9 @@ USAGE = """usage: ibtpo {train,eval,sample,presets,study,view,config,doctor,comp
 `ibtpo COMMAND --help` lists every flag with its default. Settings may also come from a YAML file (--config FILE),
 with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
 
-Exit codes: 0 done, or a run stopped with a checkpoint by SIGTERM, a closed terminal or a closed pipe; 2 the input
-cannot be used or the run cannot go on, stderr says why; 130 stopped by Ctrl-C. docs/troubleshooting.md lists what can
-go wrong and what to do.
+Exit codes: 0 done, or train and eval stopped by SIGTERM, a closed terminal or a closed pipe, with what they had kept;
+2 the input cannot be used or the run cannot go on, stderr says why; 130 stopped by Ctrl-C. docs/troubleshooting.md
+lists what can go wrong and what to do.
 """
 
 Flat = tyro.conf.arg(name="")  # the fields of the run are flags without a prefix
@@ -127,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ibtpo: {stop}", file=sys.stderr)
         return 0 if stop.signal in (signal.SIGTERM, signal.SIGHUP) else 130
     except KeyboardInterrupt:
-        print("ibtpo: stopped at once; what the last checkpoint holds is safe", file=sys.stderr)
+        print("ibtpo: stopped at once; what was saved before is safe", file=sys.stderr)
         return 130
     except BrokenPipeError:  # somebody piped us into `head`
         return 0
@@ -157,9 +159,9 @@ def _train(arguments: list[str], console: Console) -> int:
 def _eval(arguments: list[str], console: Console) -> int:
     base = replace(_base(arguments, run=_run_of_model(arguments)), out=None)  # the run's own folder is not for this
     parsed = _parse(EvalArguments, EvalArguments(run=base), "ibtpo eval", arguments)
-    config, policy, task = _open(parsed.resolve())
+    config, folder, policy, task = _open(parsed.resolve(), console)
     with closing(task):
-        evaluation, summary = run_evaluation(config, _model_folder(config), policy, task, console)
+        evaluation, summary = run_evaluation(config, folder, policy, task, RunConsole())
     print_evaluation(evaluation, summary, console)
     if parsed.json is not None:
         parsed.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
@@ -169,7 +171,7 @@ def _eval(arguments: list[str], console: Console) -> int:
 def _sample(arguments: list[str], console: Console) -> int:
     base = SampleArguments(run=_base(arguments, run=_run_of_model(arguments)), preset=_early(arguments).preset)
     parsed = _parse(SampleArguments, base, "ibtpo sample", arguments)
-    config, policy, task = _open(parsed.run)
+    config, _, policy, task = _open(parsed.run, console)
     with closing(task):
         problem, grades = _problem(parsed, task)
         with closing(grades):
@@ -274,7 +276,7 @@ def _run_of_model(arguments: list[str]) -> Path | None:
     """The run folder that --model is, or is a checkpoint of: what is measured there, is measured as it was trained."""
     model = _early(arguments).model
     folders = [] if model is None else [model, model.absolute().parent.parent]
-    return next((folder for folder in folders if (folder / CONFIG).is_file()), None)
+    return next(filter(is_run, folders), None)
 
 
 def _parse(kind: type[Arguments], default: Arguments, program: str, arguments: list[str]) -> Arguments:
@@ -286,24 +288,18 @@ def _with_data(config: TrainConfig) -> TrainConfig:
     return replace(config, task="jsonl") if config.data is not None else config
 
 
-def _open(config: TrainConfig) -> tuple[TrainConfig, Policy, Task]:
-    """The policy of a checkpoint or run folder, and the task."""
+def _open(config: TrainConfig, console: Console) -> tuple[TrainConfig, Path, Policy, Task]:
+    """The policy of a checkpoint or run folder, the folder it was read from, and the task."""
     config = _with_data(config)
     if config.model == "built-in":
         raise ValueError("model: give --model a checkpoint or run folder; `ibtpo train` makes one")
-    policy = load_policy(_model_folder(config), dtype=getattr(torch, config.dtype), device=choose_device(config.device))
-    return config, policy, make_task(config)
 
+    def say(text: str) -> None:
+        console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
 
-def _model_folder(config: TrainConfig) -> Path:
-    """Where the weights are: of a run folder, its last checkpoint."""
-    folder = Path(config.model)
-    last = latest_checkpoint(folder)
-    if last is None and (folder / CONFIG).is_file():
-        raise ValueError(
-            f"model: {folder} is a run folder that has no checkpoint yet; wait for one, or --resume the run"
-        )
-    return folder if last is None else last.path
+    folder = weights_of(Path(config.model), say)
+    policy = load_policy(folder, dtype=getattr(torch, config.dtype), device=choose_device(config.device))
+    return config, folder, policy, make_task(config)
 
 
 def _problem(arguments: SampleArguments, task: Task) -> tuple[Problem, Grades]:

@@ -14,6 +14,7 @@ import yaml
 
 from ibtpo.config import TrainConfig
 from ibtpo.presets import PRESETS
+from ibtpo.run_format import CONFIG, check_run
 
 Config = TypeVar("Config")
 
@@ -114,13 +115,12 @@ def base_config(*, task: str | None, preset: str, file: Path | None, run: Path |
         run: a run folder whose configuration takes the place of defaults, task file and preset, or None.
 
     Raises:
-        ValueError: an unknown preset, or a file that cannot be used.
+        ValueError: an unknown preset, a file that cannot be used, or a run folder of a newer format.
     """
     changes = {} if file is None else load_yaml(file)
     if run is not None:
-        path = run / "config.yaml"
-        if not path.is_file():
-            raise ValueError(f"resume: {run} is not a run folder (it has no config.yaml); check the path")
+        check_run(run, "resume")
+        path = run / CONFIG
         return merge(merge(TrainConfig(), load_yaml(path), source=str(path)), changes, source=str(file))
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.3)

@@ -21,11 +21,11 @@ VERSIONS = ("ibtpo", "commit", "python", "torch", "transformers", "platform")
 def environment() -> dict[str, Any]:
     """This process's versions and command line; "commit" is null outside a git checkout of the package."""
     return {
-        "ibtpo": _version("ibtpo"),
+        "ibtpo": package_version("ibtpo"),
         "commit": _commit(),
         "python": platform.python_version(),
-        "torch": _version("torch"),
-        "transformers": _version("transformers"),
+        "torch": package_version("torch"),
+        "transformers": package_version("transformers"),
         "platform": platform.platform(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
@@ -51,7 +51,8 @@ def record_environment(run: Path) -> list[str]:
     return [f"{name} {before.get(name)} -> {now[name]}" for name in VERSIONS if before.get(name) != now[name]]
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -67,7 +67,7 @@ class Grower:
     Args:
         engine: samples; its weights are whatever the model, or the server behind it, holds now.
         task, tokenizer, data: grade completions and format prompts.
-        should_stop: asked after every tree; True abandons the rest.
+        should_stop: asked after every trajectory and tree; True abandons the rest.
     """
 
     engine: TreeEngine
@@ -101,7 +101,13 @@ class Grower:
         Raises:
             Interrupted: `should_stop` said so.
         """
-        grading = Grading(self.task, self.tokenizer, dict(zip(keys, problems, strict=True)), on_leaf)
+
+        def leaf_done(tree: Tree, leaf: Node, completion: str, reward: float | Future[float]) -> None:
+            on_leaf(tree, leaf, completion, reward)
+            if self.should_stop():
+                raise Interrupted
+
+        grading = Grading(self.task, self.tokenizer, dict(zip(keys, problems, strict=True)), leaf_done)
         prompts = [format_prompt(self.tokenizer, problem, self.data) for problem in problems]
         waited = self.engine.seconds_waiting
         trees: list[Tree | None] = [None] * len(problems)

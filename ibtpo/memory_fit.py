@@ -23,7 +23,7 @@ def check_memory(
 ) -> tuple[Mode, MemoryPlan]:
     """How the processes of a run train, and what that takes of each; all must call it, before they load anything.
 
-    ``distributed: auto`` is ddp where that fits every process, else fsdp; with adapters, and alone, always ddp.
+    ``distributed: auto`` is ddp where that fits every process, else fsdp; alone always ddp.
 
     Raises:
         ValueError: it does not fit, and the message names what is short and settings that fit; or fsdp was asked for
@@ -49,12 +49,10 @@ def check_memory(
 
 def _is_split(config: TrainConfig, group: Group) -> bool:
     """Can these processes hold shares of this run's model?"""
-    return group.size > 1 and config.lora.rank == 0 and config.optim.state == "float32"
+    return group.size > 1 and config.optim.state == "float32"
 
 
 def _check_split(config: TrainConfig) -> None:
-    if config.lora.rank > 0:
-        raise ValueError("distributed: fsdp splits whole models only; train adapters with --distributed ddp")
     if config.optim.state != "float32":
         raise ValueError(
             f"distributed: fsdp cannot split the optimizer's state in {config.optim.state}; use --optim.state float32, "
@@ -90,8 +88,7 @@ def _bases(config: TrainConfig) -> Iterator[TrainConfig]:
         kept = [replace(one, gradient_checkpointing=True) for one in kept]
         yield from kept
     if config.lora.rank == 0 and config.model != "built-in":
-        whole = replace(kept[0], distributed="ddp" if config.distributed == "fsdp" else config.distributed)
-        yield from (replace(whole, lora=replace(config.lora, rank=rank)) for rank in _RANKS)
+        yield from (replace(kept[0], lora=replace(config.lora, rank=rank)) for rank in _RANKS)
 
 
 def _smaller(base: TrainConfig, fits: Callable[[TrainConfig], bool]) -> Iterator[TrainConfig]:
@@ -137,6 +134,4 @@ def _difference(config: TrainConfig, other: TrainConfig) -> str:
         flags.append(f"--lora.rank {other.lora.rank}")
     if other.gradient_checkpointing != config.gradient_checkpointing:
         flags.append("--gradient-checkpointing")
-    if other.distributed != config.distributed:
-        flags.append(f"--distributed {other.distributed}")
     return " ".join(flags)

@@ -24,7 +24,7 @@ hidden, I inner size, L layers, Hq/Hkv heads of size D, r rank of the adapters. 
 
 In N processes each samples for its share of the prompts, and a step takes a bucket of gradients more. With fsdp masters
 (in fp32, too: the engine's weights are a copy), optimizer and gradients are a share of 1/N each, and to it come the
-*gathered layers*: two decoder layers and what lies outside of them, whole, with their gradients.
+*gathered layers*: what is trained of two decoder layers and outside of them, whole, with its gradients.
 
 Not all of it is there at once: `MemoryPlan.phases` adds up what meets while sampling, in the backward pass and in the
 optimizer step, and the largest counts. Tests compare each line with tensors, `bench/train_large.py` the sum with runs.
@@ -123,7 +123,7 @@ ONE = Processes()
 class _Sizes:
     """Numbers of a model: parameters, those trained, the largest trained, those with too few to be kept in 8 bits.
 
-    Of the parameters, `layer` lie in each decoder layer and `outside` in none.
+    Of those trained, `layer` lie in each decoder layer and `outside` in none.
     """
 
     parameters: int
@@ -154,7 +154,7 @@ def _sizes(shape: ModelConfig, config: TrainConfig) -> _Sizes:
     sides = [size for name, p in layer.items() if name.partition(".")[2] in names for size in p.shape]
     adapters = [config.lora.rank * size for size in sides]
     trained = sum(adapters) * shape.num_layers
-    return _Sizes(total + trained, trained, max(adapters), _small(adapters) * shape.num_layers, one, outside)
+    return _Sizes(total + trained, trained, max(adapters), _small(adapters) * shape.num_layers, sum(adapters), 0)
 
 
 def _small(counts: list[int]) -> int:
@@ -227,9 +227,9 @@ def plan_memory(
         shape: of its model.
         device: where it runs.
         free: bytes that the process may have; by default its share of what is free now.
-        processes: how the run is spread; adapters are never split.
+        processes: how the run is spread.
     """
-    split = processes.count if processes.mode == "fsdp" and config.lora.rank == 0 else 1
+    split = processes.count if processes.mode == "fsdp" else 1
     size, on_cpu = _itemsize(config), device.type == "cpu"
     count, tokens = _sizes(shape, config), largest_micro_batch(config)
     eight = config.optim.state == "8bit"

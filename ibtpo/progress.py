@@ -23,7 +23,7 @@ PROCESS = Path("/proc/self/status")
 
 
 class RunConsole(Console):
-    """A console whose closed pipe (`ibtpo train | head`) stops the run as SIGTERM does: with a checkpoint.
+    """A console whose closed pipe (`ibtpo train | head`) stops the run as SIGTERM does: at a safe point.
 
     rich would end the process where it stands. A closed terminal ends nothing by itself: the SIGHUP that comes with it
     stops the run, unless the user had it ignored (nohup).

@@ -16,8 +16,8 @@ from rich.console import Console
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import load_yaml, merge
 from ibtpo.disk import RunFolderError
+from ibtpo.run_format import CONFIG, check_run
 
-CONFIG = "config.yaml"
 _OTHER, _HELD_OUT = "the problems would be others", "held-out problems would be trained on"
 FIXED = {
     "model": "the checkpoint holds the weights, the KL reference is the model the run began with",
@@ -39,11 +39,10 @@ def announce_changes(run: Path, config: TrainConfig, console: Console) -> None:
     """Say which settings differ from those of the run folder `run`.
 
     Raises:
-        RunFolderError: one of them may not change.
+        RunFolderError: one of them may not change, or this is no run folder or of a newer format.
     """
+    check_run(run, "resume")
     path = run / CONFIG
-    if not path.is_file():
-        raise RunFolderError(f"resume: {run} is not a run folder (it has no {CONFIG}); check the path")
     before = _flat(asdict(merge(TrainConfig(), load_yaml(path), source=str(path))))
     changes = {name: value for name, value in _flat(asdict(config)).items() if before[name] != value}
     for name, value in changes.items():

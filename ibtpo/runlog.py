@@ -3,6 +3,7 @@
 ::
 
     config.yaml       the configuration as resolved
+    ibtpo.json        the format of all this (ibtpo/run_format.py)
     environment.json  versions and command line of every start (ibtpo/environment.py)
     metrics.jsonl     a line of JSON a training step, names as in ibtpo/metrics.py
     trees.jsonl       a line about each grown tree that is kept; trees/ holds them (ibtpo/treelog.py)
@@ -40,11 +41,11 @@ from ibtpo.config_io import dump_yaml, plain
 from ibtpo.disk import RunFolderError, flush, no_space, sweep, unfinished, write_atomically
 from ibtpo.loggers import open_loggers, parse_names
 from ibtpo.metrics import check_names
+from ibtpo.run_format import CONFIG, FORMAT_FILE, check_run, is_run, write_format
 from ibtpo.treelog import FOLDER as TREE_FOLDER
 from ibtpo.treelog import thin_trees, tree_bytes, write_tree
 
 __all__ = [
-    "CONFIG",
     "METRICS",
     "REPORT",
     "TREES",
@@ -57,7 +58,7 @@ __all__ = [
     "write_atomically",
 ]
 
-CONFIG, METRICS, TREES = "config.yaml", "metrics.jsonl", "trees.jsonl"
+METRICS, TREES = "metrics.jsonl", "trees.jsonl"
 REPORT = "report.html"
 _LOCK = ".lock"
 
@@ -95,7 +96,7 @@ class RunFolder:
         if path.exists() and not path.is_dir():
             raise RunFolderError(f"out: {path} is a file; choose another folder with --out")
         if path.is_dir() and not _is_free(path):
-            resume = f", or continue the run with --resume {path}" if (path / CONFIG).exists() else ""
+            resume = f", or continue the run with --resume {path}" if is_run(path) else ""
             raise RunFolderError(f"out: {path} already holds files; choose another folder with --out{resume}")
         try:
             with no_space(path, "nothing"):
@@ -132,11 +133,10 @@ class RunFolder:
             say: told of checkpoints that are damaged.
 
         Raises:
-            RunFolderError: this is no run folder, another run uses it, it cannot be written, or every checkpoint is
-                damaged.
+            RunFolderError: this is no run folder or of a newer format, another run uses it, it cannot be written, or
+                every checkpoint is damaged.
         """
-        if not (path / CONFIG).is_file():
-            raise RunFolderError(f"resume: {path} is not a run folder (it has no {CONFIG}); check the path")
+        check_run(path, "resume")
         try:
             lock = _take_lock(path)
         except OSError as error:
@@ -254,7 +254,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _is_free(path: Path) -> bool:
     """May a new run begin here? A run killed before it wrote its configuration leaves no more than this."""
-    leftovers = {_LOCK, CHECKPOINTS, unfinished(path / CONFIG).name}
+    leftovers = {_LOCK, CHECKPOINTS, FORMAT_FILE, *(unfinished(path / name).name for name in (FORMAT_FILE, CONFIG))}
     names = {entry.name for entry in path.iterdir()}
     return names <= leftovers and not (CHECKPOINTS in names and any((path / CHECKPOINTS).iterdir()))
 
@@ -290,4 +290,5 @@ def _take_lock(path: Path) -> IO[str]:
 
 
 def _write_config(path: Path, config: TrainConfig) -> None:
+    write_format(path)  # first: what has a configuration is a run
     write_atomically(path / CONFIG, dump_yaml(config))

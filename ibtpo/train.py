@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ibtpo.checkpoints import Checkpoint
+from ibtpo.checkpoints import Checkpoint, weights_of
 from ibtpo.config import TrainConfig
 from ibtpo.distributed import ALONE, Follower, Group, device_name
 from ibtpo.environment import record_environment
@@ -52,6 +52,7 @@ def train(
     _check_combinations(config, group)
     check_installed(config.log)
     config = with_absolute_paths(config)
+    config = replace(config, model=_model(config.model, console, group))
     settings = replace(config, resume=None)  # what the folder says the run is
     with ExitStack() as stack:
         folder = None
@@ -113,6 +114,13 @@ def _check_combinations(config: TrainConfig, group: Group) -> None:
             f"search.stop_uniform_after: {search.stop_uniform_after} moves rounds between all trees of a step, "
             f"which {group.size} processes grow apart from each other; set it to 0, or train in one process"
         )
+
+
+def _model(model: str, console: Console, group: Group) -> str:
+    """What the run begins with, as its folder will name it; rank 0 picks the checkpoint where `model` is a run."""
+    if group.leads and Path(model).is_dir():
+        model = str(weights_of(Path(model), lambda text: _say(console, text)))
+    return group.gather(model, "choose the model")[0]
 
 
 def _created(path: Path, settings: TrainConfig, group: Group) -> RunFolder:

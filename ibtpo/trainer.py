@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import FrameType
 
 import torch
 from rich.console import Console
@@ -28,11 +25,12 @@ from ibtpo.mixed import grow_mixed
 from ibtpo.model_card import CARD, model_card, save_generation_config
 from ibtpo.optim import NonFinite
 from ibtpo.policy import Policy, load_policy
-from ibtpo.progress import Tracker, peak_host_memory, release_closed_terminal, step_note, track
+from ibtpo.progress import Tracker, peak_host_memory, step_note, track
 from ibtpo.runlog import METRICS, RunFolder, latest_checkpoint, read_rows
 from ibtpo.search import make_search
 from ibtpo.setup import find_nonfinite, make_sampling
 from ibtpo.steps import step_splitter
+from ibtpo.stopping import StopRequest
 from ibtpo.tasks import Problem, Task, TeachableTask
 from ibtpo.treelog import tree_record
 from ibtpo.update import Updater, frozen_copy
@@ -96,13 +94,12 @@ class Trainer:
         self.on_step = on_step
         self.plan = plan
         self.state = State()
-        self.stop_requested = False
-        self.stop_signal = 0  # the signal that asked for it
+        self.stop = StopRequest()
         self.sampling = make_sampling(config, policy)
         self.group, self.mode = group, mode
         self.model, self.optimizer = make_learner(config, policy.model, group, mode)
         self.engine = engine
-        grower = Grower(engine, task, policy.tokenizer, config.jsonl, lambda: self.stop_requested)
+        grower = Grower(engine, task, policy.tokenizer, config.jsonl, self.stop.requested)
         self.grower = make_grower(grower, group)
         self.splitter = step_splitter(policy.tokenizer, config.search)
         self.held_out = task.eval_problems(config.eval.prompts)
@@ -117,7 +114,7 @@ class Trainer:
             NonFinite: too many updates in a row, or the weights to be saved, hold NaN or Inf.
             GraderError: too many gradings failed.
         """
-        with self._stop_on_signal():
+        with self.stop.on_signals(self.console, at_once=self.group.size == 1):  # torchrun repeats a Ctrl-C
             try:
                 if self.state.step == 0:
                     self._start()
@@ -128,7 +125,7 @@ class Trainer:
                 self._agree_to_stop()
                 kept = f"saved {self._checkpoint()}" if self._started else "nothing is saved of a warm start"
                 how = f"{kept}; go on with: ibtpo train --resume {self.folder.path}"
-                raise Interrupted(f"stopped at step {self.state.step}; {how}", self.stop_signal) from None
+                raise Interrupted(f"stopped at step {self.state.step}; {how}", self.stop.signal) from None
 
     def resume(self) -> None:
         """Go on from the folder's last intact checkpoint; without one the run starts over."""
@@ -376,33 +373,7 @@ class Trainer:
 
     def _agree_to_stop(self) -> bool:
         """Has any process been asked to stop? Then all are."""
-        signals = self.group.gather((self.stop_requested, self.stop_signal), "ask who was told to stop")
-        agreed = any(asked for asked, _ in signals)
+        agreed = max(self.group.gather(self.stop.signal, "ask who was told to stop"))
         if agreed:  # only then: a signal that came since the others were asked must not be forgotten
-            self.stop_requested, self.stop_signal = True, max(number for _, number in signals)
-        return agreed
-
-    @contextmanager
-    def _stop_on_signal(self) -> Iterator[None]:
-        """The first Ctrl-C, SIGTERM or SIGHUP asks for a stop at the next safe point; a second Ctrl-C stops at once."""
-
-        def ask(number: int, frame: FrameType | None) -> None:
-            if self.stop_requested and number == signal.SIGINT and self.group.size == 1:  # torchrun repeats it
-                raise KeyboardInterrupt
-            self.stop_requested, self.stop_signal = True, number
-            if number == signal.SIGHUP:
-                release_closed_terminal()
-            self.console.print("\nstopping at the next safe point; Ctrl-C again to stop at once", highlight=False)
-
-        if threading.current_thread() is not threading.main_thread():
-            yield  # signals are the main thread's
-            return
-        stops = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup leaves it
-            stops.append(signal.SIGHUP)
-        previous = {number: signal.signal(number, ask) for number in stops}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+            self.stop.signal = agreed
+        return agreed != 0

@@ -55,7 +55,7 @@ class Updater:
         model: the policy.
         optimizer: over its parameters.
         reference: the frozen starting policy; needed for a KL penalty or ``advantage.pi_ref = "reference"``. It may be
-            `model` itself: then its adapters are off wherever the reference is run.
+            `full` itself: then its adapters are off wherever the reference is run.
         config: everything else.
         group: the processes that share the work; all are given the same trees.
         full: the policy that samples, where `model` is its sharded copy; by default `model`.
@@ -91,7 +91,7 @@ class Updater:
         return config.loss.kl_coef > 0 or config.advantage.pi_ref == "reference"
 
     def _as_reference(self) -> AbstractContextManager[None]:
-        return self.model.adapters_off() if self.reference is self.model else nullcontext()
+        return self.full.adapters_off() if self.reference is self.full else nullcontext()
 
     def update(self, trees: Sequence[Tree]) -> dict[str, float]:
         """Take the step's optimizer steps; groups without a gradient are dropped first.

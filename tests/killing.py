@@ -27,7 +27,7 @@ from typing import Any
 from endings import assert_complete, assert_same_end
 
 from ibtpo.cli import main as ibtpo
-from ibtpo.runlog import CONFIG
+from ibtpo.run_format import CONFIG
 
 CHAIN = ["--digits.min-ops", "1", "--digits.max-ops", "1", "--sampling.max-tokens", "16"]
 WARM = [

@@ -16,7 +16,8 @@ from ibtpo import cli
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import base_config, load_yaml, merge
 from ibtpo.presets import PRESETS
-from ibtpo.runlog import CONFIG, RunFolder
+from ibtpo.run_format import CONFIG
+from ibtpo.runlog import RunFolder
 
 Field = tuple[tuple[str, ...], Any, Any]
 OTHER_VALUES = {

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from engine_helpers import tiny_model
 from processes import end, run, started, time_limit
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from trees import VOCABULARY, chain, estimate, random_trajectories
 
 from ibtpo import memory_plan
@@ -39,11 +41,13 @@ from ibtpo.memory_plan import Processes, plan_memory
 from ibtpo.metrics import tree_metrics
 from ibtpo.optim import NonFinite
 from ibtpo.pack import pack
+from ibtpo.policy import load_policy
 from ibtpo.runlog import RunFolder, latest_checkpoint
+from ibtpo.stopping import StopRequest
 from ibtpo.train import train
 from ibtpo.trainer import Trainer
 from ibtpo.update import Updater, frozen_copy
-from ibtpo_engine import Tree
+from ibtpo_engine import LoRA, Model, Tree
 
 CONFIG = TrainConfig(
     sampling=SamplingConfig(temperature=0.8, top_p=1.0, max_tokens=64),
@@ -85,6 +89,9 @@ def _update(config: TrainConfig, dtype: torch.dtype, group: Group, steps: int = 
     """Metrics, every optimizer step's (clipped) gradients, weights and optimizer state after `steps` updates."""
     full = tiny_model(0, vocabulary=VOCABULARY, dtype=dtype).requires_grad_(True)
     reference = frozen_copy(tiny_model(1, vocabulary=VOCABULARY, dtype=dtype))
+    if config.lora.rank:
+        reference = _adapt(full, config.lora.rank)
+    before = {name: p.detach().clone() for name, p in full.named_parameters()}
     model, optimizer = make_learner(config, full, group, "fsdp" if config.distributed == "fsdp" else "ddp")
     gradients: list[dict[str, torch.Tensor]] = []
 
@@ -95,7 +102,24 @@ def _update(config: TrainConfig, dtype: torch.dtype, group: Group, steps: int = 
     updater = Updater(model, optimizer, reference, config, group=group, full=full)
     metrics = [updater.update(_trees(seed)) for seed in range(steps)]
     weights = {name: p.detach().clone() for name, p in full.named_parameters()}
+    assert {name for name, p in full.named_parameters() if torch.equal(p, before[name]) and p.requires_grad} == (
+        set() if dtype != torch.bfloat16 else ANY  # which rounds a small update away; the masters in the state have it
+    )
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            assert parameter is full.get_parameter(name) and torch.equal(parameter, before[name]), name
     return {"metrics": metrics, "gradients": gradients, "weights": weights, "state": optimizer.state()}
+
+
+def _adapt(model: Model, rank: int) -> Model:
+    """Adapters that have been trained a little: without, B is 0, and so is the gradient of A."""
+    model.add_adapters(LoRA(rank=rank, alpha=2.0 * rank), seed=2)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
 
 
 def _whole(tensor: Any) -> torch.Tensor:
@@ -127,29 +151,31 @@ def _difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
     (4, "fsdp", torch.float64, 1e-9, {"gradient_checkpointing": True}),
     (2, "fsdp", torch.float32, 2e-5, {"parity": "bitwise"}),
     (2, "fsdp", torch.bfloat16, 0.05, {}),
+    (2, "ddp", torch.float64, 1e-9, {"lora": LoRAConfig(rank=3)}),
+    (2, "fsdp", torch.float64, 1e-9, {"lora": LoRAConfig(rank=3)}),
+    (4, "fsdp", torch.float64, 1e-9, {"lora": LoRAConfig(rank=3), "gradient_checkpointing": True}),
+    (2, "fsdp", torch.float32, 2e-5, {"lora": LoRAConfig(rank=3)}),
+    (2, "fsdp", torch.bfloat16, 0.05, {"lora": LoRAConfig(rank=3), "mini_batches": 1}),  # rounding adds up later
 ])  # fmt: skip
 def test_loss_gradients_and_updates_are_those_of_one_process(
     size: int, mode: Any, dtype: torch.dtype, within: float, other: dict[str, Any], tmp_path: Path
 ) -> None:
-    """Of a global batch whose trees, micro-batches and denominators are spread unevenly; for two optimizer steps."""
+    """Of a global batch whose trees, micro-batches and denominators are spread unevenly."""
     config = replace(CONFIG, distributed=mode, **other)
     run(size, _update_as_rank, config, dtype, tmp_path / "result.pt", logs=tmp_path / "logs")
     ours = torch.load(tmp_path / "result.pt")
     theirs = _update(replace(config, gradient_checkpointing=False), dtype, ALONE)
     (metrics,), (expected,) = ours["metrics"], theirs["metrics"]
     assert metrics.keys() == expected.keys()
-    assert expected["optimizer_steps"] == 2
+    assert expected["optimizer_steps"] == config.mini_batches
     assert expected["groups_skipped"] == 1
     for name in metrics.keys() - {"tokens_trained", "training_efficiency"}:  # the same tokens may be cut otherwise
         assert metrics[name] == pytest.approx(expected[name], rel=max(within, 1e-6), abs=within), name
-    assert len(ours["gradients"]) == len(theirs["gradients"]) == 2
+    assert len(ours["gradients"]) == len(theirs["gradients"]) == config.mini_batches
     for mine, expected in zip(ours["gradients"], theirs["gradients"], strict=True):
         assert _difference(mine, expected) < within
     assert _difference(ours["weights"], theirs["weights"]) < within
     assert _difference(ours["state"], theirs["state"]) < 2 * within  # second moments are squares
-    if dtype != torch.bfloat16:  # which rounds a small update away; the masters in the state have it
-        before = dict(tiny_model(0, vocabulary=VOCABULARY, dtype=dtype).named_parameters())
-        assert [name for name, weight in theirs["weights"].items() if torch.equal(weight, before[name])] == []
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "dr_grpo"])
@@ -266,38 +292,44 @@ class _Twins(Group):
 CPU = torch.device("cpu")
 
 
-def test_auto_takes_shares_where_whole_copies_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("rank", [0, 4])
+def test_auto_takes_shares_where_whole_copies_do_not_fit(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = replace(CONFIG, lora=LoRAConfig(rank=rank))
     shape, twins = tiny_model().config, _Twins(0, 2)
     monkeypatch.setattr(memory_plan, "host_memory", lambda: 0)
-    whole, split = (plan_memory(CONFIG, shape, CPU, processes=Processes(2, mode, 2)) for mode in ("ddp", "fsdp"))
+    whole, split = (plan_memory(base, shape, CPU, processes=Processes(2, mode, 2)) for mode in ("ddp", "fsdp"))
 
-    def mode(free: int, config: TrainConfig = CONFIG, group: Group = twins) -> str:
+    def mode(free: int, config: TrainConfig = base, group: Group = twins) -> str:
         monkeypatch.setattr(memory_plan, "free_memory", lambda device: free * group.size)  # shared by two
         return check_memory(config, shape, CPU, group)[0]
 
     assert split.total < whole.total
     assert mode(whole.total) == "ddp"
     assert mode(whole.total - 1) == "fsdp"
-    assert mode(whole.total, replace(CONFIG, distributed="fsdp")) == "fsdp"
+    assert mode(whole.total, replace(base, distributed="fsdp")) == "fsdp"
     assert mode(whole.total, group=ALONE) == "ddp"
-    for config, free in ((replace(CONFIG, distributed="ddp"), whole.total), (CONFIG, split.total)):
+    for config, free in ((replace(base, distributed="ddp"), whole.total), (base, split.total)):
         with pytest.raises(ValueError, match="so nothing was allocated"):
             mode(free - 1, config)
 
 
-def test_the_plan_counts_shares_as_they_are_held(tmp_path: Path) -> None:
-    run(4, _count_shares, tmp_path / "held.json", logs=tmp_path / "logs")
+@pytest.mark.parametrize("rank", [0, 3])
+def test_the_plan_counts_shares_as_they_are_held(rank: int, tmp_path: Path) -> None:
+    config = replace(CONFIG, lora=LoRAConfig(rank=rank))
+    run(4, _count_shares, config, tmp_path / "held.json", logs=tmp_path / "logs")
     held = json.loads((tmp_path / "held.json").read_text())
-    plan = plan_memory(CONFIG, tiny_model(vocabulary=VOCABULARY).config, CPU, processes=Processes(4, "fsdp", 4))
+    plan = plan_memory(config, tiny_model(vocabulary=VOCABULARY).config, CPU, processes=Processes(4, "fsdp", 4))
     for name, parts in (("master weights", "masters"), ("optimizer state", "moments")):
         assert plan.parts[name] == pytest.approx(sum(rank[parts] for rank in held) / 4, rel=0.02), name
 
 
-def _count_shares(out: Path) -> None:
-    with join(CONFIG) as group:
+def _count_shares(config: TrainConfig, out: Path) -> None:
+    with join(config) as group:
         full = tiny_model(0, vocabulary=VOCABULARY).requires_grad_(True)
-        model, optimizer = make_learner(CONFIG, full, group, "fsdp")
-        Updater(model, optimizer, frozen_copy(full), CONFIG, group=group, full=full).update(_trees())
+        if config.lora.rank:
+            _adapt(full, config.lora.rank)
+        model, optimizer = make_learner(config, full, group, "fsdp")
+        Updater(model, optimizer, frozen_copy(full), config, group=group, full=full).update(_trees())
         masters = sum(_share(p).nbytes for p in optimizer._masters.values())
         states = optimizer._adamw.state.values()
         moments = sum(_share(state[key]).nbytes for state in states for key in ("exp_avg", "exp_avg_sq"))
@@ -344,13 +376,12 @@ def test_a_restart_resumes_the_run_it_began(tmp_path: Path, monkeypatch: pytest.
 
 def test_fsdp_refuses_what_it_cannot_split() -> None:
     shape, twins = tiny_model().config, _Twins(0, 2)
-    config = replace(CONFIG, distributed="fsdp", lora=LoRAConfig(rank=2))
-    with pytest.raises(ValueError, match="train adapters with --distributed ddp"):
-        check_memory(config, shape, CPU, twins)
     with pytest.raises(ValueError, match="cannot split the optimizer's state in 8bit; use --optim.state float32"):
         check_memory(replace(CONFIG, distributed="fsdp", optim=OptimConfig(state="8bit")), shape, CPU, twins)
-    assert check_memory(replace(config, distributed="auto"), shape, CPU, twins)[0] == "ddp"
-    assert check_memory(config, shape, CPU, ALONE)[0] == "ddp"
+    adapted = replace(CONFIG, distributed="fsdp", lora=LoRAConfig(rank=2))
+    assert check_memory(adapted, shape, CPU, twins)[0] == "fsdp"
+    assert check_memory(replace(adapted, distributed="auto"), shape, CPU, twins)[0] == "ddp"
+    assert check_memory(adapted, shape, CPU, ALONE)[0] == "ddp"
 
 
 def test_rounds_do_not_move_between_processes() -> None:
@@ -506,15 +537,46 @@ def test_state_in_8_bits_trains_in_two_processes(adder: list[object], tmp_path: 
     _assert_same(tmp_path / "two", tmp_path / "one", within=0.02)
 
 
-def test_adapters_train_in_two_processes(adder: list[object], tmp_path: Path) -> None:
-    lora = [*adder, "--lora.rank", 4, "--loss.kl-coef", 0.1, "--sampled-tokens", 400]
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_adapters_train_in_two_processes(mode: str, adder: list[object], tmp_path: Path) -> None:
+    lora = [*adder, "--lora.rank", 4, "--loss.kl-coef", 0.1, "--sampled-tokens", 400, "--distributed", mode]
     assert _train(*lora, "--out", tmp_path / "one") == 0
     run(2, _train, *lora, "--out", tmp_path / "two", logs=tmp_path / "logs")
+    assert f"2 processes, {mode}" in (tmp_path / "logs" / "0.txt").read_text()
     assert [row["tokens_sampled"] for row in _rows(tmp_path / "two")] == [
         row["tokens_sampled"] for row in _rows(tmp_path / "one")
     ]
     ours, theirs = (_saved(tmp_path / name, "adapter_model") for name in ("two", "one"))
     assert _difference(ours, theirs) < 1e-3
+
+
+def test_adapters_go_on_in_any_number_of_processes(adder: list[object], tmp_path: Path) -> None:
+    """1, then 2 and 3 with shares, then 1; then further from the adapter itself, whose start is the reference."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    lora = [*adder, "--lora.rank", 4, "--loss.kl-coef", 0.1]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert _train(*lora, "--out", whole, "--sampled-tokens", 400) == 0
+    assert _train(*lora, "--out", parts, "--sampled-tokens", 100) == 0
+    for size, tokens in ((2, 200), (3, 300)):
+        logs = tmp_path / f"logs-{tokens}"
+        run(size, _train, "--resume", parts, "--sampled-tokens", tokens, "--distributed", "fsdp", logs=logs)
+    assert _train("--resume", parts, "--sampled-tokens", 400) == 0
+    assert len(_rows(parts)) == len(_rows(whole))
+    for name, within in (("adapter_model", 1e-3), ("optimizer", 0.02)):
+        assert _difference(_saved(parts, name), _saved(whole, name)) < within
+    more = ["--model", whole, *adder[2:], "--loss.kl-coef", 0.1, "--sampled-tokens", 200, "--distributed", "fsdp"]
+    assert _train(*more, "--out", tmp_path / "one") == 0
+    run(2, _train, *more, "--out", tmp_path / "two", logs=tmp_path / "logs")
+    ours, theirs = (_saved(tmp_path / name, "adapter_model") for name in ("two", "one"))
+    assert _difference(ours, theirs) < 1e-3
+    last = latest_checkpoint(tmp_path / "two")
+    assert last is not None
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(adder[1])
+        logits = peft.PeftModel.from_pretrained(base, last.path)(torch.tensor([[1, 2, 3]])).logits
+        own = load_policy(last.path, dtype=torch.float32, device=CPU).model
+        tokens, pos, end = torch.tensor([1, 2, 3]), torch.arange(3), torch.full((3,), 3, dtype=torch.int32)
+        assert torch.allclose(own.packed(tokens, pos, end) @ own.head.T, logits[0], atol=1e-4)
 
 
 def test_sigterm_to_one_stops_all_with_a_checkpoint(adder: list[object], tmp_path: Path) -> None:
@@ -532,17 +594,17 @@ def test_sigterm_to_one_stops_all_with_a_checkpoint(adder: list[object], tmp_pat
 
 def test_a_signal_that_comes_while_the_others_are_asked_is_not_forgotten() -> None:
     trainer = object.__new__(Trainer)
-    trainer.stop_requested, trainer.stop_signal = False, 0
+    trainer.stop = StopRequest()
 
     class Asking(Group):
         def gather(self, value: Any, what: str) -> list[Any]:
-            trainer.stop_requested, trainer.stop_signal = True, signal.SIGTERM  # as the handler does
+            trainer.stop.signal = signal.SIGTERM  # as the handler does
             return [value]
 
     trainer.group = Asking()
     assert not trainer._agree_to_stop()
     assert trainer._agree_to_stop()
-    assert trainer.stop_signal == signal.SIGTERM
+    assert trainer.stop.signal == signal.SIGTERM
 
 
 def _wait_for_steps(folder: Path, steps: int) -> None:

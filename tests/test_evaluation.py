@@ -18,12 +18,14 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import save_additions, save_checkpoint
+from rich.console import Console
 
 from ibtpo.cli import main
 from ibtpo.config import EvalConfig
 from ibtpo.evaluation import Completion, sample_completions, summarize
 from ibtpo.evaluation.statistics import MOST_SAMPLES, ks_up_to, majority_at, pass_rates
 from ibtpo.policy import built_in_policy
+from ibtpo.stopping import StopRequest
 
 FLAGS = ["--digits.min-ops", "1", "--digits.max-ops", "2", "--sampling.max-tokens", "14"]
 
@@ -246,29 +248,82 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_numbers(built_in: Path, 
     assert len(read(out)) == 420 and 0 < numbers(out)["eval_avg"] < 1
 
 
-def test_ctrl_c_says_how_to_go_on(
-    built_in: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("signals", "code"), [
+    ([signal.SIGINT], 130), ([signal.SIGTERM], 0), ([signal.SIGHUP], 0), ([signal.SIGTERM, signal.SIGINT], 130),
+], ids=["Ctrl-C", "SIGTERM", "SIGHUP", "at once"])  # fmt: skip
+def test_a_signal_keeps_what_was_graded_and_says_how_to_go_on(
+    signals: list[int],
+    code: int,
+    built_in: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    command = ("--model", built_in, *FLAGS, "--samples", 3, "--limit", 3, "--out", tmp_path / "out")
+    command = ("--model", built_in, *FLAGS, "--samples", 3, "--limit", 3)
+    out = tmp_path / "out"
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
-    def stopped(*arguments: Any, **more: Any) -> None:
+    def signalled(*arguments: Any, **more: Any) -> None:
         keep = arguments[4]
 
         def keep_some(completion: Completion) -> None:
             keep(completion)
             if completion.prompt == 1:
-                raise KeyboardInterrupt
+                for number in signals:
+                    os.kill(os.getpid(), number)
 
         sample_completions(*arguments[:4], keep_some, *arguments[5:], **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr("ibtpo.evaluation.command.sample_completions", stopped)
-        assert run(*command) == 130
-    kept = len(read_raw(tmp_path / "out"))
-    assert 0 < kept < 12
-    assert f"stopped; {kept} completions are kept, the same command goes on" in capsys.readouterr().err
-    assert run(*command) == 0
-    assert len(read(tmp_path / "out")) == 12
+        patch.setattr("ibtpo.evaluation.command.sample_completions", signalled)
+        assert run(*command, "--out", out, "--json", tmp_path / "values.json") == code
+        kept = len(read_raw(out))
+        assert 0 < kept < 12
+        message = f"stopped; {kept} completions are kept in {out}, the same command goes on"
+        assert message in capsys.readouterr().err
+        assert not (out / "summary.json").exists() and not (tmp_path / "values.json").exists()
+        assert run(*command) == code
+        assert "stopped; nothing is kept without --out" in capsys.readouterr().err
+    assert {number: signal.getsignal(number) for number in before} == before
+    assert run(*command, "--out", out) == 0
+    assert run(*command, "--out", tmp_path / "whole") == 0
+    assert sorted(map(json.dumps, read(out))) == sorted(map(json.dumps, read(tmp_path / "whole")))
+
+
+def test_a_closed_pipe_stops_an_evaluation_as_sigterm_does(built_in: Path, tmp_path: Path) -> None:
+    """`ibtpo eval --out DIR | head -n 1`, where every completion prints."""
+    out = tmp_path / "out"
+    script = (
+        "import sys, ibtpo.progress as p; p.SECONDS_BETWEEN_LINES = 0.0; from ibtpo.cli import main; sys.exit(main())"
+    )
+    flags = [*FLAGS, "--samples", "20", "--limit", "200", "--engine.max-branches", "20", "--out", str(out)]
+    command = [sys.executable, "-c", script, "eval", "--model", str(built_in), *flags]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    while (line := process.stdout.readline()) and "Evaluating:" not in line:
+        pass
+    process.stdout.close()
+    message = process.stderr.read()
+    assert process.wait(60) == 0, message
+    kept = len(read_raw(out))
+    assert 0 < kept < 4200
+    assert f"stopped; {kept:,} completions are kept in {out}" in message and "Traceback" not in message
+
+
+def test_a_hangup_that_is_ignored_stays_so() -> None:
+    """As nohup leaves it; the others are noted, the first Ctrl-C too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        stop = StopRequest()
+        with stop.on_signals(Console(quiet=True)):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested()
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.requested() and stop.signal == signal.SIGINT
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def read_raw(folder: Path) -> list[bytes]:

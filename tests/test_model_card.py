@@ -118,7 +118,7 @@ def test_a_resume_by_another_version_says_so(
     assert first["ibtpo"] and first["python"] and first["command"]
     assert main(["train", "--resume", str(run)]) == 0
     assert "other versions" not in capsys.readouterr().out
-    monkeypatch.setattr(ibtpo.environment, "_version", lambda name: "9.9.9" if name == "torch" else first[name])
+    monkeypatch.setattr(ibtpo.environment, "package_version", lambda name: "9.9.9" if name == "torch" else first[name])
     assert main(["train", "--resume", str(run)]) == 0
     out = capsys.readouterr().out
     assert f"goes on with other versions: torch {torch.__version__} -> 9.9.9" in out

@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 from ibtpo.config import TrainConfig
 from ibtpo.distributed.group import ALONE, Group, PeerFailed, ranks
 from ibtpo.grow import Interrupted
-from ibtpo.runlog import CONFIG
+from ibtpo.run_format import is_run
 from ibtpo.setup import choose_device
 
 _GRACE = 5.0  # seconds
@@ -139,6 +139,6 @@ def restarted(config: TrainConfig, group: Group) -> TrainConfig:
     Rank 0 decides, from its own view of the folder and of how often it was started.
     """
     again = group.start > 1 or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-    begun = config.resume is None and config.out is not None and (config.out / CONFIG).is_file()
+    begun = config.resume is None and config.out is not None and is_run(config.out)
     resumes = group.gather(again and begun, "ask whether the run has begun")[0]
     return replace(config, resume=config.out) if resumes else config

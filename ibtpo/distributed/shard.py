@@ -5,6 +5,7 @@
     sharded    fp32 masters, gradients, AdamW's moments: a share of each on every process; trained
     full       the policy as the engine and checkpoints know it, in the type it computes in: whole on every process
 
+Of a model with adapters only these are split; both use the same frozen weights, so there is no second copy of them.
 After each update the shares are gathered into `full`, a parameter at a time.
 """
 
@@ -15,7 +16,7 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -30,32 +31,44 @@ _WIDE = (torch.float32, torch.float64)
 def shard(full: Model) -> Model:
     """A trainable copy of `full`, of which every process holds a share; it computes in the type of `full`.
 
-    Parameters are split by decoder layer, gradients *summed* over the processes, both kept in fp32 at least. All
-    processes must run the same number of forward and backward passes.
-
-    Raises:
-        ValueError: the model has adapters.
+    Parameters are split by decoder layer, gradients *summed* over the processes, both kept in fp32 at least. Frozen
+    parameters, of a model with adapters all others, are those of `full`, whole. All processes must run the same number
+    of forward and backward passes.
     """
-    if full.adapters is not None:
-        raise ValueError("distributed: fsdp splits whole models only; train adapters (lora.rank) with ddp")
     mesh = init_device_mesh(full.device.type, (dist.get_world_size(),))
     wide = full.dtype if full.dtype in _WIDE else torch.float32
     with torch.device("meta"):
         model = Model(full.config).to(wide)
+    if full.adapters is not None:
+        model.add_adapters(full.adapters.config)
+    frozen = _use_frozen(model, full)
     policy = MixedPrecisionPolicy(param_dtype=full.dtype, reduce_dtype=wide)
     for block in model.model.layers:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)  # the head is used after the forward
+        fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=frozen)
+    keep = False  # the head is used after the forward
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen, reshard_after_forward=keep)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
-    model.to_empty(device=full.device)
+    for module in model.modules():
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            module.to_empty(device=full.device, recurse=False)
     values = dict(full.named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(_share(values[name].detach().to(wide), cast(DTensor, parameter)))
+            if parameter.requires_grad:
+                parameter.copy_(_share(values[name].detach().to(wide), cast(DTensor, parameter)))
     return model
+
+
+def _use_frozen(model: Model, full: Model) -> set[nn.Parameter]:
+    """Put the parameters that `full` does not train in the places of those of `model`; returns them."""
+    frozen = {name: parameter for name, parameter in full.named_parameters() if not parameter.requires_grad}
+    for name, parameter in frozen.items():
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, parameter)
+    return set(frozen.values())
 
 
 def _share(value: Tensor, like: DTensor) -> DTensor:

@@ -23,15 +23,18 @@ from ibtpo.evaluation.folder import EvaluationFolder
 from ibtpo.evaluation.sampling import Completion, Place, sample_completions
 from ibtpo.evaluation.statistics import MOST_SAMPLES, ks_up_to
 from ibtpo.grow import Grower, Interrupted
+from ibtpo.model_card import CARD
 from ibtpo.policy import Policy
 from ibtpo.progress import track
 from ibtpo.report import Estimate
+from ibtpo.run_format import FORMAT_FILE
 from ibtpo.setup import check_prompts, make_engine, make_sampling
+from ibtpo.stopping import StopRequest
 from ibtpo.tasks import Problem, Task, format_prompt
 from ibtpo.validation import check_range
 from ibtpo_engine.adapter_folder import base_of, is_adapter_folder
 
-_NOT_THE_MODEL = ("optimizer.safetensors", "state.json", "checksums.json")  # what else is in a checkpoint
+_NOT_THE_MODEL = ("optimizer.safetensors", "state.json", "checksums.json", FORMAT_FILE, CARD)  # what else is there
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,13 +96,14 @@ def run_evaluation(
 
     Raises:
         ValueError: a prompt or the folder cannot be used.
-        Interrupted: Ctrl-C; what was sampled is kept.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; what was graded is kept.
         GraderError: too many gradings failed.
     """
-    for note in check_prompts(task, policy, config):
-        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
-    problems = task.eval_problems(config.eval.prompts)
-    with ExitStack() as stack:
+    stop = StopRequest()
+    with stop.on_signals(console), ExitStack() as stack:
+        for note in check_prompts(task, policy, config):
+            console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
+        problems = task.eval_problems(config.eval.prompts)
         store = None
         if config.out is not None:
             settings = _settings(config, folder, policy, problems)
@@ -109,10 +113,13 @@ def run_evaluation(
             text = f"{config.out}: {len(found):,} completions are there already"
             console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
         try:
-            speed = _sample(config, policy, task, problems, found, store, console)
-        except KeyboardInterrupt:
-            kept = "" if store is None else f"; {len(found):,} completions are kept, the same command goes on"
-            raise Interrupted(f"stopped{kept}", signal.SIGINT) from None
+            speed = _sample(config, policy, task, problems, found, store, console, stop)
+        except (Interrupted, KeyboardInterrupt) as error:
+            kept = "nothing is kept without --out"
+            if store is not None:
+                kept = f"{len(found):,} completions are kept in {config.out}, the same command goes on"
+            number = stop.signal if isinstance(error, Interrupted) else signal.SIGINT
+            raise Interrupted(f"stopped; {kept}", number) from None
         evaluation = summarize(found.values())
         summary = {"model": config.model, "task": task.name, "data": config.data and str(config.data)}
         summary |= evaluation.summary() | {"speed": speed}
@@ -129,9 +136,10 @@ def _sample(
     found: dict[Place, Completion],
     store: EvaluationFolder | None,
     console: Console,
+    stop: StopRequest,
 ) -> dict[str, float | None]:
     """Add what is missing to `found` and to the folder; returns how fast that was."""
-    grower = Grower(make_engine(config, policy), task, policy.tokenizer, config.jsonl)
+    grower = Grower(make_engine(config, policy), task, policy.tokenizer, config.jsonl, stop.requested)
     samples, before = config.eval.samples, set(found)
     with track(console, "Evaluating", (samples + 1) * len(problems)) as tracker:
         tracker.advance(len(before))

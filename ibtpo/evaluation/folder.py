@@ -18,7 +18,7 @@ from typing import IO, Any, Self
 
 from ibtpo.disk import no_space, write_atomically
 from ibtpo.evaluation.sampling import Completion, Place
-from ibtpo.runlog import CONFIG
+from ibtpo.run_format import is_run
 
 SETTINGS, COMPLETIONS, SUMMARY = "settings.json", "completions.jsonl", "summary.json"
 
@@ -79,7 +79,7 @@ class EvaluationFolder:
             return
         if not self.path.is_dir():
             raise ValueError(f"out: {self.path} is a file; choose another folder with --out")
-        if (self.path / CONFIG).is_file():
+        if is_run(self.path):
             raise ValueError(f"out: {self.path} is a run folder; choose another, such as {self.path / 'eval'}")
         if {entry.name for entry in self.path.iterdir()} - {COMPLETIONS}:
             raise ValueError(f"out: {self.path} already holds other files; choose another folder with --out")

@@ -16,7 +16,8 @@ import yaml
 
 from ibtpo.config_io import load_yaml
 from ibtpo.report import describe_run, summarize_rows
-from ibtpo.runlog import CONFIG, METRICS, TREES
+from ibtpo.run_format import CONFIG, check_run
+from ibtpo.runlog import METRICS, TREES
 from ibtpo.treelog import FILE, FOLDER
 
 Row = dict[str, Any]
@@ -81,12 +82,11 @@ class RunView:
     """One run folder as the page sees it. Safe to use from several threads.
 
     Raises:
-        ValueError: the path is no run folder.
+        ValueError: the path is no run folder, or one of a newer format.
     """
 
     def __init__(self, path: Path) -> None:
-        if not (path / CONFIG).is_file():
-            raise ValueError(f"view: {path} is not a run folder (it has no {CONFIG}); check the path")
+        check_run(path, "view")
         self.path = path
         self.name = path.resolve().name
         self._metrics = GrowingLog(path / METRICS)

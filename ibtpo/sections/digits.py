@@ -1,0 +1,27 @@
+"""Settings `digits.*`: the built-in task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ibtpo.validation import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitChainConfig:
+    """The built-in task: left-to-right arithmetic mod 10, one operation a step."""
+
+    min_ops: int = 8
+    """Fewest operations in a prompt."""
+    max_ops: int = 12
+    """Most operations in a prompt."""
+    grade: Literal["strict", "last"] = "strict"
+    """strict: every line of the derivation must be right; last: only the final digit."""
+    teacher_exponent: float = 4.0
+    """k of the warm-start teacher: each fact is wrong with its own probability 0.9*u^k, u uniform."""
+
+    def __post_init__(self) -> None:
+        check_range("digits.min_ops", self.min_ops, low=1)
+        check_range("digits.max_ops", self.max_ops, low=self.min_ops)
+        check_range("digits.teacher_exponent", self.teacher_exponent, low=0.0, low_open=True)

@@ -1,0 +1,30 @@
+"""Settings `engine.*`: the generation engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ibtpo.validation import check_choice, check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """The generation engine."""
+
+    kv_tokens: int = 200_000
+    """Tokens of keys and values the pool holds (pages of 16)."""
+    max_branches: int = 256
+    """Most branches decoded in one step."""
+    prefill_tokens: int = 2048
+    """Most prompt tokens computed in one step; longer prompts are computed in chunks."""
+    cuda_graphs: bool = False
+    """Capture decode steps as CUDA graphs; on a GPU only."""
+    release: Literal["auto", "always", "never"] = "auto"
+    """Hand the pool's memory back while the policy is updated; auto: on a GPU, or where the run does not fit else."""
+
+    def __post_init__(self) -> None:
+        check_range("engine.kv_tokens", self.kv_tokens, low=16)
+        check_range("engine.max_branches", self.max_branches, low=1)
+        check_range("engine.prefill_tokens", self.prefill_tokens, low=16)
+        check_choice("engine.release", self.release, ("auto", "always", "never"))

@@ -1,0 +1,24 @@
+"""Settings `eval.*`: held-out accuracy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ibtpo.validation import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Held-out accuracy, always from independent rollouts."""
+
+    prompts: int = 256
+    """Held-out prompts."""
+    samples: int = 8
+    """k of avg@k, pass@k and maj@k: independent samples a prompt; a greedy pass is always added."""
+    every: int = 0
+    """Evaluate every so many training steps; 0: before and after training only."""
+
+    def __post_init__(self) -> None:
+        check_range("eval.prompts", self.prompts, low=1)
+        check_range("eval.samples", self.samples, low=1, high=1000)
+        check_range("eval.every", self.every, low=0)

@@ -1,0 +1,67 @@
+"""Settings `jsonl.*`: a data file and its grading."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ibtpo.validation import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonlConfig:
+    """A data file of prompts and answers (docs/data.md), and how completions are graded."""
+
+    prompt_field: str | None = None
+    """Field with the prompt, a string or a list of chat messages; dots step into objects. By default the layout's."""
+    answer_field: str | None = None
+    """Field with the reference answer. By default the layout's."""
+    data_fields: tuple[str, ...] = ()
+    """Further fields that a reward of your own gets, in `data`."""
+    template: str | None = None
+    """What the policy is shown, with {prompt} where the prompt goes. By default the layout's."""
+    system_prompt: str | None = None
+    """Put before every prompt as the chat's system message."""
+    few_shot: Path | None = None
+    """Data file of the same layout whose rows are all shown as worked examples before every prompt."""
+    chat_template: bool = True
+    """Format prompts with the tokenizer's chat template where it has one."""
+    max_prompt_tokens: int | None = None
+    """Rows whose formatted prompt has more tokens are left out."""
+    pass_rate_field: str | None = None
+    """Field with how often a model solves the prompt, from 0 to 1, by which rows are left out."""
+    min_pass_rate: float = 0.0
+    """Rows with a lower pass rate are left out."""
+    max_pass_rate: float = 1.0
+    """Rows with a higher pass rate are left out."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """Rows with the same prompt and answer as an earlier one."""
+    eval_fraction: float = 0.1
+    """Share of the prompts held out for evaluation (at least one); 1 holds out all, for `ibtpo eval`."""
+    eval_count: int | None = None
+    """Number of prompts held out, instead of a share."""
+    eval_data: Path | None = None
+    """Data file to evaluate on, instead of holding out rows; its prompts are left out of training."""
+    grade: Literal["math", "exact"] = "math"
+    """Without --reward. math: math-verify decides equality; exact: the stripped last line equals the answer."""
+    grade_workers: int = 1
+    """Worker processes that grade."""
+    grade_timeout: float = 5.0
+    """Seconds after which a reward counts as 0 (and is counted as timed out)."""
+    max_failed_share: float = 0.5
+    """Stop when more than this share of the last 100 gradings failed or timed out; 1 never stops."""
+
+    def __post_init__(self) -> None:
+        if self.template is not None and "{prompt}" not in self.template:
+            raise ValueError(f"jsonl.template: {self.template!r} has no {{prompt}}; write it where the prompt goes")
+        if self.max_prompt_tokens is not None:
+            check_range("jsonl.max_prompt_tokens", self.max_prompt_tokens, low=1)
+        check_range("jsonl.min_pass_rate", self.min_pass_rate, low=0.0, high=1.0)
+        check_range("jsonl.max_pass_rate", self.max_pass_rate, low=self.min_pass_rate, high=1.0)
+        check_range("jsonl.eval_fraction", self.eval_fraction, low=0.0, high=1.0)
+        if self.eval_count is not None:
+            check_range("jsonl.eval_count", self.eval_count, low=1)
+        check_range("jsonl.grade_workers", self.grade_workers, low=1)
+        check_range("jsonl.grade_timeout", self.grade_timeout, low=0.0, low_open=True)
+        check_range("jsonl.max_failed_share", self.max_failed_share, low=0.0, high=1.0)

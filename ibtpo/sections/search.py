@@ -1,0 +1,108 @@
+"""Settings `search.*`: how a group of trajectories is sampled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ibtpo.validation import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How a group of trajectories is sampled for a prompt (paper, section 3)."""
+
+    method: Literal["ibtree", "independent", "random-tree", "eptree", "treepo", "tree-grpo", "vineppo"] = "ibtree"
+    """ibtree: branch where the IB-Score is highest; random-tree: anywhere; independent: chains; the rest: rivals."""
+    group_size: int = 8
+    """G, trajectories a prompt for `independent`, `treepo` and `vineppo`; the other trees derive theirs."""
+    initial_branches: int = 4
+    """B0, independent trajectories a tree begins with: B0 + (L-1)*K*B in all; M trees of `eptree` and `tree-grpo`."""
+    rounds: int = 9
+    """L, rounds of growth, the initial one included."""
+    nodes_per_round: int = 1
+    """K, nodes branched in a round; `eptree` and `tree-grpo` branch so many in each of their trees."""
+    branches_per_node: int = 1
+    """B, new trajectories from each of them."""
+    segment_tokens: int = 512
+    """Length of a segment, the step of `treepo`."""
+    deepest_share: float = 0.875
+    """Share of `sampling.max_tokens` from which on `eptree` begins no branches."""
+    value_rollouts: int = 9
+    """K, rollouts of `vineppo` that tell the value of a step; they are sampled, not trained on."""
+    lookahead: int = 1
+    """Rounds of `ibtree` and `random-tree` under way at once; 1 (paper): a round knows the outcome of all before."""
+    redraws: int = 0
+    """Times a training step draws further prompts for groups whose rewards are all equal (DAPO); 0 takes what comes."""
+    stop_uniform_after: int = 0
+    """Trajectories after which a tree of equal rewards leaves its rest to the step's mixed ones; 0: never; ours."""
+    branch_at_root: bool = True
+    """May the prompt itself be branched again?"""
+    separator: str = "\n\n"
+    """Text that ends a step; the token that completes it belongs to the step it ends."""
+    step_tokens: int | None = None
+    """If set, steps are runs of this many tokens and `separator` is ignored."""
+    boundary_noise: float = 0.0
+    """Share of the step boundaries moved to a random token between their neighbours (the paper's robustness test)."""
+
+    def __post_init__(self) -> None:
+        for name in ("group_size", "initial_branches", "rounds", "nodes_per_round", "branches_per_node", "lookahead"):
+            check_range(f"search.{name}", getattr(self, name), low=1)
+        check_range("search.redraws", self.redraws, low=0)
+        check_range("search.stop_uniform_after", self.stop_uniform_after, low=0)
+        if self.lookahead > 1 and not self.is_guided:
+            raise ValueError(
+                f"search.lookahead: {self.lookahead} is for rounds that are chosen one after the other, as ibtree and "
+                f"random-tree do; search.method={self.method} has none, set it to 1"
+            )
+        if self.stop_uniform_after:
+            self._check_stop()
+        check_range("search.boundary_noise", self.boundary_noise, low=0.0, high=1.0)
+        for name in ("segment_tokens", "value_rollouts"):
+            check_range(f"search.{name}", getattr(self, name), low=1)
+        check_range("search.deepest_share", self.deepest_share, low=0.0, high=1.0, low_open=True)
+        if self.step_tokens is not None:
+            check_range("search.step_tokens", self.step_tokens, low=1)
+        elif not self.separator:
+            raise ValueError('search.separator: "" must be at least one character, or set search.step_tokens')
+
+    def _check_stop(self) -> None:
+        name, value, least = "search.stop_uniform_after", self.stop_uniform_after, max(self.initial_branches, 2)
+        if not self.is_guided:
+            raise ValueError(
+                f"{name}: {value} moves rounds between trees, which search.method={self.method} does not grow by; "
+                "use ibtree or random-tree, or set it to 0"
+            )
+        if not least <= value < self.trajectories:
+            raise ValueError(
+                f"{name}: {value} must be at least {least}, the trajectories a tree begins with (and 2), and below "
+                f"{self.trajectories}, those it has in all; or 0: never"
+            )
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a tree grows by rounds of which each is chosen after the last."""
+        return self.method in ("ibtree", "random-tree")
+
+    @property
+    def rounds_alone(self) -> int:
+        """Rounds, the initial one included, before a tree meets the others of its step (`stop_uniform_after`)."""
+        later = self.stop_uniform_after - self.initial_branches
+        return 1 + -(-later // (self.nodes_per_round * self.branches_per_node))
+
+    @property
+    def most_trajectories(self) -> int:
+        """The most trajectories that a prompt may have: more than G only where other trees leave theirs."""
+        if not self.stop_uniform_after:
+            return self.trajectories
+        return self.trajectories + (self.rounds - self.rounds_alone) * self.nodes_per_round * self.branches_per_node
+
+    @property
+    def trajectories(self) -> int:
+        """G, trajectories a prompt."""
+        if self.method in ("independent", "treepo", "vineppo"):
+            return self.group_size
+        later = (self.rounds - 1) * self.nodes_per_round * self.branches_per_node
+        if self.method in ("eptree", "tree-grpo"):
+            return self.initial_branches * (1 + later)
+        return self.initial_branches + later

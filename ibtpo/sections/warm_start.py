@@ -1,0 +1,36 @@
+"""Settings `warm_start.*`: the built-in policy's first training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ibtpo.validation import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmStartConfig:
+    """Supervised training of the built-in policy on the task's worked solutions, from random weights."""
+
+    excess: float = 0.06
+    """Loss above the teacher's own entropy, in nats a token, at or below which the learning rate may begin to fall."""
+    pass_share: float = 0.4
+    """Sampled pass rate, as a share of the teacher's own, that it waits for too; 0 leaves it to the loss alone."""
+    decay_updates: int = 100
+    """Updates over which it falls, along a cosine, to a tenth; the warm start ends there."""
+    max_updates: int = 1200
+    """Updates at most, the decay included, whatever was measured."""
+    batch_size: int = 64
+    """Worked solutions an update."""
+    lr: float = 3e-3
+    """Learning rate before it falls."""
+    warmup_steps: int = 50
+    """Updates over which the learning rate rises linearly from 0."""
+
+    def __post_init__(self) -> None:
+        check_range("warm_start.excess", self.excess, low=0.0, low_open=True)
+        check_range("warm_start.pass_share", self.pass_share, low=0.0)
+        check_range("warm_start.decay_updates", self.decay_updates, low=1)
+        check_range("warm_start.max_updates", self.max_updates, low=1)
+        check_range("warm_start.batch_size", self.batch_size, low=1)
+        check_range("warm_start.lr", self.lr, low=0.0, low_open=True)
+        check_range("warm_start.warmup_steps", self.warmup_steps, low=0)
