@@ -168,7 +168,7 @@ def largest_micro_batch(config: TrainConfig) -> int:
     most = max(config.micro_batch_tokens, longest)
     if config.task != "digit-chain" and prompt is None:
         return most  # prompts may have any length
-    tree = (prompt or 4 * config.digits.max_ops) + config.search.most_trajectories * config.sampling.max_tokens
+    tree = (prompt or 4 * config.digits.max_ops) + config.search.trajectories * config.sampling.max_tokens
     return min(most, -(-config.prompts_per_step // config.mini_batches) * tree)
 
 

@@ -74,7 +74,6 @@ GROUPS: tuple[Group, ...] = (
         (
             Metric("prompts", "count", "Prompts, that is trees."),
             Metric("trajectories", "count", "Trajectories, that is leaves."),
-            Metric("trajectories_moved", "count", "Of them, those that other trees left (search.stop_uniform_after)."),
             Metric("trajectory_tokens", "tokens", "Length of all trajectories, a shared token once for each."),
             Metric("tokens_sampled", "tokens", "Tokens sampled, each counted once, trained on or not."),
             Metric("tokens_computed", "tokens", "Tokens computed to sample: prefilled, decoded, recomputed."),
@@ -200,7 +199,7 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
         "response_length": _mean(map(float, lengths)),
         "truncated_share": _mean(float(is_truncated(leaf)) for leaf, _ in leaves),
     }
-    values |= _estimate_metrics(trees) | _depth_metrics(trees) | _moved_metrics(trees)
+    values |= _estimate_metrics(trees) | _depth_metrics(trees)
     return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
@@ -240,11 +239,6 @@ def _estimate_metrics(trees: Sequence[Tree]) -> dict[str, float]:
         "cov_eta1_eta2": _mean(ib.covariance(node) for ib, node in branched),
         "confidence": _mean(tree.notes["ib"].eta2(node) for tree in estimated for node in _sampled(tree)),
     }
-
-
-def _moved_metrics(trees: Sequence[Tree]) -> dict[str, float]:
-    moved = [max(tree.notes["moved"], 0) for tree in trees if "moved" in tree.notes]
-    return {"trajectories_moved": float(sum(moved))} if moved else {}
 
 
 def _depth_metrics(trees: Sequence[Tree]) -> dict[str, float]:

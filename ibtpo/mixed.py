@@ -7,7 +7,7 @@ All trees drawn are returned: their tokens were sampled, their rewards count in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from ibtpo.grow import Grower
 from ibtpo.metrics import is_mixed
@@ -18,7 +18,7 @@ from ibtpo_engine import Sampling, Search, Tree
 def grow_mixed(
     grower: Grower,
     pose: Callable[[int], Problem],
-    search: Callable[[Sequence[int]], Search],
+    search: Search,
     sampling: Sampling,
     *,
     first: int,
@@ -30,8 +30,7 @@ def grow_mixed(
     Args:
         grower: grows and grades.
         pose: the training problem of an index; the index is the tree's key, too.
-        search: makes the search of trees that are grown together, from their keys.
-        sampling: how.
+        search, sampling: how.
         first: index of the first problem; those drawn are [first, first + number of trees).
         count: problems drawn first, and mixed groups wanted.
         redraws: times that as many problems as are missing are drawn again; 0: never.
@@ -48,7 +47,7 @@ def grow_mixed(
     for _ in range(1 + redraws):
         keys = list(range(first + len(trees), first + len(trees) + missing))
         posed = [pose(key) for key in keys]
-        grown, graded = grower.grow(posed, keys, search(keys), sampling)
+        grown, graded = grower.grow(posed, keys, search, sampling)
         trees, problems, seconds = trees + grown, problems + posed, seconds + graded
         missing -= sum(map(is_mixed, grown))
         if missing == 0:

@@ -3,7 +3,7 @@
 A search yields the pending nodes it wants extended and receives them finished and graded. ::
 
     ibtree        B0 trajectories, then rounds that branch at the K nodes with the highest IB-Score (guided.py)
-    random-tree   the same, at any K nodes; rounds of either may be moved between trees (sharing.py)
+    random-tree   the same, at any K nodes: the paper's control
     independent   no rounds
     eptree        rounds that branch just before each chain's most surprising tokens (eptree.py)
     treepo        two children at every segment boundary until the width is used up (treepo.py)
@@ -17,20 +17,18 @@ What they leave behind::
     tree.notes["branched"]           (round, node, score when picked: IB-Score, surprisal, or NaN where none counted)
     node.notes["round"]              the round a step was sampled in
     leaf.notes["group"]              eptree, tree-grpo: which of the group's trees a trajectory belongs to
-    tree.notes["moved"]              trajectories that were other trees' (or, below 0, left to them), if they share
     node.notes["value"]              vineppo: mean reward of the step's rollouts
     tree.notes["auxiliary_tokens"]   vineppo: tokens of those rollouts, which are no longer in the tree
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from ibtpo.config import IBConfig, SearchConfig
 from ibtpo.searches.base import Method
 from ibtpo.searches.eptree import eptree
-from ibtpo.searches.guided import PICKS, anywhere, guided, highest_scores, ibtree, independent, random_tree
-from ibtpo.searches.sharing import Sharing
+from ibtpo.searches.guided import anywhere, highest_scores, ibtree, independent, random_tree
 from ibtpo.searches.tree_grpo import tree_grpo
 from ibtpo.searches.treepo import treepo
 from ibtpo.searches.vineppo import vineppo
@@ -52,9 +50,7 @@ METHODS: dict[str, Method] = {
 """Every search by its name in `SearchConfig.method`."""
 
 
-def make_search(
-    config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int, keys: Sequence[int] = ()
-) -> Callable[[Tree], Growth]:
+def make_search(config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int) -> Callable[[Tree], Growth]:
     """The search `config` describes, ready for `Engine.run`.
 
     Args:
@@ -62,12 +58,6 @@ def make_search(
         ib: how values and scores are estimated.
         splitter: where steps end.
         max_tokens: most new tokens of a trajectory; a node that deep is not branched.
-        keys: of the trees that one `Engine.run` will grow with it and that share their budgets, if `config` says so;
-            without keys each tree keeps its own.
     """
-    if config.stop_uniform_after and keys:
-        sharing = Sharing(keys, config.rounds - config.rounds_alone)
-        pick = PICKS[config.method]
-        return lambda tree: guided(tree, config, ib, splitter, max_tokens, pick, sharing)
     method = METHODS[config.method]
     return lambda tree: method(tree, config, ib, splitter, max_tokens)

@@ -104,16 +104,6 @@ def _check_combinations(config: TrainConfig, group: Group) -> None:
             f"advantage.uniform_groups: {advantage.uniform_groups} would keep groups of equal rewards, to which the "
             "whitening of advantage.kind=treepo gives advantages that no reward explains; set it to skip"
         )
-    if search.stop_uniform_after > 0 and advantage.uniform_groups != "skip":
-        raise ValueError(
-            f"search.stop_uniform_after: {search.stop_uniform_after} ends trees of equal rewards, on which "
-            f"advantage.uniform_groups={advantage.uniform_groups} trains; set it to skip, or the other to 0"
-        )
-    if search.stop_uniform_after > 0 and group.size > 1:
-        raise ValueError(
-            f"search.stop_uniform_after: {search.stop_uniform_after} moves rounds between all trees of a step, "
-            f"which {group.size} processes grow apart from each other; set it to 0, or train in one process"
-        )
 
 
 def _model(model: str, console: Console, group: Group) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ from ibtpo.tasks import Problem, Task, TeachableTask
 from ibtpo.treelog import tree_record
 from ibtpo.update import Updater, frozen_copy
 from ibtpo.warmstart import WarmStart, warm_start_of
-from ibtpo_engine import Engine, Model, Search, Tree
+from ibtpo_engine import Engine, Model, Tree
 from ibtpo_engine.adapter_folder import is_adapter_folder
 
 START = "start"  # in the run folder: the warm-started policy, of which a frozen reference is made
@@ -295,21 +295,17 @@ class Trainer:
             for name, value in counts.items():
                 self.state.reward_counts[name] = self.state.reward_counts.get(name, 0) + value
 
-    def _search(self, keys: Sequence[int]) -> Search:
-        """The search of trees that are grown together."""
-        config = self.config
-        return make_search(config.search, config.ib, self.splitter, config.sampling.max_tokens, keys)
-
     def _grow(self) -> tuple[list[Tree], list[Problem], float]:
         """Trees on the next problems, all that were drawn; seconds spent in grading."""
+        config = self.config
         return grow_mixed(
             self.grower,
             self.task.train_problem,
-            self._search,
+            make_search(config.search, config.ib, self.splitter, config.sampling.max_tokens),
             self.sampling,
             first=self.state.next_problem,
-            count=self.config.prompts_per_step,
-            redraws=self.config.search.redraws,
+            count=config.prompts_per_step,
+            redraws=config.search.redraws,
         )
 
     def _keep_trees(self, trees: list[Tree], problems: list[Problem]) -> None:

@@ -27,7 +27,6 @@ OTHER_VALUES = {
     "task": "reasoning-gym:chain_sum",
     "search.separator": "###",
     "search.method": "random-tree",
-    "search.stop_uniform_after": 5,
 }
 
 

@@ -24,7 +24,6 @@ import torch
 from checkpoints import save_additions, save_checkpoint
 from engine_helpers import tiny_model
 from processes import end, run, started, time_limit
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trees import VOCABULARY, chain, estimate, random_trajectories
@@ -32,7 +31,7 @@ from trees import VOCABULARY, chain, estimate, random_trajectories
 from ibtpo import memory_plan
 from ibtpo.advantage import advantage
 from ibtpo.cli import main
-from ibtpo.config import AdvantageConfig, LoRAConfig, LossConfig, OptimConfig, SamplingConfig, SearchConfig, TrainConfig
+from ibtpo.config import AdvantageConfig, LoRAConfig, LossConfig, OptimConfig, SamplingConfig, TrainConfig
 from ibtpo.distributed import ALONE, Follower, Group, device_name, join, make_learner, restarted
 from ibtpo.distributed.exchange import freeze, thaw
 from ibtpo.distributed.group import balance
@@ -44,7 +43,6 @@ from ibtpo.pack import pack
 from ibtpo.policy import load_policy
 from ibtpo.runlog import RunFolder, latest_checkpoint
 from ibtpo.stopping import StopRequest
-from ibtpo.train import train
 from ibtpo.trainer import Trainer
 from ibtpo.update import Updater, frozen_copy
 from ibtpo_engine import LoRA, Model, Tree
@@ -382,13 +380,6 @@ def test_fsdp_refuses_what_it_cannot_split() -> None:
     assert check_memory(adapted, shape, CPU, twins)[0] == "fsdp"
     assert check_memory(replace(adapted, distributed="auto"), shape, CPU, twins)[0] == "ddp"
     assert check_memory(adapted, shape, CPU, ALONE)[0] == "ddp"
-
-
-def test_rounds_do_not_move_between_processes() -> None:
-    """Each would wait for trees that others grow, for ever."""
-    config = replace(CONFIG, search=SearchConfig(stop_uniform_after=6))
-    with pytest.raises(ValueError, match="set it to 0, or train in one process"):
-        train(config, Console(quiet=True), group=_Twins(0, 2))
 
 
 def _spoiled(config: TrainConfig) -> None:

@@ -21,7 +21,6 @@ from ibtpo.config import (
     LoRAConfig,
     OptimConfig,
     SamplingConfig,
-    SearchConfig,
     TrainConfig,
 )
 from ibtpo.memory_fit import check_memory, fitting_flags
@@ -198,8 +197,6 @@ def test_a_micro_batch_is_never_planned_smaller_than_a_trajectory_nor_larger_tha
     assert largest_micro_batch(config) == 500
     digits = TrainConfig(prompts_per_step=2, mini_batches=2, sampling=SamplingConfig(max_tokens=50))
     assert largest_micro_batch(digits) < digits.micro_batch_tokens
-    moved = replace(digits, search=SearchConfig(stop_uniform_after=8))  # 4 rounds to give, 4 to get: 12 + 4
-    assert largest_micro_batch(moved) == largest_micro_batch(digits) + 4 * 50
 
 
 def _two_steps(optimizer: MasterAdamW, network: nn.Module, first: int) -> None:

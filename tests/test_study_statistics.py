@@ -83,7 +83,6 @@ def test_shipped_studies_load_and_share_their_cells() -> None:
         "open-points",
         "beyond",
         "plus",
-        "budgets",
         "bias",
     )
     for name in names:

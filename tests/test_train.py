@@ -294,12 +294,11 @@ def test_the_one_before_a_damaged_checkpoint_is_taken(
     _assert_same_end(folder, whole)
 
 
-@pytest.mark.parametrize("preset", ["dapo", "treepo", "vineppo", "ib-tpo"])
+@pytest.mark.parametrize("preset", ["dapo", "treepo", "vineppo"])
 def test_methods_that_look_beyond_one_tree_go_on_where_they_were(preset: str, policy: Path, tmp_path: Path) -> None:
-    """Prompts drawn again, whitened advantages, rollouts that leave the tree, moved budgets: a resume repeats them."""
+    """Prompts drawn again, whitened advantages, rollouts that leave the tree: a resume repeats them."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    moved = ["--search.stop-uniform-after", "4"] if preset == "ib-tpo" else []
-    flags = ["--preset", preset, *moved, *QUICK, "--sampled-tokens", "2500", "--checkpoint-every", "1"]
+    flags = ["--preset", preset, *QUICK, "--sampled-tokens", "2500", "--checkpoint-every", "1"]
     assert _run("--model", policy, "--out", whole, *flags) == 0
     shutil.copytree(whole, folder)
     shutil.rmtree(_last(folder))  # as if killed just before its last checkpoint
@@ -307,8 +306,6 @@ def test_methods_that_look_beyond_one_tree_go_on_where_they_were(preset: str, po
     assert 0 < before < len(_steps(whole))
     if preset == "dapo":
         assert max(row["prompts"] for row in _steps(whole)) > 6, "nothing was drawn again"
-    if moved:
-        assert _steps(whole)[-1]["trajectories_moved"] > 0, "the step that is repeated moved nothing"
     assert _run("--resume", folder) == 0
     _assert_complete(folder, 2500)
     _assert_same_end(folder, whole)
@@ -443,7 +440,7 @@ def test_the_run_folder_holds_what_the_readme_says(uninterrupted: Path) -> None:
 def test_the_log_holds_every_metric(trained: Path) -> None:
     """But for those that only a penalty, a setting, a preset or a grader of its own has."""
     elsewhere = {
-        "kl_ref_k1", "kl_ref_k3", "entropy_advantage", "reward_timeouts", "reward_failures", "trajectories_moved",
+        "kl_ref_k1", "kl_ref_k3", "entropy_advantage", "reward_timeouts", "reward_failures",
     }  # fmt: skip
     assert set().union(*_rows(trained)) - {"step"} == set(METRICS) - elsewhere
 

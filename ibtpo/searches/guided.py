@@ -8,10 +8,7 @@ from itertools import cycle, islice
 from random import Random
 
 from ibtpo.config import IBConfig, SearchConfig
-from ibtpo.ib import IBEstimates
-from ibtpo.metrics import is_mixed
 from ibtpo.searches.base import branch, count_leaves, fork_all, prepare, random_numbers
-from ibtpo.searches.sharing import Sharing
 from ibtpo.steps import Splitter
 from ibtpo_engine import Ahead, Growth, Node, Tree
 
@@ -41,10 +38,6 @@ def random_tree(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitt
     return guided(tree, config, ib, splitter, max_tokens, anywhere)
 
 
-PICKS: dict[str, Pick] = {"ibtree": highest_scores, "random-tree": anywhere}
-"""What the guided searches differ in, by `SearchConfig.method`."""
-
-
 def independent(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int) -> Growth:
     """`group_size` trajectories from the prompt, cut into steps like the others."""
     estimates = prepare(tree, ib)
@@ -58,9 +51,12 @@ def guided(
     splitter: Splitter,
     max_tokens: int,
     pick: Pick,
-    sharing: Sharing | None = None,
 ) -> Growth:
-    """B0 trajectories, then rounds 1 to L-1 at the nodes picked; as many rounds as `sharing` says, if there is one."""
+    """B0 trajectories, then rounds 1 to L-1 at the nodes picked.
+
+    With `lookahead` a round is chosen before the last ones have ended. Nodes with a branch under way are passed over
+    then, or all rounds under way would begin at the same node.
+    """
     estimates = prepare(tree, ib)
     rng = random_numbers(tree)
     tree.notes["iid_leaves"] = yield from branch([tree.root], config.initial_branches, 0, estimates, splitter)
@@ -77,31 +73,8 @@ def guided(
         picked = pick(candidates, config.nodes_per_round, rng) or [tree.root]
         return list(islice(cycle(picked), config.nodes_per_round))  # too few candidates: the same G all the same
 
-    if sharing is None:
-        yield from _rounds(tree, range(1, config.rounds), config, choose, splitter)
-        return
-    yield from _rounds(tree, range(1, config.rounds_alone), config, choose, splitter)
-    everyone = sharing.meet(tree.key, mixed=is_mixed(tree))
-    yield everyone
-    end = config.rounds_alone + everyone.result()[tree.key]
-    tree.notes["moved"] = (end - config.rounds) * config.nodes_per_round * config.branches_per_node
-    yield from _rounds(tree, range(config.rounds_alone, end), config, choose, splitter)
-
-
-def _rounds(
-    tree: Tree,
-    turns: range,
-    config: SearchConfig,
-    choose: Callable[[set[Node | None]], list[Node]],
-    splitter: Splitter,
-) -> Growth:
-    """These rounds, `lookahead` of them under way at once: a round is chosen before the last ones have ended.
-
-    Nodes with a branch under way are passed over, or all rounds under way would begin at the same node.
-    """
-    estimates: IBEstimates = tree.notes["ib"]
     under_way: deque[tuple[int, list[Node]]] = deque()
-    for turn in turns:
+    for turn in range(1, config.rounds):
         picked = choose({leaf.parent for _, leaves in under_way for leaf in leaves})
         tree.notes["branched"] += [(turn, node, estimates.score(node)) for node in picked]
         branches = fork_all(picked, config.branches_per_node)

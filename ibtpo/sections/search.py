@@ -34,8 +34,6 @@ class SearchConfig:
     """Rounds of `ibtree` and `random-tree` under way at once; 1 (paper): a round knows the outcome of all before."""
     redraws: int = 0
     """Times a training step draws further prompts for groups whose rewards are all equal (DAPO); 0 takes what comes."""
-    stop_uniform_after: int = 0
-    """Trajectories after which a tree of equal rewards leaves its rest to the step's mixed ones; 0: never; ours."""
     branch_at_root: bool = True
     """May the prompt itself be branched again?"""
     separator: str = "\n\n"
@@ -49,14 +47,11 @@ class SearchConfig:
         for name in ("group_size", "initial_branches", "rounds", "nodes_per_round", "branches_per_node", "lookahead"):
             check_range(f"search.{name}", getattr(self, name), low=1)
         check_range("search.redraws", self.redraws, low=0)
-        check_range("search.stop_uniform_after", self.stop_uniform_after, low=0)
         if self.lookahead > 1 and not self.is_guided:
             raise ValueError(
                 f"search.lookahead: {self.lookahead} is for rounds that are chosen one after the other, as ibtree and "
                 f"random-tree do; search.method={self.method} has none, set it to 1"
             )
-        if self.stop_uniform_after:
-            self._check_stop()
         check_range("search.boundary_noise", self.boundary_noise, low=0.0, high=1.0)
         for name in ("segment_tokens", "value_rollouts"):
             check_range(f"search.{name}", getattr(self, name), low=1)
@@ -66,36 +61,10 @@ class SearchConfig:
         elif not self.separator:
             raise ValueError('search.separator: "" must be at least one character, or set search.step_tokens')
 
-    def _check_stop(self) -> None:
-        name, value, least = "search.stop_uniform_after", self.stop_uniform_after, max(self.initial_branches, 2)
-        if not self.is_guided:
-            raise ValueError(
-                f"{name}: {value} moves rounds between trees, which search.method={self.method} does not grow by; "
-                "use ibtree or random-tree, or set it to 0"
-            )
-        if not least <= value < self.trajectories:
-            raise ValueError(
-                f"{name}: {value} must be at least {least}, the trajectories a tree begins with (and 2), and below "
-                f"{self.trajectories}, those it has in all; or 0: never"
-            )
-
     @property
     def is_guided(self) -> bool:
         """Whether a tree grows by rounds of which each is chosen after the last."""
         return self.method in ("ibtree", "random-tree")
-
-    @property
-    def rounds_alone(self) -> int:
-        """Rounds, the initial one included, before a tree meets the others of its step (`stop_uniform_after`)."""
-        later = self.stop_uniform_after - self.initial_branches
-        return 1 + -(-later // (self.nodes_per_round * self.branches_per_node))
-
-    @property
-    def most_trajectories(self) -> int:
-        """The most trajectories that a prompt may have: more than G only where other trees leave theirs."""
-        if not self.stop_uniform_after:
-            return self.trajectories
-        return self.trajectories + (self.rounds - self.rounds_alone) * self.nodes_per_round * self.branches_per_node
 
     @property
     def trajectories(self) -> int:

@@ -108,11 +108,11 @@ def _samplers(config: TrainConfig, options: Mapping[str, Any]) -> Result:
 def _sampled(config: TrainConfig, policy: Policy, task: Task, prompts: int) -> list[Result]:
     grower = Grower(make_engine(config, policy), task, policy.tokenizer, config.jsonl)
     splitter = step_splitter(policy.tokenizer, config.search)
+    search = make_search(config.search, config.ib, splitter, config.sampling.max_tokens)
     problems, rows = task.eval_problems(prompts), []
     for first in range(0, len(problems), BATCH):
         batch = problems[first : first + BATCH]
         keys = list(range(first, first + len(batch)))
-        search = make_search(config.search, config.ib, splitter, config.sampling.max_tokens, keys)
         trees, _ = grower.grow(batch, keys, search, make_sampling(config, policy))
         rows += [tree_numbers(tree, lambda ids: str(policy.tokenizer.decode(ids))) for tree in trees]
         print(f"{len(rows)} of {len(problems)} prompts", flush=True)
