@@ -173,7 +173,7 @@ def trees_large(options: argparse.Namespace) -> list[Row]:
         contenders: dict[str, Call] = {
             name: partial(grow, engine, config, prompts, splitter, 32) for name, config in shapes.items()
         }
-        rows += compare("trees, prompts, 0.5B", count, contenders, max(3, options.repetitions // 3))
+        rows += compare("trees, prompts, 0.5B", count, contenders, max(1, options.repetitions // 3))
     return rows
 
 
