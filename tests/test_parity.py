@@ -188,7 +188,21 @@ def test_fast_is_not_bitwise(model: Model, cold: list[Node], way: str) -> None:
     engine = Engine(model, kv_tokens=8192)
     with grow(engine, PROMPT, SAMPLING, key=5) as tree:
         ours = tree.nodes()
-    assert any(not np.array_equal(a.logprob, b.logprob) for a, b in zip(ours, cold, strict=True))
+    differs = any(not np.array_equal(a.logprob, b.logprob) for a, b in zip(ours, cold, strict=True))
+    if not differs and torch_is_bitwise(model):
+        pytest.skip("on this processor torch's products of this type do not see the batch either")
+    assert differs
+
+
+def torch_is_bitwise(model: Model) -> bool:
+    """Does every row of the model's products have the same bits in any batch, as torch computes them?"""
+    for weight in (module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)):
+        x = torch.randn(70, weight.shape[1]).to(weight.dtype)
+        whole = torch.nn.functional.linear(x, weight)
+        for rows in range(1, 70):
+            if not torch.equal(torch.nn.functional.linear(x[:rows], weight), whole[:rows]):
+                return False
+    return True
 
 
 seen: Counter[str] = Counter()
