@@ -137,17 +137,20 @@ class BackendEngine:
             for call in self._calls(growth.nodes, sampling):
                 calls[pool.submit(call.make, self.backend)] = call
 
+        def has_room() -> bool:
+            return len(calls) < self.max_calls
+
         searches = Searches(search, prompts, keys, reward, lambda prompt, key: self.tree(prompt, key=key), submit)
         try:
             while True:
-                while not searches.growing or len(calls) < self.max_calls:
+                while not searches.growing or has_room():
                     if not searches.open():
                         break
                 if not searches.growing:
                     return
-                if not searches.any_ready():
+                if not (searches.any_ready() and has_room()):
                     self._await(calls, searches)
-                yield from searches.resume()
+                yield from searches.resume(has_room, self.max_calls)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # requests already sent are not waited for
             searches.close()

@@ -23,6 +23,11 @@ class PageCache:
         self.pool = pool
         self.index = RadixIndex(pool)
 
+    @property
+    def num_loose(self) -> int:
+        """Pages that are free or in the index; of the latter, those that open trees own too cannot be evicted."""
+        return self.pool.num_free + self.index.num_entries
+
     def take(self, n: int) -> list[int] | None:
         """`n` fresh pages, evicting unpinned prefixes if need be; None if there are not that many."""
         short = n - self.pool.num_free

@@ -101,6 +101,7 @@ class Engine:
         self._trees: dict[int, Tree] = {}  # open trees by ordinal
         self._searches: list[Searches] = []  # of each `run` under way
         self._opened = 0
+        self._prompt_pages = 0  # of all open trees
         self._weights = WeightWatch(self.model, *([self.shadow.masters] if self.shadow else []))
         self._num_parameters = sum(p.numel() for p in self.model.parameters())
         self._build(capture_for(self.model) if cuda_graphs else None)
@@ -145,6 +146,7 @@ class Engine:
         self._check_prompt(tree)
         self._opened += 1
         self._trees[ordinal] = tree
+        self._prompt_pages += pages_for(tree.prompt_len)
         return tree
 
     def _check_prompt(self, tree: Tree) -> None:
@@ -175,7 +177,8 @@ class Engine:
         for leaf in tree.leaves() or [tree.root]:
             self.cache.remember(leaf)
         self.cache.forget(tree)
-        self._trees.pop(tree.ordinal, None)
+        if self._trees.pop(tree.ordinal, None) is not None:
+            self._prompt_pages -= pages_for(tree.prompt_len)
 
     # ---- growing ---------------------------------------------------------------------------------------------
 
@@ -358,18 +361,25 @@ class Engine:
         self._searches.append(searches)
         try:
             while True:
-                while not searches.growing or self.scheduler.num_branches < self.max_branches:
+                while not searches.growing or self._has_room():
                     if not searches.open():
                         break
                 if not searches.growing:
                     return
                 self._advance(searches)
-                for index, tree in searches.resume():
+                for index, tree in searches.resume(self._has_room, self.max_branches if self._is_half_free() else 0):
                     yield index, tree
                     self._check_weights()  # the caller had a turn
         finally:
             self._searches.remove(searches)
             searches.close()
+
+    def _has_room(self) -> bool:
+        return self.scheduler.num_branches < self.max_branches
+
+    def _is_half_free(self) -> bool:
+        """Is at least half the pool left for trees to grow into? Of the index, open trees own at most their prompts."""
+        return 2 * (self.cache.num_loose - self._prompt_pages) >= self.cache.pool.num_pages
 
     def _advance(self, searches: Searches) -> None:
         """One step of the scheduler, or, if every tree waits for rewards or other futures, wait for the first."""

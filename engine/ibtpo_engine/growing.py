@@ -40,6 +40,7 @@ class Growing:
 
     Attributes:
         nodes: what it asked for last, to be extended.
+        turns: how often it asked.
         rewards: of branches that ended; futures are here until they have been read.
     """
 
@@ -52,6 +53,7 @@ class Growing:
         self.nodes: list[Node] = []
         self.rewards: dict[Node, Future[float]] = {}
         self.done = False
+        self.turns = 0
         self._under_way: set[Node] = set()
         self._until: list[Node] = []
         self._waits_for = 0  # how many of `_until` are under way
@@ -59,6 +61,7 @@ class Growing:
 
     def ask(self) -> None:
         """Send into the search what it waited for (it begins at the first call); take what it wants extended next."""
+        self.turns += 1
         try:
             if self.generator is None:
                 self.generator = self.search(self.tree)
@@ -187,9 +190,23 @@ class Searches:
         """What they wait for besides branches."""
         return [future for growth in self.growing.values() for future in growth.awaited()]
 
-    def resume(self) -> Iterator[tuple[int, Tree]]:
-        """Hand what is finished and graded to those that can go on; yield the trees whose search has ended."""
-        for growth in [growth for growth in self.growing.values() if growth.is_ready()]:
+    def resume(self, has_room: Callable[[], bool], breadth: int) -> Iterator[tuple[int, Tree]]:
+        """Hand what is finished and graded to those that can go on; yield the trees whose search has ended.
+
+        The first branches of a tree run side by side, its rounds one after another. If rounds went before new trees,
+        the last trees would be opened late and end alone, in small batches: new trees go first, then those with the
+        fewest rounds behind them.
+
+        Args:
+            has_room: is there room for more branches? If not, the others go on another time.
+            breadth: most trees that may be under way for that; at 0 no tree is opened here, and all that can go on do.
+        """
+        while len(self.growing) < breadth and has_room() and self.open():
+            pass
+        ready = [growth for growth in self.growing.values() if growth.is_ready()]
+        for growth in sorted(ready, key=lambda growth: growth.turns):
+            if breadth and not has_room():
+                return
             growth.ask()
             if growth.done:
                 del self.growing[growth.tree.ordinal]
