@@ -1,12 +1,11 @@
-"""The format of run folders and checkpoints: a number in ibtpo.json, so that no older ibtpo misreads a newer folder.
+"""The format of the folders we write: a number in ibtpo.json, so that no older ibtpo misreads a newer folder.
 
 ::
 
-    {"format": 1, "version": "0.1.0"}      beside a run's config.yaml, and in each of its checkpoints
+    {"format": 1, "version": "0.1.0"}      beside a run's config.yaml, in each of its checkpoints, in an evaluation's folder
 
-Whoever changes what the files of a run or of a checkpoint mean raises `FORMAT`, goes on reading what was written
-before, and says so in CHANGELOG.md. New files and new metrics change no meaning. A folder without a number is of
-format 1.
+Whoever changes what the files of one of them mean raises `FORMAT`, goes on reading what was written before, and says
+so in CHANGELOG.md. New files and new metrics change no meaning. A folder without a number is of format 1.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def check_run(folder: Path, what_for: str) -> None:
 
 
 def check_format(folder: Path) -> None:
-    """See that a run folder or checkpoint is of a format that this version reads.
+    """See that a run folder, a checkpoint or an evaluation is of a format that this version reads.
 
     Raises:
         RunFolderError: it is of a newer one, or its number cannot be read.

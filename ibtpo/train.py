@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ibtpo.checkpoints import Checkpoint, weights_of
+from ibtpo.checkpoints import CHECKPOINTS, Checkpoint, weights_of
 from ibtpo.config import TrainConfig
 from ibtpo.distributed import ALONE, Follower, Group, device_name
 from ibtpo.environment import record_environment
@@ -23,6 +23,7 @@ from ibtpo.runlog import REPORT, RunFolder
 from ibtpo.setup import check_prompts, check_weights, choose_device, default_folder, make_engine
 from ibtpo.tasks import Task, TeachableTask, make_task
 from ibtpo.trainer import Trainer
+from ibtpo.update import Updater
 from ibtpo.viewer import export_page
 from ibtpo_engine import OutOfPages
 
@@ -52,7 +53,7 @@ def train(
     _check_combinations(config, group)
     check_installed(config.log)
     config = with_absolute_paths(config)
-    config = replace(config, model=_model(config.model, console, group))
+    config = replace(config, model=_model(config, console, group))
     settings = replace(config, resume=None)  # what the folder says the run is
     with ExitStack() as stack:
         folder = None
@@ -106,10 +107,18 @@ def _check_combinations(config: TrainConfig, group: Group) -> None:
         )
 
 
-def _model(model: str, console: Console, group: Group) -> str:
+def _model(config: TrainConfig, console: Console, group: Group) -> str:
     """What the run begins with, as its folder will name it; rank 0 picks the checkpoint where `model` is a run."""
+    model = config.model
     if group.leads and Path(model).is_dir():
-        model = str(weights_of(Path(model), lambda text: _say(console, text)))
+        path = weights_of(Path(model), lambda text: _say(console, text))
+        model = str(path)
+        if Updater.needs_reference(config) and config.resume is None and path.parent.name == CHECKPOINTS:
+            _say(
+                console,
+                f"the run needs {path} to its end, as the reference policy, also to be resumed; if the run that wrote "
+                "it goes on and may delete it, give a copy",
+            )
     return group.gather(model, "choose the model")[0]
 
 

@@ -170,8 +170,11 @@ def test_a_run_begins_with_the_newest_intact_checkpoint_of_another(
     assert main(["train", *map(str, ["--model", run, *rest, "--out", tmp_path / "a"])]) == 0
     printed = capsys.readouterr().out
     assert f"model: {before.path}, the newest checkpoint of the run" in printed and f"{last.path} is damaged" in printed
+    needed = f"the run needs {before.path} to its end, as the reference policy"
+    assert needed in printed
     assert load_yaml(tmp_path / "a" / "config.yaml")["model"] == str(before.path)
     assert main(["train", *map(str, ["--model", before.path, *rest, "--out", tmp_path / "b"])]) == 0
+    assert needed in capsys.readouterr().out
     assert_same_end(tmp_path / "a", tmp_path / "b")
 
 
@@ -184,3 +187,20 @@ def test_an_evaluation_takes_the_newest_intact_checkpoint(
     assert main(["eval", "--model", str(run), *flags]) == 0
     assert f"model: {before.path}, the newest" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "settings.json").read_text())["model"] == str(before.path)
+
+
+def test_an_evaluation_carries_the_number_and_a_newer_one_is_left_alone(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    evaluate = ["eval", "--model", str(run), "--limit", "2", "--samples", "1", "--out", str(out)]
+    assert main(evaluate) == 0
+    assert json.loads((out / FORMAT_FILE).read_text())["format"] == FORMAT
+    (out / FORMAT_FILE).write_text(json.dumps({"format": FORMAT + 1, "version": "9.0"}))
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    assert main(evaluate) == 2
+    assert f"has format {FORMAT + 1}" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    (out / FORMAT_FILE).unlink()  # an evaluation from before there was a number
+    assert main(evaluate) == 0

@@ -2,6 +2,7 @@
 
 ::
 
+    ibtpo.json           its format, see ibtpo/run_format.py
     settings.json        what is evaluated, how; an evaluation of anything else is refused here
     completions.jsonl    a line a completion, appended as they arrive, in any order
     summary.json         written at the end, from the lines above
@@ -18,7 +19,7 @@ from typing import IO, Any, Self
 
 from ibtpo.disk import no_space, write_atomically
 from ibtpo.evaluation.sampling import Completion, Place
-from ibtpo.run_format import is_run
+from ibtpo.run_format import FORMAT_FILE, check_format, is_run, write_format
 
 SETTINGS, COMPLETIONS, SUMMARY = "settings.json", "completions.jsonl", "summary.json"
 
@@ -34,8 +35,8 @@ class EvaluationFolder:
         found: the completions that were there, by their place.
 
     Raises:
-        ValueError: the folder holds a run, other files, or an evaluation with other settings; another process uses it,
-            or it cannot be written.
+        ValueError: the folder holds a run, other files, or an evaluation with other settings or of a newer format;
+            another process uses it, or it cannot be written.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -50,6 +51,7 @@ class EvaluationFolder:
             raise ValueError(f"out: {path} cannot be written ({error.strerror}); choose another --out") from error
         try:
             self._lock(self._file)
+            check_format(path)
             self._check_settings(json.loads(json.dumps(settings)))
             self._read()
         except BaseException:
@@ -81,7 +83,7 @@ class EvaluationFolder:
             raise ValueError(f"out: {self.path} is a file; choose another folder with --out")
         if is_run(self.path):
             raise ValueError(f"out: {self.path} is a run folder; choose another, such as {self.path / 'eval'}")
-        if {entry.name for entry in self.path.iterdir()} - {COMPLETIONS}:
+        if {entry.name for entry in self.path.iterdir()} - {COMPLETIONS, FORMAT_FILE}:
             raise ValueError(f"out: {self.path} already holds other files; choose another folder with --out")
 
     def _lock(self, file: IO[bytes]) -> None:
@@ -95,6 +97,7 @@ class EvaluationFolder:
         path = self.path / SETTINGS
         if not path.is_file():
             with no_space(self.path, "nothing"):
+                write_format(self.path)
                 write_atomically(path, json.dumps(settings, indent=2) + "\n")
             return
         try:
