@@ -2,7 +2,7 @@
 
 ::
 
-    {"format": 1, "version": "0.1.0"}      beside a run's config.yaml, in each of its checkpoints, in an evaluation's folder
+    {"format": 1, "version": "0.1.0"}      beside a run's config.yaml, in each of its checkpoints, in evaluations
 
 Whoever changes what the files of one of them mean raises `FORMAT`, goes on reading what was written before, and says
 so in CHANGELOG.md. New files and new metrics change no meaning. A folder without a number is of format 1.
