@@ -3,8 +3,9 @@
 python bench/engine_peers.py [decode shared trees throughput ...] [--out FOLDER] [--repetitions N] [--scale S]
 
 decode      the built-in policy at batch 1 ... 256, prompts of 24 tokens, 64 new ones, against `transformers` generate
-            and its continuous batching (generate_batch)
-shared      a prompt of 512 tokens and 16 branches of 32, a model of the shape of Qwen2.5-0.5B with random weights
+            and its continuous batching (generate_batch), and llama.cpp where it is installed
+shared      a prompt of 512 tokens and 16 branches of 32, a model of the shape of Qwen2.5-0.5B with random weights,
+            against `transformers` generate and llama.cpp
 trees       IBTree with 1 to 8 branches a round against independent trajectories, tokens sampled a second
 trees-large the same on the shape of Qwen2.5-0.5B, where a step of the model takes far longer than all that is done
             about it: trajectories of 32 tokens behind prompts of 64
@@ -21,11 +22,14 @@ from __future__ import annotations
 import argparse
 import random
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from llama_cpp_peer import LlamaCpp, is_installed
 from rows import CPU, RESULTS, Call, Row, compare, write
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
@@ -63,6 +67,19 @@ def in_transformers(save: Policy | Model, dtype: torch.dtype) -> PreTrainedModel
     with tempfile.TemporaryDirectory() as folder:
         save.save(Path(folder)) if isinstance(save, Policy) else save_model(save, None, Path(folder))
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+@contextmanager
+def llama_cpp(model: Model, sequences: int, tokens: int, *, shared: bool) -> Iterator[LlamaCpp | None]:
+    """The model in llama.cpp, if that is installed."""
+    if not is_installed():
+        yield None
+        return
+    other = LlamaCpp(model, sequences=sequences, tokens=tokens, shared=shared)
+    try:
+        yield other
+    finally:
+        other.close()
 
 
 def extend_all(engine: Engine, prompts: np.ndarray, new: int, n: int = 1) -> int:
@@ -111,7 +128,10 @@ def decode(options: argparse.Namespace) -> list[Row]:
         }
         if batch in (8, 128):
             contenders["transformers generate_batch"] = partial(generate_batch, peer, ids, 64)
-        rows += compare("decode, built-in policy", batch, contenders, options.repetitions)
+        with llama_cpp(policy.model, batch, 88, shared=False) as other:
+            if other is not None:
+                contenders["llama.cpp"] = partial(other.generate, prompts, 64)
+            rows += compare("decode, built-in policy", batch, contenders, options.repetitions)
     return rows
 
 
@@ -130,7 +150,10 @@ def shared(options: argparse.Namespace) -> list[Row]:
         return sampled
 
     contenders: dict[str, Call] = {"engine": ours, "transformers generate": lambda: generate(peer, ids, 32, 16)}
-    return compare("prompt 512, 16 branches, 0.5B", 16, contenders, max(3, options.repetitions // 3))
+    with llama_cpp(model, 16, 544, shared=True) as other:
+        if other is not None:
+            contenders["llama.cpp"] = partial(other.generate, prompt, 32, 16)
+        return compare("prompt 512, 16 branches, 0.5B", 16, contenders, max(3, options.repetitions // 3))
 
 
 def grow(engine: Engine, config: SearchConfig, prompts: np.ndarray, splitter: StepSplitter, max_tokens: int) -> int:
