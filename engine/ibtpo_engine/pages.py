@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ibtpo_engine.errors import OutOfPages
+from ibtpo_engine.huge_pages import prefer_huge_pages
 
 PAGE = 16
 
@@ -70,7 +71,9 @@ class PagePool:
     def restore_memory(self) -> None:
         """Allocate the tensors unless they are there."""
         if not self.layers:
-            self._memory = torch.zeros(**self._like)
+            self._memory = torch.empty(**self._like)
+            prefer_huge_pages(self._memory)
+            self._memory.zero_()
             self.keys, self.values = self._memory.unbind(0)
             self.layers = list(zip(self.keys.unbind(0), self.values.unbind(0), strict=True))
             pages = self._memory.view(torch.uint8).flatten(3)  # [2, layers, num_pages, bytes]
