@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from engine_helpers import assert_idle, prompt_of, same, tiny_model
 
 from ibtpo_engine import Ahead, Engine, Node, Sampling, Tree
+from ibtpo_engine.branches import Branch
 from ibtpo_engine.growing import Growing, Growth, Searches
 
 PROMPTS = [prompt_of(20, seed=i) for i in range(8)]
@@ -18,21 +19,27 @@ def grow(max_branches: int, kv_tokens: int) -> tuple[list[tuple[int, int]], list
     """Trees of four branches and then a fifth to a ninth, one after another.
 
     Returns:
-        (prompt, round) in the order that the searches asked, every node, the engine.
+        (prompt, round) in the order that branches were submitted, every node, the engine.
     """
-    asked: list[tuple[int, int]] = []
 
     def search(tree: Tree) -> Iterator[list[Node]]:
-        asked.append((tree.key, 0))
         [first, *_] = yield tree.root.fork(4)
         for turn in range(1, ROUNDS + 1):
-            asked.append((tree.key, turn))
-            yield first.fork(1, at=1)
+            [new] = first.fork(1, at=1)
+            new.notes["turn"] = turn
+            yield [new]
 
     engine = Engine(tiny_model(), kv_tokens=kv_tokens, max_branches=max_branches)
+    submitted, submit = [], engine.scheduler.submit
+
+    def watched(branch: Branch) -> Branch:
+        submitted.append((branch.node.tree.key, branch.node.notes.get("turn", 0)))
+        return submit(branch)
+
+    engine.scheduler.submit = watched  # type: ignore[method-assign]
     trees = dict(engine.run(search, PROMPTS, SAMPLING))
     assert_idle(engine)
-    return asked, [node for i in sorted(trees) for node in trees[i].nodes()], engine
+    return list(dict.fromkeys(submitted)), [node for i in sorted(trees) for node in trees[i].nodes()], engine
 
 
 def test_while_there_is_memory_every_tree_is_opened_before_any_goes_on() -> None:
@@ -69,11 +76,10 @@ def test_the_fewest_rounds_behind_go_first_and_only_while_there_is_room() -> Non
 
     def search(tree: Tree) -> Growth:
         while True:
-            went.append(tree.key)
             yield Ahead([], [])
 
     def submit(growth: Growing) -> None:
-        pass
+        went.append(growth.tree.key)
 
     searches = Searches(search, PROMPTS[:3], None, None, lambda prompt, key: engine.tree(prompt), submit)
     room = iter([True, True, False])
@@ -83,7 +89,23 @@ def test_the_fewest_rounds_behind_go_first_and_only_while_there_is_room() -> Non
     assert went == [0, 0, 1]
     assert [*searches.resume(lambda: next(room), breadth=3)] == []
     assert went == [0, 0, 1, 2, 1], "a tree is opened, the one with fewer rounds goes on, and there is no more room"
+    assert [growth.tree.key for growth in searches.growing.values() if growth.is_ready()] == [1, 2]
     assert [*searches.resume(lambda: False, breadth=0)] == []
     assert went[5:] == [2, 0, 1], "without a bound all go on, room or not"
     searches.close()
+    assert_idle(engine)
+
+
+def test_what_is_done_is_handed_over_though_there_is_no_room() -> None:
+    """Eight trajectories in batches of two: a tree is closed, and its pages free, before the next but one is opened."""
+    engine = Engine(tiny_model(), kv_tokens=16_384, max_branches=2)
+    opened: list[int] = []
+
+    def search(tree: Tree) -> Iterator[list[Node]]:
+        opened.append(tree.key)
+        yield tree.root.fork(2)
+
+    for number, _ in enumerate(engine.run(search, PROMPTS, SAMPLING), 1):
+        assert len(opened) <= number
+    assert len(opened) == len(PROMPTS)
     assert_idle(engine)

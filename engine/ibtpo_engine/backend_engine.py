@@ -148,7 +148,7 @@ class BackendEngine:
                         break
                 if not searches.growing:
                     return
-                if not (searches.any_ready() and has_room()):
+                if not searches.any_ready():
                     self._await(calls, searches)
                 yield from searches.resume(has_room, self.max_calls)
         finally:

@@ -40,6 +40,7 @@ class Growing:
 
     Attributes:
         nodes: what it asked for last, to be extended.
+        submitted: has the engine been told of them?
         turns: how often it asked.
         rewards: of branches that ended; futures are here until they have been read.
     """
@@ -54,6 +55,7 @@ class Growing:
         self.rewards: dict[Node, Future[float]] = {}
         self.done = False
         self.turns = 0
+        self.submitted = True
         self._under_way: set[Node] = set()
         self._until: list[Node] = []
         self._waits_for = 0  # how many of `_until` are under way
@@ -94,9 +96,11 @@ class Growing:
         if never := [node for node in self._until if node.is_pending and node not in self._under_way]:
             raise ValueError(f"a search waits for {never[0]!r}, which it never asked to extend")
         self._waits_for = sum(node in self._under_way for node in self._until)
+        self.submitted = False
 
     def _end(self) -> None:
         self.nodes, self._until, self._waits_for, self._gate, self.done = [], [], 0, None, True
+        self.submitted = True
 
     def finished(self, node: Node) -> None:
         """A branch ended: grade it, unless it only paused."""
@@ -123,8 +127,8 @@ class Growing:
         return [*self.rewards.values(), *([] if self._gate is None else [self._gate])]
 
     def is_ready(self) -> bool:
-        """Is all that the search waits for finished and graded?"""
-        if self._waits_for or not (self._gate is None or self._gate.done()):
+        """Is all that the search asked for submitted, and all that it waits for finished and graded?"""
+        if self._waits_for or not self.submitted or not (self._gate is None or self._gate.done()):
             return False
         for node in [node for node, future in self.rewards.items() if future.done()]:
             node.reward = float(self.rewards.pop(node).result())
@@ -156,6 +160,7 @@ class Searches:
         submit: Callable[[Growing], None],
     ) -> None:
         self.growing: dict[int, Growing] = {}
+        self._held: list[Growing] = []  # have asked for branches that are not submitted yet
         self._search = search
         self._reward = reward
         self._waiting = iter(enumerate(prompts))
@@ -179,8 +184,12 @@ class Searches:
         tree = self._open_tree(prompt, key)
         growth = self.growing[tree.ordinal] = Growing(index, tree, self._search, self._reward)
         growth.ask()
-        self._submit(growth)
+        self._tell(growth)
         return True
+
+    def _tell(self, growth: Growing) -> None:
+        self._submit(growth)
+        growth.submitted = True
 
     def any_ready(self) -> bool:
         """Can any of them go on?"""
@@ -198,22 +207,22 @@ class Searches:
         fewest rounds behind them.
 
         Args:
-            has_room: is there room for more branches? If not, the others go on another time.
-            breadth: most trees that may be under way for that; at 0 no tree is opened here, and all that can go on do.
+            has_room: is there room for more branches? If not, what was asked for is submitted another time.
+            breadth: most trees that may be under way for that; at 0 no tree is opened here, and nobody is kept waiting.
         """
-        while len(self.growing) < breadth and has_room() and self.open():
-            pass
-        ready = [growth for growth in self.growing.values() if growth.is_ready()]
-        for growth in sorted(ready, key=lambda growth: growth.turns):
-            if breadth and not has_room():
-                return
+        for growth in [growth for growth in self.growing.values() if growth.is_ready()]:
             growth.ask()
             if growth.done:
                 del self.growing[growth.tree.ordinal]
                 growth.tree.close()
                 yield growth.index, growth.tree
             else:
-                self._submit(growth)
+                self._held.append(growth)
+        while len(self.growing) < breadth and has_room() and self.open():
+            pass
+        self._held.sort(key=lambda growth: growth.turns)
+        while self._held and (not breadth or has_room()):
+            self._tell(self._held.pop(0))
 
     def close(self) -> None:
         """End those under way and close their trees."""
@@ -223,3 +232,4 @@ class Searches:
                     closing.callback(growth.generator.close)
                 closing.callback(growth.tree.close)
             self.growing = {}
+            self._held = []

@@ -14,8 +14,8 @@ _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has it
 def prefer_huge_pages(memory: Tensor) -> None:
     """Ask for huge pages under a tensor that nothing was written to yet; on other devices and systems nothing happens.
 
-    A step reads keys and values from all over a pool, and the processor need not look up so often where they are: 4 % less
-    time a token in a pool of 384 MiB (docs/log.md).
+    A step reads keys and values from all over a pool, and the processor need not look up so often where they are: 4 %
+    less time a token in a pool of 384 MiB (docs/log.md).
 
     Args:
         memory: contiguous; what of it fills no huge page stays on small ones.
