@@ -136,6 +136,30 @@ def test_a_search_goes_on_when_its_branches_are_aborted(model: Model, keep: bool
     assert_idle(engine)
 
 
+def test_what_a_search_asked_for_can_be_aborted_before_there_is_room_for_it(model: Model) -> None:
+    """New trees go first, so a second round waits; until then its branches are pending, and not in flight."""
+    asked: list[Node] = []
+    aborted: list[Node] = []
+    received: list[int] = []
+
+    def search(tree: Tree) -> Iterator[list[Node]]:
+        [first, _] = yield tree.root.fork(2)
+        asked.extend(first.fork(1, at=1))
+        received.append(len((yield asked[-1:])))
+
+    def reward(tree: Tree, leaf: Node) -> float:
+        held = [node for node in asked if node.is_pending and not (node.in_flight or node.dropped)]
+        aborted.extend(held)
+        engine.abort(held)
+        return 0.0
+
+    engine = Engine(model, kv_tokens=8192, max_branches=2)
+    list(engine.run(search, [prompt_of(20, seed=i) for i in range(4)], SAMPLING, reward=reward))
+    assert aborted and all(node.dropped and node not in node.parent.children for node in aborted if node.parent)
+    assert sorted(received) == [0] * len(aborted) + [1] * (4 - len(aborted))
+    assert_idle(engine)
+
+
 # ---- budgets -------------------------------------------------------------------------------------------------
 
 

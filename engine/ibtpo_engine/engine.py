@@ -263,7 +263,12 @@ class Engine:
             keep: keep what was sampled, as a node with `finish` "abort"; otherwise, and where nothing was sampled yet,
                 the node leaves its tree and gives its pages back.
         """
-        nodes = [node for node in nodes if node.in_flight and self._trees.get(node.tree.ordinal) is node.tree]
+        nodes = [node for node in nodes if self._trees.get(node.tree.ordinal) is node.tree]
+        for node in nodes:
+            growth = self._growth_of(node.tree)
+            if growth is not None and growth.withdraw(node):
+                node.drop()
+        nodes = [node for node in nodes if node.in_flight]
         for node in truncate(self.scheduler, nodes, self.version) if keep else []:
             self._report(node)
         nodes = [node for node in nodes if node.in_flight]

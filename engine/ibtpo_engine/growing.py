@@ -118,6 +118,14 @@ class Growing:
             if node in self._until:
                 self._until.remove(node)
 
+    def withdraw(self, node: Node) -> bool:
+        """Take a branch off what was asked for, if it is not submitted yet; the search does not hear of it."""
+        if self.submitted or node not in self.nodes:
+            return False
+        self.nodes.remove(node)
+        self.lost(node)
+        return True
+
     def _leaves(self, node: Node) -> None:
         self._under_way.discard(node)
         self._waits_for -= node in self._until
