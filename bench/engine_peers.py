@@ -9,8 +9,8 @@ shared      a prompt of 512 tokens and 16 branches of 32, a model of the shape o
 trees       IBTree with 1 to 8 branches a round against independent trajectories, tokens sampled a second
 trees-large the same on the shape of Qwen2.5-0.5B, where a step of the model takes far longer than all that is done
             about it: trajectories of 32 tokens behind prompts of 64
-throughput  nano-vllm's load: 256 sequences with 100 to 1,024 tokens in and out, a model of the shape of Qwen3-0.6B;
-            --scale makes both smaller, as a CPU demands
+throughput  nano-vllm's load: 256 sequences with 100 to 1,024 tokens in and out, a model of the shape of Qwen3-0.6B,
+            against `transformers` generate on one padded batch; --scale makes both smaller, as a CPU demands
 graphs      on a GPU: a model of the shape of Qwen2.5-0.5B with decode steps captured as CUDA graphs, without, and
             `transformers` generate; alone in one call, for the rows name the device
 
@@ -106,6 +106,27 @@ def generate(model: PreTrainedModel, prompts: torch.Tensor, new: int, n: int = 1
             pad_token_id=0,
         )
     return out[:, prompts.shape[1] :].numel()
+
+
+def generate_padded(model: PreTrainedModel, prompts: list[np.ndarray], new: list[int]) -> int:
+    """`generate` on prompts of different lengths, all until the longest is done; the tokens that were asked for."""
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = torch.from_numpy(prompt), 1
+    with torch.inference_mode():
+        model.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=True,
+            temperature=0.6,
+            top_k=0,
+            min_new_tokens=max(new),
+            max_new_tokens=max(new),
+            pad_token_id=0,
+        )
+    return sum(new)
 
 
 def generate_batch(model: PreTrainedModel, prompts: torch.Tensor, new: int) -> int:
@@ -222,7 +243,10 @@ def throughput(options: argparse.Namespace) -> list[Row]:
             tree.close()
         return sum(len(node) for node in nodes)
 
-    return compare("256 sequences, 100 to 1,024", scale, {"engine": ours}, 1, warmup=1)
+    peer = in_transformers(model, torch.bfloat16)
+    new = [new for _, new in sizes]
+    contenders: dict[str, Call] = {"engine": ours, "transformers generate": lambda: generate_padded(peer, prompts, new)}
+    return compare("256 sequences, 100 to 1,024", scale, contenders, 1)
 
 
 def graphs(options: argparse.Namespace) -> list[Row]:
