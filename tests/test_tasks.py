@@ -315,11 +315,12 @@ def fake_gym(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("fake_gym")
 def test_gym_problems_are_reproducible_and_held_out() -> None:
-    task = make_task(TrainConfig(task="reasoning-gym:chain_sum"))
-    trained = [task.train_problem(i).prompt for i in range(200)]
-    assert trained == [GymTask("reasoning-gym:chain_sum").train_problem(i).prompt for i in range(200)]
-    assert not set(trained) & {p.prompt for p in task.eval_problems(100)}
-    assert task.name == "reasoning-gym:chain_sum"
+    name = "reasoning-gym:chain_sum"
+    with closing(make_task(TrainConfig(task=name))) as task, closing(GymTask(name)) as other:
+        trained = [task.train_problem(i).prompt for i in range(200)]
+        assert trained[::-1] == [other.train_problem(i).prompt for i in reversed(range(200))]
+        assert not set(trained) & {p.prompt for p in task.eval_problems(100)}
+        assert task.name == name
 
 
 @pytest.mark.usefixtures("fake_gym")
