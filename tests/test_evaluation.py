@@ -261,6 +261,7 @@ def test_a_signal_keeps_what_was_graded_and_says_how_to_go_on(
 ) -> None:
     command = ("--model", built_in, *FLAGS, "--samples", 3, "--limit", 3)
     out = tmp_path / "out"
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests themselves run under nohup
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def signalled(*arguments: Any, **more: Any) -> None:

@@ -13,12 +13,9 @@ SUPPORTED = Path("/sys/kernel/mm/transparent_hugepage").exists() and Path("/proc
 
 
 @pytest.mark.skipif(not SUPPORTED, reason="this kernel has no transparent huge pages")
-@pytest.mark.parametrize(("num_pages", "advised"), [(512, True), (1, False)])  # 16 MiB, 32 KiB
-def test_a_pool_larger_than_huge_pages_asks_for_them(num_pages: int, advised: bool) -> None:
-    pool = PagePool(
-        layers=2, num_pages=num_pages, kv_heads=2, head_dim=64, dtype=torch.float32, device=torch.device("cpu")
-    )
-    assert is_advised(pool.values.data_ptr()) == advised  # values follow the keys: the middle of the memory
+def test_a_pool_larger_than_huge_pages_asks_for_them() -> None:
+    pool = PagePool(layers=2, num_pages=2048, kv_heads=2, head_dim=64, dtype=torch.float32, device=torch.device("cpu"))
+    assert is_advised(pool.values.data_ptr())  # values follow the keys: the middle of 64 MiB
     assert not pool.keys.any() and not pool.values.any()
 
 

@@ -123,7 +123,7 @@ def test_the_benchmark_loads_and_samples_a_scaled_down_checkpoint(tmp_path: Path
     assert row["layers"] == "1"
     assert float(row["checkpoint_gb"]) == pytest.approx(2e-9 * (1000 * 2048 + 50_335_000), rel=0.01)
     assert int(row["tokens"]) == 64
-    assert 0.9 < float(row["peak_share"]) < 1.15
+    assert 0.9 < float(row["peak_share"]) < 1.3  # a second copy would make it 2; a process has some MB of its own
 
 
 def test_a_model_outlives_the_file_it_came_from(folder: Path) -> None:
