@@ -1,4 +1,7 @@
-"""share_out (kernels/csrc/team.h): every part of every job once, under ThreadSanitizer too; needs a C++ compiler."""
+"""What the compiled kernels share, on its own; needs a C++ compiler.
+
+share_out (kernels/csrc/team.h): every part of every job once, under ThreadSanitizer too. take_scratch (scratch.h).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import pytest
 HERE = Path(__file__).parent
 CSRC = HERE.parent / "kernels" / "csrc"
 STRESS = [HERE / "team_stress.cpp", CSRC / "team.cpp"]
+SCRATCH = [HERE / "scratch_stress.cpp", CSRC / "scratch.cpp"]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or "c++"
 
 pytestmark = pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"no {COMPILER}")
@@ -41,3 +45,9 @@ def test_no_data_race(tmp_path: Path) -> None:
     assert build(tmp_path / "stress", STRESS, "-fsanitize=thread")
     result = run(tmp_path / "stress")
     assert (result.returncode, result.stdout, result.stderr) == (0, "right\n", "")
+
+
+def test_scratch_arrays_do_not_overlap_and_are_kept(tmp_path: Path) -> None:
+    assert build(tmp_path / "scratch", SCRATCH)
+    result = run(tmp_path / "scratch")
+    assert (result.returncode, result.stdout) == (0, "right\n")

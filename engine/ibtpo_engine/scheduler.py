@@ -440,7 +440,7 @@ class Scheduler:
         state = states[0] if len(states) == 1 else torch.cat(states)
         logits = self.runner.logits(state)
         if pick is not None:
-            logits = logits[torch.tensor(pick, device=logits.device)]
+            logits = logits.index_select(0, torch.tensor(pick, device=logits.device))
         drawn = slots.draw(chosen, logits)
         self._has_pages = False
         code = slots.record(chosen, *drawn)

@@ -164,7 +164,7 @@ class Task {
       if (first < 0) return begin;
       pack_words_transposed(keys_ + c * page_, ld, p_.k_pages + first, kv_stride, p_.page_size, p_.head_dim);
       run.values[c] = p_.v_pages + first;
-      prefetch(run.values[c], kv_stride);
+      prefetch<3>(run.values[c], p_.page_size, p_.head_dim);
     }
     const Step* q = reinterpret_cast<const Step*>(q_ + state(begin) * padded_);
     const int64_t rows = (end - begin) * group_;
@@ -183,19 +183,24 @@ class Task {
     return (page * p_.page_size * p_.num_kv_heads + head_) * p_.head_dim;
   }
 
-  // Fetch the current head's keys that will be wanted next: kPages pages of query b from a table column on.
+  // Fetch what will be wanted next, into the second cache: kPages pages of query b from a table column on, the keys and
+  // values of all heads of this task.
   INLINE_MEMBER void foresee(int64_t b, int64_t column) const {
+    const int64_t heads = (head_end_ - head_begin_) * p_.head_dim;
     for (int64_t c = column; c < column + kPages && c < p_.table_width && visible(b, c) > 0; ++c) {
-      const int64_t first = page_begin(b, c);
-      if (first >= 0) prefetch(p_.k_pages + first, p_.num_kv_heads * p_.head_dim);
+      const int64_t first = page_begin(b, c), slots = visible(b, c);
+      if (first < 0) continue;
+      prefetch<2>(p_.k_pages + first, slots, heads);
+      prefetch<2>(p_.v_pages + first, slots, heads);
     }
   }
 
   // A head's slots lie Hkv * D apart, which the hardware does not foresee.
-  INLINE_MEMBER void prefetch(const T* slot, int64_t kv_stride) const {
+  template <int Locality>
+  INLINE_MEMBER void prefetch(const T* slot, int64_t slots, int64_t size) const {
     constexpr int64_t kLine = 64 / sizeof(T);
-    for (int64_t j = 0; j < p_.page_size; ++j, slot += kv_stride)
-      for (int64_t d = 0; d < p_.head_dim; d += kLine) __builtin_prefetch(slot + d);
+    for (int64_t j = 0; j < slots; ++j, slot += p_.num_kv_heads * p_.head_dim)
+      for (int64_t d = 0; d < size; d += kLine) __builtin_prefetch(slot + d, 0, Locality);
   }
 
   // Scores of the run's page c become weights exp(score - m). Before a row's m grows, acc takes in the pages before c,
@@ -311,16 +316,12 @@ static int64_t decode(const Decode<T>& p) {
   const int64_t parts = least(p.num_kv_heads, (2 * max_threads() + blocks - 1) / most(1, blocks));
   const bool parallel = visible * p.num_heads * p.head_dim > 1 << 19;  // below, starting threads costs more
   int64_t failed = -1;
-#pragma omp parallel for collapse(2) schedule(dynamic) if (parallel)
-  for (int64_t i = 0; i < blocks; ++i)
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t head = part * p.num_kv_heads / parts, stop = (part + 1) * p.num_kv_heads / parts;
-      const int64_t result = Task<T>(p, head, stop, i * block, least(p.num_queries, (i + 1) * block)).run();
-      if (result >= 0) {
-#pragma omp critical(ibtpo_decode)
-        failed = result;
-      }
-    }
+  spread(blocks * parts, parallel, [&](int64_t i) __attribute__((noinline)) {
+    const int64_t block_begin = i / parts * block, part = i % parts;
+    const int64_t head = part * p.num_kv_heads / parts, stop = (part + 1) * p.num_kv_heads / parts;
+    const int64_t result = Task<T>(p, head, stop, block_begin, least(p.num_queries, block_begin + block)).run();
+    if (result >= 0) __atomic_store_n(&failed, result, __ATOMIC_RELAXED);
+  });
   return failed;
 }
 

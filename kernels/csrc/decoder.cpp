@@ -4,9 +4,11 @@
 //                           x += down(silu(gate n) * up n),                              n = norm(x)
 //
 // The kernels are those that Python calls one by one; what is saved is the calls, most of the time of a step of a small
-// model. A thread takes a range of rows through all layers. Meanwhile the kernels start no threads of their own, for a
-// product of some microseconds is not worth one; but attention of rows too few to share may. Every kernel gives a row
-// the same bits in any batch, so neither the threads nor the other rows can be seen in a result.
+// model. The rows are cut into parts, which threads take one by one (team.h): through all layers where rows do not see
+// each other, else through what lies between writing one layer's keys and the next one's. Meanwhile the kernels start
+// no threads of their own, for a product of some microseconds is not worth one; but attention of rows too few to share
+// may. Every kernel gives a row the same bits in any batch, so neither the threads nor the other rows can be seen in a
+// result.
 #include "kernels.h"
 #include "simd.h"
 #include "team.h"
@@ -15,20 +17,21 @@
 namespace ibtpo::IBTPO_ISA {
 namespace {
 
-constexpr int64_t kTogetherWork = 1 << 23;  // operations a thread should have, of rows that wait for each other
-constexpr int64_t kApartWork = 1 << 21;     // the same of rows that do not
-constexpr int64_t kThreadRows = 8;          // rows it should have at least: each thread reads every weight
-constexpr int64_t kThreadParts = 4;         // parts a thread at most, of rows that do not see each other
-constexpr int64_t kPartRows = 16;           // rows of a part at least, before a thread has more than one
+constexpr int64_t kThreadWork = 1 << 20;  // operations a thread should have
+constexpr int64_t kThreadRows = 4;        // rows it should have at least: each thread reads every weight
+constexpr int64_t kThreadParts = 4;       // parts a thread at most, of rows that do not see each other
+constexpr int64_t kPartRows = 16;         // rows of a part at least, before a thread has more than one
+constexpr int64_t kCachedRows = 64;       // rows of a part of rows that wait: what lies between them fits a cache
 
 struct Item {
   int32_t query_begin, query_end, page_begin, page_end;
 };
 
-// Rows [begin, end), which one thread runs.
+// Rows [begin, end), which one thread runs; from one layer to the next they leave what is in `x` and `q`.
 class Part {
  public:
-  INLINE_MEMBER Part(const Decoder& d, const DecoderRows& r, int64_t begin, int64_t end, int64_t attention_threads)
+  INLINE_MEMBER Part(const Decoder& d, const DecoderRows& r, float* q, int64_t begin, int64_t end,
+                     int64_t attention_threads)
       : d_(d),
         r_(r),
         attention_threads_(attention_threads),
@@ -37,15 +40,21 @@ class Part {
         q_size_(d.num_heads * d.head_dim),
         kv_size_(d.num_kv_heads * d.head_dim),
         x_(r.out + begin * d.hidden),
+        q_(q + begin * q_size_),
         normed_(count_ * d.hidden),
         qkv_(count_ * (q_size_ + 2 * kv_size_)),
-        q_(count_ * q_size_),
         attended_(count_ * q_size_),
         gate_(count_ * d.inner),
         up_(count_ * d.inner),
         cos_(count_ * d.head_dim / 2),
         sin_(count_ * d.head_dim / 2),
         items_(r.num_items) {
+    const int64_t half = d.head_dim / 2;
+    for (int64_t t = 0; t < count_; ++t) {
+      const int64_t pos = r.pos[begin + t];
+      std::memcpy(cos_ + t * half, d.cos + pos * half, sizeof(float) * half);
+      std::memcpy(sin_ + t * half, d.sin + pos * half, sizeof(float) * half);
+    }
     for (int64_t i = 0; i < r.num_items; ++i) {
       const Item& item = reinterpret_cast<const Item*>(r.items)[i];
       if (item.query_end <= begin || item.query_begin >= end) continue;
@@ -54,24 +63,18 @@ class Part {
     }
   }
 
-  // Calls written() once a layer, between writing its keys and values and reading those of the paths. Returns -1, or a
-  // row whose page is missing.
-  template <class Written>
-  INLINE_MEMBER int64_t run(Written written) {
-    const int64_t half = d_.head_dim / 2;
-    for (int64_t t = 0; t < count_; ++t) {
-      const int64_t token = r_.tokens[begin_ + t], pos = r_.pos[begin_ + t];
-      std::memcpy(x_ + t * d_.hidden, d_.embedding + token * d_.hidden, sizeof(float) * d_.hidden);
-      std::memcpy(cos_ + t * half, d_.cos + pos * half, sizeof(float) * half);
-      std::memcpy(sin_ + t * half, d_.sin + pos * half, sizeof(float) * half);
-    }
+  // What lies before the attention of layer l, of 0 ... num_layers: the rest of the layer before, and l's queries, keys
+  // and values, which are written to the pages. Returns -1, or a row whose page is missing.
+  INLINE_MEMBER int64_t advance(int64_t l) {
     int64_t failed = -1;
-    for (int64_t l = 0; l < d_.num_layers; ++l) {
-      const int64_t result = attention(d_.layers[l], l, written);
-      if (result >= 0) failed = begin_ + result;
-      mlp(d_.layers[l]);
-    }
-    norm(x_, d_.norm, x_);
+    if (l == 0)
+      embed();
+    else
+      failed = rest(d_.layers[l - 1], l - 1);
+    if (l < d_.num_layers)
+      project(d_.layers[l], l);
+    else
+      norm(x_, d_.norm, x_);
     return failed;
   }
 
@@ -80,11 +83,18 @@ class Part {
   }
 
  private:
-  template <class Written>
-  INLINE_MEMBER int64_t attention(const DecoderLayer& w, int64_t layer, Written written) {
-    const int64_t row = q_size_ + 2 * kv_size_, pool = r_.num_pages * r_.page_size;
+  INLINE_MEMBER void embed() {
+    for (int64_t t = 0; t < count_; ++t)
+      std::memcpy(x_ + t * d_.hidden, d_.embedding + r_.tokens[begin_ + t] * d_.hidden, sizeof(float) * d_.hidden);
+  }
+
+  INLINE_MEMBER float* pages(float* all, int64_t layer) const {
+    return all + layer * r_.num_pages * r_.page_size * kv_size_;
+  }
+
+  INLINE_MEMBER void project(const DecoderLayer& w, int64_t layer) {
+    const int64_t row = q_size_ + 2 * kv_size_;
     float *q = qkv_, *k = q + q_size_, *v = k + kv_size_;
-    float *k_pages = r_.k_pages + layer * pool * kv_size_, *v_pages = r_.v_pages + layer * pool * kv_size_;
     norm(x_, w.attention_norm, normed_);
     product(normed_, d_.hidden, w.q, w.q_bias, q, q_size_, row, false);
     product(normed_, d_.hidden, w.k, w.k_bias, k, kv_size_, row, false);
@@ -97,8 +107,8 @@ class Part {
                              w.q_norm,
                              w.k_norm,
                              q_,
-                             k_pages,
-                             v_pages,
+                             pages(r_.k_pages, layer),
+                             pages(r_.v_pages, layer),
                              r_.slots + begin_,
                              count_,
                              d_.num_heads,
@@ -107,18 +117,21 @@ class Part {
                              row,
                              row,
                              row,
-                             pool,
+                             r_.num_pages * r_.page_size,
                              *d_.eps});
-    written();
+  }
+
+  INLINE_MEMBER int64_t rest(const DecoderLayer& w, int64_t layer) {
     const auto scale = (float)(1.0 / __builtin_sqrt((double)d_.head_dim));  // to the bit as where Python asks for it
     set_threads(attention_threads_);
     const int64_t failed = kernels.tree_decode(
-        {q_, k_pages, v_pages, r_.page_table, r_.rows + begin_, r_.lengths + begin_,
+        {q_, pages(r_.k_pages, layer), pages(r_.v_pages, layer), r_.page_table, r_.rows + begin_, r_.lengths + begin_,
          reinterpret_cast<const int32_t*>(static_cast<Item*>(items_)), attended_, count_, d_.num_heads, d_.num_kv_heads,
          d_.head_dim, r_.num_pages, r_.page_size, r_.table_rows, r_.table_width, num_items_, scale});
     set_threads(1);
     product(attended_, q_size_, w.o, w.o_bias, x_, d_.hidden, d_.hidden, true);
-    return failed;
+    mlp(w);
+    return failed < 0 ? -1 : begin_ + failed;
   }
 
   INLINE_MEMBER void mlp(const DecoderLayer& w) {
@@ -142,8 +155,8 @@ class Part {
   const DecoderRows& r_;
   const int64_t attention_threads_;
   const int64_t begin_, count_, q_size_, kv_size_;
-  float* const x_;
-  const Scratch<float> normed_, qkv_, q_, attended_, gate_, up_, cos_, sin_;
+  float *const x_, *const q_;
+  const Scratch<float> normed_, qkv_, attended_, gate_, up_, cos_, sin_;
   const Scratch<Item> items_;
   int64_t num_items_ = 0;
 };
@@ -157,62 +170,65 @@ INLINE int64_t first_bad(const Decoder& d, const DecoderRows& r) {
   return -1;
 }
 
-INLINE int64_t threads_for(const Decoder& d, int64_t num_rows, int64_t available, int64_t thread_work) {
+INLINE int64_t threads_for(const Decoder& d, int64_t num_rows, int64_t available) {
   const int64_t q_size = d.num_heads * d.head_dim, kv_size = d.num_kv_heads * d.head_dim;
   const int64_t layer = d.hidden * (2 * q_size + 2 * kv_size + 3 * d.inner);
   const int64_t work = 2 * num_rows * (d.num_layers * layer + d.hidden * d.vocabulary);
-  return most(1, least(available, least(work / thread_work, num_rows / kThreadRows)));
+  return most(1, least(available, least(work / kThreadWork, num_rows / kThreadRows)));
 }
 
-// Rows of any paths, a part a thread: they wait for each other once a layer, for a row may see another one's key.
-// Returns -1 or what is in error.
-INLINE int64_t run_together(const Decoder& d, const DecoderRows& r) {
-  const int64_t available = max_threads(), wanted = threads_for(d, r.num_rows, available, kTogetherWork);
-  int64_t failed = -1;
-#pragma omp parallel num_threads(wanted) if (wanted > 1)
-  {
-    const int64_t threads = team_size(), i = thread_index();
-    Part part(d, r, i * r.num_rows / threads, (i + 1) * r.num_rows / threads, threads == 1 ? available : 1);
-    set_threads(1);  // of this thread, until the region ends
-    const int64_t result = part.run([] {
-#pragma omp barrier
-    });
-    if (result >= 0) {
-#pragma omp critical(ibtpo_decoder)
-      failed = result;
-    }
-  }
-  return failed;
-}
+// Rows in parts, of which run(part, begin, end) is called once for each; returns -1 or what is in error.
+template <class Run>
+struct Shared {
+  const Run& run;
+  int64_t num_rows, parts, failed;
 
-// Rows that do not see each other, in parts of their own. then(part, begin, end) is called with a part's hidden states
-// done, and returns -1 or what is in error.
-template <class Then>
-struct Apart {
-  const Decoder& d;
-  const DecoderRows& r;
-  const Then& then;
-  int64_t parts, attention_threads, failed;
-
-  INLINE_MEMBER void run(int64_t i) {
-    const int64_t begin = i * r.num_rows / parts, end = (i + 1) * r.num_rows / parts;
-    set_threads(1);  // within a part no kernel starts threads of its own
-    Part part(d, r, begin, end, attention_threads);
-    int64_t result = part.run([] {});
-    if (result < 0) result = then(part, begin, end);
+  INLINE_MEMBER void operator()(int64_t i) {
+    const int64_t result = run(i * num_rows / parts, (i + 1) * num_rows / parts);
     if (result >= 0) __atomic_store_n(&failed, result, __ATOMIC_RELAXED);
   }
 };
 
+template <class Run>
+INLINE int64_t share_rows(int64_t num_rows, int64_t parts, int64_t threads, const Run& run) {
+  const int64_t available = max_threads();
+  Shared<Run> shared{run, num_rows, parts, -1};
+  const auto call = [](void* context, int64_t part) {
+    set_threads(1);  // within a part no kernel starts threads of its own
+    (*static_cast<Shared<Run>*>(context))(part);
+  };
+  share_out(parts, threads, call, &shared);
+  set_threads(available);
+  return shared.failed;
+}
+
+// Rows of any paths: no part begins a layer before all have written the keys of the one before, for a row may see
+// another one's.
+INLINE int64_t run_together(const Decoder& d, const DecoderRows& r) {
+  const int64_t available = max_threads(), threads = threads_for(d, r.num_rows, available);
+  const int64_t parts = most(threads, (r.num_rows + kCachedRows - 1) / kCachedRows);
+  const Scratch<float> q(r.num_rows * d.num_heads * d.head_dim);
+  int64_t failed = -1;
+  for (int64_t l = 0; l <= d.num_layers && failed < 0; ++l)
+    failed = share_rows(r.num_rows, parts, threads, [&](int64_t begin, int64_t end) {
+      return Part(d, r, q, begin, end, threads == 1 ? available : 1).advance(l);
+    });
+  return failed;
+}
+
+// Rows that do not see each other, each part through all layers. then(part, begin, end) is called with its hidden
+// states done, and returns -1 or what is in error.
 template <class Then>
 INLINE int64_t run_apart(const Decoder& d, const DecoderRows& r, const Then& then) {
-  const int64_t available = max_threads(), threads = threads_for(d, r.num_rows, available, kApartWork);
+  const int64_t available = max_threads(), threads = threads_for(d, r.num_rows, available);
   const int64_t each = threads == 1 ? 1 : least(kThreadParts, most(1, r.num_rows / (threads * kPartRows)));
-  Apart<Then> apart{d, r, then, threads * each, threads == 1 ? available : 1, -1};
-  const auto run = [](void* context, int64_t part) { static_cast<Apart<Then>*>(context)->run(part); };
-  share_out(apart.parts, threads, run, &apart);
-  set_threads(available);
-  return apart.failed;
+  const Scratch<float> q(r.num_rows * d.num_heads * d.head_dim);
+  return share_rows(r.num_rows, threads * each, threads, [&](int64_t begin, int64_t end) {
+    Part part(d, r, q, begin, end, threads == 1 ? available : 1);
+    int64_t failed = -1;
+    for (int64_t l = 0; l <= d.num_layers && failed < 0; ++l) failed = part.advance(l);
+    return failed < 0 ? then(part, begin, end) : failed;
+  });
 }
 
 // The last token of each chosen branch as a row, with what sampling the next one needs.

@@ -10,6 +10,7 @@
 // decoder, which multiplies the same weights again and again, has them transposed once instead.
 #include "kernels.h"
 #include "parts.h"
+#include "threads.h"
 #include "tile.h"
 
 namespace ibtpo::IBTPO_ISA {
@@ -56,16 +57,16 @@ INLINE void panel(const Linear<T>& p, int64_t row, int64_t rows, int64_t column,
 template <class T>
 static void multiply(const Linear<T>& p) {
   const bool parallel = p.num_rows * p.num_cols * p.depth > kParallelWork;
-#pragma omp parallel if (parallel)
-  {
+  const int64_t blocks = (p.num_rows + kRows - 1) / kRows, panels = (p.num_cols + kPanel - 1) / kPanel;
+  spread_ranges(blocks * panels, parallel, [&](int64_t begin, int64_t end) __attribute__((noinline)) {
     [[maybe_unused]] const RegistersFor<T> registers;
-    const Scratch<Word<T>> block(kPanel * round_up(least(kDepth, p.depth), kWidth));
+    const Scratch<Word<T>> block(p.packed ? 0 : kPanel * round_up(least(kDepth, p.depth), kWidth));
     const Scratch<float> sums(kPanel * least(kRows, p.num_rows));
-#pragma omp for collapse(2)
-    for (int64_t row = 0; row < p.num_rows; row += kRows)
-      for (int64_t column = 0; column < p.num_cols; column += kPanel)
-        panel(p, row, least(kRows, p.num_rows - row), column, least(kPanel, p.num_cols - column), block, sums);
-  }
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i / panels * kRows, column = i % panels * kPanel;
+      panel(p, row, least(kRows, p.num_rows - row), column, least(kPanel, p.num_cols - column), block, sums);
+    }
+  });
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include "kernels.h"
 #include "parts.h"
 #include "simd.h"
+#include "threads.h"
 
 namespace ibtpo::IBTPO_ISA {
 namespace {
@@ -44,27 +45,29 @@ template <class T>
 void rope(const T* x, const float* cos, const float* sin, T* out, int64_t num_tokens, int64_t num_heads,
           int64_t head_dim, float direction) {
   const int64_t half = head_dim / 2;
-#pragma omp parallel for if (num_tokens * num_heads * head_dim > kParallelWork)
-  for (int64_t t = 0; t < num_tokens; ++t)
-    for (int64_t h = 0; h < num_heads; ++h) {
-      const int64_t at = (t * num_heads + h) * head_dim;
-      rotate_row(x + at, cos + t * half, sin + t * half, out + at, half, direction);
-    }
+  spread_ranges(num_tokens, num_tokens * num_heads * head_dim > kParallelWork, [&](int64_t begin, int64_t stop) {
+    for (int64_t t = begin; t < stop; ++t)
+      for (int64_t h = 0; h < num_heads; ++h) {
+        const int64_t at = (t * num_heads + h) * head_dim;
+        rotate_row(x + at, cos + t * half, sin + t * half, out + at, half, direction);
+      }
+  });
 }
 
 // With a residual, total = x + residual is written, and normed.
 template <class T>
 void norm(const T* x, const T* residual, const T* weight, T* out, T* total, int64_t num_rows, int64_t size, float eps) {
-#pragma omp parallel for if (num_rows * size > kParallelWork)
-  for (int64_t r = 0; r < num_rows; ++r) {
-    const T *x_r = x + r * size, *residual_r = residual + r * size;
-    if (residual != nullptr) {
-      T* total_r = total + r * size;
-      for_parts(size, [&](int64_t i, auto n) { store(total_r + i, load(x_r + i, n) + load(residual_r + i, n), n); });
-      x_r = total_r;
+  spread_ranges(num_rows, num_rows * size > kParallelWork, [&](int64_t begin, int64_t stop) {
+    for (int64_t r = begin; r < stop; ++r) {
+      const T *x_r = x + r * size, *residual_r = residual + r * size;
+      if (residual != nullptr) {
+        T* total_r = total + r * size;
+        for_parts(size, [&](int64_t i, auto n) { store(total_r + i, load(x_r + i, n) + load(residual_r + i, n), n); });
+        x_r = total_r;
+      }
+      norm_row(x_r, weight, out + r * size, size, eps);
     }
-    norm_row(x_r, weight, out + r * size, size, eps);
-  }
+  });
 }
 
 // With n = x f, f = 1 / rms: dx = f (w dO - n mean(w dO n)) [+ d_total], dw = sum over rows of dO round(n). The rows
@@ -102,15 +105,16 @@ void norm_backward(const T* x, const T* weight, const T* d_out, T* dx, T* d_weig
 
 template <class T>
 void gate(const T* gate, const T* up, T* out, int64_t num_rows, int64_t size, int64_t gate_stride, int64_t up_stride) {
-#pragma omp parallel for if (num_rows * size > kParallelWork)
-  for (int64_t r = 0; r < num_rows; ++r) {
-    const T *g = gate + r * gate_stride, *u = up + r * up_stride;
-    T* o = out + r * size;
-    for_parts(size, [&](int64_t i, auto n) {
-      const Vec x = load(g + i, n);
-      store(o + i, rounded<T>(x * sigmoid(x)) * load(u + i, n), n);
-    });
-  }
+  spread_ranges(num_rows, num_rows * size > kParallelWork, [&](int64_t begin, int64_t stop) {
+    for (int64_t r = begin; r < stop; ++r) {
+      const T *g = gate + r * gate_stride, *u = up + r * up_stride;
+      T* o = out + r * size;
+      for_parts(size, [&](int64_t i, auto n) {
+        const Vec x = load(g + i, n);
+        store(o + i, rounded<T>(x * sigmoid(x)) * load(u + i, n), n);
+      });
+    }
+  });
 }
 
 // d silu(g) / dg = s (1 + g (1 - s)), s = sigmoid(g).
@@ -134,20 +138,23 @@ int64_t rope_append(const RopeAppendOf<T>& p) {
   const int64_t half = p.head_dim / 2, row = p.num_kv_heads * p.head_dim;
   for (int64_t t = 0; t < p.num_tokens; ++t)
     if (p.slots[t] < -1 || p.slots[t] >= p.num_slots) return t;  // before anything is written
-#pragma omp parallel for if (p.num_tokens * (p.num_heads + 2 * p.num_kv_heads) * p.head_dim > kParallelWork)
-  for (int64_t t = 0; t < p.num_tokens; ++t) {
-    const float *cos = p.cos + t * half, *sin = p.sin + t * half;
-    const auto place = [&](const T* x, const T* weight, T* out) {
-      if (weight != nullptr) norm_row(x, weight, out, p.head_dim, p.eps);
-      rotate_row(weight != nullptr ? out : x, cos, sin, out, half, 1.0f);
-    };
-    for (int64_t h = 0; h < p.num_heads; ++h)
-      place(p.q + t * p.q_stride + h * p.head_dim, p.q_weight, p.q_out + (t * p.num_heads + h) * p.head_dim);
-    if (p.slots[t] < 0) continue;
-    for (int64_t h = 0; h < p.num_kv_heads; ++h)
-      place(p.k + t * p.k_stride + h * p.head_dim, p.k_weight, p.k_pages + p.slots[t] * row + h * p.head_dim);
-    std::memcpy(p.v_pages + p.slots[t] * row, p.v + t * p.v_stride, sizeof(T) * row);
-  }
+  const auto range = [&](int64_t begin, int64_t stop) {
+    for (int64_t t = begin; t < stop; ++t) {
+      const float *cos = p.cos + t * half, *sin = p.sin + t * half;
+      const auto place = [&](const T* x, const T* weight, T* out) {
+        if (weight != nullptr) norm_row(x, weight, out, p.head_dim, p.eps);
+        rotate_row(weight != nullptr ? out : x, cos, sin, out, half, 1.0f);
+      };
+      for (int64_t h = 0; h < p.num_heads; ++h)
+        place(p.q + t * p.q_stride + h * p.head_dim, p.q_weight, p.q_out + (t * p.num_heads + h) * p.head_dim);
+      if (p.slots[t] < 0) continue;
+      for (int64_t h = 0; h < p.num_kv_heads; ++h)
+        place(p.k + t * p.k_stride + h * p.head_dim, p.k_weight, p.k_pages + p.slots[t] * row + h * p.head_dim);
+      std::memcpy(p.v_pages + p.slots[t] * row, p.v + t * p.v_stride, sizeof(T) * row);
+    }
+  };
+  const int64_t size = (p.num_heads + 2 * p.num_kv_heads) * p.head_dim;
+  spread_ranges(p.num_tokens, p.num_tokens * size > kParallelWork, range);
   return -1;
 }
 

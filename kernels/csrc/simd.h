@@ -6,7 +6,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 
 #if defined(__AVX512BF16__)
@@ -14,6 +13,7 @@
 #endif
 
 #include "kernels.h"
+#include "scratch.h"
 
 #ifndef IBTPO_ISA
 #define IBTPO_ISA baseline
@@ -189,15 +189,12 @@ INLINE float dot(const float* a, const float* b, int64_t size) {
   return reduce_add(lanes) + tail;
 }
 
-// An array on a cache-line boundary, freed at the end of its scope; not initialised.
+// An array on a cache-line boundary, given back at the end of its scope; not initialised.
 template <class T>
 class Scratch {
  public:
-  INLINE_MEMBER explicit Scratch(int64_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, round_up(most(count, 1) * sizeof(T), 64)))) {
-    if (data_ == nullptr) std::abort();
-  }
-  INLINE_MEMBER ~Scratch() { std::free(data_); }
+  INLINE_MEMBER explicit Scratch(int64_t count) : data_(static_cast<T*>(take_scratch(count * sizeof(T)))) {}
+  INLINE_MEMBER ~Scratch() { give_scratch(data_); }
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
   INLINE_MEMBER operator T*() const { return data_; }

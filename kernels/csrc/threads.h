@@ -21,4 +21,27 @@ INLINE int64_t team_size() { return 1; }
 INLINE int64_t thread_index() { return 0; }
 #endif
 
+// Calls f(i) for each i in [0, count), on several threads if `parallel`. If not, no region is opened: one of one thread
+// is not free either.
+template <class F>
+INLINE void spread(int64_t count, bool parallel, const F& f) {
+  if (parallel) {
+#pragma omp parallel for schedule(dynamic)
+    for (int64_t i = 0; i < count; ++i) f(i);
+  } else {
+    for (int64_t i = 0; i < count; ++i) f(i);
+  }
+}
+
+// The same in as many ranges as there are threads: f(begin, end).
+template <class F>
+INLINE void spread_ranges(int64_t count, bool parallel, const F& f) {
+  if (parallel) {
+#pragma omp parallel
+    f(count * thread_index() / team_size(), count * (thread_index() + 1) / team_size());
+  } else {
+    f(0, count);
+  }
+}
+
 }  // namespace ibtpo::IBTPO_ISA
