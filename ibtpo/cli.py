@@ -235,6 +235,7 @@ def _completion(arguments: list[str], console: Console) -> int:
             "doctor": DoctorArguments,
             "completion": CompletionArguments,
         },
+        names={"preset": PRESETS},
     )
 
 

@@ -281,6 +281,7 @@ def test_bash_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (("ibtpo", "tra"), {"train"}),
         (("ibtpo", "train", "--search.rou"), {"--search.rounds"}),
         (("ibtpo", "train", "--dtype", "bfl"), {"bfloat16"}),
+        (("ibtpo", "sample", "--preset", "vine"), {"vineppo"}),
         (("ibtpo", "view", "--exp"), {"--export"}),
     ]:
         listed = " ".join(f"'{word}'" for word in words)

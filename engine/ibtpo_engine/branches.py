@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ibtpo_engine.features import Features
-from ibtpo_engine.pages import KV
+from ibtpo_engine.pages import KV, PAGE
+from ibtpo_engine.runner import Rows
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.slots import Ints, Outputs
 from ibtpo_engine.tree import Node
@@ -47,8 +49,46 @@ class Fill:
         """Depth to fill up to; a branch's last token stays for its next decode row."""
         return self.start + len(self.tokens) - (self.branch is not None)
 
-    def chunk(self, budget: int) -> Ints:
-        """Depths of the rows to run in this step, at most `budget`."""
+    def chunk(self, budget: int) -> Chunk:
+        """The rows to run in this step, at most `budget`."""
         if self.kv.computed < self.end:
-            return np.arange(self.kv.computed, min(self.end, self.kv.computed + budget), dtype=np.int32)
-        return np.arange(self.end - 1, self.end, dtype=np.int32)[: budget if self.branch is None else 0]
+            return Chunk(self, self.kv.computed, min(self.end, self.kv.computed + budget))
+        return Chunk(self, self.end - 1, self.end - 1 + min(budget, self.branch is None))
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """Depths [begin, end) of a fill: rows of one step."""
+
+    fill: Fill
+    begin: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.begin
+
+    def depths(self) -> Ints:
+        """int32 [len]."""
+        return np.arange(self.begin, self.end, dtype=np.int32)
+
+
+def chunk_rows(chunks: Sequence[Chunk], table: Ints) -> Rows:
+    """The rows of chunks, one after another.
+
+    Args:
+        chunks: at least one.
+        table: int32 [slots, P], the page table.
+    """
+    fills = [chunk.fill for chunk in chunks]
+    begin, count = np.array([chunk.begin for chunk in chunks]), np.array([len(chunk) for chunk in chunks])
+    slot, computed = np.array([fill.slot for fill in fills]), np.array([fill.kv.computed for fill in fills])
+    slot, computed = np.repeat(slot, count), np.repeat(computed, count)
+    depths = np.arange(len(slot)) - np.repeat(np.cumsum(count) - count - begin, count)
+    tokens = [chunk.fill.tokens[chunk.begin - chunk.fill.start : chunk.end - chunk.fill.start] for chunk in chunks]
+    pages = table[slot, depths // PAGE].astype(np.int64)
+    return Rows(
+        np.concatenate(tokens).astype(np.int64),
+        depths,
+        np.where(depths < computed, -1, pages * PAGE + depths % PAGE),
+        slot.astype(np.int32),
+    )

@@ -53,6 +53,11 @@ class Rows:
     address: npt.NDArray[np.int64]
     row: npt.NDArray[np.int32]
 
+    def followed_by(self, others: Rows) -> Rows:
+        """These rows, then others."""
+        both = zip(vars(self).values(), vars(others).values(), strict=True)
+        return Rows(*(np.concatenate(arrays) for arrays in both))
+
 
 class Runner:
     """Runs rows; keeps the attention plan while the set of rows stays the same.

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ibtpo_engine.branches import Branch, Fill
+from ibtpo_engine.branches import Branch, Chunk, Fill, chunk_rows
 from ibtpo_engine.cache import PageCache, is_computed
 from ibtpo_engine.given import record_scores
 from ibtpo_engine.pages import KV, PAGE, pages_for
@@ -118,9 +118,9 @@ class Scheduler:
             if self.running and not ready and not self.fills and self.runner.has_step:
                 return self._decode(version)
             self._grow()
-            fills, decoding = list(self.fills.values()), self._decoding_slots()
-            hidden = self._forward(decoding, fills)
-            scored = self._complete(len(decoding), fills, hidden, ready, version)
+            chunks, decoding = self._chunks(), self._decoding_slots()
+            hidden = self._forward(decoding, chunks)
+            scored = self._complete(len(decoding), chunks, hidden, ready, version)
             started = self._start(ready)
             if hidden is None and not (started or scored or self.running):
                 return None
@@ -350,64 +350,62 @@ class Scheduler:
         self.counters.sampled += len(decoding)
         return self._settle(np.concatenate([plain, shaped]), np.where(code == LACKS_PAGE, 0, code), [], version)
 
-    def _forward(self, decoding: SlotIds, fills: list[Fill]) -> torch.Tensor | None:
-        """Hidden states of the decode rows, then of each fill's chunk; None if there is no row."""
-        slots = self.slots
-        tokens, pos, address = ([values] for values in slots.next_rows(decoding))
-        table_rows = [decoding.astype(np.int32)]
-        budget = self.fill_tokens
-        for fill in fills:
-            depths = fill.chunk(budget)
-            budget -= len(depths)
-            pages = slots.table[fill.slot, depths // PAGE].astype(np.int64)
-            tokens.append(fill.tokens[depths - fill.start])
-            pos.append(depths)
-            address.append(np.where(depths < fill.kv.computed, -1, pages * PAGE + depths % PAGE))
-            table_rows.append(np.full(len(depths), fill.slot, np.int32))
-        rows = Rows(
-            np.concatenate(tokens).astype(np.int64),
-            np.concatenate(pos).astype(np.int64),
-            np.concatenate(address),
-            np.concatenate(table_rows),
-        )
+    def _chunks(self) -> list[Chunk]:
+        """What each fill computes in this step, the older ones first."""
+        budget, chunks = self.fill_tokens, []
+        for fill in self.fills.values():
+            chunk = fill.chunk(budget)
+            budget -= len(chunk)
+            chunks.append(chunk)
+        return chunks
+
+    def _forward(self, decoding: SlotIds, chunks: list[Chunk]) -> torch.Tensor | None:
+        """Hidden states of the decode rows, then of each chunk; None if there is no row."""
+        tokens, pos, address = self.slots.next_rows(decoding)
+        rows = Rows(tokens.astype(np.int64), pos.astype(np.int64), address, decoding.astype(np.int32))
+        if chunks:
+            rows = rows.followed_by(chunk_rows(chunks, self.slots.table))
         if len(rows.tokens) == 0:
             return None
-        if fills:
+        if chunks:
             self.runner.invalidate()
-        hidden = self.runner.forward(rows, slots.planner)
-        if fills:
+        hidden = self.runner.forward(rows, self.slots.planner)
+        if chunks:
             self.runner.invalidate()
         self.counters.steps += 1
         self.counters.computed += len(rows.tokens)
         return hidden
 
     def _complete(
-        self, num_decoding: int, fills: list[Fill], hidden: torch.Tensor | None, ready: list[Branch], version: int
+        self, num_decoding: int, chunks: list[Chunk], hidden: torch.Tensor | None, ready: list[Branch], version: int
     ) -> list[Node]:
         """Account for the chunks just run; adds the children of full nodes to `ready`, returns what is scored."""
-        row, budget, scored = num_decoding, self.fill_tokens, []
-        for fill in fills:
-            depths = fill.chunk(budget)
-            budget -= len(depths)
-            row += len(depths)
-            if fill.branch is not None and fill.branch.is_given and (len(depths) or fill.end == fill.start):
-                rows = None if hidden is None else hidden[row - len(depths) : row]
-                record_scores(self.slots, self.runner.model.head, fill, depths, rows)
-            if len(depths):
-                fill.kv.computed = max(fill.kv.computed, int(depths[-1]) + 1)
-            if fill.kv.computed < fill.end or (len(depths) == 0 and fill.branch is None):
+        row, scored, filled = num_decoding, [], []
+        for chunk in chunks:
+            fill = chunk.fill
+            row += len(chunk)
+            if fill.branch is not None and fill.branch.is_given and (len(chunk) or fill.end == fill.start):
+                rows = None if hidden is None else hidden[row - len(chunk) : row]
+                record_scores(self.slots, self.runner.model.head, fill, chunk.depths(), rows)
+            if len(chunk):
+                fill.kv.computed = max(fill.kv.computed, chunk.end)
+            if fill.kv.computed < fill.end or (len(chunk) == 0 and fill.branch is None):
                 continue
             if fill.branch is not None:
                 del self.fills[id(fill.branch)]
                 self._join(fill.branch)
                 if fill.branch.is_given:
                     scored.append(self.end(fill.branch, "scored", version))
-                continue
+            else:
+                filled.append((fill, row - 1))
+        if filled:
             assert hidden is not None
-            fill.kv.hidden = hidden[row - 1].clone()
-            ready += self._drop_fill(id(fill.node)).children
-            if fill.node.parent is None:
-                self.cache.remember(fill.node)
+            last = torch.tensor([row for _, row in filled], device=hidden.device)
+            for (fill, _), state in zip(filled, hidden.index_select(0, last).unbind(), strict=True):
+                fill.kv.hidden = state
+                ready += self._drop_fill(id(fill.node)).children
+                if fill.node.parent is None:
+                    self.cache.remember(fill.node)
         return scored
 
     def _start(self, ready: list[Branch]) -> list[Branch]:

@@ -34,6 +34,11 @@ struct Run {
   const T* values[kPages];              // this head's first value in each page
 };
 
+// Where the pages lie that come after those in hand: from a table column on, for a query.
+struct Ahead {
+  int64_t query, column;
+};
+
 template <class T>
 class Task {
   using Step = Word<T>;
@@ -69,10 +74,9 @@ class Task {
     for (int64_t i = 0; i < p_.num_items; ++i) {
       const Item& item = items[i];
       if (item.query_end <= begin_ || item.query_begin >= end_) continue;
-      if (i + 1 < p_.num_items && items[i + 1].query_begin < end_)
-        foresee(items[i + 1].query_begin, items[i + 1].page_begin);
+      const Item& next = items[least(i + 1, p_.num_items - 1)];
       const int64_t begin = most(begin_, item.query_begin), end = least(end_, item.query_end);
-      const int64_t failed = walk(begin, end, item.page_begin, item.page_end);
+      const int64_t failed = walk(begin, end, item.page_begin, item.page_end, Ahead{next.query_begin, next.page_begin});
       if (failed >= 0) return failed;
     }
     finish();
@@ -127,11 +131,12 @@ class Task {
     return most(0, least(p_.page_size, p_.lengths[b] - column * p_.page_size));
   }
 
-  // Pages [page_begin, page_end) for queries [begin, end), in runs of queries that are long enough to see them.
-  INLINE_MEMBER int64_t walk(int64_t begin, int64_t end, int64_t page_begin, int64_t page_end) {
+  // Pages [page_begin, page_end) for queries [begin, end), in runs of queries that are long enough to see them; then
+  // come those at `next`.
+  INLINE_MEMBER int64_t walk(int64_t begin, int64_t end, int64_t page_begin, int64_t page_end, Ahead next) {
     for (int64_t column = page_begin; column < page_end; column += kPages) {
       const int64_t count = least(kPages, page_end - column);
-      if (column + count < page_end) foresee(begin, column + count);
+      const bool more = column + count < page_end && visible(begin, column + count) > 0;
       bool any = false;
       for (int64_t b = begin; b < end;) {
         if (visible(b, column) == 0) {
@@ -141,7 +146,8 @@ class Task {
         int64_t stop = b + 1;
         while (stop < end && visible(stop, column) > 0) ++stop;
         for (head_ = head_begin_; head_ < head_end_; ++head_) {
-          const int64_t failed = attend(b, stop, column, count);
+          const Ahead ahead = more ? Ahead{begin, column + count} : next;
+          const int64_t failed = attend(b, stop, column, count, ahead);
           if (failed >= 0) return failed;
         }
         head_ = head_begin_;
@@ -154,7 +160,7 @@ class Task {
   }
 
   // Queries [begin, end), all of which see the first of pages [column, column + count).
-  INLINE_MEMBER int64_t attend(int64_t begin, int64_t end, int64_t column, int64_t count) {
+  INLINE_MEMBER int64_t attend(int64_t begin, int64_t end, int64_t column, int64_t count, Ahead ahead) {
     const int64_t kv_stride = p_.num_kv_heads * p_.head_dim, ld = kPages * page_;
     Run<T> run{begin, end, column, 0, {}};
     for (int64_t b = begin; b < end; ++b) run.longest = most(run.longest, p_.lengths[b]);
@@ -165,7 +171,9 @@ class Task {
       pack_words_transposed(keys_ + c * page_, ld, p_.k_pages + first, kv_stride, p_.page_size, p_.head_dim);
       run.values[c] = p_.v_pages + first;
       prefetch<3>(run.values[c], p_.page_size, p_.head_dim);
+      foresee(ahead.query, ahead.column + c);
     }
+    for (int64_t c = count; c < kPages; ++c) foresee(ahead.query, ahead.column + c);
     const Step* q = reinterpret_cast<const Step*>(q_ + state(begin) * padded_);
     const int64_t rows = (end - begin) * group_;
     product<Into::kStore>(scores_, ld, rows, count * page_, {q, padded_ / kStep, 1}, (const Step*)keys_, ld,
@@ -183,16 +191,12 @@ class Task {
     return (page * p_.page_size * p_.num_kv_heads + head_) * p_.head_dim;
   }
 
-  // Fetch what will be wanted next, into the second cache: kPages pages of query b from a table column on, the keys and
-  // values of all heads of this task.
+  // Fetch a page that will be wanted next, into the second cache: the current head's keys and values for query b.
   INLINE_MEMBER void foresee(int64_t b, int64_t column) const {
-    const int64_t heads = (head_end_ - head_begin_) * p_.head_dim;
-    for (int64_t c = column; c < column + kPages && c < p_.table_width && visible(b, c) > 0; ++c) {
-      const int64_t first = page_begin(b, c), slots = visible(b, c);
-      if (first < 0) continue;
-      prefetch<2>(p_.k_pages + first, slots, heads);
-      prefetch<2>(p_.v_pages + first, slots, heads);
-    }
+    const int64_t slots = visible(b, column), first = slots > 0 ? page_begin(b, column) : -1;
+    if (first < 0) return;
+    prefetch<2>(p_.k_pages + first, slots, p_.head_dim);
+    prefetch<2>(p_.v_pages + first, slots, p_.head_dim);
   }
 
   // A head's slots lie Hkv * D apart, which the hardware does not foresee.
