@@ -61,6 +61,8 @@ class Row:
 Call = Callable[[], int]
 """Does the work once and returns how many tokens it sampled."""
 
+SETTLE = 0.05  # seconds between two calls
+
 
 def compare(case: str, x: float | int, contenders: dict[str, Call], repetitions: int, warmup: int = 1) -> list[Row]:
     """Time contenders in turns, A B A B; one that fails is a row without times, with the reason."""
@@ -74,7 +76,8 @@ def compare(case: str, x: float | int, contenders: dict[str, Call], repetitions:
             rows.append(Row(case, x, who, 0, None, reason))
         else:
             ready[who] = call, tokens
-    seconds = interleave(WallClock(CPU), [[call] for call, _ in ready.values()], [repetitions] * len(ready))
+    calls = [[call] for call, _ in ready.values()]
+    seconds = interleave(WallClock(CPU), calls, [repetitions] * len(ready), settle=SETTLE)
     rows += [
         Row(case, x, who, tokens, Timing.of(found))
         for (who, (_, tokens)), found in zip(ready.items(), seconds, strict=True)

@@ -113,13 +113,18 @@ def estimate(clock: Clock, calls: Sequence[Callable[[], object]]) -> float:
 
 
 def interleave(
-    clock: Clock, contenders: Sequence[Sequence[Callable[[], object]]], repetitions: Sequence[int]
+    clock: Clock,
+    contenders: Sequence[Sequence[Callable[[], object]]],
+    repetitions: Sequence[int],
+    settle: float = 0.0,
 ) -> list[list[float]]:
     """Seconds of every repetition of every contender, taken in turns.
 
     Args:
         contenders: for each the same call on different buffers, used in rotation.
         repetitions: how often each is timed; one with fewer has its turns spread over the whole time.
+        settle: seconds to wait before each call, so that threads of the one before, which go on spinning for some
+            milliseconds, do not take a core from it.
     """
     rounds = max(repetitions, default=0)
     seconds: list[list[float]] = [[] for _ in contenders]
@@ -127,5 +132,6 @@ def interleave(
         for turn in range(rounds):
             for calls, count, found in zip(contenders, repetitions, seconds, strict=True):
                 if (turn + 1) * count // rounds > turn * count // rounds:
+                    time.sleep(settle)
                     found.append(clock.seconds(calls[len(found) % len(calls)]))
     return seconds
