@@ -152,7 +152,7 @@ def decode(options: argparse.Namespace) -> list[Row]:
         with llama_cpp(policy.model, batch, 88, shared=False) as other:
             if other is not None:
                 contenders["llama.cpp"] = partial(other.generate, prompts, 64)
-            rows += compare("decode, built-in policy", batch, contenders, options.repetitions)
+            rows += compare("decode, built-in policy", batch, contenders, options.repetitions, settle=0.05)
     return rows
 
 

@@ -61,11 +61,14 @@ class Row:
 Call = Callable[[], int]
 """Does the work once and returns how many tokens it sampled."""
 
-SETTLE = 0.05  # seconds between two calls
 
+def compare(
+    case: str, x: float | int, contenders: dict[str, Call], repetitions: int, *, warmup: int = 1, settle: float = 0.0
+) -> list[Row]:
+    """Time contenders in turns, A B A B; one that fails is a row without times, with the reason.
 
-def compare(case: str, x: float | int, contenders: dict[str, Call], repetitions: int, warmup: int = 1) -> list[Row]:
-    """Time contenders in turns, A B A B; one that fails is a row without times, with the reason."""
+    `settle`: seconds to wait before each call, as `interleave` does.
+    """
     rows, ready = [], {}
     for who, call in contenders.items():
         try:
@@ -77,7 +80,7 @@ def compare(case: str, x: float | int, contenders: dict[str, Call], repetitions:
         else:
             ready[who] = call, tokens
     calls = [[call] for call, _ in ready.values()]
-    seconds = interleave(WallClock(CPU), calls, [repetitions] * len(ready), settle=SETTLE)
+    seconds = interleave(WallClock(CPU), calls, [repetitions] * len(ready), settle=settle)
     rows += [
         Row(case, x, who, tokens, Timing.of(found))
         for (who, (_, tokens)), found in zip(ready.items(), seconds, strict=True)

@@ -8,54 +8,27 @@ Every step runs one forward pass over two kinds of rows and then samples one tok
 
 A branch waits until every node above it is filled. Its first token is sampled from its parent's final hidden state,
 which is computed once and shared by all the children; where that is not known and nobody else wants it, the branch
-runs at once, and its first decode row is once more the parent's last token::
-
-    waiting --(parent filled)--> running --(stop or limit)--> finished
-       ^                            |
-       +------(out of pages)--------+   preempted: tokens kept, pages given back, filled again later
+runs at once, and its first decode row is once more the parent's last token.
 """
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ibtpo_engine.branches import Branch, Chunk, Fill, chunk_rows
 from ibtpo_engine.cache import PageCache, is_computed
 from ibtpo_engine.given import record_scores
-from ibtpo_engine.pages import KV, PAGE, pages_for
+from ibtpo_engine.pages import PAGE, pages_for
+from ibtpo_engine.roster import Roster, SlotIds
 from ibtpo_engine.runner import Rows, Runner
-from ibtpo_engine.slots import FINISH, LACKS_PAGE, Outputs, Slots
+from ibtpo_engine.slots import FINISH, LACKS_PAGE, Slots
 from ibtpo_engine.tree import Node
-
-SlotIds = npt.NDArray[np.int64]
 
 FILL_SLOTS = 32  # most nodes filled in one step
 
 
-@dataclass
-class Counters:
-    """What the scheduler did so far.
-
-    Attributes:
-        sampled: tokens drawn.
-        computed: rows run through the model, recomputed ones included.
-        preemptions: branches that gave their pages back under way.
-        steps: forward passes.
-    """
-
-    sampled: int = 0
-    computed: int = 0
-    preemptions: int = 0
-    steps: int = 0
-
-
-class Scheduler:
+class Scheduler(Roster):
     """Runs branches to their end, a step at a time.
 
     Args:
@@ -69,41 +42,19 @@ class Scheduler:
     def __init__(
         self, runner: Runner, cache: PageCache, *, max_branches: int, fill_tokens: int, max_pages: int
     ) -> None:
+        super().__init__(cache, Slots(max_branches + FILL_SLOTS, max_pages, runner.model.device))
         self.runner = runner
-        self.cache = cache
         self.max_branches = max_branches
         self.fill_tokens = fill_tokens
-        self.slots = Slots(max_branches + FILL_SLOTS, max_pages, runner.model.device)
-        self.waiting: list[Branch] = []  # by ticket
-        self.running: dict[int, Branch] = {}  # by slot
-        self.fills: dict[int, Fill] = {}  # by id of node or branch
-        self.counters = Counters()
-        self._order: list[tuple[tuple[int, ...], int]] = []  # (place, slot) of the running, sorted
-        self._decoding: npt.NDArray[np.int64] | None = None  # the slots of _order; None when it changed
-        self._has_pages = False  # whether every running branch has the page its next row begins or lies on
-        self._tickets = 0
+        self._planned: SlotIds | None = None  # the running slots that the runner's plan is for
 
     # ---- what the engine calls -------------------------------------------------------------------------------
-
-    @property
-    def num_branches(self) -> int:
-        """Branches submitted and not yet finished."""
-        filling = sum(len(fill.children) + (fill.branch is not None) for fill in self.fills.values())
-        return len(self.waiting) + len(self.running) + filling
 
     @property
     def num_rows(self) -> int:
         """About how many rows the next step runs."""
         filling = sum(fill.end - fill.kv.computed for fill in self.fills.values())
         return len(self.running) + min(filling, self.fill_tokens)
-
-    def submit(self, branch: Branch) -> Branch:
-        """Queue a branch whose node is pending; returns it."""
-        branch.node.in_flight = True
-        branch.ticket = self._tickets
-        self.waiting.append(branch)
-        self._tickets += 1
-        return branch
 
     def step(self, version: int) -> list[Node] | None:
         """Run one forward pass and sample.
@@ -130,42 +81,6 @@ class Scheduler:
                 if branch.node.in_flight and branch not in self.waiting and self.running.get(branch.slot) is not branch:
                     self._wait_again(branch)
             raise
-
-    def cancel(self, nodes: Iterable[Node]) -> None:
-        """Forget pending nodes: their branches end unfinished and the nodes leave their trees."""
-        doomed = {id(node) for node in nodes if node.in_flight}
-        if not doomed:
-            return
-        for branch in [branch for branch in self.running.values() if id(branch.node) in doomed]:
-            self._leave(branch)
-            self._abandon(branch)
-        for key, fill in list(self.fills.items()):
-            if fill.branch is not None and id(fill.branch.node) in doomed:
-                self._drop_fill(key)
-                self._abandon(fill.branch)
-            for child in [child for child in fill.children if id(child.node) in doomed]:
-                fill.children.remove(child)
-                self._abandon(child)
-            if fill.branch is None and not fill.children:
-                self._drop_fill(key)
-        for branch in [branch for branch in self.waiting if id(branch.node) in doomed]:
-            self.waiting.remove(branch)
-            self._abandon(branch)
-
-    def preempt_all(self) -> None:
-        """Stop everything under way; keys and values are given back, tokens kept and filled again later."""
-        for branch in list(self.running.values()):
-            self._preempt(branch)
-        for key in list(self.fills):
-            fill = self._drop_fill(key)
-            for branch in [*fill.children, *([fill.branch] if fill.branch else [])]:
-                self._wait_again(branch)
-
-    def held(self) -> list[KV]:
-        """Every KV that belongs to a branch under way rather than to a node."""
-        return [branch.kv for branch in self.running.values() if branch.kv] + [
-            fill.kv for fill in self.fills.values() if fill.branch is not None
-        ]
 
     def pages_wanted(self) -> int:
         """Pages the oldest waiting branch needs to get on: what an error about a full pool should name."""
@@ -276,30 +191,27 @@ class Scheduler:
         self.fills[id(branch)] = Fill(kv, tokens, start, branch.slot, branch.node, branch)
         return True
 
-    def _take_slot(self, branch: Branch, kv: KV) -> None:
-        parent = branch.node.parent
-        assert parent is not None
-        pages = self.cache.path_pages(parent)
-        pages[kv.first :] = kv.pages
-        branch.kv = kv
-        branch.slot = self.slots.take(pages)
-        self.slots.begin(
-            branch.slot,
-            start=branch.node.start,
-            before=int(parent.tokens[-1]),
-            limit=branch.limit,
-            stream=branch.node.stream,
-            sampling=branch.sampling,
-            features=branch.features,
-        )
-
     # ---- one step --------------------------------------------------------------------------------------------
+
+    def _decoding_slots(self) -> SlotIds:
+        slots = self.running_slots()
+        if slots is not self._planned:
+            self._planned = slots
+            self.runner.invalidate()
+        return slots
 
     def _grow(self) -> None:
         """Give every running branch whose next row begins a page that page; preempt the youngest if pages are short."""
-        slots, decoding = self.slots, self._decoding_slots()
-        last = slots.length[decoding] - 1
-        for slot in decoding[slots.table[decoding, last // PAGE] < 0].tolist():
+        slots, pool, decoding = self.slots, self.cache.pool, self._decoding_slots()
+        columns = (slots.length[decoding] - 1) // PAGE
+        lacks = slots.table[decoding, columns] < 0
+        lacking = decoding[lacks].tolist()
+        if len(lacking) <= pool.num_free:  # as nearly always
+            for slot, column, page in zip(lacking, columns[lacks].tolist(), pool.allocate(len(lacking)), strict=True):
+                slots.add_page(slot, column, page)
+                self.running[slot].kv.pages.append(page)  # type: ignore[union-attr]
+            return
+        for slot in lacking:
             branch = self.running.get(slot)
             while branch is not None:
                 fresh = self.cache.take(1)
@@ -313,7 +225,7 @@ class Scheduler:
 
     def _decode(self, version: int) -> list[Node]:
         """A step of nothing but decode rows, in one call."""
-        if not self._has_pages:
+        if not self.has_pages:
             self._grow()
         decoding = self._decoding_slots()
         if len(decoding) == 0:  # the last one was preempted
@@ -324,10 +236,10 @@ class Scheduler:
         self.counters.steps += 1
         self.counters.computed += len(decoding)
         self.counters.sampled += len(decoding)
-        self._has_pages = True
+        self.has_pages = True
         if not code.any():
             return []
-        self._has_pages = not (code == LACKS_PAGE).any()
+        self.has_pages = not (code == LACKS_PAGE).any()
         return self._settle(decoding, np.where(code == LACKS_PAGE, 0, code), [], version)
 
     def _decode_apart(self, decoding: SlotIds, version: int) -> list[Node]:
@@ -337,7 +249,7 @@ class Scheduler:
         """
         slots = self.slots
         plain, shaped = slots.features.split(decoding, slots.length)
-        self._has_pages = False
+        self.has_pages = False
         hidden = self._forward(shaped, [])
         drawn = None if hidden is None else slots.draw(shaped, self.runner.logits(hidden))
         code = np.zeros(0, np.int64)
@@ -440,7 +352,7 @@ class Scheduler:
         if pick is not None:
             logits = logits.index_select(0, torch.tensor(pick, device=logits.device))
         drawn = slots.draw(chosen, logits)
-        self._has_pages = False
+        self.has_pages = False
         code = slots.record(chosen, *drawn)
         self.counters.sampled += len(chosen)
         return self._settle(chosen, code, started, version)
@@ -458,75 +370,3 @@ class Scheduler:
         if error is not None:
             raise error
         return finished
-
-    def end(self, branch: Branch, finish: str | None, version: int) -> Node:
-        """End a running branch where it is; the node gets its tokens and its pages."""
-        branch.node.fill(*self._leave(branch), finish=finish, version=version)
-        if branch.features is not None:
-            branch.features.leave(branch.node)
-        branch.node.kv, branch.node.in_flight = branch.kv, False
-        return branch.node
-
-    # ---- bookkeeping -----------------------------------------------------------------------------------------
-
-    def _decoding_slots(self) -> SlotIds:
-        """Slots of the running branches, siblings side by side."""
-        if self._decoding is None:
-            self._decoding = np.fromiter((slot for _, slot in self._order), np.int64, len(self._order))
-            self.runner.invalidate()
-        return self._decoding
-
-    def _join(self, branch: Branch) -> None:
-        branch.place = (branch.node.tree.ordinal, *(node.serial for node in branch.node.path()))
-        self.running[branch.slot] = branch
-        self._has_pages = False
-        bisect.insort(self._order, (branch.place, branch.slot))
-        self._decoding = None
-
-    def _leave(self, branch: Branch) -> Outputs:
-        """Take a branch out of the running ones; returns what it sampled and marks what is computed."""
-        assert branch.kv is not None
-        outputs = self.slots.outputs(branch.slot)
-        branch.kv.computed = int(self.slots.length[branch.slot]) - 1
-        del self.running[branch.slot]
-        del self._order[bisect.bisect_left(self._order, (branch.place, branch.slot))]
-        self.slots.give_back(branch.slot)
-        branch.slot = -1
-        self._decoding = None
-        return outputs
-
-    def _preempt(self, branch: Branch) -> None:
-        outputs = self._leave(branch)
-        branch.kept = outputs if len(outputs[0]) else None
-        assert branch.kv is not None
-        branch.kv.release()
-        branch.kv = None
-        self.counters.preemptions += 1
-        self._wait_again(branch)
-
-    def _wait_again(self, branch: Branch) -> None:
-        if branch.slot >= 0:  # it was being filled, or about to start
-            outputs = self.slots.outputs(branch.slot)
-            branch.kept = outputs if len(outputs[0]) else None
-            self.slots.give_back(branch.slot)
-            branch.slot = -1
-        if branch.kv is not None:
-            branch.kv.release()
-            branch.kv = None
-        bisect.insort(self.waiting, branch, key=lambda waiting: waiting.ticket)
-
-    def _drop_fill(self, key: int) -> Fill:
-        fill = self.fills.pop(key)
-        if fill.branch is None:
-            self.slots.give_back(fill.slot)
-        return fill
-
-    def _abandon(self, branch: Branch) -> None:
-        if branch.slot >= 0:
-            self.slots.give_back(branch.slot)
-        if branch.kv is not None:
-            branch.kv.release()
-        branch.node.in_flight = False
-        branch.node.dropped = True
-        if branch.node.parent is not None:
-            branch.node.parent.children.remove(branch.node)

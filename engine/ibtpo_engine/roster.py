@@ -1,0 +1,210 @@
+"""Where every branch is, and how it gets from one place to the next.
+
+::
+
+    waiting --(parent filled)--> running --(stop or limit)--> finished
+       ^                            |
+       +------(out of pages)--------+   preempted: tokens kept, pages given back, filled again later
+
+On the way from waiting to running a branch may belong to a fill: as one of the children that start once a node is
+filled, or as the preempted branch whose own tokens are filled again.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ibtpo_engine.branches import Branch, Fill
+from ibtpo_engine.cache import PageCache
+from ibtpo_engine.pages import KV
+from ibtpo_engine.slots import Outputs, Slots
+from ibtpo_engine.tree import Node
+
+SlotIds = npt.NDArray[np.int64]
+
+
+@dataclass
+class Counters:
+    """What the scheduler did so far.
+
+    Attributes:
+        sampled: tokens drawn.
+        computed: rows run through the model, recomputed ones included.
+        preemptions: branches that gave their pages back under way.
+        steps: forward passes.
+    """
+
+    sampled: int = 0
+    computed: int = 0
+    preemptions: int = 0
+    steps: int = 0
+
+
+class Roster:
+    """The branches that were submitted and have not finished.
+
+    Args:
+        cache: the pool with its index.
+        slots: rows of the arrays that a step reads, one a running branch or a fill.
+
+    Attributes:
+        waiting: by ticket.
+        running: by slot.
+        fills: by id of the node, or of the branch that was preempted.
+        has_pages: whether every running branch has the page its next row begins or lies on.
+    """
+
+    def __init__(self, cache: PageCache, slots: Slots) -> None:
+        self.cache = cache
+        self.slots = slots
+        self.waiting: list[Branch] = []
+        self.running: dict[int, Branch] = {}
+        self.fills: dict[int, Fill] = {}
+        self.has_pages = False
+        self.counters = Counters()
+        self._order: list[tuple[tuple[int, ...], int]] = []  # (place, slot) of the running, sorted
+        self._running_slots: SlotIds | None = None  # the slots of _order; None when it changed
+        self._tickets = 0
+
+    @property
+    def num_branches(self) -> int:
+        """Branches submitted and not yet finished."""
+        filling = sum(len(fill.children) + (fill.branch is not None) for fill in self.fills.values())
+        return len(self.waiting) + len(self.running) + filling
+
+    def running_slots(self) -> SlotIds:
+        """Slots of the running branches, siblings side by side; the same array until a branch joins or leaves."""
+        if self._running_slots is None:
+            self._running_slots = np.fromiter((slot for _, slot in self._order), np.int64, len(self._order))
+        return self._running_slots
+
+    def held(self) -> list[KV]:
+        """Every KV that belongs to a branch under way rather than to a node."""
+        return [branch.kv for branch in self.running.values() if branch.kv] + [
+            fill.kv for fill in self.fills.values() if fill.branch is not None
+        ]
+
+    def submit(self, branch: Branch) -> Branch:
+        """Queue a branch whose node is pending; returns it."""
+        branch.node.in_flight = True
+        branch.ticket = self._tickets
+        self.waiting.append(branch)
+        self._tickets += 1
+        return branch
+
+    def cancel(self, nodes: Iterable[Node]) -> None:
+        """Forget pending nodes: their branches end unfinished and the nodes leave their trees."""
+        doomed = {id(node) for node in nodes if node.in_flight}
+        if not doomed:
+            return
+        for branch in [branch for branch in self.running.values() if id(branch.node) in doomed]:
+            self._leave(branch)
+            self._abandon(branch)
+        for key, fill in list(self.fills.items()):
+            if fill.branch is not None and id(fill.branch.node) in doomed:
+                self._drop_fill(key)
+                self._abandon(fill.branch)
+            for child in [child for child in fill.children if id(child.node) in doomed]:
+                fill.children.remove(child)
+                self._abandon(child)
+            if fill.branch is None and not fill.children:
+                self._drop_fill(key)
+        for branch in [branch for branch in self.waiting if id(branch.node) in doomed]:
+            self.waiting.remove(branch)
+            self._abandon(branch)
+
+    def preempt_all(self) -> None:
+        """Stop everything under way; keys and values are given back, tokens kept and filled again later."""
+        for branch in list(self.running.values()):
+            self._preempt(branch)
+        for key in list(self.fills):
+            fill = self._drop_fill(key)
+            for branch in [*fill.children, *([fill.branch] if fill.branch else [])]:
+                self._wait_again(branch)
+
+    # ---- moves -----------------------------------------------------------------------------------------------
+
+    def _take_slot(self, branch: Branch, kv: KV) -> None:
+        parent = branch.node.parent
+        assert parent is not None
+        pages = self.cache.path_pages(parent)
+        pages[kv.first :] = kv.pages
+        branch.kv = kv
+        branch.slot = self.slots.take(pages)
+        self.slots.begin(
+            branch.slot,
+            start=branch.node.start,
+            before=int(parent.tokens[-1]),
+            limit=branch.limit,
+            stream=branch.node.stream,
+            sampling=branch.sampling,
+            features=branch.features,
+        )
+
+    def _join(self, branch: Branch) -> None:
+        branch.place = (branch.node.tree.ordinal, *(node.serial for node in branch.node.path()))
+        self.running[branch.slot] = branch
+        self.has_pages = False
+        bisect.insort(self._order, (branch.place, branch.slot))
+        self._running_slots = None
+
+    def _leave(self, branch: Branch) -> Outputs:
+        """Take a branch out of the running ones; returns what it sampled and marks what is computed."""
+        assert branch.kv is not None
+        outputs = self.slots.outputs(branch.slot)
+        branch.kv.computed = int(self.slots.length[branch.slot]) - 1
+        del self.running[branch.slot]
+        del self._order[bisect.bisect_left(self._order, (branch.place, branch.slot))]
+        self.slots.give_back(branch.slot)
+        branch.slot = -1
+        self._running_slots = None
+        return outputs
+
+    def _preempt(self, branch: Branch) -> None:
+        outputs = self._leave(branch)
+        branch.kept = outputs if len(outputs[0]) else None
+        assert branch.kv is not None
+        branch.kv.release()
+        branch.kv = None
+        self.counters.preemptions += 1
+        self._wait_again(branch)
+
+    def _wait_again(self, branch: Branch) -> None:
+        if branch.slot >= 0:  # it was being filled, or about to start
+            outputs = self.slots.outputs(branch.slot)
+            branch.kept = outputs if len(outputs[0]) else None
+            self.slots.give_back(branch.slot)
+            branch.slot = -1
+        if branch.kv is not None:
+            branch.kv.release()
+            branch.kv = None
+        bisect.insort(self.waiting, branch, key=lambda waiting: waiting.ticket)
+
+    def _drop_fill(self, key: int) -> Fill:
+        fill = self.fills.pop(key)
+        if fill.branch is None:
+            self.slots.give_back(fill.slot)
+        return fill
+
+    def _abandon(self, branch: Branch) -> None:
+        if branch.slot >= 0:
+            self.slots.give_back(branch.slot)
+        if branch.kv is not None:
+            branch.kv.release()
+        branch.node.in_flight = False
+        branch.node.dropped = True
+        if branch.node.parent is not None:
+            branch.node.parent.children.remove(branch.node)
+
+    def end(self, branch: Branch, finish: str | None, version: int) -> Node:
+        """End a running branch where it is; the node gets its tokens and its pages."""
+        branch.node.fill(*self._leave(branch), finish=finish, version=version)
+        if branch.features is not None:
+            branch.features.leave(branch.node)
+        branch.node.kv, branch.node.in_flight = branch.kv, False
+        return branch.node
