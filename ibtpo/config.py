@@ -67,7 +67,7 @@ class TrainConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type the model computes in; master weights are float32 either way."""
     parity: Literal["fast", "bitwise"] = "fast"
-    """bitwise: the trainer finds the sampler's log-probs to the last bit (CPUs only); fast: within rounding."""
+    """bitwise: the trainer finds the sampler's log-probs to the last bit; fast: within rounding."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
     distributed: Literal["auto", "ddp", "fsdp"] = "auto"

@@ -1,4 +1,4 @@
-"""Runs `triton_interpreter_cases.py`, `test_gpu.py` and `test_step_graphs.py` in a process of its own: TRITON_INTERPRET
+"""Runs `triton_interpreter_cases.py`, `test_gpu*.py` and `test_step_graphs.py` in a process of its own: TRITON_INTERPRET
 must be set before Triton is imported, and the rest of the suite must not see it. Also what is said of a backend that
 cannot run."""
 
@@ -29,6 +29,7 @@ def test_the_interpreted_kernels_match_the_reference() -> None:
             "no:cacheprovider",
             str(HERE / "triton_interpreter_cases.py"),
             str(HERE / "test_gpu.py"),
+            str(HERE / "test_gpu_parity.py"),
             str(HERE / "test_step_graphs.py"),
         ],
         cwd=HERE.parent,

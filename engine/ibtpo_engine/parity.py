@@ -44,17 +44,17 @@ def check_parity(parity: str, *, dtype: torch.dtype, device: torch.device) -> No
         dtype, device: of the model.
 
     Raises:
-        ValueError: `parity` is unknown, or nobody has shown that bits are equal on this device, type or backend.
+        ValueError: `parity` is unknown, or bits are not equal by design on this device, type or backend.
     """
     if parity == "fast":
         return
     if parity != "bitwise":
         raise ValueError(f"parity: {parity!r} is not one of {', '.join(map(repr, get_args(Parity)))}")
     chosen = active_backend(device)
-    if chosen != "cpu":
+    if chosen not in ("cpu", "triton"):
         raise ValueError(
-            f"parity='bitwise' needs the compiled CPU kernels, here ops run on {chosen!r} ({device}); on a GPU a query "
-            "that begins to share pages changes its tile, and with it its last bits. Use the CPU, or parity='fast'"
+            f"parity='bitwise' needs the compiled CPU kernels or the Triton kernels; here ops run on {chosen!r} "
+            f"({device}), whose sums depend on the batch. Use one of those, or parity='fast'"
         )
     if dtype not in SERVED:
         raise ValueError(

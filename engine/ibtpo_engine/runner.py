@@ -80,7 +80,7 @@ class Runner:
         if capture is not None:
             from ibtpo_engine.step_graphs import StepGraphs  # not where Triton is missing
 
-            self.graphs = StepGraphs(model, pool, self.logits, capture)
+            self.graphs = StepGraphs(model, pool, self.logits, capture, parity)
         self.weights_changed()
 
     def invalidate(self) -> None:
@@ -109,7 +109,8 @@ class Runner:
         if self._plan is None or not np.array_equal(self._planned, rows.row):
             self._planned = rows.row
             lengths = (rows.pos + 1).astype(np.int32)
-            self._plan = planner.plan(torch.from_numpy(rows.row), torch.from_numpy(lengths))
+            row, uniform = torch.from_numpy(rows.row), self.parity == "bitwise"
+            self._plan = planner.plan(row, torch.from_numpy(lengths), uniform=uniform)
         else:  # same rows, one token further; some have a new page
             self._plan.lengths.copy_(pos + 1)
             planner.upload()

@@ -27,6 +27,7 @@ from ibtpo_engine.capture import Capture, Step
 from ibtpo_engine.model import Model
 from ibtpo_engine.paged_attention import PagedAttention
 from ibtpo_engine.pages import PagePool
+from ibtpo_engine.parity import Parity, project_for
 from ibtpo_engine.slots import LACKS_PAGE, Slots
 from ibtpo_kernels import DecodePlan, sample
 from ibtpo_kernels.gpu.replay import Heads, ReplayPlan, Room, work_for
@@ -37,7 +38,9 @@ MOST_GRAPHS = 48  # the one used longest ago is forgotten
 class _Bucket:
     """A step of at most `room.queries` rows at fixed addresses."""
 
-    def __init__(self, model: Model, pool: PagePool, logits: Callable[[Tensor], Tensor], plan: ReplayPlan) -> None:
+    def __init__(
+        self, model: Model, pool: PagePool, logits: Callable[[Tensor], Tensor], plan: ReplayPlan, parity: Parity
+    ) -> None:
         size, device = plan.room.queries, model.device
         pinned = device.type == "cuda"
         self.plan = plan
@@ -46,7 +49,7 @@ class _Bucket:
         self.replay: Step | None = None
         self._rows, self._settings = self.rows.to(device), self.settings.to(device)
         self._out = torch.zeros(4, size, dtype=torch.float64, device=device)  # token, logprob, logprob_raw, entropy
-        self._model, self._pool, self._logits = model, pool, logits
+        self._model, self._pool, self._logits, self._project = model, pool, logits, project_for(parity)
 
     def step(self) -> None:
         """What is captured."""
@@ -56,7 +59,7 @@ class _Bucket:
         plan.lengths.copy_(pos + 1)
         attention = PagedAttention(self._pool, plan, address, *self._model.rotation(pos))
         drawn = sample(
-            self._logits(self._model(token, attention)),
+            self._logits(self._model(token, attention, self._project)),
             torch.stack((stream, pos + 1), -1),
             temperature=temperature,
             top_p=top_p,
@@ -81,16 +84,26 @@ class StepGraphs:
         model, pool: on a GPU.
         logits: hidden states [B, H] to float32 logits [B, V].
         capture: `CudaCapture`.
+        parity: what is promised of the bits.
 
     Attributes:
         captured, replayed: how often.
     """
 
-    def __init__(self, model: Model, pool: PagePool, logits: Callable[[Tensor], Tensor], capture: Capture) -> None:
+    def __init__(
+        self,
+        model: Model,
+        pool: PagePool,
+        logits: Callable[[Tensor], Tensor],
+        capture: Capture,
+        parity: Parity = "fast",
+    ) -> None:
         self.captured = self.replayed = 0
+        self._parity: Parity = parity
         self._model, self._pool, self._logits, self._capture = model, pool, logits, capture
         config = model.config
-        self._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim, model.dtype)
+        uniform = parity == "bitwise"
+        self._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim, model.dtype, uniform)
         self._buckets: dict[Room, _Bucket] = {}
         self._bucket: _Bucket | None = None  # of the branches chosen
         self._seen: object = None
@@ -107,24 +120,26 @@ class StepGraphs:
         """Say which branches the next steps are for."""
         self.forget_moved()
         lengths = torch.from_numpy(slots.length[chosen])
-        plan = slots.planner.plan(torch.from_numpy(chosen.astype(np.int32)), lengths)
+        rows = torch.from_numpy(chosen.astype(np.int32))
+        plan = slots.planner.plan(rows, lengths, uniform=self._heads.uniform)
         work = work_for(plan, self._heads)
         bucket = self._bucket_of(plan, Room.for_work(work, rounded_up(len(chosen))))
         bucket.plan.load(plan, work)
         count = len(chosen)
-        settings, rows = bucket.settings.numpy(), bucket.rows.numpy()
+        settings, inputs = bucket.settings.numpy(), bucket.rows.numpy()
         for row, name in enumerate(("temperature", "top_p", "top_k", "min_p")):
             settings[row, :count] = getattr(slots, name)[chosen]
             settings[row, count:] = 1.0 if name == "top_p" else 0.0
-        rows[:, count:] = np.array([0, -1, -1, 0])[:, None]
-        rows[3, :count] = slots.stream[chosen]
+        inputs[:, count:] = np.array([0, -1, -1, 0])[:, None]
+        inputs[3, :count] = slots.stream[chosen]
         bucket.send(bucket.settings)
         self._bucket = bucket
 
     def _bucket_of(self, like: DecodePlan, room: Room) -> _Bucket:
         bucket = self._buckets.pop(room, None)
         if bucket is None:
-            bucket = _Bucket(self._model, self._pool, self._logits, ReplayPlan(like, room, self._heads))
+            plan = ReplayPlan(like, room, self._heads)
+            bucket = _Bucket(self._model, self._pool, self._logits, plan, self._parity)
             if len(self._buckets) >= MOST_GRAPHS:
                 del self._buckets[next(iter(self._buckets))]
         self._buckets[room] = bucket  # the last in order is the one used last

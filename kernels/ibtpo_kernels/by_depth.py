@@ -64,6 +64,7 @@ def plan_by_depth(end: Tensor, *, page_size: int = 16) -> DepthLayout:
         torch.from_numpy(rows.astype(np.int32)).to(end.device),
         torch.from_numpy((_depth(last) + 1).astype(np.int32)).to(end.device),
         page_size=page_size,
+        uniform=True,
     )
     return DepthLayout(end=end, tokens=torch.from_numpy(slots.reshape(-1)).to(end.device), plan=plan)
 

@@ -39,7 +39,9 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, *, scale: float
     return out
 
 
-def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, *, page_size: int = 16) -> DecodePlan:
+def plan_decode(
+    page_table: Tensor, rows: Tensor, lengths: Tensor, *, page_size: int = 16, uniform: bool = False
+) -> DecodePlan:
     """Find which queries share which pages, so that `tree_decode` reads a shared page once.
 
     Sharing is found between neighbours: give queries in depth-first order. Results never depend on what is found.
@@ -49,6 +51,7 @@ def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, *, page_size:
         rows: int32 [B], the table row of each query; equal neighbours (a chunked prefill) share everything.
         lengths: int32 [B], query b sees slots [0, lengths[b]) of its path, its own included.
         page_size: slots a page.
+        uniform: see `DecodePlan`.
 
     Returns:
         A `DecodePlan` that refers to these tensors: `lengths` may grow in place, and pages may be added to the table
@@ -59,13 +62,14 @@ def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, *, page_size:
     """
     checks.plan_decode(page_table, rows, lengths, page_size)
     items: Tensor = implementation(page_table).plan_decode(page_table, rows, lengths, page_size)
-    return DecodePlan(page_table, rows, lengths, items, page_size)
+    return DecodePlan(page_table, rows, lengths, items, page_size, uniform=uniform)
 
 
 def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, *, scale: float | None = None) -> Tensor:
     """Attention of B queries, each against its own path of a paged cache; no autograd.
 
-    Each query meets its pages one by one in depth order, so its result does not depend on the rest of the batch.
+    Each query meets its pages one by one in depth order, so its result does not depend on the rest of the batch; on a
+    GPU its last bits may, unless the plan is `uniform`.
 
     Args:
         q: [B, Hq, D]; k_pages, v_pages: contiguous [num_pages, page_size, Hkv, D].

@@ -36,6 +36,8 @@ class DecodePlan:
             the same pages in columns [page_begin, page_end). Each (query, page) is covered once, in depth order.
         page_size: slots a page.
         on_host: (items, lengths) as they were planned, on the CPU; None: whoever wants them there asks the device.
+        uniform: whether a query must be computed in one way however many share its pages, so that it has the same bits
+            in any batch. On a GPU that costs speed where many share; the CPU has no other way.
     """
 
     page_table: Tensor
@@ -44,6 +46,7 @@ class DecodePlan:
     items: Tensor
     page_size: int
     on_host: tuple[Tensor, Tensor] | None = None
+    uniform: bool = False
 
     def __post_init__(self) -> None:
         """Kernels read these as they lie; checked once a plan, not once a layer."""

@@ -79,12 +79,13 @@ class DecodePlanner:
         self._rows.clear()
         self._cells.clear()
 
-    def plan(self, rows: Tensor, lengths: Tensor) -> DecodePlan:
+    def plan(self, rows: Tensor, lengths: Tensor, *, uniform: bool = False) -> DecodePlan:
         """The plan of a structural event: what `plan_decode` returns for this table.
 
         Args:
             rows: int32 [B] on the CPU, the table row of each query, siblings side by side.
             lengths: int32 [B] on the CPU, query b sees slots [0, lengths[b]) of its path.
+            uniform: see `DecodePlan`.
 
         Returns:
             A `DecodePlan`; on the CPU it refers to these tensors, on another device to copies there.
@@ -96,7 +97,7 @@ class DecodePlanner:
         checks.plan_decode(table, rows, lengths, page_size)
         items: Tensor = host_planner().plan_decode(table, rows, lengths, page_size, self._state)
         if self._copy is None:
-            return DecodePlan(table, rows, lengths, items, page_size)
+            return DecodePlan(table, rows, lengths, items, page_size, uniform=uniform)
         self.upload()
         there = self._copy.device
         return DecodePlan(
@@ -106,6 +107,7 @@ class DecodePlanner:
             items.to(there),
             page_size,
             on_host=(items, lengths.clone()),
+            uniform=uniform,
         )
 
     def _check(self, name: str, value: int, size: int) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ibtpo_kernels import checks, cpu, reference
+from ibtpo_kernels import checks, reference
 from ibtpo_kernels.dispatch import implementation
 from ibtpo_kernels.ops import batch_invariant_linear
 
@@ -28,17 +28,17 @@ def sampled_logprob(
         temperature: above 0; the engine keeps it as float32, so give it that number.
 
     Returns:
-        float32 [E] at this temperature, and at 1. On the backend "cpu", for float32 and bfloat16, bit for bit those of
-        `sample`; elsewhere to rounding.
+        float32 [E] at this temperature, and at 1. On the backends "cpu" and "triton" by the arithmetic of their
+        `sample`; on "cpu" that is shown to give its bits for float32 and bfloat16.
 
     Raises:
         ValueError: a shape, dtype, device or index is wrong, the temperature is not positive, or a row has no
             distribution (NaN or inf logits).
     """
     checks.sampled_logprob(logits, rows, targets, temperature)
-    if implementation(logits) is not cpu:
-        return reference.sampled_logprob(logits, rows, targets, temperature)
-    return cpu.sampled_logprob(logits, rows, targets, temperature)
+    by = getattr(implementation(logits), "sampled_logprob", reference.sampled_logprob)
+    found: tuple[Tensor, Tensor] = by(logits, rows, targets, temperature)
+    return found
 
 
 def linear_sampled_logprob(

@@ -12,7 +12,7 @@ from ibtpo_kernels import cpu, reference
 from ibtpo_kernels.gpu.linear import batch_invariant_linear
 from ibtpo_kernels.gpu.logprob import linear_logprob, linear_logprob_grads, linear_logprob_stats, policy_head
 from ibtpo_kernels.gpu.norm import add_rms_norm, rms_norm
-from ibtpo_kernels.gpu.sample import sample
+from ibtpo_kernels.gpu.sample import sample, sampled_logprob
 from ibtpo_kernels.gpu.small import append_kv, rope, rope_append, silu_mul
 from ibtpo_kernels.gpu.tree_attention import tree_attention
 from ibtpo_kernels.gpu.tree_decode import tree_decode
@@ -30,6 +30,7 @@ __all__ = [
     "rope",
     "rope_append",
     "sample",
+    "sampled_logprob",
     "silu_mul",
     "tree_attention",
     "tree_decode",

@@ -109,10 +109,10 @@ def linear(element_size: int) -> Tiles:
     return Tiles(32, 32, 4, 1) if element_size == 4 else Tiles(64, 64, 4, 3)
 
 
-def decode_rows(group: int, head_dim: int, element_size: int) -> tuple[int, int]:
-    """(narrow, wide) rows of a decode tile: for what one path has to itself, and for what many share."""
+def decode_rows(group: int, head_dim: int, element_size: int, *, uniform: bool = False) -> tuple[int, int]:
+    """(narrow, wide) rows of a decode tile: for what a path has to itself, and for what many share; `uniform`: one."""
     narrow = padded(group)
-    if element_size == 4:
+    if element_size == 4 or uniform:
         return narrow, narrow
     return narrow, max(narrow, 32 if head_dim == 256 else 64)
 

@@ -23,18 +23,20 @@ from ibtpo_kernels.plan import DecodePlan
 
 @dataclass(frozen=True)
 class Heads:
-    """The queries a plan is for: [*, num_heads, head_dim] in `dtype`, against `num_kv_heads`."""
+    """The queries a plan is for: [*, num_heads, head_dim] in `dtype`, against `num_kv_heads`; `uniform` as the plan."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    uniform: bool = False
 
     @property
     def tiles(self) -> tuple[int, int, int]:
         """(query heads a key/value head, narrow rows, wide rows), as `work_list` takes them."""
         group = self.num_heads // self.num_kv_heads
-        return group, *configs.decode_rows(group, configs.padded(self.head_dim), self.dtype.itemsize)
+        rows = configs.decode_rows(group, configs.padded(self.head_dim), self.dtype.itemsize, uniform=self.uniform)
+        return group, *rows
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,12 @@ class ReplayPlan:
 
         self.room = room
         self.plan = DecodePlan(
-            like.page_table, zeros(room.queries), zeros(room.queries), zeros(0, 4), page_size=like.page_size
+            like.page_table,
+            zeros(room.queries),
+            zeros(room.queries),
+            zeros(0, 4),
+            page_size=like.page_size,
+            uniform=heads.uniform,
         )
         self._work = Work(
             items=zeros(room.items, 4),

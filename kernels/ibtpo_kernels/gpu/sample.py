@@ -186,6 +186,28 @@ def _find(row_ptr, tops, masses, num_cols, top, inverse, goal, BLOCK: tl.constex
 
 
 @triton.jit
+def _tops(tops_ptr, at, inside):
+    """The blocks' maxima, the row's, and whether the row has a distribution."""
+    tops = tl.load(tops_ptr + at, mask=inside, other=float("-inf"))
+    top = tl.max(tl.where(tops == tops, tops, float("-inf")), 0)
+    return tops, top, (tl.max((tops != tops).to(tl.int32), 0) == 0) & (top > float("-inf"))
+
+
+@triton.jit
+def _shares(tops, top):
+    """log and value of what a block's sums count in those of the row, at temperature 1."""
+    shift = tl.where(tops == float("-inf"), 0.0, tops.to(tl.float64) - top)
+    return shift, tl.where(tops == float("-inf"), 0.0, tl.exp(shift))
+
+
+@triton.jit
+def _masses(tops, shift, inverse, masses_ptr, at, inside):
+    """The blocks' weights, relative to the row's maximum."""
+    masses = tl.load(masses_ptr + at, mask=inside, other=0.0)
+    return tl.where(tops == float("-inf"), 0.0, masses * tl.exp(shift * inverse))
+
+
+@triton.jit
 def draw(
     logits_ptr, keys_ptr, tops_ptr, sums_ptr, temperature_ptr, top_p_ptr, top_k_ptr, log_min_p_ptr, token_ptr,
     logprob_ptr, raw_ptr, entropy_ptr, stride_row, stride_temperature, stride_top_p, stride_top_k, stride_min_p,
@@ -195,26 +217,23 @@ def draw(
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_row
     blocks = tl.arange(0, BLOCKS)
-    at, size = row * num_blocks + blocks, num_rows * num_blocks
-    tops = tl.load(tops_ptr + at, mask=blocks < num_blocks, other=float("-inf"))
-    top = tl.max(tl.where(tops == tops, tops, float("-inf")), 0)
-    if (tl.max((tops != tops).to(tl.int32), 0) > 0) | (top == float("-inf")):
+    inside, at, size = blocks < num_blocks, row * num_blocks + blocks, num_rows * num_blocks
+    tops, top, fine = _tops(tops_ptr, at, inside)
+    if not fine:
         tl.store(token_ptr + row, tl.cast(-1, tl.int64))
         tl.store(logprob_ptr + row, float("nan"))
         tl.store(raw_ptr + row, float("nan"))
         tl.store(entropy_ptr + row, float("nan"))
     else:
-        shift = tl.where(tops == float("-inf"), 0.0, tops.to(tl.float64) - top)
-        share = tl.where(tops == float("-inf"), 0.0, tl.exp(shift))
-        sums = tl.load(sums_ptr + at, mask=blocks < num_blocks, other=0.0)
-        means = tl.load(sums_ptr + size + at, mask=blocks < num_blocks, other=0.0)
+        shift, share = _shares(tops, top)
+        sums = tl.load(sums_ptr + at, mask=inside, other=0.0)
+        means = tl.load(sums_ptr + size + at, mask=inside, other=0.0)
         total = tl.sum(sums * share, 0)
         mean = tl.sum((means + shift * sums) * share, 0) / total
         temperature = tl.load(temperature_ptr + row * stride_temperature)
         if temperature > 0:
             inverse = 1.0 / temperature
-            masses = tl.load(sums_ptr + 2 * size + at, mask=blocks < num_blocks, other=0.0)
-            masses = tl.where(tops == float("-inf"), 0.0, masses * tl.exp(shift * inverse))
+            masses = _masses(tops, shift, inverse, sums_ptr + 2 * size, at, inside)
             mass = tl.sum(masses, 0)
             u = _uniform(tl.load(keys_ptr + row * 2), tl.load(keys_ptr + row * 2 + 1))
             top_p, top_k = tl.load(top_p_ptr + row * stride_top_p), tl.load(top_k_ptr + row * stride_top_k)
@@ -237,6 +256,30 @@ def draw(
         tl.store(logprob_ptr + row, logprob.to(tl.float32))
         tl.store(raw_ptr + row, ((z - top) - tl.log(total)).to(tl.float32))
         tl.store(entropy_ptr + row, (tl.log(total) - mean).to(tl.float32))
+
+
+@triton.jit
+def score(
+    logits_ptr, rows_ptr, targets_ptr, tops_ptr, sums_ptr, temperature_ptr, logprob_ptr, raw_ptr, stride_row,
+    num_blocks, num_rows, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """What `draw` says of one given token of one row, nothing cut; NaN where the row has no distribution."""
+    edge = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows_ptr + edge)
+    blocks = tl.arange(0, BLOCKS)
+    inside, at, size = blocks < num_blocks, row * num_blocks + blocks, num_rows * num_blocks
+    tops, top, fine = _tops(tops_ptr, at, inside)
+    if fine:
+        shift, share = _shares(tops, top)
+        total = tl.sum(tl.load(sums_ptr + at, mask=inside, other=0.0) * share, 0)
+        inverse = 1.0 / tl.load(temperature_ptr)
+        mass = tl.sum(_masses(tops, shift, inverse, sums_ptr + 2 * size, at, inside), 0)
+        z = tl.load(logits_ptr + row * stride_row + tl.load(targets_ptr + edge)).to(tl.float64)
+        tl.store(logprob_ptr + edge, ((z - top) * inverse - tl.log(mass)).to(tl.float32))
+        tl.store(raw_ptr + edge, ((z - top) - tl.log(total)).to(tl.float32))
+    else:
+        tl.store(logprob_ptr + edge, float("nan"))
+        tl.store(raw_ptr + edge, float("nan"))
 
 
 @lru_cache(maxsize=64)
@@ -263,6 +306,39 @@ def _plain(top_p: float | Tensor, top_k: int | Tensor, min_p: float | Tensor) ->
     return bool(top_p >= 1 and top_k == 0 and min_p == 0)
 
 
+def _block_sums(logits: Tensor, temperatures: Tensor, stride_temperature: int) -> tuple[Tensor, Tensor]:
+    """(maxima [T, blocks], sums [3, T, blocks]), see `block_sums`."""
+    num_rows, num_cols = logits.shape
+    num_blocks = triton.cdiv(num_cols, _BLOCK)
+    tops = torch.empty(num_rows, num_blocks, device=logits.device)
+    sums = torch.empty(3, num_rows, num_blocks, dtype=torch.float64, device=logits.device)
+    block_sums[(num_rows, num_blocks)](
+        logits, tops, sums, temperatures, logits.stride(0), stride_temperature, num_cols, num_blocks, num_rows,
+        BLOCK=_BLOCK, num_warps=8,
+    )  # fmt: skip
+    return tops, sums
+
+
+def sampled_logprob(logits: Tensor, rows: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """As `ibtpo_kernels.sampled_logprob`, by the kernels of `sample`."""
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    logprob, logprob_raw = torch.empty(2, len(rows), device=logits.device).unbind()
+    if not len(rows):
+        return logprob, logprob_raw
+    temperatures, _ = _parameter(temperature, torch.float64, logits)
+    with on_device(logits):
+        tops, sums = _block_sums(logits, temperatures, 0)
+        score[(len(rows),)](
+            logits, rows.contiguous(), targets.contiguous(), tops, sums, temperatures, logprob, logprob_raw,
+            logits.stride(0), tops.shape[1], len(logits), BLOCKS=triton.next_power_of_2(tops.shape[1]), num_warps=8,
+        )  # fmt: skip
+    bad = logprob_raw.isnan()
+    if bool(bad.any()):
+        row = int(rows[bad.nonzero()[0, 0]])
+        raise ValueError(f"sampled_logprob: row {row} has no distribution (NaN or inf logits)")
+    return logprob, logprob_raw
+
+
 def sample(
     logits: Tensor,
     keys: Tensor,
@@ -279,17 +355,12 @@ def sample(
     if not num_rows:
         return token, logprob, logprob_raw, entropy
     num_blocks = triton.cdiv(num_cols, _BLOCK)
-    tops = torch.empty(num_rows, num_blocks, device=logits.device)
-    sums = torch.empty(3, num_rows, num_blocks, dtype=torch.float64, device=logits.device)
     temperatures, stride_temperature = _parameter(temperature, torch.float64, logits)
     top_ps, stride_top_p = _parameter(top_p, torch.float64, logits)
     top_ks, stride_top_k = _parameter(top_k, torch.int64, logits)
     log_min_ps, stride_min_p = _parameter(_log(min_p), torch.float64, logits)
     with on_device(logits):
-        block_sums[(num_rows, num_blocks)](
-            logits, tops, sums, temperatures, logits.stride(0), stride_temperature, num_cols, num_blocks, num_rows,
-            BLOCK=_BLOCK, num_warps=8,
-        )  # fmt: skip
+        tops, sums = _block_sums(logits, temperatures, stride_temperature)
         draw[(num_rows,)](
             logits, keys.contiguous(), tops, sums, temperatures, top_ps, top_ks, log_min_ps, token, logprob,
             logprob_raw, entropy, logits.stride(0), stride_temperature, stride_top_p, stride_top_k, stride_min_p,

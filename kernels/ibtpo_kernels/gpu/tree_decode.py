@@ -10,7 +10,7 @@ Where no path is longer than a split there is nothing to merge and `partials` wr
 
 Two tile heights share one launch: 16 rows for what is private, 64 (32 for heads of 256) for what is shared. Within one
 height a result does not depend on the batch, bit for bit; a query that moves from one height to the other keeps its
-result to rounding.
+result to rounding. A `uniform` plan has the low one for all.
 
 A page that a query needs and that the table or the cache lacks is never read: it makes that query's output NaN.
 """
@@ -192,7 +192,7 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, s
         return out
     if q.is_cpu:
         _check_pages(plan, num_pages)
-    narrow, wide = configs.decode_rows(group, dim, q.element_size())
+    narrow, wide = configs.decode_rows(group, dim, q.element_size(), uniform=plan.uniform)
     work = work_list(plan, group, narrow, wide)
     tiles = configs.decode(head_dim, q.element_size(), work.has_wide, configs.capability(q.device))
     num_slots = 0 if work.is_direct else work.num_slots
