@@ -11,8 +11,8 @@ trees-large the same on the shape of Qwen2.5-0.5B, where a step of the model tak
             about it: trajectories of 32 tokens behind prompts of 64
 throughput  nano-vllm's load: 256 sequences with 100 to 1,024 tokens in and out, a model of the shape of Qwen3-0.6B,
             against `transformers` generate on one padded batch; --scale makes both smaller, as a CPU demands
-graphs      on a GPU: a model of the shape of Qwen2.5-0.5B with decode steps captured as CUDA graphs, without, and
-            `transformers` generate; alone in one call, for the rows name the device
+graphs      on a GPU: a model of the shape of Qwen2.5-0.5B with decode steps captured as CUDA graphs, without, with
+            bitwise parity, and `transformers` generate; alone in one call, for the rows name the device
 
 Ours returns log-prob and entropy with every token; the peers return tokens. Writes engine_peers.csv.
 """
@@ -261,6 +261,8 @@ def graphs(options: argparse.Namespace) -> list[Row]:
             f"engine, {how}": partial(extend_all, Engine(model, kv_tokens=batch * 256, cuda_graphs=on), prompts, 64)
             for how, on in (("captured steps", True), ("plain steps", False))
         }
+        exact = Engine(model, kv_tokens=batch * 256, cuda_graphs=True, parity="bitwise")
+        contenders["engine, captured steps, parity bitwise"] = partial(extend_all, exact, prompts, 64)
         contenders["transformers generate"] = partial(generate, peer, ids, 64)
         rows += compare("decode on a GPU, 0.5B", batch, contenders, max(3, options.repetitions // 3))
     return rows

@@ -113,7 +113,8 @@ run_pytest() { # run_pytest NAME SECONDS COMMAND...: pytest behind COMMAND, juni
 }
 
 stage_tests() {
-  local tests=(tests/test_gpu.py tests/test_step_graphs.py tests/test_kernels_flashinfer.py) prefix=(env)
+  local tests=(tests/test_gpu.py tests/test_gpu_parity.py tests/test_step_graphs.py tests/test_kernels_flashinfer.py)
+  local prefix=(env)
   [[ $DEVICE == cpu ]] && prefix=(env TRITON_INTERPRET=1)
   run_pytest tests "$TESTS_SECONDS" "${prefix[@]}" "$PYTHON" -m pytest "${tests[@]}" -rs
 }

@@ -22,7 +22,6 @@ from kernel_cases import assert_within_budget, forest, paged, qkv
 from torch import Tensor
 
 import ibtpo_kernels as K
-from ibtpo_engine.parity import check_parity
 
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
@@ -464,9 +463,3 @@ def test_attention_in_the_order_of_depth() -> None:
         torch.float32,
         plain=lambda q, k, v: plain_attention(q, k, v, end),
     )
-
-
-def test_parity_is_not_promised_here() -> None:
-    """Two tile heights round differently; until one serves both, the promise is refused, with the reason."""
-    with pytest.raises(ValueError, match=r"parity='bitwise' needs the compiled CPU kernels.*changes its tile"):
-        check_parity("bitwise", dtype=torch.float32, device=DEVICE)

@@ -26,11 +26,14 @@ if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'ibtpo[gpu]'")
 pytestmark = pytest.mark.gpu
 
-from test_parity import equal, trained_logprobs  # noqa: E402 - needs the compiled module, as Triton's planner does
+from test_parity import equal, trained_logprobs  # noqa: E402
+from test_step_graphs import run_again  # noqa: E402
+
+from ibtpo_engine.step_graphs import StepGraphs  # noqa: E402
 
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-NEW = 40 if ON_GPU else 8
-PROMPT = prompt_of(70 if ON_GPU else 20)
+NEW = 40 if ON_GPU else 5
+PROMPT = prompt_of(70 if ON_GPU else 18)
 SAMPLING = Sampling(max_tokens=NEW, temperature=0.7)
 DTYPES = [torch.float32, *([torch.bfloat16] if ON_GPU else [])]
 
@@ -74,27 +77,40 @@ def test_cold_is_warm_is_chunked(model: Model) -> None:
     cold = nodes_of(engine)
     equal(nodes_of(engine), cold)
     assert engine.stats()["reused"] > 0
-    for chunk in (7, 16):
-        equal(nodes_of(bitwise(model, prefill_tokens=chunk)), cold)
+    equal(nodes_of(bitwise(model, prefill_tokens=7)), cold)
 
 
 def test_alone_is_batched_and_preempted(model: Model) -> None:
     def search(tree: Tree) -> Iterator[list[Node]]:
         yield tree.root.fork(3)
 
-    prompts = [prompt_of(17, seed=i) for i in range(3)]
+    prompts, new = [prompt_of(14, seed=i) for i in range(2)], 40 if ON_GPU else 5  # a second page from the third on
     grown, preemptions = [], []
-    for kv_tokens, branches in ((4096, 64), (16 * 9, 64), (4096, 1)):
-        engine = bitwise(model, kv_tokens, max_branches=branches)
-        trees = dict(engine.run(search, prompts, Sampling(max_tokens=max(NEW, 18))))
-        grown.append([node for i in range(3) for node in trees[i].nodes()])
+    for pages, branches in ((200, 64), (7 if not ON_GPU else 17, 64), (200, 1)):
+        engine = bitwise(model, 16 * pages, max_branches=branches)
+        trees = dict(engine.run(search, prompts, Sampling(max_tokens=new)))
+        grown.append([node for i in range(2) for node in trees[i].nodes()])
         preemptions.append(engine.stats()["preemptions"])
     equal(grown[1], grown[0])
     equal(grown[2], grown[0])
     assert preemptions[0] == 0 < preemptions[1]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_captured_steps_are_plain_ones(model: Model) -> None:
+    def branches(engine: Engine) -> list[Node]:
+        with engine.tree(PROMPT, key=3) as tree:
+            return engine.extend(tree.root.fork(2), SAMPLING)
+
+    engine = bitwise(model, cuda_graphs=ON_GPU)
+    runner = engine.scheduler.runner
+    if not ON_GPU:
+        runner.graphs = StepGraphs(model, runner.pool, runner.logits, run_again, "bitwise")
+    equal(branches(engine), branches(bitwise(model)))
+    assert runner.graphs is not None
+    assert runner.graphs.replayed >= NEW - 1
+
+
+@pytest.mark.parametrize("temperature", [0.7, *([1.0] if ON_GPU else [])])
 def test_the_trainer_finds_the_samplers_log_probs(model: Model, temperature: float) -> None:
     engine = bitwise(model)
     sampling = Sampling(max_tokens=NEW, temperature=temperature)
@@ -136,7 +152,7 @@ def test_a_uniform_plan_has_one_tile_for_all(dtype: torch.dtype) -> None:
     from ibtpo_kernels.gpu import configs
     from ibtpo_kernels.gpu.work import host_work
 
-    table, rows, lengths, num_pages = paged([60] * 40, [3] * 40, 16)
+    table, rows, lengths, num_pages = paged([300] * 40, [17] * 40, 16)  # more than a split is shared
     q = torch.randn(40, 4, 16).to(DEVICE, dtype)
     k, v = (torch.randn(num_pages, 16, 2, 16).to(DEVICE, dtype) for _ in range(2))
     table, rows, lengths = (x.to(DEVICE) for x in (table, rows, lengths))

@@ -16,6 +16,7 @@ from ibtpo_kernels.gpu import (
     rope,
     rope_append,
     sample,
+    sampled_logprob,
     silu_mul,
     tree_attention,
     tree_decode,
@@ -72,6 +73,15 @@ def draw(dtype: torch.dtype, top_p: float) -> None:
         return
 
 
+def given(dtype: torch.dtype) -> None:
+    """What was never computed looks like a row without a distribution or not, by chance."""
+    index = torch.arange(4)
+    try:
+        sampled_logprob(torch.zeros(4, 151936, dtype=dtype), index, index, 0.7)
+    except (ValueError, RuntimeError):
+        return
+
+
 def small(dtype: torch.dtype) -> None:
     x = torch.zeros(64, 16, 128, dtype=dtype, requires_grad=True)
     k = torch.zeros(64, 8, 128, dtype=dtype)
@@ -113,3 +123,4 @@ def _rows(name: str) -> Iterator[tuple[str, Callable[[], None]]]:
     yield f"linear-{name}", partial(product, dtype)
     for top_p in (1.0, 0.9):
         yield f"sample-{name}-p{top_p}", partial(draw, dtype, top_p)
+    yield f"given-{name}", partial(given, dtype)
