@@ -1,6 +1,6 @@
-"""Runs `triton_interpreter_cases.py`, `test_gpu*.py` and `test_step_graphs.py` in a process of its own: TRITON_INTERPRET
-must be set before Triton is imported, and the rest of the suite must not see it. Also what is said of a backend that
-cannot run."""
+"""Runs `triton_interpreter_cases.py`, `test_gpu.py`, `test_gpu_parity.py` and `test_step_graphs.py` in a process of its
+own: TRITON_INTERPRET must be set before Triton is imported, and the rest of the suite must not see it. Also what is
+said of a backend that cannot run."""
 
 from __future__ import annotations
 
