@@ -64,6 +64,6 @@ def test_kernels_fit_the_machine() -> None:
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         found = [launch for job in pool.map(compiled, *zip(*jobs, strict=True)) for launch in job]
     kernels = {(capability, kernel) for _, capability, kernel, _ in found}
-    assert len(kernels) == 21 * len(CAPABILITIES), sorted(kernels)
+    assert len(kernels) == 22 * len(CAPABILITIES), sorted(kernels)
     complaints = list(filter(None, starmap(complaint, (launch for launch in found if launch[3] is not None))))
     assert not complaints, "\n".join(complaints)
