@@ -205,19 +205,20 @@ class Scheduler(Roster):
         slots, pool, decoding = self.slots, self.cache.pool, self._decoding_slots()
         columns = (slots.length[decoding] - 1) // PAGE
         lacks = slots.table[decoding, columns] < 0
-        lacking = decoding[lacks].tolist()
-        if len(lacking) <= pool.num_free:  # as nearly always
-            for slot, column, page in zip(lacking, columns[lacks].tolist(), pool.allocate(len(lacking)), strict=True):
-                slots.add_page(slot, column, page)
+        decoding, columns = decoding[lacks], columns[lacks]
+        if len(decoding) <= pool.num_free:  # as nearly always
+            pages = pool.allocate(len(decoding))
+            slots.add_pages(decoding, columns, pages)
+            for slot, page in zip(decoding.tolist(), pages, strict=True):
                 self.running[slot].kv.pages.append(page)  # type: ignore[union-attr]
             return
-        for slot in lacking:
+        for i, slot in enumerate(decoding.tolist()):
             branch = self.running.get(slot)
             while branch is not None:
                 fresh = self.cache.take(1)
                 if fresh is not None:
                     assert branch.kv is not None
-                    slots.add_page(slot, branch.kv.first + len(branch.kv.pages), fresh[0])
+                    slots.add_pages(decoding[i : i + 1], columns[i : i + 1], fresh)
                     branch.kv.pages += fresh
                     break
                 self._preempt(max(self.running.values(), key=lambda running: running.ticket))

@@ -51,6 +51,11 @@ class DecodePlanner:
         self._rows: set[int] = set()  # written since the last upload
         self._cells: set[int] = set()  # row * P + column of pages added since
 
+    @property
+    def keeps_copy(self) -> bool:
+        """Whether the kernels read a copy of the table, which has to be told of pages added."""
+        return self._copy is not None
+
     def rewrote(self, row: int) -> None:
         """The pages of a row were replaced, all or some: another branch has the row, or its path was moved."""
         self._check("row", row, self.page_table.shape[0])
