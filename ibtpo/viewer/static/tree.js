@@ -68,7 +68,7 @@ class TreeView {
     if (known(last.score)) group.append(svg("text", { class: "number score", x: x + this.width - 7, y: y + 29, text: `J ${short(last.score)}` }));
     if (rounds.length) {
       const text = spans(rounds), w = Math.max(16, 7 * text.length + 8);
-      group.append(svg("g", { class: "turn" }, svg("rect", { x: x + this.width - w + 4, y: y - 7, width: w, height: 16, rx: 8 }), svg("text", { x: x + this.width - w / 2 + 4, y: y + 4.8, text })));
+      group.append(svg("g", { class: "turn" }, svg("rect", { x: x + this.width - w + 4, y: y - 10, width: w, height: 16, rx: 8 }), svg("text", { x: x + this.width - w / 2 + 4, y: y + 1.8, text })));
     }
     if (last.finish) group.append(outcome(last, x + this.width + 13, y + BOX.height / 2));
     return group;
