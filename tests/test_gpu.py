@@ -18,18 +18,13 @@ import test_kernels_decode as decode_tests
 import test_kernels_logprob as logprob_tests
 import test_kernels_sample as sample_tests
 import torch
+from gpu_only import DEVICE, ON_GPU
 from kernel_cases import assert_within_budget, forest, paged, qkv
 from torch import Tensor
 
 import ibtpo_kernels as K
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("no CUDA device", allow_module_level=True)
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'ibtpo[gpu]'")
 pytestmark = pytest.mark.gpu
-
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 LARGE = ON_GPU and os.environ.get("IBTPO_SMALL") != "1"  # small shapes only: under a checker that takes its time
 REPEATS = 10 if ON_GPU else 2

@@ -7,7 +7,6 @@ result hangs on the batch, and that sampler and trainer run the same kernels.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,23 +14,16 @@ import numpy as np
 import pytest
 import torch
 from engine_helpers import grow, prompt_of, tiny_model
+from gpu_only import DEVICE, ON_GPU
 from kernel_cases import paged
+from test_parity import equal, trained_logprobs
+from test_step_graphs import run_again
 
 import ibtpo_kernels as K
 from ibtpo_engine import Engine, Model, Node, Sampling, Tree
+from ibtpo_engine.step_graphs import StepGraphs
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("no CUDA device", allow_module_level=True)
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'ibtpo[gpu]'")
 pytestmark = pytest.mark.gpu
-
-from test_parity import equal, trained_logprobs  # noqa: E402
-from test_step_graphs import run_again  # noqa: E402
-
-from ibtpo_engine.step_graphs import StepGraphs  # noqa: E402
-
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 NEW = 40 if ON_GPU else 5
 PROMPT = prompt_of(70 if ON_GPU else 18)
 SAMPLING = Sampling(max_tokens=NEW, temperature=0.7)

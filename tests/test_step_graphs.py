@@ -6,31 +6,24 @@ step reads nothing but its buffers, and that these hold what they should, is the
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
+from engine_helpers import prompt_of, tiny_model
+from gpu_only import DEVICE, ON_GPU
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("no CUDA device", allow_module_level=True)
-pytest.importorskip("triton", reason="Triton is not installed: pip install 'ibtpo[gpu]'")
+import ibtpo_kernels as K
+from ibtpo_engine import Engine, Model, Node, Sampling, Tree
+from ibtpo_engine import native as native_module
+from ibtpo_engine.capture import Step, capture_for
+from ibtpo_engine.step_graphs import MOST_GRAPHS, StepGraphs, rounded_up
+from ibtpo_kernels.gpu import configs
+from ibtpo_kernels.gpu.replay import Heads, ReplayPlan, Room, work_for
+
 pytestmark = pytest.mark.gpu
-
-from engine_helpers import prompt_of, tiny_model  # noqa: E402
-
-import ibtpo_kernels as K  # noqa: E402
-from ibtpo_engine import Engine, Model, Node, Sampling, Tree  # noqa: E402
-from ibtpo_engine import native as native_module  # noqa: E402
-from ibtpo_engine.capture import Step, capture_for  # noqa: E402
-from ibtpo_engine.step_graphs import MOST_GRAPHS, StepGraphs, rounded_up  # noqa: E402
-from ibtpo_kernels.gpu import configs  # noqa: E402
-from ibtpo_kernels.gpu.replay import Heads, ReplayPlan, Room, work_for  # noqa: E402
-
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 FIELDS = ("logprob", "logprob_raw", "entropy")
 SHORT = Sampling(max_tokens=5, temperature=0.8, top_p=0.95, stop_tokens=(2,))
 LONG = Sampling(max_tokens=11, temperature=0.8, min_p=0.01, top_k=12)
