@@ -63,17 +63,16 @@ Call = Callable[[], int]
 
 
 def compare(
-    case: str, x: float | int, contenders: dict[str, Call], repetitions: int, *, warmup: int = 1, settle: float = 0.0
+    case: str, x: float | int, contenders: dict[str, Call], repetitions: int, *, settle: float = 0.0
 ) -> list[Row]:
-    """Time contenders in turns, A B A B; one that fails is a row without times, with the reason.
+    """Time contenders in turns, A B A B, after a call of each; one that fails is a row without times, with the reason.
 
     `settle`: seconds to wait before each call, as `interleave` does.
     """
     rows, ready = [], {}
     for who, call in contenders.items():
         try:
-            for _ in range(warmup):
-                tokens = call()
+            tokens = call()
         except Exception as failure:
             reason = f"{type(failure).__name__}: {failure}".splitlines()[0][:160]
             rows.append(Row(case, x, who, 0, None, reason))

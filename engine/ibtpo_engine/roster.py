@@ -168,13 +168,11 @@ class Roster:
     def _preempt(self, branch: Branch) -> None:
         outputs = self._leave(branch)
         branch.kept = outputs if len(outputs[0]) else None
-        assert branch.kv is not None
-        branch.kv.release()
-        branch.kv = None
         self.counters.preemptions += 1
         self._wait_again(branch)
 
     def _wait_again(self, branch: Branch) -> None:
+        """Back among those that wait, by age, without slot and pages."""
         if branch.slot >= 0:  # it was being filled, or about to start
             outputs = self.slots.outputs(branch.slot)
             branch.kept = outputs if len(outputs[0]) else None
