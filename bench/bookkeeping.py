@@ -1,10 +1,12 @@
-"""What the engine itself costs in a decode step: the step less the native call in it, over live branches.
+"""What the engine itself costs in a decode step: the step less its share of the native call, over live branches.
 
 .venv/bin/python bench/bookkeeping.py [--steps N] [--out FOLDER]
 
 The built-in policy, so the smallest model there is: for any other the share is smaller. Steps are those in which every
-branch decodes, page boundaries included. Writes bookkeeping.csv: seconds a step and in the native call (medians), and
-the engine's share of the time of all steps.
+branch decodes, page boundaries included. Branches that began in one step, behind prompts of one length, begin their
+pages together, and a native call runs up to there; with prompts of `PAGE` lengths some branch begins a page in nearly
+every step, and a native call runs hardly more than that. Writes bookkeeping.csv: seconds a step and its native part
+(medians), and the engine's share of the time of all steps.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import argparse
 import csv
 import time
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -21,36 +24,43 @@ from rows import CPU, RESULTS
 
 from ibtpo.policy import built_in_policy
 from ibtpo_engine import Engine, Sampling
+from ibtpo_engine.engine import MOST_STEPS
+from ibtpo_engine.pages import PAGE
 from ibtpo_kernels import DecodeStep
 from ibtpo_kernels.roofline.machine import here
 
 PROMPT, NEW = 64, 96
 
 
-def measure(branches: int, siblings: int, steps: int) -> tuple[list[float], list[float]]:
-    """Seconds of each step, and of the native call in it, with `branches` live ones, `siblings` to a prompt."""
+def measure(branches: int, siblings: int, steps: int, shortest: int) -> tuple[list[float], list[float]]:
+    """Seconds of each step, and of its native part, with `branches` live ones, `siblings` to a prompt.
+
+    Prompts have `shortest` to `PROMPT` tokens.
+    """
     policy = built_in_policy(0, dtype=torch.float32, device=CPU)
     engine = Engine(policy.model, kv_tokens=branches * (PROMPT + NEW + 32), max_branches=branches)
-    prompts = np.random.default_rng(0).integers(1, 14, (branches // siblings, PROMPT))
-    trees = [engine.tree(prompt) for prompt in prompts]
+    draw = np.random.default_rng(0)
+    sizes = draw.integers(shortest, PROMPT + 1, branches // siblings)
+    trees = [engine.tree(draw.integers(1, 14, size)) for size in sizes]
     engine._submit([node for tree in trees for node in tree.root.fork(siblings)], Sampling(max_tokens=NEW))
     while len(engine.scheduler.running) < branches:
         engine._step()
     whole, native = [], []
     run = DecodeStep.run
 
-    def timed(step: DecodeStep) -> np.ndarray:
+    def timed(step: DecodeStep, most: int) -> tuple[int, np.ndarray]:
         begin = time.perf_counter()
-        code = run(step)
-        native.append(time.perf_counter() - begin)
-        return code
+        done = run(step, most)
+        native.extend([(time.perf_counter() - begin) / done[0]] * done[0])
+        return done
 
     DecodeStep.run = timed  # type: ignore[method-assign]
     try:
-        for _ in range(min(steps, NEW - 2)):
-            begin = time.perf_counter()
-            engine._step()
-            whole.append(time.perf_counter() - begin)
+        while len(whole) < min(steps, NEW - MOST_STEPS - 2):
+            begin, before = time.perf_counter(), engine.scheduler.counters.steps
+            engine._step(MOST_STEPS)
+            taken = engine.scheduler.counters.steps - before
+            whole.extend([(time.perf_counter() - begin) / taken] * taken)
     finally:
         DecodeStep.run = run  # type: ignore[method-assign]
     assert len(whole) == len(native), "a step was not one native call"
@@ -63,22 +73,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     options = parser.parse_args()
     rows = []
-    for branches in (32, 128, 512, 1024):
-        for siblings in (1, 16):
-            whole, native = measure(branches, siblings, options.steps)
-            share = 1 - sum(native) / sum(whole)
-            row = {"branches": branches, "siblings": siblings, "steps": len(whole)}
-            row |= {
-                "step_s": f"{np.median(whole):.6g}",
-                "native_s": f"{np.median(native):.6g}",
-                "share": f"{share:.4f}",
-            }
-            rows.append(asdict(here(CPU)) | row)
-            print(
-                f"{branches:5} branches, {siblings:2} to a prompt: step {np.median(whole) * 1e6:7.0f} us, native "
-                f"{np.median(native) * 1e6:7.0f} us, the engine's own share {share:.1%}",
-                flush=True,
-            )
+    for branches, siblings, lengths in product((32, 128, 512, 1024), (1, 16), (1, PAGE)):
+        whole, native = measure(branches, siblings, options.steps, PROMPT + 1 - lengths)
+        share = 1 - sum(native) / sum(whole)
+        row = {"branches": branches, "siblings": siblings, "prompt_lengths": lengths, "steps": len(whole)}
+        row |= {"step_s": f"{np.median(whole):.6g}", "native_s": f"{np.median(native):.6g}", "share": f"{share:.4f}"}
+        rows.append(asdict(here(CPU)) | row)
+        print(
+            f"{branches:5} branches, {siblings:2} to a prompt, {lengths:2} lengths: step {np.median(whole) * 1e6:7.0f} "
+            f"us, native {np.median(native) * 1e6:7.0f} us, the engine's own share {share:.1%}",
+            flush=True,
+        )
+    options.out.mkdir(parents=True, exist_ok=True)
     with (options.out / "bookkeeping.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()

@@ -177,8 +177,8 @@ def check_every_step(engine: Engine) -> list[int]:
     checks: list[int] = []
     step = engine.scheduler.step
 
-    def checked(version: int) -> list[Node] | None:
-        ended = step(version)
+    def checked(version: int, most: int = 1) -> list[Node] | None:
+        ended = step(version, most)
         engine.check_integrity()
         checks.append(len(engine.scheduler.running))
         return ended

@@ -193,8 +193,8 @@ def test_a_page_budget_bounds_what_a_tree_owns(model: Model) -> None:
     sizes = []
     step = engine.scheduler.step
 
-    def watched(version: int) -> list[Node] | None:
-        ended = step(version)
+    def watched(version: int, most: int = 1) -> list[Node] | None:
+        ended = step(version, most)
         pages = {page for node in tree.nodes() if node.kv for page in node.kv.pages}
         sizes.append(len(pages.union(*(kv.pages for kv in engine.scheduler.held()))))
         return ended

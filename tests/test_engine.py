@@ -130,8 +130,8 @@ def watch(engine: Engine, look: Callable[[], int]) -> list[int]:
     """What `look` says after every step from now on."""
     seen, step = [], engine.scheduler.step
 
-    def watched(version: int) -> list[Node] | None:
-        finished = step(version)
+    def watched(version: int, most: int = 1) -> list[Node] | None:
+        finished = step(version, most)
         seen.append(look())
         return finished
 

@@ -206,7 +206,7 @@ def test_an_interrupt_at_any_step_leaves_the_engine_usable(model: Model, at_step
     tree = engine.tree(prompt_of(60), key=1)
     step, count = engine.scheduler.step, 0
 
-    def interrupted(version: int) -> list[Node] | None:
+    def interrupted(version: int, most: int) -> list[Node] | None:
         nonlocal count
         count += 1
         if count > at_step:
@@ -467,8 +467,8 @@ def test_trees_interleave_in_one_stream(model: Model) -> None:
     engine = Engine(model, kv_tokens=16 * 600)
     widths, step = [], engine.scheduler.step
 
-    def watched(version: int) -> list[Node] | None:
-        finished = step(version)
+    def watched(version: int, most: int = 1) -> list[Node] | None:
+        finished = step(version, most)
         widths.append(len({branch.node.tree.ordinal for branch in engine.scheduler.running.values()}))
         return finished
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,8 @@ import torch
 from engine_helpers import prompt_of, randomise, same, save_checkpoint, tiny_model
 
 import ibtpo_kernels as K
-from ibtpo_engine import Engine, Model, Node, Sampling, load_model
+from ibtpo_engine import Engine, Growth, Model, Node, Sampling, Tree, load_model
+from ibtpo_engine import engine as engine_module
 from ibtpo_engine import native as native_module
 
 pytestmark = pytest.mark.skipif(not K.has_compiled(), reason="needs the compiled kernels")
@@ -197,6 +198,80 @@ def test_logits_without_a_distribution_leave_the_branch_as_it_was() -> None:
     with other.tree(prompt_of(9)) as again:
         equal(other.extend(again.root.fork(), Sampling(max_tokens=20)), [node])
     tree.close()
+
+
+def test_several_steps_in_a_call_are_as_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, and no call ends without a reason: an event, or the most steps that were allowed."""
+    model = tiny_model()
+    calls: list[tuple[int, int, bool]] = []  # steps allowed and run, and whether there was an event
+    run = K.DecodeStep.run
+
+    def watched(step: K.DecodeStep, most: int = 1) -> tuple[int, K.Events]:
+        steps, events = run(step, most)
+        calls.append((most, steps, bool(events)))
+        return steps, events
+
+    monkeypatch.setattr(K.DecodeStep, "run", watched)
+    together = grow(model, batch=3)
+    assert all(steps == most or event for most, steps, event in calls)
+    assert max(steps for _, steps, _ in calls) > 1
+    by_many, rows = len(calls), sum(steps for _, steps, _ in calls)
+    calls.clear()
+    monkeypatch.setattr(engine_module, "MOST_STEPS", 1)
+    equal(grow(model, batch=3), together)
+    assert len(calls) == rows > by_many
+
+
+def test_what_fails_in_a_later_step_of_a_call_is_raised_by_the_next() -> None:
+    """And the steps before it are kept and counted."""
+    model, sampling = tiny_model(), Sampling(max_tokens=40)
+    engine = Engine(model, kv_tokens=1024)
+    with engine.tree(prompt_of(20), key=1) as tree:
+        tokens = engine.extend(tree.root.fork(), sampling)[0].tokens.tolist()
+    last = max(i for i in range(3, 11) if tokens[i] not in [*tokens[:i], *prompt_of(20)])
+    model.model.embed_tokens.weight.data[tokens[last]] = torch.nan  # met in the step behind that token
+    engine.weights_changed()
+    tree = engine.tree(prompt_of(20), key=1)
+    [node] = tree.root.fork()
+    engine._submit([node], sampling)
+    counted = engine.stats()["sampled"]
+    with pytest.raises(ValueError, match="row 0 has no distribution"):
+        while node.in_flight:
+            engine._step(16)
+    slots, branch = engine.scheduler.slots, next(iter(engine.scheduler.running.values()))
+    assert slots.outputs(branch.slot)[0].tolist() == tokens[: last + 1]
+    assert engine.stats()["sampled"] - counted == last + 1
+    engine.check_integrity()
+    tree.close()
+
+
+def test_nothing_is_run_ahead_of_a_future_or_a_pause() -> None:
+    """A reward that arrives is seen after the step under way; so is a place to pause at."""
+    engine = Engine(tiny_model(), kv_tokens=4096)
+    most: list[int] = []
+    step, gate = engine.scheduler.step, Future()
+
+    def watched(version: int, allowed: int = 1) -> list[Node] | None:
+        most.append(allowed)
+        return step(version, allowed)
+
+    engine.scheduler.step = watched  # type: ignore[method-assign]
+
+    def search(tree: Tree) -> Growth:
+        if tree.ordinal == 0:
+            yield gate
+        else:
+            yield tree.root.fork(2)
+            gate.set_result(None)
+        yield tree.root.fork(3)
+
+    assert len(list(engine.run(search, [prompt_of(9), prompt_of(5)], Sampling(max_tokens=30)))) == 2
+    opened = most.index(16)
+    assert set(most[:opened]) == {1} and set(most[opened:]) == {16} and opened > 20
+    most.clear()
+    with engine.tree(prompt_of(9)) as tree:
+        engine.extend(tree.root.fork(), Sampling(max_tokens=30, pause=lambda tokens, new: new == 20))
+    assert set(most) == {1}
 
 
 def test_rows_out_of_range_are_errors() -> None:

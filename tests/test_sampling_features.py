@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from ibtpo_engine import Engine, MaskState, Model, Node, NoTokenAllowed, Sampling, TokenMask, Tree, native
-from ibtpo_kernels import has_compiled, sample
+from ibtpo_kernels import Events, has_compiled, sample
 
 PROMPT = prompt_of(37)
 LETTERS = "abcdefgh"
@@ -299,9 +299,9 @@ def test_plain_branches_stay_native_beside_others(model: Model, monkeypatch: pyt
     ran: list[list[int]] = []
     decode = engine.scheduler.runner.decode
 
-    def watched(slots: Any, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def watched(slots: Any, chosen: npt.NDArray[np.int64], *most: int) -> tuple[int, Events]:
         ran.append(sorted(id(engine.scheduler.running[slot].node) for slot in chosen.tolist()))
-        return decode(slots, chosen)
+        return decode(slots, chosen, *most)
 
     monkeypatch.setattr(engine.scheduler.runner, "decode", watched)
     tree = engine.tree(PROMPT)

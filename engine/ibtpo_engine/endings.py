@@ -29,7 +29,7 @@ def truncate(scheduler: Scheduler, nodes: Iterable[Node], version: int) -> list[
     doomed = {id(node) for node in nodes if node.in_flight}
     ended = []
     for branch in [branch for branch in under_way(scheduler) if id(branch.node) in doomed]:
-        if scheduler.running.get(branch.slot) is branch:
+        if scheduler.is_running(branch):
             ended.append(scheduler.end(branch, "abort", version))
             continue
         if id(branch) in scheduler.fills:  # it was preempted, and is being filled again

@@ -38,6 +38,9 @@ from ibtpo_engine.threads import threads_for
 from ibtpo_engine.tree import Node, Tree
 from ibtpo_engine.weights import WeightWatch
 
+MOST_STEPS = 16
+"""Decode steps between two looks at what else there is to do; after as many every branch has begun a page."""
+
 
 class Engine:
     """Samples trees of tokens from a model it borrows.
@@ -205,7 +208,7 @@ class Engine:
         self._submit(nodes, sampling)
         try:
             while any(node.in_flight for node in nodes):
-                self._step()
+                self._step(MOST_STEPS)
         except BaseException:
             self.scheduler.cancel(nodes)
             raise
@@ -387,12 +390,11 @@ class Engine:
         return 2 * (self.cache.num_loose - self._prompt_pages) >= self.cache.pool.num_pages
 
     def _advance(self, searches: Searches) -> None:
-        """One step of the scheduler, or, if every tree waits for rewards or other futures, wait for the first."""
-        if self.scheduler.num_branches:
-            self._step()
-            return
+        """Steps of the scheduler, or, if every tree waits for rewards or other futures, wait for the first."""
         futures = searches.awaited()
-        if futures and not searches.any_ready():
+        if self.scheduler.num_branches:
+            self._step(1 if futures else MOST_STEPS)
+        elif futures and not searches.any_ready():
             begin = time.perf_counter()
             wait(futures, return_when=FIRST_COMPLETED)
             self.seconds_waiting += time.perf_counter() - begin
@@ -441,11 +443,15 @@ class Engine:
             raise ValueError(f"{node!r} starts at depth {node.start}, but paths end at {limit}; raise max_tokens")
         return limit
 
-    def _step(self) -> None:
-        """One scheduler step; what finished is reported to its search, whoever is calling."""
-        with torch.inference_mode(), self._threads():
-            self.cache.pool.restore_memory()
-            finished = self.scheduler.step(self.version)
+    def _step(self, most: int = 1) -> None:
+        """At most so many scheduler steps; what finished is reported to its search, whoever is calling."""
+        most = 1 if self._pauses else most
+        if self.scheduler.is_plain:  # no torch in it: entering the mode would cost as much as all else about the step
+            finished: list[Node] | None = self.scheduler.step(self.version, most)
+        else:
+            with torch.inference_mode(), self._threads():
+                self.cache.pool.restore_memory()
+                finished = self.scheduler.step(self.version, most)
         if finished is None:
             self._suspend_one()
             return

@@ -43,13 +43,17 @@ class Growing:
         submitted: has the engine been told of them?
         turns: how often it asked.
         rewards: of branches that ended; futures are here until they have been read.
+        stirred: it puts itself in here when it may have become ready.
     """
 
-    def __init__(self, index: int, tree: Tree, search: Search, reward: Reward | None) -> None:
+    def __init__(
+        self, index: int, tree: Tree, search: Search, reward: Reward | None, stirred: dict[int, Growing]
+    ) -> None:
         self.index = index
         self.tree = tree
         self.search = search
         self.reward = reward
+        self.stirred = stirred
         self.generator: Growth | None = None
         self.nodes: list[Node] = []
         self.rewards: dict[Node, Future[float]] = {}
@@ -102,6 +106,11 @@ class Growing:
         self.nodes, self._until, self._waits_for, self._gate, self.done = [], [], 0, None, True
         self.submitted = True
 
+    def told(self) -> None:
+        """The engine knows of what was asked for."""
+        self.submitted = True
+        self.stirred[self.tree.ordinal] = self
+
     def finished(self, node: Node) -> None:
         """A branch ended: grade it, unless it only paused."""
         self._leaves(node)
@@ -129,6 +138,7 @@ class Growing:
     def _leaves(self, node: Node) -> None:
         self._under_way.discard(node)
         self._waits_for -= node in self._until
+        self.stirred[self.tree.ordinal] = self
 
     def awaited(self) -> list[Future[Any]]:
         """What it waits for besides branches: rewards, and the future it asked for."""
@@ -168,6 +178,7 @@ class Searches:
         submit: Callable[[Growing], None],
     ) -> None:
         self.growing: dict[int, Growing] = {}
+        self._stirred: dict[int, Growing] = {}  # of these, the only ones that can have become ready
         self._held: list[Growing] = []  # have asked for branches that are not submitted yet
         self._search = search
         self._reward = reward
@@ -190,22 +201,22 @@ class Searches:
         if self._keys is not None and key is None:
             raise ValueError(f"run: no key is left for prompt {index}; give one key a prompt")
         tree = self._open_tree(prompt, key)
-        growth = self.growing[tree.ordinal] = Growing(index, tree, self._search, self._reward)
+        growth = self.growing[tree.ordinal] = Growing(index, tree, self._search, self._reward, self._stirred)
         growth.ask()
         self._tell(growth)
         return True
 
     def _tell(self, growth: Growing) -> None:
         self._submit(growth)
-        growth.submitted = True
+        growth.told()
 
     def any_ready(self) -> bool:
         """Can any of them go on?"""
-        return any(growth.is_ready() for growth in self.growing.values())
+        return any(growth.is_ready() for growth in self._stirred.values())
 
     def awaited(self) -> list[Future[Any]]:
         """What they wait for besides branches."""
-        return [future for growth in self.growing.values() for future in growth.awaited()]
+        return [future for growth in self._stirred.values() for future in growth.awaited()]
 
     def resume(self, has_room: Callable[[], bool], breadth: int) -> Iterator[tuple[int, Tree]]:
         """Hand what is finished and graded to those that can go on; yield the trees whose search has ended.
@@ -218,10 +229,15 @@ class Searches:
             has_room: is there room for more branches? If not, what was asked for is submitted another time.
             breadth: most trees that may be under way for that; at 0 no tree is opened here, and nobody is kept waiting.
         """
-        for growth in [growth for growth in self.growing.values() if growth.is_ready()]:
+        stirred = [self._stirred[ordinal] for ordinal in sorted(self._stirred)]
+        self._stirred.clear()
+        ready = [growth for growth in stirred if growth.is_ready()]
+        self._stirred.update((growth.tree.ordinal, growth) for growth in stirred if growth.awaited())
+        for growth in ready:
             growth.ask()
             if growth.done:
-                del self.growing[growth.tree.ordinal]
+                self.growing.pop(growth.tree.ordinal)
+                self._stirred.pop(growth.tree.ordinal, None)
                 growth.tree.close()
                 yield growth.index, growth.tree
             else:
@@ -240,4 +256,5 @@ class Searches:
                     closing.callback(growth.generator.close)
                 closing.callback(growth.tree.close)
             self.growing = {}
+            self._stirred.clear()
             self._held = []

@@ -110,7 +110,7 @@ class Watch:
     def fresh(self, scheduler: Scheduler) -> int:
         """Depth one past the last token sampled, if the branch is running and has new ones; else `depth`."""
         branch = self.branch
-        if scheduler.running.get(branch.slot) is not branch:
+        if not scheduler.is_running(branch):
             return self.depth  # preempted or being filled: what it had sampled comes back unchanged
         return max(int(scheduler.slots.length[branch.slot]), self.depth)
 

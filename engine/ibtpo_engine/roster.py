@@ -56,7 +56,7 @@ class Roster:
         waiting: by ticket.
         running: by slot.
         fills: by id of the node, or of the branch that was preempted.
-        has_pages: whether every running branch has the page its next row begins or lies on.
+        lacking: running branches without the page their next row begins; None where that is to be looked up.
     """
 
     def __init__(self, cache: PageCache, slots: Slots) -> None:
@@ -65,7 +65,7 @@ class Roster:
         self.waiting: list[Branch] = []
         self.running: dict[int, Branch] = {}
         self.fills: dict[int, Fill] = {}
-        self.has_pages = False
+        self.lacking: list[Branch] | None = None
         self.counters = Counters()
         self._order: list[tuple[tuple[int, ...], int]] = []  # (place, slot) of the running, sorted
         self._running_slots: SlotIds | None = None  # the slots of _order; None when it changed
@@ -82,6 +82,10 @@ class Roster:
         if self._running_slots is None:
             self._running_slots = np.fromiter((slot for _, slot in self._order), np.int64, len(self._order))
         return self._running_slots
+
+    def is_running(self, branch: Branch) -> bool:
+        """Is it being decoded, neither waiting nor being filled?"""
+        return self.running.get(branch.slot) is branch
 
     def held(self) -> list[KV]:
         """Every KV that belongs to a branch under way rather than to a node."""
@@ -149,7 +153,6 @@ class Roster:
     def _join(self, branch: Branch) -> None:
         branch.place = (branch.node.tree.ordinal, *(node.serial for node in branch.node.path()))
         self.running[branch.slot] = branch
-        self.has_pages = False
         bisect.insort(self._order, (branch.place, branch.slot))
         self._running_slots = None
 

@@ -27,6 +27,7 @@ from ibtpo_kernels import (
     DecodePlanner,
     Decoder,
     DecodeStep,
+    Events,
     active_backend,
     batch_invariant_linear,
 )
@@ -127,18 +128,21 @@ class Runner:
             return batch_invariant_linear(hidden, self.model.head)
         return F.linear(hidden, self.model.head).float()
 
-    def decode(self, slots: Slots, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def decode(self, slots: Slots, chosen: npt.NDArray[np.int64], most: int = 1) -> tuple[int, Events]:
         """Run the last token of each slot chosen and record the next one, in one native call or one replayed graph.
 
+        Args:
+            most: steps; the native decoder alone runs more than one, and none behind one with an event.
+
         Returns:
-            int64 [len(chosen)], as `DecodeStep.run`, of which it may be a view. Only where `has_step`.
+            steps run, and the events of the last one. Only where `has_step`.
         """
         if not self.is_native:
             assert self.graphs is not None
             if self._chosen is not chosen:
                 self.graphs.choose(slots, chosen)
                 self._chosen = chosen
-            return self.graphs.decode(slots, chosen)
+            return 1, self.graphs.decode(slots, chosen)
         assert self._decoder is not None
         if self._step is None or not self._step.is_current(self.pool.keys, self.pool.values):
             self._step, self._chosen = self._decoder.record(slots, self.pool.keys, self.pool.values), None
@@ -147,4 +151,4 @@ class Runner:
             plan = slots.planner.plan(torch.from_numpy(chosen.astype(np.int32)), lengths)
             self._step.choose(chosen, plan.items)
             self._chosen = chosen
-        return self._step.run()
+        return self._step.run(most)

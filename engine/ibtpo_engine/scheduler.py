@@ -56,8 +56,14 @@ class Scheduler(Roster):
         filling = sum(fill.end - fill.kv.computed for fill in self.fills.values())
         return len(self.running) + min(filling, self.fill_tokens)
 
-    def step(self, version: int) -> list[Node] | None:
-        """Run one forward pass and sample.
+    @property
+    def is_plain(self) -> bool:
+        """Will the next step be decode rows run natively and nothing else?"""
+        waits = self.waiting or self.fills or self.slots.features
+        return bool(self.running) and not waits and self.runner.is_native
+
+    def step(self, version: int, most: int = 1) -> list[Node] | None:
+        """Run one forward pass and sample; up to `most` in one call, as long as there is nothing to do in between.
 
         Returns:
             The nodes that finished, filled with their tokens and marked with `version`; None if nothing could be run
@@ -67,7 +73,7 @@ class Scheduler(Roster):
         try:
             self._admit(ready)
             if self.running and not ready and not self.fills and self.runner.has_step:
-                return self._decode(version)
+                return self._decode(version, most)
             self._grow()
             chunks, decoding = self._chunks(), self._decoding_slots()
             hidden = self._forward(decoding, chunks)
@@ -78,7 +84,7 @@ class Scheduler(Roster):
             return scored + self._sample(decoding, hidden, started, version)
         except BaseException:  # an interrupt, or logits that are NaN: whoever was about to start waits again
             for branch in ready:
-                if branch.node.in_flight and branch not in self.waiting and self.running.get(branch.slot) is not branch:
+                if branch.node.in_flight and branch not in self.waiting and not self.is_running(branch):
                     self._wait_again(branch)
             raise
 
@@ -202,46 +208,48 @@ class Scheduler(Roster):
 
     def _grow(self) -> None:
         """Give every running branch whose next row begins a page that page; preempt the youngest if pages are short."""
-        slots, pool, decoding = self.slots, self.cache.pool, self._decoding_slots()
-        columns = (slots.length[decoding] - 1) // PAGE
-        lacks = slots.table[decoding, columns] < 0
-        decoding, columns = decoding[lacks], columns[lacks]
-        if len(decoding) <= pool.num_free:  # as nearly always
-            pages = pool.allocate(len(decoding))
-            slots.add_pages(decoding, columns, pages)
-            for slot, page in zip(decoding.tolist(), pages, strict=True):
-                self.running[slot].kv.pages.append(page)  # type: ignore[union-attr]
-            return
-        for i, slot in enumerate(decoding.tolist()):
-            branch = self.running.get(slot)
-            while branch is not None:
+        lacking, pool = self._lacking_branches(), self.cache.pool
+        self.lacking = None  # until each has its page
+        if len(lacking) <= pool.num_free:  # as nearly always
+            for branch, page in zip(lacking, pool.allocate(len(lacking)), strict=True):
+                self._give_page(branch, page)
+            lacking = []
+        for branch in lacking:
+            while self.is_running(branch):
                 fresh = self.cache.take(1)
                 if fresh is not None:
-                    assert branch.kv is not None
-                    slots.add_pages(decoding[i : i + 1], columns[i : i + 1], fresh)
-                    branch.kv.pages += fresh
+                    self._give_page(branch, fresh[0])
                     break
                 self._preempt(max(self.running.values(), key=lambda running: running.ticket))
-                branch = self.running.get(slot)
+        self.lacking = []
 
-    def _decode(self, version: int) -> list[Node]:
-        """A step of nothing but decode rows, in one call."""
-        if not self.has_pages:
-            self._grow()
+    def _lacking_branches(self) -> list[Branch]:
+        if self.lacking is not None:
+            return [branch for branch in self.lacking if self.is_running(branch)]
+        slots, decoding = self.slots, self._decoding_slots()
+        columns = (slots.length[decoding] - 1) // PAGE
+        return [self.running[slot] for slot in decoding[slots.table[decoding, columns] < 0].tolist()]
+
+    def _give_page(self, branch: Branch, page: int) -> None:
+        assert branch.kv is not None
+        self.slots.add_page(branch.slot, branch.kv.first + len(branch.kv.pages), page)
+        branch.kv.pages.append(page)
+
+    def _decode(self, version: int, most: int) -> list[Node]:
+        """Steps of nothing but decode rows, in one call: until a branch ends or needs a page, at most `most`."""
+        self._grow()
         decoding = self._decoding_slots()
         if len(decoding) == 0:  # the last one was preempted
             return []
         if self.slots.features:
             return self._decode_apart(decoding, version)
-        code = self.runner.decode(self.slots, decoding)
-        self.counters.steps += 1
-        self.counters.computed += len(decoding)
-        self.counters.sampled += len(decoding)
-        self.has_pages = True
-        if not code.any():
-            return []
-        self.has_pages = not (code == LACKS_PAGE).any()
-        return self._settle(decoding, np.where(code == LACKS_PAGE, 0, code), [], version)
+        steps, events = self.runner.decode(self.slots, decoding, most)
+        self.counters.steps += steps
+        self.counters.computed += steps * len(decoding)
+        self.counters.sampled += steps * len(decoding)
+        coded = [(self.running[self._order[place][1]], code) for place, code in events]
+        self.lacking = [branch for branch, code in coded if code == LACKS_PAGE]
+        return self._end_all([(branch, code) for branch, code in coded if code != LACKS_PAGE], version)
 
     def _decode_apart(self, decoding: SlotIds, version: int) -> list[Node]:
         """The same where some branches have features: those with shaped logits are run apart, the others natively.
@@ -250,18 +258,20 @@ class Scheduler(Roster):
         """
         slots = self.slots
         plain, shaped = slots.features.split(decoding, slots.length)
-        self.has_pages = False
+        self.lacking = None
         hidden = self._forward(shaped, [])
         drawn = None if hidden is None else slots.draw(shaped, self.runner.logits(hidden))
-        code = np.zeros(0, np.int64)
+        code = np.zeros(len(plain), np.int64)
         if len(plain):
-            code = self.runner.decode(slots, plain)
+            _, events = self.runner.decode(slots, plain)
+            for place, what in events:
+                code[place] = what if what != LACKS_PAGE else 0
             self.counters.steps += hidden is None
             self.counters.computed += len(plain)
         if drawn is not None:
             code = np.concatenate([code, slots.record(shaped, *drawn)])
         self.counters.sampled += len(decoding)
-        return self._settle(np.concatenate([plain, shaped]), np.where(code == LACKS_PAGE, 0, code), [], version)
+        return self._settle(np.concatenate([plain, shaped]), code, [], version)
 
     def _chunks(self) -> list[Chunk]:
         """What each fill computes in this step, the older ones first."""
@@ -353,7 +363,7 @@ class Scheduler(Roster):
         if pick is not None:
             logits = logits.index_select(0, torch.tensor(pick, device=logits.device))
         drawn = slots.draw(chosen, logits)
-        self.has_pages = False
+        self.lacking = None
         code = slots.record(chosen, *drawn)
         self.counters.sampled += len(chosen)
         return self._settle(chosen, code, started, version)
@@ -363,11 +373,17 @@ class Scheduler(Roster):
         for branch in started:
             self._join(branch)
         error = self.slots.follow(chosen, code) if self.slots.features else None
-        finished = []
-        for i in np.flatnonzero(code):
-            branch = self.running[int(chosen[i])]
-            finish = FINISH[code[i]]
-            finished.append(self.end(branch, branch.at_limit if finish == "length" else finish, version))
+        ends = np.flatnonzero(code)
+        coded = zip(chosen[ends].tolist(), code[ends].tolist(), strict=True)
+        finished = self._end_all([(self.running[slot], what) for slot, what in coded], version)
         if error is not None:
             raise error
+        return finished
+
+    def _end_all(self, ended: list[tuple[Branch, int]], version: int) -> list[Node]:
+        """End these branches, as their codes say."""
+        finished = []
+        for branch, code in ended:
+            finish = FINISH[code]
+            finished.append(self.end(branch, branch.at_limit if finish == "length" else finish, version))
         return finished

@@ -86,12 +86,11 @@ class Slots:
         self.table[slot, len(pages) :] = -1
         self.planner.rewrote(slot)
 
-    def add_pages(self, slots: npt.NDArray[np.int64], columns: Ints, pages: list[int]) -> None:
-        """Put a page at the end of the path of each slot."""
-        self.table[slots, columns] = pages
+    def add_page(self, slot: int, column: int, page: int) -> None:
+        """Put a page at the end of the slot's path."""
+        self.table[slot, column] = page
         if self.planner.keeps_copy:
-            for slot, column in zip(slots.tolist(), columns.tolist(), strict=True):
-                self.planner.extended(slot, column)
+            self.planner.extended(slot, column)
 
     def give_back(self, slot: int) -> None:
         """Free a slot."""

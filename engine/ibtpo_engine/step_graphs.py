@@ -16,7 +16,6 @@ survive every update in place; where a parameter or the pool lies elsewhere now,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +28,7 @@ from ibtpo_engine.paged_attention import PagedAttention
 from ibtpo_engine.pages import PagePool
 from ibtpo_engine.parity import Parity, project_for
 from ibtpo_engine.slots import LACKS_PAGE, Slots
-from ibtpo_kernels import DecodePlan, sample
+from ibtpo_kernels import DecodePlan, Events, sample
 from ibtpo_kernels.gpu.replay import Heads, ReplayPlan, Room, work_for
 
 MOST_GRAPHS = 48  # the one used longest ago is forgotten
@@ -145,11 +144,11 @@ class StepGraphs:
         self._buckets[room] = bucket  # the last in order is the one used last
         return bucket
 
-    def decode(self, slots: Slots, chosen: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+    def decode(self, slots: Slots, chosen: npt.NDArray[np.int64]) -> Events:
         """Run the last token of each branch chosen and record the next one.
 
         Returns:
-            int64 [len(chosen)]: as `DecodeStep.run`.
+            The branches to look after.
 
         Raises:
             ValueError: a branch has NaN or inf logits; then nothing is recorded.
@@ -169,7 +168,9 @@ class StepGraphs:
             raise ValueError(f"sample: row {int(token.argmin())} has no distribution (NaN or inf logits)")
         code = slots.record(chosen, token.astype(np.int32), *(part.astype(np.float32) for part in numbers))
         lacks = slots.table[chosen, (slots.length[chosen] - 1) // slots.planner.page_size] < 0
-        return np.where((code == 0) & lacks, LACKS_PAGE, code)
+        code = np.where((code == 0) & lacks, LACKS_PAGE, code)
+        places = np.flatnonzero(code)
+        return list(zip(places.tolist(), code[places].tolist(), strict=True))
 
 
 def rounded_up(count: int) -> int:

@@ -272,18 +272,31 @@ NB_MODULE(_cpu, m) {
       },
       release);
 
-  m.def(
-      "decoder_step",
-      [](Address decoder, Address pool, Address branches, Address chosen, int64_t count, Address items,
-         int64_t num_items, Address code) {
-        DecoderRows rows = *at<DecoderRows>(pool);
-        rows.num_rows = count;
-        rows.items = at<int32_t>(items);
-        rows.num_items = num_items;
-        return active->decoder_step(*at<Decoder>(decoder), rows, *at<Branches>(branches), at<int64_t>(chosen),
-                                    at<int64_t>(code));
-      },
-      release);
+  // Step after step until a branch needs looking after, or `most` were run. Returns (n, [(t, code[t]), ...]) after n
+  // steps, code[t] not 0, or (0, error) if the first failed; the error of a later one is met again by the next call.
+  m.def("decoder_steps",
+        [](Address decoder, Address pool, Address branches, Address chosen, int64_t count, Address items,
+           int64_t num_items, Address code, int64_t most) -> nb::object {
+          DecoderRows rows = *at<DecoderRows>(pool);
+          rows.num_rows = count;
+          rows.items = at<int32_t>(items);
+          rows.num_items = num_items;
+          int64_t *codes = at<int64_t>(code), done = 0, failed = -1;
+          const auto is_event = [](int64_t c) { return c != 0; };
+          {
+            const nb::gil_scoped_release released;
+            do {
+              failed = active->decoder_step(*at<Decoder>(decoder), rows, *at<Branches>(branches), at<int64_t>(chosen),
+                                            codes);
+              done += failed < 0;
+            } while (failed < 0 && done < most && std::none_of(codes, codes + count, is_event));
+          }
+          if (done == 0) return nb::make_tuple(0, failed);
+          nb::list events;
+          for (int64_t t = 0; t < count; ++t)
+            if (is_event(codes[t])) events.append(nb::make_tuple(t, codes[t]));
+          return nb::make_tuple(done, events);
+        });
 
   // temperature, top_p, top_k, min_p: the address of one value a row, or 0 and one value for all.
   m.def(

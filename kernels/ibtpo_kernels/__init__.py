@@ -1,7 +1,7 @@
 """Kernels for reasoning trees: attention over packed trees, decode over shared pages, fused log-prob and sampling."""
 
 from ibtpo_kernels.by_depth import DepthLayout, plan_by_depth, tree_attention_by_depth, with_value_of
-from ibtpo_kernels.decoder import Decoder, DecodeStep, LayerWeights, can_borrow
+from ibtpo_kernels.decoder import Decoder, DecodeStep, Events, LayerWeights, can_borrow
 from ibtpo_kernels.dispatch import active_backend, backend, has_compiled
 from ibtpo_kernels.ops import (
     add_rms_norm,
@@ -28,6 +28,7 @@ __all__ = [
     "DecodeStep",
     "Decoder",
     "DepthLayout",
+    "Events",
     "LayerWeights",
     "active_backend",
     "add_rms_norm",

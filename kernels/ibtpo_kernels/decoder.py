@@ -26,6 +26,12 @@ Ints = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
+Events = list[tuple[int, int]]
+"""(place among the branches run, code) of those to look after.
+
+Code 1: it drew a stop token; 2: it reached its limit; 3: it goes on to a depth that has no page yet.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
@@ -228,24 +234,28 @@ class DecodeStep:
             *self._addresses, chosen.ctypes.data, len(chosen), items.data_ptr(), len(items), self._code.ctypes.data,
         )  # fmt: skip
 
-    def run(self) -> Longs:
+    def run(self, most: int = 1) -> tuple[int, Events]:
         """Run the last token of each branch chosen and sample the next one, with its log-probs and entropy.
 
+        Args:
+            most: steps, at least 1; the run ends earlier, with the first event.
+
         Returns:
-            int64 [B], overwritten by the next run: 0 the branch goes on, 1 it drew a stop token, 2 it reached its
-            limit, 3 it goes on to a depth that has no page yet.
+            steps run, and the events of the last one.
 
         Raises:
-            ValueError: a branch has NaN or inf logits, or lacks a page; then nothing is recorded.
+            ValueError: a branch has NaN or inf logits, or lacks a page, in the first step; then nothing is recorded.
+                A later step that fails records nothing either, and is what the next run begins with.
         """
-        failed = native.decoder_step(*self._call)
+        steps, events = native.decoder_steps(*self._call, most)
+        if steps:
+            return steps, events
+        failed = events
         if failed >= len(self._code):
             raise ValueError(f"sample: row {failed - len(self._code)} has no distribution (NaN or inf logits)")
-        if failed >= 0:
-            raise ValueError(
-                f"DecodeStep: branch {int(self._chosen[failed])} lacks a page, or its last token is out of range"
-            )
-        return self._code
+        raise ValueError(
+            f"DecodeStep: branch {int(self._chosen[failed])} lacks a page, or its last token is out of range"
+        )
 
 
 def _packed(weight: Tensor) -> Tensor:
