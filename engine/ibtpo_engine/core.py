@@ -1,0 +1,325 @@
+"""What an engine is made of: the pool, the open trees, the weights it watches, and one step over all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+
+import numpy.typing as npt
+import torch
+
+from ibtpo_engine.branches import Branch
+from ibtpo_engine.budget import Budget, within_budgets
+from ibtpo_engine.cache import PageCache
+from ibtpo_engine.capture import Capture, capture_for
+from ibtpo_engine.endings import under_way
+from ibtpo_engine.errors import OutOfPages, StaleWeights
+from ibtpo_engine.features import features_of
+from ibtpo_engine.growing import Growing, Searches
+from ibtpo_engine.integrity import check_engine
+from ibtpo_engine.memory import tokens_in_share
+from ibtpo_engine.model import Model
+from ibtpo_engine.pages import PAGE, PagePool, pages_for
+from ibtpo_engine.parity import Parity, check_parity
+from ibtpo_engine.pause import Pauses
+from ibtpo_engine.randomness import seeded_stream
+from ibtpo_engine.runner import Runner
+from ibtpo_engine.sampling import Sampling
+from ibtpo_engine.scheduler import Scheduler
+from ibtpo_engine.shadow import Shadow
+from ibtpo_engine.stops import Decode
+from ibtpo_engine.threads import threads_for
+from ibtpo_engine.tree import Node, Tree
+from ibtpo_engine.weights import WeightWatch
+
+
+class EngineCore:
+    """Opens trees, steps through the branches submitted, keeps pages and weights in order.
+
+    `Engine`, whose arguments these are, adds the ways to grow trees.
+    """
+
+    def __init__(
+        self,
+        model: Model | Shadow,
+        *,
+        kv_tokens: int | None = None,
+        kv_share: float | None = None,
+        seed: int = 0,
+        max_branches: int = 256,
+        prefill_tokens: int = 2048,
+        decode: Decode | None = None,
+        parity: Parity = "fast",
+        cuda_graphs: bool = False,
+    ) -> None:
+        if kv_tokens is not None and kv_share is not None:
+            raise ValueError(f"Engine: kv_tokens={kv_tokens} and kv_share={kv_share} both size the pool; give one")
+        if kv_tokens is None:
+            kv_tokens = (
+                200_000
+                if kv_share is None
+                else tokens_in_share(model.model if isinstance(model, Shadow) else model, kv_share)
+            )
+        for name, value in (
+            ("kv_tokens", kv_tokens),
+            ("max_branches", max_branches),
+            ("prefill_tokens", prefill_tokens),
+        ):
+            if value < 1:
+                raise ValueError(f"Engine: {name}={value} must be at least 1")
+        self.shadow = model if isinstance(model, Shadow) else None
+        self.model = model.model if isinstance(model, Shadow) else model
+        check_parity(parity, dtype=self.model.dtype, device=self.model.device)
+        self.parity: Parity = parity
+        self.seed = seed
+        self.decode = decode
+        self.version = 0
+        self.seconds_waiting = 0.0  # with nothing to sample, for rewards
+        self.kv_tokens = pages_for(kv_tokens) * PAGE
+        self.max_branches = max_branches
+        self.prefill_tokens = prefill_tokens
+        self._trees: dict[int, Tree] = {}  # open trees by ordinal
+        self._searches: list[Searches] = []  # of each `run` under way
+        self._opened = 0
+        self._prompt_pages = 0  # of all open trees
+        self._weights = WeightWatch(self.model, *([self.shadow.masters] if self.shadow else []))
+        self._num_parameters = sum(p.numel() for p in self.model.parameters())
+        self._build(capture_for(self.model) if cuda_graphs else None)
+
+    def _build(self, capture: Capture | None) -> None:
+        config = self.model.config
+        pool = PagePool(
+            layers=config.num_layers,
+            num_pages=self.kv_tokens // PAGE,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            dtype=self.model.dtype,
+            device=self.model.device,
+        )
+        self.cache = PageCache(pool)
+        self.scheduler = Scheduler(
+            Runner(self.model, pool, self.parity, capture),
+            self.cache,
+            max_branches=self.max_branches,
+            fill_tokens=self.prefill_tokens,
+            max_pages=pages_for(min(config.max_positions, self.kv_tokens)) + 1,
+        )
+        self._pauses = Pauses(self.scheduler)
+
+    # ---- trees -----------------------------------------------------------------------------------------------
+
+    def tree(self, prompt: npt.ArrayLike, *, key: int | None = None, budget: Budget | None = None) -> Tree:
+        """Open a tree on a prompt; what it owns stays in the pool until it is closed.
+
+        Args:
+            prompt: int [n], token ids.
+            key: names the tree's random numbers; by default its place in the order of opening.
+            budget: what the tree may take at most; other trees do not notice when it is spent.
+
+        Raises:
+            ValueError: the prompt is empty, has ids outside the vocabulary, or leaves no room in the context or budget.
+            OutOfPages: the prompt alone is larger than the whole pool.
+        """
+        ordinal = self._opened
+        key = ordinal if key is None else key
+        tree = Tree(prompt, key=key, seed=self.seed, ordinal=ordinal, budget=budget, on_close=self._close)
+        self._check_prompt(tree)
+        self._opened += 1
+        self._trees[ordinal] = tree
+        self._prompt_pages += pages_for(tree.prompt_len)
+        return tree
+
+    def _check_prompt(self, tree: Tree) -> None:
+        tokens, context = tree.root.tokens, self.model.config.max_positions
+        if tokens.min() < 0 or tokens.max() >= self.model.config.vocab_size:
+            raise ValueError(
+                f"prompt: token id {int(tokens.max() if tokens.min() >= 0 else tokens.min())} lies outside the "
+                f"vocabulary [0, {self.model.config.vocab_size}); is this the model's own tokenizer?"
+            )
+        if len(tokens) >= context:
+            raise ValueError(
+                f"prompt of {len(tokens)} tokens leaves no room in the model's context of {context}; shorten it"
+            )
+        most = tree.budget.pages if tree.budget is not None else None
+        if most is not None and pages_for(len(tokens)) >= most:
+            raise ValueError(
+                f"prompt of {len(tokens)} tokens takes {pages_for(len(tokens))} pages and leaves no room in "
+                f"Budget.pages={most}; raise it or shorten the prompt"
+            )
+        if len(tokens) >= self.kv_tokens:
+            raise OutOfPages(
+                f"prompt of {len(tokens)} tokens needs {pages_for(len(tokens) + 1)} pages, the pool has "
+                f"{self.cache.pool.num_pages}; raise kv_tokens (now {self.kv_tokens})"
+            )
+
+    def _close(self, tree: Tree) -> None:
+        self.scheduler.cancel([node for node in _pending(tree) if node.in_flight])
+        for leaf in tree.leaves() or [tree.root]:
+            self.cache.remember(leaf)
+        self.cache.forget(tree)
+        if self._trees.pop(tree.ordinal, None) is not None:
+            self._prompt_pages -= pages_for(tree.prompt_len)
+
+    # ---- stepping --------------------------------------------------------------------------------------------
+
+    def _submit(self, nodes: Sequence[Node], sampling: Sampling) -> list[Branch]:
+        limits = {node: self._limit(node, sampling) for node in nodes}
+        if len(limits) < len(nodes):
+            raise ValueError("a node is given twice; use node.fork(n=2) for two branches")
+        sampling.check_serves(self.model.config.vocab_size, has_decode=self.decode is not None)
+        features = {node: features_of(node, sampling, self.decode) for node in nodes}  # all, before any is submitted
+        branches = []
+        for node, limit in within_budgets(limits, lambda: under_way(self.scheduler)).items():
+            if sampling.seed is not None:
+                node.stream = seeded_stream(sampling.seed, node.births())
+            branch = Branch(node, sampling, limit.depth, at_limit=limit.finish, features=features[node])
+            branches.append(self.scheduler.submit(branch))
+            if sampling.pause is not None:
+                self._pauses.add(branch, sampling.pause)
+        return branches
+
+    def _check_open(self, node: Node) -> None:
+        if node.tree.closed or self._trees.get(node.tree.ordinal) is not node.tree:
+            raise ValueError(f"{node!r} belongs to a tree that is closed or of another engine")
+        if node.dropped:
+            raise ValueError(f"{node!r} was dropped from its tree; fork again")
+
+    def _limit(self, node: Node, sampling: Sampling) -> int:
+        """Depth a node may reach.
+
+        Raises:
+            ValueError: it cannot be extended.
+        """
+        self._check_open(node)
+        if not node.is_pending or node.in_flight:
+            raise ValueError(f"{node!r} is not pending; use node.fork() to grow below it")
+        limit = min(node.tree.prompt_len + sampling.max_tokens, self.model.config.max_positions)
+        if node.start >= limit:
+            raise ValueError(f"{node!r} starts at depth {node.start}, but paths end at {limit}; raise max_tokens")
+        return limit
+
+    def _step(self, most: int = 1) -> None:
+        """At most so many scheduler steps; what finished is reported to its search, whoever is calling."""
+        most = 1 if self._pauses else most
+        if self.scheduler.is_plain:  # no torch in it: entering the mode would cost as much as all else about the step
+            finished: list[Node] | None = self.scheduler.step(self.version, most)
+        else:
+            with torch.inference_mode(), self._threads():
+                self.cache.pool.restore_memory()
+                finished = self.scheduler.step(self.version, most)
+        if finished is None:
+            self._suspend_one()
+            return
+        for node in finished:
+            self._report(node)
+        if self._pauses:
+            for node in self._pauses.due(self.version):
+                self._report(node)
+
+    def _report(self, node: Node) -> None:
+        """Tell the search that grows a node's tree, if any, that the branch ended."""
+        growth = self._growth_of(node.tree)
+        if growth is not None and node.finish != "scored":
+            growth.finished(node)
+
+    def _growth_of(self, tree: Tree) -> Growing | None:
+        """The search that grows a tree, if any."""
+        found = (searches.growing.get(tree.ordinal) for searches in self._searches)
+        return next((growth for growth in found if growth is not None), None)
+
+    def _threads(self) -> AbstractContextManager[None]:
+        if self.scheduler.runner.is_native:  # it chooses its threads itself
+            return nullcontext()
+        return threads_for(2.0 * self._num_parameters * self.scheduler.num_rows)
+
+    def _suspend_one(self) -> None:
+        """Pages are short: the youngest tree that a search grows gives its KV up; the oldest branch's stays."""
+        oldest = self.scheduler.waiting[0].node.tree
+        growing = [growth for searches in self._searches for growth in searches.growing.values()]
+        trees = [growth.tree for growth in growing if growth.tree is not oldest]
+        holders = [tree for tree in trees if self.cache.owned_by(tree)]
+        if not holders:
+            raise self._out_of_pages()
+        self.cache.forget(max(holders, key=lambda tree: tree.ordinal))
+
+    def _out_of_pages(self) -> OutOfPages:
+        owned = {tree.ordinal: self.cache.owned_by(tree) for tree in self._trees.values()}
+        holders = [count for count in owned.values() if count]
+        return OutOfPages(
+            f"{self.scheduler.pages_wanted()} pages needed, {self.cache.pool.num_free} free of "
+            f"{self.cache.pool.num_pages}, {sum(holders)} pinned by {len(holders)} trees; close a tree or raise "
+            f"kv_tokens (now {self.kv_tokens})"
+        )
+
+    # ---- weights and memory ----------------------------------------------------------------------------------
+
+    def weights_changed(self) -> None:
+        """Tell the engine that the parameters were updated in place, or adapters switched on or off.
+
+        Cached keys and values of the old weights are given up; tokens and log-probs stay. What is grown further is
+        computed anew with the new weights.
+        """
+        self._drop_all_kv()
+        if self.shadow is not None:
+            self.shadow.refresh()
+        self.scheduler.runner.weights_changed()
+        self.version += 1
+        self._weights.renew()
+
+    def _check_weights(self) -> None:
+        if not self._weights.is_current():
+            raise StaleWeights(
+                "the parameters were changed since the last call, or adapters switched on or off; "
+                "call engine.weights_changed() after every update"
+            )
+
+    def release(self) -> None:
+        """Give the pool's memory back to torch's allocator; the next call that samples takes it again.
+
+        Open trees keep their tokens; their keys and values are computed anew when they grow further.
+        """
+        self._drop_all_kv()
+        self.cache.pool.release_memory()
+
+    def restore(self) -> None:
+        """Take the pool's memory now rather than at the next step, so that a lack of it shows here.
+
+        Raises:
+            torch.OutOfMemoryError or RuntimeError: torch's allocator cannot give it.
+        """
+        with torch.inference_mode():
+            self.cache.pool.restore_memory()
+
+    def _drop_all_kv(self) -> None:
+        self.scheduler.preempt_all()
+        self.cache.index.clear()
+        for tree in self._trees.values():
+            self.cache.forget(tree)
+
+    def stats(self) -> dict[str, int]:
+        """Counters since the engine was made: tokens sampled, computed, reused, copied; pages evicted; preemptions."""
+        index = self.cache.index
+        return asdict(self.scheduler.counters) | {
+            "reused": index.hits,
+            "copied": self.cache.pool.copied,
+            "evicted_pages": index.evicted,
+        }
+
+    def check_integrity(self) -> None:
+        """Check that all books of the engine agree: page references, free list, index, nodes, slots, branches.
+
+        Raises:
+            IntegrityError: what is wrong, and where.
+        """
+        check_engine(self._trees.values(), self.scheduler)
+
+
+def _pending(tree: Tree) -> list[Node]:
+    found, stack = [], [tree.root]
+    while stack:
+        node = stack.pop()
+        stack.extend(node.children)
+        if node.is_pending:
+            found.append(node)
+    return found
