@@ -25,7 +25,7 @@ from ibtpo_engine.runner import Rows, Runner
 from ibtpo_engine.slots import FINISH, LACKS_PAGE, Slots
 from ibtpo_engine.tree import Node
 
-FILL_SLOTS = 32  # most nodes filled in one step
+FILL_SLOTS = 64  # most nodes filled in one step
 
 
 class Scheduler(Roster):
