@@ -84,6 +84,7 @@ def test_shipped_studies_load_and_share_their_cells() -> None:
         "beyond",
         "plus",
         "bias",
+        "rounds",
     )
     for name in names:
         study = load_study(name)

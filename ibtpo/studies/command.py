@@ -33,7 +33,7 @@ class StudyArguments:
     """
 
     name: Annotated[str, tyro.conf.Positional]
-    """main, ablation, samplers, bias, beta, lambda, segmentation-noise, open-points, beyond, plus;
+    """main, ablation, samplers, bias, beta, lambda, segmentation-noise, open-points, beyond, plus, rounds;
     or FILE.yaml, your own."""
     seeds: int = 5
     """How many; each seed has its own task, starting policy and random numbers, shared by all variants."""
