@@ -209,7 +209,7 @@ class Scheduler(Roster):
     def _grow(self) -> None:
         """Give every running branch whose next row begins a page that page; preempt the youngest if pages are short."""
         lacking, pool = self._lacking_branches(), self.cache.pool
-        self.lacking = None  # until each has its page
+        self.lacking = None  # until a step has said who lacks one then
         if len(lacking) <= pool.num_free:  # as nearly always
             for branch, page in zip(lacking, pool.allocate(len(lacking)), strict=True):
                 self._give_page(branch, page)
@@ -221,7 +221,6 @@ class Scheduler(Roster):
                     self._give_page(branch, fresh[0])
                     break
                 self._preempt(max(self.running.values(), key=lambda running: running.ticket))
-        self.lacking = []
 
     def _lacking_branches(self) -> list[Branch]:
         if self.lacking is not None:

@@ -50,7 +50,7 @@ function number(value) {
   else if (size >= 1e6) text = +(value / 1e6).toPrecision(3) + "M";
   else if (size >= 1e4) text = +(value / 1e3).toPrecision(3) + "k";
   else text = String(+value.toPrecision(3));
-  return text.replace("-", "\u2212").replace("e\u2212", "e\u2212");
+  return text.replaceAll("-", "\u2212");
 }
 
 /** A value between -10 and 10 in few characters: .67, 1, −.30. */
