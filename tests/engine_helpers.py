@@ -178,7 +178,7 @@ def check_every_step(engine: Engine) -> list[int]:
     step = engine.scheduler.step
 
     def checked(version: int, most: int = 1) -> list[Node] | None:
-        ended = step(version, most)
+        ended = step(version)
         engine.check_integrity()
         checks.append(len(engine.scheduler.running))
         return ended

@@ -194,7 +194,7 @@ def test_a_page_budget_bounds_what_a_tree_owns(model: Model) -> None:
     step = engine.scheduler.step
 
     def watched(version: int, most: int = 1) -> list[Node] | None:
-        ended = step(version, most)
+        ended = step(version)
         pages = {page for node in tree.nodes() if node.kv for page in node.kv.pages}
         sizes.append(len(pages.union(*(kv.pages for kv in engine.scheduler.held()))))
         return ended

@@ -131,7 +131,7 @@ def watch(engine: Engine, look: Callable[[], int]) -> list[int]:
     seen, step = [], engine.scheduler.step
 
     def watched(version: int, most: int = 1) -> list[Node] | None:
-        finished = step(version, most)
+        finished = step(version)
         seen.append(look())
         return finished
 

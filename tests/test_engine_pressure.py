@@ -468,7 +468,7 @@ def test_trees_interleave_in_one_stream(model: Model) -> None:
     widths, step = [], engine.scheduler.step
 
     def watched(version: int, most: int = 1) -> list[Node] | None:
-        finished = step(version, most)
+        finished = step(version)
         widths.append(len({branch.node.tree.ordinal for branch in engine.scheduler.running.values()}))
         return finished
 

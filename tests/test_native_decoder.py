@@ -200,8 +200,8 @@ def test_logits_without_a_distribution_leave_the_branch_as_it_was() -> None:
     tree.close()
 
 
-def test_several_steps_in_a_call_are_as_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bits, and no call ends without a reason: an event, or the most steps that were allowed."""
+def test_steps_run_ahead_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no call ends without a reason: an event, or the most steps that were allowed."""
     model = tiny_model()
     calls: list[tuple[int, int, bool]] = []  # steps allowed and run, and whether there was an event
     run = K.DecodeStep.run

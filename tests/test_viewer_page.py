@@ -91,6 +91,13 @@ def test_boxes_never_meet_and_the_keyboard_walks_them(tmp_path: Path, browser: B
     assert browser.run("document.querySelector('svg.tree > g').getAttribute('transform')") != before
 
 
+def test_numbers_have_a_minus_sign_everywhere(tmp_path: Path, browser: Browser) -> None:
+    run = make_run(tmp_path / "run", steps=1, trees=1)
+    browser.open(export_page([run], tmp_path / "page.html", trees=1).as_uri())
+    shown = browser.run("[0.25, -12345, 0.0000000123, -0.0000000123].map(number)")
+    assert shown == ["0.25", "\u221212.3k", "1.23e\u22128", "\u22121.23e\u22128"]
+
+
 def test_a_step_is_shown_with_heat_that_can_be_switched(tmp_path: Path, browser: Browser) -> None:
     run = make_run(tmp_path / "run", steps=1, trees=1)
     open_trees(browser, export_page([run], tmp_path / "page.html", trees=1).as_uri(), 7)

@@ -247,10 +247,10 @@ class DecodeStep:
             ValueError: a branch has NaN or inf logits, or lacks a page, in the first step; then nothing is recorded.
                 A later step that fails records nothing either, and is what the next run begins with.
         """
-        steps, events = native.decoder_steps(*self._call, most)
+        steps, result = native.decoder_steps(*self._call, most)
         if steps:
-            return steps, events
-        failed = events
+            return steps, result
+        failed: int = result
         if failed >= len(self._code):
             raise ValueError(f"sample: row {failed - len(self._code)} has no distribution (NaN or inf logits)")
         raise ValueError(
