@@ -32,6 +32,7 @@ from typing import IO, Any, Self
 from ibtpo.checkpoints import (
     CHECKPOINTS,
     Checkpoint,
+    checkpoints,
     intact_checkpoint,
     latest_checkpoint,
     write_checkpoint,
@@ -144,9 +145,8 @@ class RunFolder:
                 f"resume: {path} cannot be written ({error.strerror}); make it writable, or copy it to where it is"
             ) from error
         try:
-            sweep(path)
-            sweep(path / CHECKPOINTS)
-            sweep(path / TREE_FOLDER)
+            for folder in (path, path / CHECKPOINTS, path / TREE_FOLDER, *(c.path for c in checkpoints(path))):
+                sweep(folder)
             last = intact_checkpoint(path, say)
             if step is None:
                 step = -1 if last is None else last.step

@@ -196,6 +196,7 @@ class Trainer:
         rows = read_rows(self.folder.path / METRICS)
         known = any(row["step"] == self.state.step and "eval_avg" in row for row in rows)
         if self.group.gather(known, "evaluate")[0]:  # rank 0 writes the log
+            self._renew_card()  # the run may have been killed between the two
             return
         with track(self.console, title, 2 * len(self.held_out)) as tracker:
             values = evaluate(

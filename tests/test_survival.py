@@ -185,6 +185,21 @@ def test_weights_that_became_nan_are_not_saved(
     assert last_checkpoint(tmp_path / "run").name == "step-000002"
 
 
+def test_a_card_whose_renewal_was_killed_is_renewed_by_a_resume(run: Path) -> None:
+    """The last evaluation was logged, its card half written; and an older checkpoint keeps no such leftover either."""
+    last = last_checkpoint(run)
+    whole = (last / "README.md").read_text()
+    (last / "README.md").write_text("without the last evaluation")
+    leftovers = [path / ".README.md.tmp" for path in (run / "checkpoints").glob("step-*")]
+    assert len(leftovers) > 1
+    for leftover in leftovers:
+        leftover.write_text(whole[:40])
+    assert _train("--resume", run) == 0
+    assert (last / "README.md").read_text() == whole
+    assert not any(leftover.exists() for leftover in leftovers)
+    assert_complete(run, 400)
+
+
 # ---- what a resumed run may change -------------------------------------------------------------------------------
 
 FREE = {"jsonl.grade_workers", "jsonl.grade_timeout", "jsonl.max_failed_share"}
