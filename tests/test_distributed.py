@@ -1,4 +1,4 @@
-"""Several processes: the loss, gradients, updates, trees and checkpoints of one, and ends that name the culprit."""
+"""Several processes: the loss, gradients, updates and trees of one, and ends that name the culprit."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import inspect
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -21,16 +17,13 @@ from unittest.mock import ANY
 import numpy as np
 import pytest
 import torch
-from checkpoints import save_additions, save_checkpoint
+from adder_runs import difference
 from engine_helpers import tiny_model
-from processes import end, run, started, time_limit
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from processes import run, time_limit
 from trees import VOCABULARY, chain, estimate, random_trajectories
 
 from ibtpo import memory_plan
 from ibtpo.advantage import advantage
-from ibtpo.cli import main
 from ibtpo.config import AdvantageConfig, LoRAConfig, LossConfig, OptimConfig, SamplingConfig, TrainConfig
 from ibtpo.distributed import ALONE, Follower, Group, device_name, join, make_learner, restarted
 from ibtpo.distributed.exchange import freeze, thaw
@@ -40,10 +33,7 @@ from ibtpo.memory_plan import Processes, plan_memory
 from ibtpo.metrics import tree_metrics
 from ibtpo.optim import NonFinite
 from ibtpo.pack import pack
-from ibtpo.policy import load_policy
-from ibtpo.runlog import RunFolder, latest_checkpoint
-from ibtpo.stopping import StopRequest
-from ibtpo.trainer import Trainer
+from ibtpo.runlog import RunFolder
 from ibtpo.update import Updater, frozen_copy
 from ibtpo_engine import LoRA, Model, Tree
 
@@ -56,11 +46,6 @@ CONFIG = TrainConfig(
     micro_batch_tokens=40,
     distributed_timeout=30.0,
 )
-TINY = [
-    "--jsonl.grade", "exact", "--prompts-per-step", "4", "--search.rounds", "5", "--sampling.max-tokens", "6",
-    "--eval.prompts", "4", "--eval.samples", "2", "--checkpoint-every", "2", "--distributed-timeout", "60",
-    "--optim.lr", "1e-3", "--optim.warmup-steps", "1", "--optim.eps", "1e-3",
-]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -133,15 +118,6 @@ def _update_as_rank(config: TrainConfig, dtype: torch.dtype, out: Path) -> None:
             torch.save(result, out)
 
 
-def _difference(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
-    """The largest difference of any tensor, relative to its own largest entry."""
-    assert ours.keys() == theirs.keys()
-    return max(
-        float((ours[n].double() - theirs[n].double()).abs().max() / theirs[n].double().abs().max().clamp(min=1e-12))
-        for n in ours
-    )
-
-
 @pytest.mark.parametrize(("size", "mode", "dtype", "within", "other"), [
     (2, "ddp", torch.float64, 1e-9, {}),
     (2, "fsdp", torch.float64, 1e-9, {}),
@@ -171,9 +147,9 @@ def test_loss_gradients_and_updates_are_those_of_one_process(
         assert metrics[name] == pytest.approx(expected[name], rel=max(within, 1e-6), abs=within), name
     assert len(ours["gradients"]) == len(theirs["gradients"]) == config.mini_batches
     for mine, expected in zip(ours["gradients"], theirs["gradients"], strict=True):
-        assert _difference(mine, expected) < within
-    assert _difference(ours["weights"], theirs["weights"]) < within
-    assert _difference(ours["state"], theirs["state"]) < 2 * within  # second moments are squares
+        assert difference(mine, expected) < within
+    assert difference(ours["weights"], theirs["weights"]) < within
+    assert difference(ours["state"], theirs["state"]) < 2 * within  # second moments are squares
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence", "dr_grpo"])
@@ -424,233 +400,3 @@ def test_followers_write_nothing() -> None:
         if name != "__init__":
             twin = inspect.signature(vars(Follower)[name]).parameters
             assert list(twin) == list(inspect.signature(method).parameters), name
-
-
-# ---- runs ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def adder(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
-    folder = tmp_path_factory.mktemp("adder")
-    return [
-        "--model", save_checkpoint(folder / "model", teach=40), "--data", save_additions(folder / "rows.jsonl"), *TINY,
-    ]  # fmt: skip
-
-
-def _train(*arguments: object) -> int:
-    if int(os.environ.get("RANK", "0")) > 0:
-        sys.addaudithook(_forbid_writing)
-    return main(["train", *map(str, arguments)])
-
-
-def _forbid_writing(event: str, arguments: tuple[Any, ...]) -> None:
-    """Ends a process other than rank 0 that changes a file of a test."""
-    changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree")
-    changes |= event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR) != 0
-    if changes and "pytest-" in os.fsdecode(arguments[0]) if changes and not isinstance(arguments[0], int) else False:
-        print(f"a follower writes: {event} {arguments}", flush=True)
-        os._exit(9)
-
-
-def _rows(folder: Path, *, every: bool = False) -> list[dict[str, Any]]:
-    """What was logged of training steps, or everything."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if every or "tokens_sampled" in row]
-
-
-def _saved(folder: Path, name: str = "model") -> dict[str, torch.Tensor]:
-    last = latest_checkpoint(folder)
-    assert last is not None
-    return load_file(last.path / f"{name}.safetensors")
-
-
-def test_a_run_goes_on_in_any_number_of_processes(adder: list[object], tmp_path: Path) -> None:
-    """1, then 2 and 4 with shares, then 2 with copies, then 1: it ends where a run in one process does."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert _train(*adder, "--out", whole, "--sampled-tokens", 500) == 0
-    assert _train(*adder, "--out", parts, "--sampled-tokens", 100) == 0
-    counts = [len(_rows(parts))]
-    for size, mode, tokens in ((2, "fsdp", 200), (4, "fsdp", 300), (2, "ddp", 400)):
-        logs = tmp_path / f"logs-{tokens}"
-        run(size, _train, "--resume", parts, "--sampled-tokens", tokens, "--distributed", mode, logs=logs)
-        assert f"{size} processes, {mode}" in (logs / "0.txt").read_text()
-        assert [(logs / f"{rank}.txt").read_text() for rank in range(1, size)] == [""] * (size - 1)
-        counts.append(len(_rows(parts)))
-    assert _train("--resume", parts, "--sampled-tokens", 500) == 0
-    counts.append(len(_rows(parts)))
-    assert sorted(set(counts)) == counts
-    _assert_same(parts, whole, within=1e-3, every=False)
-    assert _saved(parts, "optimizer").keys() == _saved(whole, "optimizer").keys()
-    assert _difference(_saved(parts, "optimizer"), _saved(whole, "optimizer")) < 0.02
-    assert sum(row["optimizer_steps"] for row in _rows(parts)) > 2
-    assert len(json.loads((parts / "environment.json").read_text())) == len(list(parts.glob("events.out.*"))) == 5
-    last = latest_checkpoint(parts)
-    assert last is not None
-    assert "avg@2" in (last.path / "README.md").read_text()
-
-
-def _assert_same(ours: Path, theirs: Path, within: float, *, every: bool = True) -> None:
-    """The two runs sampled, rewarded and evaluated the same, and ended with the same weights."""
-    machine = {"tokens_trained", "training_efficiency", "peak_memory", "memory_planned", "tokens_per_second"}
-    for mine, other in zip(_rows(ours, every=every), _rows(theirs, every=every), strict=True):
-        assert mine.keys() == other.keys()
-        for name in mine.keys() - machine:
-            if not name.endswith("_seconds"):
-                assert mine[name] == pytest.approx(other[name], rel=5e-3, abs=1e-4), name
-    assert _difference(_saved(ours), _saved(theirs)) < within
-
-
-@pytest.mark.parametrize(("preset", "mode"), [
-    ("ib-tpo", "ddp"), ("grpo", "fsdp"), ("dapo", "fsdp"), ("treepo", "ddp"), ("vineppo", "fsdp"), ("tree-grpo", "ddp"),
-])  # fmt: skip
-def test_a_preset_is_the_same_in_two_processes(preset: str, mode: str, adder: list[object], tmp_path: Path) -> None:
-    how = [*adder, "--preset", preset, "--sampled-tokens", 250, "--eval.every", 2, "--distributed", mode]
-    how += ["--search.segment-tokens", 2] if preset == "treepo" else []
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert _train(*how, "--out", one) == 0
-    run(2, _train, *how, "--out", two, logs=tmp_path / "logs")
-    _assert_same(two, one, within=1e-3)
-    last, other = latest_checkpoint(two), latest_checkpoint(one)
-    assert last is not None
-    assert other is not None
-    state = json.loads((last.path / "state.json").read_text())
-    assert state == json.loads((other.path / "state.json").read_text())
-    assert sum(row["optimizer_steps"] for row in _rows(two)) > 0
-    if preset == "dapo":
-        assert state["next_problem"] > 4 * state["step"]  # it did draw again
-
-
-def test_state_in_8_bits_trains_in_two_processes(adder: list[object], tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    how = [*adder, "--optim.state", "8bit", "--sampled-tokens", 300]
-    assert _train(*how, "--out", tmp_path / "one") == 0
-    run(2, _train, *how, "--out", tmp_path / "two", logs=tmp_path / "logs")
-    _assert_same(tmp_path / "two", tmp_path / "one", within=0.02)
-
-
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
-def test_adapters_train_in_two_processes(mode: str, adder: list[object], tmp_path: Path) -> None:
-    lora = [*adder, "--lora.rank", 4, "--loss.kl-coef", 0.1, "--sampled-tokens", 400, "--distributed", mode]
-    assert _train(*lora, "--out", tmp_path / "one") == 0
-    run(2, _train, *lora, "--out", tmp_path / "two", logs=tmp_path / "logs")
-    assert f"2 processes, {mode}" in (tmp_path / "logs" / "0.txt").read_text()
-    assert [row["tokens_sampled"] for row in _rows(tmp_path / "two")] == [
-        row["tokens_sampled"] for row in _rows(tmp_path / "one")
-    ]
-    ours, theirs = (_saved(tmp_path / name, "adapter_model") for name in ("two", "one"))
-    assert _difference(ours, theirs) < 1e-3
-
-
-def test_adapters_go_on_in_any_number_of_processes(adder: list[object], tmp_path: Path) -> None:
-    """1, then 2 and 3 with shares, then 1; then further from the adapter itself, whose start is the reference."""
-    peft = pytest.importorskip("peft", reason="peft is not installed")
-    lora = [*adder, "--lora.rank", 4, "--loss.kl-coef", 0.1]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert _train(*lora, "--out", whole, "--sampled-tokens", 400) == 0
-    assert _train(*lora, "--out", parts, "--sampled-tokens", 100) == 0
-    for size, tokens in ((2, 200), (3, 300)):
-        logs = tmp_path / f"logs-{tokens}"
-        run(size, _train, "--resume", parts, "--sampled-tokens", tokens, "--distributed", "fsdp", logs=logs)
-    assert _train("--resume", parts, "--sampled-tokens", 400) == 0
-    assert len(_rows(parts)) == len(_rows(whole))
-    for name, within in (("adapter_model", 1e-3), ("optimizer", 0.02)):
-        assert _difference(_saved(parts, name), _saved(whole, name)) < within
-    more = ["--model", whole, *adder[2:], "--loss.kl-coef", 0.1, "--sampled-tokens", 200, "--distributed", "fsdp"]
-    assert _train(*more, "--out", tmp_path / "one") == 0
-    run(2, _train, *more, "--out", tmp_path / "two", logs=tmp_path / "logs")
-    ours, theirs = (_saved(tmp_path / name, "adapter_model") for name in ("two", "one"))
-    assert _difference(ours, theirs) < 1e-3
-    last = latest_checkpoint(tmp_path / "two")
-    assert last is not None
-    with torch.no_grad():
-        base = AutoModelForCausalLM.from_pretrained(adder[1])
-        logits = peft.PeftModel.from_pretrained(base, last.path)(torch.tensor([[1, 2, 3]])).logits
-        own = load_policy(last.path, dtype=torch.float32, device=CPU).model
-        tokens, pos, end = torch.tensor([1, 2, 3]), torch.arange(3), torch.full((3,), 3, dtype=torch.int32)
-        assert torch.allclose(own.packed(tokens, pos, end) @ own.head.T, logits[0], atol=1e-4)
-
-
-def test_sigterm_to_one_stops_all_with_a_checkpoint(adder: list[object], tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    with started(2, _train, *adder, "--out", folder, "--sampled-tokens", 10**7, logs=tmp_path / "logs") as ranks:
-        _wait_for_steps(folder, 3)
-        os.kill(ranks[1].pid, signal.SIGTERM)
-        assert end(ranks) == [0, 0], (tmp_path / "logs" / "1.txt").read_text()
-    steps = len(_rows(folder))
-    last = latest_checkpoint(folder)
-    assert last is not None
-    assert last.step == steps
-    assert "go on with: ibtpo train --resume" in (tmp_path / "logs" / "0.txt").read_text()
-
-
-def test_a_signal_that_comes_while_the_others_are_asked_is_not_forgotten() -> None:
-    trainer = object.__new__(Trainer)
-    trainer.stop = StopRequest()
-
-    class Asking(Group):
-        def gather(self, value: Any, what: str) -> list[Any]:
-            trainer.stop.signal = signal.SIGTERM  # as the handler does
-            return [value]
-
-    trainer.group = Asking()
-    assert not trainer._agree_to_stop()
-    assert trainer._agree_to_stop()
-    assert trainer.stop.signal == signal.SIGTERM
-
-
-def _wait_for_steps(folder: Path, steps: int) -> None:
-    deadline = time.monotonic() + 60
-    while not (folder / "metrics.jsonl").exists() or len(_rows(folder)) < steps:
-        assert time.monotonic() < deadline, "the run does not get on"
-        time.sleep(0.05)
-
-
-def test_torchrun_restarts_a_run_where_it_was(adder: list[object], tmp_path: Path) -> None:
-    """Two nodes, here two launchers on one machine: the process of the second one is killed, the run goes on.
-
-    It ends as one that is left alone does, to the last bit; the launcher of the first node does not count a restart.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder, alone = tmp_path / "run", tmp_path / "alone"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "1",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--monitor-interval", "0.1",
-        "--local-addr", "127.0.0.1", "-m", "ibtpo", "train", *adder, "--out", folder, "--sampled-tokens", "800",
-    ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    logs = [tmp_path / "node0.txt", tmp_path / "node1.txt"]
-    nodes = []
-    try:
-        for path in logs:
-            with path.open("w") as log:
-                nodes.append(
-                    subprocess.Popen(
-                        list(map(str, command)), env=environment, stdout=log, stderr=log, start_new_session=True
-                    )
-                )
-        _wait_for_steps(folder, 3)
-        os.kill(_worker([node.pid for node in nodes], rank=1), signal.SIGKILL)
-        codes = [node.wait(timeout=90) for node in nodes]
-    finally:
-        for node in nodes:
-            with suppress(ProcessLookupError):
-                os.killpg(node.pid, signal.SIGKILL)
-            node.wait()
-    printed = "\n".join(path.read_text() for path in logs)
-    assert codes == [0, 0], printed
-    assert printed.count("2 processes, ddp") == 2
-    assert (folder / "report.html").exists()
-    run(2, _train, *adder, "--out", alone, "--sampled-tokens", "800", logs=tmp_path / "logs")
-    _assert_same(folder, alone, within=1e-12)
-
-
-def _worker(launchers: list[int], rank: int) -> int:
-    """The process that a torchrun started as this rank."""
-    for launcher in launchers:
-        for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
-            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-            if f"RANK={rank}".encode() in variables:
-                return int(child)
-    raise AssertionError(f"no torchrun has a child of rank {rank}")
