@@ -31,6 +31,7 @@ void work(void* context, int64_t part) {
 bool run(int rounds) {
   for (int round = 0; round < rounds; ++round) {
     Job job{std::vector<uint64_t>(round * 7 % 20), static_cast<uint64_t>(round)};
+    if (round % 3 == 0) ibtpo::rouse();  // also where nobody sleeps, or is there yet
     ibtpo::share_out(job.sums.size(), 1 + round % 5, work, &job);
     for (uint64_t part = 0; part < job.sums.size(); ++part)
       if (job.sums[part] != chain(part, job.salt)) {
@@ -38,6 +39,11 @@ bool run(int rounds) {
         return false;
       }
     if (round % 500 == 0) usleep(500);  // helpers fall asleep
+    if (round % 1000 == 0) {            // and are called for nothing, twice
+      ibtpo::rouse();
+      ibtpo::rouse();
+      usleep(500);
+    }
   }
   return true;
 }

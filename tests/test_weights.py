@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 from allocations import Allocations
 from engine_helpers import prompt_of, randomise, same, tiny_model
+from torch import nn
 
 from ibtpo.config import OptimConfig
 from ibtpo.optim import MasterAdamW
@@ -59,6 +61,33 @@ def test_a_change_that_no_version_counter_sees_is_an_error(change: Callable[[Mod
     randomise(model, 3)
     engine.weights_changed()
     same(engine.extend(tree.root.fork(2), GREEDY), grown(model))
+
+
+def _another_parameter(model: Model) -> None:
+    model.model.norm.weight = nn.Parameter(model.model.norm.weight.detach().clone())
+
+
+def _another_layer(model: Model) -> None:
+    model.model.layers[1] = copy.deepcopy(model.model.layers[1])
+
+
+def _one_layer_less(model: Model) -> None:
+    del model.model.layers[1]
+
+
+def _one_parameter_more(model: Model) -> None:
+    model.model.layers[1].mlp.extra = nn.Parameter(torch.ones(2))
+
+
+@pytest.mark.parametrize("change", [_another_parameter, _another_layer, _one_layer_less, _one_parameter_more])
+def test_parameters_exchanged_added_or_removed_are_noticed(change: Callable[[Model], None]) -> None:
+    model = tiny_model()
+    watch = WeightWatch(model)
+    assert watch.is_current()
+    change(model)
+    assert not watch.is_current()
+    watch.renew()
+    assert watch.is_current()
 
 
 def test_every_parameter_is_sampled_whatever_its_strides() -> None:

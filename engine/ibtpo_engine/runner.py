@@ -128,6 +128,11 @@ class Runner:
             return batch_invariant_linear(hidden, self.model.head)
         return F.linear(hidden, self.model.head).float()
 
+    def announce(self, num_rows: int) -> None:
+        """Say that a `decode` of so many rows follows in a moment, where somebody can use the time."""
+        if self._decoder is not None:
+            self._decoder.announce(num_rows)
+
     def decode(self, slots: Slots, chosen: npt.NDArray[np.int64], most: int = 1) -> tuple[int, Events]:
         """Run the last token of each slot chosen and record the next one, in one native call or one replayed graph.
 

@@ -236,6 +236,7 @@ class Scheduler(Roster):
 
     def _decode(self, version: int, most: int) -> list[Node]:
         """Steps of nothing but decode rows, in one call: until a branch ends or needs a page, at most `most`."""
+        self.runner.announce(len(self.running))
         self._grow()
         decoding = self._decoding_slots()
         if len(decoding) == 0:  # the last one was preempted

@@ -341,4 +341,8 @@ int64_t decoder_step(const Decoder& d, DecoderRows r, const Branches& b, const i
   return -1;
 }
 
+void decoder_announce(const Decoder& d, int64_t num_rows) {
+  if (threads_for(d, num_rows, max_threads()) > 1) rouse();
+}
+
 }  // namespace ibtpo::IBTPO_ISA

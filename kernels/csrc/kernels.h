@@ -176,6 +176,8 @@ struct Kernels {
   // 2 length, 3 goes on to a depth that has no page yet. An error T + t: row t has no distribution; nothing is
   // recorded.
   int64_t (*decoder_step)(const Decoder&, DecoderRows, const Branches&, const int64_t* chosen, int64_t* code);
+  // A step of so many rows follows in a moment: wakes the threads it will want.
+  void (*decoder_announce)(const Decoder&, int64_t num_rows);
 };
 
 namespace v4amx {

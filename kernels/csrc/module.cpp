@@ -298,6 +298,9 @@ NB_MODULE(_cpu, m) {
           return nb::make_tuple(done, events);
         });
 
+  m.def("decoder_announce",
+        [](Address decoder, int64_t num_rows) { active->decoder_announce(*at<Decoder>(decoder), num_rows); });
+
   // temperature, top_p, top_k, min_p: the address of one value a row, or 0 and one value for all.
   m.def(
       "sample",

@@ -20,6 +20,7 @@ void linear(const Linear<float>&);
 void linear_bf16(const Linear<bf16>&);
 int64_t decoder_forward(const Decoder&, const DecoderRows&);
 int64_t decoder_step(const Decoder&, DecoderRows, const Branches&, const int64_t*, int64_t*);
+void decoder_announce(const Decoder&, int64_t);
 
 extern const Pointwise<float> pointwise_f32;
 extern const Pointwise<bf16> pointwise_bf16;
@@ -27,7 +28,7 @@ extern const Pointwise<bf16> pointwise_bf16;
 extern const Kernels kernels = {
     NAME(IBTPO_ISA),  tree_forward,  tree_backward,  tree_forward_bf16, tree_backward_bf16, tree_decode,
     tree_decode_bf16, pointwise_f32, pointwise_bf16, logit_stats,       logit_finish,       logit_grad,
-    sample,           linear,        linear_bf16,    decoder_forward,   decoder_step,
+    sample,           linear,        linear_bf16,    decoder_forward,   decoder_step,       decoder_announce,
 };
 
 }  // namespace ibtpo::IBTPO_ISA

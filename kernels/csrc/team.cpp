@@ -38,16 +38,16 @@ class Team {
     threads_.store(threads, std::memory_order_release);
     done_.store(0, std::memory_order_relaxed);
     next_.store(++job_ << kPartBits);  // from here on helpers come
-    if (sleeping_.load() > 0) {
-      {
-        const std::lock_guard<std::mutex> hold(mutex_);
-      }
-      wake_.notify_all();
-    }
+    if (sleeping_.load() > 0) wake();
     while (take(0)) {
     }
     for (int64_t looks = 0; done_.load(std::memory_order_acquire) < parts; ++looks)
       looks < 1 << 12 ? pause() : std::this_thread::yield();
+  }
+
+  void rouse() {
+    calls_.fetch_add(1);
+    if (sleeping_.load() > 0) wake();
   }
 
   std::mutex in_use;
@@ -86,17 +86,25 @@ class Team {
 
   [[noreturn]] void help(int64_t index) {
     for (;;) {
-      const uint64_t seen = job();
+      const uint64_t seen = job(), calls = calls_.load();
+      const auto is_called = [&] { return job() != seen || calls_.load() != calls; };
       while (take(index)) {
       }
       const auto until = Clock::now() + kAwake;
-      for (int looks = 1; job() == seen && (looks % kLooks != 0 || Clock::now() < until); ++looks) pause();
-      if (job() != seen) continue;
+      for (int looks = 1; !is_called() && (looks % kLooks != 0 || Clock::now() < until); ++looks) pause();
+      if (is_called()) continue;
       std::unique_lock<std::mutex> hold(mutex_);
       ++sleeping_;
-      wake_.wait(hold, [&] { return job() != seen; });
+      wake_.wait(hold, is_called);
       --sleeping_;
     }
+  }
+
+  void wake() {
+    {
+      const std::lock_guard<std::mutex> hold(mutex_);  // nobody is between looking and falling asleep
+    }
+    wake_.notify_all();
   }
 
   uint64_t job() const { return next_.load() >> kPartBits; }
@@ -106,7 +114,8 @@ class Team {
   std::atomic<int64_t> parts_{0}, threads_{0}, done_{0};
   std::atomic<uint64_t> next_{0};  // the job's number, and the part that is next
   std::atomic<int64_t> sleeping_{0};
-  uint64_t job_ = 0;  // the last one's number
+  std::atomic<uint64_t> calls_{0};  // of rouse
+  uint64_t job_ = 0;                // the last one's number
   int64_t num_helpers_ = 0;
   std::mutex mutex_;
   std::condition_variable wake_;
@@ -137,5 +146,7 @@ void share_out(int64_t parts, int64_t threads, void (*work)(void* context, int64
   }
   for (int64_t part = 0; part < parts; ++part) work(context, part);
 }
+
+void rouse() { team().rouse(); }
 
 }  // namespace ibtpo

@@ -14,4 +14,7 @@ namespace ibtpo {
 // ran out of work keeps looking for more for a moment, then sleeps.
 void share_out(int64_t parts, int64_t threads, void (*work)(void* context, int64_t part), void* context);
 
+// A job comes in a moment: helpers that sleep wake up and look for it, while the caller still prepares it.
+void rouse();
+
 }  // namespace ibtpo

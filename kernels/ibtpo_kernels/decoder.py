@@ -182,6 +182,13 @@ class Decoder:
             )
         return out
 
+    def announce(self, num_rows: int) -> None:
+        """Say that a step of so many rows follows in a moment: the threads it will want wake up meanwhile.
+
+        Never needed; a step whose threads are asleep begins alone, and they join some 50 us later.
+        """
+        native.decoder_announce(self._address, num_rows)
+
     def record(self, branches: Branches, k_pages: Tensor, v_pages: Tensor) -> DecodeStep:
         """A decode step over these arrays and this pool, to be run any number of times.
 
