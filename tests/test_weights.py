@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def _another_parameter(model: Model) -> None:
 
 
 def _another_layer(model: Model) -> None:
-    model.model.layers[1] = copy.deepcopy(model.model.layers[1])
+    model.model.layers[1] = deepcopy(model.model.layers[1])
 
 
 def _one_layer_less(model: Model) -> None:
