@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.tree import Tree as Outline
 
 from ibtpo.checkpoints import weights_of
-from ibtpo.commands.completion import CompletionArguments, completion
+from ibtpo.commands.completion import SHELLS, CompletionArguments, completion
 from ibtpo.commands.config import ConfigArguments, show_config
 from ibtpo.commands.doctor import DoctorArguments, doctor
 from ibtpo.config import TrainConfig
@@ -43,6 +43,7 @@ from ibtpo.search import make_search
 from ibtpo.setup import choose_device, make_engine, make_sampling
 from ibtpo.steps import step_splitter
 from ibtpo.studies.command import StudyArguments, study
+from ibtpo.studies.matrix import shipped_studies
 from ibtpo.tasks import DigitChain, Grades, Problem, RewardGrades, Task, make_task
 from ibtpo.tasks.digit_chain import parse_prompt
 from ibtpo.train import train
@@ -236,6 +237,7 @@ def _completion(arguments: list[str], console: Console) -> int:
             "completion": CompletionArguments,
         },
         names={"preset": PRESETS},
+        first={"study": ("name", shipped_studies()), "completion": ("shell", SHELLS)},
     )
 
 

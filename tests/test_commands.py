@@ -283,6 +283,12 @@ def test_bash_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         (("ibtpo", "train", "--dtype", "bfl"), {"bfloat16"}),
         (("ibtpo", "sample", "--preset", "vine"), {"vineppo"}),
         (("ibtpo", "view", "--exp"), {"--export"}),
+        (("ibtpo", "study", "ma"), {"main"}),
+        (("ibtpo", "study", "main", "--see"), {"--seeds"}),
+        (("ibtpo", "study", "own.yaml", "--see"), {"--seeds"}),
+        (("ibtpo", "study", "--seeds", "3", "sam"), {"samplers"}),
+        (("ibtpo", "study", "--na"), set()),
+        (("ibtpo", "completion", "fi"), {"fish"}),
     ]:
         listed = " ".join(f"'{word}'" for word in words)
         line = (

@@ -129,6 +129,12 @@ class Study:
         ]
 
 
+def shipped_studies() -> dict[str, Path]:
+    """The studies that come with the package, by name."""
+    ours = sorted(path.name for path in files(__package__).iterdir() if _is_yaml(path.name))
+    return {name.removesuffix(".yaml"): Path(str(files(__package__) / name)) for name in ours}
+
+
 def load_study(name: str) -> Study:
     """A study that ships with the package, or one in a YAML file.
 
@@ -137,13 +143,13 @@ def load_study(name: str) -> Study:
     Raises:
         ValueError: no such study, or its file cannot be used.
     """
-    shipped = {path.name.removesuffix(".yaml"): path for path in files(__package__).iterdir() if _is_yaml(path.name)}
+    shipped = shipped_studies()
     if _is_yaml(name):
         path = Path(name)
     elif name in shipped:
-        path = Path(str(shipped[name]))
+        path = shipped[name]
     else:
-        raise ValueError(f"study: {name!r} is not known; {suggest(name, sorted(shipped))}; or give a FILE.yaml")
+        raise ValueError(f"study: {name!r} is not known; {suggest(name, list(shipped))}; or give a FILE.yaml")
     raw = load_yaml(path)
     if unknown := sorted(raw.keys() - set(_FIELDS)):
         raise ValueError(f"{path}: unknown field {unknown[0]}; {suggest(unknown[0], _FIELDS)}")
