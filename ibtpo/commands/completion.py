@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, Union, get_args, get_type_hints
 
 import tyro
+
+_WIDTH = 60  # of a description; fish and zsh hand the script to Python as one argument, at most 128 KiB on Linux
+_DESCRIPTION = re.compile(r"'description': '((?:[^'\\]|\\.)*)'")
 
 Shell = Literal["bash", "zsh", "fish"]
 SHELLS = get_args(Shell)
@@ -45,13 +51,21 @@ def completion(
     kinds = {name: _with_names(kind, names) for name, kind in commands.items()}
     kinds |= {name: _by_first_word(kinds[name], *words) for name, words in first.items()}
     program = _one_of(kinds)
+    script = io.StringIO()
     try:
-        tyro.cli(program, prog="ibtpo", args=["--tyro-print-completion", parsed.shell], use_underscores=False)
+        with redirect_stdout(script):
+            tyro.cli(program, prog="ibtpo", args=["--tyro-print-completion", parsed.shell], use_underscores=False)
     except SystemExit as done:
+        print(_DESCRIPTION.sub(lambda found: _cut(found[1]), script.getvalue()), end="")
         if parsed.shell == "bash":
             print("complete -o default -F _tyro_ibtpo ibtpo  # where the script knows nothing: paths")
         return int(done.code or 0)
     raise AssertionError("the script is printed by way of SystemExit")
+
+
+def _cut(description: str) -> str:
+    parts = re.findall(r"\\.|[^\\]", description)
+    return f"'description': '{''.join(parts if len(parts) <= _WIDTH else [*parts[: _WIDTH - 1], '…'])}'"
 
 
 def _one_of(kinds: Mapping[str, Any]) -> Any:
@@ -62,12 +76,14 @@ def _one_of(kinds: Mapping[str, Any]) -> Any:
 def _by_first_word(kind: type[Any], name: str, words: Iterable[str]) -> Any:
     """A command with the positional `name` given up for subcommands `words`: of these alone scripts know a choice.
 
-    All have the flags of the command, which stand before and after the word, or behind another one (a file).
+    Its flags stand before the word, with descriptions, and after it, without: the script must not become too long.
     """
+    hints = get_type_hints(kind)
+    flags: Any = [(own.name, hints[own.name], field(default=own.default)) for own in fields(kind) if own.name != name]
+    after = make_dataclass("After", flags, frozen=True, kw_only=True)
     hidden: Any = (name, str, field(default="", init=False))
-    rest = make_dataclass(kind.__name__, [hidden], bases=(kind,), frozen=True, kw_only=True)
-    word: Any = ("word", tyro.conf.OmitArgPrefixes[_one_of(dict.fromkeys(words, rest))])  # type: ignore[misc]
-    return make_dataclass(kind.__name__, [word], bases=(rest,), frozen=True, kw_only=True)
+    word: Any = ("word", tyro.conf.OmitArgPrefixes[_one_of(dict.fromkeys(words, after))])  # type: ignore[misc]
+    return make_dataclass(kind.__name__, [hidden, word], bases=(kind,), frozen=True, kw_only=True)
 
 
 def _with_names(kind: type[Any], names: Mapping[str, Iterable[str]]) -> type[Any]:
