@@ -59,17 +59,27 @@ class Nodes:
         arguments: of `ibtpo train`.
         logs: a file for each launcher.
         hosts: where they run.
+        may_rejoin: may a node that was lost come back? It takes a setting of torchrun's.
     """
 
-    def __init__(self, nodes: str, arguments: list[object], *, logs: Path, hosts: tuple[Host, Host] = (HERE, HERE)):
+    def __init__(
+        self,
+        nodes: str,
+        arguments: list[object],
+        *,
+        logs: Path,
+        hosts: tuple[Host, Host] = (HERE, HERE),
+        may_rejoin: bool = False,
+    ) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self._hosts = hosts
         self._logs = logs
+        self._may_rejoin = may_rejoin
         self._launcher = [
             sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", "1",
-            "--max-restarts", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0].address}:{port}",
+            "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{hosts[0].address}:{port}",
             "--monitor-interval", "0.1",
         ]  # fmt: skip
         self._train = ["-m", "ibtpo", "train", *map(str, arguments)]
@@ -87,7 +97,8 @@ class Nodes:
     def _start(self, number: int) -> subprocess.Popen[bytes]:
         host, environment = self._hosts[number], dict(os.environ)
         environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GLOO_SOCKET_IFNAME": host.interface}
-        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else nobody can join those who were there before
+        if self._may_rejoin:
+            environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else nobody is let in after a restart
         where = ["--local-addr", host.address, "--rdzv-conf", f"is_host={int(number == 0)},last_call_timeout=5"]
         with self._logs.with_name(f"{self._logs.name}{number}.txt").open("a") as log:
             node = subprocess.Popen(
@@ -148,7 +159,7 @@ def test_a_process_that_is_killed_comes_back(adder: list[object], tmp_path: Path
         wait_for_steps(folder, 3)
         os.kill(nodes.worker(1), signal.SIGKILL)
         printed = nodes.end(0, 1)
-    assert printed.count("2 processes, ddp") == 2
+    assert printed.count("2 processes, ddp") >= 2
     assert (folder / "report.html").exists()
     _assert_as_alone(folder, adder, 800, processes=2, within=1e-12)
 
@@ -156,19 +167,23 @@ def test_a_process_that_is_killed_comes_back(adder: list[object], tmp_path: Path
 def test_a_node_that_is_lost_comes_back(adder: list[object], tmp_path: Path) -> None:
     """Launcher and process are killed, and started again by hand; the run ends as one that is left alone does."""
     folder = tmp_path / "run"
-    with Nodes("2", [*adder, "--out", folder, "--sampled-tokens", 800], logs=tmp_path / "node") as nodes:
+    with Nodes(
+        "2", [*adder, "--out", folder, "--sampled-tokens", 800], logs=tmp_path / "node", may_rejoin=True
+    ) as nodes:
         wait_for_steps(folder, 3)
         nodes.lose(1)
         nodes.begin_again(1)
         printed = nodes.end(0, 1)
-    assert printed.count("2 processes, ddp") == 2
+    assert printed.count("2 processes, ddp") >= 2
     _assert_as_alone(folder, adder, 800, processes=2, within=1e-12)
 
 
 def test_the_others_go_on_without_a_node_that_is_lost(adder: list[object], tmp_path: Path) -> None:
     """With --nnodes 1:2 one is enough; what it does alone is what two would have done."""
     folder = tmp_path / "run"
-    with Nodes("1:2", [*adder, "--out", folder, "--sampled-tokens", 800], logs=tmp_path / "node") as nodes:
+    with Nodes(
+        "1:2", [*adder, "--out", folder, "--sampled-tokens", 800], logs=tmp_path / "node", may_rejoin=True
+    ) as nodes:
         wait_for_steps(folder, 3)
         nodes.lose(1)
         printed = nodes.end(0)
