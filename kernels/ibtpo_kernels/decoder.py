@@ -185,7 +185,7 @@ class Decoder:
     def announce(self, num_rows: int) -> None:
         """Say that a step of so many rows follows in a moment: the threads it will want wake up meanwhile.
 
-        Never needed; a step whose threads are asleep begins alone, and they join some 50 us later.
+        Never needed: a step whose threads are asleep begins alone, and they join when they are awake.
         """
         native.decoder_announce(self._address, num_rows)
 
