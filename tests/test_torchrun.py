@@ -22,6 +22,8 @@ import pytest
 from adder_runs import assert_same, rows, train, wait_for_steps, write_adder
 from processes import run, time_limit
 
+TOKENS = ["--sampled-tokens", 800]
+
 
 @pytest.fixture(autouse=True)
 def _limited() -> Iterator[None]:
@@ -32,6 +34,15 @@ def _limited() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def adder(tmp_path_factory: pytest.TempPathFactory) -> list[object]:
     return write_adder(tmp_path_factory.mktemp("adder"))
+
+
+@pytest.fixture(scope="module")
+def alone(adder: list[object], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Runs that are left alone, by their number of processes."""
+    folder = tmp_path_factory.mktemp("alone")
+    for processes in (1, 2):
+        run(processes, train, *adder, *TOKENS, "--out", folder / str(processes), logs=folder / f"logs{processes}")
+    return {processes: folder / str(processes) for processes in (1, 2)}
 
 
 @dataclass(frozen=True)
@@ -97,9 +108,11 @@ class Nodes:
     def _start(self, number: int) -> subprocess.Popen[bytes]:
         host, environment = self._hosts[number], dict(os.environ)
         environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "GLOO_SOCKET_IFNAME": host.interface}
+        settings = f"is_host={int(number == 0)},last_call_timeout=5"
         if self._may_rejoin:
             environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else nobody is let in after a restart
-        where = ["--local-addr", host.address, "--rdzv-conf", f"is_host={int(number == 0)},last_call_timeout=5"]
+            settings += ",keep_alive_interval=2"  # a node is given up after three of these; by default 15 s
+        where = ["--local-addr", host.address, "--rdzv-conf", settings]
         with self._logs.with_name(f"{self._logs.name}{number}.txt").open("a") as log:
             node = subprocess.Popen(
                 [*host.enter, *self._launcher, *where, *self._train],
@@ -145,51 +158,42 @@ def _kill(node: subprocess.Popen[bytes]) -> None:
     node.wait()
 
 
-def _assert_as_alone(folder: Path, adder: list[object], tokens: int, *, processes: int, within: float) -> None:
-    """The run ended as one that is left alone does."""
-    alone = folder.with_name("alone")
-    run(processes, train, *adder, "--out", alone, "--sampled-tokens", tokens, logs=folder.with_name("alone-logs"))
-    assert_same(folder, alone, within=within)
-
-
-def test_a_process_that_is_killed_comes_back(adder: list[object], tmp_path: Path) -> None:
+def test_a_process_that_is_killed_comes_back(adder: list[object], alone: dict[int, Path], tmp_path: Path) -> None:
     """It ends as one that is left alone does, to the last bit; the launcher of the first node counts no restart."""
     folder = tmp_path / "run"
-    with Nodes("2", [*adder, "--out", folder, "--sampled-tokens", 800], logs=tmp_path / "node") as nodes:
+    with Nodes("2", [*adder, *TOKENS, "--out", folder], logs=tmp_path / "node") as nodes:
         wait_for_steps(folder, 3)
         os.kill(nodes.worker(1), signal.SIGKILL)
         printed = nodes.end(0, 1)
     assert printed.count("2 processes, ddp") >= 2
     assert (folder / "report.html").exists()
-    _assert_as_alone(folder, adder, 800, processes=2, within=1e-12)
+    assert_same(folder, alone[2], within=1e-12)
 
 
-def test_a_node_that_is_lost_comes_back(adder: list[object], tmp_path: Path) -> None:
+def test_a_node_that_is_lost_comes_back(adder: list[object], alone: dict[int, Path], tmp_path: Path) -> None:
     """Launcher and process are killed, and started again by hand; the run ends as one that is left alone does."""
     folder = tmp_path / "run"
-    with Nodes(
-        "2", [*adder, "--out", folder, "--sampled-tokens", 800], logs=tmp_path / "node", may_rejoin=True
-    ) as nodes:
+    with Nodes("2", [*adder, *TOKENS, "--out", folder], logs=tmp_path / "node", may_rejoin=True) as nodes:
         wait_for_steps(folder, 3)
         nodes.lose(1)
         nodes.begin_again(1)
         printed = nodes.end(0, 1)
     assert printed.count("2 processes, ddp") >= 2
-    _assert_as_alone(folder, adder, 800, processes=2, within=1e-12)
+    assert_same(folder, alone[2], within=1e-12)
 
 
-def test_the_others_go_on_without_a_node_that_is_lost(adder: list[object], tmp_path: Path) -> None:
+def test_the_others_go_on_without_a_node_that_is_lost(
+    adder: list[object], alone: dict[int, Path], tmp_path: Path
+) -> None:
     """With --nnodes 1:2 one is enough; what it does alone is what two would have done."""
     folder = tmp_path / "run"
-    with Nodes(
-        "1:2", [*adder, "--out", folder, "--sampled-tokens", 800], logs=tmp_path / "node", may_rejoin=True
-    ) as nodes:
+    with Nodes("1:2", [*adder, *TOKENS, "--out", folder], logs=tmp_path / "node", may_rejoin=True) as nodes:
         wait_for_steps(folder, 3)
         nodes.lose(1)
         printed = nodes.end(0)
     assert printed.count("2 processes, ddp") == 1
     assert printed.count("memory plan") == 2
-    _assert_as_alone(folder, adder, 800, processes=1, within=1e-3)
+    assert_same(folder, alone[1], within=1e-3)
 
 
 @pytest.fixture
@@ -216,10 +220,12 @@ def _ip(*arguments: str | None) -> None:
     subprocess.run(["ip", *map(str, arguments)], check=True, capture_output=True)
 
 
-def test_a_cable_may_be_pulled_for_a_while(adder: list[object], hosts: tuple[Host, Host], tmp_path: Path) -> None:
+def test_a_cable_may_be_pulled_for_a_while(
+    adder: list[object], alone: dict[int, Path], hosts: tuple[Host, Host], tmp_path: Path
+) -> None:
     """Two hosts with addresses of their own: nothing is sent for four seconds, then the run goes on as if never."""
     folder, cable = tmp_path / "run", ("-n", hosts[1].namespace, "link", "set", hosts[1].interface)
-    with Nodes("2", [*adder, "--out", folder, "--sampled-tokens", 800], logs=tmp_path / "node", hosts=hosts) as nodes:
+    with Nodes("2", [*adder, *TOKENS, "--out", folder], logs=tmp_path / "node", hosts=hosts) as nodes:
         wait_for_steps(folder, 3)
         _ip(*cable, "down")
         time.sleep(1)
@@ -229,4 +235,4 @@ def test_a_cable_may_be_pulled_for_a_while(adder: list[object], hosts: tuple[Hos
         _ip(*cable, "up")
         printed = nodes.end(0, 1)
     assert printed.count("2 processes, ddp") == 1
-    _assert_as_alone(folder, adder, 800, processes=2, within=1e-12)
+    assert_same(folder, alone[2], within=1e-12)
