@@ -267,7 +267,7 @@ def test_completion_scripts_know_commands_and_flags(shell: str, capsys: pytest.C
     commands = ("train", "eval", "sample", "study", "view", "config", "doctor", "completion")
     assert all(command in script for command in commands)
     assert "search.rounds" in script
-    assert len(script) < 128 << 10, "fish and zsh hand it to Python as one argument: Linux takes no longer one"
+    assert len(script.encode()) < 128 << 10, "fish and zsh hand it to Python as one argument: Linux takes no longer one"
     if shutil.which(shell):
         checked = subprocess.run([shell, "-n"], input=script, capture_output=True, text=True, timeout=60)
         assert checked.stderr == ""
