@@ -249,12 +249,11 @@ def throughput(options: argparse.Namespace) -> list[Row]:
     return compare("256 sequences, 100 to 1,024", scale, contenders, 1)
 
 
-def graphs(options: argparse.Namespace) -> list[Row]:
+def graphs(options: argparse.Namespace) -> Iterator[Row]:
     device = torch.device("cuda")
     model = random_model("Qwen2.5-0.5B").to(device)
     peer = in_transformers(model, torch.bfloat16).to(device)
-    rows = []
-    for batch in (1, 8, 64, 256):
+    for batch in (64, 256, 1, 8):  # there may be no time for all
         prompts = np.random.default_rng(0).integers(0, 151936, (batch, 64))
         ids = torch.from_numpy(prompts).to(device)
         contenders: dict[str, Call] = {
@@ -264,8 +263,7 @@ def graphs(options: argparse.Namespace) -> list[Row]:
         exact = Engine(model, kv_tokens=batch * 256, cuda_graphs=True, parity="bitwise")
         contenders["engine, captured steps, parity bitwise"] = partial(extend_all, exact, prompts, 64)
         contenders["transformers generate"] = partial(generate, peer, ids, 64)
-        rows += compare("decode on a GPU, 0.5B", batch, contenders, max(3, options.repetitions // 3))
-    return rows
+        yield from compare("decode on a GPU, 0.5B", batch, contenders, max(3, options.repetitions // 3))
 
 
 CASES = {
@@ -286,9 +284,15 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[4, 16], metavar="N", help="of trees-large")
     parser.add_argument("--scale", type=float, default=1.0, metavar="S", help="of throughput's lengths and layers")
     options = parser.parse_args()
-    rows = [row for name in options.cases or ("decode", "shared", "trees") for row in CASES[name](options)]
+    rows: list[Row] = []
     device = torch.device("cuda" if options.cases == ["graphs"] else "cpu")
-    write(options.out / "engine_peers.csv", rows, device)
+    try:
+        for name in options.cases or ("decode", "shared", "trees"):
+            for row in CASES[name](options):
+                rows.append(row)
+    finally:  # also of Ctrl-C, and of a limit on the time
+        if rows:
+            write(options.out / "engine_peers.csv", rows, device)
 
 
 if __name__ == "__main__":

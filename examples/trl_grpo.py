@@ -15,22 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from ibtpo.tasks.digit_chain import parse_prompt, right_solution
-from ibtpo_engine import Engine, Growth, Model, ModelConfig, Node, Sampling, Search, Tree, load_tokenizer
+from ibtpo_engine import Engine, Growth, Node, Sampling, Search, Tree, borrow, load_tokenizer
 from ibtpo_engine.generate import independent
-
-
-def borrow(model: PreTrainedModel) -> Model:
-    """The engine's view of a dense Qwen3, Qwen2 or Llama of `transformers`: the very same parameters."""
-    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    with torch.device("meta"):
-        ours = Model(ModelConfig.from_dict(config))
-    theirs = dict(model.named_parameters())  # a tied head is named once, as the embedding
-    ours.load_state_dict(theirs, assign=True)
-    return ours
 
 
 class TreeRollouts:

@@ -7,11 +7,13 @@ asserted too, so that no equality holds because there was nothing to see.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from engine_helpers import assert_idle, grow, prompt_of, save_checkpoint, tiny_model
@@ -83,18 +85,21 @@ def trained_logprobs(model: Model, trees: Sequence[Tree], temperature: float, pa
     packed = [tree.export() for tree in trees]
     first = np.cumsum([0, *map(len, packed)])
     parts = list(zip(packed, first.tolist(), strict=False))
-    tokens = torch.from_numpy(np.concatenate([p.tokens for p in packed])).long()
-    pos = torch.from_numpy(np.concatenate([p.pos for p in packed]))
-    end = torch.from_numpy(np.concatenate([p.end + n for p, n in parts]).astype(np.int32))
-    rows = torch.from_numpy(np.concatenate([p.edge_row + n for p, n in parts])).long()
-    targets = tokens[torch.from_numpy(np.concatenate([p.edge_token + n for p, n in parts])).long()]
+
+    def joined(arrays: Iterable[npt.NDArray[Any]]) -> Tensor:
+        return torch.from_numpy(np.concatenate(list(arrays))).to(model.device)
+
+    tokens, pos = joined(p.tokens for p in packed).long(), joined(p.pos for p in packed)
+    end = joined(p.end + n for p, n in parts).int()
+    rows = joined(p.edge_row + n for p, n in parts).long()
+    targets = tokens[joined(p.edge_token + n for p, n in parts).long()]
     hidden = model.packed(tokens, pos, end, parity=parity)
     if parity == "bitwise":
         found = sampler_logprob(hidden, model.head, rows, targets, temperature=temperature)
     else:
         found = tuple(K.linear_logprob(hidden, model.head, rows, targets, temperature=t)[0] for t in (temperature, 1.0))
     sampled = [np.concatenate([getattr(p, name)[p.edge_token] for p in packed]) for name in ("logprob", "logprob_raw")]
-    return torch.from_numpy(np.stack(sampled)), torch.stack(found).detach()
+    return torch.from_numpy(np.stack(sampled)), torch.stack(found).detach().cpu()
 
 
 # ---- the engine against itself ---------------------------------------------------------------------------------

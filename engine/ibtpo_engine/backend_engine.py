@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ibtpo_engine.backends import Backend, Completion
 from ibtpo_engine.errors import BackendError, EngineError
 from ibtpo_engine.growing import Growing, Reward, Search, Searches
+from ibtpo_engine.randomness import seeded_stream
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.tree import Node, Tree
 
@@ -65,6 +66,7 @@ class BackendEngine:
         self.seconds_waiting = 0.0  # with nothing asked of the backend, for rewards
         self._trees: dict[int, Tree] = {}  # open trees by ordinal
         self._opened = 0
+        self._searches: list[Searches] = []  # of each `run` under way
 
     def tree(self, prompt: npt.ArrayLike, *, key: int | None = None) -> Tree:
         """Open a tree on a prompt; as `Engine.tree`, but nothing is pinned anywhere.
@@ -84,6 +86,9 @@ class BackendEngine:
 
     def _close(self, tree: Tree) -> None:
         self._trees.pop(tree.ordinal, None)
+        for searches in self._searches:
+            if tree.ordinal in searches.growing:
+                searches.growing[tree.ordinal].tree_closed()
         _abandon(node for leaf in tree.root.walk() for node in list(leaf.children))
 
     def weights_changed(self) -> None:
@@ -104,6 +109,10 @@ class BackendEngine:
             answers = [pool.submit(call.make, self.backend) for call in calls]
             for call, answer in zip(calls, answers, strict=True):
                 self._fill(call, answer)
+            if closed := [node for node in nodes if node.dropped]:
+                raise EngineError(
+                    f"the tree of {closed[0]!r} was closed while it was being extended; wait until it ends"
+                )
         except BaseException:
             _abandon(nodes)
             raise
@@ -141,6 +150,7 @@ class BackendEngine:
             return len(calls) < self.max_calls
 
         searches = Searches(search, prompts, keys, reward, lambda prompt, key: self.tree(prompt, key=key), submit)
+        self._searches.append(searches)
         try:
             while True:
                 while not searches.growing or has_room():
@@ -153,6 +163,7 @@ class BackendEngine:
                 yield from searches.resume(has_room, self.max_calls)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # requests already sent are not waited for
+            self._searches.remove(searches)
             searches.close()
 
     def _await(self, calls: dict[Answer, _Call], searches: Searches) -> None:
@@ -163,22 +174,33 @@ class BackendEngine:
             self.seconds_waiting += time.perf_counter() - begin
         for answer in [answer for answer in calls if answer.done()]:
             for node in self._fill(calls.pop(answer), answer):
-                searches.growing[node.tree.ordinal].finished(node)
+                growth = searches.growing.get(node.tree.ordinal)  # the reward of one before may have closed the tree
+                if growth is not None:
+                    growth.finished(node)
 
     def _calls(self, nodes: Sequence[Node], sampling: Sampling) -> list[_Call]:
         """Sort nodes into calls and mark them as under way."""
         if len(set(nodes)) < len(nodes):
             raise ValueError("a node is given twice; use node.fork(n=2) for two branches")
+        if sampling.pause is not None:
+            raise ValueError("Sampling.pause: a backend does not pause; use an Engine")
         room = {node: self._room(node, sampling) for node in nodes}
         families: dict[Node | None, list[Node]] = {}
         for node in nodes:
             families.setdefault(node.parent, []).append(node)
-        alike: dict[tuple[int, int], list[list[Node]]] = {}
+        alike: dict[tuple[int, int, int], list[list[Node]]] = {}
         for family in families.values():
-            alike.setdefault((len(family), room[family[0]]), []).append(family)
+            first = family[0]
+            least = sampling.min_tokens - (first.start - first.tree.prompt_len)
+            alike.setdefault((len(family), room[first], min(max(least, 0), room[first])), []).append(family)
         for node in nodes:
+            if sampling.seed is not None:
+                node.stream = seeded_stream(sampling.seed, node.births())
             node.in_flight = True
-        return [_Call(families=group, sampling=replace(sampling, max_tokens=r)) for (_, r), group in alike.items()]
+        return [
+            _Call(families=group, sampling=replace(sampling, max_tokens=most, min_tokens=least, seed=None))
+            for (_, most, least), group in alike.items()
+        ]
 
     def _room(self, node: Node, sampling: Sampling) -> int:
         """Most tokens a node may hold.
@@ -209,10 +231,8 @@ class BackendEngine:
         filled = []
         for family, row in zip(call.families, completions, strict=True):
             for node, completion in zip(family, row, strict=True):
-                if node.tree.closed:
-                    raise EngineError(
-                        f"the tree of {node!r} was closed while it was being extended; wait until it ends"
-                    )
+                if node.dropped:  # its tree was closed meanwhile
+                    continue
                 _check(completion, call.sampling.max_tokens)
                 node.fill(
                     completion.tokens,

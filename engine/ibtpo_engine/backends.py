@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ibtpo_engine.engine import Engine
 from ibtpo_engine.growing import Reward, Search
+from ibtpo_engine.randomness import mix
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.tree import Floats, Ints, Tree
 
@@ -98,7 +99,16 @@ class EngineBackend:
     def extend(
         self, prefixes: Sequence[Sequence[int]], n: int, *, sampling: Sampling, seeds: Sequence[Sequence[int]]
     ) -> list[list[Completion]]:
-        """Continue every prefix `n` times, all in one batch; a seed is the key of a tree. As `Backend.extend`."""
+        """Continue every prefix `n` times, all in one batch; a seed is the key of a tree. As `Backend.extend`.
+
+        Raises:
+            ValueError: also where `sampling` has a pause: a completion ends.
+        """
+        if sampling.pause is not None:
+            raise ValueError("Sampling.pause: a backend's completion cannot pause; use Engine.extend")
+        if sampling.seed is not None:  # of a whole call: its completions differ by their own seeds
+            seeds = [[mix(sampling.seed, seed) for seed in row] for row in seeds]
+            sampling = replace(sampling, seed=None)
         with self._lock, ExitStack() as trees:
             nodes = []
             for prefix, row in zip(prefixes, seeds, strict=True):

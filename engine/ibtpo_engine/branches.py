@@ -34,7 +34,10 @@ class Branch:
 
 @dataclass(eq=False)
 class Fill:
-    """Known tokens whose keys and values are computed next: a node's, or (`branch` given) a preempted branch's."""
+    """Known tokens whose keys and values are computed next: a node's, or (`branch` given) a preempted branch's.
+
+    The node may be cut meanwhile, and is the lower half then; the fill goes on over both halves.
+    """
 
     kv: KV
     tokens: Ints
@@ -43,6 +46,10 @@ class Fill:
     node: Node
     branch: Branch | None = None
     children: list[Branch] = field(default_factory=list)  # they start as soon as the node is filled
+    computed: int = field(init=False)  # depth up to which keys and values are there
+
+    def __post_init__(self) -> None:
+        self.computed = self.kv.computed
 
     @property
     def end(self) -> int:
@@ -51,9 +58,20 @@ class Fill:
 
     def chunk(self, budget: int) -> Chunk:
         """The rows to run in this step, at most `budget`."""
-        if self.kv.computed < self.end:
-            return Chunk(self, self.kv.computed, min(self.end, self.kv.computed + budget))
+        if self.computed < self.end:
+            return Chunk(self, self.computed, min(self.end, self.computed + budget))
         return Chunk(self, self.end - 1, self.end - 1 + min(budget, self.branch is None))
+
+    def reached(self, depth: int) -> None:
+        """Keys and values are there up to `depth`."""
+        self.computed = max(self.computed, depth)
+        if self.branch is not None:
+            self.kv.computed = self.computed
+            return
+        part: Node | None = self.node
+        while part is not None and part.end > self.start:
+            part.kv.computed = max(part.kv.computed, min(self.computed, part.end))
+            part = part.parent
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +99,7 @@ def chunk_rows(chunks: Sequence[Chunk], table: Ints) -> Rows:
     """
     fills = [chunk.fill for chunk in chunks]
     begin, count = np.array([chunk.begin for chunk in chunks]), np.array([len(chunk) for chunk in chunks])
-    slot, computed = np.array([fill.slot for fill in fills]), np.array([fill.kv.computed for fill in fills])
+    slot, computed = np.array([fill.slot for fill in fills]), np.array([fill.computed for fill in fills])
     slot, computed = np.repeat(slot, count), np.repeat(computed, count)
     depths = np.arange(len(slot)) - np.repeat(np.cumsum(count) - count - begin, count)
     tokens = [chunk.fill.tokens[chunk.begin - chunk.fill.start : chunk.end - chunk.fill.start] for chunk in chunks]

@@ -64,6 +64,7 @@ class PageCache:
         fresh = self.take(pages_for(root.end) - len(found))
         if fresh is None:
             self.pool.release(found)
+            self.index.hits -= len(found) * PAGE  # found again at the next try
             return None
         return KV(self.pool, 0, found + fresh, len(found) * PAGE)
 

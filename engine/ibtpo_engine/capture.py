@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -28,11 +30,15 @@ def capture_for(model: Model) -> Capture:
 
 
 class CudaCapture:
-    """Captures steps; all share one pool of memory, as no two are replayed at a time."""
+    """Captures steps; all share one pool of memory, as no two are replayed at a time.
+
+    A pool ends with its last graph, and nothing can be captured into one that has ended: then another is begun.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._memory = torch.cuda.graph_pool_handle()
+        self._memory: Any = None
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()  # of this pool, as long as somebody replays them
 
     def __call__(self, step: Step) -> Step:
         with torch.cuda.device(self._device):
@@ -41,7 +47,10 @@ class CudaCapture:
             with torch.cuda.stream(side):  # kernels are compiled and libraries set up outside of the capture
                 step()
             current.wait_stream(side)
+            if not self._graphs:
+                self._memory = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._memory):
                 step()
+            self._graphs.add(graph)
         return graph.replay

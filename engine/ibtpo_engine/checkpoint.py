@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ibtpo_engine.errors import CheckpointError
 from ibtpo_engine.model import Model
@@ -120,6 +120,18 @@ def save_model(model: Model, tokenizer: PreTrainedTokenizerBase | None, folder: 
         tokenizer.save_pretrained(folder)
 
 
+def borrow(model: PreTrainedModel) -> Model:
+    """An engine's view of a model of `transformers`: the very same parameters, nothing is copied.
+
+    Raises:
+        CheckpointError: it is no architecture that the engine runs (see `load_model`).
+    """
+    with torch.device("meta"):
+        ours = Model(ModelConfig.from_dict(model.config.to_dict() | {"architectures": [type(model).__name__]}))
+    ours.load_state_dict(dict(model.named_parameters()), assign=True)  # a tied head is named once, as the embedding
+    return ours
+
+
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """The folder's own tokenizer.
 
@@ -145,9 +157,14 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
 
 
 def stop_tokens(folder: Path | str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end an answer: the tokenizer's, and those of generation_config.json if there is one."""
-    stops = {int(tokenizer.eos_token_id)}
+    """The tokens that end an answer: the tokenizer's, and those of generation_config.json or, without one, config.json.
+
+    Raises:
+        CheckpointError: the file names something that is no token id, or nothing names one.
+    """
+    stops = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     path = Path(folder) / "generation_config.json"
+    path = path if path.exists() else Path(folder) / "config.json"
     if path.exists():
         try:
             named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
@@ -156,4 +173,9 @@ def stop_tokens(folder: Path | str, tokenizer: PreTrainedTokenizerBase) -> tuple
             raise CheckpointError(
                 f"{path}: eos_token_id must be a token id or a list of them ({error}). Correct or delete the file."
             ) from None
+    if not stops:
+        raise CheckpointError(
+            f"{folder}: neither the tokenizer nor {path.name} names an end-of-sequence token, so no answer would ever "
+            f'end. Add "eos_token_id" to {path.name}.'
+        )
     return tuple(sorted(stops))

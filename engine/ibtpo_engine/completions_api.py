@@ -76,6 +76,9 @@ def read_completions(
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices) or len(choices) != n:
         found = f"{len(choices)} choices" if isinstance(choices, list) else "no list of choices"
         raise BackendError(f"the server sent {found} for n={n}; is the address that of /v1/completions?")
+    indices = [choice.get("index", 0) for choice in choices]
+    if n > 1 and (not all(type(index) is int for index in indices) or sorted(indices) != list(range(n))):
+        raise BackendError(f"the server numbered its {n} choices {str(indices)[:80]}; expected 0 to {n - 1}, each once")
     choices = sorted(choices, key=lambda choice: choice.get("index", 0))
     return [_completion(choice, list(prefix), sampling, kind) for choice in choices]
 
@@ -117,26 +120,38 @@ def _token_ids(choice: dict[str, Any]) -> Ints:
     """`token_ids`, or the ids in tokens spelled "token_id:17" (vLLM's --return-tokens-as-token-ids)."""
     ids = choice.get("token_ids")
     if ids is None:
-        spelled = (choice.get("logprobs") or {}).get("tokens")
-        if not spelled or not all(str(token).startswith("token_id:") for token in spelled):
+        spelled = _logprobs_of(choice).get("tokens")
+        if (
+            not isinstance(spelled, list)
+            or not spelled
+            or not all(str(token).startswith("token_id:") for token in spelled)
+        ):
             raise BackendError(
                 "the server sent no token ids, and text tokenised again is not what was sampled; use a server that "
                 "honours return_token_ids (recent vLLM or SGLang), or start vLLM with "
                 "--return-tokens-as-token-ids"
             )
-        ids = [str(token).removeprefix("token_id:") for token in spelled]
-    try:
-        return np.array([int(token) for token in ids], np.int32)
-    except (TypeError, ValueError, OverflowError):
-        raise BackendError(f"the server sent token ids that are no integers: {str(ids)[:80]}") from None
+        ids = [int(name) if (name := str(token)[9:]).isdecimal() else name for token in spelled]
+    if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 1 << 31 for token in ids):
+        raise BackendError(f"the server sent token ids that are no integers from 0 on: {str(ids)[:80]}")
+    return np.array(ids, np.int32)
+
+
+def _logprobs_of(choice: dict[str, Any]) -> dict[str, Any]:
+    found = choice.get("logprobs") or {}
+    if not isinstance(found, dict):
+        raise BackendError(f"the server sent logprobs that are no object: {str(found)[:80]}")
+    return found
 
 
 def _logprobs(choice: dict[str, Any]) -> Floats:
-    values = (choice.get("logprobs") or {}).get("token_logprobs")
-    if not isinstance(values, list) or any(isinstance(v, bool) or not isinstance(v, int | float) for v in values):
+    values = _logprobs_of(choice).get("token_logprobs")
+    if not isinstance(values, list) or not all(type(v) in (int, float) for v in values):
         raise BackendError(
             f"the server sent no log-prob for some token ({str(values)[:80]}); use a server that honours logprobs=1"
         )
+    if not all(-1e9 < v <= 1e-3 for v in values):  # a sampled token has a probability; rounding may exceed 1
+        raise BackendError(f"the server sent log-probs of sampled tokens outside (-1e9, 0]: {str(values)[:80]}")
     return np.array(values, np.float32)
 
 

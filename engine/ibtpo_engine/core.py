@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 
@@ -14,7 +14,7 @@ from ibtpo_engine.budget import Budget, within_budgets
 from ibtpo_engine.cache import PageCache
 from ibtpo_engine.capture import Capture, capture_for
 from ibtpo_engine.endings import under_way
-from ibtpo_engine.errors import OutOfPages, StaleWeights
+from ibtpo_engine.errors import BranchFailed, OutOfPages, StaleWeights
 from ibtpo_engine.features import features_of
 from ibtpo_engine.growing import Growing, Searches
 from ibtpo_engine.integrity import check_engine
@@ -68,6 +68,11 @@ class EngineCore:
         ):
             if value < 1:
                 raise ValueError(f"Engine: {name}={value} must be at least 1")
+        if not isinstance(model, Model | Shadow):
+            raise TypeError(
+                f"Engine: {type(model).__name__} is no ibtpo_engine.Model; load_model(folder) gives one, and "
+                "borrow(model) one over the parameters of a transformers model"
+            )
         self.shadow = model if isinstance(model, Shadow) else None
         self.model = model.model if isinstance(model, Shadow) else model
         check_parity(parity, dtype=self.model.dtype, device=self.model.device)
@@ -81,6 +86,7 @@ class EngineCore:
         self.prefill_tokens = prefill_tokens
         self._trees: dict[int, Tree] = {}  # open trees by ordinal
         self._searches: list[Searches] = []  # of each `run` under way
+        self._failed: dict[Node, Exception] = {}  # what nodes failed with whose caller is not told yet
         self._opened = 0
         self._prompt_pages = 0  # of all open trees
         self._weights = WeightWatch(self.model, *([self.shadow.masters] if self.shadow else []))
@@ -97,13 +103,17 @@ class EngineCore:
             dtype=self.model.dtype,
             device=self.model.device,
         )
-        self.cache = PageCache(pool)
+        self._begin(Runner(self.model, pool, self.parity, capture))
+
+    def _begin(self, runner: Runner) -> None:
+        """With a pool whose pages are free, and nothing under way."""
+        self.cache = PageCache(runner.pool)
         self.scheduler = Scheduler(
-            Runner(self.model, pool, self.parity, capture),
+            runner,
             self.cache,
             max_branches=self.max_branches,
             fill_tokens=self.prefill_tokens,
-            max_pages=pages_for(min(config.max_positions, self.kv_tokens)) + 1,
+            max_pages=pages_for(min(self.model.config.max_positions, self.kv_tokens)) + 1,
         )
         self._pauses = Pauses(self.scheduler)
 
@@ -154,7 +164,13 @@ class EngineCore:
             )
 
     def _close(self, tree: Tree) -> None:
-        self.scheduler.cancel([node for node in _pending(tree) if node.in_flight])
+        nodes = _pending(tree)
+        self._cancel(nodes)
+        growth = self._growth_of(tree)
+        if growth is not None:
+            growth.tree_closed()
+        for node in nodes:
+            self._failed.pop(node, None)
         for leaf in tree.leaves() or [tree.root]:
             self.cache.remember(leaf)
         self.cache.forget(tree)
@@ -196,12 +212,40 @@ class EngineCore:
             raise ValueError(f"{node!r} is not pending; use node.fork() to grow below it")
         limit = min(node.tree.prompt_len + sampling.max_tokens, self.model.config.max_positions)
         if node.start >= limit:
-            raise ValueError(f"{node!r} starts at depth {node.start}, but paths end at {limit}; raise max_tokens")
+            is_full = limit == self.model.config.max_positions
+            remedy = "that is the model's context; fork earlier" if is_full else "raise max_tokens"
+            raise ValueError(f"{node!r} starts at depth {node.start}, but paths end at {limit}; {remedy}")
         return limit
 
     def _step(self, most: int = 1) -> None:
-        """At most so many scheduler steps; what finished is reported to its search, whoever is calling."""
-        most = 1 if self._pauses else most
+        """At most so many scheduler steps; what finished is reported to its search, whoever is calling.
+
+        A branch whose mask, pause or decoder raised is taken off its tree, and its search or `_raise_failed` told: the
+        other branches are none of its business.
+        """
+        try:
+            self._take_steps(1 if self._pauses else most)
+        except BranchFailed as error:
+            self.scheduler.failures.append(error)
+        while self.scheduler.failures:
+            failed = self.scheduler.failures.pop(0)
+            self._fail(failed.node, failed.error)
+
+    def _fail(self, node: Node, error: Exception) -> None:
+        self._cancel([node])
+        growth = self._growth_of(node.tree)
+        if growth is not None:
+            growth.fail(node, error)
+        else:
+            self._failed[node] = error
+
+    def _raise_failed(self, nodes: Iterable[Node]) -> None:
+        """Raise what one of these nodes failed with, if one did."""
+        for node in nodes if self._failed else ():
+            if node in self._failed:
+                raise self._failed.pop(node)
+
+    def _take_steps(self, most: int) -> None:
         if self.scheduler.is_plain:  # no torch in it: entering the mode would cost as much as all else about the step
             finished: list[Node] | None = self.scheduler.step(self.version, most)
         else:
@@ -216,6 +260,46 @@ class EngineCore:
         if self._pauses:
             for node in self._pauses.due(self.version):
                 self._report(node)
+
+    def _cancel(self, nodes: Iterable[Node]) -> None:
+        """Take those of these nodes that are being extended off their trees."""
+        nodes = [node for node in nodes if node.in_flight]
+        if nodes:
+            self.scheduler.cancel(nodes)
+
+    def _give_up(self, leave: Callable[[], None], error: BaseException) -> None:
+        """A call ends with an error: `leave` takes what it began off the trees. An interrupt may come at any moment."""
+        if isinstance(error, Exception | GeneratorExit):
+            leave()
+            return
+        try:
+            leave()
+            self.check_integrity()
+        except Exception:
+            self.reset()
+            leave()
+
+    def reset(self) -> None:
+        """Forget all keys and values and take everything under way off its tree; open trees keep their tokens.
+
+        What an interrupt (Ctrl-C) at the wrong moment left in disorder is in order again; the calls that sample do this
+        themselves where it is needed.
+        """
+        for tree in self._trees.values():
+            growth = self._growth_of(tree)
+            for node in tree.root.walk():
+                node.kv = None
+                for child in [child for child in node.children if child.in_flight]:
+                    node.children.remove(child)
+                    child.in_flight, child.dropped = False, True
+                    if growth is not None:
+                        growth.lost(child)
+        counters, index = self.scheduler.counters, self.cache.index
+        self.cache.pool.free_all()
+        self._begin(self.scheduler.runner)
+        self.scheduler.counters = counters
+        self.cache.index.hits, self.cache.index.evicted = index.hits, index.evicted
+        self._prompt_pages = sum(pages_for(tree.prompt_len) for tree in self._trees.values())
 
     def _report(self, node: Node) -> None:
         """Tell the search that grows a node's tree, if any, that the branch ended."""
@@ -260,6 +344,10 @@ class EngineCore:
         Cached keys and values of the old weights are given up; tokens and log-probs stay. What is grown further is
         computed anew with the new weights.
         """
+        if self.model.dtype != self.cache.pool.dtype:
+            raise ValueError(
+                f"the model is {self.model.dtype} now, the engine's pool {self.cache.pool.dtype}; make a new Engine"
+            )
         self._drop_all_kv()
         if self.shadow is not None:
             self.shadow.refresh()
@@ -270,7 +358,7 @@ class EngineCore:
     def _check_weights(self) -> None:
         if not self._weights.is_current():
             raise StaleWeights(
-                "the parameters were changed since the last call, or adapters switched on or off; "
+                "the parameters were changed since the last call, hooks added or removed, or adapters switched; "
                 "call engine.weights_changed() after every update"
             )
 

@@ -39,4 +39,5 @@ def truncate(scheduler: Scheduler, nodes: Iterable[Node], version: int) -> list[
             scheduler.waiting.remove(branch)
             ended.append(branch.node.fill(*branch.kept, finish="abort", version=version))
             branch.node.in_flight = False
+    scheduler.drop_idle_fills()
     return ended

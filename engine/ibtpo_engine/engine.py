@@ -67,8 +67,9 @@ class Engine(EngineCore):
         try:
             while any(node.in_flight for node in nodes):
                 self._step(MOST_STEPS)
-        except BaseException:
-            self.scheduler.cancel(nodes)
+                self._raise_failed(nodes)
+        except BaseException as error:
+            self._give_up(lambda: self._cancel(nodes), error)
             raise
         return nodes
 
@@ -110,11 +111,14 @@ class Engine(EngineCore):
         try:
             while follower.watches:
                 self._check_weights()  # the caller had a turn
+                self._raise_failed(nodes)  # also what a step of others met
                 if any(node.in_flight for node in nodes):
                     self._step()
+                    self._raise_failed(nodes)
                 yield from follower.events()
-        finally:
-            self.scheduler.cancel(nodes)
+        except BaseException as error:
+            self._give_up(lambda: self._cancel(nodes), error)
+            raise
 
     def abort(self, nodes: Iterable[Node], *, keep: bool = False) -> None:
         """End branches that are being extended, between two steps: from the body of a `stream`, a search or a reward.
@@ -133,7 +137,7 @@ class Engine(EngineCore):
         for node in truncate(self.scheduler, nodes, self.version) if keep else []:
             self._report(node)
         nodes = [node for node in nodes if node.in_flight]
-        self.scheduler.cancel(nodes)
+        self._cancel(nodes)
         for node in nodes:
             growth = self._growth_of(node.tree)
             if growth is not None:
@@ -168,19 +172,21 @@ class Engine(EngineCore):
         children = [attach(node, suffix) for suffix in tokens]
         for child, suffix in zip(children, tokens, strict=True):
             self.scheduler.submit(given_branch(child, suffix))
-        done = False
         try:
             while any(child.in_flight for child in children):
                 self._step()
                 for child in children if not keep else []:  # its pages may be what the next one waits for
                     if not (child.in_flight or child.dropped):
                         child.drop()
-            done = True
-        finally:
-            self.scheduler.cancel(children)
-            for child in children:
-                if not ((done and keep) or child.dropped):
+        except BaseException as error:
+
+            def drop() -> None:
+                self._cancel(children)
+                for child in [child for child in children if not child.dropped]:
                     child.drop()
+
+            self._give_up(drop, error)
+            raise
         return [
             Score(tokens=child.tokens, logprob=child.logprob_raw, entropy=child.entropy, node=child if keep else None)
             for child in children
@@ -205,7 +211,8 @@ class Engine(EngineCore):
             sampling: how branches are sampled.
             reward: grades a finished leaf; a future lets the other trees go on meanwhile.
             keys: names of the trees' random numbers, one a prompt.
-            budget: of each tree; `BudgetSpent` is raised in its search alone, which ends there unless it is caught.
+            budget: of each tree; `BudgetSpent`, like `NoTokenAllowed`, is raised in its search alone, which ends there
+                unless it is caught, and is what the tree was `ended_by`.
 
         Yields:
             (index of the prompt, its tree) as the trees are done; a tree is closed by then, its tokens stay.
@@ -231,14 +238,16 @@ class Engine(EngineCore):
                     if not searches.open():
                         break
                 if not searches.growing:
-                    return
+                    break
                 self._advance(searches)
                 for index, tree in searches.resume(self._has_room, self.max_branches if self._is_half_free() else 0):
                     yield index, tree
                     self._check_weights()  # the caller had a turn
-        finally:
+        except BaseException as error:
             self._searches.remove(searches)
-            searches.close()
+            self._give_up(searches.close, error)
+            raise
+        self._searches.remove(searches)
 
     def _has_room(self) -> bool:
         return self.scheduler.num_branches < self.max_branches

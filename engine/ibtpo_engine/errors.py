@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ibtpo_engine.tree import Node
+
 
 class EngineError(RuntimeError):
     """Base class of the errors the engine raises on purpose."""
@@ -29,6 +34,19 @@ class BackendError(EngineError):
 
 class BudgetSpent(EngineError):
     """What is asked of a tree exceeds its budget."""
+
+
+class BranchFailed(EngineError):
+    """What a caller's mask, pause or decoder raised for one branch, on its way to whoever extends that branch.
+
+    Args:
+        node: the branch's node.
+        error: what was raised.
+    """
+
+    def __init__(self, node: Node, error: Exception) -> None:
+        super().__init__(f"{node!r}: {error}")
+        self.node, self.error = node, error
 
 
 class IntegrityError(EngineError):

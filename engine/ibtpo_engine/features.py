@@ -85,13 +85,15 @@ class FeatureTable:
             return None
         return features.shape
 
-    def follow(self, slots: SlotIds, code: SlotIds, length: Ints, last_token: list[int]) -> BaseException | None:
+    def follow(
+        self, slots: SlotIds, code: SlotIds, length: Ints, last_token: list[int]
+    ) -> list[tuple[int, BaseException]]:
         """Look for stop strings after a token was recorded in each slot; writes the `code` of those that end.
 
         Returns:
-            What `decode` raised, if it did: to be raised again once the step is accounted for.
+            (slot, what `decode` raised there): to be raised again once the step is accounted for.
         """
-        error: BaseException | None = None
+        errors: list[tuple[int, BaseException]] = []
         for i, slot in enumerate(slots.tolist()):
             features = self.by_slot.get(slot)
             if features is None or features.watch is None:
@@ -99,8 +101,8 @@ class FeatureTable:
             try:
                 found = features.watch.push(last_token[i])
             except BaseException as raised:
-                error = raised
+                errors.append((slot, raised))
                 continue
             if found is not None and code[i] != STOP and length[slot] >= features.may_stop_at:
                 code[i], features.stopped_by = STOP, found
-        return error
+        return errors

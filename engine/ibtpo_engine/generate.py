@@ -17,7 +17,8 @@ def independent(n: int) -> Callable[[Tree], Generator[Sequence[Node], list[Node]
         raise ValueError(f"n={n} must be at least 1 trajectory a prompt")
 
     def search(tree: Tree) -> Generator[Sequence[Node], list[Node], None]:
-        yield tree.root.fork(n)
+        tree.notes["branches"] = branches = tree.root.fork(n)
+        yield branches
 
     return search
 
@@ -27,7 +28,7 @@ def in_order(trees: Iterator[tuple[int, Tree]]) -> Iterator[list[Node]]:
     early: dict[int, list[Node]] = {}
     turn = 0
     for index, tree in trees:
-        early[index] = tree.leaves()
+        early[index] = tree.notes["branches"]
         while turn in early:
             yield early.pop(turn)
             turn += 1

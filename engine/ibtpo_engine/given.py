@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +24,10 @@ from ibtpo_engine.randomness import mix
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.slots import Ints, Outputs, Slots
 from ibtpo_engine.tree import Node
-from ibtpo_kernels import linear_logprob
+from ibtpo_kernels import linear_logprob, sample, sampled_logprob
+
+if TYPE_CHECKING:
+    from ibtpo_engine.runner import Runner
 
 Floats = npt.NDArray[np.float32]
 
@@ -94,12 +98,12 @@ def given_branch(node: Node, tokens: Ints) -> Branch:
     return Branch(node, Sampling(), node.start + len(tokens), kept=kept, is_given=True)
 
 
-def record_scores(slots: Slots, head: Tensor, fill: Fill, depths: Ints, hidden: Tensor | None) -> None:
+def record_scores(slots: Slots, runner: Runner, fill: Fill, depths: Ints, hidden: Tensor | None) -> None:
     """Write the log-probs and entropies that a chunk of a given branch decides into its slot.
 
     Args:
         slots: where the branch has its slot.
-        head: [V, H].
+        runner: its model's head is used; with `parity="bitwise"` the numbers have the bits of sampled ones.
         fill: the branch's.
         depths: int32 [c], the rows just run.
         hidden: [c, H], their final hidden states; None if there are none.
@@ -113,6 +117,12 @@ def record_scores(slots: Slots, head: Tensor, fill: Fill, depths: Ints, hidden: 
         states.append(hidden)
     state = torch.cat(states)
     target = torch.from_numpy(fill.tokens[columns].astype(np.int64)).to(state.device)
-    logprob, entropy = linear_logprob(state, head, torch.arange(len(state), device=state.device), target)
+    rows = torch.arange(len(state), device=state.device)
+    if runner.parity == "bitwise":
+        logits = runner.logits(state)
+        logprob, _ = sampled_logprob(logits, rows, target, temperature=1.0)
+        entropy = sample(logits, torch.zeros(len(rows), 2, dtype=torch.int64, device=state.device), temperature=1.0)[3]
+    else:
+        logprob, entropy = linear_logprob(state, runner.model.head, rows, target)
     slots.logprob[branch.slot, columns] = slots.logprob_raw[branch.slot, columns] = logprob.float().cpu().numpy()
     slots.entropy[branch.slot, columns] = entropy.float().cpu().numpy()

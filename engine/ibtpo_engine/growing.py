@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from ibtpo_engine.errors import BudgetSpent
+from ibtpo_engine.errors import BudgetSpent, EngineError, NoTokenAllowed
 from ibtpo_engine.tree import Node, Tree
 
 
@@ -32,7 +32,7 @@ class Ahead:
 Growth = Generator["Sequence[Node] | Ahead | Future[Any]", list[Node], None]
 """Yields branches to be extended and receives them finished; a future is waited for, and nothing is received for it."""
 Search = Callable[[Tree], Growth]
-Reward = Callable[[Tree, Node], "float | Future[float]"]
+Reward = Callable[[Tree, Node], "float | Future[Any] | None"]
 
 
 class Growing:
@@ -56,7 +56,7 @@ class Growing:
         self.stirred = stirred
         self.generator: Growth | None = None
         self.nodes: list[Node] = []
-        self.rewards: dict[Node, Future[float]] = {}
+        self.rewards: dict[Node, Future[float | None]] = {}
         self.done = False
         self.turns = 0
         self.submitted = True
@@ -64,18 +64,40 @@ class Growing:
         self._until: list[Node] = []
         self._waits_for = 0  # how many of `_until` are under way
         self._gate: Future[Any] | None = None
+        self._error: Exception | None = None  # what the search is told instead of what it waits for
 
     def ask(self) -> None:
         """Send into the search what it waited for (it begins at the first call); take what it wants extended next."""
         self.turns += 1
-        try:
-            if self.generator is None:
-                self.generator = self.search(self.tree)
-                self._take(next(self.generator))
-            else:
-                self._take(self.generator.send(self._until))
-        except (StopIteration, BudgetSpent):
+        error, self._error = self._error, None
+        if self.generator is None:
+            generator = self.search(self.tree)
+            if not isinstance(generator, Generator):
+                raise TypeError(f"a search is a generator function; this one returned {generator!r}")
+            self.generator = generator
+            self._resume(lambda generator: next(generator))
+        elif self.tree.closed:
             self._end()
+        elif error is not None:
+            self._resume(lambda generator: generator.throw(error))
+        else:
+            self._resume(lambda generator: generator.send(self._until))
+
+    def _resume(self, go: Callable[[Growth], Sequence[Node] | Ahead | Future[Any]]) -> None:
+        """Give the search its turn; it ends with its function, its tree, or an error that was its tree's alone."""
+        assert self.generator is not None
+        try:
+            asked = go(self.generator)
+        except StopIteration:
+            self._end()
+        except (BudgetSpent, NoTokenAllowed) as error:
+            self.tree.ended_by = error
+            self._end()
+        else:
+            if self.tree.closed:
+                self._end()
+            else:
+                self._take(asked)
 
     def refuse(self, error: BudgetSpent) -> None:
         """The tree's budget does not hold the round asked for: tell the search, which ends or asks for less."""
@@ -83,17 +105,22 @@ class Growing:
         self._under_way.difference_update(self.nodes)
         for node in self.nodes:
             node.drop()
-        try:
-            self._take(self.generator.throw(error))
-        except (StopIteration, BudgetSpent):
-            self._end()
+        self._resume(lambda generator: generator.throw(error))
+
+    def fail(self, node: Node, error: Exception) -> None:
+        """A branch could not go on and is off the tree: the search is told next."""
+        self.lost(node)
+        self._error = error
+        self.stirred[self.tree.ordinal] = self
 
     def _take(self, asked: Sequence[Node] | Ahead | Future[Any]) -> None:
         self._gate = asked if isinstance(asked, Future) else None
         if isinstance(asked, Future):
             asked = Ahead([], [])
+        if isinstance(asked, Node | str) or not isinstance(asked, Ahead | Iterable):
+            raise TypeError(f"a search yields a list of nodes, an Ahead or a future; this one yielded {asked!r}")
         asked = asked if isinstance(asked, Ahead) else Ahead(asked, asked)
-        self.nodes, self._until = list(asked.extend), list(asked.until)
+        self.nodes, self._until = list(asked.extend), [node for node in asked.until if not node.dropped]
         if any(node.tree is not self.tree for node in [*self.nodes, *self._until]):
             raise ValueError("a search may yield nodes of its own tree only; use engine.extend for others")
         self._under_way.update(self.nodes)
@@ -103,12 +130,18 @@ class Growing:
         self.submitted = False
 
     def _end(self) -> None:
+        assert self.generator is not None
+        self.generator.close()
         self.nodes, self._until, self._waits_for, self._gate, self.done = [], [], 0, None, True
         self.submitted = True
 
     def told(self) -> None:
         """The engine knows of what was asked for."""
         self.submitted = True
+        self.stirred[self.tree.ordinal] = self
+
+    def tree_closed(self) -> None:
+        """Its tree was closed, by whomever: the search ends."""
         self.stirred[self.tree.ordinal] = self
 
     def finished(self, node: Node) -> None:
@@ -121,7 +154,7 @@ class Growing:
             node.reward = graded
 
     def lost(self, node: Node) -> None:
-        """A branch was aborted and is off the tree; the search does not hear of it."""
+        """A branch was aborted, or its tree closed, and is off the tree; the search does not hear of it."""
         if node in self._under_way:
             self._leaves(node)
             if node in self._until:
@@ -142,14 +175,19 @@ class Growing:
 
     def awaited(self) -> list[Future[Any]]:
         """What it waits for besides branches: rewards, and the future it asked for."""
+        if self.tree.closed:
+            return []
         return [*self.rewards.values(), *([] if self._gate is None else [self._gate])]
 
     def is_ready(self) -> bool:
         """Is all that the search asked for submitted, and all that it waits for finished and graded?"""
+        if self.tree.closed or self._error is not None:
+            return self.submitted
         if self._waits_for or not self.submitted or not (self._gate is None or self._gate.done()):
             return False
         for node in [node for node, future in self.rewards.items() if future.done()]:
-            node.reward = float(self.rewards.pop(node).result())
+            reward = self.rewards.pop(node).result()
+            node.reward = reward if reward is None else float(reward)
         return not (self.rewards and any(node in self.rewards for node in self._until))
 
 
@@ -200,7 +238,11 @@ class Searches:
         key = None if self._keys is None else next(self._keys, None)
         if self._keys is not None and key is None:
             raise ValueError(f"run: no key is left for prompt {index}; give one key a prompt")
-        tree = self._open_tree(prompt, key)
+        try:
+            tree = self._open_tree(prompt, key)
+        except (EngineError, ValueError) as error:
+            error.add_note(f"(prompt {index} of the run)")
+            raise
         growth = self.growing[tree.ordinal] = Growing(index, tree, self._search, self._reward, self._stirred)
         growth.ask()
         self._tell(growth)

@@ -168,7 +168,7 @@ class HttpBackend:
 def _parsed(text: bytes) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BackendError(f"the server's answer is not JSON: {text[:80]!r}; is this a completions server?") from None
 
 
@@ -178,7 +178,7 @@ def _message(text: bytes) -> str:
         said = json.loads(text)
         said = said.get("error", said)
         return str(said.get("message", said))[:300]
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return text[:300].decode(errors="replace")
 
 

@@ -100,7 +100,7 @@ def _check_branches(nodes: list[Node], scheduler: Scheduler) -> None:
         _require(branch.node.start < length < limit, f"{branch.node!r} runs at depth {length} of {limit}")
         _check_row(branch.node.parent, branch.kv, slots.table[branch.slot].tolist(), scheduler)
     for fill in scheduler.fills.values():
-        _require(fill.kv.computed <= fill.start + len(fill.tokens), f"{fill.node!r} is filled past its end")
+        _require(fill.computed <= fill.start + len(fill.tokens), f"{fill.node!r} is filled past its end")
         _check_row(fill.node.parent, fill.kv, slots.table[fill.slot].tolist(), scheduler)
 
 

@@ -177,6 +177,8 @@ def _rope(raw: dict[str, Any], source: str) -> RopeConfig:
         if not isinstance(raw.get(name) or {}, dict):
             raise CheckpointError(f"{source}: {name} = {raw[name]!r} must be an object.")
         settings |= raw.get(name) or {}
+    if nested := [name for name, value in settings.items() if isinstance(value, dict)]:
+        raise CheckpointError(f"{source}: rope settings of their own for {nested} are not supported.")
     kind = settings.get("rope_type", settings.get("type", "default"))
     settings.setdefault("rope_theta", raw.get("rope_theta"))
     settings.setdefault("partial_rotary_factor", raw.get("partial_rotary_factor"))

@@ -61,11 +61,11 @@ class PagePool:
             "dtype": dtype,
             "device": device,
         }
+        self.dtype = dtype
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.restore_memory()
         self.num_pages = num_pages
-        self.refs = [0] * num_pages  # a list: pages are counted one by one
-        self._free = list(range(num_pages - 1, -1, -1))
+        self.free_all()
         self.copied = 0
 
     def restore_memory(self) -> None:
@@ -85,6 +85,11 @@ class PagePool:
         if self.layers:
             self.layers = []
             del self._memory, self.keys, self.values, self._bytes
+
+    def free_all(self) -> None:
+        """Take every page from whoever owns it."""
+        self.refs = [0] * self.num_pages  # a list: pages are counted one by one
+        self._free = list(range(self.num_pages - 1, -1, -1))
 
     @property
     def num_free(self) -> int:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ibtpo_engine.errors import BranchFailed
+
 if TYPE_CHECKING:
     from ibtpo_engine.branches import Branch
     from ibtpo_engine.scheduler import Scheduler
@@ -151,9 +153,15 @@ class Pauses:
         """Ask `pause` after each token of a branch just submitted."""
         self._asked.append(_Asked(branch, pause))
 
+    def _wants_to_pause(self, asked: _Asked) -> bool:
+        try:
+            return asked.wants_to_pause(self.scheduler)
+        except Exception as error:
+            raise BranchFailed(asked.branch.node, error) from error
+
     def due(self, version: int) -> Iterator[Node]:
         """Pause the branches that want to, one by one: a predicate that raises leaves those before it paused."""
         self._asked = [asked for asked in self._asked if asked.branch.node.in_flight]
         for asked in self._asked:
-            if asked.branch.node.in_flight and asked.wants_to_pause(self.scheduler):
+            if asked.branch.node.in_flight and self._wants_to_pause(asked):
                 yield self.scheduler.end(asked.branch, None, version)

@@ -116,11 +116,15 @@ class Roster:
             for child in [child for child in fill.children if id(child.node) in doomed]:
                 fill.children.remove(child)
                 self._abandon(child)
-            if fill.branch is None and not fill.children:
-                self._drop_fill(key)
+        self.drop_idle_fills()
         for branch in [branch for branch in self.waiting if id(branch.node) in doomed]:
             self.waiting.remove(branch)
             self._abandon(branch)
+
+    def drop_idle_fills(self) -> None:
+        """Drop fills that no branch belongs to, after some were taken away: one that still waits begins it anew."""
+        for key in [key for key, fill in self.fills.items() if fill.branch is None and not fill.children]:
+            self._drop_fill(key)
 
     def preempt_all(self) -> None:
         """Stop everything under way; keys and values are given back, tokens kept and filled again later."""

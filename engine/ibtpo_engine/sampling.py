@@ -50,12 +50,12 @@ class Sampling:
     pause: Pause | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"Sampling.temperature: {self.temperature} must be at least 0")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"Sampling.temperature: {self.temperature} must be at least 0, and finite")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"Sampling.top_p: {self.top_p} lies outside (0, 1]")
-        if self.top_k < 0:
-            raise ValueError(f"Sampling.top_k: {self.top_k} must be at least 0 (0 keeps all)")
+        if not 0 <= self.top_k < 1 << 31:
+            raise ValueError(f"Sampling.top_k: {self.top_k} lies outside [0, 2^31) (0 keeps all)")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"Sampling.min_p: {self.min_p} lies outside [0, 1]")
         if self.max_tokens < 1:

@@ -18,6 +18,7 @@ import torch
 
 from ibtpo_engine.branches import Branch, Chunk, Fill, chunk_rows
 from ibtpo_engine.cache import PageCache, is_computed
+from ibtpo_engine.errors import BranchFailed
 from ibtpo_engine.given import record_scores
 from ibtpo_engine.pages import PAGE, pages_for
 from ibtpo_engine.roster import Roster, SlotIds
@@ -46,6 +47,7 @@ class Scheduler(Roster):
         self.runner = runner
         self.max_branches = max_branches
         self.fill_tokens = fill_tokens
+        self.failures: list[BranchFailed] = []  # of branches whose step was taken; whoever reads them takes them out
         self._planned: SlotIds | None = None  # the running slots that the runner's plan is for
 
     # ---- what the engine calls -------------------------------------------------------------------------------
@@ -53,7 +55,7 @@ class Scheduler(Roster):
     @property
     def num_rows(self) -> int:
         """About how many rows the next step runs."""
-        filling = sum(fill.end - fill.kv.computed for fill in self.fills.values())
+        filling = sum(fill.end - fill.computed for fill in self.fills.values())
         return len(self.running) + min(filling, self.fill_tokens)
 
     @property
@@ -309,10 +311,10 @@ class Scheduler(Roster):
             row += len(chunk)
             if fill.branch is not None and fill.branch.is_given and (len(chunk) or fill.end == fill.start):
                 rows = None if hidden is None else hidden[row - len(chunk) : row]
-                record_scores(self.slots, self.runner.model.head, fill, chunk.depths(), rows)
+                record_scores(self.slots, self.runner, fill, chunk.depths(), rows)
             if len(chunk):
-                fill.kv.computed = max(fill.kv.computed, chunk.end)
-            if fill.kv.computed < fill.end or (len(chunk) == 0 and fill.branch is None):
+                fill.reached(chunk.end)
+            if fill.computed < fill.end or (len(chunk) == 0 and fill.branch is None):
                 continue
             if fill.branch is not None:
                 del self.fills[id(fill.branch)]
@@ -372,12 +374,15 @@ class Scheduler(Roster):
         """Let started branches join the running ones, then take out those that finished."""
         for branch in started:
             self._join(branch)
-        error = self.slots.follow(chosen, code) if self.slots.features else None
+        errors = self.slots.follow(chosen, code) if self.slots.features else []
+        failed = [(self.running[slot].node, error) for slot, error in errors]
         ends = np.flatnonzero(code)
         coded = zip(chosen[ends].tolist(), code[ends].tolist(), strict=True)
         finished = self._end_all([(self.running[slot], what) for slot, what in coded], version)
-        if error is not None:
-            raise error
+        for node, error in failed:
+            if not isinstance(error, Exception):
+                raise error
+            self.failures.append(BranchFailed(node, error))
         return finished
 
     def _end_all(self, ended: list[tuple[Branch, int]], version: int) -> list[Node]:

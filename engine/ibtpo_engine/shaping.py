@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ibtpo_engine.errors import NoTokenAllowed
+from ibtpo_engine.errors import BranchFailed, NoTokenAllowed
 from ibtpo_engine.masks import MaskCursor
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.tree import Node
@@ -89,7 +89,10 @@ def sample_shaped(
         rows = torch.tensor([row for row, _, _ in shapes], device=logits.device)
         model = logits[rows]
         for row, shape, tokens in shapes:
-            shape.apply(logits[row], tokens)
+            try:
+                shape.apply(logits[row], tokens)
+            except Exception as error:
+                raise BranchFailed(shape.node, error) from error
     token, logprob, logprob_raw, entropy = sample(
         logits, keys, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p
     )

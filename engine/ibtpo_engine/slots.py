@@ -147,7 +147,7 @@ class Slots:
         tokens, *floats = (getattr(self, name)[slot, :n].copy() for name in self.OUTPUTS)
         return (tokens, *floats)
 
-    def follow(self, slots: npt.NDArray[np.int64], code: npt.NDArray[np.int64]) -> BaseException | None:
+    def follow(self, slots: npt.NDArray[np.int64], code: npt.NDArray[np.int64]) -> list[tuple[int, BaseException]]:
         """After `record`: see `FeatureTable.follow`."""
         last = self.tokens[slots, self.length[slots] - self.start[slots] - 1]
         return self.features.follow(slots, code, self.length, last.tolist())
@@ -159,14 +159,15 @@ class Slots:
             shape = self.features.shape(slot, int(self.length[slot]))
             if shape is not None:
                 shapes.append((i, shape, self.tokens[slot, : self.length[slot] - self.start[slot]]))
+        keys = np.stack([self.stream[slots], self.length[slots].astype(np.int64)], 1)
         drawn = sample_shaped(
             logits,
-            torch.from_numpy(np.stack([self.stream[slots], self.length[slots].astype(np.int64)], 1)),
+            torch.from_numpy(keys).to(logits.device),
             shapes,
-            temperature=torch.from_numpy(self.temperature[slots]),
-            top_p=torch.from_numpy(self.top_p[slots]),
-            top_k=torch.from_numpy(self.top_k[slots]),
-            min_p=torch.from_numpy(self.min_p[slots]),
+            temperature=torch.from_numpy(self.temperature[slots]).to(logits.device),
+            top_p=torch.from_numpy(self.top_p[slots]).to(logits.device),
+            top_k=torch.from_numpy(self.top_k[slots]).to(logits.device),
+            min_p=torch.from_numpy(self.min_p[slots]).to(logits.device),
         )
         return (part.cpu().numpy() for part in drawn)
 
@@ -195,6 +196,8 @@ class Slots:
 
 
 def _widen(array: npt.NDArray[Number], width: int, *, fill: int) -> npt.NDArray[Number]:
-    wide = np.full((array.shape[0], width), fill, array.dtype)
+    wide = np.zeros((array.shape[0], width), array.dtype)  # costs no memory before it is written to
+    if fill:
+        wide.fill(fill)
     wide[:, : array.shape[1]] = array
     return wide

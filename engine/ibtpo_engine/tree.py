@@ -16,6 +16,7 @@ keys or values: the engine attaches its pages to ``node.kv`` and the tree only t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from operator import index
 from typing import Any, Self
 
 import numpy as np
@@ -77,6 +78,11 @@ class Node:
         self.kv: Any = None  # the engine's; opaque here
         self.mask: Any = None  # the engine's: where the end of this node is in the grammar it was sampled with
         self.notes: dict[str, Any] = {}  # the search's scratch space
+
+    def __getstate__(self) -> tuple[None, dict[str, Any]]:
+        """For copies and other processes: tokens and numbers, without what belongs to the engine."""
+        state = {name: getattr(self, name) for name in self.__slots__}
+        return None, state | {"kv": None, "mask": None, "in_flight": False}
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -144,6 +150,7 @@ class Node:
         Raises:
             ValueError: `at` lies outside [0, len(self)], or is 0 on the root.
         """
+        at = index(at)
         if not 0 <= at <= len(self.tokens):
             raise ValueError(f"split: at={at} lies outside [0, {len(self.tokens)}] of {self!r}")
         if at == len(self.tokens):
@@ -186,6 +193,7 @@ class Node:
         """
         if n < 1:
             raise ValueError(f"fork: n={n} must be at least 1")
+        at = at if at is None else index(at)
         if self.is_pending:
             raise ValueError(f"fork: {self!r} has no tokens yet; extend it first")
         if self.dropped:
@@ -215,7 +223,7 @@ class Node:
             raise ValueError(f"resume: what follows {self!r} is there already; fork it for another branch")
         check_nodes(self.tree, 1)
         child = Node(self.tree, self, self.end, self.stream)
-        child.forks = self.forks  # one stream, one count of forks
+        child.birth, child.forks = self.birth, self.forks  # one stream, one count of forks
         self.children.append(child)
         return child
 
@@ -280,6 +288,11 @@ class Tree:
         ordinal: place among the trees of an engine; neighbours are batched side by side.
         budget: what the tree may take at most; None sets no bounds.
         on_close: called once with the tree when it is closed (the engine takes its pages back).
+
+    Attributes:
+        closed: have its pages been given back?
+        ended_by: the error that ended its search before its time, where that was the tree's own: `BudgetSpent`,
+            `NoTokenAllowed`; else None.
     """
 
     def __init__(
@@ -303,6 +316,7 @@ class Tree:
         self._serials = 0
         self._on_close = on_close
         self.closed = False
+        self.ended_by: Exception | None = None
         self.root = Node(self, None, 0, mix(seed, key, -1))
         nothing = np.zeros(len(prompt), np.float32)
         self.root.fill(prompt, nothing, nothing, nothing, finish=None)
@@ -331,11 +345,17 @@ class Tree:
         return pack_tree(self)
 
     def close(self) -> None:
-        """Give the tree's pages back; tokens and log-probs stay readable. Closing twice is fine."""
+        """Give the tree's pages back; tokens and log-probs stay readable. Closing twice is fine.
+
+        Branches that are being extended leave the tree, and a search that grows it ends there.
+        """
         if not self.closed:
-            self.closed = True
             if self._on_close is not None:
                 self._on_close(self)
+            self.closed = True  # now: what was interrupted is closed again
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_on_close": None, "closed": True}  # a copy, as in another process, belongs to no engine
 
     def __enter__(self) -> Self:
         return self
