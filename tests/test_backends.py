@@ -30,6 +30,7 @@ from ibtpo_engine import (
     Node,
     Sampling,
     Tree,
+    http_backend,
 )
 
 PROMPTS = [prompt_of(9 + i, seed=i) for i in range(5)]
@@ -343,6 +344,16 @@ def first(response: dict[str, Any]) -> dict[str, Any]:
     [
         (lambda r: first(r).pop("token_ids"), "no token ids.*return_token_ids"),
         (lambda r: first(r).update(token_ids=["a"] * 3), "no integers"),
+        (lambda r: first(r).update(token_ids="567"), "no integers"),
+        (lambda r: first(r)["token_ids"].__setitem__(0, 6.7), "no integers"),
+        (lambda r: first(r)["token_ids"].__setitem__(0, -6), "no integers from 0 on"),
+        (lambda r: first(r)["token_ids"].__setitem__(0, 1 << 40), "no integers from 0 on"),
+        (lambda r: first(r).update(logprobs=[-1.0, -2.0]), "logprobs that are no object"),
+        (lambda r: first(r).update(logprobs="none"), "logprobs that are no object"),
+        (lambda r: first(r)["logprobs"]["token_logprobs"].__setitem__(0, math.nan), "outside"),
+        (lambda r: first(r)["logprobs"]["token_logprobs"].__setitem__(0, -math.inf), "outside"),
+        (lambda r: first(r)["logprobs"]["token_logprobs"].__setitem__(0, 3.5), "outside"),
+        (lambda r: first(r)["logprobs"]["token_logprobs"].__setitem__(0, -(10**400)), "outside"),
         (lambda r: first(r).update(logprobs=None), "no log-prob.*logprobs=1"),
         (lambda r: first(r)["logprobs"]["token_logprobs"].__setitem__(0, None), "no log-prob"),
         (lambda r: first(r)["logprobs"]["token_logprobs"].append(-1.0), "log-probs for"),
@@ -366,6 +377,54 @@ def test_an_answer_that_is_not_a_sampled_branch_is_refused(twist: Callable[[Any]
             with pytest.raises(BackendError, match=message):
                 trees.extend(tree.root.fork(), SAMPLING)
             assert tree.root.children == []
+
+
+@pytest.mark.parametrize("indices", [[None, None], [0, 0], [0, 2], ["0", "1"], [0, True]])
+def test_choices_that_are_not_told_apart_are_refused(indices: list[Any]) -> None:
+    def twist(response: dict[str, Any]) -> None:
+        for choice, index in zip(response["choices"], indices, strict=True):
+            choice["index"] = index
+
+    with serving(EngineBackend(engine()), twist) as server, connect(server, siblings="together") as backend:
+        trees = BackendEngine(backend)
+        with trees.tree(PROMPTS[0]) as tree, pytest.raises(BackendError, match="numbered its 2 choices"):
+            trees.extend(tree.root.fork(2), SAMPLING)
+
+
+def test_an_answer_nested_too_deep_is_no_json() -> None:
+    with pytest.raises(BackendError, match="is not JSON"):
+        http_backend._parsed(b"[" * 200_000)
+
+
+def test_seeds_least_lengths_and_pauses_over_a_backend() -> None:
+    """`Sampling.seed` names the numbers of a whole call, siblings still differ; `min_tokens` counts from the prompt."""
+    sampling = Sampling(max_tokens=20, min_tokens=12, stop_tokens=tuple(range(2, 30)), seed=5)
+    grown = []
+    for seed in (0, 1):
+        trees = BackendEngine(EngineBackend(Engine(MODEL, kv_tokens=8192, seed=7)), seed=seed)
+        with trees.tree(PROMPTS[0], key=seed) as tree:
+            nodes = trees.extend(tree.root.fork(3), sampling)
+            below = trees.extend([*nodes[0].fork(2, at=6), *nodes[1].fork(2, at=11)], sampling)
+            grown.append([node.tokens.tolist() for node in [*nodes, *below]])
+            assert all(12 <= leaf.end - tree.prompt_len <= 20 for leaf in tree.leaves())
+            with pytest.raises(ValueError, match=r"Sampling\.pause"):
+                trees.extend(tree.root.fork(), Sampling(pause=lambda tokens, new: True))
+    assert grown[0] == grown[1] and len(set(map(tuple, grown[0]))) == 7
+    local = EngineBackend(engine())
+    [row] = local.extend([PROMPTS[0]], 3, sampling=Sampling(max_tokens=9, seed=5), seeds=[[1, 2, 3]])
+    assert len({tuple(completion.tokens) for completion in row}) == 3
+    with pytest.raises(ValueError, match=r"Sampling\.pause"):
+        local.extend([PROMPTS[0]], 1, sampling=Sampling(pause=lambda tokens, new: True), seeds=[[1]])
+
+
+def test_a_tree_closed_by_a_reward_ends_its_search_over_a_backend_too() -> None:
+    trees = BackendEngine(EngineBackend(engine()))
+
+    def reward(tree: Tree, leaf: Node) -> float:
+        tree.close()
+        return 1.0
+
+    assert sorted(dict(trees.run(forks, PROMPTS[:3], SAMPLING, reward=reward))) == [0, 1, 2]
 
 
 def _stop_at(choice: dict[str, Any], token: int) -> None:

@@ -215,6 +215,7 @@ def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, ("sliding-window",)),
         ({"rope_parameters": {"rope_theta": -1.0}}, ("rope_theta", "-1")),
         ({"rope_parameters": [1]}, ("rope_parameters",)),
+        ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, ("rope settings", "full_attention")),
         ({"num_key_value_heads": 3}, ("4 attention heads", "multiple", "3 key-value heads")),
         ({"head_dim": 7}, ("head_dim", "7", "even")),
         ({"num_attention_heads": 0, "head_dim": None}, ("num_attention_heads", "0")),
@@ -290,9 +291,25 @@ def test_generation_config_adds_stop_tokens(folder: Path, named: object, stops: 
     assert stop_tokens(folder, load_tokenizer(folder)) == stops
 
 
-def test_without_a_generation_config_the_tokenizers_end_stops(folder: Path) -> None:
+@pytest.mark.parametrize(("named", "stops"), [(None, (2,)), (7, (2, 7)), ([2, 5, 7], (2, 5, 7))])
+def test_without_a_generation_config_the_models_config_adds_them(
+    folder: Path, named: object, stops: tuple[int, ...]
+) -> None:
+    """As in `transformers`."""
     (folder / "generation_config.json").unlink(missing_ok=True)
-    assert stop_tokens(folder, load_tokenizer(folder)) == (2,)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": named}))
+    assert stop_tokens(folder, load_tokenizer(folder)) == stops
+
+
+def test_stop_tokens_may_come_from_the_config_alone(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.eos_token = None
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert stop_tokens(folder, tokenizer) == (7,)
+    (folder / "generation_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match='Add "eos_token_id" to generation_config.json'):
+        stop_tokens(folder, tokenizer)
 
 
 @pytest.mark.parametrize(

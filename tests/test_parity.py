@@ -311,6 +311,15 @@ def test_how_a_forest_is_packed_and_whether_gradients_are_wanted_cannot_be_seen(
         assert torch.equal(alone[node.start :], whole[first : first + len(node)])
 
 
+def test_scores_have_the_bits_of_what_was_sampled(model: Model) -> None:
+    engine = Engine(model, kv_tokens=4096, parity="bitwise", prefill_tokens=7)
+    with engine.tree(prompt_of(37)) as tree:
+        nodes = engine.extend(tree.root.fork(3), Sampling(max_tokens=20, temperature=0.7))
+        for node, score in zip(nodes, engine.score(tree, [node.tokens for node in nodes]), strict=True):
+            assert np.array_equal(score.logprob, node.logprob_raw)
+            assert np.array_equal(score.entropy, node.entropy)
+
+
 def test_gradients_are_those_of_fast_to_rounding() -> None:
     """Of the sum of log-probs over a tree, by every parameter."""
     model = tiny_model(hidden=104)

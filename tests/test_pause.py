@@ -197,6 +197,16 @@ def test_more_tokens_for_a_branch_that_ran_into_its_limit(model: Model) -> None:
     assert [*short.tokens, *rest.tokens] == whole.tokens.tolist()
 
 
+def test_a_branch_with_a_seed_of_its_own_is_resumed_as_well(model: Model) -> None:
+    engine = Engine(model, kv_tokens=8192)
+    [whole] = engine.extend(engine.tree(PROMPT).root.fork(), Sampling(max_tokens=30, seed=7))
+    [short] = engine.extend(engine.tree(PROMPT).root.fork(), Sampling(max_tokens=11, seed=7))
+    [more] = engine.extend([short.resume()], Sampling(max_tokens=20, seed=7))
+    [rest, beside] = engine.extend([more.resume(), *more.fork()], Sampling(max_tokens=30, seed=7))
+    assert [*short.tokens, *more.tokens, *rest.tokens] == whole.tokens.tolist()
+    assert beside.tokens.tolist() != rest.tokens.tolist()
+
+
 def test_what_cannot_be_resumed_is_refused(model: Model) -> None:
     engine = Engine(model, kv_tokens=8192)
     tree = engine.tree(PROMPT)

@@ -633,6 +633,12 @@ def test_generate_gives_n_trajectories_a_prompt_in_order_and_as_a_stream(model: 
     assert_idle(engine)
 
 
+def test_generate_gives_paused_trajectories_too(model: Model) -> None:
+    sampling = Sampling(max_tokens=25, pause=lambda tokens, new: new == 5)
+    [nodes] = engine_on(model).generate([PROMPT], sampling, n=3)
+    assert [(len(node), node.finish) for node in nodes] == [(5, None)] * 3
+
+
 def test_generate_without_keys_samples_anew_each_time(model: Model) -> None:
     engine = engine_on(model)
     [one], [two] = (list(engine.generate([PROMPT], Sampling(max_tokens=12), n=2)) for _ in range(2))
@@ -655,6 +661,9 @@ def test_generate_left_early_gives_everything_back(model: Model) -> None:
 @pytest.mark.parametrize(
     "field",
     [
+        {"temperature": math.inf},
+        {"temperature": math.nan},
+        {"top_k": 1 << 31},
         {"min_tokens": -1},
         {"min_tokens": 257},
         {"stop": "text"},

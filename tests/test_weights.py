@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
 from allocations import Allocations
-from engine_helpers import prompt_of, randomise, same, tiny_model
+from engine_helpers import prompt_of, randomise, same, save_checkpoint, tiny_model
 from torch import nn
 
 from ibtpo.config import OptimConfig
 from ibtpo.optim import MasterAdamW
-from ibtpo_engine import Engine, LoRA, Model, Node, Sampling, Shadow, StaleWeights
+from ibtpo_engine import Engine, LoRA, Model, Node, Sampling, Shadow, StaleWeights, borrow, load_model
 from ibtpo_engine.weights import SAMPLES, WeightWatch
 
 PROMPT = prompt_of(70)
@@ -88,6 +89,47 @@ def test_parameters_exchanged_added_or_removed_are_noticed(change: Callable[[Mod
     assert not watch.is_current()
     watch.renew()
     assert watch.is_current()
+
+
+def _hook(model: Model) -> None:
+    model.model.layers[1].mlp.register_forward_hook(lambda module, given, out: out * 2)
+
+
+def _hook_ahead(model: Model) -> None:
+    model.model.norm.register_forward_pre_hook(lambda module, given: given)
+
+
+@pytest.mark.parametrize("change", [_hook, _hook_ahead])
+def test_hooks_are_noticed_and_run_once_they_are_announced(change: Callable[[Model], None]) -> None:
+    """The native decoder would not call them."""
+    model, same_model = tiny_model(), tiny_model()
+    engine = Engine(model, kv_tokens=1024)
+    tree = engine.tree(PROMPT)
+    change(model)
+    with pytest.raises(StaleWeights, match="hooks added"):
+        engine.extend(tree.root.fork(), GREEDY)
+    engine.weights_changed()
+    change(same_model)
+    same(engine.extend(tree.root.fork(), GREEDY), grown(same_model)[:1])
+
+
+def test_another_type_of_the_weights_needs_another_engine() -> None:
+    model = tiny_model()
+    engine = Engine(model, kv_tokens=1024)
+    model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="pool torch.float32; make a new Engine"):
+        engine.weights_changed()
+
+
+def test_a_model_of_transformers_is_borrowed_and_never_taken_as_it_is(tmp_path: Path) -> None:
+    theirs = save_checkpoint(tmp_path, "qwen2")
+    with pytest.raises(TypeError, match=r"Qwen2ForCausalLM is no ibtpo_engine.Model; load_model.*borrow"):
+        Engine(theirs, kv_tokens=1024)  # type: ignore[arg-type]
+    engine = Engine(borrow(theirs), kv_tokens=1024)
+    same(grown(engine.model), grown(load_model(tmp_path)))
+    randomise(theirs, 5)
+    with pytest.raises(StaleWeights):
+        engine.extend(engine.tree(PROMPT).root.fork(), GREEDY)
 
 
 def test_every_parameter_is_sampled_whatever_its_strides() -> None:

@@ -296,6 +296,7 @@ class EngineCore:
                         growth.lost(child)
         counters, index = self.scheduler.counters, self.cache.index
         self.cache.pool.free_all()
+        self.scheduler.runner.forget()
         self._begin(self.scheduler.runner)
         self.scheduler.counters = counters
         self.cache.index.hits, self.cache.index.evicted = index.hits, index.evicted

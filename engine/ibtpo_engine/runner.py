@@ -88,6 +88,11 @@ class Runner:
         """The rows changed in kind: plan anew at the next `forward` or `decode`."""
         self._plan = self._chosen = None
 
+    def forget(self) -> None:
+        """The slots are others now."""
+        self._step = None
+        self.invalidate()
+
     def weights_changed(self) -> None:
         """Parameters may lie elsewhere now."""
         self._decoder = native_decoder(self.model, max_positions=(self.pool.num_pages + 1) * PAGE)

@@ -1,0 +1,340 @@
+"""What comes in the middle of something else: cuts, aborts, closings, errors and interrupts harm nobody else."""
+
+from __future__ import annotations
+
+import gc
+import pickle
+import random
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import pytest
+from engine_helpers import assert_idle, expected_tokens, prompt_of, tiny_model
+
+from ibtpo_engine import Ahead, Engine, Growth, Node, NoTokenAllowed, OutOfPages, Sampling, Tree
+
+MODEL = tiny_model(positions=1024)
+VOCABULARY = MODEL.config.vocab_size
+
+
+def right(nodes: Sequence[Node], sampling: Sampling) -> None:
+    """Assert that each token is the one that a forward pass over its path draws."""
+    for node in nodes:
+        np.testing.assert_array_equal(expected_tokens(MODEL, node, sampling), node.tokens)
+
+
+# ---- fills ---------------------------------------------------------------------------------------------------
+
+
+def test_a_node_may_be_cut_while_its_keys_are_computed_again() -> None:
+    sampling = Sampling(max_tokens=300)
+    engine = Engine(MODEL, kv_tokens=4000, prefill_tokens=32)
+    tree, other = engine.tree(prompt_of(3), key=1), engine.tree(prompt_of(3, seed=2), key=2)
+    [node] = engine.extend(tree.root.fork(), Sampling(max_tokens=200))
+    engine.weights_changed()
+    beside, below, late = other.root.fork(), node.fork(), []
+    for event in engine.stream([*beside, *below], sampling):
+        if event.node is beside[0] and engine.scheduler.fills and not late:
+            [fill] = engine.scheduler.fills.values()
+            assert fill.computed < 153 < fill.end
+            late = node.fork(at=150)
+    engine.extend([*late, *node.fork(2)], sampling)
+    right([node, *below, *late, *node.children], sampling)
+    [score] = engine.score(node, [below[0].tokens[:3]])
+    np.testing.assert_allclose(score.logprob, below[0].logprob_raw[:3], atol=1e-4)
+    engine.check_integrity()
+
+
+def test_a_prompt_may_be_cut_while_it_is_computed() -> None:
+    engine = Engine(MODEL, kv_tokens=4000, prefill_tokens=16)
+    tree, other = engine.tree(prompt_of(200), key=1), engine.tree(prompt_of(3), key=2)
+    engine.extend(other.root.fork(), Sampling(max_tokens=1))
+    first, late = tree.root.fork(), []
+    for event in engine.stream([*other.root.children[0].fork(), *first], Sampling(max_tokens=40)):
+        if event.node.tree is other and engine.scheduler.fills and not late:
+            late = tree.root.fork(at=100)
+    assert late
+    engine.extend(late, Sampling(max_tokens=20))
+    right([*first, *late], Sampling())
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_an_abort_that_keeps_leaves_no_fill_behind(deep: bool) -> None:
+    """The fill of a path whose last branch ended went on writing to pages that another tree had by then."""
+    engine = Engine(MODEL, kv_tokens=4000, prefill_tokens=16)
+    mine, others = engine.tree(prompt_of(3 if deep else 250, seed=3), key=1), engine.tree(prompt_of(300), key=9)
+    [above] = engine.extend(mine.root.fork(), Sampling(max_tokens=200 if deep else 2))
+    branch, beside = (above if deep else mine.root).fork(), others.root.fork(8)
+    seen, is_released, after = 0, False, 0
+    sampling = Sampling(max_tokens=400)
+    for event in engine.stream([*beside, *branch], sampling):
+        seen += event.node is branch[0] and not is_released
+        if seen == 5 and not is_released:
+            engine.release()
+            is_released = True
+        after += is_released and event.node is beside[0]
+        if after == 6 and not mine.closed:
+            assert engine.scheduler.fills, "its path is being computed again"
+            engine.abort(branch, keep=True)
+            assert not engine.scheduler.fills
+            mine.close()
+            engine.check_integrity()
+    assert mine.closed and branch[0].finish == "abort"
+    right(beside, sampling)
+
+
+# ---- closing a tree ------------------------------------------------------------------------------------------
+
+
+def branching(tree: Tree) -> Growth:
+    leaves = yield tree.root.fork(4)
+    yield [fork for leaf in leaves for fork in leaf.fork(at=len(leaf) // 2)]
+
+
+def looking_ahead(tree: Tree) -> Growth:
+    branches = tree.root.fork(4)
+    yield Ahead(branches, branches[:1])
+    yield Ahead([], branches)
+
+
+def closing_itself(tree: Tree) -> Growth:
+    yield tree.root.fork(2)
+    tree.close()
+    yield tree.root.children
+
+
+@pytest.mark.parametrize("search", [branching, looking_ahead, closing_itself])
+def test_a_search_ends_when_its_tree_is_closed(search: Callable[[Tree], Growth]) -> None:
+    engine = Engine(MODEL, kv_tokens=4000)
+    graded: list[int] = []
+
+    def reward(tree: Tree, leaf: Node) -> float:
+        graded.append(tree.ordinal)
+        if search is not closing_itself:
+            tree.close()  # good enough
+        return 1.0
+
+    sampling = Sampling(max_tokens=60, stop_tokens=(3, 4, 5, 6, 7))
+    done = dict(engine.run(search, [prompt_of(5, seed=i) for i in range(3)], sampling, reward=reward))
+    assert sorted(done) == [0, 1, 2] == sorted(set(graded))
+    assert all(not node.in_flight for tree in done.values() for node in tree.nodes())
+    assert_idle(engine)
+
+
+def test_a_reward_that_never_comes_is_not_waited_for_once_the_tree_is_closed() -> None:
+    engine = Engine(MODEL, kv_tokens=4000)
+
+    def reward(tree: Tree, leaf: Node) -> Future[float]:
+        tree.close()
+        return Future()
+
+    assert len(list(engine.run(branching, [prompt_of(5)], Sampling(max_tokens=9), reward=reward))) == 1
+
+
+def test_a_search_that_looked_ahead_does_not_wait_for_what_was_aborted() -> None:
+    engine = Engine(MODEL, kv_tokens=8000)
+
+    def reward(tree: Tree, leaf: Node) -> float:
+        engine.abort([child for child in tree.root.children if child.in_flight])
+        return 1.0
+
+    sampling = Sampling(max_tokens=60, stop_tokens=(5, 6, 7, 8, 9, 10))
+    trees = dict(engine.run(looking_ahead, [prompt_of(4), prompt_of(5)], sampling, reward=reward))
+    assert sorted(trees) == [0, 1] and all(tree.leaves() for tree in trees.values())
+
+
+def test_an_interrupted_close_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(MODEL, kv_tokens=4000)
+    tree = engine.tree(prompt_of(40))
+    engine.extend(tree.root.fork(2), Sampling(max_tokens=20))
+
+    def interrupted(tree: Tree) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.cache, "forget", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tree.close()
+    assert not tree.closed
+    tree.close()
+    assert_idle(engine)
+
+
+# ---- errors --------------------------------------------------------------------------------------------------
+
+
+def dead_end(prefix: Any) -> list[int]:
+    return [] if len(prefix) >= 10 else list(range(VOCABULARY))
+
+
+def undecodable(ids: Sequence[int]) -> str:
+    return "x" * len(ids) if len(ids) < 12 else str(1 // 0)
+
+
+FAILING = {
+    "mask": (Sampling(max_tokens=30, allowed=dead_end), NoTokenAllowed),
+    "pause": (Sampling(max_tokens=30, pause=lambda tokens, new: new > 3 and 1 // 0 > 0), ZeroDivisionError),
+    "decode": (Sampling(max_tokens=30, stop=("zz",)), ZeroDivisionError),
+}
+
+
+@pytest.mark.parametrize("what", FAILING)
+def test_what_one_branch_fails_with_is_raised_to_whoever_extends_it(what: str) -> None:
+    failing, error = FAILING[what]
+    engine = Engine(MODEL, kv_tokens=4000, decode=undecodable)
+    bad, good, third = (engine.tree(prompt_of(5 + i, seed=i)) for i in range(3))
+    stream = engine.stream(bad.root.fork(2), failing)
+    next(stream)
+    sampling = Sampling(max_tokens=30)
+    for tree in (good, third):
+        right(engine.extend(tree.root.fork(2), sampling), sampling)
+    with pytest.raises(error):
+        list(stream)
+    assert bad.root.children == []
+    with pytest.raises(error):
+        engine.extend(bad.root.fork(2), failing)
+    for tree in (bad, good, third):
+        tree.close()
+    assert_idle(engine)
+
+
+def test_a_dead_end_ends_its_own_search_and_the_tree_says_so() -> None:
+    engine = Engine(MODEL, kv_tokens=4000)
+    prompts = [[i + 3, *prompt_of(3, seed=i)] for i in range(4)]
+
+    def allowed(prefix: Any) -> list[int]:
+        return [] if prefix[0] == 5 and len(prefix) > 9 else list(range(VOCABULARY))
+
+    trees = dict(engine.run(branching, prompts, Sampling(max_tokens=20, allowed=allowed)))
+    assert [type(trees[i].ended_by) for i in range(4)] == [type(None), type(None), NoTokenAllowed, type(None)]
+    assert [len(trees[i].leaves()) for i in (0, 1, 3)] == [8, 8, 8]
+    assert_idle(engine)
+
+
+def test_a_search_may_catch_a_dead_end_and_go_on() -> None:
+    engine = Engine(MODEL, kv_tokens=4000)
+
+    def search(tree: Tree) -> Growth:
+        try:
+            yield tree.root.fork(2)
+        except NoTokenAllowed:
+            tree.notes["caught"] = True
+        yield [child for child in tree.root.children if child.is_pending and not child.in_flight]
+
+    [(_, tree)] = engine.run(search, [prompt_of(5)], Sampling(max_tokens=20, allowed=dead_end))
+    assert tree.notes["caught"]
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        (lambda tree: iter([tree.root.fork(2)]), "a search is a generator function"),
+        (lambda tree: (node for node in tree.root.fork(2)), "a search yields a list of nodes"),
+        (lambda tree: (word for word in ["nodes"]), "a search yields a list of nodes"),
+    ],
+)
+def test_what_is_no_search_is_told_what_one_is(search: Any, said: str) -> None:
+    engine = Engine(MODEL, kv_tokens=4000)
+    with pytest.raises(TypeError, match=said):
+        list(engine.run(search, [prompt_of(40), prompt_of(50)], Sampling(max_tokens=30)))
+    assert_idle(engine)
+
+
+def test_an_error_of_run_names_the_prompt() -> None:
+    engine = Engine(MODEL, kv_tokens=4000)
+    with pytest.raises(ValueError, match="outside the vocabulary") as caught:
+        list(engine.run(branching, [prompt_of(4), [99]], Sampling(max_tokens=4)))
+    assert caught.value.__notes__ == ["(prompt 1 of the run)"]
+
+
+# ---- interrupts ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupt() -> Iterator[Callable[[float], None]]:
+    """Has KeyboardInterrupt raised after so many seconds, wherever the program is then; after 0, never."""
+
+    def raised(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, raised)
+    gc.disable()  # what is raised within a callback of the collector is lost
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds) and None
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    gc.enable()
+    signal.signal(signal.SIGALRM, before)
+
+
+def work(kind: str, engine: Engine, key: int) -> None:
+    if kind == "run":
+        prompts = [prompt_of(20, seed=i) for i in range(5)]
+        list(engine.run(branching, prompts, Sampling(max_tokens=40, stop_tokens=(4,))))
+        return
+    tree = engine.tree(prompt_of(40, seed=key))
+    if kind == "extend":
+        engine.extend(tree.root.fork(4), Sampling(max_tokens=60))
+    elif kind == "score":
+        engine.score(tree, [prompt_of(30, seed=1)] * 3)
+    else:
+        for _ in engine.stream(tree.root.fork(4), Sampling(max_tokens=30)):
+            pass
+
+
+@pytest.mark.parametrize("kind", ["run", "extend", "score", "stream"])
+def test_an_interrupt_at_any_moment_leaves_an_engine_in_order(kind: str, interrupt: Callable[[float], None]) -> None:
+    draw, interrupted = random.Random(0), 0
+    for key in range(40):
+        engine = Engine(MODEL, kv_tokens=draw.choice([16 * 14, 4000]), prefill_tokens=draw.choice([7, 2048]))
+        try:
+            interrupt(draw.uniform(0.0002, 0.01))
+            work(kind, engine, key)
+        except KeyboardInterrupt:
+            interrupted += 1
+        except OutOfPages:
+            pass
+        finally:
+            interrupt(0)
+        for tree in list(engine._trees.values()):
+            tree.close()
+        assert_idle(engine)
+    assert interrupted > 3
+
+
+def test_reset_puts_broken_books_in_order() -> None:
+    sampling = Sampling(max_tokens=50)
+    engine = Engine(MODEL, kv_tokens=4000)
+    tree = engine.tree(prompt_of(20), key=3)
+    [done] = engine.extend(tree.root.fork(), sampling)
+    branch = tree.root.fork()
+    stream = engine.stream(branch, sampling)
+    next(stream)
+    engine.cache.pool.refs[done.kv.pages[0]] += 1
+    engine.cache.pool._free.pop()
+    sampled = engine.stats()["sampled"]
+    engine.reset()
+    engine.check_integrity()
+    assert branch[0].dropped and tree.root.children == [done] and engine.stats()["sampled"] == sampled
+    assert [event.finish for event in stream] == ["abort"]
+    below = engine.extend([*done.fork(2, at=20), *tree.root.fork()], sampling)
+    right(below, sampling)
+    tree.close()
+    assert_idle(engine)
+
+
+# ---- copies --------------------------------------------------------------------------------------------------
+
+
+def test_a_copy_for_another_process_takes_nothing_of_the_engine_along() -> None:
+    engine = Engine(MODEL, kv_tokens=50_000)
+    with engine.tree(prompt_of(5)) as tree:
+        [node] = engine.extend(tree.root.fork(), Sampling(max_tokens=5))
+        for thing in (node, tree, tree.export()):
+            assert len(pickle.dumps(thing)) < 10_000
+        copy = pickle.loads(pickle.dumps(node))
+        assert copy.tokens.tolist() == node.tokens.tolist() and copy.prefix().tolist() == node.prefix().tolist()
+        copy.tree.close()  # harms nobody
+        engine.extend(tree.root.fork(), Sampling(max_tokens=5))
+        engine.check_integrity()
