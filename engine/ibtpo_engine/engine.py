@@ -24,7 +24,7 @@ MOST_STEPS = 16
 
 
 class Engine(EngineCore):
-    """Samples trees of tokens from a model it borrows.
+    """Samples trees of tokens from a model it borrows; for one thread at a time.
 
     Args:
         model: its parameters are used in place, nothing is copied; or a `Shadow`, which `weights_changed` refreshes.
