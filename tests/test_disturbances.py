@@ -228,6 +228,39 @@ def test_a_search_may_catch_a_dead_end_and_go_on() -> None:
     assert tree.notes["caught"]
 
 
+def test_a_search_that_extends_by_itself_is_raised_at_in_its_own_call() -> None:
+    engine = Engine(MODEL, kv_tokens=4000)
+
+    def search(tree: Tree) -> Growth:
+        with pytest.raises(NoTokenAllowed):
+            engine.extend(tree.root.fork(2), Sampling(max_tokens=20, allowed=dead_end))
+        yield tree.root.fork(2)
+
+    [(_, tree)] = engine.run(search, [prompt_of(5)], Sampling(max_tokens=20))
+    assert len(tree.leaves()) == 2 and tree.ended_by is None
+
+
+def test_what_is_asked_for_and_waits_for_room_is_not_extended_once_the_tree_is_closed() -> None:
+    engine = Engine(MODEL, kv_tokens=4000, max_branches=4)
+    seen: list[Tree] = []
+
+    def search(tree: Tree) -> Growth:
+        seen.append(tree)
+        branches = tree.root.fork(4)
+        yield Ahead(branches, branches[:1])
+        yield [*tree.root.fork(4), *branches]
+
+    def reward(tree: Tree, leaf: Node) -> float:
+        if leaf is not tree.root.children[0]:
+            for other in seen:
+                other.close()
+        return 1.0
+
+    sampling = Sampling(max_tokens=60, stop_tokens=tuple(range(3, 12)))
+    assert len(list(engine.run(search, [prompt_of(5, seed=i) for i in range(6)], sampling, reward=reward))) == 6
+    assert_idle(engine)
+
+
 @pytest.mark.parametrize(
     ("search", "said"),
     [

@@ -164,13 +164,11 @@ class EngineCore:
             )
 
     def _close(self, tree: Tree) -> None:
-        nodes = _pending(tree)
-        self._cancel(nodes)
+        self._cancel(_pending(tree))
         growth = self._growth_of(tree)
         if growth is not None:
             growth.tree_closed()
-        for node in nodes:
-            self._failed.pop(node, None)
+        self._failed = {node: error for node, error in self._failed.items() if node.tree is not tree}
         for leaf in tree.leaves() or [tree.root]:
             self.cache.remember(leaf)
         self.cache.forget(tree)
@@ -225,19 +223,14 @@ class EngineCore:
         """
         try:
             self._take_steps(1 if self._pauses else most)
-        except BranchFailed as error:
-            self.scheduler.failures.append(error)
-        while self.scheduler.failures:
-            failed = self.scheduler.failures.pop(0)
-            self._fail(failed.node, failed.error)
+        except BranchFailed as failed:
+            self._fail(failed)
 
-    def _fail(self, node: Node, error: Exception) -> None:
-        self._cancel([node])
-        growth = self._growth_of(node.tree)
-        if growth is not None:
-            growth.fail(node, error)
-        else:
-            self._failed[node] = error
+    def _fail(self, failed: BranchFailed) -> None:
+        self._cancel([failed.node])
+        growth = self._growth_of(failed.node.tree)
+        if growth is None or not growth.fail(failed.node, failed.error):
+            self._failed[failed.node] = failed.error
 
     def _raise_failed(self, nodes: Iterable[Node]) -> None:
         """Raise what one of these nodes failed with, if one did."""
@@ -255,6 +248,8 @@ class EngineCore:
         if finished is None:
             self._suspend_one()
             return
+        while self.scheduler.failures:
+            self._fail(self.scheduler.failures.pop(0))
         for node in finished:
             self._report(node)
         if self._pauses:

@@ -107,11 +107,13 @@ class Growing:
             node.drop()
         self._resume(lambda generator: generator.throw(error))
 
-    def fail(self, node: Node, error: Exception) -> None:
-        """A branch could not go on and is off the tree: the search is told next."""
+    def fail(self, node: Node, error: Exception) -> bool:
+        """A branch could not go on and is off the tree: its search is told next. False if it is not of this search."""
+        if node not in self._under_way:
+            return False
         self.lost(node)
         self._error = error
-        self.stirred[self.tree.ordinal] = self
+        return True
 
     def _take(self, asked: Sequence[Node] | Ahead | Future[Any]) -> None:
         self._gate = asked if isinstance(asked, Future) else None
@@ -249,7 +251,8 @@ class Searches:
         return True
 
     def _tell(self, growth: Growing) -> None:
-        self._submit(growth)
+        if not growth.tree.closed:
+            self._submit(growth)
         growth.told()
 
     def any_ready(self) -> bool:
