@@ -1,0 +1,98 @@
+"""What a GPU is told, where there is none: that tensors lie beside each other, and how graphs share their memory."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ibtpo_engine import Sampling
+from ibtpo_engine import slots as slots_module
+from ibtpo_engine.capture import CudaCapture
+from ibtpo_engine.slots import Slots
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_sampling_is_told_lies_where_the_logits_do(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = Slots(2, 4)
+    for start in (3, 5):
+        slots.begin(slots.take([0]), start=start, before=1, limit=9, stream=start, sampling=Sampling(top_p=0.5))
+    seen: list[Tensor] = []
+
+    def sample_shaped(logits: Tensor, keys: Tensor, shapes: Any, **settings: Tensor) -> tuple[Tensor, ...]:
+        seen.extend([keys, *settings.values()])
+        return tuple(torch.zeros(len(logits)) for _ in range(4))
+
+    monkeypatch.setattr(slots_module, "sample_shaped", sample_shaped)
+    list(slots.draw(np.arange(2), torch.empty(2, 7, device=device)))
+    assert [tensor.device.type for tensor in seen] == [device] * 5
+
+
+class Graphs:
+    """`torch.cuda` as far as a capture sees it. A pool of memory lives as long as one of its graphs."""
+
+    def __init__(self) -> None:
+        self.alive: Counter[int] = Counter()
+        self.ended: set[int] = set()
+        self.handles = 0
+
+    def graph_pool_handle(self) -> int:
+        self.handles += 1
+        return self.handles
+
+    def graph(self, graph: Any, pool: int) -> Any:
+        assert pool not in self.ended, "nothing can be captured into a pool that has ended"
+        self.alive[pool] += 1
+        graph.ends = lambda: self.leave(pool)
+        return nullcontext()
+
+    def leave(self, pool: int) -> None:
+        self.alive[pool] -= 1
+        if not self.alive[pool]:
+            self.ended.add(pool)
+
+
+class Graph:
+    replayed = 0
+
+    def replay(self) -> None:
+        Graph.replayed += 1
+
+    def __del__(self) -> None:
+        self.ends()
+
+
+class Stream:
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+
+def test_graphs_share_memory_and_a_pool_that_has_ended_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = Graphs()
+    for name, value in {
+        "graph_pool_handle": cuda.graph_pool_handle,
+        "graph": cuda.graph,
+        "CUDAGraph": Graph,
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: nullcontext(),
+        "device": lambda device: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    capture, steps = CudaCapture(torch.device("cuda")), []
+    for kept in (1, 3):
+        replays = [capture(lambda: steps.append(1)) for _ in range(kept)]
+        replays += [capture(lambda: steps.append(1))]
+        del replays[0]  # one is forgotten, the others keep the pool
+        replays += [capture(lambda: steps.append(1))]
+        replays[0]()
+        del replays
+        gc.collect()
+    assert cuda.handles == 2 and cuda.ended == {1, 2}
+    assert len(steps) == 2 * (3 + 5) and Graph.replayed == 2
