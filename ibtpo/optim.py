@@ -20,6 +20,10 @@ class NonFiniteGradient(NonFinite):
     """The gradient holds NaN or Inf; the weights were left as they were."""
 
 
+MOST_WIDE = 4096
+"""Of a parameter with fewer numbers the running means are kept in float32 in any case, as bitsandbytes does."""
+
+
 class MasterAdamW:
     """Updates a model in place; where it computes in less than fp32, an fp32 copy of each weight is kept and updated.
 
@@ -40,12 +44,17 @@ class MasterAdamW:
         self._masters = {
             name: p if p.dtype in wide else nn.Parameter(p.detach().float()) for name, p in self._parameters.items()
         }
-        masters = list(self._masters.values())
+        self._own = self._own_parts()
+        own = list(self._own.values())
         groups = [
-            {"params": [p for p in masters if p.ndim > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in masters if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in own if p.ndim > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in own if p.ndim <= 1], "weight_decay": 0.0},
         ]
         self._adamw = _adamw(groups, config)
+
+    def _own_parts(self) -> dict[str, nn.Parameter]:
+        """What AdamW is given of each master."""
+        return self._masters
 
     @property
     def lr(self) -> float:
@@ -71,7 +80,7 @@ class MasterAdamW:
         if norm == norm and norm != float("inf"):
             for group in self._adamw.param_groups:
                 group["lr"] = self.lr
-            self._adamw.step()
+            self._update()
             self.num_steps += 1
             self._write_back()
         self.discard()
@@ -81,6 +90,9 @@ class MasterAdamW:
                 "loss.clip_high, and go on from the last checkpoint"
             )
         return norm
+
+    def _update(self) -> None:
+        self._adamw.step()
 
     def discard(self) -> None:
         """Clear the accumulated gradient without a step."""
@@ -96,7 +108,7 @@ class MasterAdamW:
         for name, master in self._masters.items():
             if master is not self._parameters[name]:
                 state[f"master.{name}"] = master.detach()
-            for key, value in self._adamw.state.get(master, {}).items():
+            for key, value in self._adamw.state.get(self._own[name], {}).items():
                 if not key.startswith("qmap"):
                     state[f"{key}.{name}"] = torch.as_tensor(value)
         return state
@@ -116,23 +128,33 @@ class MasterAdamW:
             if f"master.{name}" in state:
                 master.copy_(state[f"master.{name}"])
             if self.config.state == "8bit":
-                self._load_8bit(name, master, state)
+                self._load_8bit(name, state)
                 continue
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 if f"{key}.{name}" in state:
-                    self._adamw.state[master][key] = state[f"{key}.{name}"].clone().to(master.device)
+                    self._adamw.state[self._own[name]][key] = state[f"{key}.{name}"].clone().to(master.device)
         self._write_back()
 
-    def _load_8bit(self, name: str, master: Tensor, state: Mapping[str, Tensor]) -> None:
+    def _load_8bit(self, name: str, state: Mapping[str, Tensor]) -> None:
         if f"step.{name}" not in state:
             return
-        groups = enumerate(self._adamw.param_groups)
-        place = next((g, i) for g, group in groups for i, p in enumerate(group["params"]) if p is master)
-        self._adamw.init_state(self._adamw.param_groups[place[0]], master, *place)  # makes the code tables, too
+        kept = self._begin_8bit(name)
         for key in ("state1", "state2", "absmax1", "absmax2"):
             if f"{key}.{name}" in state:  # small parameters are kept in float32, without scales
-                self._adamw.state[master][key].copy_(state[f"{key}.{name}"])
-        self._adamw.state[master]["step"] = int(state[f"step.{name}"])
+                kept[key].copy_(state[f"{key}.{name}"])
+        kept["step"] = int(state[f"step.{name}"])
+
+    def _begin_8bit(self, name: str) -> dict[str, Any]:
+        """The running means of a parameter, zero, with the tables of their code."""
+        own = self._own[name]
+        groups = enumerate(self._adamw.param_groups)
+        place = next((g, i) for g, group in groups for i, p in enumerate(group["params"]) if p is own)
+        is_wide = self._masters[name].numel() < MOST_WIDE  # all of it: `own` may be a share
+        self._adamw.args.min_8bit_size = own.numel() + 1 if is_wide else 0
+        self._adamw.init_state(self._adamw.param_groups[place[0]], own, *place)
+        self._adamw.args.min_8bit_size = MOST_WIDE
+        kept: dict[str, Any] = self._adamw.state[own]
+        return kept
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> Any:

@@ -20,6 +20,7 @@ import torch
 from adder_runs import difference
 from engine_helpers import tiny_model
 from processes import run, time_limit
+from torch.distributed.tensor import DTensor, distribute_tensor
 from trees import VOCABULARY, chain, estimate, random_trajectories
 
 from ibtpo import memory_plan
@@ -28,10 +29,11 @@ from ibtpo.config import AdvantageConfig, LoRAConfig, LossConfig, OptimConfig, S
 from ibtpo.distributed import ALONE, Follower, Group, device_name, join, make_learner, restarted
 from ibtpo.distributed.exchange import freeze, thaw
 from ibtpo.distributed.group import balance
+from ibtpo.distributed.shard import splits_in_blocks
 from ibtpo.memory_fit import check_memory
 from ibtpo.memory_plan import Processes, plan_memory
 from ibtpo.metrics import tree_metrics
-from ibtpo.optim import NonFinite
+from ibtpo.optim import MasterAdamW, NonFinite
 from ibtpo.pack import pack
 from ibtpo.runlog import RunFolder
 from ibtpo.update import Updater, frozen_copy
@@ -314,6 +316,89 @@ def _count_shares(config: TrainConfig, out: Path) -> None:
 
 def _share(tensor: Any) -> torch.Tensor:
     return tensor.to_local()
+
+
+EIGHT = OptimConfig(state="8bit", lr=1e-2, grad_clip=1e9, weight_decay=0.1)
+
+
+def _step(optimizer: MasterAdamW, seed: int, dtype: torch.dtype) -> None:
+    """One step on gradients that depend on the seed alone; the first parameter has none in the first step."""
+    generator = torch.Generator().manual_seed(seed)
+    for i, (name, master) in enumerate(optimizer._masters.items()):
+        gradient = torch.randn(master.shape, generator=generator).to(dtype)
+        if i or seed:
+            parameter = optimizer._parameters[name]
+            gradient = gradient.to(parameter.dtype)
+            if isinstance(master, DTensor):
+                gradient = distribute_tensor(gradient, master.device_mesh, master.placements, src_data_rank=None)
+            parameter.grad = gradient
+    optimizer.step()
+
+
+def _eight_bits(config: TrainConfig, rows: int, dtype: torch.dtype, out: Path) -> None:
+    """Three steps; after the second what is saved is put into another optimizer, which goes on the same."""
+    with join(config) as group:
+
+        def learner(seed: int) -> tuple[Model, MasterAdamW]:
+            full = tiny_model(seed, vocabulary=rows, hidden=128, dtype=dtype).requires_grad_(True)
+            return full, make_learner(config, full, group, "fsdp")[1]
+
+        full, optimizer = learner(0)
+        _step(optimizer, 0, dtype)
+        _step(optimizer, 1, dtype)
+        state = group.gather(optimizer.state(), "pass the state on")[0]
+        again, other = learner(5)
+        again.load_state_dict(full.state_dict())
+        for name, parameter in other._parameters.items():
+            parameter.detach().copy_(optimizer._masters[name].detach())
+        other.load_state(state)
+        for each in (optimizer, other):
+            _step(each, 2, dtype)
+        assert all(torch.equal(p, again.get_parameter(name)) for name, p in full.named_parameters())
+        last = optimizer.state()
+        if group.leads:
+            held = [kept["state1"].nbytes for kept in optimizer._adamw.state.values()]
+            weights = {name: p.detach() for name, p in full.named_parameters()}
+            torch.save({"weights": weights, "middle": state, "state": last, "held": sum(held)}, out)
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "dtype"), [(2, 60, torch.float32), (4, 62, torch.float32), (2, 60, torch.bfloat16)]
+)
+def test_a_state_in_8_bits_is_split_and_is_to_the_bit_that_of_one_process(
+    size: int, rows: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """62 rows over four processes are 16, 16, 16 and 14; the norms and the smaller matrices stay in float32."""
+    pytest.importorskip("bitsandbytes")
+    run(size, _eight_bits, replace(CONFIG, optim=EIGHT), rows, dtype, tmp_path / "out.pt", logs=tmp_path / "logs")
+    theirs = torch.load(tmp_path / "out.pt")
+    full = tiny_model(0, vocabulary=rows, hidden=128, dtype=dtype).requires_grad_(True)
+    alone = MasterAdamW(full, EIGHT)
+    for seed in range(3):
+        _step(alone, seed, dtype)
+        expected = {1: theirs["middle"], 2: theirs["state"]}.get(seed, {})
+        state = alone.state()
+        assert not expected or expected.keys() == state.keys()
+        assert all(torch.equal(value, state[name]) for name, value in expected.items())
+    assert all(torch.equal(p, theirs["weights"][name]) for name, p in full.named_parameters())
+    kinds = {kept["state1"].dtype for kept in alone._adamw.state.values()}
+    assert kinds == {torch.uint8, torch.float32}
+    whole = sum(kept["state1"].nbytes for kept in alone._adamw.state.values())
+    assert whole / size <= theirs["held"] < 1.1 * whole / size
+
+
+@pytest.mark.parametrize(("shape", "processes", "splits"), [
+    ((896, 896), 2, True),
+    ((151936, 896), 8, True),
+    ((62, 128), 4, True),
+    ((90, 64), 2, False),
+    ((62, 128), 3, False),
+    ((10, 64), 3, True),  # few enough to stay in float32
+    ((8192,), 2, True),
+    ((8192 + 512,), 3, False),
+])  # fmt: skip
+def test_blocks_of_8_bits_are_not_cut(shape: tuple[int, ...], processes: int, splits: bool) -> None:
+    assert splits_in_blocks(torch.Size(shape), processes) == splits
 
 
 @pytest.mark.parametrize(("variables", "device", "expected"), [

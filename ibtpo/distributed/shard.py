@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ibtpo.config import OptimConfig
-from ibtpo.optim import MasterAdamW
+from ibtpo.optim import MOST_WIDE, MasterAdamW
 from ibtpo_engine import Model
 
 _WIDE = (torch.float32, torch.float64)
@@ -93,6 +93,24 @@ class ShardedAdamW(MasterAdamW):
     def __init__(self, sharded: Model, full: Model, config: OptimConfig) -> None:
         self._full = dict(full.named_parameters())
         super().__init__(sharded, config)
+        if config.state == "8bit":
+            for name in self._masters:
+                self._begin_8bit(name)
+
+    def _own_parts(self) -> dict[str, nn.Parameter]:
+        if self.config.state == "float32":  # torch's AdamW knows of shares
+            return self._masters
+        return {name: nn.Parameter(_own(master).detach()) for name, master in self._masters.items()}
+
+    def _update(self) -> None:
+        if self.config.state == "8bit":
+            for name, own in self._own.items():
+                master = self._masters[name]
+                own.data = _own(master).detach()  # FSDP may have put it elsewhere
+                own.grad = None if master.grad is None or own.numel() == 0 else _own(master.grad)
+        super()._update()
+        for own in self._own.values():
+            own.grad = None
 
     @torch.no_grad()
     def _write_back(self) -> None:
@@ -104,7 +122,11 @@ class ShardedAdamW(MasterAdamW):
         narrow = {f"master.{n}": p for n, p in self._masters.items() if self._full[n].dtype not in _WIDE}
         state: dict[str, Tensor] = {}
         for name, value in {**super().state(), **narrow}.items():
-            whole = _whole(value.detach())  # all processes take part
+            kind, _, parameter = name.partition(".")
+            if kind in _PARTS:
+                whole = _joined(value, self._masters[parameter].shape, is_scale=kind.startswith("absmax"))
+            else:
+                whole = _whole(value.detach())  # all processes take part
             if dist.get_rank() == 0:
                 state[name] = whole.cpu()
         return state
@@ -117,4 +139,46 @@ class ShardedAdamW(MasterAdamW):
             for key in (f"{kind}.{name}" for kind in ("master", "exp_avg", "exp_avg_sq")):
                 if key in shares:
                     shares[key] = _share(shares[key], cast(DTensor, master))
+            for key in (f"{kind}.{name}" for kind in _PARTS):
+                if key in shares:
+                    shares[key] = _part(shares[key], len(master))
         super().load_state(shares)
+
+
+_PARTS = ("state1", "state2", "absmax1", "absmax2")  # of 8 bits: plain tensors, along with the rows that a process has
+_BLOCK = 256  # numbers that share a scale
+
+
+def splits_in_blocks(shape: torch.Size, processes: int) -> bool:
+    """Whether rows can be shared out so that no block of a state in 8 bits lies on two processes."""
+    each = -(-shape[0] // processes)
+    return shape.numel() < MOST_WIDE or each >= shape[0] or each * (shape.numel() // shape[0]) % _BLOCK == 0
+
+
+def _own(x: Tensor) -> Tensor:
+    return cast(DTensor, x).to_local()
+
+
+def _rows(count: int, rank: int) -> tuple[int, int]:
+    """Of so many rows, the first that a process has and the first behind, as FSDP shares them out."""
+    each = -(-count // dist.get_world_size())
+    return min(each * rank, count), min(each * (rank + 1), count)
+
+
+def _part(whole: Tensor, rows: int) -> Tensor:
+    """This process's part of numbers, or of scales of blocks of numbers, of a parameter of so many rows."""
+    first, last = _rows(rows, dist.get_rank())
+    return whole[len(whole) * first // rows : len(whole) * last // rows]
+
+
+def _joined(part: Tensor, shape: torch.Size, *, is_scale: bool) -> Tensor:
+    """What `_part` divided, put together again on every process."""
+    ends = [_rows(shape[0], rank) for rank in range(dist.get_world_size())]
+    lengths = [last - first for first, last in ends]
+    if is_scale:
+        lengths = [-(-length * (shape.numel() // shape[0]) // _BLOCK) for length in lengths]
+    mine = part.new_zeros(lengths[0], *part.shape[1:])
+    mine[: len(part)] = part
+    all_parts = [torch.empty_like(mine) for _ in lengths]
+    dist.all_gather(all_parts, mine)
+    return torch.cat([part[:length] for part, length in zip(all_parts, lengths, strict=True)])
