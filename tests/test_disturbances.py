@@ -8,13 +8,14 @@ import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import pytest
 from engine_helpers import assert_idle, expected_tokens, prompt_of, tiny_model
 
-from ibtpo_engine import Ahead, Engine, Growth, Node, NoTokenAllowed, OutOfPages, Sampling, Tree
+from ibtpo_engine import Ahead, Engine, EngineError, Growth, Node, NoTokenAllowed, OutOfPages, Sampling, Tree
 
 MODEL = tiny_model(positions=1024)
 VOCABULARY = MODEL.config.vocab_size
@@ -355,6 +356,30 @@ def test_reset_puts_broken_books_in_order() -> None:
     right(below, sampling)
     tree.close()
     assert_idle(engine)
+
+
+def test_a_second_thread_is_told_that_an_engine_is_for_one() -> None:
+    """Here it comes while the first one asks a pause, which is in the middle of a step."""
+    engine = Engine(MODEL, kv_tokens=4000)
+    mine, others = engine.tree(prompt_of(5)).root.fork(), engine.tree(prompt_of(6)).root.fork()
+    errors: list[BaseException] = []
+
+    def extend() -> None:
+        try:
+            engine.extend(others, Sampling(max_tokens=3))
+        except EngineError as error:
+            errors.append(error)
+
+    def pause(tokens: Any, new: int) -> bool:
+        if new == 2:
+            thread = Thread(target=extend)
+            thread.start()
+            thread.join()
+        return False
+
+    sampling = Sampling(max_tokens=9, pause=pause)
+    right(engine.extend(mine, sampling), sampling)
+    assert len(errors) == 1 and "one thread at a time" in str(errors[0]) and others[0].dropped
 
 
 # ---- copies --------------------------------------------------------------------------------------------------

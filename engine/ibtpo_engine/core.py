@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
+from threading import get_ident
 
 import numpy.typing as npt
 import torch
@@ -14,7 +15,7 @@ from ibtpo_engine.budget import Budget, within_budgets
 from ibtpo_engine.cache import PageCache
 from ibtpo_engine.capture import Capture, capture_for
 from ibtpo_engine.endings import under_way
-from ibtpo_engine.errors import BranchFailed, OutOfPages, StaleWeights
+from ibtpo_engine.errors import BranchFailed, EngineError, OutOfPages, StaleWeights
 from ibtpo_engine.features import features_of
 from ibtpo_engine.growing import Growing, Searches
 from ibtpo_engine.integrity import check_engine
@@ -86,6 +87,7 @@ class EngineCore:
         self.prefill_tokens = prefill_tokens
         self._trees: dict[int, Tree] = {}  # open trees by ordinal
         self._searches: list[Searches] = []  # of each `run` under way
+        self._stepping: int | None = None  # the thread in the middle of a step
         self._failed: dict[Node, Exception] = {}  # what nodes failed with whose caller is not told yet
         self._opened = 0
         self._prompt_pages = 0  # of all open trees
@@ -221,10 +223,19 @@ class EngineCore:
         A branch whose mask, pause or decoder raised is taken off its tree, and its search or `_raise_failed` told: the
         other branches are none of its business.
         """
+        thread = get_ident()
+        if self._stepping not in (None, thread):
+            raise EngineError(
+                "another thread is in the middle of a step of this engine; use it from one thread at a time, or give "
+                "each an engine of its own on the same model"
+            )
+        self._stepping = thread
         try:
             self._take_steps(1 if self._pauses else most)
         except BranchFailed as failed:
             self._fail(failed)
+        finally:
+            self._stepping = None
 
     def _fail(self, failed: BranchFailed) -> None:
         self._cancel([failed.node])
