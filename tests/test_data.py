@@ -72,6 +72,20 @@ def test_a_file_of_integers_and_fractions_is_not_taken_for_aime(tmp_path: Path) 
     assert 'prompts are read from the field "problem"' in task.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("layout", "row", "odd"),
+    [
+        ("math", {"problem": "a", "solution": r"\boxed 5"}, {"problem": "z", "solution": "unboxed"}),
+        ("gsm8k", {"question": "a", "answer": "#### 5"}, {"question": "z", "answer": "unmarked"}),
+    ],
+)
+def test_one_odd_row_does_not_make_another_layout_of_a_file(
+    tmp_path: Path, layout: str, row: dict[str, Any], odd: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="line 20: .*choose another --layout"):
+        opened(write(tmp_path / "d.jsonl", [row] * 19 + [odd]), **ALL)
+
+
 def test_the_rows_of_the_page_are_read_as_it_says(tmp_path: Path) -> None:
     page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\*\*(\w+)\*\*: .*?^```json\n(.*?)\n```", page, flags=re.DOTALL | re.MULTILINE)

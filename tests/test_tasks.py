@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ibtpo.config import DigitChainConfig, JsonlConfig, TrainConfig
-from ibtpo.rewards import final_answer
+from ibtpo.rewards import boxed, final_answer, marked_answer
 from ibtpo.tasks import Problem, TeachableTask, format_prompt, make_task
 from ibtpo.tasks.data import DataTask
 from ibtpo.tasks.digit_chain import (
@@ -373,6 +373,30 @@ def test_final_answer_reads_nested_braces() -> None:
     assert final_answer(r"\boxed{1} then \boxed{\frac{1}{2}} done") == r"\frac{1}{2}"
     assert final_answer(r"\boxed{\frac{1}{2") == r"\frac{1}{2"
     assert final_answer("") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"so $\boxed 5$.", "5"),
+        (r"$\boxed 12$ and more", "12"),
+        (r"\(x = \boxed -\frac12\)", r"-\frac12"),
+        (r"\boxed\frac34$", r"\frac34"),
+        (r"it is \boxed 1,200.", "1,200"),
+        (r"\boxed {5}", "5"),
+        (r"$\fbox{5}$", "5"),
+        (r"\boxed{\fbox{5}}", "5"),
+        (r"\boxed{4} is in the \boxed form", "4"),
+        (r"\boxedtext{4}", None),
+    ],
+)
+def test_boxes_are_read_as_the_published_files_write_them(text: str, content: str | None) -> None:
+    assert boxed(text) == content
+
+
+def test_a_box_in_the_thinking_is_no_answer() -> None:
+    assert marked_answer(r"<think>\boxed{3}</think> I do not know.") is None
+    assert marked_answer(r"<think>\boxed{3}</think> \boxed{4}") == "4"
 
 
 def test_teacher_knows_the_probability_of_what_it_writes() -> None:

@@ -26,6 +26,7 @@ BOXED = "{prompt}\n\nPlease reason step by step, and put your final answer withi
 
 _MISSING = object()
 _LOOKED_AT = 100  # rows from which a layout is told
+_NEARLY_ALL = 0.9  # of them; a row that is not as the others must not make whole solutions the references
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,17 @@ def choose_layout(name: str, rows: Rows, config: JsonlConfig) -> tuple[Layout, s
 
 
 def _detect(rows: Sequence[Mapping[str, Any]]) -> Layout:
-    def all_have(field: str, read: Callable[[str], str | None] = str.strip) -> bool:
+    def all_have(field: str, read: Callable[[str], str | None] = str.strip, share: float = 1.0) -> bool:
         values = [_get(row, field) for row in rows]
-        return all(value is not _MISSING and read(str(value)) is not None for value in values)
+        return sum(value is not _MISSING and read(str(value)) is not None for value in values) >= share * len(rows)
 
     if all_have("prompt") and all_have("reward_model.ground_truth"):
         return LAYOUTS["dapo"]
-    if all_have("question") and all_have("answer", _after_hashes):
+    if all_have("question") and all_have("answer", _after_hashes, _NEARLY_ALL):
         return LAYOUTS["gsm8k"]
     if all_have("problem") and all_have("answer", _integer) and _get(rows[0], "level") is _MISSING:
         return LAYOUTS["aime"]
-    if all_have("problem") and all_have("solution", boxed):
+    if all_have("problem") and all_have("solution", boxed, _NEARLY_ALL):
         return LAYOUTS["math"]
     return LAYOUTS["plain"]
 
