@@ -87,6 +87,13 @@ def test_one_odd_row_does_not_make_another_layout_of_a_file(
         opened(write(tmp_path / "d.jsonl", [row] * 19 + [odd]), **ALL)
 
 
+def test_aime_is_read_from_other_fields_and_without_degrees(tmp_path: Path) -> None:
+    rows = [{"question": f"{i}?", "answer": answer} for i, answer in enumerate(("070", r"336^\circ", 12.0))]
+    task = opened(write(tmp_path / "d.jsonl", rows), "aime", prompt_field="question", **ALL)
+    assert sorted(problem.answer for problem in task.eval_problems(3)) == ["12", "336", "70"]
+    assert task.eval_problems(1)[0].prompt.endswith("\\boxed{}.")
+
+
 def test_the_rows_of_the_page_are_read_as_it_says(tmp_path: Path) -> None:
     page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\*\*(\w+)\*\*: .*?^```json\n(.*?)\n```", page, flags=re.DOTALL | re.MULTILINE)
@@ -199,6 +206,8 @@ def test_the_instruction_of_a_file_with_inputs_is_not_taken_silently(tmp_path: P
     row = {"instruction": "Add.", "input": "1+1", "output": "2"}
     task = opened(write(tmp_path / "d.jsonl", [row]), **ALL)
     assert 'the field "input" is not shown' in task.notes[0]
+    with pytest.raises(ValueError, match='1 different prompt.* look at what was read .*"input" is not shown'):
+        opened(write(tmp_path / "d.jsonl", [row, row | {"input": "2+2", "output": "4"}]))
 
 
 @pytest.mark.parametrize("name", ["d.parquet", "d.arrow"])

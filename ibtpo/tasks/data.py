@@ -207,9 +207,10 @@ def _divide(file: _File, config: JsonlConfig, seed: int) -> tuple[Ints, Ints]:
     path, number = file.rows.path, len(first)
     everything = config.eval_fraction == 1 and config.eval_count is None
     if number < 2 and not everything:
+        noted = f", or look at what was read ({'; '.join(file.notes)})" if file.notes else ""
         raise ValueError(
             f"{path}: {len(file.prompts)} row(s) with {number} different prompt(s); at least 2 different prompts are "
-            "needed, one to train on and one to hold out for evaluation: add rows"
+            f"needed, one to train on and one to hold out for evaluation: add rows{noted}"
         )
     if everything:
         return np.empty(0, np.int64), first
