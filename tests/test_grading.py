@@ -93,7 +93,7 @@ def math() -> Iterator[Grader]:
         ("12", "", 0.0),
         ("Paris", r"\boxed{Paris}", 1.0),
         ("Paris", r"\boxed{London}", 0.0),
-        ("11", "<think>maybe \\boxed{10}. Hmm wait.</think>\n\nThe answer is \\boxed{11}.", 1.0),
+        ("11", "<think>maybe \\boxed{10}. Hmm, wait, recheck.</think>\n\nThe answer is \\boxed{11}.", 1.0),
         ("11", "<think>it is \\boxed{11}</think>", 0.0),
         ("11", "\\boxed{10}\n\nWait, no.\n\n\\boxed{11}", 1.0),
         ("11", r"\boxed{10}, wait, no, \boxed{11}", 1.0),
