@@ -1,7 +1,7 @@
 r"""Rewards: what grades a completion, by name. Runs in grading processes (grading_worker.py), imports no torch.
 
 ====================  ==========================================================================================
-``math``              math-verify: the completion's final answer equals the reference
+``math``              math-verify: the final answer, the last box after the thinking, equals the reference
 ``exact``             its last line that is not blank equals the reference
 ``regex=PATTERN``     the pattern is found; where it has a group, the last match's group equals the reference
 ``format``            the answer is given as ``\boxed{...}`` or ``<answer>...</answer>``
