@@ -26,7 +26,7 @@ from ibtpo.commands.doctor import DoctorArguments, doctor
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import base_config
 from ibtpo.distributed import join, restarted
-from ibtpo.evaluation.command import EvalArguments, print_evaluation, run_evaluation
+from ibtpo.evaluation.command import EvalArguments, instead_of_training, print_evaluation, run_evaluation
 from ibtpo.grading import GraderError
 from ibtpo.grow import Grower, Interrupted
 from ibtpo.list_flags import join_repeated
@@ -158,7 +158,7 @@ def _train(arguments: list[str], console: Console) -> int:
 
 
 def _eval(arguments: list[str], console: Console) -> int:
-    base = replace(_base(arguments, run=_run_of_model(arguments)), out=None)  # the run's own folder is not for this
+    base = replace(_base_of_model(arguments), out=None)  # the run's own folder is not for this
     parsed = _parse(EvalArguments, EvalArguments(run=base), "ibtpo eval", arguments)
     config, folder, policy, task = _open(parsed.resolve(), console)
     with closing(task):
@@ -170,7 +170,7 @@ def _eval(arguments: list[str], console: Console) -> int:
 
 
 def _sample(arguments: list[str], console: Console) -> int:
-    base = SampleArguments(run=_base(arguments, run=_run_of_model(arguments)), preset=_early(arguments).preset)
+    base = SampleArguments(run=_base_of_model(arguments), preset=_early(arguments).preset)
     parsed = _parse(SampleArguments, base, "ibtpo sample", arguments)
     config, _, policy, task = _open(parsed.run, console)
     with closing(task):
@@ -263,23 +263,26 @@ def _early(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--task", default=None)
     for name in ("--config", "--resume", "--data", "--model"):
         parser.add_argument(name, type=Path, default=None)
+    parser.add_argument("--whole", action="store_true")
     try:
         return parser.parse_known_args(arguments)[0]
     except argparse.ArgumentError:  # a flag without its value: the full parser explains it
         return parser.parse_known_args([])[0]
 
 
-def _base(arguments: list[str], *, run: Path | None) -> TrainConfig:
+def _base(arguments: list[str], *, run: Path | None, instead: Mapping[str, Any] | None = None) -> TrainConfig:
     early = _early(arguments)
     task = early.task or ("jsonl" if early.data is not None else None)
-    return base_config(task=task, preset=early.preset, file=early.config, run=run)
+    return base_config(task=task, preset=early.preset, file=early.config, run=run, instead=instead)
 
 
-def _run_of_model(arguments: list[str]) -> Path | None:
-    """The run folder that --model is, or is a checkpoint of: what is measured there, is measured as it was trained."""
-    model = _early(arguments).model
-    folders = [] if model is None else [model, model.absolute().parent.parent]
-    return next(filter(is_run, folders), None)
+def _base_of_model(arguments: list[str]) -> TrainConfig:
+    """Of a run, or a checkpoint of one, that --model names, the run's own: it is measured as it was trained."""
+    early = _early(arguments)
+    folders = [] if early.model is None else [early.model, early.model.absolute().parent.parent]
+    run = next(filter(is_run, folders), None)
+    instead = None if run is None else instead_of_training(run, early.data, whole=early.whole)
+    return _base(arguments, run=run, instead=instead)
 
 
 def _parse(kind: type[Arguments], default: Arguments, program: str, arguments: list[str]) -> Arguments:

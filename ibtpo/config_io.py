@@ -105,7 +105,9 @@ def dump_yaml(config: TrainConfig) -> str:
     return yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True)
 
 
-def base_config(*, task: str | None, preset: str, file: Path | None, run: Path | None) -> TrainConfig:
+def base_config(
+    *, task: str | None, preset: str, file: Path | None, run: Path | None, instead: Mapping[str, Any] | None = None
+) -> TrainConfig:
     """The configuration before the command line's own flags: defaults, task file, preset, then `file`.
 
     Args:
@@ -113,6 +115,7 @@ def base_config(*, task: str | None, preset: str, file: Path | None, run: Path |
         preset: a name of `PRESETS`.
         file: a YAML file, or None.
         run: a run folder whose configuration takes the place of defaults, task file and preset, or None.
+        instead: what holds in place of the run's own settings, nested like YAML.
 
     Raises:
         ValueError: an unknown preset, a file that cannot be used, or a run folder of a newer format.
@@ -121,7 +124,8 @@ def base_config(*, task: str | None, preset: str, file: Path | None, run: Path |
     if run is not None:
         check_run(run, "resume")
         path = run / CONFIG
-        return merge(merge(TrainConfig(), load_yaml(path), source=str(path)), changes, source=str(file))
+        config = merge(merge(TrainConfig(), load_yaml(path), source=str(path)), instead or {}, source=str(path))
+        return merge(config, changes, source=str(file))
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.3)
         hint = f" Did you mean {near[0]}?" if near else ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-LIST_FLAGS = ("--reward", "--jsonl.data-fields")
+LIST_FLAGS = ("--reward", "--jsonl.data-fields", "--jsonl.chat-template-options")
 
 
 def join_repeated(arguments: Sequence[str], flags: Sequence[str] = LIST_FLAGS) -> list[str]:

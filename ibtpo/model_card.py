@@ -18,6 +18,7 @@ from ibtpo.config_io import plain
 from ibtpo.environment import environment
 from ibtpo.policy import Policy
 from ibtpo.presets import PRESETS
+from ibtpo.sections.jsonl import parse_options
 
 CARD = "README.md"
 
@@ -84,7 +85,9 @@ def model_card(
     prompt = '"7*8-5=?\\n"' if config.model == "built-in" else '"..."'
     if chat:
         message = 'tokenizer.apply_chat_template([{"role": "user", "content": "..."}]'
-        prompt = message + ", add_generation_prompt=True, tokenize=False)"
+        options = parse_options(config.jsonl.chat_template_options)
+        given = "".join(f", {name}={value!r}" for name, value in options.items())
+        prompt = f"{message}, add_generation_prompt=True, tokenize=False{given})"
     load = _LOAD.format(prompt=prompt) if config.lora.rank == 0 else _LOAD_ADAPTER
     lines += ["## Loading it", "", load, "## Settings", "", "```yaml", _settings(config), "```"]
     return "\n".join(lines) + "\n"

@@ -26,6 +26,7 @@ FIXED = {
     **dict.fromkeys(("task", "data", "layout", "digits"), _OTHER),
     **{f"jsonl.{name}": _OTHER for name in ("prompt_field", "answer_field", "data_fields", "template")},
     **{f"jsonl.{name}": _OTHER for name in ("system_prompt", "few_shot", "chat_template", "max_prompt_tokens")},
+    "jsonl.chat_template_options": _OTHER,
     **{f"jsonl.{name}": _OTHER for name in ("pass_rate_field", "min_pass_rate", "max_pass_rate", "duplicates")},
     **{f"jsonl.{name}": _HELD_OUT for name in ("eval_fraction", "eval_count", "eval_data")},
     **dict.fromkeys(("reward", "jsonl.grade"), "rewards before and after would not mean the same"),

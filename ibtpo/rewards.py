@@ -1,7 +1,7 @@
 r"""Rewards: what grades a completion, by name. Runs in grading processes (grading_worker.py), imports no torch.
 
 ====================  ==========================================================================================
-``math``              math-verify: the completion's final answer equals the reference
+``math``              math-verify: the final answer, the last box after the thinking, equals the reference
 ``exact``             its last line that is not blank equals the reference
 ``regex=PATTERN``     the pattern is found; where it has a group, the last match's group equals the reference
 ``format``            the answer is given as ``\boxed{...}`` or ``<answer>...</answer>``
@@ -19,14 +19,21 @@ import difflib
 import importlib
 import importlib.util
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 GYM = "reasoning-gym:"
 BUILT_IN = ("math", "exact", "format", "regex=PATTERN", GYM + "NAME", "package.module:function")
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_BOXED = r"\boxed{"
+_THOUGHT = "</think>"
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[^\S\n]*")
+_EMPTY = re.compile(_BOX.pattern + r"\{\s*\}")
+# what a box without braces holds: up to the end of the formula, as in "$\boxed 12$"; outside of one, a number
+_BARE = re.compile(r"(?=[-+(\\.\d]|[A-Za-z]\b)(?:[^$\n\\]|\\(?![)\]])){1,200}?(?=\$|\\[)\]])|[-+]?\d(?:[\d.,/]*\d)?")
+_SENTENCE_END = re.compile(r"[.!?]\$*\s|\n\s*\n|\n\s*[A-Z][a-z]")
+_AND = re.compile(r"\b(?:and|or)\b")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # no command, and no name of a variable
 
 
 class Graded(NamedTuple):
@@ -40,6 +47,15 @@ class Graded(NamedTuple):
     """The reference answer."""
     data: dict[str, Any]
     """Whatever else the task knows of the problem."""
+
+
+class Box(NamedTuple):
+    r"""A ``\boxed`` in a text, which is ``text[start:end]``."""
+
+    start: int
+    content: str
+    end: int
+    closed: bool = True
 
 
 class RewardSpec(NamedTuple):
@@ -127,16 +143,41 @@ def math_equal(answer: str, completion: str) -> float:
     The reference may be bare (``\\frac{1}{2}``), in dollars, or boxed.
     """
     math_verify = importlib.import_module("math_verify")
-    marked = any(mark in answer for mark in ("$", _BOXED, r"\(", r"\["))
-    gold = math_verify.parse(answer if marked else f"{_BOXED}{answer}}}", parsing_timeout=None)
-    found = math_verify.parse(completion, parsing_timeout=None)
+    marked = bool(_BOX.search(answer)) or any(mark in answer for mark in ("$", r"\(", r"\["))
+    gold = math_verify.parse(final_boxes(answer) if marked else rf"\boxed{{{answer}}}", parsing_timeout=None)
+    found = math_verify.parse(final_boxes(completion), parsing_timeout=None)
     return float(math_verify.verify(gold, found, timeout_seconds=None))
 
 
 def math_answer(completion: str) -> str | None:
     """The final answer as math-verify parses it, written out by the algebra system; None if there is none."""
-    found = importlib.import_module("math_verify").parse(completion, parsing_timeout=None)
+    found = importlib.import_module("math_verify").parse(final_boxes(completion), parsing_timeout=None)
     return str(found[0]) if found else None
+
+
+def final_boxes(completion: str) -> str:
+    r"""What follows the thinking of a completion, with no box left in it but those of its final answer.
+
+    math-verify takes boxes up to 70 characters apart for one answer of several parts, those of a self-correction too.
+    Here boxes belong together in one sentence with "and" or "or", or no word at all, between them. The others are
+    replaced by what they hold, and the last ones written as ``\boxed{}`` however they were.
+    """
+    text = _EMPTY.sub("", completion.rpartition(_THOUGHT)[2])
+    found = [box for box in _boxes(text) if box.closed]
+    first = len(found) - 1
+    while first > 0 and _one_answer(text[found[first - 1].end : found[first].start]):
+        first -= 1
+    pieces, end = [], 0
+    for number, box in enumerate(found):
+        kept = rf"\boxed{{{boxed(box.content) or box.content}}}"
+        pieces += [text[end : box.start], kept if number >= first else _BOX.sub("", box.content)]
+        end = box.end
+    return "".join([*pieces, text[end:]])
+
+
+def _one_answer(between: str) -> bool:
+    """Do the boxes before and after this text give one answer together?"""
+    return not _SENTENCE_END.search(between) and bool(_AND.search(between) or not _WORD.search(between))
 
 
 def last_line(text: str) -> str:
@@ -146,24 +187,41 @@ def last_line(text: str) -> str:
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last ``\boxed{}`` of a text holds, to its end where the brace is never closed; None without one."""
-    start = text.rfind(_BOXED)
-    if start < 0:
-        return None
-    start += len(_BOXED)
-    depth = 1
-    for i in range(start, len(text)):
+    r"""What the last ``\boxed`` (or ``\fbox``) of a text holds, the inner one of nested ones; None without one.
+
+    The braces may be missing, ``\boxed 5``; one that is never closed reaches to the end.
+    """
+    return next((box.content for match in reversed([*_BOX.finditer(text)]) if (box := _box(text, match))), None)
+
+
+def _boxes(text: str) -> Iterator[Box]:
+    """The boxes of a text that are in no other box."""
+    end = 0
+    for match in _BOX.finditer(text):
+        if match.start() >= end and (box := _box(text, match)):
+            end = box.end
+            yield box
+
+
+def _box(text: str, match: re.Match[str]) -> Box | None:
+    begin = match.end()
+    if not text.startswith("{", begin):
+        bare = _BARE.match(text, begin)
+        return bare and Box(match.start(), bare[0].strip(), bare.end())
+    depth = 0
+    for i in range(begin, len(text)):
         depth += {"{": 1, "}": -1}.get(text[i], 0)
         if depth == 0:
-            return text[start:i].strip()
-    return text[start:].strip()
+            return Box(match.start(), text[begin + 1 : i].strip(), i + 1)
+    return Box(match.start(), text[begin + 1 :].strip(), len(text), closed=False)
 
 
 def marked_answer(completion: str) -> str | None:
-    r"""The last ``<answer>`` element, else the last ``\boxed{}``, else None."""
-    if tagged := _ANSWER_TAG.findall(completion):
+    r"""The last ``<answer>`` element after the thinking, else the last ``\boxed{}`` there, else None."""
+    answer = completion.rpartition(_THOUGHT)[2]
+    if tagged := _ANSWER_TAG.findall(answer):
         return str(tagged[-1]).strip()
-    return boxed(completion)
+    return boxed(answer)
 
 
 def final_answer(completion: str) -> str:

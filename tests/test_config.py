@@ -22,6 +22,7 @@ from ibtpo.runlog import RunFolder
 Field = tuple[tuple[str, ...], Any, Any]
 OTHER_VALUES = {
     "jsonl.template": "Q: {prompt}",
+    "jsonl.chat_template_options": ("enable_thinking=false", "date=today"),
     "device": "cpu",
     "log": "wandb",
     "task": "reasoning-gym:chain_sum",

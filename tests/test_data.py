@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,27 @@ def test_a_file_of_integers_and_fractions_is_not_taken_for_aime(tmp_path: Path) 
     assert 'prompts are read from the field "problem"' in task.notes[0]
 
 
+@pytest.mark.parametrize(
+    ("layout", "row", "odd"),
+    [
+        ("math", {"problem": "a", "solution": r"\boxed 5"}, {"problem": "z", "solution": "unboxed"}),
+        ("gsm8k", {"question": "a", "answer": "#### 5"}, {"question": "z", "answer": "unmarked"}),
+    ],
+)
+def test_one_odd_row_does_not_make_another_layout_of_a_file(
+    tmp_path: Path, layout: str, row: dict[str, Any], odd: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="line 20: .*choose another --layout"):
+        opened(write(tmp_path / "d.jsonl", [row] * 19 + [odd]), **ALL)
+
+
+def test_aime_is_read_from_other_fields_and_without_degrees(tmp_path: Path) -> None:
+    rows = [{"question": f"{i}?", "answer": answer} for i, answer in enumerate(("070", r"336^\circ", 12.0))]
+    task = opened(write(tmp_path / "d.jsonl", rows), "aime", prompt_field="question", **ALL)
+    assert sorted(problem.answer for problem in task.eval_problems(3)) == ["12", "336", "70"]
+    assert task.eval_problems(1)[0].prompt.endswith("\\boxed{}.")
+
+
 def test_the_rows_of_the_page_are_read_as_it_says(tmp_path: Path) -> None:
     page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\*\*(\w+)\*\*: .*?^```json\n(.*?)\n```", page, flags=re.DOTALL | re.MULTILINE)
@@ -97,6 +119,95 @@ def test_parquet_and_saved_folders_hold_what_the_jsonl_file_holds(tmp_path: Path
         assert len(found) == (834 if name.endswith(".arrow") else 2500)
     assert [row["n"] for row in map(open_rows(tmp_path / "dict").__getitem__, range(2))] == [5, 3]
     assert open_rows(tmp_path / "saved").where(7) == f"{tmp_path / 'saved'}, row 8"
+
+
+def test_of_parquet_files_named_after_splits_the_training_ones_are_read(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+
+    def folder(name: str, *files: str) -> Path:
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        for file in files:
+            parquet.write_table(arrow.table({"prompt": [file], "answer": ["1"]}), tmp_path / name / f"{file}.parquet")
+        return tmp_path / name
+
+    def read(path: Path) -> list[str]:
+        rows = open_rows(path)
+        return [rows[i]["prompt"] for i in range(len(rows))]
+
+    shards = [f"{name}-0000{i}-of-00002" for name in ("train", "test") for i in (0, 1)]
+    path = folder("hub/data", *shards)
+    assert read(path) == read(path.parent) == shards[:2]
+    note = f"{path}: the split train is read, not test; name a file to read another"
+    assert open_rows(path).note == note and opened(path.parent, **ALL).notes[0] == note
+    for files, taken in (
+        (["part-0-of-2", "part-1-of-2"], ["part-0-of-2", "part-1-of-2"]),
+        (["test-0", "test-1"], ["test-0", "test-1"]),
+        (["gsm8k_dev", "gsm8k_train"], ["gsm8k_train"]),
+        (["TRAIN", "validation.1", "validation.2"], ["TRAIN"]),
+        (["test_sft-00000-of-00001", "train_sft-00000-of-00001-ab12"], ["train_sft-00000-of-00001-ab12"]),
+    ):
+        assert read(folder(files[0], *files)) == taken
+    for files in (
+        ["test", "validation"],
+        ["more", "train"],
+        ["train_gen-00000-of-00001", "train_sft-00000-of-00001"],
+    ):
+        path = folder(f"unclear {files[0]}", *files)
+        with pytest.raises(ValueError, match=f"holds .*, and which to read is not clear; give one file: {path}/"):
+            open_rows(path)
+    folder("subsets/main", "train")
+    folder("subsets/socratic", "train")
+    with pytest.raises(ValueError, match="folders main, socratic; give one of them: .*main"):
+        open_rows(tmp_path / "subsets")
+
+
+def test_the_split_of_a_dataset_dict_is_named(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_list([{"prompt": "1+1", "answer": "2"}])
+    datasets.DatasetDict(train=dataset, test=dataset).save_to_disk(tmp_path / "d")
+    assert "the split train is read, not test" in opened(tmp_path / "d", **ALL).notes[0]
+
+
+def test_a_damaged_page_is_told_with_its_file(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for name in ("a", "b"):
+        parquet.write_table(arrow.table({"prompt": ["x"], "answer": ["1"]}), tmp_path / f"{name}.parquet")
+    content = bytearray((tmp_path / "b.parquet").read_bytes())
+    content[4:40] = bytes(36)
+    (tmp_path / "b.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"b\.parquet: not a Parquet file, or a damaged one \("):
+        open_rows(tmp_path)
+
+
+def test_a_table_of_text_is_told_how_to_become_rows(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_text("prompt,answer\n1+1,2\n")
+    with pytest.raises(ValueError, match=r'd\.csv: a table, not JSONL; convert it: .*from_csv\(".*d\.csv"\)'):
+        open_rows(tmp_path / "d.csv")
+
+
+def test_numbers_are_read_as_a_person_writes_them(tmp_path: Path) -> None:
+    numbers = [4.0, -0.5, 1e22, 3, 12345678901234567890]
+    task = opened(write(tmp_path / "d.jsonl", [{"prompt": str(x), "answer": x} for x in numbers]), **ALL)
+    assert [p.answer for p in task.eval_problems(9)] == ["4", "-0.5", "1e+22", "3", "12345678901234567890"]
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    for answers, expected in (([Decimal("4.00"), Decimal("100.50")], ["4", "100.5"]), ([b"4", b"5"], "is bytes;")):
+        parquet.write_table(arrow.table({"prompt": ["a", "b"], "answer": answers}), tmp_path / "d.parquet")
+        if isinstance(expected, list):
+            assert [p.answer for p in opened(tmp_path / "d.parquet", **ALL).eval_problems(2)] == expected
+        else:
+            with pytest.raises(ValueError, match=expected):
+                opened(tmp_path / "d.parquet", **ALL)
+
+
+def test_the_instruction_of_a_file_with_inputs_is_not_taken_silently(tmp_path: Path) -> None:
+    row = {"instruction": "Add.", "input": "1+1", "output": "2"}
+    task = opened(write(tmp_path / "d.jsonl", [row]), **ALL)
+    assert 'the field "input" is not shown' in task.notes[0]
+    with pytest.raises(ValueError, match='1 different prompt.* look at what was read .*"input" is not shown'):
+        opened(write(tmp_path / "d.jsonl", [row, row | {"input": "2+2", "output": "4"}]))
 
 
 @pytest.mark.parametrize("name", ["d.parquet", "d.arrow"])
@@ -148,6 +259,10 @@ def test_filters_leave_rows_out_and_say_how_many(tmp_path: Path) -> None:
     task.keep(lambda problem: len(problem.prompt) <= 10, "more than 10 prompt tokens")
     assert [len(p.prompt) for p in task.eval_problems(99)] == [5, 6, 7, 8, 9, 10]
     assert "7 rows left out, they have more than 10 prompt tokens" in task.notes[-1]
+    task = opened(write(path, [*rows[4:7], {"prompt": "a", "answer": "b", "rate": None}]), **ALL, **config)
+    assert task.num_eval == 3 and any('1 of 4 rows left out: field "rate" is null' in note for note in task.notes)
+    with pytest.raises(ValueError, match="jsonl.max_pass_rate: 0.8 needs .*--jsonl.pass-rate-field"):
+        opened(path, **ALL, max_pass_rate=0.8)
     with pytest.raises(ValueError, match="line 1.*pass rate is a number from 0 to 1"):
         opened(write(path, [{"prompt": "a", "answer": "b", "rate": 2}]), **ALL, **config)
 

@@ -21,7 +21,8 @@ from checkpoints import save_additions, save_checkpoint
 from rich.console import Console
 
 from ibtpo.cli import main
-from ibtpo.config import EvalConfig
+from ibtpo.config import EvalConfig, JsonlConfig, SamplingConfig, TrainConfig
+from ibtpo.config_io import dump_yaml
 from ibtpo.evaluation import Completion, sample_completions, summarize
 from ibtpo.evaluation.statistics import MOST_SAMPLES, ks_up_to, majority_at, pass_rates
 from ibtpo.policy import built_in_policy
@@ -356,3 +357,38 @@ def test_answers_are_read_in_grading_processes(tmp_path: Path) -> None:
     voted = [row for row in rows if row["answer"] is not None]
     assert voted and all(row["answer"].isdigit() and row["answer"] in row["text"] for row in voted)
     assert all(row["finish"] == "stop" for row in voted)
+
+
+def trained(tmp_path: Path, **settings: Any) -> Path:
+    """A checkpoint in the folder of a run with these settings."""
+    config = TrainConfig(task="jsonl", sampling=SamplingConfig(max_tokens=4), **settings)
+    checkpoint = save_checkpoint(tmp_path / "run" / "checkpoints" / "step-000001", context=512)
+    (tmp_path / "run" / "config.yaml").write_text(dump_yaml(config))
+    return checkpoint
+
+
+def test_whole_takes_the_rows_that_the_filters_of_the_run_left_out(tmp_path: Path) -> None:
+    data, test = save_additions(tmp_path / "rows.jsonl", 20), save_additions(tmp_path / "test.jsonl", 9)
+    filters = JsonlConfig(grade="exact", pass_rate_field="rate", max_pass_rate=0.8, max_prompt_tokens=1)
+    model = trained(tmp_path, data=data, jsonl=filters)
+    for flags, number in (((), 9), (("--jsonl.max-prompt-tokens", 1), None), (("--limit", 4), 4)):
+        out = tmp_path / f"out-{number}"
+        code = run("--model", model, "--data", test, "--whole", "--samples", 1, "--out", out, *flags)
+        assert code == (2 if number is None else 0)  # a filter that is given is heeded: no prompt is so short
+        assert number is None or {row["prompt"] for row in read(out)} == set(range(number))
+
+
+def test_another_file_than_the_runs_is_read_in_its_own_layout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, test = tmp_path / "gsm.jsonl", tmp_path / "math.jsonl"
+    data.write_text("".join(json.dumps({"question": f"{i}?", "answer": f"#### {i}"}) + "\n" for i in range(3)))
+    test.write_text(json.dumps({"problem": "1+1", "solution": r"\boxed{2}"}) + "\n")
+    model = trained(tmp_path, data=data, layout="gsm8k", jsonl=JsonlConfig(grade="exact"))
+    command = ("--model", model, "--whole", "--samples", 1)
+    assert run(*command, "--data", test) == 0
+    assert "layout math, read from its fields" in capsys.readouterr().out.replace("\n", " ")
+    assert run(*command) == run(*command, "--data", data) == 0
+    assert "layout" not in capsys.readouterr().out
+    assert run(*command, "--data", test, "--layout", "gsm8k") == 2
+    assert 'field "question" is missing' in capsys.readouterr().err

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import ibtpo.environment
 from ibtpo.checkpoints import checkpoints, damage
 from ibtpo.cli import main
-from ibtpo.config import AdvantageConfig, LoRAConfig, SearchConfig, TrainConfig
+from ibtpo.config import AdvantageConfig, JsonlConfig, LoRAConfig, SearchConfig, TrainConfig
 from ibtpo.environment import ENVIRONMENT
 from ibtpo.model_card import CARD, method, model_card
 from ibtpo.runlog import METRICS, read_rows
@@ -54,6 +54,12 @@ def test_every_checkpoint_has_a_card_with_what_was_measured_by_then(run: Path) -
         assert damage(checkpoint) is None  # the card was renewed after the last evaluation
     assert last.step > 0
     assert len(rows) == 2
+
+
+def test_the_card_shows_the_options_of_the_chat_template() -> None:
+    config = TrainConfig(jsonl=JsonlConfig(chat_template_options=("enable_thinking=false",)))
+    card = model_card(config, step=0, sampled_tokens=0, rows=[], chat=True)
+    assert "add_generation_prompt=True, tokenize=False, enable_thinking=False)" in card
 
 
 def test_the_card_says_how_the_folder_loads(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from ibtpo.config import DigitChainConfig, JsonlConfig, TrainConfig
-from ibtpo.rewards import final_answer
+from ibtpo.rewards import boxed, final_answer, marked_answer
 from ibtpo.tasks import Problem, TeachableTask, format_prompt, make_task
 from ibtpo.tasks.data import DataTask
 from ibtpo.tasks.digit_chain import (
@@ -174,6 +174,39 @@ def test_format_prompt_applies_the_chat_template_once() -> None:
         text(own, chat_template=False)
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "TemplateError: System role not supported"),
+        ("{% for %}", "TemplateSyntaxError: "),
+        ("{{ messages[9].content.text }}", "UndefinedError: "),
+        ("{{ messages[0] + 1 }}", "TypeError: "),
+    ],
+)
+def test_a_chat_template_that_raises_is_told_with_the_row(template: str, said: str) -> None:
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = template
+    problem = Problem("12", "", {"where": "rows.jsonl, line 7"})
+    with pytest.raises(ValueError, match=r"--jsonl\.system-prompt") as error:
+        format_prompt(tokenizer, problem, JsonlConfig(system_prompt="7"))
+    message = "rows.jsonl, line 7: the tokenizer's chat template cannot format messages of system, user"
+    assert str(error.value).startswith(f"{message} ({said}")
+
+
+def test_options_are_handed_to_the_chat_template() -> None:
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = "{% if think is false and n == [1] and word == 'on' %}+{% else %}-{% endif %}"
+
+    def text(*options: str) -> str:
+        config = JsonlConfig(chat_template_options=options)
+        return tokenizer.decode(format_prompt(tokenizer, Problem("12", ""), config))
+
+    assert (text(), text("think=false", "n=[1]", "word=on")) == ("-", "+")
+    for wrong in ("think", "=1", "a b=1", "tokenize=true"):
+        with pytest.raises(ValueError, match=r"jsonl\.chat_template_options: .* is not NAME=VALUE"):
+            text(wrong)
+
+
 # ---- JSONL ----
 
 
@@ -231,7 +264,10 @@ def test_jsonl_reads_messages_blank_lines_numbers_and_a_byte_order_mark(tmp_path
         (b"", r"the file is empty"),
         (b"\n \n", r"the file is empty"),
         (b'{"prompt": "a", "answer": "b"}\n{"prompt": "a"', r"line 2: malformed JSON at column"),
-        (b'[{"prompt": "a", "answer": "b"}]\n', r"line 1: expected an object, found a list"),
+        (b'[{"prompt": "a", "answer": "b"}]\n', r"one JSON array, not an object a line; convert it"),
+        (b'["a", "b"]\n', r"line 1: expected an object, found a list"),
+        (b"\x1f\x8b\x08", r"a compressed file; unpack it"),
+        (b"PAR1", r"a Parquet file; give it a name that ends in .parquet"),
         (b'{"text": "a", "answer": "b"}\n', r'line 1: field "prompt" is missing \(fields found: \'text\''),
         (b'{"prompt": "a"}\n', r'line 1: field "answer" is missing.*jsonl.answer_field'),
         (b'{"prompt": 7, "answer": "b"}\n', r'line 1: field "prompt" is a number'),
@@ -239,6 +275,10 @@ def test_jsonl_reads_messages_blank_lines_numbers_and_a_byte_order_mark(tmp_path
         (b'{"prompt": [], "answer": "b"}\n', r"empty list of messages"),
         (b'{"prompt": [{"role": "user"}], "answer": "b"}\n', r"message 0 .* is not a chat message"),
         (b'{"prompt": [{"role": "user", "content": ""}], "answer": "b"}\n', r"last message .* is empty"),
+        (
+            b'{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "42"}], "answer": "42"}\n',
+            r"line 1: the last message of field \"prompt\" is the assistant's; the policy writes that turn",
+        ),
         (b'{"prompt": "a", "answer": null}\n', r'line 1: field "answer" is null'),
         (b'{"prompt": "a", "answer": true}\n', r'line 1: field "answer" is a truth value'),
         (b'{"prompt": "a", "answer": " "}\n', r'line 1: field "answer" is empty'),
@@ -373,6 +413,30 @@ def test_final_answer_reads_nested_braces() -> None:
     assert final_answer(r"\boxed{1} then \boxed{\frac{1}{2}} done") == r"\frac{1}{2}"
     assert final_answer(r"\boxed{\frac{1}{2") == r"\frac{1}{2"
     assert final_answer("") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"so $\boxed 5$.", "5"),
+        (r"$\boxed 12$ and more", "12"),
+        (r"\(x = \boxed -\frac12\)", r"-\frac12"),
+        (r"\boxed\frac34$", r"\frac34"),
+        (r"it is \boxed 1,200.", "1,200"),
+        (r"\boxed {5}", "5"),
+        (r"$\fbox{5}$", "5"),
+        (r"\boxed{\fbox{5}}", "5"),
+        (r"\boxed{4} is in the \boxed form", "4"),
+        (r"\boxedtext{4}", None),
+    ],
+)
+def test_boxes_are_read_as_the_published_files_write_them(text: str, content: str | None) -> None:
+    assert boxed(text) == content
+
+
+def test_a_box_in_the_thinking_is_no_answer() -> None:
+    assert marked_answer(r"<think>\boxed{3}</think> I do not know.") is None
+    assert marked_answer(r"<think>\boxed{3}</think> \boxed{4}") == "4"
 
 
 def test_teacher_knows_the_probability_of_what_it_writes() -> None:

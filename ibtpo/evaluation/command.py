@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ibtpo.config import TrainConfig
+from ibtpo.config_io import load_yaml
 from ibtpo.evaluation.evaluate import Evaluation, summarize
 from ibtpo.evaluation.folder import EvaluationFolder
 from ibtpo.evaluation.sampling import Completion, Place, sample_completions
@@ -27,7 +28,7 @@ from ibtpo.model_card import CARD
 from ibtpo.policy import Policy
 from ibtpo.progress import track
 from ibtpo.report import Estimate
-from ibtpo.run_format import FORMAT_FILE
+from ibtpo.run_format import CONFIG, FORMAT_FILE
 from ibtpo.setup import check_prompts, make_engine, make_sampling
 from ibtpo.stopping import StopRequest
 from ibtpo.tasks import Problem, Task, format_prompt
@@ -35,6 +36,7 @@ from ibtpo.validation import check_range
 from ibtpo_engine.adapter_folder import base_of, is_adapter_folder
 
 _NOT_THE_MODEL = ("optimizer.safetensors", "state.json", "checksums.json", FORMAT_FILE, CARD)  # what else is there
+_NO_FILTER = {"max_prompt_tokens": None, "pass_rate_field": None, "min_pass_rate": 0.0, "max_pass_rate": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class EvalArguments:
     limit: int | None = None
     """Most prompts; short for --eval.prompts. With --whole there is no limit unless it is given."""
     whole: bool = False
-    """Evaluate on every prompt of the data file, none held out or trained on."""
+    """Evaluate on every prompt of the data file, none held out, trained on, or left out by a run's filters."""
     json: Path | None = None
     """Also write the numbers to this file."""
     run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
@@ -80,6 +82,19 @@ class EvalArguments:
         if self.json is not None and self.json.is_dir():
             raise ValueError(f"json: {self.json} is a folder; name a file")
         return replace(config, eval=replace(config.eval, **changes))
+
+
+def instead_of_training(run: Path, data: Path | None, *, whole: bool) -> dict[str, Any]:
+    """What holds, nested like YAML, in place of the settings that a run chose its own training rows with.
+
+    Another file than the run's is read in the layout that its own rows tell, and as a `whole` no row is filtered out.
+
+    Args:
+        data: the file that is to be measured on; None: the run's own.
+    """
+    own = load_yaml(run / CONFIG).get("data")
+    other = data is not None and (own is None or data.resolve() != Path(own).resolve())
+    return ({"layout": "auto"} if other else {}) | ({"jsonl": _NO_FILTER} if whole else {})
 
 
 def run_evaluation(

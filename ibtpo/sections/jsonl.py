@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ibtpo.validation import check_range
+
+_OURS = ("conversation", "messages", "add_generation_prompt", "continue_final_message", "tokenize")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +31,8 @@ class JsonlConfig:
     """Data file of the same layout whose rows are all shown as worked examples before every prompt."""
     chat_template: bool = True
     """Format prompts with the tokenizer's chat template where it has one."""
+    chat_template_options: tuple[str, ...] = ()
+    """NAME=VALUE ...: what else the chat template is given, such as enable_thinking=false; values are JSON, or text."""
     max_prompt_tokens: int | None = None
     """Rows whose formatted prompt has more tokens are left out."""
     pass_rate_field: str | None = None
@@ -55,6 +61,7 @@ class JsonlConfig:
     def __post_init__(self) -> None:
         if self.template is not None and "{prompt}" not in self.template:
             raise ValueError(f"jsonl.template: {self.template!r} has no {{prompt}}; write it where the prompt goes")
+        parse_options(self.chat_template_options)
         if self.max_prompt_tokens is not None:
             check_range("jsonl.max_prompt_tokens", self.max_prompt_tokens, low=1)
         check_range("jsonl.min_pass_rate", self.min_pass_rate, low=0.0, high=1.0)
@@ -65,3 +72,24 @@ class JsonlConfig:
         check_range("jsonl.grade_workers", self.grade_workers, low=1)
         check_range("jsonl.grade_timeout", self.grade_timeout, low=0.0, low_open=True)
         check_range("jsonl.max_failed_share", self.max_failed_share, low=0.0, high=1.0)
+
+
+def parse_options(texts: Sequence[str]) -> dict[str, Any]:
+    """NAME=VALUE as a mapping; a value is JSON (false, 3, "3", [1, 2]), and text where it is not.
+
+    Raises:
+        ValueError: no name, or one that is not free.
+    """
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier() or name in _OURS:
+            raise ValueError(
+                f"jsonl.chat_template_options: {text!r} is not NAME=VALUE with a name other than {', '.join(_OURS)}; "
+                "write it as in enable_thinking=false"
+            )
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options

@@ -13,6 +13,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ibtpo.config import JsonlConfig
+from ibtpo.sections.jsonl import parse_options
 
 HELD_OUT_SHARE = 8  # one generated prompt in so many belongs to evaluation
 
@@ -113,11 +114,20 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, config: 
     own wins over ``config.system_prompt``.
 
     Raises:
-        ValueError: chat messages, but no chat template to format them with.
+        ValueError: chat messages, but no chat template to format them with, or one that does not take them.
     """
     if config.chat_template and getattr(tokenizer, "chat_template", None):
         messages = _messages(problem, config.system_prompt)
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        options = parse_options(config.chat_template_options)
+        try:
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
+        except Exception as error:  # a template is a program of the tokenizer's, and says by raising what it refuses
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"{problem.data.get('where', 'the prompts')}: the tokenizer's chat template cannot format messages of "
+                f"{roles} ({type(error).__name__}: {error}); give it the roles it knows (without --jsonl.system-prompt "
+                "if it knows no system), mend the template, or set --jsonl.no-chat-template"
+            ) from None
         return list(tokenizer.encode(text, add_special_tokens=False))  # the template writes the special tokens itself
     if not isinstance(problem.prompt, str):
         raise ValueError(

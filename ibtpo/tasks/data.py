@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -125,13 +126,16 @@ class _File:
     """A data file after its filters: row numbers, and a hash of every row's prompt."""
 
     def __init__(self, path: Path, layout: str, config: JsonlConfig) -> None:
+        _check_filters(config)
         self.rows: Rows = open_rows(path)
         self.layout, note = choose_layout(layout, self.rows, config)
         self._config = config
-        self.notes = [note] if note else []
+        self.notes = [text for text in (self.rows.note, note) if text]
         prompts, answers, rates = self._scan()
+        unrated = np.isnan(rates)
         kept = (rates >= config.min_pass_rate) & (rates <= config.max_pass_rate)
-        self._note(~kept, f"pass rate outside [{config.min_pass_rate:g}, {config.max_pass_rate:g}]")
+        self._note(unrated, f'field "{config.pass_rate_field}" is null')
+        self._note(~kept & ~unrated, f"pass rate outside [{config.min_pass_rate:g}, {config.max_pass_rate:g}]")
         if config.duplicates == "drop":
             first = np.zeros(len(kept), bool)
             chosen = np.flatnonzero(kept)
@@ -174,7 +178,19 @@ def _hash(value: str | list[str] | list[dict[str, str]]) -> int:
     return int.from_bytes(digest, "little")
 
 
+def _check_filters(config: JsonlConfig) -> None:
+    for name, value, default in (("min", config.min_pass_rate, 0.0), ("max", config.max_pass_rate, 1.0)):
+        if value != default and config.pass_rate_field is None:
+            raise ValueError(
+                f"jsonl.{name}_pass_rate: {value:g} needs to know where the pass rates are; name their field with "
+                "--jsonl.pass-rate-field"
+            )
+
+
 def _check_rate(value: object, field: str, where: str) -> float:
+    """A row's pass rate; NaN where it is null, as of a prompt that no model was tried on."""
+    if value is None or value != value:
+        return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         fail(where, f'field "{field}" is {value!r}', "a pass rate is a number from 0 to 1")
     return float(value)
@@ -191,9 +207,10 @@ def _divide(file: _File, config: JsonlConfig, seed: int) -> tuple[Ints, Ints]:
     path, number = file.rows.path, len(first)
     everything = config.eval_fraction == 1 and config.eval_count is None
     if number < 2 and not everything:
+        noted = f", or look at what was read ({'; '.join(file.notes)})" if file.notes else ""
         raise ValueError(
             f"{path}: {len(file.prompts)} row(s) with {number} different prompt(s); at least 2 different prompts are "
-            "needed, one to train on and one to hold out for evaluation: add rows"
+            f"needed, one to train on and one to hold out for evaluation: add rows{noted}"
         )
     if everything:
         return np.empty(0, np.int64), first

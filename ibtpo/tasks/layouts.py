@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any
 
 from ibtpo.config import JsonlConfig
@@ -25,7 +26,9 @@ BOXED = "{prompt}\n\nPlease reason step by step, and put your final answer withi
 """The instruction the published results of mathematics models are measured with."""
 
 _MISSING = object()
+_EXACT = 2**53  # a larger float may stand for several integers
 _LOOKED_AT = 100  # rows from which a layout is told
+_NEARLY_ALL = 0.9  # of them; a row that is not as the others must not make whole solutions the references
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ def _after_hashes(text: str) -> str | None:
 
 
 def _integer(text: str) -> str | None:
-    """AIME writes 073 now and then; 73 is meant."""
-    digits = text.strip().removesuffix(".0")
+    """AIME writes 073 and 336^\\circ now and then; 73 and 336 are meant."""
+    digits = text.strip().removesuffix(r"^\circ").removesuffix(".0")
     return str(int(digits)) if digits.isascii() and digits.isdigit() and int(digits) <= 999 else None
 
 
@@ -86,6 +89,8 @@ def choose_layout(name: str, rows: Rows, config: JsonlConfig) -> tuple[Layout, s
             f'{rows.path}: prompts are read from the field "{prompt}", answers from "{answer}"; '
             "jsonl.prompt_field and jsonl.answer_field name others"
         )  # fmt: skip
+        if note and prompt == "instruction" and "input" in first:
+            note += '; the field "input" is not shown, docs/data.md says how to join it to the prompt'
         layout = replace(layout, prompt_field=prompt, answer_field=answer)
     return replace(
         layout,
@@ -96,17 +101,17 @@ def choose_layout(name: str, rows: Rows, config: JsonlConfig) -> tuple[Layout, s
 
 
 def _detect(rows: Sequence[Mapping[str, Any]]) -> Layout:
-    def all_have(field: str, read: Callable[[str], str | None] = str.strip) -> bool:
+    def all_have(field: str, read: Callable[[str], str | None] = str.strip, share: float = 1.0) -> bool:
         values = [_get(row, field) for row in rows]
-        return all(value is not _MISSING and read(str(value)) is not None for value in values)
+        return sum(value is not _MISSING and read(str(value)) is not None for value in values) >= share * len(rows)
 
     if all_have("prompt") and all_have("reward_model.ground_truth"):
         return LAYOUTS["dapo"]
-    if all_have("question") and all_have("answer", _after_hashes):
+    if all_have("question") and all_have("answer", _after_hashes, _NEARLY_ALL):
         return LAYOUTS["gsm8k"]
     if all_have("problem") and all_have("answer", _integer) and _get(rows[0], "level") is _MISSING:
         return LAYOUTS["aime"]
-    if all_have("problem") and all_have("solution", boxed):
+    if all_have("problem") and all_have("solution", boxed, _NEARLY_ALL):
         return LAYOUTS["math"]
     return LAYOUTS["plain"]
 
@@ -137,6 +142,7 @@ def get_field(row: Mapping[str, Any], field: str, option: str, where: str) -> An
     if value is _MISSING:
         found = ", ".join(map(repr, row)) or "none"
         remedy = f"add it, or name another in jsonl.{option}"
+        remedy += ", or another --layout" if option in ("prompt_field", "answer_field") else ""
         fail(where, f'field "{field}" is missing (fields found: {found})', remedy)
     return value
 
@@ -187,19 +193,30 @@ def _check_prompt(prompt: Any, field: str, where: str) -> str | list[dict[str, s
         if not (isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))):
             remedy = 'write {"role": "user", "content": "..."}'
             fail(where, f'message {i} of field "{field}" is not a chat message', remedy)
+    if prompt[-1]["role"] == "assistant":
+        remedy = "the policy writes that turn: end the messages with the user's, and give the answer in a field"
+        fail(where, f'the last message of field "{field}" is the assistant\'s', remedy)
     if not prompt[-1]["content"].strip():
         fail(where, f'the last message of field "{field}" is empty', "give it content, or remove the row")
     return [{key: _check_text(message[key], field, where) for key in ("role", "content")} for message in prompt]
 
 
 def _check_answer(answer: Any, field: str, where: str) -> str:
-    if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+    if isinstance(answer, bool) or not isinstance(answer, str | int | float | Decimal):
         fail(where, f'field "{field}" is {kind_of(answer)}', "it must be a string or a number")
     if not str(answer).strip():
         fail(where, f'field "{field}" is empty', "give every row an answer, or remove the row")
-    if isinstance(answer, float) and not math.isfinite(answer):
+    if isinstance(answer, float | Decimal) and not math.isfinite(answer):
         fail(where, f'field "{field}" is {answer}', "give every row an answer, or remove the row")
-    return _check_text(str(answer), field, where)
+    return _check_text(answer if isinstance(answer, str) else _digits(answer), field, where)
+
+
+def _digits(number: float | Decimal) -> str:
+    """A number as a person writes it: 4 for 4.0 and for 4.00."""
+    if isinstance(number, Decimal):
+        text = f"{number:f}"
+        return text.rstrip("0").rstrip(".") if "." in text else text
+    return str(int(number)) if abs(number) < _EXACT and number == int(number) else str(number)
 
 
 def _check_text(text: str, field: str, where: str) -> str:

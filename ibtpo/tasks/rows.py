@@ -11,12 +11,16 @@ import importlib
 import json
 import mmap
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from ibtpo.tasks.splits import choose_split
 
 _FORMATS = "a JSONL file (.jsonl), a Parquet file or folder (.parquet), or a folder written by datasets' save_to_disk"
 
@@ -25,6 +29,8 @@ class Rows(Protocol):
     """Rows of a file, in its order."""
 
     path: Path
+    note: str
+    """Which split of several is read, for the user; "" where there is one."""
 
     def __len__(self) -> int: ...
 
@@ -54,13 +60,13 @@ def open_rows(path: Path) -> Rows:
         raise ValueError(f"{path}: no such file; give --data {_FORMATS}, with one prompt and answer a row")
     rows: Rows
     if path.is_dir():
-        files = sorted(path.glob("*.parquet"))
-        rows = parquet_rows(path, files) if files else saved_rows(path)
+        rows = _folder_rows(path)
     elif path.suffix == ".parquet":
         rows = parquet_rows(path, [path])
     elif path.suffix == ".arrow":
         rows = ArrowRows(path, [path])
     else:
+        _check_kind(path)
         rows = JsonlRows(path)
     if not len(rows):
         such = 'write one JSON object a line, such as {"prompt": "What is 2+2?", "answer": "4"}'
@@ -70,8 +76,46 @@ def open_rows(path: Path) -> Rows:
     return rows
 
 
+def _folder_rows(path: Path) -> ArrowRows:
+    """A folder of Parquet files, one of `datasets`, or a dataset of the Hugging Face Hub with its files in data/."""
+    if files := sorted(path.glob("*.parquet")):
+        chosen, note = choose_split(path, files)
+        rows = parquet_rows(path, chosen)
+        rows.note = note
+        return rows
+    if not (path / "dataset_dict.json").is_file() and not (path / "state.json").is_file():
+        folders = sorted({file.parent for file in path.glob("*/*.parquet")})
+        if path / "data" in folders:
+            return _folder_rows(path / "data")
+        if folders:
+            names = ", ".join(folder.name for folder in folders)
+            raise ValueError(f"{path}: has Parquet files in the folders {names}; give one of them: {folders[0]}")
+    return saved_rows(path)
+
+
+def _check_kind(path: Path) -> None:
+    """Raise if a file that should be JSONL is of a kind that is often taken for it."""
+    with path.open("rb") as file:
+        begin = file.read(512)
+    text = begin.removeprefix(b"\xef\xbb\xbf").lstrip()
+    save = (
+        f'pip install "ibtpo[data]", and in Python: datasets.Dataset.from_{{}}("{path}"{{}}).to_parquet("rows.parquet")'
+    )
+    if begin.startswith((b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ", b"PK\x03\x04")):
+        raise ValueError(f"{path}: a compressed file; unpack it (gunzip, unzstd, unzip, ...) and give what was in it")
+    if begin.startswith(b"PAR1"):
+        raise ValueError(f"{path}: a Parquet file; give it a name that ends in .parquet")
+    if path.suffix in (".csv", ".tsv"):
+        separator = ', sep="\\t"' if path.suffix == ".tsv" else ""
+        raise ValueError(f"{path}: a table, not JSONL; convert it: {save.format('csv', separator)}")
+    if text.startswith(b"[") and text[1:].lstrip().startswith(b"{"):
+        raise ValueError(f"{path}: one JSON array, not an object a line; convert it: {save.format('json', '')}")
+
+
 class JsonlRows:
     """A file with one JSON object a line; blank lines are skipped."""
+
+    note = ""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -129,13 +173,16 @@ def _parse_object(line: bytes, where: str) -> dict[str, Any]:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in JSON's words."""
+    """What a value is, in JSON's words; Parquet has more kinds."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
-    return kinds.get(type(value), "a number")
+    kinds |= dict.fromkeys((int, float, Decimal), "a number") | {bytes: "bytes"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
 
 
 class ArrowRows:
     """Memory-mapped Arrow files of one schema (stream or file format), one after the other."""
+
+    note = ""
 
     def __init__(self, path: Path, files: Sequence[Path]) -> None:
         self.path = path
@@ -162,12 +209,12 @@ def _map_batches(file: Path) -> list[Any]:
     source = arrow.memory_map(str(file))
     try:
         return list(arrow.ipc.open_stream(source))
-    except arrow.ArrowInvalid:
+    except (arrow.ArrowException, OSError):
         pass
     try:
         reader = arrow.ipc.open_file(source)
         return [reader.get_batch(i) for i in range(reader.num_record_batches)]
-    except arrow.ArrowInvalid as error:
+    except (arrow.ArrowException, OSError) as error:
         raise ValueError(f"{file}: not an Arrow file ({' '.join(str(error).split())}); write it again") from None
 
 
@@ -180,7 +227,11 @@ def saved_rows(folder: Path) -> ArrowRows:
             raise ValueError(
                 f"{folder}: has the splits {', '.join(names)}; give the folder of one: {folder / names[0]}"
             )
-        return saved_rows(folder / ("train" if "train" in names else names[0]))
+        name = "train" if "train" in names else names[0]
+        rows = saved_rows(folder / name)
+        if others := ", ".join(other for other in names if other != name):
+            rows.note = f"{folder}: the split {name} is read, not {others}; name the folder of another to read it"
+        return rows
     state = folder / "state.json"
     if not state.is_file():
         raise ValueError(f"{folder}: no data was found there (no state.json, no *.parquet); give --data {_FORMATS}")
@@ -206,22 +257,33 @@ def _described(path: Path, name: str, default: list[Any] | None = None) -> list[
 def parquet_rows(path: Path, files: Sequence[Path]) -> ArrowRows:
     """Parquet files, unpacked batch by batch into a temporary Arrow file that is mapped and already unlinked."""
     arrow = _arrow(path)
-    parquet = importlib.import_module("pyarrow.parquet")
     with tempfile.NamedTemporaryFile(prefix="ibtpo-", suffix=".arrow") as unpacked:
-        try:
-            schema = parquet.read_schema(files[0])
-            with arrow.ipc.new_stream(unpacked.name, schema) as writer:
-                for file in files:
-                    opened = parquet.ParquetFile(file)
-                    if not opened.schema_arrow.equals(schema):
-                        raise ValueError(
-                            f"{file}: has other columns than {files[0].name}; write both alike, or give one"
-                        )
-                    for batch in opened.iter_batches():
-                        writer.write_batch(batch)
-        except arrow.ArrowInvalid as error:
-            raise ValueError(f"{path}: not a Parquet file ({' '.join(str(error).split())}); write it again") from None
+        with _named(files[0]):
+            schema = importlib.import_module("pyarrow.parquet").read_schema(files[0])
+        with arrow.ipc.new_stream(unpacked.name, schema) as writer:
+            for file in files:
+                for batch in _parquet_batches(file, schema, files[0].name):
+                    writer.write_batch(batch)
         return ArrowRows(path, [Path(unpacked.name)])
+
+
+def _parquet_batches(file: Path, schema: Any, first: str) -> Iterator[Any]:
+    with _named(file):
+        opened = importlib.import_module("pyarrow.parquet").ParquetFile(file)
+        if not opened.schema_arrow.equals(schema):
+            raise ValueError(f"{file}: has other columns than {first}; write both alike, or give one")
+        yield from opened.iter_batches()
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    """Say which Parquet file cannot be read."""
+    try:
+        yield
+    except (_arrow(file).ArrowException, OSError) as error:
+        raise ValueError(
+            f"{file}: not a Parquet file, or a damaged one ({' '.join(str(error).split())}); write it again"
+        ) from None
 
 
 def _arrow(path: Path) -> Any:
