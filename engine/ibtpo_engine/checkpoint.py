@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ibtpo_engine.errors import CheckpointError
 from ibtpo_engine.model import Model
 from ibtpo_engine.model_config import ModelConfig
 from ibtpo_engine.weight_file import WeightFile
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # which imports torch's models, and takes its time
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
