@@ -5,25 +5,38 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
+from itertools import product
 
 import torch
 
 from ibtpo.config import TrainConfig
 from ibtpo.distributed import ALONE, Group, Mode
 from ibtpo.memory_plan import ONE, MemoryPlan, Processes, largest_micro_batch, plan_memory
+from ibtpo.policy import may_adapt
+from ibtpo.pool_bound import least_pool
 from ibtpo_engine import ModelConfig
-from ibtpo_engine.pages import PAGE
 
 _STEP = 256  # settings are looked for in multiples of it
 _RANKS = (64, 32, 16, 8, 4)
 
 
 def check_memory(
-    config: TrainConfig, shape: ModelConfig, device: torch.device, group: Group = ALONE
+    config: TrainConfig,
+    shape: ModelConfig,
+    device: torch.device,
+    group: Group = ALONE,
+    *,
+    longest_prompt: Callable[[], int] = lambda: 0,
 ) -> tuple[Mode, MemoryPlan]:
     """How the processes of a run train, and what that takes of each; all must call it, before they load anything.
 
     ``distributed: auto`` is ddp where that fits every process, else fsdp; alone always ddp.
+
+    Args:
+        config, shape, device: the run.
+        group: its processes.
+        longest_prompt: tells the tokens of its longest prompt; asked only where the run does not fit.
 
     Raises:
         ValueError: it does not fit, and the message names what is short and settings that fit; or fsdp was asked for
@@ -42,9 +55,18 @@ def check_memory(
         plan = plan_memory(config, shape, device, free=plan.free, processes=processes)
     if plan.fits:
         return processes.mode, plan
-    flags = fitting_flags(config, shape, device, plan.free, processes)
-    remedy = f"the nearest that fits: {flags}" if flags else "no setting of this model fits; take a smaller one"
+    prompt = longest_prompt()
+    flags = fitting_flags(config, shape, device, plan.free, processes, prompt=prompt)
+    remedy = f"the nearest that fits: {flags} ({_meaning(flags)})" if flags else _no_remedy(config, shape, prompt)
     raise ValueError(f"{plan}, so nothing was allocated; {remedy}")
+
+
+def _no_remedy(config: TrainConfig, shape: ModelConfig, prompt: int) -> str:
+    pool = least_pool(config, prompt=prompt, context=shape.max_positions)
+    return (
+        f"no micro-batch, precision or adapter makes it fit with the {pool:,} tokens of KV pool that a tree may need; "
+        "lower sampling.max_tokens, grow smaller trees (search.*, eval.samples), or take a smaller model"
+    )
 
 
 def _is_split(config: TrainConfig, group: Group) -> bool:
@@ -61,54 +83,81 @@ def _check_split(config: TrainConfig) -> None:
 
 
 def fitting_flags(
-    config: TrainConfig, shape: ModelConfig, device: torch.device, free: int, processes: Processes = ONE
+    config: TrainConfig,
+    shape: ModelConfig,
+    device: torch.device,
+    free: int,
+    processes: Processes = ONE,
+    *,
+    prompt: int = 0,
 ) -> str | None:
     """Flags with which a run fits into `free` bytes; None if none do.
 
-    Tried in this order: smaller micro-batches, a smaller KV pool, both; then the same with adapters of a lower rank,
-    with gradient checkpointing, and at last, for a run that trains the weights themselves, with adapters.
+    Tried in this order: smaller micro-batches, a smaller KV pool, both; then the same with what `_bases` changes.
+
+    Args:
+        config, shape, device, processes: as for `plan_memory`.
+        free: bytes that the process may have.
+        prompt: tokens of the longest prompt: every tree must fit into the pool, every trajectory into a micro-batch.
     """
 
     def fits(candidate: TrainConfig) -> bool:
         return plan_memory(candidate, shape, device, free=free, processes=processes).fits
 
-    for base in _bases(config):
-        for candidate in _smaller(base, fits):
-            if candidate != config and fits(candidate):
-                return _difference(config, candidate)
+    longest = min(config.sampling.max_tokens + prompt, shape.max_positions)
+    longest = max(longest, largest_micro_batch(replace(config, micro_batch_tokens=1)))
+    micro = min(_round_up(longest, _STEP), largest_micro_batch(config))
+    pool = min(least_pool(config, prompt=prompt, context=shape.max_positions), config.engine.kv_tokens)
+    for base in _bases(config, processes):
+        if fits(_with(base, micro, pool)):
+            return _difference(config, next(filter(fits, _smaller(base, micro, pool, fits))))
     return None
 
 
-def _bases(config: TrainConfig) -> Iterator[TrainConfig]:
-    yield config
-    lower = [replace(config, lora=replace(config.lora, rank=rank)) for rank in _RANKS if rank < config.lora.rank]
-    yield from lower
-    kept = [config, *lower]
+def _bases(config: TrainConfig, processes: Processes) -> Iterator[TrainConfig]:
+    """The run with whatever may be changed of it, in every combination; first what changes least of what is learned.
+
+    So each has only what is needed: without a part of it, it came earlier.
+    """
+    new = config.resume is None  # checkpoints hold weights of one type, adapters of one shape and one optimizer's state
+    checkpointing, states, dtypes = [config.gradient_checkpointing], [config.optim.state], [config.dtype]
+    weights, ranks = [config.loss.kl_coef], [config.lora.rank]
     if not config.gradient_checkpointing:
-        kept = [replace(one, gradient_checkpointing=True) for one in kept]
-        yield from kept
-    if config.lora.rank == 0 and config.model != "built-in":
-        yield from (replace(kept[0], lora=replace(config.lora, rank=rank)) for rank in _RANKS)
+        checkpointing.append(True)
+    if new and config.optim.state == "float32" and processes.mode == "ddp":
+        states.append("8bit")
+    if new and config.dtype == "float32":
+        dtypes.append("bfloat16")
+    if config.loss.kl_coef > 0 and config.advantage.pi_ref != "reference":
+        weights.append(0.0)
+    if new and may_adapt(config):
+        ranks += [rank for rank in _RANKS if config.lora.rank == 0 or rank < config.lora.rank]
+    for rank, weight, dtype, state, again in product(ranks, weights, dtypes, states, checkpointing):
+        if rank and state != config.optim.state:
+            continue  # of adapters there is little to keep: a lower rank saves as much
+        yield replace(
+            config,
+            gradient_checkpointing=again,
+            optim=replace(config.optim, state=state),
+            dtype=dtype,
+            loss=replace(config.loss, kl_coef=weight),
+            lora=replace(config.lora, rank=rank),
+        )
 
 
-def _smaller(base: TrainConfig, fits: Callable[[TrainConfig], bool]) -> Iterator[TrainConfig]:
+def _smaller(base: TrainConfig, micro: int, pool: int, fits: Callable[[TrainConfig], bool]) -> Iterator[TrainConfig]:
     """The run with the largest micro-batch that fits, with the largest pool, and with the smallest pool and then the
-    largest micro-batch."""
-
-    def with_micro(tokens: int, one: TrainConfig = base) -> TrainConfig:
-        return replace(one, micro_batch_tokens=tokens)
-
-    def with_pool(tokens: int) -> TrainConfig:
-        return replace(base, engine=replace(base.engine, kv_tokens=tokens))
-
+    largest micro-batch; `micro` and `pool` are the smallest."""
+    most_micro, most_pool = largest_micro_batch(base), base.engine.kv_tokens
     yield base
-    longest = largest_micro_batch(replace(base, micro_batch_tokens=1))  # no micro-batch is smaller than a trajectory
-    least = _round_up(longest, _STEP)
-    yield with_micro(_largest(least, largest_micro_batch(base), lambda tokens: fits(with_micro(tokens))))
-    pool = _round_up(2 * longest, PAGE)  # a trajectory and the one it is forked from
-    yield with_pool(_largest(pool, base.engine.kv_tokens, lambda tokens: fits(with_pool(tokens))))
-    poor = with_pool(min(pool, base.engine.kv_tokens))
-    yield with_micro(_largest(least, largest_micro_batch(base), lambda tokens: fits(with_micro(tokens, poor))), poor)
+    yield _with(base, _largest(micro, most_micro, lambda tokens: fits(_with(base, tokens, most_pool))), most_pool)
+    kept = base.micro_batch_tokens
+    yield _with(base, kept, _largest(pool, most_pool, lambda tokens: fits(_with(base, kept, tokens))))
+    yield _with(base, _largest(micro, most_micro, lambda tokens: fits(_with(base, tokens, pool))), pool)
+
+
+def _with(base: TrainConfig, micro: int, pool: int) -> TrainConfig:
+    return replace(base, micro_batch_tokens=micro, engine=replace(base.engine, kv_tokens=pool))
 
 
 def _round_up(count: int, unit: int) -> int:
@@ -130,8 +179,30 @@ def _difference(config: TrainConfig, other: TrainConfig) -> str:
         flags.append(f"--micro-batch-tokens {other.micro_batch_tokens}")
     if other.engine.kv_tokens != config.engine.kv_tokens:
         flags.append(f"--engine.kv-tokens {other.engine.kv_tokens}")
-    if other.lora.rank != config.lora.rank:
-        flags.append(f"--lora.rank {other.lora.rank}")
     if other.gradient_checkpointing != config.gradient_checkpointing:
         flags.append("--gradient-checkpointing")
+    if other.optim.state != config.optim.state:
+        flags.append(f"--optim.state {other.optim.state}")
+    if other.dtype != config.dtype:
+        flags.append(f"--dtype {other.dtype}")
+    if other.loss.kl_coef != config.loss.kl_coef:
+        flags.append(f"--loss.kl-coef {other.loss.kl_coef:g}")
+    if other.lora.rank != config.lora.rank:
+        flags.append(f"--lora.rank {other.lora.rank}")
     return " ".join(flags)
+
+
+_MEANS = {
+    "--optim.state": "8 bits round the optimizer's running means",
+    "--dtype": "bfloat16 rounds what is computed",
+    "--loss.kl-coef": "without a KL penalty no reference is kept",
+    "--lora.rank": "adapters of this rank are trained, not the weights",
+}
+
+
+def _meaning(flags: str) -> str:
+    """What flags from `fitting_flags` change of what the run learns."""
+    means = [text for flag, text in _MEANS.items() if flag in flags.split()]
+    if "--optim.state" in flags and find_spec("bitsandbytes") is None:
+        means[0] += " (pip install 'ibtpo[8bit]')"
+    return "; ".join(means) or "it learns the same, more slowly"

@@ -40,7 +40,7 @@ import torch
 from ibtpo.config import TrainConfig
 from ibtpo.distributed import Mode
 from ibtpo.distributed.group import BUCKET_BYTES
-from ibtpo.policy import adapted_projections
+from ibtpo.policy import adapters_of
 from ibtpo.progress import host_memory
 from ibtpo.update import Updater
 from ibtpo_engine import Model, ModelConfig
@@ -148,11 +148,12 @@ def _sizes(shape: ModelConfig, config: TrainConfig) -> _Sizes:
     more = shape.num_layers - 1
     total, one = sum(with_one) + more * sum(in_layer), sum(in_layer)
     outside = sum(with_one) - one
-    if config.lora.rank == 0:
+    lora = adapters_of(config)
+    if lora is None:
         return _Sizes(total, total, max(with_one), _small(with_one) + more * _small(in_layer), one, outside)
-    names = [f"{name}.weight" for name in adapted_projections(config.lora)]
+    names = [f"{name}.weight" for name in lora.targets]
     sides = [size for name, p in layer.items() if name.partition(".")[2] in names for size in p.shape]
-    adapters = [config.lora.rank * size for size in sides]
+    adapters = [lora.rank * size for size in sides]
     trained = sum(adapters) * shape.num_layers
     return _Sizes(total + trained, trained, max(adapters), _small(adapters) * shape.num_layers, sum(adapters), 0)
 
@@ -174,10 +175,10 @@ def largest_micro_batch(config: TrainConfig) -> int:
 
 def activation_bytes(shape: ModelConfig, config: TrainConfig, tokens: int) -> int:
     """What autograd keeps of the model's forward pass over `tokens` packed tokens; see the module's table."""
-    size, heads, head = _itemsize(config), shape.num_heads, shape.head_dim
+    size, heads, head, lora = _itemsize(config), shape.num_heads, shape.head_dim, adapters_of(config)
     wide = (3 if shape.qk_norm else 2) * (heads + shape.num_kv_heads) * head
     layer = size * (4 * shape.hidden_size + 3 * shape.intermediate_size + wide) + 4 * heads
-    layer += size * config.lora.rank * len(adapted_projections(config.lora)) if config.lora.rank else 0
+    layer += size * lora.rank * len(lora.targets) if lora is not None else 0
     once = size * shape.hidden_size + 4 * head + 12
     if config.gradient_checkpointing:
         return tokens * (shape.num_layers * size * shape.hidden_size + layer + once)
@@ -188,13 +189,13 @@ def _loss_workspace(shape: ModelConfig, config: TrainConfig, tokens: int) -> int
     size, head = _itemsize(config), shape.vocab_size * shape.hidden_size
     rows = min(tokens, max(_CHUNK_ROWS, _CHUNK // shape.vocab_size))
     logits = rows * shape.vocab_size * size
-    gradient = 0 if config.lora.rank else 4 * head + (size * head if size < 4 else 0)
+    gradient = 0 if adapters_of(config) else 4 * head + (size * head if size < 4 else 0)
     return logits + 2 * size * tokens * shape.hidden_size + gradient
 
 
 def _layer_workspace(shape: ModelConfig, config: TrainConfig, tokens: int) -> int:
     size = _itemsize(config)
-    waiting = 0 if config.lora.rank else size * shape.vocab_size * shape.hidden_size
+    waiting = 0 if adapters_of(config) else size * shape.vocab_size * shape.hidden_size
     return size * tokens * (2 * shape.intermediate_size + 3 * shape.hidden_size) + waiting
 
 

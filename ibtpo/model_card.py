@@ -50,7 +50,13 @@ vLLM: `vllm serve BASE --enable-lora --lora-modules trained=FOLDER`.
 
 
 def model_card(
-    config: TrainConfig, *, step: int, sampled_tokens: int, rows: Iterable[Mapping[str, Any]], chat: bool = False
+    config: TrainConfig,
+    *,
+    step: int,
+    sampled_tokens: int,
+    rows: Iterable[Mapping[str, Any]],
+    chat: bool = False,
+    adapters: bool = False,
 ) -> str:
     """The text of a checkpoint's README.md.
 
@@ -60,9 +66,10 @@ def model_card(
         sampled_tokens: tokens sampled for them.
         rows: of the run's log; the evaluations up to `step` are shown.
         chat: does the tokenizer have a chat template?
+        adapters: does the checkpoint hold adapters, and not a whole model?
     """
     header: dict[str, Any] = {
-        "library_name": "transformers" if config.lora.rank == 0 else "peft",
+        "library_name": "peft" if adapters else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["reinforcement-learning", "ibtpo", config.advantage.kind],
     }
@@ -88,7 +95,7 @@ def model_card(
         options = parse_options(config.jsonl.chat_template_options)
         given = "".join(f", {name}={value!r}" for name, value in options.items())
         prompt = f"{message}, add_generation_prompt=True, tokenize=False{given})"
-    load = _LOAD.format(prompt=prompt) if config.lora.rank == 0 else _LOAD_ADAPTER
+    load = _LOAD_ADAPTER if adapters else _LOAD.format(prompt=prompt)
     lines += ["## Loading it", "", load, "## Settings", "", "```yaml", _settings(config), "```"]
     return "\n".join(lines) + "\n"
 

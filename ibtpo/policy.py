@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ibtpo.config import LoRAConfig
+from ibtpo.config import LoRAConfig, TrainConfig
+from ibtpo.config_io import load_yaml
+from ibtpo.run_format import CONFIG, is_run
 from ibtpo.tasks.digit_chain import char_tokenizer
 from ibtpo_engine import (
     LoRA,
@@ -23,7 +25,7 @@ from ibtpo_engine import (
     save_model,
     stop_tokens,
 )
-from ibtpo_engine.adapter_folder import base_of, is_adapter_folder
+from ibtpo_engine.adapter_folder import adapter_config, base_of, is_adapter_folder
 from ibtpo_engine.errors import CheckpointError
 from ibtpo_engine.lora import TARGETS
 
@@ -33,6 +35,27 @@ _ADAPTED = {"all": TARGETS, "attention": TARGETS[:4], "mlp": TARGETS[4:]}
 def adapted_projections(config: LoRAConfig) -> tuple[str, ...]:
     """Names of the projections that adapters are put on."""
     return _ADAPTED[config.targets]
+
+
+def adapters_of(config: TrainConfig) -> LoRA | None:
+    """The adapters that a run trains: those it asks for or, from an adapter folder on, those there; None: the weights.
+
+    Raises:
+        CheckpointError: the folder's adapter cannot be run.
+    """
+    if config.lora.rank:
+        return _asked_for(config.lora)
+    return adapter_config(config.model) if is_adapter_folder(config.model) else None
+
+
+def may_adapt(config: TrainConfig) -> bool:
+    """May the run train adapters of any rank?"""
+    is_fixed = config.model == "built-in" or is_adapter_folder(config.model)
+    return not is_fixed and config.parity == "fast"
+
+
+def _asked_for(config: LoRAConfig) -> LoRA:
+    return LoRA(rank=config.rank, alpha=config.alpha, targets=adapted_projections(config))
 
 
 @dataclass(frozen=True)
@@ -61,7 +84,7 @@ class Policy:
         """
         if config.rank == 0:
             return
-        wanted = LoRA(rank=config.rank, alpha=config.alpha, targets=adapted_projections(config))
+        wanted = _asked_for(config)
         if self.base is None:
             raise ValueError("lora.rank: the built-in policy is small, train it whole; give a checkpoint with --model")
         if self.model.adapters is None:
@@ -73,28 +96,87 @@ class Policy:
             )
 
 
-def load_policy(folder: Path | str, *, dtype: torch.dtype, device: torch.device) -> Policy:
-    """Load a Hugging Face checkpoint folder, or a PEFT adapter folder with the base that it names.
+def load_policy(
+    folder: Path | str, *, dtype: torch.dtype, device: torch.device, began_with: str | None = None
+) -> Policy:
+    """Load a Hugging Face checkpoint folder, or a PEFT adapter folder with its base.
+
+    Args:
+        folder: the checkpoint.
+        dtype, device: what the weights are converted to, and where they go.
+        began_with: as for `base_folder`.
 
     Raises:
         CheckpointError: model or tokenizer cannot be used; the message names file, field and remedy.
     """
-    base = base_of(folder) if is_adapter_folder(folder) else str(Path(folder).resolve())
+    base = base_folder(folder, began_with) if is_adapter_folder(folder) else str(Path(folder).resolve())
     model = load_model(base, dtype=dtype, device=device)
     if is_adapter_folder(folder):
         load_adapter(model, folder)
-    tokenizer = load_tokenizer(folder if (Path(folder) / "tokenizer_config.json").exists() else base)
+    tokenizer = _tokenizer(folder, base)
     return Policy(model, tokenizer, stop_tokens(base, tokenizer), base)
 
 
-def model_shape(source: Path | str) -> ModelConfig:
-    """The shape of a policy that is not loaded yet: "built-in", a checkpoint folder, or an adapter folder's base."""
+def _tokenizer(folder: Path | str, base: Path | str) -> PreTrainedTokenizerBase:
+    return load_tokenizer(folder if (Path(folder) / "tokenizer_config.json").exists() else base)
+
+
+def base_folder(folder: Path | str, began_with: str | None = None) -> str:
+    """The checkpoint folder that an adapter folder belongs on.
+
+    For a run's checkpoint the run knows better than the adapter, which was told when it was saved: the base may have
+    moved since.
+
+    Args:
+        folder: holds an adapter.
+        began_with: of a run's checkpoint, the model the run began with; by default what its config.yaml names.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    run = _run_of(folder)
+    if run is None:
+        return base_of(folder)
+    began_with = str(load_yaml(run / CONFIG).get("model")) if began_with is None else began_with
+    if is_adapter_folder(began_with) and _run_of(began_with) != run:
+        return base_folder(began_with)
+    if Path(began_with).is_dir() and not is_adapter_folder(began_with):
+        return str(Path(began_with).resolve())
+    try:
+        return base_of(folder)
+    except CheckpointError:
+        raise CheckpointError(
+            f"{folder} holds adapters, and the base that they belong on is not there: {began_with}. Say where it lies "
+            f"now: ibtpo train --resume {run} --model FOLDER, or the field model in {run / CONFIG}"
+        ) from None
+
+
+def _run_of(folder: Path | str) -> Path | None:
+    """The run that a folder is a checkpoint of, or None."""
+    run = Path(folder).absolute().parent.parent
+    return run if is_run(run) else None
+
+
+def model_shape(source: Path | str, began_with: str | None = None) -> ModelConfig:
+    """The shape of a policy that is not loaded yet: "built-in", a checkpoint folder, or an adapter folder's base.
+
+    Args:
+        source: what will be loaded.
+        began_with: as for `base_folder`.
+    """
     if source == "built-in":
         return ModelConfig.from_dict(built_in_config(char_tokenizer()))
-    folder = Path(base_of(source) if is_adapter_folder(source) else source)
+    folder = Path(base_folder(source, began_with) if is_adapter_folder(source) else source)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder. Give a Hugging Face checkpoint folder.")
     return ModelConfig.from_folder(folder)
+
+
+def tokenizer_of(source: Path | str, began_with: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a policy that is not loaded yet; the arguments are those of `model_shape`."""
+    if source == "built-in":
+        return char_tokenizer()
+    return _tokenizer(source, base_folder(source, began_with) if is_adapter_folder(source) else source)
 
 
 def built_in_policy(seed: int, *, dtype: torch.dtype, device: torch.device) -> Policy:

@@ -2,7 +2,7 @@
 
 A run is the same run as long as its policy, its problems and its beginning are the same. How it goes on from there -
 budget, search, loss, rates, limits, hardware - may change; a run so changed is no longer that of its first
-configuration, so each change is named.
+configuration, so each change is named. The model it began with may have moved: then it is named by its new place.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from typing import Any
 
 from rich.console import Console
 
+from ibtpo.checkpoints import Checkpoint
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import load_yaml, merge
 from ibtpo.disk import RunFolderError
+from ibtpo.policy import base_folder
 from ibtpo.run_format import CONFIG, check_run
+from ibtpo.update import Updater
+from ibtpo_engine.adapter_folder import is_adapter_folder
 
 _OTHER, _HELD_OUT = "the problems would be others", "held-out problems would be trained on"
 FIXED = {
-    "model": "the checkpoint holds the weights, the KL reference is the model the run began with",
+    "model": "the checkpoint holds the weights, the KL reference is the model the run began with (it may only move)",
     "dtype": "weights and optimizer state are saved in it",
     "seed": "problems, samples and what is held out hang on it",
     **dict.fromkeys(("task", "data", "layout", "digits"), _OTHER),
@@ -48,7 +52,7 @@ def announce_changes(run: Path, config: TrainConfig, console: Console) -> None:
     changes = {name: value for name, value in _flat(asdict(config)).items() if before[name] != value}
     for name, value in changes.items():
         reason = FIXED.get(name) or FIXED.get(name.partition(".")[0])
-        if reason is not None:
+        if reason is not None and not (name == "model" and _has_moved(before[name], value, run)):
             raise RunFolderError(
                 f"resume: {name} cannot change from {before[name]} to {value}, {reason}; leave it out, or begin a new "
                 "run with --out"
@@ -56,6 +60,39 @@ def announce_changes(run: Path, config: TrainConfig, console: Console) -> None:
     if changes:
         listed = ", ".join(f"{name} {before[name]} -> {value}" for name, value in changes.items())
         console.print(f"goes on with other settings: {listed}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _has_moved(before: str, now: str, run: Path) -> bool:
+    """May the model that a run began with lie at `now`? Where it was it is gone, and this is no product of the run."""
+    gone = before != TrainConfig().model and not Path(before).is_dir()
+    return gone and Path(now).is_dir() and not Path(now).is_relative_to(run.absolute())
+
+
+def check_beginning(config: TrainConfig, last: Checkpoint | None) -> None:
+    """See that the model a resumed run began with is there, if the run still needs it.
+
+    Args:
+        config: the run.
+        last: the checkpoint it goes on from, or None.
+
+    Raises:
+        RunFolderError: it needs it as the policy or the reference.
+        CheckpointError: it needs it as the base of its adapters.
+    """
+    if last is not None and is_adapter_folder(last.path):
+        base_folder(last.path, config.model)
+    if config.model == TrainConfig().model or Path(config.model).is_dir():
+        return
+    if last is not None and not Updater.needs_reference(config):
+        return
+    needed, without = "has no checkpoint and begins with it", ""
+    if last is not None:
+        needed = "needs it as the reference policy"
+        without = ", or do without the reference: --loss.kl-coef 0 --advantage.pi-ref sampling"
+    raise RunFolderError(
+        f"resume: {config.model}, which {config.resume} began with, is not there, and the run {needed}; put it back, "
+        f"or say where it lies now: --model FOLDER, or the field model in {config.resume}/{CONFIG}{without}"
+    )
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ibtpo.config import TrainConfig
 from ibtpo.policy import Policy
@@ -17,6 +20,7 @@ from ibtpo_engine import Engine, Sampling
 
 _PIECE = 1 << 22  # numbers of a parameter looked at together: on a CPU torch widens all that it sums
 _ALWAYS = 10_000  # prompts that are tokenized to be checked, whatever their length
+_MANY = 256  # problems that tell how long those are which are made by procedure
 
 
 def make_sampling(config: TrainConfig, policy: Policy) -> Sampling:
@@ -137,7 +141,7 @@ class _PromptCheck:
 
     def __call__(self, problem: Problem) -> bool:
         self._num_checked += 1
-        if self._num_checked > _ALWAYS and self._bound(problem) < self._safe:
+        if self._num_checked > _ALWAYS and self._around and _most_tokens(problem, self._around) < self._safe:
             return True
         tokens = format_prompt(self._policy.tokenizer, problem, self._config.jsonl)
         if self._around is None:
@@ -149,11 +153,30 @@ class _PromptCheck:
             raise ValueError(f"{problem.data.get('where', 'the prompts')}: {fault}")
         return True
 
-    def _bound(self, problem: Problem) -> int:
-        """At least as many tokens as the formatted prompt has."""
-        assert self._around is not None
-        texts = [problem.prompt] if isinstance(problem.prompt, str) else [m["content"] for m in problem.prompt]
-        return self._around * (len(texts) + 1) + sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+
+def _most_tokens(problem: Problem, around: int) -> int:
+    """At least as many tokens as the formatted prompt has; `around` is what another message and its own text cost."""
+    texts = [problem.prompt] if isinstance(problem.prompt, str) else [m["content"] for m in problem.prompt]
+    return around * (len(texts) + 1) + sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
+
+
+def longest_prompt(task: Task, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> int:
+    """Tokens of the longest prompt of a run; where problems are made by procedure, of many of them."""
+    if isinstance(task, DataTask) and config.jsonl.max_prompt_tokens is not None:
+        return config.jsonl.max_prompt_tokens
+    problems: Iterable[Problem]
+    if isinstance(task, DataTask):
+        problems = task.problems()
+    elif isinstance(task, DigitChain):
+        problems = [task.longest_problem()]
+    else:
+        problems = chain(task.eval_problems(_MANY), map(task.train_problem, range(_MANY)))
+    longest, around = 0, None
+    for problem in problems:
+        if around is None or _most_tokens(problem, around) > longest:  # a token has at least one byte
+            tokens = len(format_prompt(tokenizer, problem, config.jsonl))
+            longest, around = max(longest, tokens), around or tokens
+    return longest
 
 
 def _check_room_for_answer(task: DigitChain, policy: Policy, config: TrainConfig) -> None:

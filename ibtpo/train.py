@@ -17,15 +17,15 @@ from ibtpo.distributed import ALONE, Follower, Group, device_name
 from ibtpo.environment import record_environment
 from ibtpo.loggers import check_installed
 from ibtpo.memory_fit import check_memory
-from ibtpo.policy import Policy, built_in_policy, load_policy, model_shape
-from ibtpo.resume import announce_changes, with_absolute_paths
+from ibtpo.policy import Policy, adapters_of, built_in_policy, load_policy, model_shape, tokenizer_of
+from ibtpo.resume import announce_changes, check_beginning, with_absolute_paths
 from ibtpo.runlog import REPORT, RunFolder
-from ibtpo.setup import check_prompts, check_weights, choose_device, default_folder, make_engine
+from ibtpo.setup import check_prompts, check_weights, choose_device, default_folder, longest_prompt, make_engine
 from ibtpo.tasks import Task, TeachableTask, make_task
 from ibtpo.trainer import Trainer
 from ibtpo.update import Updater
 from ibtpo.viewer import export_page
-from ibtpo_engine import OutOfPages
+from ibtpo_engine import CheckpointError, OutOfPages
 
 
 def train(
@@ -59,12 +59,20 @@ def train(
         folder = None
         if config.resume is not None:
             folder = stack.enter_context(_reopened(config.resume, settings, console, group))
+            check_beginning(config, folder.last)
         source = config.model if folder is None or folder.last is None else folder.last.path
-        mode, plan = check_memory(config, model_shape(source), choose_device(device_name(config)), group)
+        began_with = None if source == config.model else config.model
+        mode, plan = check_memory(
+            config,
+            model_shape(source, began_with),
+            choose_device(device_name(config)),
+            group,
+            longest_prompt=lambda: _longest_prompt(config, source, began_with),
+        )
         console.print(str(plan), style="dim", highlight=False, markup=False, soft_wrap=True)
         if group.size > 1:
             _say(console, f"{group.size} processes, {mode}")
-        policy = _policy(config, source)
+        policy = _policy(config, source, began_with)
         task = stack.enter_context(closing(make_task(config)))
         _check_input(config, policy, task, source, console)
         engine = make_engine(config, policy)
@@ -88,6 +96,11 @@ def _check_combinations(config: TrainConfig, group: Group) -> None:
         ValueError: names both.
     """
     search, advantage = config.search, config.advantage
+    if config.parity == "bitwise" and adapters_of(config) is not None:
+        trained = f"lora.rank: {config.lora.rank} trains adapters" if config.lora.rank else "model: it is an adapter"
+        raise ValueError(
+            f"{trained}, whose sums parity=bitwise does not order; use --parity fast, or train the weights themselves"
+        )
     if config.sampling.temperature == 0:
         raise ValueError("sampling.temperature: 0 is greedy, all trajectories would be alike; set it above 0 to train")
     if search.redraws > 0 and advantage.uniform_groups != "skip":
@@ -145,12 +158,22 @@ def _reopened(path: Path, settings: TrainConfig, console: Console, group: Group)
     return Follower(path, last)
 
 
-def _policy(config: TrainConfig, source: Path | str) -> Policy:
+def _longest_prompt(config: TrainConfig, source: Path | str, began_with: str | None) -> int:
+    """Tokens of the longest prompt, before anything is loaded to stay; 0 where the folder has no tokenizer yet."""
+    try:
+        tokenizer = tokenizer_of(source, began_with)
+    except CheckpointError:  # who asks what would fit may have no more of the model than its shape
+        return 0
+    with closing(make_task(config)) as task:
+        return longest_prompt(task, tokenizer, config)
+
+
+def _policy(config: TrainConfig, source: Path | str, began_with: str | None) -> Policy:
     dtype, device = getattr(torch, config.dtype), choose_device(device_name(config))
     if source == "built-in":
         policy = built_in_policy(config.seed, dtype=dtype, device=device)
     else:
-        policy = load_policy(source, dtype=dtype, device=device)
+        policy = load_policy(source, dtype=dtype, device=device, began_with=began_with)
     policy.adapt(config.lora, config.seed)
     return policy
 

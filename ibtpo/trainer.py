@@ -357,6 +357,7 @@ class Trainer:
             sampled_tokens=self.state.sampled_tokens,
             rows=read_rows(self.folder.path / METRICS),
             chat=bool(self.policy.tokenizer.chat_template),
+            adapters=self.policy.model.adapters is not None,
         )
 
     def _renew_card(self) -> None:

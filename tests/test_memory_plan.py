@@ -11,27 +11,45 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import save_additions, save_checkpoint
+from engine_helpers import tiny_model
 from rich.console import Console
 from torch import nn
 
+import ibtpo.memory_plan
 from ibtpo.config import (
     AdvantageConfig,
     EngineConfig,
     EvalConfig,
+    JsonlConfig,
     LoRAConfig,
+    LossConfig,
     OptimConfig,
     SamplingConfig,
+    SearchConfig,
     TrainConfig,
 )
 from ibtpo.memory_fit import check_memory, fitting_flags
-from ibtpo.memory_plan import GIB, activation_bytes, largest_micro_batch, plan_memory
+from ibtpo.memory_plan import GIB, Processes, activation_bytes, largest_micro_batch, plan_memory
 from ibtpo.optim import MasterAdamW
 from ibtpo.policy import adapted_projections
+from ibtpo.pool_bound import least_pool
 from ibtpo.runlog import latest_checkpoint
-from ibtpo.setup import find_nonfinite
+from ibtpo.search import make_search
+from ibtpo.setup import find_nonfinite, longest_prompt
+from ibtpo.tasks import Problem, format_prompt, make_task
 from ibtpo.train import train
 from ibtpo.update import frozen_copy
-from ibtpo_engine import Engine, LoRA, Model, ModelConfig, initialise
+from ibtpo_engine import (
+    Engine,
+    LoRA,
+    Model,
+    ModelConfig,
+    OutOfPages,
+    Sampling,
+    initialise,
+    load_tokenizer,
+    save_adapter,
+)
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -181,6 +199,133 @@ def test_the_flags_that_are_offered_fit_and_little_more_would_not(
         assert not plan_memory(more, BIG, device, free=free).fits
 
 
+def _offer(config: TrainConfig, shape: ModelConfig, gib: float, **options: Any) -> str:
+    """The flags offered where so much is free, on a GPU: there the process itself does not count."""
+    return fitting_flags(config, shape, torch.device("cuda"), int(gib * GIB), **options) or ""
+
+
+EIGHT = shape_of(
+    vocab_size=151_936, hidden_size=4096, intermediate_size=12_288, num_hidden_layers=36, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, tie_word_embeddings=False, max_position_embeddings=40_960,
+)  # fmt: skip
+WIDE = TrainConfig(model="elsewhere", task="jsonl")
+
+
+def test_what_changes_training_least_is_offered_first() -> None:
+    """8 B parameters in fp32, on ever smaller devices."""
+    assert "--" not in _offer(WIDE, EIGHT, 190).replace("--micro-batch-tokens", "")
+    assert "--gradient-checkpointing" in _offer(WIDE, EIGHT, 170)
+    assert _offer(WIDE, EIGHT, 135).endswith("--optim.state 8bit")
+    no_penalty = replace(WIDE, loss=LossConfig(kl_coef=0))
+    assert "--loss.kl-coef 0" in _offer(WIDE, EIGHT, 85) and "--lora.rank" not in _offer(WIDE, EIGHT, 85)
+    assert "--loss.kl-coef" not in _offer(no_penalty, EIGHT, 85)
+    assert _offer(WIDE, EIGHT, 48).endswith("--gradient-checkpointing --lora.rank 64")
+    assert "--gradient-checkpointing --dtype bfloat16 --lora.rank" in _offer(WIDE, EIGHT, 21.4)
+    assert _offer(WIDE, EIGHT, 12) == ""
+
+
+def test_only_what_may_change_is_offered(tmp_path: Path) -> None:
+    """Of a resumed run neither type nor adapters nor the optimizer's state; no adapters in bitwise parity."""
+    resumed = replace(WIDE, resume=tmp_path)
+    assert _offer(resumed, EIGHT, 135).endswith("--gradient-checkpointing --loss.kl-coef 0")
+    assert _offer(resumed, EIGHT, 85) == ""
+    assert _offer(replace(WIDE, parity="bitwise"), EIGHT, 48) == ""
+    keeps = replace(WIDE, advantage=AdvantageConfig(pi_ref="reference"))
+    assert "kl-coef" not in _offer(keeps, EIGHT, 85)
+    assert "8bit" not in _offer(WIDE, EIGHT, 135, processes=Processes(2, "fsdp"))
+
+
+@pytest.mark.parametrize("gib", [190, 135, 85, 21.4])
+def test_the_offer_says_what_it_changes(gib: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ibtpo.memory_plan, "free_memory", lambda device: int(gib * GIB))
+    with pytest.raises(ValueError) as refused:
+        check_memory(WIDE, EIGHT, torch.device("cuda"))
+    flags, meaning = str(refused.value).partition("the nearest that fits: ")[2].rstrip(")").split(" (", 1)
+    for flag, word in (("8bit", "running means"), ("kl-coef", "KL"), ("bfloat16", "rounds"), ("rank", "adapters")):
+        assert (flag in flags) == (word in meaning)
+    assert ("learns the same" in meaning) == (gib == 190)
+
+
+METHODS = [
+    SearchConfig(),
+    SearchConfig(method="random-tree", lookahead=3),
+    SearchConfig(method="independent"),
+    SearchConfig(method="eptree", initial_branches=3, nodes_per_round=2, rounds=2),
+    SearchConfig(method="treepo", segment_tokens=20),
+    SearchConfig(method="tree-grpo", initial_branches=3, nodes_per_round=2, rounds=2),
+    SearchConfig(method="vineppo", group_size=2, value_rollouts=4),
+]
+
+
+@pytest.mark.parametrize("search", METHODS, ids=lambda search: search.method)
+@pytest.mark.parametrize("prompt", [1, 31, 33])
+def test_every_tree_fits_into_the_smallest_pool_offered(search: SearchConfig, prompt: int) -> None:
+    """No trajectory stops before its limit, several trees grow at once; two trajectories of pages hold none."""
+    config = replace(RUN, search=search, sampling=SamplingConfig(max_tokens=50), eval=EvalConfig(samples=2))
+    pool = least_pool(config, prompt=prompt, context=512)
+    grow = make_search(config.search, config.ib, lambda tokens: range(9, len(tokens), 9), 50)
+    for kv_tokens in (pool, 2 * (prompt + 50)):
+        engine = Engine(tiny_model(), kv_tokens=kv_tokens)
+        trees = engine.run(
+            grow, [[*range(1, prompt + 1)]] * 3, Sampling(max_tokens=50), reward=lambda tree, leaf: leaf.tokens[0] % 2
+        )
+        if kv_tokens == pool:
+            assert all(len(tree.leaves()) == search.trajectories for _, tree in trees)
+        else:
+            with pytest.raises(OutOfPages):
+                list(trees)
+
+
+def test_the_smallest_pool_holds_an_evaluation_and_no_path_beyond_the_context() -> None:
+    one = replace(RUN, search=SearchConfig(method="independent", group_size=1), sampling=SamplingConfig(max_tokens=50))
+    many = replace(one, eval=EvalConfig(samples=9))
+    assert least_pool(many, prompt=20, context=512) == 16 * (2 + 9 * 5)
+    assert least_pool(many, prompt=500, context=512) == least_pool(many, prompt=462, context=512)
+    assert least_pool(replace(many, sampling=SamplingConfig(max_tokens=10**6)), prompt=9, context=40) < 16 * 10 * 5
+
+
+def test_no_pool_is_offered_that_one_tree_may_not_fit_into() -> None:
+    """Where less is free the type is changed, not the pool; and no micro-batch is smaller than a trajectory."""
+    shape, device = shape_of(max_position_embeddings=1024), torch.device("cuda")
+    config = replace(WIDE, sampling=SamplingConfig(max_tokens=256), engine=EngineConfig(release="never"))
+    least = least_pool(config, prompt=300, context=1024)
+    engine = replace(config.engine, kv_tokens=least)
+    poorest = replace(config, micro_batch_tokens=768, engine=engine, gradient_checkpointing=True)
+    free = plan_memory(poorest, shape, device, free=0).total
+    flags = f"--micro-batch-tokens 768 --engine.kv-tokens {least} --gradient-checkpointing"
+    assert fitting_flags(config, shape, device, free, prompt=300) == flags
+    less = fitting_flags(config, shape, device, free - 1, prompt=300) or ""
+    assert f"--engine.kv-tokens {least} " in less
+    assert "--optim.state 8bit" in less
+
+
+def test_the_longest_prompt_is_found_before_anything_is_loaded(tmp_path: Path) -> None:
+    """Of a file, with the checkpoint's tokenizer; most rows need not be tokenized to know that they are shorter."""
+    tokenizer = load_tokenizer(save_checkpoint(tmp_path / "model"))
+    rows = [{"prompt": f"{'9' * (37 * i % 101)}+1", "answer": "0"} for i in range(60)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = replace(RUN, data=data)
+    task = make_task(config)
+    lengths = [len(format_prompt(tokenizer, Problem(row["prompt"], "0"), config.jsonl)) for row in rows]
+    assert longest_prompt(task, tokenizer, config) == max(lengths)
+    assert longest_prompt(task, tokenizer, replace(config, jsonl=JsonlConfig(max_prompt_tokens=7))) == 7
+    task.close()
+
+
+def test_what_an_adapter_folder_holds_is_planned(tmp_path: Path) -> None:
+    """Without --lora.rank its adapters are trained: the plan is that of a run that asks for the same."""
+    shape = shape_of()
+    model = model_of(shape, replace(RUN, lora=LoRAConfig(rank=4, targets="mlp")))
+    save_adapter(model, tmp_path, base="elsewhere")
+    implied = plan_memory(replace(RUN, model=str(tmp_path)), shape, CPU, free=0)
+    asked = plan_memory(replace(RUN, model=str(tmp_path), lora=LoRAConfig(rank=4, targets="mlp")), shape, CPU, free=0)
+    whole = plan_memory(RUN, shape, CPU, free=0)
+    assert {**implied.parts, "process": 0} == {**asked.parts, "process": 0}
+    assert implied.parts["optimizer state"] < whole.parts["optimizer state"] / 4
+    assert "lora" not in _offer(replace(RUN, model=str(tmp_path)), BIG, 8)
+
+
 def test_a_run_that_does_not_fit_is_refused_before_its_folder_is_made(tmp_path: Path) -> None:
     config = replace(TrainConfig(), device="cpu", out=tmp_path / "run", engine=EngineConfig(kv_tokens=10**12))
     with pytest.raises(
@@ -188,7 +333,7 @@ def test_a_run_that_does_not_fit_is_refused_before_its_folder_is_made(tmp_path: 
     ):
         train(config, Console(file=io.StringIO()))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(ValueError, match="no setting of this model fits"):
+    with pytest.raises(ValueError, match=r"6,336 tokens of KV pool that a tree may need; lower sampling\.max_tokens"):
         check_memory(RUN, replace(BIG, num_layers=10**6), CPU)
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import ibtpo.environment
 from ibtpo.checkpoints import checkpoints, damage
 from ibtpo.cli import main
-from ibtpo.config import AdvantageConfig, JsonlConfig, LoRAConfig, SearchConfig, TrainConfig
+from ibtpo.config import AdvantageConfig, JsonlConfig, SearchConfig, TrainConfig
 from ibtpo.environment import ENVIRONMENT
 from ibtpo.model_card import CARD, method, model_card
 from ibtpo.runlog import METRICS, read_rows
@@ -85,8 +85,8 @@ def test_generation_config_has_the_stop_tokens_and_the_sampling(run: Path) -> No
 
 
 def test_adapters_are_loaded_with_peft(tmp_path: Path) -> None:
-    config = TrainConfig(model=str(tmp_path), lora=LoRAConfig(rank=4))
-    card = model_card(config, step=3, sampled_tokens=10, rows=[])
+    config = TrainConfig(model=str(tmp_path))
+    card = model_card(config, step=3, sampled_tokens=10, rows=[], adapters=True)
     assert "library_name: peft" in card
     assert "AutoPeftModelForCausalLM" in card
     assert "Not measured yet." in card

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ from safetensors.torch import load_file
 from test_train import TINY_MODEL, _last, _rows, _run, _signal_after_step, _steps, _untimed
 from test_update import _config, _flat, _model, _trees, _updater
 
+from ibtpo.checkpoints import CHECKSUMS, checkpoints, damage
 from ibtpo.cli import main
 from ibtpo.config import AdvantageConfig, LoRAConfig, LossConfig
+from ibtpo.model_card import CARD
 from ibtpo.policy import load_policy
+from ibtpo.run_format import CONFIG
 from ibtpo.update import frozen_copy
 from ibtpo_engine import CheckpointError, LoRA
 from ibtpo_engine.lora import is_adapter
@@ -102,16 +107,116 @@ def test_an_adapter_is_trained_further_from_where_it_is(adder: tuple[list[object
     assert adapter.keys() == other.keys()
     assert any(not torch.equal(adapter[name], other[name]) for name in adapter)
     assert any("eval_avg" in row for row in _rows(tmp_path / "second"))
+    assert "library_name: peft" in (_last(tmp_path / "second") / CARD).read_text()
+
+
+@pytest.fixture(scope="module")
+def lora_run(adder: tuple[list[object], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of adapters that is over; whoever changes it takes a copy."""
+    arguments, base = adder
+    run = tmp_path_factory.mktemp("lora") / "run"
+    assert _run("--model", base, *arguments, *LORA, "--sampled-tokens", "100", "--out", run) == 0
+    return run
 
 
 @pytest.mark.parametrize("named", ["nowhere", None, ""])
-def test_an_adapter_whose_base_is_gone(adder: tuple[list[object], Path], tmp_path: Path, named: str | None) -> None:
-    arguments, base = adder
-    assert _run("--model", base, *arguments, *LORA, "--out", tmp_path / "run") == 0
-    path = _last(tmp_path / "run") / "adapter_config.json"
+def test_an_adapter_whose_base_is_gone(lora_run: Path, tmp_path: Path, named: str | None) -> None:
+    """Outside of a run the adapter alone can say where its base is."""
+    folder = shutil.copytree(_last(lora_run), tmp_path / "adapter")
+    path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": named}))
     with pytest.raises(CheckpointError, match=r"adapter_config\.json: base_model_name_or_path = .*correct it"):
-        load_policy(path.parent, dtype=torch.float32, device=torch.device("cpu"))
+        load_policy(folder, dtype=torch.float32, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def moved(lora_run: Path, adder: tuple[list[object], Path], tmp_path: Path) -> tuple[Path, Path, Path]:
+    """(a run of adapters, where its configuration and its adapters say the base is, where it lies now)."""
+    run, before, after = shutil.copytree(lora_run, tmp_path / "run"), tmp_path / "before", tmp_path / "after"
+    shutil.copytree(adder[1], before)
+    config = (run / CONFIG).read_text().replace(str(adder[1]), str(before))
+    (run / CONFIG).write_text(config.replace("sampled_tokens: 100", "sampled_tokens: 200"))
+    for checkpoint in checkpoints(run):  # as if the run had been made with the base there
+        path = checkpoint.path / "adapter_config.json"
+        path.write_text(path.read_text().replace(str(adder[1]), str(before)))
+        sums = json.loads((checkpoint.path / CHECKSUMS).read_text())
+        sums[path.name] = {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+        (checkpoint.path / CHECKSUMS).write_text(json.dumps(sums))
+        assert damage(checkpoint) is None
+    return run, before, before.rename(after)
+
+
+def test_a_base_that_moved_is_named_once(moved: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """By --model of the resume; the run remembers it, and its older checkpoints are found on it too."""
+    run, before, after = moved
+    for command in (["train", "--resume", run], ["eval", "--model", run, "--eval.prompts", "2"]):
+        assert main([*map(str, command)]) == 2
+        message = " ".join(capsys.readouterr().err.split())
+        assert f"the base that they belong on is not there: {before}. Say where it lies now" in message
+        assert f"--resume {run} --model FOLDER, or the field model in {run}/config.yaml" in message
+    assert _run("--resume", run, "--model", after) == 0
+    assert f"model {before} -> {after}" in " ".join(capsys.readouterr().out.split())
+    assert sum(row["tokens_sampled"] for row in _steps(run)) >= 200
+    for checkpoint in checkpoints(run):
+        assert damage(checkpoint) is None
+        policy = load_policy(checkpoint.path, dtype=torch.float32, device=torch.device("cpu"))
+        assert policy.base == str(after)
+    assert _last(run).parent == run / "checkpoints"
+    assert json.loads((_last(run) / "adapter_config.json").read_text())["base_model_name_or_path"] == str(after)
+    assert main(["eval", "--model", str(run), "--eval.prompts", "2", "--out", str(run.parent / "eval")]) == 0
+
+
+def test_a_base_that_moved_may_be_named_in_the_configuration(moved: tuple[Path, Path, Path]) -> None:
+    run, before, after = moved
+    (run / CONFIG).write_text((run / CONFIG).read_text().replace(str(before), str(after)))
+    assert main(["eval", "--model", str(run), "--eval.prompts", "2"]) == 0
+    assert _run("--resume", run) == 0
+
+
+def test_a_model_that_did_not_move_cannot_be_exchanged(
+    lora_run: Path, adder: tuple[list[object], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = shutil.copytree(lora_run, tmp_path / "run"), shutil.copytree(adder[1], tmp_path / "other")
+    assert _run("--resume", run, "--model", other) == 2
+    assert f"resume: model cannot change from {adder[1]} to {other}" in " ".join(capsys.readouterr().err.split())
+    (run / CONFIG).write_text((run / CONFIG).read_text().replace(str(adder[1]), str(tmp_path / "gone")))
+    assert _run("--resume", run, "--model", run) == 2, "its own checkpoint is not what the run began with"
+    assert "model cannot change" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_run_says_what_it_needs_the_model_for_that_is_gone(
+    adder: tuple[list[object], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All weights trained: it is the reference alone, without which the run goes on."""
+    arguments, base = adder
+    model, run = shutil.copytree(base, tmp_path / "model"), tmp_path / "run"
+    short = [*arguments, "--sampled-tokens", "60"]
+    assert _run("--model", model, *short, "--loss.kl-coef", "0.1", "--out", run) == 0
+    model.rename(tmp_path / "elsewhere")
+    longer = ["--resume", run, "--sampled-tokens", "120"]
+    assert _run(*longer) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"{model}, which {run} began with, is not there, and the run needs it as the reference policy" in message
+    assert "--model FOLDER, or the field model in" in message
+    assert "--loss.kl-coef 0 --advantage.pi-ref sampling" in message
+    assert _run(*longer, "--model", tmp_path / "elsewhere") == 0
+    (tmp_path / "elsewhere").rename(model)
+    assert _run("--resume", run, "--sampled-tokens", "180", "--loss.kl-coef", "0") == 0
+
+
+def test_parity_of_adapters_is_refused_before_the_folder_is_made(
+    lora_run: Path, adder: tuple[list[object], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, base = adder
+    bitwise = [*arguments, "--parity", "bitwise", "--out", tmp_path / "run"]
+    for model, named in (
+        (["--model", base, "--lora.rank", "4"], "lora.rank: 4 trains adapters"),
+        (["--model", _last(lora_run)], "model: it is an adapter"),
+        (["--model", lora_run], "not LoRALinear"),
+    ):
+        assert _run(*model, *bitwise) == 2
+        assert named in " ".join(capsys.readouterr().err.split())
+        assert not (tmp_path / "run").exists()
 
 
 def test_what_does_not_go_together_is_refused(

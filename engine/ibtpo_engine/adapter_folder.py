@@ -90,7 +90,7 @@ def load_adapter(model: Model, folder: Path | str) -> None:
         ValueError: the model has adapters already.
     """
     folder = Path(folder)
-    config = _config(folder)
+    config = adapter_config(folder)
     file = WeightFile(folder / WEIGHTS)
     model.add_adapters(config)
     parameters = {PREFIX + name: p for name, p in model.named_parameters() if is_adapter(name)}
@@ -134,8 +134,13 @@ def _json(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _config(folder: Path) -> LoRA:
-    """What the folder's JSON describes, if we can run it."""
+def adapter_config(folder: Path | str) -> LoRA:
+    """The adapters that an adapter folder describes.
+
+    Raises:
+        CheckpointError: adapter_config.json cannot be read, or asks for more than plain LoRA.
+    """
+    folder = Path(folder)
     raw, path = _json(folder), folder / CONFIG
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported; LORA is.")

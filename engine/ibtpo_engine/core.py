@@ -9,6 +9,7 @@ from threading import get_ident
 
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from ibtpo_engine.branches import Branch
 from ibtpo_engine.budget import Budget, within_budgets
@@ -76,7 +77,8 @@ class EngineCore:
             )
         self.shadow = model if isinstance(model, Shadow) else None
         self.model = model.model if isinstance(model, Shadow) else model
-        check_parity(parity, dtype=self.model.dtype, device=self.model.device)
+        linear = (module for module in self.model.model.layers.modules() if isinstance(module, nn.Linear))
+        check_parity(parity, dtype=self.model.dtype, device=self.model.device, projections=linear)
         self.parity: Parity = parity
         self.seed = seed
         self.decode = decode

@@ -14,7 +14,7 @@ engine sampled with, and no ratio of the two is off. What this costs is in the d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal, get_args
 
 import numpy as np
@@ -36,15 +36,19 @@ Project = Callable[[nn.Module, Tensor], Tensor]
 SERVED = (torch.float32, torch.bfloat16)
 
 
-def check_parity(parity: str, *, dtype: torch.dtype, device: torch.device) -> None:
+def check_parity(
+    parity: str, *, dtype: torch.dtype, device: torch.device, projections: Iterable[nn.Module] = ()
+) -> None:
     """Raise unless this promise can be kept here.
 
     Args:
         parity: "fast" promises nothing.
         dtype, device: of the model.
+        projections: its linear layers, as far as they are known.
 
     Raises:
-        ValueError: `parity` is unknown, or bits are not equal by design on this device, type or backend.
+        ValueError: `parity` is unknown, or bits are not equal by design on this device, type or backend, or in one of
+            the layers.
     """
     if parity == "fast":
         return
@@ -60,6 +64,8 @@ def check_parity(parity: str, *, dtype: torch.dtype, device: torch.device) -> No
         raise ValueError(
             f"parity='bitwise' serves {' and '.join(map(str, SERVED))}, not {dtype}; use one of them, or 'fast'"
         )
+    for layer in projections:
+        _checked(layer)
 
 
 def plain_project(layer: nn.Module, x: Tensor) -> Tensor:
@@ -74,12 +80,17 @@ def exact_project(layer: nn.Module, x: Tensor) -> Tensor:
     Raises:
         ValueError: the module is not a plain linear layer, so that nothing is known of its sums.
     """
+    linear = _checked(layer)
+    return batch_invariant_linear(x, linear.weight, linear.bias)
+
+
+def _checked(layer: nn.Module) -> nn.Linear:
     if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
         raise ValueError(
             f"parity='bitwise' runs plain linear layers, not {type(layer).__name__} or one with a hook; merge what was "
             "added into the weights, or use parity='fast'"
         )
-    return batch_invariant_linear(x, layer.weight, layer.bias)
+    return layer
 
 
 def project_for(parity: Parity) -> Project:

@@ -25,7 +25,7 @@ from ibtpo.evaluation.sampling import Completion, Place, sample_completions
 from ibtpo.evaluation.statistics import MOST_SAMPLES, ks_up_to
 from ibtpo.grow import Grower, Interrupted
 from ibtpo.model_card import CARD
-from ibtpo.policy import Policy
+from ibtpo.policy import Policy, base_folder
 from ibtpo.progress import track
 from ibtpo.report import Estimate
 from ibtpo.run_format import CONFIG, FORMAT_FILE
@@ -33,7 +33,7 @@ from ibtpo.setup import check_prompts, make_engine, make_sampling
 from ibtpo.stopping import StopRequest
 from ibtpo.tasks import Problem, Task, format_prompt
 from ibtpo.validation import check_range
-from ibtpo_engine.adapter_folder import base_of, is_adapter_folder
+from ibtpo_engine.adapter_folder import is_adapter_folder
 
 _NOT_THE_MODEL = ("optimizer.safetensors", "state.json", "checksums.json", FORMAT_FILE, CARD)  # what else is there
 _NO_FILTER = {"max_prompt_tokens": None, "pass_rate_field": None, "min_pass_rate": 0.0, "max_pass_rate": 1.0}
@@ -196,7 +196,7 @@ def _settings(config: TrainConfig, folder: Path, policy: Policy, problems: Seque
 def _digest_of_model(folder: Path) -> str:
     """SHA-256, shortened, over the files that decide what a model writes; of an adapter, those of its base too."""
     digest = hashlib.sha256()
-    for part in [folder, *([Path(base_of(folder))] if is_adapter_folder(folder) else [])]:
+    for part in [folder, *([Path(base_folder(folder))] if is_adapter_folder(folder) else [])]:
         for path in sorted(path for path in part.iterdir() if path.is_file() and path.name not in _NOT_THE_MODEL):
             with path.open("rb") as file:
                 digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())

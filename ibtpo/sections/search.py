@@ -75,3 +75,9 @@ class SearchConfig:
         if self.method in ("eptree", "tree-grpo"):
             return self.initial_branches * (1 + later)
         return self.initial_branches + later
+
+    @property
+    def branches(self) -> int:
+        """Most branches a tree holds at once: its trajectories and, of `vineppo`, the rollouts from a step of each."""
+        rollouts = self.value_rollouts if self.method == "vineppo" else 0
+        return self.trajectories * (1 + rollouts)

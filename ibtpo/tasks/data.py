@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +100,11 @@ class DataTask(RewardGrades):
     def eval_problems(self, n: int) -> list[Problem]:
         """The first `n` held-out prompts, or all where there are fewer."""
         return [self._held_out_file.problem(int(i), self._examples) for i in self._eval[:n]]
+
+    def problems(self) -> Iterator[Problem]:
+        """Every problem, those trained on first."""
+        for file, rows in ((self._file, self._train), (self._held_out_file, self._eval)):
+            yield from (file.problem(int(i), self._examples) for i in rows)
 
     def keep(self, wanted: Callable[[Problem], bool], unwanted: str) -> None:
         """Leave out every row, on both sides, whose problem is not `wanted`; `unwanted` says in a note what they have.
