@@ -12,7 +12,8 @@ import torch
 
 from ibtpo.config import TrainConfig
 from ibtpo.distributed import ALONE, Group, Mode
-from ibtpo.memory_plan import ONE, MemoryPlan, Processes, largest_micro_batch, plan_memory
+from ibtpo.distributed.shard import splits_in_blocks
+from ibtpo.memory_plan import ONE, MemoryPlan, Processes, largest_micro_batch, plan_memory, trained_shapes
 from ibtpo.policy import may_adapt
 from ibtpo.pool_bound import least_pool
 from ibtpo_engine import ModelConfig
@@ -43,14 +44,14 @@ def check_memory(
             what cannot be split.
     """
     if config.distributed == "fsdp" and group.size > 1:
-        _check_split(config)
+        _check_split(config, shape, group.size)
     hosts = group.gather(socket.gethostname(), "count the processes of each host")
     sharing = hosts.count(hosts[group.rank]) if device.type == "cpu" else 1
     mode: Mode = "fsdp" if config.distributed == "fsdp" and group.size > 1 else "ddp"
     processes = Processes(group.size, mode, sharing)
     plan = plan_memory(config, shape, device, processes=processes)
     fit = group.gather(plan.fits, "plan memory")
-    if config.distributed == "auto" and not all(fit) and _is_split(config, group):
+    if config.distributed == "auto" and not all(fit) and _is_split(config, shape, group.size):
         processes = replace(processes, mode="fsdp")
         plan = plan_memory(config, shape, device, free=plan.free, processes=processes)
     if plan.fits:
@@ -69,16 +70,26 @@ def _no_remedy(config: TrainConfig, shape: ModelConfig, prompt: int) -> str:
     )
 
 
-def _is_split(config: TrainConfig, group: Group) -> bool:
+def _is_split(config: TrainConfig, shape: ModelConfig, processes: int) -> bool:
     """Can these processes hold shares of this run's model?"""
-    return group.size > 1 and config.optim.state == "float32"
+    return processes > 1 and _cut_parameter(config, shape, processes) is None
 
 
-def _check_split(config: TrainConfig) -> None:
-    if config.optim.state != "float32":
+def _cut_parameter(config: TrainConfig, shape: ModelConfig, processes: int) -> tuple[str, torch.Size] | None:
+    """A trained parameter of which blocks of the optimizer's state would lie on two processes."""
+    if config.optim.state == "float32":
+        return None
+    trained = trained_shapes(shape, config).items()
+    return next(((name, size) for name, size in trained if not splits_in_blocks(size, processes)), None)
+
+
+def _check_split(config: TrainConfig, shape: ModelConfig, processes: int) -> None:
+    cut = _cut_parameter(config, shape, processes)
+    if cut is not None:
         raise ValueError(
-            f"distributed: fsdp cannot split the optimizer's state in {config.optim.state}; use --optim.state float32, "
-            "of which each process holds a share, or --distributed ddp"
+            f"distributed: fsdp cannot split the optimizer's state in {config.optim.state} of {cut[0]} {list(cut[1])} "
+            f"over {processes} processes: a block of 256 numbers would be cut; use another number of them, "
+            "--optim.state float32, or --distributed ddp"
         )
 
 
@@ -108,13 +119,13 @@ def fitting_flags(
     longest = max(longest, largest_micro_batch(replace(config, micro_batch_tokens=1)))
     micro = min(_round_up(longest, _STEP), largest_micro_batch(config))
     pool = min(least_pool(config, prompt=prompt, context=shape.max_positions), config.engine.kv_tokens)
-    for base in _bases(config, processes):
+    for base in _bases(config, shape, processes):
         if fits(_with(base, micro, pool)):
             return _difference(config, next(filter(fits, _smaller(base, micro, pool, fits))))
     return None
 
 
-def _bases(config: TrainConfig, processes: Processes) -> Iterator[TrainConfig]:
+def _bases(config: TrainConfig, shape: ModelConfig, processes: Processes) -> Iterator[TrainConfig]:
     """The run with whatever may be changed of it, in every combination; first what changes least of what is learned.
 
     So each has only what is needed: without a part of it, it came earlier.
@@ -124,7 +135,9 @@ def _bases(config: TrainConfig, processes: Processes) -> Iterator[TrainConfig]:
     weights, ranks = [config.loss.kl_coef], [config.lora.rank]
     if not config.gradient_checkpointing:
         checkpointing.append(True)
-    if new and config.optim.state == "float32" and processes.mode == "ddp":
+    eight = replace(config, optim=replace(config.optim, state="8bit"))
+    splits = processes.mode == "ddp" or _is_split(eight, shape, processes.count)
+    if new and config.optim.state == "float32" and splits:
         states.append("8bit")
     if new and config.dtype == "float32":
         dtypes.append("bfloat16")

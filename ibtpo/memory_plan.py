@@ -139,6 +139,16 @@ def _itemsize(config: TrainConfig) -> int:
     return dtype.itemsize
 
 
+def trained_shapes(shape: ModelConfig, config: TrainConfig) -> dict[str, torch.Size]:
+    """The parameters that a run trains, of one decoder layer and of none."""
+    lora = adapters_of(config)
+    with torch.device("meta"):
+        model = Model(replace(shape, num_layers=1))
+        if lora is not None:
+            model.add_adapters(lora)
+    return {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def _sizes(shape: ModelConfig, config: TrainConfig) -> _Sizes:
     with torch.device("meta"):
         model = Model(replace(shape, num_layers=1))
@@ -254,7 +264,7 @@ def plan_memory(
     backward = size * count.trained if split == 1 else 2 * parts["gathered layers"] + parts["gradients"]
     backward += parts["activations"]
     backward += max(parts["log-prob workspace"], _layer_workspace(shape, config, tokens))
-    step = parts["gradients"] + (20 * count.largest if eight and on_cpu else 0)
+    step = parts["gradients"] + (20 * -(-count.largest // split) if eight and on_cpu else 0)
     step += size * count.trained if on_cpu and size < 4 and split == 1 else 0
     if processes.count > 1:  # gradients are summed, or weights put together, a piece at a time
         step += min(4 * count.trained, max(BUCKET_BYTES, 4 * count.largest))

@@ -435,8 +435,13 @@ def test_a_restart_resumes_the_run_it_began(tmp_path: Path, monkeypatch: pytest.
 
 def test_fsdp_refuses_what_it_cannot_split() -> None:
     shape, twins = tiny_model().config, _Twins(0, 2)
-    with pytest.raises(ValueError, match="cannot split the optimizer's state in 8bit; use --optim.state float32"):
-        check_memory(replace(CONFIG, distributed="fsdp", optim=OptimConfig(state="8bit")), shape, CPU, twins)
+    eight = replace(CONFIG, distributed="fsdp", optim=OptimConfig(state="8bit"))
+    assert check_memory(eight, shape, CPU, twins)[0] == "fsdp"  # its matrices are small enough for float32
+    odd = tiny_model(vocabulary=90, hidden=64).config
+    said = r"8bit of model.embed_tokens.weight \[90, 64\] over 2 processes: .* --optim.state float32"
+    with pytest.raises(ValueError, match=said):
+        check_memory(eight, odd, CPU, twins)
+    assert check_memory(replace(eight, distributed="auto"), odd, CPU, twins)[0] == "ddp"
     adapted = replace(CONFIG, distributed="fsdp", lora=LoRAConfig(rank=2))
     assert check_memory(adapted, shape, CPU, twins)[0] == "fsdp"
     assert check_memory(replace(adapted, distributed="auto"), shape, CPU, twins)[0] == "ddp"

@@ -232,7 +232,9 @@ def test_only_what_may_change_is_offered(tmp_path: Path) -> None:
     assert _offer(replace(WIDE, parity="bitwise"), EIGHT, 48) == ""
     keeps = replace(WIDE, advantage=AdvantageConfig(pi_ref="reference"))
     assert "kl-coef" not in _offer(keeps, EIGHT, 85)
-    assert "8bit" not in _offer(WIDE, EIGHT, 135, processes=Processes(2, "fsdp"))
+    assert _offer(WIDE, EIGHT, 135, processes=Processes(2, "fsdp")).endswith("--optim.state 8bit")
+    odd = replace(EIGHT, vocab_size=151_937, hidden_size=4000)  # a block of its embedding would lie on two processes
+    assert "8bit" not in _offer(WIDE, odd, 135, processes=Processes(2, "fsdp"))
 
 
 @pytest.mark.parametrize("gib", [190, 135, 85, 21.4])
