@@ -309,7 +309,7 @@ static int64_t decode(const Decode<T>& p) {
     const Item& item = reinterpret_cast<const Item*>(p.items)[i];
     if (item.query_begin < 0 || item.query_end > p.num_queries || item.page_begin < 0 ||
         item.page_end > p.table_width || item.query_begin >= item.query_end)
-      return item.query_begin;
+      return p.num_queries + i;
     unique += most(0, least(p.lengths[item.query_begin], item.page_end * p.page_size) - item.page_begin * p.page_size);
   }
   // Cut by queries where little is shared, so that a page is read whole, all heads at once; keep queries that share

@@ -131,7 +131,8 @@ INLINE void grad_row(T* u, int64_t size, const S& shape, float m, float l, float
   const float offset = h * entropy + grad_row;
   const auto du = [&](Vec x) {
     Vec slope;
-    const Vec log_p = max(splat(kLowest), shape.logit(x, slope) - m - l);
+    const Vec z = rounded_product(shape.logit(x, slope));  // as where m was found among them
+    const Vec log_p = max(splat(kLowest), z - m - l);
     return -exp(log_p) * (log_p * h + offset) * slope;
   };
   int64_t i = 0;

@@ -332,6 +332,18 @@ NB_MODULE(_cpu, m) {
       },
       release);
 
+  // The first token whose subtree ends behind that of a token above it; -1 if there is none.
+  m.def("first_crossing", [](Address end, int64_t num_tokens) -> int64_t {
+    std::vector<int32_t> above;
+    for (int64_t i = 0; i < num_tokens; ++i) {
+      const int32_t stop = at<int32_t>(end)[i];
+      while (!above.empty() && above.back() <= i) above.pop_back();
+      if (!above.empty() && stop > above.back()) return i;
+      above.push_back(stop);
+    }
+    return -1;
+  });
+
   // Writes at most 2 B items of four int32 to `items` and returns how many, or -1 - b where query b is out of range.
   // state: the address of int32 [3, R] (see PlanState), or 0: compare every page.
   m.def(

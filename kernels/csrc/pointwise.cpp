@@ -39,7 +39,7 @@ INLINE void rotate_row(const T* x, const float* cos, const float* sin, T* out, i
   });
 }
 
-INLINE Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
+INLINE Vec sigmoid(Vec x) { return x < -88.0f ? Vec{} : 1.0f / (1.0f + exp(-x)); }  // exp ends at 88
 
 template <class T>
 void rope(const T* x, const float* cos, const float* sin, T* out, int64_t num_tokens, int64_t num_heads,

@@ -235,6 +235,7 @@ INLINE bool sample_row(const Sample& p, int64_t r, float* row, double* x, double
   const RawStats raw = shift(z, top.value, p.vocabulary, x, padded);
   const int64_t given = p.given == nullptr ? -1 : p.given[r];
   Draw chosen{top.index, 1.0};
+  double too_small = 0.0;  // the log of a share that is 0 in double
   if (p.temperature[r] > 0.0) {
     const double temperature = p.temperature[r];
     for (int64_t i = 0; i < padded / kDoubles; ++i) vectors(w)[i] = exp(vectors(x)[i] / temperature);
@@ -245,13 +246,16 @@ INLINE bool sample_row(const Sample& p, int64_t r, float* row, double* x, double
       const double floor = temperature * __builtin_log(p.min_p[r]);
       for (int64_t i = 0; i < padded / kDoubles; ++i) vectors(w)[i] = vectors(x)[i] < floor ? DVec{} : vectors(w)[i];
     }
-    if (given >= 0)
-      chosen = {given, w[given] / sum_chunks(w, padded, sums)};
-    else
+    if (given >= 0) {
+      const double sum = sum_chunks(w, padded, sums);
+      chosen = {given, w[given] / sum};
+      if (chosen.share == 0.0) too_small = x[given] / temperature - __builtin_log(sum);
+    } else {
       chosen = draw(w, padded, uniform(p.keys[2 * r], p.keys[2 * r + 1]), sums);
+    }
   }
   p.token[r] = chosen.token;
-  p.logprob[r] = (float)__builtin_log(chosen.share);
+  p.logprob[r] = (float)(too_small < 0.0 ? too_small : __builtin_log(chosen.share));
   p.logprob_raw[r] = (float)(((double)z[chosen.token] - top.value) - raw.log_sum);
   p.entropy[r] = (float)raw.entropy;
   return true;

@@ -53,6 +53,16 @@ INLINE Vec splat(float x) { return x - Vec{}; }
 INLINE IVec isplat(int32_t x) { return x - IVec{}; }
 INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
+// A product that is not to become part of a fused multiply-add: rounded as it would be in memory.
+INLINE Vec rounded_product(Vec x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // ---- bfloat16 ----
 
 INLINE UVec load_bits(const bf16* p) { return __builtin_convertvector(*reinterpret_cast<const HalfAt*>(p), UVec); }

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ibtpo_kernels import checks
 from ibtpo_kernels.ops import plan_decode, tree_attention, tree_decode
 from ibtpo_kernels.plan import DecodePlan
 
@@ -56,13 +57,14 @@ def plan_by_depth(end: Tensor, *, page_size: int = 16) -> DepthLayout:
     if end.dim() != 1 or end.dtype != torch.int32:
         raise ValueError(f"plan_by_depth: end is {end.dtype} {list(end.shape)}; expected torch.int32 [N]")
     last = end.cpu().numpy()
-    table, slots = _pages(last, _depth(last), page_size)
+    depth = _depth(last)
+    table, slots = _pages(last, depth, page_size)
     is_leaf = last == np.arange(1, len(last) + 1)
     rows = np.cumsum(is_leaf) - is_leaf  # the first leaf at or after a token lies below it
     plan = plan_decode(
         torch.from_numpy(table).to(end.device),
         torch.from_numpy(rows.astype(np.int32)).to(end.device),
-        torch.from_numpy((_depth(last) + 1).astype(np.int32)).to(end.device),
+        torch.from_numpy((depth + 1).astype(np.int32)).to(end.device),
         page_size=page_size,
         uniform=True,
     )
@@ -87,6 +89,11 @@ def tree_attention_by_depth(
 
     Source: ours.
     """
+    if not len(q) == len(k) == len(v) == len(layout.end):
+        raise ValueError(
+            f"tree_attention_by_depth: q, k and v have {len(q)}, {len(k)} and {len(v)} tokens, the layout "
+            f"{len(layout.end)}"
+        )
     shape = (-1, layout.plan.page_size, *k.shape[1:])
     with torch.no_grad():
         k_pages, v_pages = (x.detach().index_select(0, layout.tokens).view(shape) for x in (k, v))
@@ -126,6 +133,9 @@ def _depth(end: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
     num, index = len(end), np.arange(len(end))
     if num and (end.min() < 1 or end.max() > num or (end <= index).any()):
         raise ValueError(f"plan_by_depth: end must hold indices in (i, {num}]")
+    crossing = checks.first_crossing(end.tolist())
+    if crossing >= 0:
+        raise ValueError(f"plan_by_depth: {checks.no_forest(crossing)}")
     change = np.zeros(num + 1, np.int64)
     np.add.at(change, index + 1, 1)
     np.add.at(change, end, -1)

@@ -7,13 +7,15 @@ O(N) on the CPU and no synchronisation on a GPU; on the decode path it is the ke
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ibtpo_kernels.plan import DecodePlan
+
+_MOST = 1e300  # of a number that C++ is given as a double
 
 
 def _fail(op: str, name: str, x: Tensor, expected: str) -> ValueError:
@@ -73,6 +75,23 @@ def _same_pages(op: str, k_pages: Tensor, v_pages: Tensor, like: Tensor, like_na
     _like(op, "v_pages", v_pages, shape, k_pages, "k_pages")
     if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
         raise ValueError(f"{op}: k_pages and v_pages must be contiguous, for they are read and written in place")
+
+
+def no_forest(crossing: int) -> str:
+    """What to say of a token whose subtree ends behind that of a token above it."""
+    return f"end is no forest in depth-first order: the subtree of token {crossing} ends behind one that holds it"
+
+
+def first_crossing(end: Sequence[int]) -> int:
+    """The first token whose subtree ends behind that of a token above it; -1 if there is none."""
+    above: list[int] = []
+    for token, stop in enumerate(end):
+        while above and above[-1] <= token:
+            above.pop()
+        if above and stop > above[-1]:
+            return token
+        above.append(stop)
+    return -1
 
 
 def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> None:
@@ -264,7 +283,7 @@ def sample(
     if not (isinstance(top_k, int) or (isinstance(top_k, Tensor) and top_k.dtype in (torch.int32, torch.int64))):
         kind = top_k.dtype if isinstance(top_k, Tensor) else repr(top_k)
         raise ValueError(f"{op}: top_k is {kind}; expected an int, or torch.int32 or torch.int64 [{len(logits)}]")
-    _parameter(op, "top_k", top_k, logits, lambda x: x >= 0, "0 (off) or a count")
+    _parameter(op, "top_k", top_k, logits, lambda x: (x >= 0) & (x < 1 << 63), "0 (off) or a count below 2^63")
     _parameter(op, "min_p", min_p, logits, lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
 
 
@@ -273,8 +292,8 @@ def _parameter(
 ) -> None:
     """A sampling parameter: one number, or one a row."""
     if not isinstance(value, Tensor):
-        if not valid(value):
-            raise ValueError(f"{op}: {name}={value} must be {expected}")
+        if not isinstance(value, int | float) or abs(value) > _MOST or not valid(value):
+            raise ValueError(f"{op}: {name}={value!s:.40} must be {expected}")
         return
     if value.shape != logits.shape[:1] or value.device != logits.device or value.is_complex():
         raise _fail(op, name, value, f"one real number, or [{logits.shape[0]}] on {logits.device}")

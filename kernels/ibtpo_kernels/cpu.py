@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ibtpo_kernels import linear, logprob, one_pass, reference
+from ibtpo_kernels import checks, linear, logprob, one_pass, reference
 from ibtpo_kernels.logits import Grads, Head, LogitOps
 from ibtpo_kernels.one_pass import Loss
 from ibtpo_kernels.plan import DecodePlan
@@ -111,6 +111,9 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -
         q, k, v = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v))
         return tree_attention(q, k, v, end, scale)[..., :head_dim]
     q, k, v, end = _dense(q), _dense(k), _dense(v), _dense(end)
+    crossing = native.first_crossing(end.data_ptr(), len(end))
+    if crossing >= 0:  # the kernels skip whole blocks by what they know of a forest
+        raise ValueError(f"tree_attention: {checks.no_forest(crossing)}")
     if _needs_grad(q, k, v):
         out: Tensor = _TreeAttention.apply(q, k, v, end, scale)  # type: ignore[no-untyped-call]
         return out
@@ -150,6 +153,9 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, s
         plan.lengths.data_ptr(), plan.items.data_ptr(), out.data_ptr(), num_queries, num_heads, num_kv_heads, head_dim,
         num_pages, page_size, table.shape[0], table.shape[1], plan.items.shape[0], scale, q.dtype is torch.bfloat16,
     )  # fmt: skip
+    if failed >= num_queries:
+        item = plan.items[failed - num_queries].tolist()
+        raise ValueError(f"tree_decode: item {item} of the plan names queries or pages that are not there")
     if failed >= 0:
         row, length = int(plan.rows[failed]), int(plan.lengths[failed])
         raise ValueError(f"tree_decode: query {failed} of length {length} needs a page that table row {row} lacks")
@@ -481,7 +487,7 @@ def sample(
 def sampled_logprob(logits: Tensor, rows: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     logits, rows, targets = _dense(logits), _dense(rows), _dense(targets)
     token = torch.empty_like(targets)
-    logprob, logprob_raw, entropy = torch.empty(3, len(rows)).unbind()
+    logprob, logprob_raw, entropy = logits.new_empty(3, len(rows), dtype=torch.float32).unbind()
     failed = native.sampled_logprob(
         logits.data_ptr(), rows.data_ptr(), targets.data_ptr(), temperature, token.data_ptr(), logprob.data_ptr(),
         logprob_raw.data_ptr(), entropy.data_ptr(), len(rows), logits.shape[1], _half(logits),

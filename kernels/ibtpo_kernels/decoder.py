@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -151,6 +151,9 @@ class Decoder:
         )  # fmt: skip
         self._address = self._image.ctypes.data
 
+    def __reduce__(self) -> Any:
+        raise TypeError("Decoder: it holds addresses of weights and cannot be copied; make another")
+
     def forward(
         self, tokens: Tensor, pos: Tensor, slots: Tensor, plan: DecodePlan, k_pages: Tensor, v_pages: Tensor
     ) -> Tensor:
@@ -196,7 +199,7 @@ class Decoder:
             ValueError: the pool has a wrong shape or dtype.
         """
         checks.decoder_pages(k_pages, v_pages, self._pages_like)
-        return DecodeStep(self._address, branches, k_pages, v_pages)
+        return DecodeStep(self, branches, k_pages, v_pages)
 
 
 class DecodeStep:
@@ -205,7 +208,7 @@ class DecodeStep:
     The arrays of the branches are borrowed like the weights: where one is replaced, record the step again.
     """
 
-    def __init__(self, decoder: int, branches: Branches, k_pages: Tensor, v_pages: Tensor) -> None:
+    def __init__(self, decoder: Decoder, branches: Branches, k_pages: Tensor, v_pages: Tensor) -> None:
         self._decoder = decoder
         self._branches = branches
         self._arrays = [branches.table, *(getattr(branches, name) for name in _BRANCH_FIELDS)]
@@ -216,7 +219,7 @@ class DecodeStep:
         self._image = np.array(
             [branches.stops.shape[1], branches.tokens.shape[1], *(x.ctypes.data for x in self._arrays[1:])], np.int64
         )
-        self._addresses = (self._decoder, self._pool.ctypes.data, self._image.ctypes.data)
+        self._addresses = (self._decoder._address, self._pool.ctypes.data, self._image.ctypes.data)
 
     def is_current(self, k_pages: Tensor, v_pages: Tensor) -> bool:
         """Whether it still refers to the branches' arrays, and to this pool; asked before a run."""

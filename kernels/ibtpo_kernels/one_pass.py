@@ -94,7 +94,8 @@ class _PolicyHead(torch.autograd.Function):
         found = ctx.saved_tensors
         if grad.is_cpu and grad.item() == 1.0:
             return *found, None, None, None, None, None, None
-        return *(None if x is None else x * grad.to(x.dtype) for x in found), None, None, None, None, None, None
+        scale = grad if grad.dim() == 0 else grad.reshape(())  # of no dimension: x keeps its type, scale its digits
+        return *(None if x is None else x * scale for x in found), None, None, None, None, None, None
 
 
 def _weight_sum(head: Head, wide: torch.dtype, chunk_rows: int) -> Tensor:

@@ -14,6 +14,8 @@ ended the comparison. Making the items of the numbers is O(B), some nanoseconds 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,11 +47,18 @@ class DecodePlanner:
         checks.planner(page_table, page_size)
         self.page_table = page_table
         self.page_size = page_size
-        self._state = torch.full((3, page_table.shape[0]), -1, dtype=torch.int32)  # see plan.shared_columns
+        self._state = torch.full((3, page_table.shape[0]), -1, dtype=torch.int32, device="cpu")  # plan.shared_columns
         self._partners = self._state[:2].numpy()
         self._copy = None if device is None else page_table.to(device, copy=True)
         self._rows: set[int] = set()  # written since the last upload
         self._cells: set[int] = set()  # row * P + column of pages added since
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_partners"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._partners = self._state[:2].numpy()  # of a copy, its own
 
     @property
     def keeps_copy(self) -> bool:
@@ -75,10 +84,10 @@ class DecodePlanner:
         if self._copy is None:
             return
         if self._rows:
-            rows = torch.tensor(sorted(self._rows))
+            rows = torch.tensor(sorted(self._rows), device="cpu")
             self._copy.index_copy_(0, rows.to(self._copy.device), self.page_table[rows].to(self._copy.device))
         if self._cells:
-            cells = torch.tensor(sorted(self._cells))
+            cells = torch.tensor(sorted(self._cells), device="cpu")
             pages = self.page_table.view(-1)[cells]
             self._copy.view(-1).index_copy_(0, cells.to(self._copy.device), pages.to(self._copy.device))
         self._rows.clear()

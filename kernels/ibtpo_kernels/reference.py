@@ -73,7 +73,7 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, s
     rows, lengths = plan.rows.tolist(), plan.lengths.tolist()
     for b, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         pages = plan.page_table[row, : -(-length // plan.page_size)].long()
-        if bool(((pages < 0) | (pages >= len(k_pages))).any()):
+        if length > plan.page_table.shape[1] * plan.page_size or bool(((pages < 0) | (pages >= len(k_pages))).any()):
             raise ValueError(f"tree_decode: query {b} of length {length} needs a page that table row {row} lacks")
         k_LHD, v_LHD = (_wide(x[pages].flatten(0, 1)[:length]).repeat_interleave(group, 1) for x in (k_pages, v_pages))
         p = (torch.einsum("hd,lhd->hl", _wide(q[b]), k_LHD) * scale).softmax(-1)
@@ -192,7 +192,7 @@ def sample(
     floor = temperature * _column(log_of(min_p), logits)
     greedy, x = temperature == 0, z - z.amax(-1, keepdim=True)
     w = torch.where(greedy, (x == 0).double(), (x / torch.where(greedy, 1.0, temperature)).exp())
-    w = w.masked_fill(~_kept(w, torch.where(greedy, 1.0, top_k), torch.where(greedy, 1.0, top_p)), 0.0)
+    w = w.masked_fill(~_kept(x, w, torch.where(greedy, 1.0, top_k), torch.where(greedy, 1.0, top_p)), 0.0)
     w = w.masked_fill(~greedy & (x < floor), 0.0)
     cumulative = w.cumsum(-1)
     total = cumulative[:, -1:]
@@ -228,9 +228,13 @@ def _column(value: float | Tensor, logits: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64, device=logits.device).expand(len(logits))[:, None]
 
 
-def _kept(w: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """bool [B, V]: the top_k heaviest, then the shortest prefix of those, heaviest first, with mass >= top_p."""
-    by_weight, order = w.sort(dim=-1, descending=True, stable=True)
+def _kept(x: Tensor, w: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """bool [B, V]: the top_k most likely, then the shortest prefix of those, most likely first, with mass >= top_p.
+
+    Ordered by logits x, for different ones may have equal weights w.
+    """
+    order = x.argsort(dim=-1, descending=True, stable=True)
+    by_weight = w.gather(-1, order)
     rank = torch.arange(w.shape[-1], device=w.device)
     in_top_k = (top_k == 0) | (rank < top_k)
     cumulative = (by_weight * in_top_k).cumsum(-1)

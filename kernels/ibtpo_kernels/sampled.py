@@ -56,8 +56,9 @@ def linear_sampled_logprob(
     Raises:
         ValueError: as `sampled_logprob`.
     """
+    checks.linear_logprob(hidden, weight, rows, targets, temperature, None, op="linear_sampled_logprob")
     hidden, weight = hidden.detach(), weight.detach()
-    logprob, raw = torch.empty(2, len(rows), device=hidden.device).unbind()
+    logprob, raw = torch.empty(2, len(rows), dtype=torch.float32, device=hidden.device).unbind()
     by_row, order = rows.sort(stable=True)
     size = max(1, _CHUNK_ELEMENTS // max(len(weight), 1))
     starts = range(0, len(hidden), size)

@@ -310,7 +310,7 @@ def _block_sums(logits: Tensor, temperatures: Tensor, stride_temperature: int) -
     """(maxima [T, blocks], sums [3, T, blocks]), see `block_sums`."""
     num_rows, num_cols = logits.shape
     num_blocks = triton.cdiv(num_cols, _BLOCK)
-    tops = torch.empty(num_rows, num_blocks, device=logits.device)
+    tops = torch.empty(num_rows, num_blocks, dtype=torch.float32, device=logits.device)
     sums = torch.empty(3, num_rows, num_blocks, dtype=torch.float64, device=logits.device)
     block_sums[(num_rows, num_blocks)](
         logits, tops, sums, temperatures, logits.stride(0), stride_temperature, num_cols, num_blocks, num_rows,
@@ -322,7 +322,7 @@ def _block_sums(logits: Tensor, temperatures: Tensor, stride_temperature: int) -
 def sampled_logprob(logits: Tensor, rows: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """As `ibtpo_kernels.sampled_logprob`, by the kernels of `sample`."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    logprob, logprob_raw = torch.empty(2, len(rows), device=logits.device).unbind()
+    logprob, logprob_raw = torch.empty(2, len(rows), dtype=torch.float32, device=logits.device).unbind()
     if not len(rows):
         return logprob, logprob_raw
     temperatures, _ = _parameter(temperature, torch.float64, logits)

@@ -74,13 +74,13 @@ def linear_logprob_forward(rows: int, hidden: int, vocabulary: int, size: int) -
 def linear_logprob_backward(rows: int, hidden: int, vocabulary: int, size: int) -> Work:
     """6 T H V, the logits made again included; inputs read as in the forward, gradients of their sizes written."""
     forward = linear_logprob_forward(rows, hidden, vocabulary, size)
-    return Work(3 * forward.flops, 2 * forward.bytes)
+    return Work(3 * forward.flops, forward.bytes + size * hidden * (rows + vocabulary))
 
 
 def policy_head(rows: int, hidden: int, vocabulary: int, size: int) -> Work:
     """6 T H V: forward and backward of a loss that is known, with logits made once."""
     forward = linear_logprob_forward(rows, hidden, vocabulary, size)
-    return Work(3 * forward.flops, 2 * forward.bytes)
+    return Work(3 * forward.flops, forward.bytes + size * hidden * (rows + vocabulary))
 
 
 def batch_invariant_linear(rows: int, depth: int, columns: int, size: int) -> Work:
