@@ -110,7 +110,7 @@ def test_paths_share_whole_pages_and_copy_the_one_a_fork_cuts() -> None:
         ([2, 2], 0, "page_size=0 must be at least 1"),
         ([3, 2], 16, r"indices in \(i, 2\]"),
         ([0, 2], 16, r"indices in \(i, 2\]"),
-        ([2, 3, 3], 16, "no chain"),
+        ([2, 3, 3], 16, "no forest in depth-first order"),
     ],
 )
 def test_layout_errors_say_what_is_wrong(end: list[int], page_size: int, message: str) -> None:

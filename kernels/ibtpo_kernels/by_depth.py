@@ -154,8 +154,6 @@ def _pages(
     begin = 0
     for row, leaf in enumerate(leaves.tolist()):
         first, length = int(depth[begin]), int(depth[leaf]) + 1  # tokens [begin, leaf] are a chain of these depths
-        if length - first != leaf + 1 - begin:
-            raise ValueError(f"plan_by_depth: tokens {begin} to {leaf} are no chain; end is not in depth-first order")
         path[first:length] = np.arange(begin, leaf + 1)
         path[length:] = leaf
         column, stop = first // page_size, -(-length // page_size)

@@ -283,8 +283,12 @@ def sample(
     if not (isinstance(top_k, int) or (isinstance(top_k, Tensor) and top_k.dtype in (torch.int32, torch.int64))):
         kind = top_k.dtype if isinstance(top_k, Tensor) else repr(top_k)
         raise ValueError(f"{op}: top_k is {kind}; expected an int, or torch.int32 or torch.int64 [{len(logits)}]")
-    _parameter(op, "top_k", top_k, logits, lambda x: (x >= 0) & (x < 1 << 63), "0 (off) or a count below 2^63")
+    _parameter(op, "top_k", top_k, logits, _is_count, "0 (off) or a count below 2^63")
     _parameter(op, "min_p", min_p, logits, lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
+
+
+def _is_count(x: Any) -> Any:
+    return (x >= 0) & (isinstance(x, Tensor) or x < 1 << 63)
 
 
 def _parameter(
