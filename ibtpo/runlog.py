@@ -127,15 +127,15 @@ class RunFolder:
     ) -> Self:
         """Go on with a run: what was logged after `step` (default: that of its last intact checkpoint) is dropped.
 
-        Without a checkpoint everything logged is dropped: the run begins anew.
+        A run that was killed before its first checkpoint begins anew: what it logged is dropped.
 
         Args:
             config: names the loggers; written by `configure`.
             say: told of checkpoints that are damaged.
 
         Raises:
-            RunFolderError: this is no run folder or of a newer format, another run uses it, it cannot be written, or
-                every checkpoint is damaged.
+            RunFolderError: this is no run folder or of a newer format, another run uses it, it cannot be written,
+                every checkpoint is damaged, or steps were logged and no checkpoint is there.
         """
         check_run(path, "resume")
         try:
@@ -148,6 +148,11 @@ class RunFolder:
             for folder in (path, path / CHECKPOINTS, path / TREE_FOLDER, *(c.path for c in checkpoints(path))):
                 sweep(folder)
             last = intact_checkpoint(path, say)
+            if last is None and (steps := max((row["step"] for row in read_rows(path / METRICS)), default=0)):
+                raise RunFolderError(
+                    f"resume: {path} has logged {steps} steps, but there is no checkpoint in {path / CHECKPOINTS}; put "
+                    "one back from a copy, or begin a new run with --out"
+                )
             if step is None:
                 step = -1 if last is None else last.step
             with no_space(path, "everything"):

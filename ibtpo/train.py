@@ -25,7 +25,6 @@ from ibtpo.tasks import Task, TeachableTask, make_task
 from ibtpo.trainer import Trainer
 from ibtpo.update import Updater
 from ibtpo.viewer import export_page
-from ibtpo_engine import OutOfPages
 
 
 def train(
@@ -48,7 +47,8 @@ def train(
     Raises:
         ValueError: the input cannot be used; the message names file, field and remedy.
         Interrupted: stopped by Ctrl-C, SIGTERM or SIGHUP, with a checkpoint to continue from.
-        NonFinite, GraderError: training came to nothing; the last checkpoint is from before.
+        NonFinite: training came to nothing; the last checkpoint is from before.
+        GraderError, OutOfPages: the run cannot go on as it is; saved up to its last step, a note of the error says how.
     """
     _check_combinations(config, group)
     check_installed(config.log)
@@ -70,14 +70,16 @@ def train(
         engine = make_engine(config, policy)
         if folder is None:
             folder = stack.enter_context(_created(config.out or default_folder(config), settings, group))
-        else:
-            folder.configure(settings)
         if group.leads and (differences := record_environment(folder.path)):
             _say(console, f"goes on with other versions: {', '.join(differences)}")
         gc.collect()
         gc.freeze()  # what is loaded by now stays; the collector need not walk it while trees come and go
         stack.callback(gc.unfreeze)
-        _run(Trainer(config, folder, policy, task, engine, console, on_step, plan, group=group, mode=mode))
+        trainer = Trainer(config, folder, policy, task, engine, console, on_step, plan, group=group, mode=mode)
+        if config.resume is not None:
+            trainer.resume()
+            folder.configure(settings)  # only now: what cannot be gone on with must not be what the run is
+        _run(trainer)
     return folder.path
 
 
@@ -169,14 +171,8 @@ def _check_input(config: TrainConfig, policy: Policy, task: Task, source: Path |
 def _run(trainer: Trainer) -> None:
     """Train, and write the report however that ends."""
     path = trainer.folder.path
-    if trainer.config.resume is not None:
-        trainer.resume()
     try:
         trainer.run()
-    except OutOfPages as error:
-        raise OutOfPages(
-            f"{error}; in a run: --engine.kv-tokens, and --resume {path} goes on from the last checkpoint"
-        ) from None
     finally:
         try:
             if trainer.group.leads:
