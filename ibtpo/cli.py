@@ -25,6 +25,7 @@ from ibtpo.commands.config import ConfigArguments, show_config
 from ibtpo.commands.doctor import DoctorArguments, doctor
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import base_config
+from ibtpo.disk import writing
 from ibtpo.distributed import join, restarted
 from ibtpo.evaluation.command import EvalArguments, print_evaluation, run_evaluation
 from ibtpo.grading import GraderError
@@ -166,7 +167,8 @@ def _eval(arguments: list[str], console: Console) -> int:
         evaluation, summary = run_evaluation(config, folder, policy, task, RunConsole())
     print_evaluation(evaluation, summary, console)
     if parsed.json is not None:
-        parsed.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        with writing(parsed.json):
+            parsed.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -39,7 +39,7 @@ from ibtpo.checkpoints import (
 )
 from ibtpo.config import SafeguardConfig, TrainConfig
 from ibtpo.config_io import dump_yaml, plain
-from ibtpo.disk import RunFolderError, flush, no_space, sweep, unfinished, write_atomically
+from ibtpo.disk import AGAIN, RunFolderError, flush, no_space, sweep, unfinished, write_atomically
 from ibtpo.loggers import open_loggers, parse_names
 from ibtpo.metrics import check_names
 from ibtpo.run_format import CONFIG, FORMAT_FILE, check_run, is_run, write_format
@@ -100,13 +100,13 @@ class RunFolder:
             resume = f", or continue the run with --resume {path}" if is_run(path) else ""
             raise RunFolderError(f"out: {path} already holds files; choose another folder with --out{resume}")
         try:
-            with no_space(path, "nothing"):
+            with no_space(path, "nothing", AGAIN):
                 path.mkdir(parents=True, exist_ok=True)
                 lock = _take_lock(path)
         except OSError as error:
             raise RunFolderError(f"out: {path} cannot be created ({error.strerror}); choose another --out") from error
         try:
-            with no_space(path, "nothing"):
+            with no_space(path, "nothing", AGAIN):
                 sweep(path)
                 (path / CHECKPOINTS).mkdir(exist_ok=True)
                 _write_config(path, config)

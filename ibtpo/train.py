@@ -19,6 +19,7 @@ from ibtpo.loggers import check_installed
 from ibtpo.memory_fit import check_memory
 from ibtpo.policy import Policy, built_in_policy, load_policy, model_shape
 from ibtpo.resume import announce_changes, with_absolute_paths
+from ibtpo.run_format import is_run
 from ibtpo.runlog import REPORT, RunFolder
 from ibtpo.setup import check_prompts, check_weights, choose_device, default_folder, make_engine
 from ibtpo.tasks import Task, TeachableTask, make_task
@@ -112,7 +113,8 @@ def _check_combinations(config: TrainConfig, group: Group) -> None:
 def _model(config: TrainConfig, console: Console, group: Group) -> str:
     """What the run begins with, as its folder will name it; rank 0 picks the checkpoint where `model` is a run."""
     model = config.model
-    if group.leads and Path(model).is_dir():
+    needed = config.resume is None or Updater.needs_reference(config) or is_run(Path(model))
+    if group.leads and needed and Path(model).is_dir():
         path = weights_of(Path(model), lambda text: _say(console, text))
         model = str(path)
         if Updater.needs_reference(config) and config.resume is None and path.parent.name == CHECKPOINTS:

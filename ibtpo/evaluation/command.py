@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ibtpo.config import TrainConfig
+from ibtpo.disk import check_writable
 from ibtpo.evaluation.evaluate import Evaluation, summarize
 from ibtpo.evaluation.folder import EvaluationFolder
 from ibtpo.evaluation.sampling import Completion, Place, sample_completions
@@ -79,6 +80,8 @@ class EvalArguments:
             raise ValueError(f"json: {self.json.parent} is no folder; make it, or name another file")
         if self.json is not None and self.json.is_dir():
             raise ValueError(f"json: {self.json} is a folder; name a file")
+        if self.json is not None:
+            check_writable(self.json)
         return replace(config, eval=replace(config.eval, **changes))
 
 
