@@ -148,13 +148,8 @@ class RunFolder:
             for folder in (path, path / CHECKPOINTS, path / TREE_FOLDER, *(c.path for c in checkpoints(path))):
                 sweep(folder)
             last = intact_checkpoint(path, say)
-            if last is None and (steps := max((row["step"] for row in read_rows(path / METRICS)), default=0)):
-                raise RunFolderError(
-                    f"resume: {path} has logged {steps} steps, but there is no checkpoint in {path / CHECKPOINTS}; put "
-                    "one back from a copy, or begin a new run with --out"
-                )
             if step is None:
-                step = -1 if last is None else last.step
+                step = _last_step(path, last)
             with no_space(path, "everything"):
                 for name in (METRICS, TREES):
                     _cut(path / name, step)
@@ -262,6 +257,22 @@ def _is_free(path: Path) -> bool:
     leftovers = {_LOCK, CHECKPOINTS, FORMAT_FILE, *(unfinished(path / name).name for name in (FORMAT_FILE, CONFIG))}
     names = {entry.name for entry in path.iterdir()}
     return names <= leftovers and not (CHECKPOINTS in names and any((path / CHECKPOINTS).iterdir()))
+
+
+def _last_step(path: Path, last: Checkpoint | None) -> int:
+    """The step that a run goes on from; -1 where it was killed before its first checkpoint.
+
+    Raises:
+        RunFolderError: it has made steps, but has no checkpoint: its log must not be lost, too.
+    """
+    if last is not None:
+        return last.step
+    if steps := max((row["step"] for row in read_rows(path / METRICS)), default=0):
+        raise RunFolderError(
+            f"resume: {path} has logged {steps} steps, but there is no checkpoint in {path / CHECKPOINTS}; put one "
+            "back from a copy, or begin a new run with --out"
+        )
+    return -1
 
 
 def _cut(path: Path, step: int) -> None:
