@@ -154,8 +154,8 @@ def weights_of(model: Path, say: Callable[[str], object]) -> Path:
         say: told which checkpoint of a run was taken, and of each damaged one.
 
     Raises:
-        RunFolderError: the run has no checkpoint yet, or none that is intact; what would be taken is of a newer format;
-            or the path lies between run and checkpoint.
+        RunFolderError: the run has no checkpoint yet, or none that is intact; the checkpoint is damaged; what would be
+            taken is of a newer format; or the path lies between run and checkpoint.
     """
     if model.name == CHECKPOINTS and is_run(model.parent):
         raise RunFolderError(
@@ -177,6 +177,11 @@ def weights_of(model: Path, say: Callable[[str], object]) -> Path:
         say(f"{checkpoint.path} is damaged ({fault}), and not taken")
     if found:
         raise RunFolderError(f"model: every checkpoint of {model} is damaged; put one back from a copy")
+    if (model / CHECKSUMS).is_file() and (fault := damage(Checkpoint(0, model))):
+        raise RunFolderError(
+            f"model: {model} is damaged ({fault}); put it back from a copy, take another checkpoint or, if it was "
+            f"changed on purpose, remove its {CHECKSUMS}"
+        )
     return model
 
 

@@ -25,6 +25,7 @@ from ibtpo.commands.config import ConfigArguments, show_config
 from ibtpo.commands.doctor import DoctorArguments, doctor
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import base_config
+from ibtpo.disk import writing
 from ibtpo.distributed import join, restarted
 from ibtpo.evaluation.command import EvalArguments, instead_of_training, print_evaluation, run_evaluation
 from ibtpo.grading import GraderError
@@ -135,13 +136,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # somebody piped us into `head`
         return 0
     except (ValueError, EngineError, GraderError, NonFinite, OSError) as error:
-        print(f"ibtpo: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        message = "; ".join([str(error), *getattr(error, "__notes__", ())])
+        print(f"ibtpo: error: {printable(' '.join(message.split()))}", file=sys.stderr)
         return 2
 
 
 def _train(arguments: list[str], console: Console) -> int:
     base = TrainArguments(run=_base(arguments, run=_early(arguments).resume))
-    parsed = _parse(TrainArguments, replace(base, preset=_early(arguments).preset), "ibtpo train", arguments)
+    parsed = _parse(TrainArguments, base, "ibtpo train", arguments)
     config = _with_data(parsed.run)
     with join(config) as group:
         out = train(restarted(config, group), RunConsole(quiet=parsed.quiet or not group.leads), group=group)
@@ -165,12 +167,13 @@ def _eval(arguments: list[str], console: Console) -> int:
         evaluation, summary = run_evaluation(config, folder, policy, task, RunConsole())
     print_evaluation(evaluation, summary, console)
     if parsed.json is not None:
-        parsed.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        with writing(parsed.json):
+            parsed.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
 def _sample(arguments: list[str], console: Console) -> int:
-    base = SampleArguments(run=_base_of_model(arguments), preset=_early(arguments).preset)
+    base = SampleArguments(run=_base_of_model(arguments))
     parsed = _parse(SampleArguments, base, "ibtpo sample", arguments)
     config, _, policy, task = _open(parsed.run, console)
     with closing(task):
@@ -216,8 +219,7 @@ def _settings(changes: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _config(arguments: list[str], console: Console) -> int:
-    early = _early(arguments)
-    base = ConfigArguments(preset=early.preset, run=_base(arguments, run=early.resume))
+    base = ConfigArguments(run=_base(arguments, run=_early(arguments).resume))
     parsed = _parse(ConfigArguments, base, "ibtpo config", arguments)
     return show_config(replace(parsed, run=_with_data(parsed.run)))
 
@@ -259,7 +261,7 @@ def _result_tables(folder: Path) -> list[Table]:
 def _early(arguments: list[str]) -> argparse.Namespace:
     """The flags that decide what the defaults of all others are."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--preset", default="ib-tpo")
+    parser.add_argument("--preset", default=None)
     parser.add_argument("--task", default=None)
     for name in ("--config", "--resume", "--data", "--model"):
         parser.add_argument(name, type=Path, default=None)

@@ -106,26 +106,37 @@ def dump_yaml(config: TrainConfig) -> str:
 
 
 def base_config(
-    *, task: str | None, preset: str, file: Path | None, run: Path | None, instead: Mapping[str, Any] | None = None
+    *,
+    task: str | None,
+    preset: str | None,
+    file: Path | None,
+    run: Path | None,
+    instead: Mapping[str, Any] | None = None,
 ) -> TrainConfig:
     """The configuration before the command line's own flags: defaults, task file, preset, then `file`.
 
     Args:
         task: the task if a flag names one; the built-in one brings settings of its own.
-        preset: a name of `PRESETS`.
+        preset: a name of `PRESETS`; None is "ib-tpo".
         file: a YAML file, or None.
         run: a run folder whose configuration takes the place of defaults, task file and preset, or None.
         instead: what holds in place of the run's own settings, nested like YAML.
 
     Raises:
-        ValueError: an unknown preset, a file that cannot be used, or a run folder of a newer format.
+        ValueError: an unknown preset, one for a run, a file that cannot be used, or a run folder of a newer format.
     """
     changes = {} if file is None else load_yaml(file)
     if run is not None:
         check_run(run, "resume")
+        if preset is not None:
+            raise ValueError(
+                f"preset: {preset} would be ignored, {run} has settings of its own; leave --preset out, and change "
+                "single ones by their flags"
+            )
         path = run / CONFIG
         config = merge(merge(TrainConfig(), load_yaml(path), source=str(path)), instead or {}, source=str(path))
         return merge(config, changes, source=str(file))
+    preset = preset or "ib-tpo"
     if preset not in PRESETS:
         near = difflib.get_close_matches(preset, PRESETS, n=1, cutoff=0.3)
         hint = f" Did you mean {near[0]}?" if near else ""

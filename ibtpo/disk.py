@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+AGAIN = "give the same command again"
 UNFINISHED = ".tmp"  # ending of what is being written or removed; never read, swept away when a run is opened
 _FULL = ("No space left on device", "Disk quota exceeded")  # how libraries that hide errno put it
 
@@ -18,8 +19,14 @@ class RunFolderError(ValueError):
 
 
 @contextlib.contextmanager
-def no_space(path: Path, kept: str) -> Iterator[None]:
-    """Turn "disk full", from whatever library, into an error that says what to do."""
+def no_space(path: Path, kept: str, then: str | None = None) -> Iterator[None]:
+    """Turn "disk full", from whatever library, into an error that says what to do.
+
+    Args:
+        path: the folder written to.
+        kept: what is left of it.
+        then: what to do once there is space; by default, to resume the run that the folder is of.
+    """
     try:
         yield
     except Exception as error:
@@ -28,8 +35,33 @@ def no_space(path: Path, kept: str) -> Iterator[None]:
             raise
         raise RunFolderError(
             f"no space left on the disk of {path}; what was being written was removed, kept: {kept}; free some space, "
-            f"then continue with --resume {path}"
+            f"then {then or f'continue with --resume {path}'}"
         ) from error
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what the system says about a single file that is written into an error that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"{path} cannot be written ({error.strerror}); free some space there, or name another file"
+        ) from error
+
+
+def check_writable(path: Path) -> None:
+    """See that a file can be written, before the work whose result it is for; it is left as it is.
+
+    Raises:
+        RunFolderError: it cannot.
+    """
+    with writing(path):
+        if path.is_file():
+            path.open("ab").close()
+        elif not path.exists():  # and no device or pipe
+            path.open("xb").close()
+            path.unlink()
 
 
 def unfinished(path: Path) -> Path:

@@ -6,9 +6,11 @@ worker process:
 
     submit -> queue -> one thread a worker -> pipe -> worker process (grading_worker.py; no torch)
 
-A worker interrupts itself after `timeout` seconds a reward; one that does not answer shortly after is killed and
-replaced. Time-outs and failures count as wrong (0.0), are counted and logged; the other gradings never notice. When too
-many of the last `WINDOW` gradings failed, the grader gives up: a run on rewards that mean nothing is worse than none.
+A worker interrupts itself after `timeout` seconds a reward and is replaced, as what was interrupted (an import, say)
+may be left half done; one that does not answer shortly after is killed. Every worker is a session of its own and ends
+with all processes that its rewards have started. Time-outs and failures count as wrong (0.0), are counted and logged;
+the other gradings never notice. When too many of the last `WINDOW` gradings failed, the grader gives up: a run on
+rewards that mean nothing is worse than none.
 Workers are started as fresh interpreters, never forked: forking a process that runs torch's threads can deadlock.
 """
 
@@ -21,6 +23,7 @@ import logging
 import os
 import pickle
 import queue
+import signal
 import subprocess
 import sys
 import threading
@@ -35,6 +38,7 @@ from ibtpo.rewards import Graded, RewardSpec
 
 WINDOW = 100  # gradings over which the share of failed ones is taken
 _GRACE = 1.0  # seconds after the time-out before a worker that did not interrupt itself is killed
+_DYING = 0.05  # seconds in which a process that is about to end may still say how
 _START_TIMEOUT = 120.0  # seconds a worker may take to import what its rewards need
 _START_ATTEMPTS = 3
 _LOG = logging.getLogger(__name__)
@@ -193,7 +197,7 @@ class _Worker:
         self._rewards, self._timeout = list(rewards), timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
-        self._lock = threading.Lock()  # guards starting against closing
+        self._lock = threading.Lock()  # guards starting, killing and reaping against each other
 
     def start(self) -> None:
         """Make sure a process is up and ready to grade.
@@ -202,7 +206,7 @@ class _Worker:
             GraderError: none can be started, or a reward cannot be loaded.
         """
         for _ in range(_START_ATTEMPTS):
-            if self._closed or (self._process is not None and self._process.poll() is None):
+            if self._closed or (self._process is not None and not _has_ended(self._process)):
                 return
             self.reap()  # it died since
             with self._lock:
@@ -222,10 +226,15 @@ class _Worker:
             )
 
     def ask(self, kind: str, graded: Graded) -> dict[str, Any]:
-        """One request (see grading_worker.py); a process that died or had to be killed is the first reward's fault."""
+        """One request (see grading_worker.py); a process that died or had to be killed is the first reward's fault.
+
+        One that had to interrupt a reward is ended.
+        """
         begin, timeout = time.monotonic(), self._timeout * len(self._rewards) + _GRACE
         reply = self._exchange(base64.b64encode(pickle.dumps((kind, *graded))) + b"\n", timeout)
         if reply is not None:
+            if any(kind == "timeout" for _, kind, _ in reply["faults"]):
+                self.reap()
             return reply
         late = time.monotonic() - begin >= timeout
         code = self.reap()
@@ -236,8 +245,7 @@ class _Worker:
         """End the process; whoever waits for it wakes up. No other will be started."""
         with self._lock:
             self._closed = True
-            if self._process is not None:
-                self._process.kill()
+        self._kill()
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
@@ -254,7 +262,7 @@ class _Worker:
         process = self._process
         if process is None or process.stdin is None or process.stdout is None:
             return None
-        deadline = threading.Timer(timeout, process.kill)
+        deadline = threading.Timer(timeout, self._kill, [process])
         deadline.daemon = True
         deadline.start()
         try:
@@ -269,15 +277,33 @@ class _Worker:
 
     def reap(self) -> str:
         """End the process, if there is one, and take back what it held; says how it ended."""
-        if self._process is None:
+        process = self._process
+        if process is None:
             return "not running"
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(0.05)  # one that is dying may still say how
-        self._process.kill()
-        code = self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
+        deadline = time.monotonic() + _DYING
+        while not _has_ended(process) and time.monotonic() < deadline:
+            time.sleep(0.001)
+        self._kill()
+        with self._lock:
+            code = process.wait()
+            self._process = None
+        for pipe in (process.stdin, process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):  # what it never read cannot be flushed
                     pipe.close()
-        self._process = None
         return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+    def _kill(self, process: subprocess.Popen[bytes] | None = None) -> None:
+        """Kill the process (if it still is `process`) and all of its session, whose number is its own until reaped."""
+        with self._lock:
+            if self._process is not None and process in (None, self._process):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    """Has it? Unlike `poll`, this does not reap it, so that its number is not given to another."""
+    try:
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:  # SIGCHLD is ignored: the system reaps
+        return True

@@ -2,8 +2,8 @@
 
 A request is a line: a pickle of (kind, prompt, completion, answer, data) in base64; it comes from our own parent, so it
 may be trusted. A reply is a line of JSON: {"reward": float, "faults": [[reward's name, "timeout" | "failure", message],
-...]} to "grade", {"answer": str | None} to "extract". The first line written, {} or {"error": message}, says that
-imports are done, or why they cannot be.
+...]} to "grade", {"answer": str | None, "faults": ...} to "extract". The first line written, {} or {"error": message},
+says that imports are done, or why they cannot be.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def _reply(rewards: list[tuple[RewardSpec, Reward]], request: bytes, timeout: fl
     graded = Graded(*fields)
     if kind == "grade":
         return _grade(rewards, graded, timeout)
-    return {"answer": _attempt(lambda: rewards[0][1].extract(graded.completion), timeout)[0]}
+    answer, fault = _attempt(lambda: rewards[0][1].extract(graded.completion), timeout)
+    return {"answer": answer, "faults": [[rewards[0][0].name, *fault]] if fault else []}
 
 
 def _limit_memory() -> None:
@@ -114,6 +115,9 @@ def _limit_memory() -> None:
 def main(specs: list[RewardSpec], timeout: float) -> None:
     replies: IO[bytes] = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # what graders print must not mix with the replies
+    requests: IO[bytes] = os.fdopen(os.dup(0), "rb")
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)  # nor may they, or what they start, read the requests
     _limit_memory()
     signal.signal(signal.SIGALRM, _time_up)
     rewards = []
@@ -124,9 +128,11 @@ def main(specs: list[RewardSpec], timeout: float) -> None:
             replies.write(json.dumps({"error": f"{spec.name} cannot be loaded: {_last_line(error)}"}).encode() + b"\n")
             return
     replies.write(b"{}\n")
-    for request in sys.stdin.buffer:  # ends when the parent closes the pipe or is gone
+    for request in requests:  # ends when the parent closes the pipe or is gone
         replies.write(json.dumps(_reply(rewards, request, timeout)).encode() + b"\n")
 
 
 if __name__ == "__main__":
     main([RewardSpec(*spec) for spec in json.loads(sys.argv[1])], float(sys.argv[2]))
+    if os.getsid(0) == os.getpid():  # as grading.py starts us
+        os.killpg(0, signal.SIGKILL)  # the parent is gone: nobody else ends what rewards have started

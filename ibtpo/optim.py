@@ -24,6 +24,10 @@ MOST_WIDE = 4096
 """Of a parameter with fewer numbers the running means are kept in float32 in any case, as bitsandbytes does."""
 
 
+class OtherForm(ValueError):
+    """The running means to go on with were kept in another form than `optim.state` says; the message names both."""
+
+
 class MasterAdamW:
     """Updates a model in place; where it computes in less than fp32, an fp32 copy of each weight is kept and updated.
 
@@ -118,11 +122,11 @@ class MasterAdamW:
         """Put back what `state` returned, for a model of the same shape.
 
         Raises:
-            ValueError: the running means were kept in another form.
+            OtherForm: the running means were kept in another form.
         """
         kept = "8bit" if any(key.startswith("state1.") for key in state) else "float32"
         if kept != self.config.state and len(state) > 1 + sum(key.startswith("master.") for key in state):
-            raise ValueError(f"optim.state: it was saved as {kept}, not {self.config.state}")
+            raise OtherForm(f"optim.state: the optimizer was saved as {kept}, not {self.config.state}")
         self.num_steps = int(state["num_steps"])
         for name, master in self._masters.items():
             if f"master.{name}" in state:

@@ -34,8 +34,10 @@ FIXED = {
     **{f"jsonl.{name}": _OTHER for name in ("pass_rate_field", "min_pass_rate", "max_pass_rate", "duplicates")},
     **{f"jsonl.{name}": _HELD_OUT for name in ("eval_fraction", "eval_count", "eval_data")},
     **dict.fromkeys(("reward", "jsonl.grade"), "rewards before and after would not mean the same"),
+    "optim.state": "the optimizer is saved in this form",
     "lora": "the adapters and their optimizer state have this shape",
     "warm_start": "it is over",
+    "out": "a run goes on where it is",
 }
 """Fields, and sections, that a resumed run must leave alone, each with the reason."""
 

@@ -39,7 +39,7 @@ from ibtpo.checkpoints import (
 )
 from ibtpo.config import SafeguardConfig, TrainConfig
 from ibtpo.config_io import dump_yaml, plain
-from ibtpo.disk import RunFolderError, flush, no_space, sweep, unfinished, write_atomically
+from ibtpo.disk import AGAIN, RunFolderError, flush, no_space, sweep, unfinished, write_atomically
 from ibtpo.loggers import open_loggers, parse_names
 from ibtpo.metrics import check_names
 from ibtpo.run_format import CONFIG, FORMAT_FILE, check_run, is_run, write_format
@@ -100,13 +100,13 @@ class RunFolder:
             resume = f", or continue the run with --resume {path}" if is_run(path) else ""
             raise RunFolderError(f"out: {path} already holds files; choose another folder with --out{resume}")
         try:
-            with no_space(path, "nothing"):
+            with no_space(path, "nothing", AGAIN):
                 path.mkdir(parents=True, exist_ok=True)
                 lock = _take_lock(path)
         except OSError as error:
             raise RunFolderError(f"out: {path} cannot be created ({error.strerror}); choose another --out") from error
         try:
-            with no_space(path, "nothing"):
+            with no_space(path, "nothing", AGAIN):
                 sweep(path)
                 (path / CHECKPOINTS).mkdir(exist_ok=True)
                 _write_config(path, config)
@@ -127,15 +127,15 @@ class RunFolder:
     ) -> Self:
         """Go on with a run: what was logged after `step` (default: that of its last intact checkpoint) is dropped.
 
-        Without a checkpoint everything logged is dropped: the run begins anew.
+        A run that was killed before its first checkpoint begins anew: what it logged is dropped.
 
         Args:
             config: names the loggers; written by `configure`.
             say: told of checkpoints that are damaged.
 
         Raises:
-            RunFolderError: this is no run folder or of a newer format, another run uses it, it cannot be written, or
-                every checkpoint is damaged.
+            RunFolderError: this is no run folder or of a newer format, another run uses it, it cannot be written,
+                every checkpoint is damaged, or steps were logged and no checkpoint is there.
         """
         check_run(path, "resume")
         try:
@@ -149,7 +149,7 @@ class RunFolder:
                 sweep(folder)
             last = intact_checkpoint(path, say)
             if step is None:
-                step = -1 if last is None else last.step
+                step = _last_step(path, last)
             with no_space(path, "everything"):
                 for name in (METRICS, TREES):
                     _cut(path / name, step)
@@ -257,6 +257,22 @@ def _is_free(path: Path) -> bool:
     leftovers = {_LOCK, CHECKPOINTS, FORMAT_FILE, *(unfinished(path / name).name for name in (FORMAT_FILE, CONFIG))}
     names = {entry.name for entry in path.iterdir()}
     return names <= leftovers and not (CHECKPOINTS in names and any((path / CHECKPOINTS).iterdir()))
+
+
+def _last_step(path: Path, last: Checkpoint | None) -> int:
+    """The step that a run goes on from; -1 where it was killed before its first checkpoint.
+
+    Raises:
+        RunFolderError: it has made steps, but has no checkpoint: its log must not be lost, too.
+    """
+    if last is not None:
+        return last.step
+    if steps := max((row["step"] for row in read_rows(path / METRICS)), default=0):
+        raise RunFolderError(
+            f"resume: {path} has logged {steps} steps, but there is no checkpoint in {path / CHECKPOINTS}; put one "
+            "back from a copy, or begin a new run with --out"
+        )
+    return -1
 
 
 def _cut(path: Path, step: int) -> None:

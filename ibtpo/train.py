@@ -19,13 +19,14 @@ from ibtpo.loggers import check_installed
 from ibtpo.memory_fit import check_memory
 from ibtpo.policy import Policy, adapters_of, built_in_policy, load_policy, model_shape, tokenizer_of
 from ibtpo.resume import announce_changes, check_beginning, with_absolute_paths
+from ibtpo.run_format import is_run
 from ibtpo.runlog import REPORT, RunFolder
 from ibtpo.setup import check_prompts, check_weights, choose_device, default_folder, longest_prompt, make_engine
 from ibtpo.tasks import Task, TeachableTask, make_task
 from ibtpo.trainer import Trainer
 from ibtpo.update import Updater
 from ibtpo.viewer import export_page
-from ibtpo_engine import CheckpointError, OutOfPages
+from ibtpo_engine import CheckpointError
 
 
 def train(
@@ -48,7 +49,8 @@ def train(
     Raises:
         ValueError: the input cannot be used; the message names file, field and remedy.
         Interrupted: stopped by Ctrl-C, SIGTERM or SIGHUP, with a checkpoint to continue from.
-        NonFinite, GraderError: training came to nothing; the last checkpoint is from before.
+        NonFinite: training came to nothing; the last checkpoint is from before.
+        GraderError, OutOfPages: the run cannot go on as it is; saved up to its last step, a note of the error says how.
     """
     _check_combinations(config, group)
     check_installed(config.log)
@@ -78,14 +80,16 @@ def train(
         engine = make_engine(config, policy)
         if folder is None:
             folder = stack.enter_context(_created(config.out or default_folder(config), settings, group))
-        else:
-            folder.configure(settings)
         if group.leads and (differences := record_environment(folder.path)):
             _say(console, f"goes on with other versions: {', '.join(differences)}")
         gc.collect()
         gc.freeze()  # what is loaded by now stays; the collector need not walk it while trees come and go
         stack.callback(gc.unfreeze)
-        _run(Trainer(config, folder, policy, task, engine, console, on_step, plan, group=group, mode=mode))
+        trainer = Trainer(config, folder, policy, task, engine, console, on_step, plan, group=group, mode=mode)
+        if config.resume is not None:
+            trainer.resume()
+            folder.configure(settings)  # only now: what cannot be gone on with must not be what the run is
+        _run(trainer)
     return folder.path
 
 
@@ -123,7 +127,8 @@ def _check_combinations(config: TrainConfig, group: Group) -> None:
 def _model(config: TrainConfig, console: Console, group: Group) -> str:
     """What the run begins with, as its folder will name it; rank 0 picks the checkpoint where `model` is a run."""
     model = config.model
-    if group.leads and Path(model).is_dir():
+    needed = config.resume is None or Updater.needs_reference(config) or is_run(Path(model))
+    if group.leads and needed and Path(model).is_dir():
         path = weights_of(Path(model), lambda text: _say(console, text))
         model = str(path)
         if Updater.needs_reference(config) and config.resume is None and path.parent.name == CHECKPOINTS:
@@ -192,14 +197,8 @@ def _check_input(config: TrainConfig, policy: Policy, task: Task, source: Path |
 def _run(trainer: Trainer) -> None:
     """Train, and write the report however that ends."""
     path = trainer.folder.path
-    if trainer.config.resume is not None:
-        trainer.resume()
     try:
         trainer.run()
-    except OutOfPages as error:
-        raise OutOfPages(
-            f"{error}; in a run: --engine.kv-tokens, and --resume {path} goes on from the last checkpoint"
-        ) from None
     finally:
         try:
             if trainer.group.leads:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ibtpo.config import TrainConfig
-from ibtpo.disk import flush_tree, no_space, write_atomically
+from ibtpo.disk import RunFolderError, flush_tree, no_space, write_atomically
 from ibtpo.distributed import ALONE, Group, Mode, make_grower, make_learner
 from ibtpo.evaluation import evaluate
 from ibtpo.grow import Grower, Interrupted
@@ -23,19 +23,20 @@ from ibtpo.memory_plan import MemoryPlan
 from ibtpo.metrics import tree_metrics
 from ibtpo.mixed import grow_mixed
 from ibtpo.model_card import CARD, model_card, save_generation_config
-from ibtpo.optim import NonFinite
+from ibtpo.optim import NonFinite, OtherForm
 from ibtpo.policy import Policy, load_policy
 from ibtpo.progress import Tracker, peak_host_memory, step_note, track
+from ibtpo.run_format import CONFIG
 from ibtpo.runlog import METRICS, RunFolder, latest_checkpoint, read_rows
 from ibtpo.search import make_search
 from ibtpo.setup import find_nonfinite, make_sampling
 from ibtpo.steps import step_splitter
 from ibtpo.stopping import StopRequest
-from ibtpo.tasks import Problem, Task, TeachableTask
+from ibtpo.tasks import DataTask, Problem, Task, TeachableTask
 from ibtpo.treelog import tree_record
 from ibtpo.update import Updater, frozen_copy
 from ibtpo.warmstart import WarmStart, warm_start_of
-from ibtpo_engine import Engine, Model, Tree
+from ibtpo_engine import Engine, Model, OutOfPages, Tree
 from ibtpo_engine.adapter_folder import is_adapter_folder
 
 START = "start"  # in the run folder: the warm-started policy, of which a frozen reference is made
@@ -54,6 +55,7 @@ class State:
     next_problem: int = 0
     nonfinite_in_a_row: int = 0
     reward_counts: dict[str, float] = field(default_factory=dict)  # `Task.counts` of the whole run
+    problems: str | None = None  # `DataTask.fingerprint` of a data file; None in checkpoints from before it was kept
 
 
 class Trainer:
@@ -93,7 +95,7 @@ class Trainer:
         self.console = console
         self.on_step = on_step
         self.plan = plan
-        self.state = State()
+        self.state = State(problems=task.fingerprint if isinstance(task, DataTask) else None)
         self.stop = StopRequest()
         self.sampling = make_sampling(config, policy)
         self.group, self.mode = group, mode
@@ -105,6 +107,7 @@ class Trainer:
         self.held_out = task.eval_problems(config.eval.prompts)
         self._updater: Updater | None = None
         self._started = False  # is there a policy worth saving?
+        self._whole = True  # are policy, optimizer, state and log those of the same step?
 
     def run(self) -> None:
         """Evaluate, train until the token budget is spent, evaluate; Ctrl-C, SIGTERM or SIGHUP saves a checkpoint.
@@ -112,7 +115,9 @@ class Trainer:
         Raises:
             Interrupted: the run was stopped; a checkpoint was written, unless the warm start was still under way.
             NonFinite: too many updates in a row, or the weights to be saved, hold NaN or Inf.
-            GraderError: too many gradings failed.
+            RunFolderError: the disk is full.
+            GraderError: too many gradings failed. This and any other error has a note that says what was saved, and how
+                to go on: a checkpoint of the last step, unless the error came while that was being changed.
         """
         with self.stop.on_signals(self.console, at_once=self.group.size == 1):  # torchrun repeats a Ctrl-C
             try:
@@ -126,20 +131,44 @@ class Trainer:
                 kept = f"saved {self._checkpoint()}" if self._started else "nothing is saved of a warm start"
                 how = f"{kept}; go on with: ibtpo train --resume {self.folder.path}"
                 raise Interrupted(f"stopped at step {self.state.step}; {how}", self.stop.signal) from None
+            except (NonFinite, RunFolderError):  # nothing can be saved, and they say how to go on
+                raise
+            except Exception as error:
+                kept = self._keep_last_step()
+                larger = " and a larger --engine.kv-tokens" if isinstance(error, OutOfPages) else ""
+                error.add_note(f"{kept}; go on with: ibtpo train --resume {self.folder.path}{larger}")
+                raise
 
     def resume(self) -> None:
-        """Go on from the folder's last intact checkpoint; without one the run starts over."""
+        """Go on from the folder's last intact checkpoint; a run killed before its first one starts over.
+
+        Raises:
+            ValueError: it is of another version, its optimizer of another form, or the data file has changed since.
+        """
         last = self.folder.last
         if last is None:
             return
         try:
-            self.state = State(**json.loads((last.path / "state.json").read_text(encoding="utf-8")))
+            state = State(**json.loads((last.path / "state.json").read_text(encoding="utf-8")))
             self.optimizer.load_state(load_file(last.path / "optimizer.safetensors"))
+        except OtherForm as error:
+            raise ValueError(
+                f"resume: {error}; put it back in {self.folder.path / CONFIG}, or start a new run from the weights "
+                f"with --model {last.path}"
+            ) from None
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
             raise ValueError(
                 f"resume: state.json or optimizer.safetensors of {last.path} are not of this version ({error}); "
                 f"resume with the version that wrote them, or start a new run from its weights with --model {last.path}"
             ) from None
+        problems = self.state.problems
+        if state.problems not in (None, problems):
+            raise ValueError(
+                f"resume: {self.config.data} or what goes with it has changed (it had {state.problems}, now "
+                f"{problems}), the problems would be others; put it back as it was, or start a new run from the "
+                f"weights with --model {last.path}"
+            )
+        self.state = replace(state, problems=problems)
         self.engine.weights_changed()
         self._started = True
 
@@ -232,6 +261,7 @@ class Trainer:
         before = self.engine.stats()
         counted = self.task.counts()
         trees, problems, reward_seconds = self._grow()
+        self._whole = False
         self._count_rewards(counted)
         sampled = time.perf_counter()
         assert self._updater is not None
@@ -266,6 +296,7 @@ class Trainer:
         values |= self._memory()
         self.folder.log(state.step, values)
         self._keep_trees(trees, problems)
+        self._whole = True
         if state.step % self.config.checkpoint_every == 0:
             self._checkpoint()
         self._evaluate_if_due()
@@ -349,6 +380,18 @@ class Trainer:
             (path / "state.json").write_text(json.dumps(asdict(self.state)), encoding="utf-8")
 
         return self.folder.checkpoint(self.state.step, write, keep=self.config.safeguards.keep_checkpoints)
+
+    def _keep_last_step(self) -> str:
+        """Save the last step if that can be done; says what there is to go on from.
+
+        Sampling, grading and evaluating change nothing that a checkpoint holds, so one from there is as good as any.
+        Several processes can save only together, and the others may be gone.
+        """
+        if self._started and self._whole and self.group.size == 1:
+            with suppress(Exception):  # must not hide why the run ends
+                return f"saved {self._checkpoint()}"
+        last = latest_checkpoint(self.folder.path)
+        return "nothing is saved" if last is None else f"saved before: {last.path}"
 
     def _card(self) -> str:
         return model_card(

@@ -138,6 +138,22 @@ def test_runs_as_a_module_and_ends_quietly_when_the_pipe_is_closed() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_ctrl_c_while_it_is_loaded_ends_it_without_a_traceback() -> None:
+    script = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'ibtpo.cli':\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from ibtpo.__main__ import main\n"
+        "sys.exit(main())"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (130, "ibtpo: stopped at once; nothing had begun\n")
+
+
 # ---- sample and eval -------------------------------------------------------------------------------------------
 
 
@@ -220,6 +236,38 @@ def test_eval_looks_for_a_place_to_write_before_it_begins(built_in: Path, tmp_pa
     message = refused("--model", built_in, "--json", tmp_path / "no" / "values.json", command="eval")
     assert f"json: {tmp_path / 'no'} is no folder" in message
     assert f"json: {tmp_path} is a folder" in refused("--model", built_in, "--json", tmp_path, command="eval")
+
+
+def test_eval_tries_to_write_before_it_begins(
+    built_in: Path, tmp_path: Path, refused: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, original = tmp_path / "values.json", Path.open
+
+    def open_file(file: Path, *arguments: Any, **options: Any) -> Any:
+        if file == path:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return original(file, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "run_evaluation", lambda *arguments: pytest.fail("it began"))
+        patch.setattr(Path, "open", open_file)
+        message = refused("--model", built_in, "--json", path, command="eval")
+    assert f"{path} cannot be written (Read-only file system); free some space there, or name another file" in message
+    flags = [*map(str, ["--model", built_in, "--json", "/dev/full", *DIGITS[:4]]), "--limit", "2", "--samples", "1"]
+    assert "/dev/full cannot be written (No space left on device)" in refused(*flags, command="eval")
+
+
+def test_a_page_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fsync(descriptor: int) -> None:
+        raise _full()
+
+    RunFolder.create(tmp_path / "run", TrainConfig()).close()
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert main(["view", str(tmp_path / "run"), "--export", str(tmp_path / "page.html")]) == 2
+    assert f"{tmp_path / 'page.html'} cannot be written (No space left on device)" in capsys.readouterr().err
+    assert not (tmp_path / "page.html").exists()
 
 
 @pytest.mark.parametrize("command", ["eval", "sample"])

@@ -306,7 +306,7 @@ def test_the_configuration_of_a_run_folder_reads_back_equal(tmp_path: Path) -> N
         folder = tmp_path / str(number)
         RunFolder.create(folder, config).close()
         assert merge(TrainConfig(), load_yaml(folder / CONFIG), source="") == config
-        assert base_config(task=None, preset="grpo", file=None, run=folder) == config
+        assert base_config(task=None, preset=None, file=None, run=folder) == config
     assert all(a != b for a, b in zip(_leaves(asdict(changed)), _leaves(asdict(TrainConfig())), strict=True))
 
 

@@ -23,7 +23,9 @@ from rich.console import Console
 from ibtpo.cli import main
 from ibtpo.config import EvalConfig, JsonlConfig, SamplingConfig, TrainConfig
 from ibtpo.config_io import dump_yaml
+from ibtpo.disk import RunFolderError
 from ibtpo.evaluation import Completion, sample_completions, summarize
+from ibtpo.evaluation.folder import EvaluationFolder
 from ibtpo.evaluation.statistics import MOST_SAMPLES, ks_up_to, majority_at, pass_rates
 from ibtpo.policy import built_in_policy
 from ibtpo.stopping import StopRequest
@@ -173,6 +175,15 @@ def test_a_part_of_the_completions_is_sampled_again_as_it_was(built_in: Path, tm
     (out / "completions.jsonl").write_bytes(b"".join(kept) + b'{"prompt": 3, "sam')
     assert run(*command) == 0
     assert (sorted(map(json.dumps, read(out))), numbers(out)) == (whole, before)
+
+
+def test_a_full_disk_is_told_with_what_to_do(tmp_path: Path) -> None:
+    """Closing the file fails once more, with what could not be written before."""
+    told = r"no space left .*kept: all completions before; free some space, then give the same command again"
+    with pytest.raises(RunFolderError, match=told), EvaluationFolder(tmp_path / "out", {}) as folder:
+        folder._file.close()
+        folder._file = os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb")
+        folder.add(Completion(0, None, "text", 1.0, None, "stop", 3))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from ibtpo.grading import WINDOW, Grader, GraderError
 from ibtpo.rewards import Graded, RewardSpec, parse_rewards
 
 BAD_GRADERS = """
-import ctypes, os, signal, sys, time
+import ctypes, os, pathlib, signal, subprocess, sys, time
 
 def grade(prompt, completion, answer, data):
     print("noise on standard output")
@@ -51,6 +51,16 @@ def grade(prompt, completion, answer, data):
         return 2.0
     if completion == "torch":
         return float("torch" in sys.modules)
+    if completion == "import":
+        import slow_module
+        return float(slow_module.LOADED)
+    if completion == "stdin":
+        subprocess.Popen(["cat"])
+        return float(sys.stdin.read() == "")
+    if completion.startswith("child"):
+        child = subprocess.Popen(["sleep", "600"])
+        pathlib.Path(completion[5:]).write_text(str(child.pid))
+        return 1.0
     if completion == "pid":
         return os.getpid() / 1e9
     return float(answer == completion)
@@ -120,6 +130,40 @@ def test_math_grading_keeps_up_with_sampling(math: Grader) -> None:
     futures = [submit(math, r"\frac{3}{4}", rf"thus \boxed{{\frac{{{i}}}{{4}}}}") for i in range(100)]
     assert sum(future.result(60) for future in futures) == 1.0
     assert 100 / (time.monotonic() - begin) > 20  # hundreds a second on an idle core
+
+
+def test_an_import_that_was_cut_off_begins_anew(bad: Bad, tmp_path: Path) -> None:
+    """Half a module would stay in the process, and every later grading would fail with it."""
+    (tmp_path / "slow_module.py").write_text(
+        "import pathlib, sys, time\n"
+        "if hasattr(sys, 'half_loaded'):\n    raise ImportError('cannot load twice')\n"  # as native modules do
+        "sys.half_loaded = True\n"
+        f"first = pathlib.Path({str(tmp_path / 'first')!r})\n"
+        "if not first.exists():\n    first.touch()\n    time.sleep(600)\n"
+        "LOADED = True\n"
+    )
+    with Grader(bad, timeout=0.5) as grader:
+        assert [submit(grader, "", "import").result(60) for _ in range(3)] == [0.0, 1.0, 1.0]
+        assert (grader.timeouts, grader.failures) == (1, 0)
+
+
+def test_what_a_reward_starts_cannot_read_the_requests(bad: Bad) -> None:
+    with Grader(bad) as grader:
+        futures = [submit(grader, "4", text) for text in ["stdin", "4", "stdin", "4"]]
+        assert [future.result(60) for future in futures] == [1.0] * 4
+
+
+@pytest.mark.parametrize("end", ["close", "sleep", "swallow", "die"])
+def test_what_a_reward_starts_ends_with_its_worker(bad: Bad, tmp_path: Path, end: str) -> None:
+    with Grader(bad, timeout=0.2) as grader:
+        assert submit(grader, "", f"child{tmp_path / 'pid'}").result(60) == 1.0
+        child = int((tmp_path / "pid").read_text())
+        assert _lives(child)
+        if end == "close":
+            grader.close()
+        else:
+            assert submit(grader, "4", end).result(60) == 0.0
+        _wait_for_end(child)
 
 
 @pytest.mark.parametrize("completion", ["sleep", "swallow", "hang in C"])
@@ -237,8 +281,34 @@ def test_workers_end_when_the_trainer_is_killed(bad: Bad, tmp_path: Path) -> Non
     parent.kill()
     parent.wait()
     parent.stdout.close()
+    _wait_for_end(pid)
+
+
+def test_what_a_reward_has_started_ends_when_the_trainer_is_killed(bad: Bad, tmp_path: Path) -> None:
+    script = (
+        "from ibtpo.grading import Grader; from ibtpo.rewards import Graded, RewardSpec; import sys, time\n"
+        "g = Grader((RewardSpec('bad_graders:grade'),))\n"
+        "print(g.submit(Graded('', 'child' + sys.argv[1], '', {})).result(), flush=True); time.sleep(600)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", script, str(tmp_path / "pid")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == b"1.0\n"
+        parent.kill()
+    _wait_for_end(int((tmp_path / "pid").read_text()))
+
+
+def _lives(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    try:
+        return "State:\tZ" not in status.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def _wait_for_end(pid: int) -> None:
     for _ in range(200):
-        if not Path(f"/proc/{pid}").exists() or "State:\tZ" in Path(f"/proc/{pid}/status").read_text():
+        if not _lives(pid):
             return
         time.sleep(0.05)
-    pytest.fail(f"worker {pid} outlived its parent")
+    pytest.fail(f"process {pid} outlived its parent")

@@ -144,7 +144,25 @@ def test_the_newest_intact_checkpoint_of_a_run_is_taken(run: Path) -> None:
     assert weights_of(run, said.append) == before.path
     assert "is damaged (model.safetensors has" in said[0] and str(last.path) in said[0]
     assert last.path.is_dir()  # the run may be under way: what is only read is not moved
-    assert weights_of(last.path, said.append) == last.path
+    assert weights_of(before.path, said.append) == before.path
+
+
+@pytest.mark.parametrize("command", ["eval", "sample", "train"])
+def test_a_damaged_checkpoint_is_refused_by_its_own_path_too(
+    command: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of right size and format, with numbers that are not those of the training."""
+    last = last_checkpoint(run)
+    content = bytearray((last / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (last / "model.safetensors").write_bytes(content)
+    rest = ["--data", load_yaml(run / "config.yaml")["data"], *SETTINGS] if command == "train" else []
+    out = [] if command == "sample" else ["--out", str(tmp_path / "out")]
+    assert main([command, "--model", str(last), *rest, *out]) == 2
+    message = capsys.readouterr().err
+    assert f"model: {last} is damaged (model.safetensors is not what was written); put it back from a copy" in message
+    (last / "checksums.json").unlink()  # changed on purpose
+    assert weights_of(last, print) == last
 
 
 def test_what_is_no_checkpoint_says_which_path_to_give(run: Path) -> None:

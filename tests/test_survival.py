@@ -29,12 +29,14 @@ import ibtpo.update
 from ibtpo.checkpoints import CHECKSUMS, Checkpoint, _sum, damage
 from ibtpo.cli import main
 from ibtpo.config import JsonlConfig, TrainConfig
-from ibtpo.grading import Grader
+from ibtpo.grading import Grader, GraderError
 from ibtpo.optim import MasterAdamW
 from ibtpo.policy import built_in_policy
 from ibtpo.resume import FIXED
 from ibtpo.rewards import Graded
+from ibtpo.tasks import RewardGrades
 from ibtpo.trainer import Trainer
+from ibtpo_engine import OutOfPages
 
 RUN = [
     "--sampled-tokens", "400", "--prompts-per-step", "4", "--search.rounds", "3", "--sampling.max-tokens", "6",
@@ -200,6 +202,59 @@ def test_a_card_whose_renewal_was_killed_is_renewed_by_a_resume(run: Path) -> No
     assert_complete(run, 400)
 
 
+# ---- errors ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [GraderError("too many failed"), OutOfPages("raise kv_tokens"), OSError("no file")])
+def test_an_error_while_sampling_loses_no_step(
+    error: Exception, adder: list[object], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, original = tmp_path / "run", RewardGrades.grade
+
+    def grade(*arguments: Any) -> Any:
+        if (folder / "metrics.jsonl").exists() and len(step_rows(folder)) == 3:
+            failing.append(1)
+        if len(failing) > 5:  # in the midst of the fourth step
+            raise error
+        return original(*arguments)
+
+    failing: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RewardGrades, "grade", grade)
+        assert _train(*adder, "--out", folder) == 2
+    last = last_checkpoint(folder)
+    assert last.name == "step-000003" and len(step_rows(folder)) == 3
+    message = f"{error}; saved {last}; go on with: ibtpo train --resume {folder}"
+    larger = " and a larger --engine.kv-tokens" * isinstance(error, OutOfPages)
+    assert f"ibtpo: error: {message}{larger}\n" == capsys.readouterr().err
+    assert _train("--resume", folder) == 0
+    assert_same_end(folder, whole)
+
+
+def test_an_error_while_updating_saves_nothing_half_done(
+    adder: list[object],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder, original = tmp_path / "run", Trainer._keep_trees
+
+    def keep(trainer: Trainer, *arguments: Any) -> None:
+        if trainer.state.step == 3:
+            raise OSError("no file")
+        original(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_keep_trees", keep)
+        assert _train(*adder, "--out", folder) == 2
+    last = folder / "checkpoints" / "step-000002"
+    assert last_checkpoint(folder) == last
+    assert f"no file; saved before: {last}; go on with: ibtpo train --resume {folder}" in capsys.readouterr().err
+    assert _train("--resume", folder) == 0
+    assert_same_end(folder, whole)
+
+
 # ---- what a resumed run may change -------------------------------------------------------------------------------
 
 FREE = {"jsonl.grade_workers", "jsonl.grade_timeout", "jsonl.max_failed_share"}
@@ -226,6 +281,7 @@ def test_every_data_field_is_fixed_or_known_to_be_free() -> None:
         ["--jsonl.template", "{prompt}!"], ["--jsonl.system-prompt", "x"], ["--jsonl.eval-count", "3"],
         ["--jsonl.no-chat-template"], ["--jsonl.grade", "math"], ["--jsonl.duplicates", "keep"],
         ["--jsonl.max-prompt-tokens", "9"], ["--jsonl.max-pass-rate", "0.5"], ["--data", "other.jsonl"],
+        ["--optim.state", "8bit"], ["--out", "elsewhere"],
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -236,6 +292,86 @@ def test_what_makes_it_another_run_is_refused(flags: list[str], run: Path, capsy
     message = capsys.readouterr().err
     assert f"resume: {name} cannot change from " in message and "begin a new run with --out" in message
     assert before == ((run / "config.yaml").read_bytes(), (run / "metrics.jsonl").read_bytes())
+
+
+def test_a_preset_for_a_run_that_has_its_settings_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "config.yaml").read_bytes()
+    for command in (["train", "--resume"], ["config", "--resume"], ["sample", "--model"]):
+        assert main([*command, str(run), "--preset", "grpo"]) == 2
+        assert f"preset: grpo would be ignored, {run} has settings of its own" in capsys.readouterr().err
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def _sign(path: Path) -> None:
+    """Let a checkpoint's file, as it is now, be what was written."""
+    sums = json.loads((path.parent / CHECKSUMS).read_text()) | {path.name: _sum(path)}
+    (path.parent / CHECKSUMS).write_text(json.dumps(sums))
+
+
+def _rename_moments(path: Path) -> None:
+    state = load_file(path)
+    save_file({name.replace("exp_avg.", "state1."): value for name, value in state.items()}, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("state.json", lambda path: path.write_text('{"field_of_the_future": 1}'), "are not of this version"),
+        ("optimizer.safetensors", _rename_moments, "resume: optim.state: the optimizer was saved as 8bit, not float32"),
+    ],
+)
+def test_a_resume_that_fails_changes_no_setting(
+    name: str, change: Callable[[Path], object], message: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = last_checkpoint(run) / name
+    right, before = file.read_bytes(), (run / "config.yaml").read_bytes()
+    change(file)
+    _sign(file)
+    assert _train("--resume", run, "--optim.lr", "1e-4", "--sampled-tokens", "700") == 2
+    assert message in capsys.readouterr().err
+    assert (run / "config.yaml").read_bytes() == before
+    file.write_bytes(right)
+    _sign(file)
+    assert _train("--resume", run) == 0
+    assert "other settings" not in capsys.readouterr().out
+
+
+def test_a_data_file_that_has_changed_is_refused(
+    adder: list[object], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not one that was moved; and checkpoints from before its fingerprint was kept are gone on from."""
+    data, config, state = tmp_path / "moved.jsonl", run / "config.yaml", last_checkpoint(run) / "state.json"
+    rows = Path(str(adder[3])).read_text().splitlines(keepends=True)
+    config.write_text(config.read_text().replace(str(adder[3]), str(data)))
+    changed = json.loads(rows[0])
+    changed["answer"] += "0"
+    for content in (rows[:-3], rows[::-1], [json.dumps(changed) + "\n", *rows[1:]]):
+        data.write_text("".join(content))
+        assert _train("--resume", run, "--sampled-tokens", "700") == 2
+        message = capsys.readouterr().err
+        assert f"resume: {data} or what goes with it has changed (it had {len(rows)} rows, " in message
+        assert f"now {len(content)} rows, " in message
+    data.write_text("".join(rows))
+    assert _train("--resume", run) == 0
+    values = json.loads(state.read_text())
+    del values["problems"]
+    state.write_text(json.dumps(values))
+    _sign(state)
+    data.write_text("".join(rows[:-3]))
+    assert _train("--resume", run, "--sampled-tokens", "450") == 0
+    assert json.loads((last_checkpoint(run) / "state.json").read_text())["problems"].startswith(f"{len(rows) - 3} rows")
+
+
+def test_a_run_that_has_lost_its_checkpoints_keeps_its_log(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+    for path in (run / "checkpoints").iterdir():
+        shutil.rmtree(path)
+    assert _train("--resume", run) == 2
+    message = capsys.readouterr().err
+    assert (
+        f"{run} has logged {len(step_rows(run))} steps, but there is no checkpoint in {run / 'checkpoints'}" in message
+    )
+    assert (run / "metrics.jsonl").read_bytes() == before
 
 
 def test_the_rest_may_change_and_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import load_yaml
+from ibtpo.disk import check_writable
 from ibtpo.evaluation.evaluate import Evaluation, summarize
 from ibtpo.evaluation.folder import EvaluationFolder
 from ibtpo.evaluation.sampling import Completion, Place, sample_completions
@@ -81,6 +82,8 @@ class EvalArguments:
             raise ValueError(f"json: {self.json.parent} is no folder; make it, or name another file")
         if self.json is not None and self.json.is_dir():
             raise ValueError(f"json: {self.json} is a folder; name a file")
+        if self.json is not None:
+            check_writable(self.json)
         return replace(config, eval=replace(config.eval, **changes))
 
 

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -17,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
-from ibtpo.disk import no_space, write_atomically
+from ibtpo.disk import AGAIN, no_space, write_atomically
 from ibtpo.evaluation.sampling import Completion, Place
 from ibtpo.run_format import FORMAT_FILE, check_format, is_run, write_format
 
@@ -44,7 +45,7 @@ class EvaluationFolder:
         self.found: dict[Place, Completion] = {}
         self._check_free()
         try:
-            with no_space(path, "nothing"):
+            with no_space(path, "nothing", AGAIN):
                 path.mkdir(parents=True, exist_ok=True)
                 self._file = (path / COMPLETIONS).open("a+b")
         except OSError as error:
@@ -61,20 +62,21 @@ class EvaluationFolder:
     def add(self, completion: Completion, where: str | None = None) -> None:
         """Append a completion; once this returns, a killed process does not lose it."""
         row = completion._asdict() | ({} if where is None else {"where": where})
-        with no_space(self.path, "all completions before"):
+        with no_space(self.path, "all completions before", AGAIN):
             self._file.write(json.dumps(row).encode() + b"\n")
             self._file.flush()
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write the summary."""
-        with no_space(self.path, "all completions"):
+        with no_space(self.path, "all completions", AGAIN):
             write_atomically(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # the disk is full: whoever filled it has been told
+            self._file.close()
 
     def _check_free(self) -> None:
         if not self.path.exists() or (self.path / SETTINGS).is_file():
@@ -96,7 +98,7 @@ class EvaluationFolder:
     def _check_settings(self, settings: Mapping[str, Any]) -> None:
         path = self.path / SETTINGS
         if not path.is_file():
-            with no_space(self.path, "nothing"):
+            with no_space(self.path, "nothing", AGAIN):
                 write_format(self.path)
                 write_atomically(path, json.dumps(settings, indent=2) + "\n")
             return

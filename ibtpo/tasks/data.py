@@ -88,6 +88,12 @@ class DataTask(RewardGrades):
         return self._file.problem(int(self._train[self._order[row]]), self._examples)
 
     @property
+    def fingerprint(self) -> str:
+        """The number of rows and a digest of all problems, training and held out, examples included; no paths."""
+        parts = (self._file.digest, self._held_out_file.digest, self._examples)
+        return f"{len(self._file.prompts):,} rows, {hashlib.blake2b(repr(parts).encode(), digest_size=4).hexdigest()}"
+
+    @property
     def num_train(self) -> int:
         """Number of training rows."""
         return len(self._train)
@@ -128,7 +134,7 @@ class DataTask(RewardGrades):
 
 
 class _File:
-    """A data file after its filters: row numbers, and a hash of every row's prompt."""
+    """A data file after its filters: row numbers, a hash of every row's prompt, a digest of prompts and answers."""
 
     def __init__(self, path: Path, layout: str, config: JsonlConfig) -> None:
         _check_filters(config)
@@ -151,6 +157,7 @@ class _File:
             raise ValueError(f"{path}: no row passes the filters; widen jsonl.min_pass_rate and jsonl.max_pass_rate")
         self._kept: Ints = np.flatnonzero(kept)
         self.prompts = prompts[kept]
+        self.digest = hashlib.blake2b(self.prompts.tobytes() + answers[kept].tobytes()).hexdigest()
 
     def problem(self, index: int, examples: tuple[tuple[str, str], ...] = ()) -> Problem:
         """The problem of the row that is number `index` among those kept."""

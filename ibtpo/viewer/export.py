@@ -8,8 +8,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from ibtpo.disk import write_atomically, writing
 from ibtpo.report import NOT_ACCURACY
-from ibtpo.runlog import no_space, write_atomically
 from ibtpo.viewer.page import metric_groups, render_page
 from ibtpo.viewer.run import RunView, open_views
 
@@ -26,7 +26,7 @@ def export_page(runs: Sequence[Path], path: Path, *, trees: int) -> Path:
 
     Raises:
         ValueError: a folder is no run folder.
-        RunFolderError: the disk is full.
+        RunFolderError: the file cannot be written.
     """
     views = open_views(runs)
     data = {
@@ -36,7 +36,7 @@ def export_page(runs: Sequence[Path], path: Path, *, trees: int) -> Path:
         "runs": [_whole(view, trees, MOST_BYTES // len(views)) for view in views],
     }
     page = render_page(" · ".join(view.name for view in views), data, live=False)
-    with no_space(path.parent, "everything the page is made from"):
+    with writing(path):
         write_atomically(path, page)
     return path
 
