@@ -73,21 +73,24 @@ class NodeAdvantage:
         sums = np.add.reduceat(np.append(per_trajectory, 0.0), bounds)[::2]
         return np.where(self.multiplicity > 0, sums, 0.0)  # reduceat returns an element where a range is empty
 
-    def weigh(self, weight: Doubles) -> tuple[Doubles, Doubles, Doubles]:
+    def weigh(self, weight: Doubles) -> tuple[Doubles, Doubles, Doubles, Doubles, Doubles]:
         """Sums over the trajectories i through each node of w_i, w_i*max(A_i, 0), w_i*min(A_i, 0).
+
+        And of w_i over those with A_i > 0, and over those with A_i < 0, which only metrics need.
 
         Args:
             weight: [G], w_i, the weight of one token of trajectory i in the loss.
 
         Returns:
-            three float64 [S].
+            five float64 [S].
         """
         mass = self.sum_leaves(weight)
         if self.a_trajectory is None:
-            return mass, mass * np.maximum(self.a, 0.0), mass * np.minimum(self.a, 0.0)
-        positive = self.sum_leaves(weight * np.maximum(self.a_trajectory, 0.0))
-        negative = self.sum_leaves(weight * np.minimum(self.a_trajectory, 0.0))
-        return mass, positive, negative
+            of_step = (np.maximum(self.a, 0.0), np.minimum(self.a, 0.0), self.a > 0, self.a < 0)
+            return mass, mass * of_step[0], mass * of_step[1], mass * of_step[2], mass * of_step[3]
+        a = self.a_trajectory
+        positive, negative = (self.sum_leaves(weight * part) for part in (np.maximum(a, 0.0), np.minimum(a, 0.0)))
+        return mass, positive, negative, self.sum_leaves(weight * (a > 0)), self.sum_leaves(weight * (a < 0))
 
 
 def advantage(

@@ -31,6 +31,7 @@ from ibtpo.evaluation.command import EvalArguments, instead_of_training, print_e
 from ibtpo.grading import GraderError
 from ibtpo.grow import Grower, Interrupted
 from ibtpo.list_flags import join_repeated
+from ibtpo.metrics import RIGHT
 from ibtpo.optim import NonFinite
 from ibtpo.policy import Policy, load_policy
 from ibtpo.presets import PRESET_NOTES, PRESETS
@@ -186,10 +187,17 @@ def _sample(arguments: list[str], console: Console) -> int:
     console.print(_outline(tree, policy, problem))
     leaves = tree.leaves()
     console.print(
-        f"{len(leaves)} trajectories, {sum(leaf.reward or 0 for leaf in leaves):g} right, "
+        f"{len(leaves)} trajectories, {_outcome([leaf.reward or 0.0 for leaf in leaves])}, "
         f"{tree.num_sampled} tokens sampled for {sum(leaf.end - tree.prompt_len for leaf in leaves)} in trajectories"
     )
     return 0
+
+
+def _outcome(rewards: Sequence[float]) -> str:
+    """How many are right and, where some are so in part, the mean reward."""
+    partly = any(0 < reward < 1 for reward in rewards)
+    mean = f" (mean reward {sum(rewards) / len(rewards):.3g})" if partly else ""
+    return f"{sum(reward > RIGHT for reward in rewards)} right{mean}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,8 +211,9 @@ def _presets(arguments: list[str], console: Console) -> int:
     for name, changes in PRESETS.items():
         explanation, source = PRESET_NOTES[name]
         table.add_row(name, f"{explanation} [dim]({source})[/]", "\n".join(_settings(changes)))
-    for column in (table.columns[0], table.columns[2]):
-        column.no_wrap = True
+    table.columns[0].no_wrap = True
+    table.columns[2].no_wrap = console.width >= 80  # in a narrower window they would leave the explanation no room
+    table.columns[2].overflow = "fold"
     console.print(table)
     return 0
 
@@ -338,7 +347,7 @@ def _outline(tree: Tree, policy: Policy, problem: Problem) -> Outline:
         notes = f"round {node.notes['round']}  pi {estimates.eta2(node):.2f}  value {estimates.value(node):.2f}"
         if node.children:
             notes += f"  J {estimates.score(node):+.2f}"
-        mark = "" if node.reward is None else "  [green]right[/]" if node.reward > 0.5 else "  [red]wrong[/]"
+        mark = "" if node.reward is None else "  [green]right[/]" if node.reward > RIGHT else "  [red]wrong[/]"
         parent = node.parent
         assert parent is not None
         places[node] = places[parent].add(f"{text}  [dim]{notes}[/]{mark}")

@@ -113,12 +113,11 @@ def policy_metrics(
     """
     gap, weight = logprob - batch.old_logprob, batch.weight
     ratio = torch.exp(gap.clamp(max=LARGEST_EXPONENT))
-    clipped = ((batch.positive > 0) & (ratio > 1 + config.clip_high)) | (
-        (batch.negative < 0) & (ratio < 1 - config.clip_low)
-    )
+    clipped = batch.positive_weight * (ratio > 1 + config.clip_high)  # of a shared token, one side alone may be
+    clipped = clipped + batch.negative_weight * (ratio < 1 - config.clip_low)
     metrics = {
         "weight": weight.sum(),
-        "clip_fraction": (weight * clipped).sum(),
+        "clip_fraction": clipped.sum(),
         "entropy": (weight * entropy[batch.edge_row]).sum(),
         "kl_old_k1": -(weight * gap).sum(),
         "kl_old_k3": (weight * _k3(gap)).sum(),

@@ -48,6 +48,7 @@ class MicroBatch:
         positive, negative: float [E], sums over the trajectories through the token of weight * max(A, 0) and of
             weight * min(A, 0).
         weight: float [E], the same sum of the weights alone; over an optimizer step it adds up to 1 (token mean).
+        positive_weight, negative_weight: float [E], ... over the trajectories with A > 0, and with A < 0; for metrics.
         old_logprob: float [E], log-prob of the target under the policy that sampled it.
         multiplicity: int64 [E], m, trajectories through the token.
         edge_tree, edge_token: int64 [E], where the edge comes from: index into the trees packed, index of the token
@@ -63,6 +64,8 @@ class MicroBatch:
     positive: Tensor
     negative: Tensor
     weight: Tensor
+    positive_weight: Tensor
+    negative_weight: Tensor
     old_logprob: Tensor
     multiplicity: Tensor
     edge_tree: Tensor
@@ -127,6 +130,8 @@ def blank(device: torch.device) -> MicroBatch:
         positive=none,
         negative=none,
         weight=none,
+        positive_weight=none,
+        negative_weight=none,
         old_logprob=none,
         multiplicity=zero,
         edge_tree=zero,
@@ -135,7 +140,7 @@ def blank(device: torch.device) -> MicroBatch:
 
 
 def _edge_weights(tree: NodeAdvantage, config: LossConfig, num_trajectories: int, max_tokens: int) -> Doubles:
-    """[3, E]: weight of every edge, its positive and its negative advantage; `token` still lacks its denominator."""
+    """[5, E]: the sums of `NodeAdvantage.weigh` for every edge; `token` still lacks its denominator."""
     per_trajectory = {
         "token": np.ones(len(tree.lengths)),
         "sequence": 1.0 / (num_trajectories * tree.lengths),
@@ -163,7 +168,7 @@ def _part(index: int, tree: NodeAdvantage, weights: Doubles, edges: Longs, dtype
     place = np.concatenate([[0], np.cumsum(needed)])  # packed index -> index among the needed
     token = packed.edge_token[edges]
     rows, edge_row = np.unique(place[packed.edge_row[edges]], return_inverse=True)
-    mass, positive, negative = torch.from_numpy(weights[:, edges]).to(dtype)
+    mass, positive, negative, positive_weight, negative_weight = torch.from_numpy(weights[:, edges]).to(dtype)
     return MicroBatch(
         tokens=_longs(packed.tokens[needed]),
         pos=_longs(packed.pos[needed]),
@@ -174,6 +179,8 @@ def _part(index: int, tree: NodeAdvantage, weights: Doubles, edges: Longs, dtype
         positive=positive,
         negative=negative,
         weight=mass,
+        positive_weight=positive_weight,
+        negative_weight=negative_weight,
         old_logprob=torch.from_numpy(packed.logprob[token]).to(dtype),
         multiplicity=_longs(tree.multiplicity[packed.node[token]]),
         edge_tree=torch.full((len(edges),), index),

@@ -117,7 +117,7 @@ class Tracker:
             self._bar.refresh()
         elif time.monotonic() - self._last_line > SECONDS_BETWEEN_LINES or self._done >= self.total:
             self._last_line = time.monotonic()
-            share = min(self._done / self.total, 1.0)
+            share = min(self._done / self.total, 1.0) if self.total else 1.0
             parts = [note, self._time_left()]
             line = "  ".join(part for part in parts if part)
             self._console.print(f"{self._description}: {share:4.0%}  {line}", highlight=False, soft_wrap=True)

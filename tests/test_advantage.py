@@ -57,15 +57,17 @@ def test_trajectories_through_each_node():
 
 def test_shared_tokens_meet_positive_and_negative_trajectories_apart():
     result = of(kind="grpo", std_eps=0.0)
-    mass, positive, negative = result.weigh(np.array([1.0, 2.0, 4.0]))
+    mass, positive, negative, positive_weight, negative_weight = result.weigh(np.array([1.0, 2.0, 4.0]))
     scale = math.sqrt(2) / 3
     assert mass.tolist() == [7, 3, 1, 2, 4]
     assert positive[1:] == pytest.approx(np.array([2 / 3, 2 / 3, 0, 0]) / scale)
     assert negative[1:] == pytest.approx(np.array([-2 / 3, 0, -2 / 3, -4 / 3]) / scale)
+    assert positive_weight[1:].tolist() == [1, 1, 0, 0] and negative_weight[1:].tolist() == [2, 0, 2, 4]
     steps = of()
-    mass, positive, negative = steps.weigh(np.ones(3))
+    mass, positive, negative, positive_weight, negative_weight = steps.weigh(np.ones(3))
     assert positive + negative == pytest.approx(mass * steps.a)  # a step has one advantage
     assert (positive * negative == 0).all()
+    assert (positive_weight == mass * (steps.a > 0)).all() and (negative_weight == mass * (steps.a < 0)).all()
 
 
 def test_standard_deviations():

@@ -154,6 +154,16 @@ def test_ctrl_c_while_it_is_loaded_ends_it_without_a_traceback() -> None:
     assert (done.returncode, done.stderr) == (130, "ibtpo: stopped at once; nothing had begun\n")
 
 
+def test_presets_are_explained_in_a_narrow_window(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["presets"]) == 0
+    out = capsys.readouterr().out
+    assert "trees branched" in out and "grpo-clip-higher" in out and "…" not in out
+    assert max(map(len, out.splitlines())) <= 60
+
+
 # ---- sample and eval -------------------------------------------------------------------------------------------
 
 
@@ -167,6 +177,18 @@ def test_sample_prints_a_tree_of_the_built_in_task(built_in: Path, capsys: pytes
     assert len(leaves) == 6
     assert all("round" in line and "pi 0." in line and "value 0.00" in line for line in leaves)
     assert {"round 0", "round 1", "round 2"} <= {f"round {line.split('round ')[1][0]}" for line in leaves}
+
+
+@pytest.mark.parametrize(
+    ("rewards", "text"),
+    [
+        ([0.3] * 12, "0 right (mean reward 0.3)"),
+        ([1.0, 0.0, 0.6], "2 right (mean reward 0.533)"),
+        ([1.0, 0], "1 right"),
+    ],
+)
+def test_rewards_are_not_counted_as_right_answers(rewards: list[float], text: str) -> None:
+    assert cli._outcome(rewards) == text
 
 
 def test_sample_takes_a_problem_by_index_and_repeats_itself(built_in: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,7 @@ def batch_of(positive: list[float], negative: list[float], weight: list[float], 
     return MicroBatch(
         tokens=index, pos=index, end=torch.full((n,), n, dtype=torch.int32), rows=index, edge_row=index, targets=index,
         positive=real(positive), negative=real(negative), weight=real(weight), old_logprob=real(old),
+        positive_weight=real(weight) * (real(positive) > 0), negative_weight=real(weight) * (real(negative) < 0),
         multiplicity=torch.ones_like(index), edge_tree=torch.zeros_like(index), edge_token=index,
     )  # fmt: skip
 
@@ -90,11 +91,20 @@ def test_metrics_are_weighted_means_whatever_the_micro_batches():
     assert metrics["logprob_gap"] == pytest.approx(0.75 * log2) and metrics["logprob_gap_max"] == pytest.approx(log2)
     parts = []
     for keep in ([0], [1, 2]):
-        names = ("positive", "negative", "weight", "old_logprob", "edge_row")
+        names = ("positive", "negative", "weight", "positive_weight", "negative_weight", "old_logprob", "edge_row")
         part = replace(whole, **{name: getattr(whole, name)[keep] for name in names})
         logprob = part.old_logprob + torch.tensor(ratio, dtype=torch.float64)[keep].log()
         parts.append(policy_loss(logprob, torch.arange(3.0, dtype=torch.float64), part, NO_KL)[1])
     assert summarize(parts) == pytest.approx(metrics)
+
+
+def test_a_shared_token_is_clipped_for_one_side_alone():
+    """Of its weight 1, trajectories with A > 0 have .75 and one with A < 0 has .25; a ratio leaves the range once."""
+    batch = batch_of([0.75], [-0.25], [1.0], [-1.0])
+    shares = {name: torch.tensor([value], dtype=torch.float64) for name, value in
+              (("positive_weight", 0.75), ("negative_weight", 0.25))}  # fmt: skip
+    for ratio, clipped in ((2.0, 0.75), (0.5, 0.25), (1.0, 0.0)):
+        assert run(replace(batch, **shares), [ratio], NO_KL)[2]["clip_fraction"] == clipped
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])

@@ -31,6 +31,13 @@ def test_plain_lines_come_every_few_seconds(monkeypatch: pytest.MonkeyPatch) -> 
     assert lines == ["Training:  50%  step 1  20 s left", "Training:  80%  step 1  8 s left", "Training: 100%  step 1"]
 
 
+def test_no_work_at_all_is_done() -> None:
+    out = io.StringIO()
+    with track(Console(file=out), "Study", 0) as tracker:
+        tracker.advance(0)
+    assert out.getvalue().startswith("Study: 100%")
+
+
 def test_a_terminal_gets_a_bar_with_the_figures() -> None:
     out = io.StringIO()
     with track(Console(file=out, force_terminal=True, width=100), "Training", 10) as tracker:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import shutil
 import socket
 import struct
 import threading
@@ -138,7 +139,29 @@ def test_a_growing_log_gives_whole_lines_once(tmp_path: Path) -> None:
     replacement.replace(path)
     log.refresh()
     assert log.since("1.3") == ([{"step": 1}], True, "2.1")
-    assert log.since("2.x") == log.since("nonsense")
+    assert log.since("2.x") == log.since("nonsense") == log.since(f"2.{'1' * 5000}")
+    with path.open("r+") as file:  # another file that has the number of the one before, and a longer one
+        file.write('{"step": 7}\n{"step": 8}\n')
+    log.refresh()
+    assert log.since("2.1") == ([{"step": 7}, {"step": 8}], True, "3.2")
+    path.unlink()
+    log.refresh()
+    log.refresh()
+    assert log.since("3.2") == ([], True, "4.0") and log.since("4.0") == ([], False, "4.0")
+
+
+def test_a_page_is_told_of_another_run_in_the_same_place(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=2, trees=1)
+    view = RunView(run)
+    first = view.poll()
+    shutil.rmtree(run)
+    gone = view.poll(first["metrics"]["cursor"])
+    assert gone["metrics"]["reset"] and gone["metrics"]["steps"] == [] and gone["config"] == "{}\n"
+    make_run(run, steps=3, trees=1, model="other")
+    second = view.poll(first["metrics"]["cursor"])
+    assert second["metrics"]["reset"] and second["metrics"]["steps"] == [0, 1, 2, 3, 3]
+    assert "model: other" in second["config"] and "model: other" not in first["config"]
+    assert "config" not in view.poll(second["metrics"]["cursor"])
 
 
 def get(url: str, **headers: str) -> tuple[int, bytes]:
@@ -171,7 +194,10 @@ def test_the_server_gives_what_is_new_and_only_trees_of_the_run(tmp_path: Path) 
                 "x",
             ):
                 assert get(viewer.url + bad)[0] == 404
-            assert get(viewer.url, Host="evil.example:80")[0] == 403  # DNS rebinding
+            for host in ("evil.example:80", "evil.example", "localhost.evil.example", "evil.example:localhost", ""):
+                assert get(viewer.url, Host=host)[0] == 403  # DNS rebinding
+            for host in ("localhost", "127.0.0.1", "localhost:1"):  # browsers leave port 80 out
+                assert get(viewer.url, Host=host)[0] == 200
         finally:
             viewer.stop()
             thread.join()
@@ -200,7 +226,12 @@ def test_a_browser_that_leaves_and_one_that_asks_for_nonsense_are_no_trouble(
         thread.start()
         try:
             port = int(viewer.url.rstrip("/").rpartition(":")[2])
-            for line in (b"GET /api/run/\xb2 HTTP/1.1", b"GET /api/run/0?metrics=1.%C2%B2 HTTP/1.1"):
+            for line in (
+                b"GET /api/run/\xb2 HTTP/1.1",
+                b"GET /api/run/0?metrics=1.%C2%B2 HTTP/1.1",
+                b"GET /api/run/0?metrics=1." + b"9" * 5000 + b" HTTP/1.1",
+                b"GET /api/run/" + b"9" * 5000 + b" HTTP/1.1",
+            ):
                 with socket.create_connection(("127.0.0.1", port), 10) as connection:
                     connection.sendall(line + b"\r\nHost: localhost:1\r\nConnection: close\r\n\r\n")
                     assert connection.recv(12) in (b"HTTP/1.1 404", b"HTTP/1.1 200")
@@ -222,6 +253,7 @@ def test_the_command_exports_and_refuses_what_it_cannot_show(
     for arguments, message in (
         ([tmp_path], "is not a run folder"), ([run, run, run], "give one, or two"), ([run, "--port", "70000"], "65535"),
         ([run, "--export", tmp_path / "no" / "page.html"], "is no folder"), ([], "give one"),
+        ([run, "--export", tmp_path], f"is a folder; name a file in it, such as {tmp_path}/page.html"),
     ):  # fmt: skip
         assert main(["view", *map(str, arguments)]) == 2
         assert message in capsys.readouterr().err

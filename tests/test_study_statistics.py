@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from trees import chain
 
-from ibtpo.studies.matrix import load_study
+from ibtpo.studies import command
+from ibtpo.studies.figures import draw_figures
+from ibtpo.studies.matrix import Cell, Study, load_study
 from ibtpo.studies.measure import recursive_value, tree_numbers
 from ibtpo.studies.results import collect, read_curve, train_numbers
 from ibtpo.studies.run import CELLS
 from ibtpo.studies.statistics import area_under, estimate, paired_difference
 from ibtpo.studies.tables import csv_text, markdown_text, sections
 from ibtpo_engine.tree import Tree
+
+GRPO = "{preset: grpo}"
 
 
 def test_interval_of_two_seeds_is_known_in_full() -> None:
@@ -115,6 +121,13 @@ def test_a_study_that_cannot_be_used_says_why(tmp_path: Path) -> None:
         ("run: 3\nvariants: {grpo: {}}", "run must hold names and settings, not 3"),
         ("policies: 3\nvariants: {grpo: {}}", "policies 3 must be a list of start, half"),
         ("policies: start\nvariants: {grpo: {}}", "policies 'start' must be a list of start, half"),
+        ("run: {seed: 3}\nvariants: {grpo: {}}", "run: seed is the study's to set; name seeds by --first-seed"),
+        ("tasks: {a: {out: x}}\nvariants: {grpo: {}}", "tasks: a: out is the study's to set; name the folder"),
+        ("variants: {grpo: {resume: x}}", "variants: grpo: resume is nothing a study takes; give the same command"),
+        ("variants: {grpo: {seed: 3}}", "variants: grpo: seed is the study's to set"),
+        ("variants: {grpo: {data: x}}", "variants: grpo: data is shared by all variants, .*; put it into run, or into"),
+        ("variants: {grpo: {task: jsonl}}", "variants: grpo: task is shared by all variants"),
+        ("variants: {grpo: {model: x}}", "variants: grpo: model is shared by all variants"),
         ("baseline: gone\nvariants: {grpo: {}, gone: {}}", "baseline 'gone' is not a variant that can run"),
         ("kind: bias\nvariants: {grpo: {}}", r"task \(none given\): kind bias needs facts"),
         ("kind: bias\ntasks: {a: {facts: [2], depth: 1}}\nvariants: {grpo: {}}", "task a: kind bias needs facts"),
@@ -127,6 +140,105 @@ def test_a_study_that_cannot_be_used_says_why(tmp_path: Path) -> None:
         load_study(str(file)).cells([0], prompts=1, changes={})
     file.write_text("variants: {grpo: {}, no-such-method: {}}\n")
     assert list(load_study(str(file)).skipped) == ["no-such-method"]
+
+
+def test_a_task_may_take_back_the_data_of_all(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("run: {data: x.jsonl}\ntasks: {a: {}, b: {data: null}}\nvariants: {grpo: {}}\n")
+    cells = load_study(str(file)).cells([0], prompts=1, changes={})
+    assert [(c.config.task, c.config.data) for c in cells] == [("jsonl", Path("x.jsonl")), ("digit-chain", None)]
+
+
+def test_a_cell_is_another_when_its_files_have_changed(tmp_path: Path) -> None:
+    """Data of the same size, held-out data, a folder of data, a newer checkpoint of the model, other weights in it."""
+    data, held_out, model = tmp_path / "data", tmp_path / "held_out.jsonl", tmp_path / "model"
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        f"run: {{data: {data}, model: {model}, jsonl: {{eval_data: {held_out}}}}}\nvariants: {{grpo: {{}}}}\n"
+    )
+
+    def cell_id() -> str:
+        [cell] = load_study(str(file)).cells([0], prompts=1, changes={})
+        return cell.id
+
+    def write(path: Path, text: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    ids = [cell_id()]  # nothing is there: the cells say so when they run
+    for number, change in enumerate(
+        (
+            lambda: write(data, "one"),
+            lambda: write(data, "two"),
+            lambda: write(held_out, "one"),
+            lambda: (data.unlink(), write(data / "part", "one")),
+            lambda: write(data / "part", "three"),
+            lambda: write(model / "checkpoints/step-000001/checksums.json", "{}"),
+            lambda: write(model / "checkpoints/step-000002/checksums.json", "{}"),
+            lambda: write(model / "checkpoints/step-000002/checksums.json", "{ }"),
+        )
+    ):
+        change()
+        for path in (data, held_out, model / "checkpoints/step-000002/checksums.json"):
+            if path.is_file():
+                os.utime(path, ns=(number, number))  # a clock too coarse for this test
+        ids.append(cell_id())
+        assert cell_id() == ids[-1]
+    assert len(set(ids)) == len(ids)
+
+
+def test_names_of_any_length_and_letters_make_folders_and_tables(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    long = "x" * 300
+    file.write_text(
+        f"kind: bias\ntasks: {{a: {{facts: [0.5], depth: 1}}}}\nvariants: {{'a|b': {GRPO}, {long}: {GRPO}}}"
+    )
+    study = load_study(str(file))
+    cells = study.cells([0], prompts=1, changes={})
+    for cell in cells:
+        folder = tmp_path / CELLS / cell.id
+        folder.mkdir(parents=True)
+        numbers = {"avg_rate": 0.0, "recursive": 0.0, "avg_rate_iid": 0.0}
+        (folder / "result.json").write_text(json.dumps({"prompts": [numbers], "exact": 0.5}))
+    assert r"| a\|b | 0.5" in markdown_text(collect(study, cells, tmp_path))
+
+
+def trained(tmp_path: Path, title: str, tasks: str) -> tuple[Study, list[Cell], Path]:
+    """A study whose training runs have left results."""
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"title: {title}\ntasks: {tasks}\nvariants: {{'$g_': {GRPO}, ib-tpo: {{}}}}\n")
+    study = load_study(str(file))
+    cells = study.cells([0], prompts=1, changes={})
+    rows = [{"step": 0, "eval_avg": 0.1}, {"step": 1, "tokens_sampled": 60, "step_seconds": 2.0, "eval_avg": 0.5}]
+    for cell in cells:
+        folder = tmp_path / CELLS / cell.id
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").write_text(json.dumps({"rows": rows, "budget": 60}))
+    return study, cells, tmp_path
+
+
+def test_any_name_of_a_task_is_one_of_a_figure(tmp_path: Path) -> None:
+    """Slashes, dots and words that differ in strange letters only; a dollar sign is no formula."""
+    pytest.importorskip("matplotlib")
+    study, cells, out = trained(tmp_path, "cost $\\alpha_$", "{a/b: {}, a b: {}, v1.5: {}, é: {}}")
+    names = [path.name for path in draw_figures(collect(study, cells, out), out)]
+    ends = ["-a-b", "-a-b_1", "-v1.5", "_3"]
+    assert [name for name in names if name.startswith("curves-tokens")] == [f"curves-tokens{end}.svg" for end in ends]
+    assert all((out / name).stat().st_size > 200 for name in names)
+
+
+def test_figures_that_fail_cost_no_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(command, "draw_figures", fail)
+    _, _, out = trained(tmp_path, "t", "{a: {}}")
+    flags = ["--out", str(out), "--seeds", "1", "--report-only"]
+    assert command.study([str(tmp_path / "mine.yaml"), *flags], Console()) == 0
+    assert "no figures: no font; the tables are complete" in capsys.readouterr().out
+    assert all((out / "mine" / name).is_file() for name in ("table.csv", "table.md", "study.html"))
 
 
 def test_the_budget_is_the_nearest_that_is_named(tmp_path: Path) -> None:

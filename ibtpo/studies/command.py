@@ -16,7 +16,7 @@ from ibtpo.config_io import load_yaml
 from ibtpo.runlog import write_atomically
 from ibtpo.studies.cell import ERROR
 from ibtpo.studies.figures import AVAILABLE, MISSING, draw_figures
-from ibtpo.studies.matrix import Cell, Study, load_study, with_policies
+from ibtpo.studies.matrix import Cell, Study, load_study, refuse_settings_of_study, with_policies
 from ibtpo.studies.page import write_page
 from ibtpo.studies.results import collect
 from ibtpo.studies.run import CELLS, Failure, is_done, run_cells
@@ -91,8 +91,7 @@ def study(arguments: Sequence[str], console: Console) -> int:
 def _changes(parsed: StudyArguments) -> dict[str, Any]:
     """What wins over the study's own settings: --config, then the flags."""
     changes: dict[str, Any] = {} if parsed.config is None else load_yaml(parsed.config)
-    if "seed" in changes:
-        raise ValueError(f"{parsed.config}: seed is the study's to set; name seeds by --first-seed and --seeds")
+    refuse_settings_of_study(changes, str(parsed.config))
     if parsed.tokens is not None:
         changes["sampled_tokens"] = parsed.tokens
     if parsed.eval_prompts is not None:
@@ -120,12 +119,16 @@ def _report(
     results = collect(plan, cells, out)
     folder = out / plan.name
     folder.mkdir(parents=True, exist_ok=True)
-    figures = draw_figures(results, folder)
-    notes = [MISSING] if results.curves and not AVAILABLE else []
-    for note in notes:
-        console.print(note, highlight=False, markup=False)
     write_atomically(folder / "table.csv", csv_text(results))
     write_atomically(folder / "table.md", markdown_text(results))
+    notes = [MISSING] if results.curves and not AVAILABLE else []
+    try:
+        figures = draw_figures(results, folder)
+    except Exception as error:  # whatever matplotlib trips over, the tables are there
+        figures = []
+        notes.append(f"no figures: {' '.join(str(error).split())}; the tables are complete")
+    for note in notes:
+        console.print(note, highlight=False, markup=False)
     page = write_page(results, folder, figures, failures, command, notes)
     for table in rich_tables(results, console.width):
         console.print(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ except ImportError:  # tables and page do without
 
 AVAILABLE = Figure is not None
 MISSING = 'no figures: matplotlib is not installed; pip install "ibtpo[study]"'
+_LONGEST_NAME = 80  # of a task in the name of a file
 _POINTS = 60  # of the grid that curves of several seeds are averaged on
 _ACCURACIES = (("eval_avg", "held-out avg@k"), ("eval_greedy", "held-out greedy"))
 _AXES = {"tokens": "sampled tokens", "seconds": "seconds, one thread", "steps": "steps"}
@@ -38,9 +40,9 @@ def draw_figures(results: Results, folder: Path) -> list[Path]:
     if Figure is None or not results.curves:
         return []
     made: dict[str, Any] = {}
-    for task in dict.fromkeys(task for task, _ in results.curves):
+    ends = _ends(list(dict.fromkeys(task for task, _ in results.curves)))
+    for task, end in ends.items():
         curves = {variant: by_seed for (t, variant), by_seed in results.curves.items() if t == task}
-        end = f"-{task.replace(' ', '-')}" if task else ""
         title = f"{results.study.title}: {task}" if task else results.study.title
         for axis in ("tokens", "seconds"):
             made[f"curves-{axis}{end}"] = _panels(curves, _ACCURACIES, axis, title)
@@ -50,6 +52,17 @@ def draw_figures(results: Results, folder: Path) -> list[Path]:
             title = "The paper's figure 3: is confidence where the answer is?"
             made[f"figure-3{end}"] = _panels(pair, (("cov_eta1_eta2", "Cov(η₁, η₂)"),), "steps", title)
     return [_save(figure, folder / name) for name, figure in made.items()]
+
+
+def _ends(tasks: Sequence[str]) -> dict[str, str]:
+    """How the names of each task's files end: its name in safe characters, and its place where two would be alike."""
+    ends: dict[str, str] = {}
+    for place, task in enumerate(tasks):
+        words = re.sub(r"[^A-Za-z0-9.+-]+", "-", task).strip("-")[:_LONGEST_NAME]
+        end = f"-{words}" if words else ""
+        taken = end.lower() in {other.lower() for other in ends.values()} or bool(task and not words)
+        ends[task] = f"{end}_{place}" if taken else end
+    return ends
 
 
 def mean_curve(
@@ -83,8 +96,10 @@ def _panels(curves: Mapping[str, Mapping[int, Curve]], panels: Sequence[tuple[st
         for index, (variant, by_seed) in enumerate(curves.items()):
             _line(plot, variant, index, [_xy(curve, metric, axis) for curve in by_seed.values()])
     handles, names = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=9)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    legend = figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=9)
+    heading = figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    for text in (heading, *legend.get_texts()):
+        text.set_parse_math(False)  # names may hold a $
     return figure
 
 
@@ -106,6 +121,6 @@ def _line(plot: Any, variant: str, index: int, runs: Sequence[tuple[list[float],
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path.with_suffix(".png"), dpi=130)
-    figure.savefig(path.with_suffix(".svg"))
-    return path.with_suffix(".svg")
+    figure.savefig(path.with_name(f"{path.name}.png"), dpi=130)  # a task's name may hold a dot
+    figure.savefig(path.with_name(f"{path.name}.svg"))
+    return path.with_name(f"{path.name}.svg")

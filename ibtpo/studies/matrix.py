@@ -12,7 +12,8 @@
       grpo: {}                         preset of the same name
       beta 1: {preset: ib-tpo, ib: {beta: 1}}
 
-A cell's folder is named after a hash of all that decides its result, so studies in the same folder share cells.
+Variants share task, data, model and seeds; what they begin with is the same. A cell's folder is named after a hash of
+all that decides its result, the contents of its files included, so studies in the same folder share cells.
 """
 
 from __future__ import annotations
@@ -30,12 +31,22 @@ from typing import Any, Literal, get_args
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import base_config, load_yaml, merge
 from ibtpo.presets import PRESETS
+from ibtpo.studies.inputs import inputs
 from ibtpo.tasks.base import suggest
 
 Kind = Literal["train", "samplers", "bias"]
 DEFAULTS: dict[str, Any] = {"sampled_tokens": 600_000, "eval": {"prompts": 192, "samples": 8, "every": 10}}
 """What holds wherever neither the study nor the user says another budget."""
 HALF_SHARE = 3  # the policy called "half" has seen the budget divided by this
+_LONGEST_NAME = 80  # of the words in a folder's name; file systems end at 255 bytes
+_OF_STUDY = {
+    "seed": "is the study's to set; name seeds by --first-seed and --seeds",
+    "out": "is the study's to set; name the folder of all cells by --out of `ibtpo study`",
+    "resume": "is nothing a study takes; give the same command again, and it goes on where it was",
+}
+_SHARED = dict.fromkeys(
+    ("data", "task", "model"), "is shared by all variants, which are compared on it; put it into run, or into a task"
+)
 _FIELDS = ("title", "kind", "baseline", "run", "tasks", "policies", "variants")
 
 
@@ -58,14 +69,16 @@ class Cell:
     def id(self) -> str:
         """The folder's name: readable, and different wherever a result might be."""
         digest = hashlib.blake2b(json.dumps(self.spec(), sort_keys=True).encode(), digest_size=5).hexdigest()
-        words = re.sub(r"[^A-Za-z0-9.+-]+", "-", f"{self.kind}-{self.variant}").strip("-")
+        words = re.sub(r"[^A-Za-z0-9.+-]+", "-", f"{self.kind}-{self.variant}").strip("-")[:_LONGEST_NAME]
         return f"{words}-seed{self.seed}-{digest}"
 
     def spec(self) -> dict[str, Any]:
         """All that decides the result, as JSON knows it."""
         config = json.loads(json.dumps(asdict(self.config), default=str))
         above = None if self.policy is None else self.policy.id
-        return {"kind": self.kind, "config": config, "options": dict(self.options), "policy": above}
+        spec = {"kind": self.kind, "config": config, "options": dict(self.options), "policy": above}
+        read = inputs(self.config)
+        return spec | {"inputs": read} if read else spec
 
 
 @dataclass(frozen=True)
@@ -156,6 +169,12 @@ def load_study(name: str) -> Study:
     if raw.get("kind", "train") not in get_args(Kind):
         raise ValueError(f"{path}: kind {raw['kind']!r} is not one of {', '.join(get_args(Kind))}")
     variants, tasks = _named(raw, "variants", path), _named(raw, "tasks", path) or {"": {}}
+    run = _settings(raw.get("run"), f"{path}: run")
+    refuse_settings_of_study(run, f"{path}: run")
+    for task, settings in tasks.items():
+        refuse_settings_of_study(settings, f"{path}: tasks: {task}")
+    for variant, own in variants.items():
+        _refuse(own, _OF_STUDY | _SHARED, f"{path}: variants: {variant}")
     if raw.get("kind") == "bias":
         for task, settings in tasks.items():
             _check_table(settings, f"{path}: task {task or '(none given)'}")
@@ -178,10 +197,21 @@ def load_study(name: str) -> Study:
         baseline=baseline,
         variants=kept,
         tasks=tasks,
-        run=_settings(raw.get("run"), f"{path}: run"),
+        run=run,
         policies=policies,
         skipped={v: f"preset {preset} does not exist here" for v, preset in presets.items() if v not in kept},
     )
+
+
+def refuse_settings_of_study(settings: Mapping[str, Any], where: str) -> None:
+    """Raise if settings of all cells hold what only the study sets."""
+    _refuse(settings, _OF_STUDY, where)
+
+
+def _refuse(settings: Mapping[str, Any], remedies: Mapping[str, str], where: str) -> None:
+    for name, remedy in remedies.items():
+        if name in settings:
+            raise ValueError(f"{where}: {name} {remedy}")
 
 
 def _named(raw: Mapping[str, Any], field: str, path: Path) -> dict[str, dict[str, Any]]:
@@ -229,7 +259,7 @@ def _configure(
     own: Mapping[str, Any], preset: str, layers: Sequence[Mapping[str, Any]], source: str, seed: int
 ) -> TrainConfig:
     task = next((layer["task"] for layer in reversed(layers) if "task" in layer), None)
-    data = any(layer.get("data") for layer in layers)
+    data = next((layer["data"] for layer in reversed(layers) if "data" in layer), None)
     config = base_config(task="jsonl" if data and task is None else task, preset=preset, file=None, run=None)
     for layer in layers[:-1]:
         config = merge(config, layer, source=source)

@@ -117,7 +117,8 @@ def markdown_text(results: Results) -> str:
         lines.append("|---|" + "---|" * len(section.columns))
         for variant, entries in section.rows.items():
             places = zip(entries, section.columns, strict=True)
-            lines.append(f"| {variant} | " + " | ".join("<br>".join(entry_lines(e, c)) for e, c in places) + " |")
+            name = " ".join(variant.replace("|", r"\|").split())
+            lines.append(f"| {name} | " + " | ".join("<br>".join(entry_lines(e, c)) for e, c in places) + " |")
         lines.append("")
     lines += [f"- **{column.title}**: {column.meaning}" for column in COLUMNS[study.kind]]
     return "\n".join(lines) + "\n"

@@ -41,6 +41,10 @@ def view(arguments: Sequence[str], console: Console) -> int:
     if parsed.trees < 0:
         raise ValueError(f"trees: {parsed.trees} must be at least 0")
     if parsed.export is not None:
+        if parsed.export.is_dir():
+            raise ValueError(
+                f"export: {parsed.export} is a folder; name a file in it, such as {parsed.export}/page.html"
+            )
         if not parsed.export.absolute().parent.is_dir():
             raise ValueError(f"export: {parsed.export.parent} is no folder; make it, or name another file")
         page = export_page(parsed.runs, parsed.export, trees=parsed.trees)

@@ -21,6 +21,8 @@ from ibtpo.runlog import METRICS, TREES
 from ibtpo.treelog import FILE, FOLDER
 
 Row = dict[str, Any]
+_LONGEST_COUNT = 20  # digits
+_TAIL = 4096  # bytes before the offset that are compared
 
 
 class GrowingLog:
@@ -31,8 +33,9 @@ class GrowingLog:
         [0, offset)      whole lines, in `rows`
         [offset, size)   the beginning of a line that is being written
 
-    A file that was replaced or cut (a resumed run drops what came after its checkpoint) is read anew; `generation`
-    counts how often, so that a page knows its own copy is stale.
+    A file that was replaced or cut (a resumed run drops what came after its checkpoint) is read anew, and nothing is
+    left of one that is gone; `generation` counts how often, so that a page knows its own copy is stale. A new file may
+    have the number of the old one, so the last bytes before `offset` are looked at again, too.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,33 +44,41 @@ class GrowingLog:
         self.generation = 0
         self._file: tuple[int, int] | None = None  # (device, inode)
         self._offset = 0
+        self._tail = b""  # [offset - len(tail), offset)
 
     def refresh(self) -> None:
         """Read what has come since the last time."""
         try:
             with self.path.open("rb") as file:
-                status = _status(file.fileno())
-                if status[:2] != self._file or status[2] < self._offset:
-                    self.rows, self._offset, self._file = [], 0, status[:2]
-                    self.generation += 1
+                number = _number(file.fileno())
+                file.seek(self._offset - len(self._tail))
+                if number != self._file or file.read(len(self._tail)) != self._tail:
+                    self._begin(number)
                 file.seek(self._offset)
                 data = file.read()
         except FileNotFoundError:
+            if self._file is not None:
+                self._begin(None)
             return
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
+        self._tail = (self._tail + whole[-_TAIL:])[-_TAIL:]
         self.rows += [row for line in whole.splitlines() if (row := _row(line)) is not None]
+
+    def _begin(self, number: tuple[int, int] | None) -> None:
+        self.rows, self._offset, self._tail, self._file = [], 0, b"", number
+        self.generation += 1
 
     def since(self, cursor: str) -> tuple[list[Row], bool, str]:
         """(rows after `cursor`, does the reader have to forget what it has, the next cursor)."""
         generation, _, count = cursor.partition(".")
-        start = int(count) if generation == str(self.generation) and count.isdecimal() else 0
-        return self.rows[start:], start == 0, f"{self.generation}.{len(self.rows)}"
+        known = generation == str(self.generation) and count.isdecimal() and len(count) < _LONGEST_COUNT
+        return self.rows[int(count) if known else 0 :], not known, f"{self.generation}.{len(self.rows)}"
 
 
-def _status(descriptor: int) -> tuple[int, int, int]:
+def _number(descriptor: int) -> tuple[int, int]:
     status = os.fstat(descriptor)
-    return status.st_dev, status.st_ino, status.st_size
+    return status.st_dev, status.st_ino
 
 
 def _row(line: bytes) -> Row | None:
@@ -107,7 +118,7 @@ class RunView:
             }
             if rows or reset:
                 answer["summary"] = asdict(summarize_rows(self._metrics.rows))
-            if not metrics:
+            if reset:  # another run may lie here now
                 answer |= self._description()
             return answer
 

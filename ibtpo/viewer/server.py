@@ -91,7 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer a request; a name that is not this machine's is refused (DNS rebinding)."""
-        if self.headers.get("Host", "").rpartition(":")[0] not in _LOCAL_NAMES:
+        # the port is not looked at: browsers leave 80 out
+        if self.headers.get("Host", "").partition(":")[0] not in _LOCAL_NAMES:
             return self._send(HTTPStatus.FORBIDDEN, b"only this machine may look", "text/plain")
         url = urlsplit(self.path)
         parts = [part for part in url.path.split("/") if part]
@@ -107,8 +108,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(HTTPStatus.NOT_FOUND, b"nothing here", "text/plain")
 
     def _view(self, number: str) -> RunView | None:
-        known = number.isdecimal() and int(number) < len(self.server.views)
-        return self.server.views[int(number)] if known else None
+        return dict(zip(map(str, range(len(self.server.views))), self.server.views, strict=True)).get(number)
 
     def _page(self) -> bytes:
         data: dict[str, Any] = {

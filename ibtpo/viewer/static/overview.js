@@ -30,14 +30,16 @@ class Overview {
     Object.assign(this, { runs, data });
     this.result = el("div", { class: "results" });
     this.charts = KEY_CHARTS.map((spec) => new Chart(spec, runs));
+    this.configs = runs.map(() => el("pre", { class: "card mono" }));
     this.node = el("section", { class: "page" }, this.result, el("p", { class: "warning", text: data.notAccuracy }),
       el("h2", { text: "Learning curves" }), el("div", { class: "charts" }, ...this.charts.map((c) => c.node)),
-      ...runs.map((run) => el("details", { class: "config" }, el("summary", { text: `Configuration of ${visible(run.name)}` }), el("pre", { class: "card mono", text: visible(run.config) }))));
+      ...runs.map((run, i) => el("details", { class: "config" }, el("summary", { text: `Configuration of ${visible(run.name)}` }), this.configs[i])));
     this.refresh();
   }
 
   refresh() {
     this.result.replaceChildren(...this.runs.map((run) => summaryCard(run, this.runs.length > 1)));
+    this.configs.forEach((node, i) => { node.textContent = visible(this.runs[i].config); });
     for (const chart of this.charts) chart.node.hidden = chart.empty;
     redraw();
   }
