@@ -378,7 +378,7 @@ def test_running_means_in_8_bits_continue_to_the_bit_and_take_what_is_planned(dt
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), other.parameters(), strict=True))
     after = resumed.state()
     assert all(torch.equal(tensor, after[name]) for name, tensor in optimizer.state().items())
-    with pytest.raises(ValueError, match=r"optim\.state: it was saved as 8bit, not float32"):
+    with pytest.raises(ValueError, match=r"optim\.state: the optimizer was saved as 8bit, not float32"):
         MasterAdamW(network(), OptimConfig()).load_state(saved)
 
 
