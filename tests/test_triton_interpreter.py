@@ -17,29 +17,31 @@ import ibtpo_kernels as K
 HERE = Path(__file__).parent
 
 
-def test_the_interpreted_kernels_match_the_reference() -> None:
+TOGETHER = (("triton_interpreter_cases.py", "test_step_graphs.py"), ("test_gpu.py", "test_gpu_parity.py"))
+"""What runs in one process: two at a time, as an interpreted kernel has one thread, and they take minutes."""
+
+
+def test_the_interpreted_kernels_match_the_reference(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="Triton is not available on this platform")
-    result = subprocess.run(
-        [
+    processes = []
+    for number, names in enumerate(TOGETHER):
+        command = [
             sys.executable,
             "-m",
             "pytest",
             "-x",
             "-p",
             "no:cacheprovider",
-            str(HERE / "triton_interpreter_cases.py"),
-            str(HERE / "test_gpu.py"),
-            str(HERE / "test_gpu_parity.py"),
-            str(HERE / "test_step_graphs.py"),
-        ],
-        cwd=HERE.parent,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
-    assert " passed" in result.stdout
+            *(str(HERE / name) for name in names),
+        ]
+        with (tmp_path / f"{number}.txt").open("wb") as out:
+            environment = {**os.environ, "TRITON_INTERPRET": "1"}
+            processes.append(subprocess.Popen(command, cwd=HERE.parent, env=environment, stdout=out, stderr=out))
+    codes = [process.wait() for process in processes]
+    for number, code in enumerate(codes):
+        said = (tmp_path / f"{number}.txt").read_text()
+        assert code == 0, said[-6000:]
+        assert " passed" in said
 
 
 def test_a_backend_that_cannot_run_says_what_is_missing() -> None:
