@@ -119,7 +119,7 @@ class Growing:
         self._gate = asked if isinstance(asked, Future) else None
         if isinstance(asked, Future):
             asked = Ahead([], [])
-        if isinstance(asked, Node | str) or not isinstance(asked, Ahead | Iterable):
+        if not isinstance(asked, list | Ahead) and (isinstance(asked, Node | str) or not isinstance(asked, Iterable)):
             raise TypeError(f"a search yields a list of nodes, an Ahead or a future; this one yielded {asked!r}")
         asked = asked if isinstance(asked, Ahead) else Ahead(asked, asked)
         self.nodes, self._until = list(asked.extend), [node for node in asked.until if not node.dropped]

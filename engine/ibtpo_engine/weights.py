@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,11 +36,9 @@ class WeightWatch:
     def renew(self) -> None:
         """Take what the parameters are now as the state to compare with."""
         modules = [module for model in self._models for module in model.modules()]
-        self._tables: list[Mapping[Any, object]] = [
-            table
-            for module in modules
-            for table in (module._modules, module._parameters, module._forward_hooks, module._forward_pre_hooks)
-        ]
+        self._tables = [table for module in modules for table in (module._modules, module._parameters)]
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._num_hooks = sum(map(len, self._hooks))
         self._members = self._read_members()
         self._parameters = [parameter for model in self._models for parameter in model.parameters()]
         self._samples = [_few(parameter.detach()) for parameter in self._parameters]
@@ -52,12 +48,16 @@ class WeightWatch:
     def is_current(self) -> bool:
         """Is nothing seen to have changed since `renew`?"""
         members = self._read_members()
-        if len(members) != len(self._members) or not all(map(operator.is_, members, self._members)):
+        if (
+            sum(map(len, self._hooks)) != self._num_hooks
+            or len(members) != len(self._members)
+            or not all(map(operator.is_, members, self._members))
+        ):
             return False
         return self._stamp == self._read_stamp() and torch.equal(self._bits, self._read_bits())
 
     def _read_members(self) -> list[object]:
-        """The modules, parameters and hooks named in the modules: walking down them takes longer than all else."""
+        """The modules and parameters that are named in the modules: walking down them takes longer than all else."""
         return [member for table in self._tables for member in table.values()]
 
     def _read_stamp(self) -> tuple[object, ...]:
