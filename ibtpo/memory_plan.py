@@ -40,6 +40,7 @@ import torch
 from ibtpo.config import TrainConfig
 from ibtpo.distributed import Mode
 from ibtpo.distributed.group import BUCKET_BYTES
+from ibtpo.optim import MOST_WIDE
 from ibtpo.policy import adapters_of
 from ibtpo.progress import host_memory
 from ibtpo.update import Updater
@@ -51,7 +52,6 @@ from ibtpo_engine.pages import PAGE, pages_for
 GIB = 1 << 30
 _CHUNK = 1 << 24  # logits alive at a time, as in ibtpo_kernels.one_pass
 _CHUNK_ROWS = 64
-_SMALL = 4096  # fewer numbers than these are not kept in 8 bits, bitsandbytes' min_8bit_size
 _LATER = 150 << 20  # what a process on a CPU loads and keeps later: optimizer, logger and matrix libraries, caches
 
 
@@ -169,7 +169,7 @@ def _sizes(shape: ModelConfig, config: TrainConfig) -> _Sizes:
 
 
 def _small(counts: list[int]) -> int:
-    return sum(count for count in counts if count < _SMALL)
+    return sum(count for count in counts if count < MOST_WIDE)
 
 
 def largest_micro_batch(config: TrainConfig) -> int:
