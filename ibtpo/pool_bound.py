@@ -14,6 +14,8 @@ of P tokens at most and T new ones, pages of 16::
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ibtpo.config import TrainConfig
 from ibtpo_engine.pages import PAGE, pages_for
 
@@ -30,3 +32,23 @@ def least_pool(config: TrainConfig, *, prompt: int, context: int) -> int:
     prompt = min(prompt, max(context - longest, 1))  # behind a longer one branches have less room
     branches = max(config.search.branches, config.eval.samples)
     return PAGE * (pages_for(prompt) + branches * pages_for(min(longest, context - prompt) + PAGE - 1))
+
+
+def pool_warning(config: TrainConfig, *, longest_prompt: Callable[[], int], context: int) -> str | None:
+    """What to say of a pool that may not hold a tree of the run; None if it holds every one.
+
+    Args:
+        config, context: as for `least_pool`.
+        longest_prompt: tells the tokens of its longest prompt; asked only where a prompt of any length would not do.
+    """
+    pool = config.engine.kv_tokens
+    if least_pool(config, prompt=context, context=context) <= pool:
+        return None
+    least = least_pool(config, prompt=longest_prompt(), context=context)
+    if least <= pool:
+        return None
+    return (
+        f"engine.kv_tokens: a tree takes up to {least:,} tokens if nothing ends before sampling.max_tokens, the pool "
+        f"holds {pool:,}; a tree that does not fit would end the run: raise it if there is memory, or lower "
+        "sampling.max_tokens"
+    )

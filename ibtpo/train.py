@@ -18,6 +18,7 @@ from ibtpo.environment import record_environment
 from ibtpo.loggers import check_installed
 from ibtpo.memory_fit import check_memory
 from ibtpo.policy import Policy, adapters_of, built_in_policy, load_policy, model_shape, tokenizer_of
+from ibtpo.pool_bound import pool_warning
 from ibtpo.resume import announce_changes, check_beginning, with_absolute_paths
 from ibtpo.run_format import is_run
 from ibtpo.runlog import REPORT, RunFolder
@@ -190,7 +191,12 @@ def _check_input(config: TrainConfig, policy: Policy, task: Task, source: Path |
             "checkpoint; give one with --model DIR"
         )
     check_weights(policy, str(source))
-    for note in check_prompts(task, policy, config):
+    warning = pool_warning(
+        config,
+        longest_prompt=lambda: longest_prompt(task, policy.tokenizer, config),
+        context=policy.model.config.max_positions,
+    )
+    for note in [*check_prompts(task, policy, config), *([warning] if warning else [])]:
         console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from engine_helpers import assert_idle, prompt_of, tiny_model
 
-from ibtpo_engine import Ahead, BackendEngine, Engine, EngineBackend, Node, Sampling, Tree
+from ibtpo_engine import Ahead, BackendEngine, Budget, Engine, EngineBackend, Node, Sampling, Tree
 
 MODEL = tiny_model()
 SAMPLING = Sampling(max_tokens=24, stop_tokens=(2,))
@@ -137,3 +137,31 @@ def test_a_search_goes_on_once_the_future_it_asked_for_is_done(kind: str) -> Non
 def test_a_backend_grows_the_same_kind_of_search() -> None:
     engine = BackendEngine(EngineBackend(Engine(MODEL, kv_tokens=8192)))
     assert all(len(order) == BRANCHES for order in orders(engine, 6))
+
+
+def test_a_budget_is_shared_out_by_what_the_search_was_told() -> None:
+    """Branches ahead count with all they may still take until the search hears of them, however early they ended."""
+
+    def search(tree: Tree) -> Iterator[Ahead]:
+        nodes = tree.root.fork(3)
+        yield Ahead(nodes, nodes[:1])
+        more = tree.root.fork(2)
+        yield Ahead(more, more[:1])
+        yield Ahead([], [*nodes, *more])
+        last = tree.root.fork(2)
+        yield Ahead(last, last)
+        tree.notes["lengths"] = [len(node) for node in [*nodes, *more, *last]]
+
+    def lengths(max_branches: int, first: int, budget: Budget) -> list[list[int]]:
+        engine = Engine(MODEL, kv_tokens=8192, max_branches=max_branches)
+        sampling = Sampling(max_tokens=24, stop_tokens=(2, 5, 9))
+        trees = dict(engine.run(search, PROMPTS[first:], sampling, keys=range(first, 6), budget=budget))
+        assert_idle(engine)
+        return [trees[i].notes["lengths"] for i in range(6 - first)]
+
+    for budget in (Budget(tokens=80), Budget(pages=14)):
+        wide = lengths(64, 0, budget)
+        assert any(sum(per_tree) > 30 for per_tree in wide)
+        assert lengths(1, 0, budget) == wide
+        assert lengths(2, 0, budget) == wide
+        assert lengths(64, 3, budget) == wide[3:]

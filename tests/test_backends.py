@@ -278,12 +278,19 @@ def cut_off(handler: Handler, body: dict[str, Any]) -> None:
     handler.close_connection = True
 
 
+def cut_off_without_a_length(handler: Handler, body: dict[str, Any]) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [{"index": 0}')
+    handler.close_connection = True
+
+
 def hang(handler: Handler, body: dict[str, Any]) -> None:
     time.sleep(0.6)
     handler.close_connection = True
 
 
-@pytest.mark.parametrize("fault", [busy, reset, cut_off, hang])
+@pytest.mark.parametrize("fault", [busy, reset, cut_off, cut_off_without_a_length, hang])
 def test_a_request_that_fails_for_a_while_is_sent_again_with_the_same_seed(
     server: Server, fault: Callable[[Handler, dict[str, Any]], None]
 ) -> None:

@@ -389,6 +389,17 @@ def test_whole_takes_the_rows_that_the_filters_of_the_run_left_out(tmp_path: Pat
         assert number is None or {row["prompt"] for row in read(out)} == set(range(number))
 
 
+def test_another_file_is_not_passed_over_for_the_held_out_file_of_the_run(tmp_path: Path) -> None:
+    data, held_out, test = (
+        save_additions(tmp_path / f"{name}.jsonl", n) for name, n in (("a", 9), ("b", 5), ("c", 30))
+    )
+    model = trained(tmp_path, data=data, jsonl=JsonlConfig(grade="exact", eval_data=held_out, eval_fraction=0.1))
+    for flags, number in (((), 5), (("--data", data), 5), (("--data", test), 3)):
+        out = tmp_path / f"out-{len(flags)}-{number}"
+        assert run("--model", model, "--samples", 1, "--out", out, *flags) == 0
+        assert {row["prompt"] for row in read(out)} == set(range(number))
+
+
 def test_another_file_than_the_runs_is_read_in_its_own_layout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +149,20 @@ def test_off_the_model_is_its_base_bit_by_bit_and_an_engine_must_be_told() -> No
     assert model.adapters.on
     with tiny_model().adapters_off():
         pass
+
+
+def test_another_weight_of_the_adapters_is_seen() -> None:
+    model = adapted()
+    engine = Engine(model, kv_tokens=1024)
+    before = siblings(engine)
+    assert model.adapters is not None
+    model.adapters.config = replace(model.adapters.config, alpha=2 * model.adapters.config.alpha)
+    with pytest.raises(StaleWeights):
+        siblings(engine)
+    engine.weights_changed()
+    after = siblings(engine)
+    same(after, siblings(Engine(model, kv_tokens=1024)), atol=1e-4)
+    assert not np.array_equal(before[0].logprob, after[0].logprob)
 
 
 def test_an_update_of_the_adapters_is_seen() -> None:

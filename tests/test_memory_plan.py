@@ -32,7 +32,7 @@ from ibtpo.memory_fit import check_memory, fitting_flags
 from ibtpo.memory_plan import GIB, Processes, activation_bytes, largest_micro_batch, plan_memory
 from ibtpo.optim import MasterAdamW
 from ibtpo.policy import adapted_projections
-from ibtpo.pool_bound import least_pool
+from ibtpo.pool_bound import least_pool, pool_warning
 from ibtpo.runlog import latest_checkpoint
 from ibtpo.search import make_search
 from ibtpo.setup import find_nonfinite, longest_prompt
@@ -284,6 +284,16 @@ def test_the_smallest_pool_holds_an_evaluation_and_no_path_beyond_the_context() 
     assert least_pool(many, prompt=20, context=512) == 16 * (2 + 9 * 5)
     assert least_pool(many, prompt=500, context=512) == least_pool(many, prompt=462, context=512)
     assert least_pool(replace(many, sampling=SamplingConfig(max_tokens=10**6)), prompt=9, context=40) < 16 * 10 * 5
+
+
+def test_a_pool_that_may_not_hold_a_tree_is_warned_of() -> None:
+    config = replace(RUN, sampling=SamplingConfig(max_tokens=50))
+    least = least_pool(config, prompt=31, context=512)
+    for pool, warned in ((least, False), (least - 16, True), (least_pool(config, prompt=512, context=512), False)):
+        own = replace(config, engine=replace(config.engine, kv_tokens=pool))
+        warning = pool_warning(own, longest_prompt=lambda: 31, context=512)
+        assert (warning is not None) == warned
+        assert warning is None or f"up to {least:,} tokens" in warning
 
 
 def test_no_pool_is_offered_that_one_tree_may_not_fit_into() -> None:

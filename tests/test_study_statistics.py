@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from ibtpo.studies.measure import recursive_value, tree_numbers
 from ibtpo.studies.results import collect, read_curve, train_numbers
 from ibtpo.studies.run import CELLS
 from ibtpo.studies.statistics import area_under, estimate, paired_difference
-from ibtpo.studies.tables import csv_text, markdown_text, sections
+from ibtpo.studies.tables import csv_text, markdown_text, rich_tables, sections
 from ibtpo_engine.tree import Tree
 
 GRPO = "{preset: grpo}"
@@ -191,7 +192,8 @@ def test_names_of_any_length_and_letters_make_folders_and_tables(tmp_path: Path)
     file = tmp_path / "mine.yaml"
     long = "x" * 300
     file.write_text(
-        f"kind: bias\ntasks: {{a: {{facts: [0.5], depth: 1}}}}\nvariants: {{'a|b': {GRPO}, {long}: {GRPO}}}"
+        "kind: bias\ntasks: {a: {facts: [0.5], depth: 1}}\n"
+        f"variants: {{'a|b': {GRPO}, 'd[/b]': {GRPO}, {long}: {GRPO}}}"
     )
     study = load_study(str(file))
     cells = study.cells([0], prompts=1, changes={})
@@ -200,7 +202,11 @@ def test_names_of_any_length_and_letters_make_folders_and_tables(tmp_path: Path)
         folder.mkdir(parents=True)
         numbers = {"avg_rate": 0.0, "recursive": 0.0, "avg_rate_iid": 0.0}
         (folder / "result.json").write_text(json.dumps({"prompts": [numbers], "exact": 0.5}))
-    assert r"| a\|b | 0.5" in markdown_text(collect(study, cells, tmp_path))
+    results = collect(study, cells, tmp_path)
+    assert r"| a\|b | 0.5" in markdown_text(results)
+    console = Console(file=io.StringIO(), width=400)
+    console.print(*rich_tables(results, 400))
+    assert "d[/b]" in console.file.getvalue()
 
 
 def trained(tmp_path: Path, title: str, tasks: str) -> tuple[Study, list[Cell], Path]:

@@ -1,13 +1,14 @@
 """What one tree may take: tokens, nodes, pages.
 
 A budget is shared out when branches are *submitted*, never while they run: n branches extended together each get an
-n-th of what is left and end with "budget" where their share ends. Who ran ahead of whom therefore decides nothing, and
-a tree with a budget holds the same tokens in any batch and any pool. What a branch leaves over goes to the next call.
+n-th of what is left and end with "budget" where their share ends. A branch counts with its whole share until whoever
+extended it is told that it ended. Who ran ahead of whom therefore decides nothing, and a tree with a budget holds the
+same tokens in any batch and any pool. What a branch leaves over goes to the next call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,7 +16,6 @@ from ibtpo_engine.errors import BudgetSpent
 from ibtpo_engine.pages import PAGE, pages_for
 
 if TYPE_CHECKING:
-    from ibtpo_engine.branches import Branch
     from ibtpo_engine.tree import Node, Tree
 
 
@@ -71,12 +71,12 @@ def check_nodes(tree: Tree, more: int) -> None:
         )
 
 
-def within_budgets(limits: dict[Node, int], under_way: Callable[[], Iterable[Branch]]) -> dict[Node, Limit]:
+def within_budgets(limits: dict[Node, int], reserved: Callable[[], Mapping[Node, int]]) -> dict[Node, Limit]:
     """Shorten the limits (depths) of branches submitted together to their trees' budgets.
 
     Args:
         limits: depth each node could reach if there were no budget.
-        under_way: tells the branches submitted before, if there is a budget; what they may still grow to is spoken for.
+        reserved: tells, if there is a budget, the depths that branches submitted before may reach: spoken for.
 
     Raises:
         BudgetSpent: a tree cannot give each of its branches one token.
@@ -87,20 +87,19 @@ def within_budgets(limits: dict[Node, int], under_way: Callable[[], Iterable[Bra
         if node.tree.budget is not None:
             by_tree.setdefault(node.tree, []).append(node)
     if by_tree:
-        branches = list(under_way())
+        ends = reserved()
         for tree, nodes in by_tree.items():
-            ends = {branch.node: branch.limit for branch in branches if branch.node.tree is tree}
             for node, depth in _shared_out(tree, nodes, ends).items():
                 if depth < limits[node]:
                     found[node] = Limit(depth=depth, finish="budget")
     return found
 
 
-def _shared_out(tree: Tree, nodes: list[Node], under_way: dict[Node, int]) -> dict[Node, int]:
+def _shared_out(tree: Tree, nodes: list[Node], reserved: Mapping[Node, int]) -> dict[Node, int]:
     """Depth each node may reach by the tree's budget alone."""
     budget = tree.budget
     assert budget is not None
-    spans = [(node, under_way.get(node, node.end)) for node in _all_nodes(tree)]
+    spans = [(node, reserved.get(node, node.end)) for node in _all_nodes(tree)]
     depth = dict.fromkeys(nodes, 1 << 30)
     if budget.tokens is not None:
         used = sum(end - node.start for node, end in spans) - tree.prompt_len
@@ -113,7 +112,7 @@ def _shared_out(tree: Tree, nodes: list[Node], under_way: dict[Node, int]) -> di
     return depth
 
 
-def check_room(node: Node, lengths: list[int], under_way: Iterable[Branch]) -> None:
+def check_room(node: Node, lengths: list[int], reserved: Mapping[Node, int]) -> None:
     """Refuse given suffixes of these lengths below a node that its tree's budget does not hold.
 
     Raises:
@@ -122,8 +121,7 @@ def check_room(node: Node, lengths: list[int], under_way: Iterable[Branch]) -> N
     tree = node.tree
     if tree.budget is None:
         return
-    ends = {branch.node: branch.limit for branch in under_way if branch.node.tree is tree}
-    there = [(other, ends.get(other, other.end)) for other in _all_nodes(tree)]
+    there = [(other, reserved.get(other, other.end)) for other in _all_nodes(tree)]
     tokens = sum(end - other.start for other, end in there) - tree.prompt_len
     pages = sum(_pages(other, end) for other, end in there)
     for name, bound, used, more in (

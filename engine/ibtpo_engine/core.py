@@ -188,7 +188,7 @@ class EngineCore:
         sampling.check_serves(self.model.config.vocab_size, has_decode=self.decode is not None)
         features = {node: features_of(node, sampling, self.decode) for node in nodes}  # all, before any is submitted
         branches = []
-        for node, limit in within_budgets(limits, lambda: under_way(self.scheduler)).items():
+        for node, limit in within_budgets(limits, self._reserved).items():
             if sampling.seed is not None:
                 node.stream = seeded_stream(sampling.seed, node.births())
             branch = Branch(node, sampling, limit.depth, at_limit=limit.finish, features=features[node])
@@ -196,6 +196,14 @@ class EngineCore:
             if sampling.pause is not None:
                 self._pauses.add(branch, sampling.pause)
         return branches
+
+    def _reserved(self) -> dict[Node, int]:
+        """Depths that branches may reach: of those under way, and of those whose end their search has not been told."""
+        depths = {branch.node: branch.limit for branch in under_way(self.scheduler)}
+        for searches in self._searches:
+            for growth in searches.growing.values():
+                depths |= growth.reserved
+        return depths
 
     def _check_open(self, node: Node) -> None:
         if node.tree.closed or self._trees.get(node.tree.ordinal) is not node.tree:

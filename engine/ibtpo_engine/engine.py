@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from ibtpo_engine.budget import Budget, check_nodes, check_room
 from ibtpo_engine.core import EngineCore
-from ibtpo_engine.endings import truncate, under_way
+from ibtpo_engine.endings import truncate
 from ibtpo_engine.errors import BudgetSpent
 from ibtpo_engine.generate import in_order, independent
 from ibtpo_engine.given import Score, attach, check_suffixes, given_branch
@@ -168,7 +168,7 @@ class Engine(EngineCore):
         tokens = check_suffixes(node, suffixes, vocabulary=config.vocab_size, context=config.max_positions)
         if keep:
             check_nodes(node.tree, len(tokens))
-            check_room(node, [len(suffix) for suffix in tokens], under_way(self.scheduler))
+            check_room(node, [len(suffix) for suffix in tokens], self._reserved())
         children = [attach(node, suffix) for suffix in tokens]
         for child, suffix in zip(children, tokens, strict=True):
             self.scheduler.submit(given_branch(child, suffix))
@@ -269,7 +269,10 @@ class Engine(EngineCore):
     def _submit_round(self, growth: Growing, sampling: Sampling) -> None:
         while True:
             try:
-                self._submit(growth.nodes, sampling)
-                return
+                branches = self._submit(growth.nodes, sampling)
             except BudgetSpent as error:
                 growth.refuse(error)
+            else:
+                if growth.tree.budget is not None:
+                    growth.reserved.update((branch.node, branch.limit) for branch in branches)
+                return

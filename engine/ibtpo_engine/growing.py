@@ -44,6 +44,7 @@ class Growing:
         turns: how often it asked.
         rewards: of branches that ended; futures are here until they have been read.
         stirred: it puts itself in here when it may have become ready.
+        reserved: with a budget, the depth each branch may reach whose end the search has not been told yet.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Growing:
         self.generator: Growth | None = None
         self.nodes: list[Node] = []
         self.rewards: dict[Node, Future[float | None]] = {}
+        self.reserved: dict[Node, int] = {}
         self.done = False
         self.turns = 0
         self.submitted = True
@@ -81,6 +83,8 @@ class Growing:
         elif error is not None:
             self._resume(lambda generator: generator.throw(error))
         else:
+            for node in self._until if self.reserved else ():
+                self.reserved.pop(node, None)
             self._resume(lambda generator: generator.send(self._until))
 
     def _resume(self, go: Callable[[Growth], Sequence[Node] | Ahead | Future[Any]]) -> None:
@@ -157,6 +161,7 @@ class Growing:
 
     def lost(self, node: Node) -> None:
         """A branch was aborted, or its tree closed, and is off the tree; the search does not hear of it."""
+        self.reserved.pop(node, None)
         if node in self._under_way:
             self._leaves(node)
             if node in self._until:

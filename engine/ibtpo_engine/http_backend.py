@@ -128,11 +128,11 @@ class HttpBackend:
             wait = server.backoff * 2**attempt
             try:
                 status, asked_to_wait, text = self._send(body)
+                if status == 200:
+                    return _parsed(text)
             except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut off half-way
                 problem = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             else:
-                if status == 200:
-                    return _parsed(text)
                 problem = f"HTTP {status}: {_message(text)}"
                 if status not in _TEMPORARY:
                     raise BackendError(f"{server.url}: {problem}; the request will not get better, correct it")
@@ -168,7 +168,9 @@ class HttpBackend:
 def _parsed(text: bytes) -> Any:
     try:
         return json.loads(text)
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and (error.pos >= len(error.doc) or "Unterminated" in error.msg):
+            raise http.client.IncompleteRead(text) from None  # where no length was sent, a lost connection is the end
         raise BackendError(f"the server's answer is not JSON: {text[:80]!r}; is this a completions server?") from None
 
 

@@ -90,14 +90,16 @@ class EvalArguments:
 def instead_of_training(run: Path, data: Path | None, *, whole: bool) -> dict[str, Any]:
     """What holds, nested like YAML, in place of the settings that a run chose its own training rows with.
 
-    Another file than the run's is read in the layout that its own rows tell, and as a `whole` no row is filtered out.
+    Another file than the run's is read in the layout that its own rows tell, its prompts are held out of itself, not
+    taken from the run's `jsonl.eval_data`, and as a `whole` no row is filtered out.
 
     Args:
         data: the file that is to be measured on; None: the run's own.
     """
     own = load_yaml(run / CONFIG).get("data")
     other = data is not None and (own is None or data.resolve() != Path(own).resolve())
-    return ({"layout": "auto"} if other else {}) | ({"jsonl": _NO_FILTER} if whole else {})
+    rows = ({"eval_data": None} if other else {}) | (_NO_FILTER if whole else {})
+    return ({"layout": "auto"} if other else {}) | ({"jsonl": rows} if rows else {})
 
 
 def run_evaluation(

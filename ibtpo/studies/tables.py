@@ -71,9 +71,11 @@ def rich_tables(results: Results, width: int) -> list[Table]:
         widest = max(len(line) for row in texts.values() for text in row for line in text.splitlines()) + 3
         step = max((width - first) // max(widest, *(len(c.title) + 3 for c in section.columns)), 1)
         for at in range(0, len(section.columns), step):
-            table = Table("", *(c.title for c in section.columns[at : at + step]), title=section.title or None)
+            table = Table("", title=Text(section.title) if section.title else None)
+            for column in section.columns[at : at + step]:
+                table.add_column(Text(column.title))
             for variant, row in texts.items():
-                table.add_row(variant, *map(Text, row[at : at + step]), end_section=True)
+                table.add_row(*map(Text, (variant, *row[at : at + step])), end_section=True)
             tables.append(table)
     return tables
 
