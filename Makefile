@@ -24,8 +24,8 @@ $(STAMP): pyproject.toml CMakeLists.txt scripts/setup.sh $(CSRC)
 train: $(STAMP) ## train the built-in policy; flags through ARGS="..."
 	@.venv/bin/ibtpo train $(ARGS)
 
-test: $(STAMP) ## run the tests; flags through ARGS="..."
-	@$(PYTHON_IN_VENV) -m pytest $(ARGS)
+test: $(STAMP) ## run the tests, a file a core at a time; flags through ARGS="..." (-n 0: in one process)
+	@$(PYTHON_IN_VENV) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(PEERS) ## run the benchmark suites, then the roofline; ARGS="..." for pytest, SUITES=bench/bench_engine.py for one
 	@$(PYTHON_IN_VENV) -m pytest $(SUITES) -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds \

@@ -2,15 +2,65 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import pytest
 import torch
 from hypothesis import settings
 
+from ibtpo_engine import native
+from ibtpo_kernels import has_compiled
+
+if TYPE_CHECKING:
+    from command_line import Refusal
+
 settings.register_profile("ibtpo", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("ibtpo")
+
+LONGEST = ("test_triton_interpreter.py", "test_torchrun.py", "test_study.py", "test_train.py", "test_kill.py")
+"""Files that take minutes: begun first, so that no process is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["native", "module"])
+def how(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which path plain rows of a tiny model take: the native decode step, or the model as a torch module."""
+    if request.param == "native" and not has_compiled():
+        pytest.skip("needs the compiled kernels")
+    if request.param == "module":
+        monkeypatch.setattr(native, "MOST_BYTES", 0)
+    return str(request.param)
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    """A checkpoint that may be damaged."""
+    from checkpoints import save_checkpoint  # here, for tests on a GPU need less than it imports
+
+    return save_checkpoint(tmp_path / "model", tied=False, context=64)
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    """Additions, a JSON object a line."""
+    from checkpoints import save_additions
+
+    return save_additions(tmp_path / "rows.jsonl")
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refusal:
+    """Runs commands that must be refused; none may leave a folder behind."""
+    from command_line import Refusal
+
+    return Refusal(tmp_path / "out", capsys)

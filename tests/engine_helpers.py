@@ -157,6 +157,13 @@ def grow(engine: Engine, prompt: Sequence[int], sampling: Sampling, *, key: int 
     return tree
 
 
+def node_on(model: Model, prompt: list[int], sampling: Sampling) -> Node:
+    """What a fresh engine samples behind the prompt."""
+    engine = Engine(model, kv_tokens=1024)
+    with engine.tree(prompt) as tree:
+        return engine.extend(tree.root.fork(), sampling)[0]
+
+
 def free_pages(engine: Engine) -> int:
     """Pages free, or held by nothing but the index."""
     return engine.cache.pool.num_free + engine.cache.index.evictable()

@@ -1,47 +1,26 @@
-"""The command line: help, sample, eval, and what it says of bad input: one paragraph, exit code 2, nothing written."""
+"""The command line: help, sample, eval, and what it does not refuse."""
 
 from __future__ import annotations
 
-import builtins
 import errno
-import io
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import byte_tokenizer, save_additions, save_checkpoint
-from safetensors.torch import load_file, save_file
+from command_line import DIGITS, SMALL, Refusal
 
-import ibtpo.runlog
-import ibtpo.trainer
 from ibtpo import cli
 from ibtpo.cli import main
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import load_yaml
 from ibtpo.policy import built_in_policy
 from ibtpo.runlog import RunFolder, latest_checkpoint
-
-SMALL = [
-    "--sampled-tokens", "150", "--prompts-per-step", "4", "--search.rounds", "2", "--sampling.max-tokens", "14",
-    "--eval.prompts", "3", "--eval.samples", "2",
-]  # fmt: skip
-DIGITS = [
-    "--digits.min-ops",
-    "1",
-    "--digits.max-ops",
-    "2",
-    "--warm-start.max-updates",
-    "2",
-    "--warm-start.batch-size",
-    "4",
-]
 
 
 @pytest.fixture(scope="module")
@@ -50,45 +29,6 @@ def built_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built-in")
     built_in_policy(0, dtype=torch.float32, device=torch.device("cpu")).save(folder)
     return folder
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    """A checkpoint folder that may be damaged."""
-    return save_checkpoint(tmp_path / "model", tied=False, context=64)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    return save_additions(tmp_path / "rows.jsonl")
-
-
-class Refusal:
-    """Runs commands that must be refused, and checks how."""
-
-    def __init__(self, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        self.out, self._capsys = out, capsys
-
-    def __call__(self, *arguments: object, command: str = "train", written: bool = False) -> str:
-        """What is printed; the exit code must be 2, the text one paragraph, and nothing left behind."""
-        self._capsys.readouterr()
-        out = ["--out", self.out] if command == "train" and "--resume" not in arguments else []
-        try:
-            code = main([command, *map(str, [*arguments, *out])])
-        except SystemExit as stop:  # tyro's own, on what is not a flag or not of its type
-            code = stop.code
-        message = self._capsys.readouterr().err
-        assert code == 2, message
-        assert "Traceback" not in message
-        assert message.strip()
-        assert "\n\n" not in message.strip()
-        assert written or not self.out.exists()
-        return " ".join(message.replace("│", " ").split())
-
-
-@pytest.fixture
-def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refusal:
-    return Refusal(tmp_path / "out", capsys)
 
 
 # ---- help ------------------------------------------------------------------------------------------------------
@@ -200,9 +140,11 @@ def test_sample_takes_a_problem_by_index_and_repeats_itself(built_in: Path, caps
     assert outputs[0] == outputs[1] != outputs[2]
 
 
-def test_sample_answers_a_prompt_of_ones_own(model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = ["--data", data, "--prompt", "1+1", "--answer", "2", *SMALL, "--preset", "grpo"]
-    assert main(["sample", "--model", *map(str, [model, *flags])]) == 0
+def test_sample_answers_a_prompt_of_ones_own(
+    model_folder: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data", rows_file, "--prompt", "1+1", "--answer", "2", *SMALL, "--preset", "grpo"]
+    assert main(["sample", "--model", *map(str, [model_folder, *flags])]) == 0
     out = capsys.readouterr().out
     assert out.startswith("1+1  value")
     assert "8 trajectories" in out
@@ -283,7 +225,7 @@ def test_a_page_that_cannot_be_written_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fsync(descriptor: int) -> None:
-        raise _full()
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     RunFolder.create(tmp_path / "run", TrainConfig()).close()
     monkeypatch.setattr(os, "fsync", fsync)
@@ -313,361 +255,26 @@ def test_sample_refuses_prompts_the_built_in_policy_cannot_read(
     assert message in refused("--model", built_in, "--prompt", prompt, command="sample")
 
 
-def test_sample_needs_the_right_answer_of_a_text_prompt(model: Path, data: Path, refused: Refusal) -> None:
-    message = refused("--model", model, "--data", data, "--prompt", "1+1", command="sample")
+def test_sample_needs_the_right_answer_of_a_text_prompt(model_folder: Path, rows_file: Path, refused: Refusal) -> None:
+    message = refused("--model", model_folder, "--data", rows_file, "--prompt", "1+1", command="sample")
     assert "give the right --answer too" in message
-
-
-# ---- bad checkpoints ---------------------------------------------------------------------------------------------
-
-
-def _weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-NORM = "model.norm.weight"
-DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), ("neither model.safetensors nor",)),
-    "truncated weights": (lambda f: _truncate(f / "model.safetensors"), ("model.safetensors: truncated or damaged",)),
-    "weights of zero bytes": (lambda f: (f / "model.safetensors").write_bytes(b""), ("model.safetensors: truncated",)),
-    "pickles": (
-        lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-        ("Found pytorch_model.bin: convert it to safetensors",),
-    ),
-    "no config": (lambda f: (f / "config.json").unlink(), ("config.json: not found",)),
-    "torn config": (lambda f: _truncate(f / "config.json"), ("config.json: not valid JSON",)),
-    "config is a list": (lambda f: (f / "config.json").write_text("[]"), ("config.json",)),
-    "field missing": (lambda f: _json(f / "config.json", lambda c: c.pop("hidden_size")), ("'hidden_size'", "missing")),
-    "unknown architecture": (
-        lambda f: _json(f / "config.json", lambda c: c.update(architectures=["MambaForCausalLM"])),
-        ("config.json", "'MambaForCausalLM' is not supported", "Qwen3ForCausalLM"),
-    ),
-    "wrong shape": (
-        lambda f: _weights(f, lambda t: t.update({NORM: torch.ones(7)})),
-        ("model.safetensors", NORM, "(7,)", "(32,)"),
-    ),
-    "tensor missing": (lambda f: _weights(f, lambda t: t.pop(NORM)), (NORM, "missing")),
-    "tensor too many": (
-        lambda f: _weights(f, lambda t: t.update({"model.layers.9.x": torch.ones(2)})),
-        ("unexpected tensor 'model.layers.9.x'",),
-    ),
-    "NaN": (lambda f: _weights(f, lambda t: t[NORM].fill_(torch.nan)), ("model.safetensors", NORM, "NaN or Inf")),
-    "Inf": (lambda f: _weights(f, lambda t: t[NORM][3:4].fill_(torch.inf)), (NORM, "NaN or Inf")),
-    "no end token": (
-        lambda f: byte_tokenizer(eos=False).save_pretrained(f),
-        ("tokenizer_config.json", "field eos_token is missing"),
-    ),
-    "no tokenizer": (
-        lambda f: [(f / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")],
-        ("there is no tokenizer; it needs tokenizer.json and tokenizer_config.json",),
-    ),
-    "torn tokenizer": (lambda f: _truncate(f / "tokenizer.json"), ("the tokenizer cannot be loaded",)),
-    "torn generation config": (
-        lambda f: _truncate(f / "generation_config.json"),
-        ("generation_config.json: eos_token_id must be a token id", "Correct or delete the file"),
-    ),
-    "tokenizer of another model": (
-        lambda f: (_json(f / "config.json", lambda c: c.update(vocab_size=200)),
-                   _weights(f, lambda t: t.update({n: t[n][:200] for n in t if "head" in n or "embed" in n}))),
-        ("rows.jsonl, line", "token", "the model's vocab_size is 200"),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoints_are_refused_by_file_field_and_remedy(
-    damage: str, model: Path, data: Path, refused: Refusal
-) -> None:
-    spoil, expected = DAMAGES[damage]
-    spoil(model)
-    message = refused("--model", model, "--data", data, *SMALL)
-    assert [part for part in expected if part not in message] == [], message
-
-
-def test_missing_shard_is_named(tmp_path: Path, data: Path, refused: Refusal) -> None:
-    model = save_checkpoint(tmp_path / "sharded", "llama", shard_size="20KB")
-    shard = sorted(model.glob("model-*.safetensors"))[1]
-    shard.unlink()
-    assert f"{shard}: not found" in refused("--model", model, "--data", data, *SMALL)
-
-
-def test_missing_model_folder_is_named(tmp_path: Path, data: Path, refused: Refusal) -> None:
-    assert f"{tmp_path / 'nowhere'}: no such folder" in refused("--model", tmp_path / "nowhere", "--data", data)
-
-
-# ---- bad data ----------------------------------------------------------------------------------------------------
-
-GOOD = '{"prompt": "1+1", "answer": "2"}\n{"prompt": "1+2", "answer": 3}\n'
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ("", "rows.jsonl: the file is empty; write one JSON object a line"),
-        ("\n \n", "rows.jsonl: the file is empty"),
-        (GOOD + "{oops}\n", "rows.jsonl, line 3: malformed JSON at column 2"),
-        (GOOD + "\n[1]\n", "rows.jsonl, line 4: expected an object, found a list"),
-        (GOOD + '{"prompt": "x"}\n', "line 3: field \"answer\" is missing (fields found: 'prompt'); add it, or name"),
-        (GOOD + '{"answer": "x"}\n', 'line 3: field "prompt" is missing'),
-        (GOOD + '{"prompt": " ", "answer": "x"}\n', 'line 3: field "prompt" is empty'),
-        (GOOD + '{"prompt": 7, "answer": "x"}\n', 'line 3: field "prompt" is a number'),
-        (GOOD + '{"prompt": "x", "answer": null}\n', 'line 3: field "answer" is null'),
-        (GOOD + '{"prompt": "%s", "answer": "x"}\n' % ("y" * 80), "line 3: the prompt has"),
-        ('{"prompt": "1+1", "answer": "2"}\n', "at least 2 different prompts are needed"),
-    ],
-)
-def test_bad_rows_are_refused_by_line(content: str, expected: str, model: Path, data: Path, refused: Refusal) -> None:
-    data.write_text(content)
-    assert expected in refused("--model", model, "--data", data, *SMALL)
-
-
-def test_prompt_longer_than_the_context_names_line_and_limit(model: Path, data: Path, refused: Refusal) -> None:
-    data.write_text(GOOD + json.dumps({"prompt": "y" * 80, "answer": "x"}) + "\n")
-    message = refused("--model", model, "--data", data, *SMALL)
-    assert f"{data}, line 3: the prompt has " in message
-    assert "the model's context is 64; shorten the prompt or remove it" in message
-
-
-def test_pool_too_small_for_one_prompt_names_the_field(model: Path, data: Path, refused: Refusal) -> None:
-    message = refused("--model", model, "--data", data, *SMALL, "--engine.kv-tokens", "16")
-    assert "the KV pool holds 16; raise engine.kv_tokens" in message
-    message = refused(*DIGITS, *SMALL, "--digits.max-ops", "20", "--engine.kv-tokens", "32")
-    assert "raise engine.kv_tokens" in message
-
-
-def test_pool_too_small_for_one_tree_ends_the_run_which_a_larger_one_continues(refused: Refusal) -> None:
-    flags = [*DIGITS, *SMALL, "--sampling.max-tokens", "60", "--engine.kv-tokens", "64", "--search.rounds", "20"]
-    message = refused(*flags, written=True)
-    assert "pages needed" in message
-    assert "raise kv_tokens (now 64)" in message
-    assert main(["train", "--resume", str(refused.out), "--engine.kv-tokens", "4000"]) == 0
-
-
-def test_pool_that_memory_cannot_hold_names_the_field(refused: Refusal) -> None:
-    message = refused(*DIGITS, *SMALL, "--engine.kv-tokens", str(10**15))
-    assert "memory plan" in message
-    assert "the nearest that fits: --engine.kv-tokens" in message
-
-
-def test_missing_data_file_is_named(model: Path, tmp_path: Path, refused: Refusal) -> None:
-    assert f"{tmp_path / 'none.jsonl'}: no such file" in refused("--model", model, "--data", tmp_path / "none.jsonl")
-    assert "jsonl needs a file of prompts and answers" in refused("--model", model, "--task", "jsonl")
-
-
-def test_built_in_policy_cannot_read_text(data: Path, refused: Refusal) -> None:
-    message = refused("--data", data, *SMALL)
-    assert "the built-in policy" in message
-    assert "--model DIR" in message
-
-
-def test_chat_messages_need_a_chat_template(tmp_path: Path, data: Path, refused: Refusal) -> None:
-    model = save_checkpoint(tmp_path / "plain", "llama", chat=False)
-    rows = [{"prompt": [{"role": "user", "content": f"1+{i}"}], "answer": str(1 + i)} for i in range(5)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert "the tokenizer has no chat template" in refused("--model", model, "--data", data, *SMALL)
-
-
-# ---- bad settings ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
-        (["--search.rounds", "0"], "search.rounds: 0 lies outside [1, inf)"),
-        (["--search.initial-branches", "0"], "search.initial_branches: 0 lies outside [1, inf)"),
-        (["--search.nodes-per-round", "0"], "search.nodes_per_round: 0 lies outside [1, inf)"),
-        (["--digits.min-ops", "5", "--digits.max-ops", "4"], "digits.max_ops: 4 lies outside [5, inf)"),
-        (["--prompts-per-step", "2", "--mini-batches", "3"], "mini_batches: 3 lies outside [1, 2]"),
-        (["--digits.max-ops", "600"], "the model's context is 1024"),
-        (["--sampling.temperature", "0"], "sampling.temperature: 0 is greedy"),
-        (["--sampling.top-p", "1.5"], "sampling.top_p: 1.5 lies outside (0.0, 1.0]"),
-        (["--optim.lr", "nan"], "optim.lr: nan lies outside"),
-        (["--serch.rounds", "3"], "--search.rounds"),
-        (["--seed", "x"], "--seed"),
-        (["--dtype", "float16"], "float16"),
-        (["--task", "digit-chian"], 'did you mean "digit-chain"?'),
-        (["--task", "reasoning-gym:no-such-thing"], "reasoning-gym"),
-        (
-            ["--preset", "gpro"],
-            "preset: 'gpro' is not one of ib-tpo, ib-tpo+, grpo, grpo-clip-higher, ",
-        ),
-        (["--device", "abacus"], "device: 'abacus' is not a device"),
-        (["--device", "meta"], "device: 'meta' is not supported; use auto, cpu, cuda or cuda:N"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
-        (["--config"], "--config"),
-    ],
-)
-def test_bad_settings_are_refused_by_name(flags: list[str], expected: str, refused: Refusal) -> None:
-    assert expected in refused(*DIGITS, *flags)
-
-
-def test_unknown_key_of_a_file_suggests_the_nearest(tmp_path: Path, refused: Refusal) -> None:
-    file = tmp_path / "run.yaml"
-    file.write_text("search: {round: 3}\n")
-    expected = f"{file}: unknown field search.round. Did you mean search.rounds?"
-    assert expected in refused("--config", file)
-    file.write_text("search: {rounds: 0}\n")
-    assert f"{file}: search.rounds: 0 lies outside [1, inf)" in refused("--config", file)
-
-
-@pytest.mark.parametrize("name", ["cuda", "cuda:3"])
-def test_a_gpu_that_is_not_there_is_refused(name: str, refused: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert f"device: '{name}', but torch sees no GPU" in refused("--device", name)
-
-
-# ---- the output folder -------------------------------------------------------------------------------------------
-
-
-def test_a_folder_that_holds_files_is_left_alone(refused: Refusal) -> None:
-    refused.out.mkdir()
-    (refused.out / "thesis.tex").write_text("years of work")
-    assert f"out: {refused.out} already holds files; choose another" in refused(*DIGITS, *SMALL, written=True)
-    assert [path.name for path in refused.out.iterdir()] == ["thesis.tex"]
-
-
-def test_a_run_folder_is_not_overwritten_but_may_be_resumed(
-    refused: Refusal, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["train", "--out", str(refused.out), *DIGITS, *SMALL]) == 0
-    before = {path: path.stat().st_mtime_ns for path in refused.out.rglob("*")}
-    message = refused(*DIGITS, *SMALL, written=True)
-    assert f"--resume {refused.out}" in message
-    assert {path: path.stat().st_mtime_ns for path in refused.out.rglob("*")} == before
-
-
-def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    assert main(["train", "--out", str(tmp_path / "run"), *DIGITS, *SMALL]) == 0
-
-
-def test_out_is_a_file(refused: Refusal) -> None:
-    refused.out.write_text("mine")
-    assert f"out: {refused.out} is a file; choose another folder" in refused(*DIGITS, *SMALL, written=True)
-    assert refused.out.read_text() == "mine"
-
-
-def test_parent_is_a_file(tmp_path: Path, refused: Refusal) -> None:
-    (tmp_path / "file").write_text("mine")
-    refused.out = tmp_path / "file" / "run"
-    assert f"out: {refused.out} cannot be created" in refused(*DIGITS, *SMALL)
-
-
-def test_parent_that_may_not_be_written(tmp_path: Path, refused: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulated: the superuser may write anywhere."""
-    original = os.mkdir
-
-    def mkdir(path: Any, *arguments: Any, **options: Any) -> None:
-        if str(path).startswith(str(refused.out)):
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        original(path, *arguments, **options)
-
-    monkeypatch.setattr(os, "mkdir", mkdir)
-    message = refused(*DIGITS, *SMALL)
-    assert f"out: {refused.out} cannot be created (Permission denied); choose another --out" in message
-
-
-def test_resume_of_what_is_no_run_folder(tmp_path: Path, refused: Refusal) -> None:
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        message = refused("--resume", folder)
-        assert f"resume: {folder} is not a run folder (it has no config.yaml); check the path" in message
-    assert list(tmp_path.iterdir()) == []
-
-
-# ---- a full disk -------------------------------------------------------------------------------------------------
-
-
-def _full() -> OSError:
-    return OSError(errno.ENOSPC, "No space left on device")
-
-
-def _leftovers(folder: Path) -> list[str]:
-    return [str(path) for path in folder.rglob("*") if ".tmp" in path.name]
-
-
-def test_full_disk_at_a_checkpoint_keeps_the_last_one(
-    refused: Refusal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    original, calls = ibtpo.trainer.save_file, iter(range(100))
-
-    def save(tensors: Any, path: Path) -> None:
-        if next(calls) == 2:
-            path.write_bytes(b"half a file")
-            raise _full()
-        original(tensors, path)
-
-    flags = [*DIGITS, *SMALL, "--checkpoint-every", "1", "--sampled-tokens", "600"]
-    with monkeypatch.context() as patch:
-        patch.setattr(ibtpo.trainer, "save_file", save)
-        message = refused(*flags, written=True)
-    assert f"no space left on the disk of {refused.out}" in message
-    assert f"--resume {refused.out}" in message
-    assert "step-000001" in message
-    assert _leftovers(refused.out) == []
-    assert sorted(path.name for path in (refused.out / "checkpoints").iterdir()) == ["step-000000", "step-000001"]
-    assert main(["train", "--resume", str(refused.out)]) == 0
-
-
-def test_full_disk_as_safetensors_puts_it(refused: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its Rust side hides errno in a message of its own."""
-    text = "Error while serializing: I/O error: No space left on device (os error 28)"
-
-    def save(tensors: Any, path: Path) -> None:
-        raise ibtpo.trainer.SafetensorError(text)
-
-    monkeypatch.setattr(ibtpo.trainer, "save_file", save)
-    assert "no space left on the disk of" in refused(*DIGITS, *SMALL, written=True)
-    assert list((refused.out / "checkpoints").iterdir()) == []
-
-
-def test_full_disk_in_the_log_keeps_whole_lines(refused: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, writes = Path.open, iter(range(1000))
-
-    class Full(io.TextIOWrapper):
-        def flush(self) -> None:
-            super().flush()
-            raise _full()
-
-    def open_full(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
-        if path.name == "metrics.jsonl" and mode == "a" and next(writes) == 3:
-            return Full(builtins.open(path, "ab"), encoding="utf-8")
-        return original(path, mode, *arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", open_full)
-        message = refused(*DIGITS, *SMALL, "--sampled-tokens", "600", written=True)
-    assert f"no space left on the disk of {refused.out}" in message
-    lines = (refused.out / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 3
-    assert all(isinstance(json.loads(line)["step"], int) for line in lines)
-    assert main(["train", "--resume", str(refused.out)]) == 0
-
-
-def test_full_disk_before_the_run_leaves_nothing(refused: Refusal, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fsync(descriptor: int) -> None:
-        raise _full()
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    assert f"no space left on the disk of {refused.out}" in refused(*DIGITS, *SMALL)
 
 
 # ---- what is no error --------------------------------------------------------------------------------------------
 
 
-def test_more_tokens_than_the_context_holds_are_fine(model: Path, data: Path, tmp_path: Path) -> None:
-    flags = ["--model", model, "--data", data, "--jsonl.grade", "exact", *SMALL, "--sampling.max-tokens", 10_000]
+def test_more_tokens_than_the_context_holds_are_fine(model_folder: Path, rows_file: Path, tmp_path: Path) -> None:
+    flags = [
+        "--model",
+        model_folder,
+        "--data",
+        rows_file,
+        "--jsonl.grade",
+        "exact",
+        *SMALL,
+        "--sampling.max-tokens",
+        10_000,
+    ]
     assert main(["train", "--out", str(tmp_path / "out"), *map(str, flags), "--sampled-tokens", "500"]) == 0
 
 
@@ -677,11 +284,11 @@ def test_cli_keeps_no_state_between_calls(refused: Refusal) -> None:
 
 
 def test_eval_of_a_run_measures_the_task_it_was_trained_on(
-    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_folder: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without the run's own configuration, eval would grade digit chains and print a meaningless number."""
     run = tmp_path / "run"
-    flags = ["--model", model, "--data", data, "--jsonl.grade", "exact", "--out", run, *SMALL]
+    flags = ["--model", model_folder, "--data", rows_file, "--jsonl.grade", "exact", "--out", run, *SMALL]
     assert main(["train", *map(str, flags)]) == 0
     held_out = load_yaml(run / "config.yaml")["jsonl"]["eval_fraction"]
     capsys.readouterr()
@@ -689,11 +296,13 @@ def test_eval_of_a_run_measures_the_task_it_was_trained_on(
     assert last is not None
     for folder in (run, last.path):
         assert main(["eval", "--model", str(folder), "--eval.samples", "2"]) == 0
-        num_rows = len(data.read_text().splitlines())
+        num_rows = len(rows_file.read_text().splitlines())
         assert f"{max(1, round(held_out * num_rows))} prompts, 2 samples each" in capsys.readouterr().out
 
 
-def test_sample_grades_a_text_prompt_without_a_data_file(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_grades_a_text_prompt_without_a_data_file(
+    model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ["--prompt", "1+1", "--answer", "2", "--search.rounds", "2", "--sampling.max-tokens", "4"]
-    assert main(["sample", "--model", *map(str, [model, *flags])]) == 0
+    assert main(["sample", "--model", *map(str, [model_folder, *flags])]) == 0
     assert "5 trajectories" in capsys.readouterr().out

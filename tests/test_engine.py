@@ -9,19 +9,17 @@ import numpy as np
 import pytest
 import torch
 from engine_helpers import (
-    VOCABULARY,
     assert_idle,
     expected_tokens,
     grow,
+    node_on,
     path_logits,
     prompt_of,
-    randomise,
     same,
     tiny_model,
 )
 
-from ibtpo_engine import Engine, Model, Node, OutOfPages, Sampling, StaleWeights, Tree
-from ibtpo_engine.tree import Tree as BareTree
+from ibtpo_engine import Engine, Model, Node, Sampling, Tree
 from ibtpo_kernels import backend, linear_logprob
 
 PROMPT = prompt_of(70)
@@ -264,12 +262,6 @@ def test_a_fork_within_the_prompt_samples_from_there(model: Model) -> None:
         engine.check_integrity()
 
 
-def node_on(model: Model, prompt: list[int], sampling: Sampling) -> Node:
-    engine = Engine(model, kv_tokens=1024)
-    with engine.tree(prompt) as tree:
-        return engine.extend(tree.root.fork(), sampling)[0]
-
-
 # ---- sampler and trainer -------------------------------------------------------------------------------------
 
 
@@ -411,218 +403,3 @@ def test_branches_with_different_parameters_share_a_batch(model: Model) -> None:
     while any(node.in_flight for node in nodes):
         engine._step()
     same(nodes, alone)
-
-
-# ---- weights -------------------------------------------------------------------------------------------------
-
-
-def test_keys_and_values_of_old_weights_are_never_read() -> None:
-    """Neither a tree's own nor those in the index: all that follows equals a fresh engine on the new weights."""
-    model = tiny_model()
-    engine = Engine(model, kv_tokens=4096)
-    tree = engine.tree(PROMPT)
-    old = engine.extend(tree.root.fork(2), Sampling(max_tokens=20))
-    before = [(node.tokens.copy(), node.logprob.copy()) for node in old]
-    engine.tree(prompt_of(40, seed=1)).close()
-    with engine.tree(prompt_of(64, seed=2)) as closed:
-        engine.extend(closed.root.fork(), Sampling(max_tokens=5))
-    assert engine.cache.index.num_entries > 4, "there is something to be found"
-    randomise(model, seed=77)
-    engine.weights_changed()
-    reused = engine.stats()["reused"]
-    new = engine.extend([*old[0].fork(at=9), *old[1].fork(), *tree.root.fork()], replace(GREEDY, max_tokens=40))
-    with engine.tree(prompt_of(64, seed=2)) as again:
-        new += engine.extend(again.root.fork(), GREEDY)
-    assert engine.stats()["reused"] == reused == 0, "nothing of the old weights was found"
-    fresh = tiny_model(seed=77)
-    for node in new:
-        prefix = node.prefix()[: node.start].tolist()
-        same([node], [node_on(fresh, prefix, replace(GREEDY, max_tokens=len(node)))])
-    assert [node.version for node in new] == [1] * 4
-    assert [node.version for node in [*old, old[0].parent]] == [0] * 3
-    for nodes, (tokens, logprob) in zip([[old[0].parent, old[0]], [old[1]]], before, strict=True):
-        assert np.array_equal(np.concatenate([node.tokens for node in nodes]), tokens)
-        assert np.array_equal(np.concatenate([node.logprob for node in nodes]), logprob)
-    assert set(tree.export().version.tolist()) == {0, 1}
-
-
-def _in_place(model: Model) -> None:
-    with torch.no_grad():
-        model.model.norm.weight.mul_(1.5)
-
-
-def _optimizer(model: Model) -> None:
-    model.requires_grad_(True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    model.model.norm.weight.sum().backward()
-    optimizer.step()
-
-
-def _load(model: Model) -> None:
-    model.load_state_dict(tiny_model(seed=5).state_dict())
-
-
-def _replace(model: Model) -> None:
-    model.model.norm.weight = torch.nn.Parameter(torch.ones(24))
-
-
-@pytest.mark.parametrize("change", [_in_place, _optimizer, _load, _replace])
-def test_changed_weights_nobody_told_of_are_an_error(change: Callable[[Model], None]) -> None:
-    model = tiny_model()
-    engine = Engine(model, kv_tokens=1024)
-    tree = engine.tree(PROMPT)
-    engine.extend(tree.root.fork(), GREEDY)
-    change(model)
-    pending = tree.root.fork()
-    with pytest.raises(StaleWeights, match=r"call engine\.weights_changed\(\)"):
-        engine.extend(pending, GREEDY)
-    with pytest.raises(StaleWeights, match=r"call engine\.weights_changed\(\)"):
-        list(engine.run(lambda tree: iter([]), [PROMPT], GREEDY))
-    engine.weights_changed()
-    [node] = engine.extend(pending, GREEDY)
-    same([node], [node_on(model, PROMPT, GREEDY)])
-
-
-def test_weights_changed_between_two_trees_of_a_run_are_an_error_too() -> None:
-    model = tiny_model()
-    engine = Engine(model, kv_tokens=1024, max_branches=2)
-
-    def search(tree: Tree) -> Iterator[list[Node]]:
-        yield tree.root.fork()
-
-    run = engine.run(search, [prompt_of(9, seed=i) for i in range(6)], SAMPLING)
-    next(run)
-    _in_place(model)
-    with pytest.raises(StaleWeights):
-        next(run)
-    engine.weights_changed()
-    assert_idle(engine)
-
-
-def test_weights_may_change_while_a_run_goes_on_if_the_engine_is_told() -> None:
-    """What is under way keeps its tokens and goes on under the new weights, on keys and values of the new ones."""
-    model = tiny_model()
-    engine = Engine(model, kv_tokens=2048, max_branches=2)
-
-    def search(tree: Tree) -> Iterator[list[Node]]:
-        yield tree.root.fork()
-
-    sampling = Sampling(max_tokens=40, temperature=0, stop_tokens=(2,))
-    trees = []
-    for _, tree in engine.run(search, [prompt_of(9, seed=i) for i in range(4)], sampling):
-        if not trees:
-            _in_place(model)
-            engine.weights_changed()
-        trees.append(tree)
-    assert sorted({leaf.version for tree in trees for leaf in tree.leaves()}) == [0, 1]
-    last = trees[-1].leaves()[0]
-    same([last], [node_on(model, trees[-1].root.tokens.tolist(), sampling)])
-    assert_idle(engine)
-
-
-# ---- bad calls -----------------------------------------------------------------------------------------------
-
-
-def test_bad_calls_of_extend_name_the_remedy_and_change_nothing() -> None:
-    model = tiny_model()
-    engine, other = Engine(model, kv_tokens=1024), Engine(model, kv_tokens=1024)
-    tree, closed, foreign = engine.tree(PROMPT), engine.tree(PROMPT), other.tree(PROMPT)
-    [leaf] = engine.extend(tree.root.fork(), GREEDY)
-    [lost] = engine.extend(tree.root.fork(), GREEDY)
-    orphan = lost.fork()[0]
-    lost.drop()
-    of_closed = closed.root.fork()[0]
-    closed.close()
-    twice, good = tree.root.fork(2)
-    for message, node in {
-        "not pending; use node.fork": leaf,
-        "closed or of another engine": of_closed,
-        "closed or of another": foreign.root.fork()[0],
-        "of another engine": BareTree(PROMPT).root.fork()[0],
-        "raise max_tokens": leaf.fork()[0],
-        "was dropped": orphan,
-    }.items():
-        for nodes in ([node], [good, node]):
-            with pytest.raises(ValueError, match=message):
-                engine.extend(nodes, GREEDY)
-            assert good.is_pending
-            assert not good.in_flight
-    with pytest.raises(ValueError, match="given twice"):
-        engine.extend([twice, good, twice], GREEDY)
-    assert [len(node) for node in engine.extend([twice, good], GREEDY)] == [30, 30]
-    assert engine.extend([], GREEDY) == []
-    tree.close()
-    assert_idle(engine)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ([], "at least one token"),
-        ([3, VOCABULARY], "40 lies outside the vocabulary"),
-        ([3, -1], "-1 lies outside the vocabulary"),
-        (np.array([3, 2**32]), "32-bit"),
-        ([0.5], "token ids"),
-        ([3] * 50, "50 tokens leaves no room in the model's context of 50"),
-    ],
-)
-def test_bad_prompts_are_named(prompt: list[int], message: str) -> None:
-    engine = Engine(tiny_model(positions=50), kv_tokens=1024)
-    with pytest.raises(ValueError, match=message):
-        engine.tree(prompt)
-    with pytest.raises(ValueError, match=message):
-        list(engine.run(lambda tree: iter([]), [prompt], GREEDY))
-    assert_idle(engine)
-
-
-def test_a_prompt_larger_than_the_pool_is_named() -> None:
-    engine = Engine(tiny_model(), kv_tokens=50)
-    with pytest.raises(
-        OutOfPages, match=r"prompt of 70 tokens needs 5 pages, the pool has 4; raise kv_tokens \(now 64\)"
-    ):
-        engine.tree(PROMPT)
-    assert_idle(engine)
-
-
-@pytest.mark.parametrize("field", ["kv_tokens", "max_branches", "prefill_tokens"])
-def test_sizes_must_be_positive(field: str) -> None:
-    with pytest.raises(ValueError, match=f"Engine: {field}=0 must be at least 1"):
-        Engine(tiny_model(), **{field: 0})
-
-
-@pytest.mark.parametrize(
-    "field",
-    [
-        {"temperature": -1.0},
-        {"temperature": float("nan")},
-        {"top_p": 0.0},
-        {"top_p": 1.5},
-        {"top_k": -1},
-        {"min_p": 1.5},
-        {"max_tokens": 0},
-    ],
-)
-def test_sampling_fields_are_checked(field: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match=rf"Sampling\.{next(iter(field))}"):
-        Sampling(**field)
-
-
-def test_weights_gone_bad_are_an_error_that_leaves_the_engine_usable() -> None:
-    """NaN logits, as after a diverged update."""
-    model = tiny_model()
-    engine = Engine(model, kv_tokens=1024)
-    tree = engine.tree(PROMPT)
-    saved = model.model.norm.weight.clone()
-    for _ in range(2):
-        model.model.norm.weight.fill_(float("nan"))
-        engine.weights_changed()
-        with pytest.raises(ValueError, match="NaN"):
-            engine.extend(tree.root.fork(3), GREEDY)
-        engine.check_integrity()
-        assert tree.nodes() == [tree.root]
-        model.model.norm.weight.copy_(saved)
-        engine.weights_changed()
-        same(engine.extend(tree.root.fork(), GREEDY), [node_on(model, PROMPT, GREEDY)])
-        tree.root.children[0].drop()
-    tree.close()
-    assert_idle(engine)

@@ -194,7 +194,7 @@ SCALARS = [
     *(("sample", "temperature", x) for x in NOT_NUMBERS),
     *(("sample", "top_p", x) for x in (*NOT_NUMBERS, 0.0, 1.5)),
     *(("sample", "min_p", x) for x in (*NOT_NUMBERS, 1.5)),
-    *(("sample", "top_k", x) for x in (-1, 2.5, torch.rand(3))),
+    *(("sample", "top_k", x) for x in (-1, 2.5, torch.tensor([0.7, 0.2, 0.5]))),
     *(("sample", name, torch.tensor([0.5, x, 0.5])) for name in ("temperature", "top_p", "min_p")
       for x in NOT_NUMBERS),
     ("sample", "top_k", torch.tensor([1, -1, 1])),

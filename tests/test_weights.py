@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from allocations import Allocations
-from engine_helpers import prompt_of, randomise, same, save_checkpoint, tiny_model
+from engine_helpers import assert_idle, node_on, prompt_of, randomise, same, save_checkpoint, tiny_model
 from torch import nn
 
 from ibtpo.config import OptimConfig
 from ibtpo.optim import MasterAdamW
-from ibtpo_engine import Engine, LoRA, Model, Node, Sampling, Shadow, StaleWeights, borrow, load_model
+from ibtpo_engine import Engine, LoRA, Model, Node, Sampling, Shadow, StaleWeights, Tree, borrow, load_model
 from ibtpo_engine.weights import SAMPLES, WeightWatch
 
 PROMPT = prompt_of(70)
@@ -26,6 +28,134 @@ def grown(model: Model | Shadow) -> list[Node]:
     engine = Engine(model, kv_tokens=1024)
     with engine.tree(PROMPT) as tree:
         return engine.extend(tree.root.fork(2), GREEDY)
+
+
+# ---- old keys, new weights ------------------------------------------------------------------------------------
+
+
+def test_keys_and_values_of_old_weights_are_never_read() -> None:
+    """Neither a tree's own nor those in the index: all that follows equals a fresh engine on the new weights."""
+    model = tiny_model()
+    engine = Engine(model, kv_tokens=4096)
+    tree = engine.tree(PROMPT)
+    old = engine.extend(tree.root.fork(2), Sampling(max_tokens=20))
+    before = [(node.tokens.copy(), node.logprob.copy()) for node in old]
+    engine.tree(prompt_of(40, seed=1)).close()
+    with engine.tree(prompt_of(64, seed=2)) as closed:
+        engine.extend(closed.root.fork(), Sampling(max_tokens=5))
+    assert engine.cache.index.num_entries > 4, "there is something to be found"
+    randomise(model, seed=77)
+    engine.weights_changed()
+    reused = engine.stats()["reused"]
+    new = engine.extend([*old[0].fork(at=9), *old[1].fork(), *tree.root.fork()], replace(GREEDY, max_tokens=40))
+    with engine.tree(prompt_of(64, seed=2)) as again:
+        new += engine.extend(again.root.fork(), GREEDY)
+    assert engine.stats()["reused"] == reused == 0, "nothing of the old weights was found"
+    fresh = tiny_model(seed=77)
+    for node in new:
+        prefix = node.prefix()[: node.start].tolist()
+        same([node], [node_on(fresh, prefix, replace(GREEDY, max_tokens=len(node)))])
+    assert [node.version for node in new] == [1] * 4
+    assert [node.version for node in [*old, old[0].parent]] == [0] * 3
+    for nodes, (tokens, logprob) in zip([[old[0].parent, old[0]], [old[1]]], before, strict=True):
+        assert np.array_equal(np.concatenate([node.tokens for node in nodes]), tokens)
+        assert np.array_equal(np.concatenate([node.logprob for node in nodes]), logprob)
+    assert set(tree.export().version.tolist()) == {0, 1}
+
+
+def _in_place(model: Model) -> None:
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1.5)
+
+
+def _optimizer(model: Model) -> None:
+    model.requires_grad_(True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    model.model.norm.weight.sum().backward()
+    optimizer.step()
+
+
+def _load(model: Model) -> None:
+    model.load_state_dict(tiny_model(seed=5).state_dict())
+
+
+def _replace(model: Model) -> None:
+    model.model.norm.weight = torch.nn.Parameter(torch.ones(24))
+
+
+@pytest.mark.parametrize("change", [_in_place, _optimizer, _load, _replace])
+def test_changed_weights_nobody_told_of_are_an_error(change: Callable[[Model], None]) -> None:
+    model = tiny_model()
+    engine = Engine(model, kv_tokens=1024)
+    tree = engine.tree(PROMPT)
+    engine.extend(tree.root.fork(), GREEDY)
+    change(model)
+    pending = tree.root.fork()
+    with pytest.raises(StaleWeights, match=r"call engine\.weights_changed\(\)"):
+        engine.extend(pending, GREEDY)
+    with pytest.raises(StaleWeights, match=r"call engine\.weights_changed\(\)"):
+        list(engine.run(lambda tree: iter([]), [PROMPT], GREEDY))
+    engine.weights_changed()
+    [node] = engine.extend(pending, GREEDY)
+    same([node], [node_on(model, PROMPT, GREEDY)])
+
+
+def test_weights_changed_between_two_trees_of_a_run_are_an_error_too() -> None:
+    model = tiny_model()
+    engine = Engine(model, kv_tokens=1024, max_branches=2)
+
+    def search(tree: Tree) -> Iterator[list[Node]]:
+        yield tree.root.fork()
+
+    run = engine.run(search, [prompt_of(9, seed=i) for i in range(6)], Sampling(max_tokens=45, stop_tokens=(2,)))
+    next(run)
+    _in_place(model)
+    with pytest.raises(StaleWeights):
+        next(run)
+    engine.weights_changed()
+    assert_idle(engine)
+
+
+def test_weights_may_change_while_a_run_goes_on_if_the_engine_is_told() -> None:
+    """What is under way keeps its tokens and goes on under the new weights, on keys and values of the new ones."""
+    model = tiny_model()
+    engine = Engine(model, kv_tokens=2048, max_branches=2)
+
+    def search(tree: Tree) -> Iterator[list[Node]]:
+        yield tree.root.fork()
+
+    sampling = Sampling(max_tokens=40, temperature=0, stop_tokens=(2,))
+    trees = []
+    for _, tree in engine.run(search, [prompt_of(9, seed=i) for i in range(4)], sampling):
+        if not trees:
+            _in_place(model)
+            engine.weights_changed()
+        trees.append(tree)
+    assert sorted({leaf.version for tree in trees for leaf in tree.leaves()}) == [0, 1]
+    last = trees[-1].leaves()[0]
+    same([last], [node_on(model, trees[-1].root.tokens.tolist(), sampling)])
+    assert_idle(engine)
+
+
+def test_weights_gone_bad_are_an_error_that_leaves_the_engine_usable() -> None:
+    """NaN logits, as after a diverged update."""
+    model = tiny_model()
+    engine = Engine(model, kv_tokens=1024)
+    tree = engine.tree(PROMPT)
+    saved = model.model.norm.weight.clone()
+    for _ in range(2):
+        model.model.norm.weight.fill_(float("nan"))
+        engine.weights_changed()
+        with pytest.raises(ValueError, match="NaN"):
+            engine.extend(tree.root.fork(3), GREEDY)
+        engine.check_integrity()
+        assert tree.nodes() == [tree.root]
+        model.model.norm.weight.copy_(saved)
+        engine.weights_changed()
+        same(engine.extend(tree.root.fork(), GREEDY), [node_on(model, PROMPT, GREEDY)])
+        tree.root.children[0].drop()
+    tree.close()
+    assert_idle(engine)
 
 
 # ---- what no version counter sees ----------------------------------------------------------------------------
