@@ -18,7 +18,9 @@ from ibtpo_kernels import logprob as tiled
 from ibtpo_kernels.reference import plain_linear_logprob
 
 CAPS = [None, 2.5]
-SHAPES = [(0, 0, 8, 5), (1, 0, 8, 1), (1, 3, 4, 7), (19, 40, 16, 33), (130, 61, 24, 257)]  # T, E, H, V
+SHAPES = [  # T, E, H, V; on the CPU rows of up to 64 logits are summed side by side
+    (0, 0, 8, 5), (1, 0, 8, 1), (1, 3, 4, 7), (19, 40, 16, 33), (130, 61, 24, 257), (17, 20, 8, 64), (33, 9, 8, 65),
+]  # fmt: skip
 
 
 def problem(num_rows: int, num_edges: int, hidden: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -126,6 +128,27 @@ def test_probabilities_that_vanish_give_no_nan(backend: str, spread: float) -> N
     assert torch.equal(logprob, torch.zeros(4))
     assert torch.equal(entropy, torch.zeros(4))
     assert all(g.isfinite().all() for g in grads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("vocabulary", [5, 33, 70])
+def test_a_row_that_is_nan_or_forbids_tokens_concerns_no_other(backend: str, vocabulary: int) -> None:
+    hidden, weight, _, _ = problem(40, 0, 8, vocabulary)
+    rows, targets = torch.arange(40), torch.arange(40) % vocabulary
+    hidden[:, 0], weight[:, 0] = -1.0, 0.0
+    others = torch.arange(vocabulary) != 2
+    without = hidden.double() @ weight[others].double().T
+    weight[2, 0] = torch.inf  # every logit of token 2 is -inf
+    hidden[17, 3], hidden[18] = torch.nan, torch.nan
+    with K.backend(backend):
+        logprob, entropy = K.linear_logprob(hidden, weight, rows, targets)
+    kept = torch.ones(40, dtype=torch.bool)
+    kept[[17, 18]] = False
+    assert logprob[~kept].isnan().all()
+    assert entropy[~kept].isnan().all()
+    assert torch.equal(logprob[kept] == -torch.inf, targets[kept] == 2)
+    log_p = without.log_softmax(-1)
+    torch.testing.assert_close(entropy[kept].double(), -(log_p.exp() * log_p).sum(-1)[kept], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

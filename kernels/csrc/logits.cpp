@@ -8,7 +8,8 @@
 //     finish  (m, s, w) -> (m, l, H): l = log s, entropy H = l - w / s
 //     grad    dz = sum_e g_e [target_e = v] - p G - h p (log p + H),   u becomes du = dz (1 - tanh^2) / temperature
 //
-// A row is summed from left to right in segments, whatever the number of threads; edges in the order given.
+// A row is summed from left to right in segments, or, if it is short, number by number, whatever the number of threads;
+// edges in the order given.
 #include "kernels.h"
 #include "simd.h"
 
@@ -16,6 +17,7 @@ namespace ibtpo::IBTPO_ISA {
 namespace {
 
 constexpr int64_t kParallelWork = 1 << 17;  // logits; below, starting threads costs more than it saves
+constexpr int64_t kShort = 64;              // logits of a row that is looked at beside others, a lane each
 constexpr int64_t kSegment = 1024;          // logits of a row looked at together: 4 KiB, read twice from the L1 cache
 constexpr float kLowest = -1e30f;           // stands in for -inf, whose product with probability 0 would be NaN
 constexpr float kInfinity = __builtin_inff();
@@ -126,6 +128,36 @@ INLINE void stats_row(const T* u, int64_t size, const S& shape, float& m, float&
   }
 }
 
+// The same for `rows` <= kWidth rows of `size` <= kShort logits that lie one after another, a lane a row: no lane is
+// reduced, which would take longer than all else. m, s and w are arrays.
+template <class T, class S>
+INLINE void stats_short_rows(const T* u, int64_t rows, int64_t size, const S& shape, float* m, float* s, float* w) {
+  Vec z[kShort], square[kWidth];
+  for (int64_t j = 0; j < size; j += kWidth) {
+    const int64_t count = least(kWidth, size - j);
+    for (int64_t i = 0; i < kWidth; ++i) {
+      const T* at = u + i * size + j;
+      square[i] = i >= rows ? Vec{} : count == kWidth ? read(at) : read_part(at, count);
+    }
+    transpose(square);
+    for (int64_t i = 0; i < count; ++i) z[j + i] = shape.logit(square[i]);
+  }
+  const Vec before = read_part(m, rows), s_before = read_part(s, rows), w_before = read_part(w, rows);
+  Vec top = before;
+  for (int64_t j = 0; j < size; ++j) top = max(top, z[j]);
+  const Vec gap = before == top ? Vec{} : before - top, shift = max(splat(kLowest), gap);
+  const Vec shrink = s_before == 0.0f ? Vec{} : exp(shift), centre = top == -kInfinity ? Vec{} : top;
+  Vec sum{}, weighted{};
+  for (int64_t j = 0; j < size; ++j) {
+    const Vec x = max(splat(kLowest), z[j] - centre), e = exp(x);  // in this order, NaN stays NaN
+    sum += e;
+    weighted += e * x;
+  }
+  write_part(m, top, rows);
+  write_part(s, shrink * s_before + sum, rows);
+  write_part(w, shrink * (w_before + shift * s_before) + weighted, rows);
+}
+
 template <class T, class S>
 INLINE void grad_row(T* u, int64_t size, const S& shape, float m, float l, float entropy, float grad_row, float h) {
   const float offset = h * entropy + grad_row;
@@ -153,15 +185,17 @@ template <class T, bool Capped>
 void stats_tile(const LogitTile& tile, const LogitEdges& edges, float* stats, int64_t total_rows, float* chosen) {
   const Shape<Capped> shape(tile);
   const T* u = static_cast<const T*>(tile.u);
+  const int64_t step = tile.num_cols <= kShort ? kWidth : 1;
 #pragma omp parallel for if (tile.num_rows * tile.num_cols > kParallelWork)
-  for (int64_t r = 0; r < tile.num_rows; ++r) {
-    float* at = stats + tile.first_row + r;
-    const bool begins = tile.first_col == 0;
-    float m = begins ? -kInfinity : at[0], s = begins ? 0.0f : at[total_rows], w = begins ? 0.0f : at[2 * total_rows];
-    stats_row(u + r * tile.num_cols, tile.num_cols, shape, m, s, w);
-    at[0] = m;
-    at[total_rows] = s;
-    at[2 * total_rows] = w;
+  for (int64_t r = 0; r < tile.num_rows; r += step) {
+    const int64_t rows = least(step, tile.num_rows - r);
+    float *m = stats + tile.first_row + r, *s = m + total_rows, *w = s + total_rows;
+    if (tile.first_col == 0)
+      for (int64_t i = 0; i < rows; ++i) m[i] = -kInfinity, s[i] = 0.0f, w[i] = 0.0f;
+    if (step > 1)
+      stats_short_rows(u + r * tile.num_cols, rows, tile.num_cols, shape, m, s, w);
+    else
+      stats_row(u + r * tile.num_cols, tile.num_cols, shape, *m, *s, *w);
   }
   for_edges(tile, edges, [&](int64_t e, int64_t at) { chosen[e] = shape.logit(read_part(u + at, 1))[0]; });
 }
