@@ -181,6 +181,8 @@ def test_rows_and_their_csv(tmp_path: Path) -> None:
     )
     assert set(wanted.split()) <= set(rows.COLUMNS)
     assert [(row["op"], row["median_us"]) for row in written] == [("treble", "500000"), ("double", "7")]
+    rows.write(path, [replace(other, machine="another"), replace(own, op="roof"), by_who["missing"]])
+    assert rows.measured_on(path, machine) == [other, by_who["missing"]]
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="other columns"):
         rows.write(path, found)

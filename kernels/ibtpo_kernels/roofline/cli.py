@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from ibtpo_kernels.roofline import plot, roofs, table
 from ibtpo_kernels.roofline.catalog import names, problems
-from ibtpo_kernels.roofline.machine import here
+from ibtpo_kernels.roofline.machine import Machine, here
 from ibtpo_kernels.roofline.problem import Problem
 from ibtpo_kernels.roofline.roofs import Roofs
-from ibtpo_kernels.roofline.rows import Row, read, roof_rows, rows_of, write
+from ibtpo_kernels.roofline.rows import Row, measured_on, read, roof_rows, rows_of, write
 from ibtpo_kernels.roofline.runner import run
 from ibtpo_kernels.roofline.timing import Budget
 
@@ -128,7 +128,7 @@ def _measure(chosen: list[Problem], options: argparse.Namespace, device: torch.d
     except KeyboardInterrupt:
         interrupted = True
     with _on_signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):  # it takes seconds, and the impatient want it
-        return _report(rows, left, limits, csv_path, interrupted, console)
+        return _report(rows, left, machine, limits, csv_path, interrupted, console)
 
 
 @contextmanager
@@ -154,16 +154,24 @@ def _progress(console: Console) -> Progress:
 
 
 def _report(
-    rows: list[Row], left: list[Problem], limits: Roofs, csv_path: Path, interrupted: bool, console: Console
+    rows: list[Row],
+    left: list[Problem],
+    machine: Machine,
+    limits: Roofs,
+    csv_path: Path,
+    interrupted: bool,
+    console: Console,
 ) -> int:
     measured = [row for row in rows if row.op != "roof"]
     table.print_rows(console, measured)
     for problem in left:
         console.print(f"not reached: {problem}", markup=False)
     console.print(f"wrote {csv_path}", markup=False)
-    title = f"{rows[0].device if rows[0].device != 'cpu' else rows[0].machine}, commit {rows[0].commit}"
+    drawn = measured_on(csv_path, machine)  # what was measured there before, too
+    commits = ", ".join(dict.fromkeys(row.commit for row in drawn))
+    title = f"{machine.device if machine.device != 'cpu' else machine.machine}, commit {commits}"
     try:
-        plot.draw(csv_path.with_suffix(".png"), measured, limits, title)
+        plot.draw(csv_path.with_suffix(".png"), drawn, limits, title)
         console.print(f"wrote {csv_path.with_suffix('.png')}", markup=False)
     except ImportError:
         console.print("no plot: matplotlib is missing; pip install 'ibtpo[bench]'", markup=False)

@@ -156,6 +156,20 @@ def write(path: Path, rows: Iterable[Row]) -> None:
     part.replace(path)
 
 
+def measured_on(path: Path, machine: Machine) -> list[Row]:
+    """The rows of a CSV that were measured there, whenever that was; the limits left out."""
+    where = ("machine", "device", "threads")
+    mine = tuple(str(getattr(machine, name)) for name in where)
+    rows = [row for row in read(path) if tuple(row[name] for name in where) == mine and row["op"] != "roof"]
+    return [Row(**{f.name: _value(f.type, str(row[_HEADER.get(f.name, f.name)])) for f in fields(Row)}) for row in rows]
+
+
+def _value(kind: object, text: str) -> Any:
+    if kind == "Number":
+        return float(text) if text else None
+    return int(text) if kind == "int" else text
+
+
 def _identity(row: dict[str, object]) -> tuple[str, ...]:
     return tuple(str(row[name]) for name in ("machine", "device", "threads", "op", "shape", "dtype", "pass"))
 
