@@ -191,12 +191,13 @@ def _check_input(config: TrainConfig, policy: Policy, task: Task, source: Path |
             "checkpoint; give one with --model DIR"
         )
     check_weights(policy, str(source))
+    notes = check_prompts(task, policy, config)
     warning = pool_warning(
         config,
         longest_prompt=lambda: longest_prompt(task, policy.tokenizer, config),
         context=policy.model.config.max_positions,
     )
-    for note in [*check_prompts(task, policy, config), *([warning] if warning else [])]:
+    for note in [*notes, *([warning] if warning else [])]:
         console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
