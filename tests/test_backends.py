@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from completion_server import Handler, Server, serving
 from engine_helpers import assert_idle, path_logits, prompt_of, tiny_model
+from shaped_sampling import Alternate
 
 from ibtpo.config import IBConfig, SearchConfig
 from ibtpo.search import make_search
@@ -422,6 +423,24 @@ def test_seeds_least_lengths_and_pauses_over_a_backend() -> None:
     assert len({tuple(completion.tokens) for completion in row}) == 3
     with pytest.raises(ValueError, match=r"Sampling\.pause"):
         local.extend([PROMPTS[0]], 1, sampling=Sampling(pause=lambda tokens, new: True), seeds=[[1]])
+
+
+def test_stop_strings_and_grammars_over_a_backend_begin_at_the_prompt_or_are_refused() -> None:
+    def decode(tokens: list[int]) -> str:
+        return "".join(chr(97 + token % 5) for token in tokens)
+
+    trees = BackendEngine(EngineBackend(Engine(MODEL, kv_tokens=8192, decode=decode)))
+    stop, mask = Sampling(max_tokens=20, stop=("ab", "cd")), Alternate()
+    tree = trees.tree(PROMPTS[0])
+    nodes = trees.extend(tree.root.fork(6), stop)
+    assert {node.stopped_by for node in nodes if node.finish == "stop"} == {"ab", "cd"}
+    for node in nodes:
+        assert node.finish == "length" or decode(node.tokens.tolist()).endswith(str(node.stopped_by))
+    with pytest.raises(ValueError, match=r"Sampling\.stop: .* goes on from sampled tokens"):
+        trees.extend(nodes[0].fork(at=1), stop)
+    trees.extend(tree.root.fork(at=5), Sampling(max_tokens=20, allowed=mask))
+    with pytest.raises(ValueError, match=r"Sampling\.allowed: .* goes on from sampled tokens"):
+        trees.extend(nodes[0].fork(at=1), Sampling(max_tokens=20, allowed=mask))
 
 
 def test_a_tree_closed_by_a_reward_ends_its_search_over_a_backend_too() -> None:

@@ -71,6 +71,18 @@ def test_weights_that_change_in_a_stream_leave_what_was_told(model: Model) -> No
     same(nodes, unlimited(model, 3))
 
 
+def test_a_branch_that_outlives_its_weights_carries_the_version_of_the_first(model: Model) -> None:
+    engine = Engine(model, kv_tokens=8192)
+    nodes = engine.tree(PROMPT).root.fork(2)
+    for event in engine.stream(nodes, Sampling(max_tokens=12)):
+        if event.node is nodes[0] and event.start - len(PROMPT) in (4, 8):
+            engine.weights_changed()
+            engine.abort(nodes[1:], keep=True)
+    assert [(node.finish, node.version) for node in nodes] == [("length", 0), ("abort", 0)]
+    [score] = engine.score(nodes[0], [[3, 4]], keep=True)
+    assert score.node is not None and score.node.version == engine.version == 2
+
+
 @pytest.mark.parametrize("after", [1, 3, 9, 20])
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("pages", [600, 15])

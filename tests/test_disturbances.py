@@ -229,6 +229,46 @@ def test_a_search_may_catch_a_dead_end_and_go_on() -> None:
     assert tree.notes["caught"]
 
 
+def test_what_a_reward_raises_goes_to_the_caller_of_its_own_run() -> None:
+    engine, sampling, done = Engine(MODEL, kv_tokens=4000), Sampling(max_tokens=4), []
+
+    def fails(tree: Tree, node: Node) -> float:
+        raise ZeroDivisionError
+
+    def search(tree: Tree) -> Growth:
+        yield tree.root.fork(2)
+
+    def beside() -> Iterator[list[int]]:
+        yield prompt_of(6)
+        with engine.tree(prompt_of(7)) as tree:  # makes the steps in which the branches of both runs end
+            done.extend(engine.extend(tree.root.fork(), Sampling(max_tokens=20)))
+
+    def failing() -> Iterator[list[int]]:
+        yield prompt_of(5)
+        done.extend(engine.run(search, beside(), sampling))
+
+    with pytest.raises(ZeroDivisionError):
+        list(engine.run(search, failing(), sampling, reward=fails))
+    assert len(done) == 2, "an extend and a tree"
+    assert_idle(engine)
+
+
+def test_a_branch_that_has_no_token_yet_where_another_fails_is_in_order() -> None:
+    engine = Engine(MODEL, kv_tokens=4000)
+    first, second = trees = [engine.tree(prompt_of(5 + i, seed=i)) for i in range(2)]
+    above = [engine.extend(tree.root.fork(), Sampling(max_tokens=6))[0] for tree in trees]
+    waiting = above[0].fork(at=2)
+    engine._submit(waiting, Sampling(max_tokens=20))
+    with pytest.raises(NoTokenAllowed):
+        engine.extend(above[1].fork(at=2), Sampling(max_tokens=20, allowed=lambda prefix: []))
+    engine.check_integrity()
+    engine.abort(waiting, keep=True)
+    assert waiting[0].dropped and waiting[0].finish is None
+    first.close()
+    second.close()
+    assert_idle(engine)
+
+
 def test_a_search_that_extends_by_itself_is_raised_at_in_its_own_call() -> None:
     engine = Engine(MODEL, kv_tokens=4000)
 

@@ -189,6 +189,35 @@ def test_a_predicate_that_fails_leaves_the_engine_usable(model: Model) -> None:
     assert_idle(engine)
 
 
+@pytest.mark.parametrize("beside", ["nothing", "a failure", "a reward that scores"])
+def test_a_predicate_is_asked_for_each_token_whatever_happens_beside_it(model: Model, beside: str) -> None:
+    engine, asked = Engine(model, kv_tokens=8192), []
+
+    def pause(tokens: Ints, new: int) -> bool:
+        asked.append(new)
+        return new == 7
+
+    def search(tree: Tree) -> Iterator[list[Node]]:
+        yield tree.root.fork(1)
+
+    def reward(tree: Tree, node: Node) -> float:
+        if beside == "a reward that scores":
+            engine.score(tree, [[3, 4]])
+        return 0.0
+
+    other, tree = engine.tree(PROMPT[:9]), engine.tree(PROMPT, key=3)
+    failing = Sampling(max_tokens=30, pause=lambda tokens, new: new == 7 and beside == "a failure" and 1 // 0 > 0)
+    next(engine_stream := engine.stream(other.root.fork(), failing))
+    nodes = tree.root.fork()
+    next(stream := engine.stream(nodes, Sampling(max_tokens=10, pause=pause)))
+    for _ in engine.run(search, [PROMPT[:5], PROMPT[:6]], Sampling(max_tokens=6), reward=reward):
+        pass
+    list(stream)
+    assert asked == [1, 2, 3, 4, 5, 6, 7]
+    assert (len(nodes[0]), nodes[0].finish) == (7, None)
+    engine_stream.close()
+
+
 def test_more_tokens_for_a_branch_that_ran_into_its_limit(model: Model) -> None:
     engine = Engine(model, kv_tokens=8192)
     [whole] = engine.extend(engine.tree(PROMPT, key=7).root.fork(), Sampling(max_tokens=30))
@@ -205,6 +234,14 @@ def test_a_branch_with_a_seed_of_its_own_is_resumed_as_well(model: Model) -> Non
     [rest, beside] = engine.extend([more.resume(), *more.fork()], Sampling(max_tokens=30, seed=7))
     assert [*short.tokens, *more.tokens, *rest.tokens] == whole.tokens.tolist()
     assert beside.tokens.tolist() != rest.tokens.tolist()
+
+
+def test_a_branch_is_resumed_once_whatever_seed_it_goes_on_with(model: Model) -> None:
+    engine = Engine(model, kv_tokens=8192)
+    [short] = engine.extend(engine.tree(PROMPT).root.fork(), Sampling(max_tokens=5))
+    engine.extend([short.resume()], Sampling(max_tokens=12, seed=5))
+    with pytest.raises(ValueError, match="there already"):
+        short.resume()
 
 
 def test_what_cannot_be_resumed_is_refused(model: Model) -> None:

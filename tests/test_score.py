@@ -20,7 +20,7 @@ from engine_helpers import (
     tiny_model,
 )
 
-from ibtpo_engine import Engine, Model, Node, OutOfPages, Sampling, Tree
+from ibtpo_engine import Engine, EngineError, Model, Node, OutOfPages, Sampling, Tree
 
 PROMPT = prompt_of(37)
 SAMPLING = Sampling(max_tokens=30, temperature=0.8, stop_tokens=(2,))
@@ -70,6 +70,42 @@ def test_what_was_sampled_scores_as_it_was_sampled(model: Model) -> None:
             np.testing.assert_allclose(score.logprob, node.logprob_raw, rtol=0, atol=ROUNDING)
             np.testing.assert_allclose(score.entropy, node.entropy, rtol=0, atol=ROUNDING)
             assert len(node) > 1
+
+
+def test_a_tree_stands_for_its_whole_prompt_wherever_that_is_cut(model: Model) -> None:
+    engine = Engine(model, kv_tokens=8192)
+    tree = engine.tree(PROMPT)
+    [whole] = engine.score(tree, [[5, 6, 7]])
+    tree.root.fork(at=9)
+    tree.root.split(4)
+    [cut] = engine.score(tree, [[5, 6, 7]])
+    np.testing.assert_allclose(cut.logprob, whole.logprob, rtol=0, atol=ROUNDING)
+    assert tree.prompt.end == len(PROMPT) > tree.root.end
+
+
+def test_a_tree_closed_while_it_is_scored_is_an_error_and_no_score(model: Model) -> None:
+    engine = Engine(model, kv_tokens=8192, prefill_tokens=4)
+    tree, other = engine.tree(PROMPT), engine.tree(PROMPT[:5])
+    closing = Sampling(max_tokens=30, pause=lambda tokens, new: new == 3 and tree.close() is not None)
+    next(stream := engine.stream(other.root.fork(), closing))
+    with pytest.raises(EngineError, match="closed while it was being scored"):
+        engine.score(tree, [[5, 6, 7], [8]])
+    stream.close()
+    other.close()
+    assert_idle(engine)
+
+
+def test_forks_below_kept_suffixes_differ_with_a_seed_too(model: Model) -> None:
+    engine = Engine(model, kv_tokens=8192)
+    scores = engine.score(engine.tree(PROMPT), [[5, 6], [5, 6], [7, 8]], keep=True)
+    nodes = [score.node.fork()[0] for score in scores if score.node is not None]
+    engine.extend(nodes, Sampling(max_tokens=20, seed=5))
+    assert len({node.stream for node in nodes}) == 3
+    again = Engine(model, kv_tokens=8192, seed=9)
+    [score] = again.score(again.tree(PROMPT, key=4), [[5, 6]], keep=True)
+    assert score.node is not None
+    [node] = again.extend(score.node.fork(), Sampling(max_tokens=20, seed=5))
+    assert node.tokens.tolist() == nodes[0].tokens.tolist()
 
 
 def test_the_prefix_is_computed_once_and_no_trace_is_left(model: Model) -> None:

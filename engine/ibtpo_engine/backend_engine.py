@@ -17,6 +17,7 @@ import numpy.typing as npt
 from ibtpo_engine.backends import Backend, Completion
 from ibtpo_engine.errors import BackendError, EngineError
 from ibtpo_engine.growing import Growing, Reward, Search, Searches
+from ibtpo_engine.masks import TokenMask
 from ibtpo_engine.randomness import seeded_stream
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.tree import Node, Tree
@@ -184,6 +185,13 @@ class BackendEngine:
             raise ValueError("a node is given twice; use node.fork(n=2) for two branches")
         if sampling.pause is not None:
             raise ValueError("Sampling.pause: a backend does not pause; use an Engine")
+        if sampling.stop or isinstance(sampling.allowed, TokenMask):
+            name = "stop" if sampling.stop else "allowed"
+            for node in [node for node in nodes if node.births()[0][0] < node.start]:
+                raise ValueError(
+                    f"Sampling.{name}: {node!r} goes on from sampled tokens, which a backend takes for its prompt: a "
+                    "stop string or grammar begun in them would begin anew; use an Engine"
+                )
         room = {node: self._room(node, sampling) for node in nodes}
         families: dict[Node | None, list[Node]] = {}
         for node in nodes:
@@ -242,6 +250,8 @@ class BackendEngine:
                     finish=completion.finish,
                     version=self.version,
                 )
+                if completion.stopped_by is not None:
+                    node.stopped_by = completion.stopped_by
                 node.in_flight = False
                 filled.append(node)
         return filled

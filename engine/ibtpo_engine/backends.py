@@ -31,7 +31,8 @@ class Completion:
         logprob: float32 [n], log-probability under the distribution sampled from (temperature, top-p, top-k applied).
         logprob_raw: float32 [n], log-probability under the model at temperature 1, nothing cut.
         entropy: float32 [n], entropy in nats of the model's full distribution at temperature 1.
-        finish: "stop" (a token of `Sampling.stop_tokens`) or "length".
+        finish: "stop" (a token of `Sampling.stop_tokens`, or `stopped_by`) or "length".
+        stopped_by: the stop string that ended it, if one did.
     """
 
     tokens: Ints
@@ -39,6 +40,7 @@ class Completion:
     logprob_raw: Floats
     entropy: Floats
     finish: str
+    stopped_by: str | None = None
 
 
 class Backend(Protocol):
@@ -123,6 +125,7 @@ class EngineBackend:
                     logprob_raw=node.logprob_raw,
                     entropy=node.entropy,
                     finish=str(node.finish),
+                    stopped_by=node.stopped_by if isinstance(node.stopped_by, str) else None,
                 )
                 for node in self.engine.extend(nodes, sampling)
             ]

@@ -29,7 +29,12 @@ class Branch:
     features: Features | None = None
     place: tuple[int, ...] = ()  # depth-first sort key while running
     at_limit: str = "length"  # ... and how it ends there
+    version: int | None = None  # of the weights that sampled its first tokens, if they have changed since
     is_given: bool = False  # are its tokens given (`kept` from the start) and only to be scored?
+
+    def sampled_by(self, version: int) -> int:
+        """Version of the weights that its node is marked with, where it ends under `version`."""
+        return version if self.version is None else self.version
 
 
 @dataclass(eq=False)

@@ -269,13 +269,12 @@ class EngineCore:
         if finished is None:
             self._suspend_one()
             return
+        if self._pauses:  # before a reward is asked, which may take steps of its own: they look at each token
+            finished = finished + self._pauses.due(self.version)
         while self.scheduler.failures:
             self._fail(self.scheduler.failures.pop(0))
         for node in finished:
             self._report(node)
-        if self._pauses:
-            for node in self._pauses.due(self.version):
-                self._report(node)
 
     def _cancel(self, nodes: Iterable[Node]) -> None:
         """Take those of these nodes that are being extended off their trees."""
@@ -366,6 +365,9 @@ class EngineCore:
                 f"the model is {self.model.dtype} now, the engine's pool {self.cache.pool.dtype}; make a new Engine"
             )
         self._drop_all_kv()
+        for branch in self.scheduler.waiting:
+            if branch.kept is not None and not branch.is_given and branch.version is None:
+                branch.version = self.version
         if self.shadow is not None:
             self.shadow.refresh()
         self.scheduler.runner.weights_changed()

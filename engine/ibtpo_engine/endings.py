@@ -29,7 +29,7 @@ def truncate(scheduler: Scheduler, nodes: Iterable[Node], version: int) -> list[
     doomed = {id(node) for node in nodes if node.in_flight}
     ended = []
     for branch in [branch for branch in under_way(scheduler) if id(branch.node) in doomed]:
-        if scheduler.is_running(branch):
+        if scheduler.is_running(branch) and scheduler.slots.length[branch.slot] > branch.node.start:
             ended.append(scheduler.end(branch, "abort", version))
             continue
         if id(branch) in scheduler.fills:  # it was preempted, and is being filled again
@@ -37,7 +37,7 @@ def truncate(scheduler: Scheduler, nodes: Iterable[Node], version: int) -> list[
             scheduler._wait_again(branch)
         if branch.kept is not None and not branch.is_given:
             scheduler.waiting.remove(branch)
-            ended.append(branch.node.fill(*branch.kept, finish="abort", version=version))
+            ended.append(branch.node.fill(*branch.kept, finish="abort", version=branch.sampled_by(version)))
             branch.node.in_flight = False
     scheduler.drop_idle_fills()
     return ended

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ibtpo_engine.budget import Budget, check_nodes, check_room
 from ibtpo_engine.core import EngineCore
 from ibtpo_engine.endings import truncate
-from ibtpo_engine.errors import BudgetSpent
+from ibtpo_engine.errors import BudgetSpent, EngineError
 from ibtpo_engine.generate import in_order, independent
 from ibtpo_engine.given import Score, attach, check_suffixes, given_branch
 from ibtpo_engine.growing import Growing, Reward, Search, Searches
@@ -157,10 +157,11 @@ class Engine(EngineCore):
         Raises:
             ValueError: a suffix is not made of token ids or too long, or the node is pending, dropped, or not ours.
             BudgetSpent: the tree's budget does not hold the suffixes that are to be kept.
+            EngineError: the tree was closed under way, or the engine reset.
             OutOfPages, StaleWeights: as `extend`.
         """
         self._check_weights()
-        node = below.root if isinstance(below, Tree) else below
+        node = below.prompt if isinstance(below, Tree) else below
         self._check_open(node)
         if node.is_pending:
             raise ValueError(f"score: {node!r} has no tokens yet; extend it first")
@@ -178,6 +179,8 @@ class Engine(EngineCore):
                 for child in children if not keep else []:  # its pages may be what the next one waits for
                     if not (child.in_flight or child.dropped):
                         child.drop()
+            if any(child.is_pending for child in children):
+                raise EngineError(f"the tree of {node!r} was closed while it was being scored; wait until that is done")
         except BaseException as error:
 
             def drop() -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Floats = npt.NDArray[np.float32]
 
-_GIVEN = -2  # no depth and no ordinal of a fork is negative, so the stream of a suffix is no fork's
+_GIVEN = -2  # with the tokens of a suffix at the place of a fork's ordinal: 64 mixed bits, so no fork's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,11 +82,12 @@ def check_suffixes(node: Node, suffixes: Sequence[npt.ArrayLike], *, vocabulary:
 
 def attach(node: Node, tokens: Ints) -> Node:
     """A pending child for given tokens; it counts as no fork, so what is forked later draws what it would have."""
-    stream = mix(node.stream, node.end, _GIVEN, *tokens.tolist())
-    taken = {child.stream for child in node.children}
-    while stream in taken:  # the same suffix twice: forks below the two must differ
-        stream = mix(stream, _GIVEN)
-    child = Node(node.tree, node, node.end, stream)
+    birth = (node.end, mix(_GIVEN, *tokens.tolist()))
+    taken = {child.birth for child in node.children}
+    while birth in taken:  # the same suffix twice: forks below the two must differ
+        birth = (node.end, mix(_GIVEN, birth[1]))
+    child = Node(node.tree, node, node.end, mix(node.stream, *birth))
+    child.birth = birth
     node.children.append(child)
     return child
 

@@ -67,9 +67,11 @@ class Growing:
         self._waits_for = 0  # how many of `_until` are under way
         self._gate: Future[Any] | None = None
         self._error: Exception | None = None  # what the search is told instead of what it waits for
+        self._not_graded: Exception | None = None  # what the reward raised: for the caller of `run`
 
     def ask(self) -> None:
         """Send into the search what it waited for (it begins at the first call); take what it wants extended next."""
+        self._check_grades()
         self.turns += 1
         error, self._error = self._error, None
         if self.generator is None:
@@ -135,8 +137,13 @@ class Growing:
         self._waits_for = sum(node in self._under_way for node in self._until)
         self.submitted = False
 
+    def _check_grades(self) -> None:
+        if self._not_graded is not None:
+            raise self._not_graded
+
     def _end(self) -> None:
         assert self.generator is not None
+        self._check_grades()
         self.generator.close()
         self.nodes, self._until, self._waits_for, self._gate, self.done = [], [], 0, None, True
         self.submitted = True
@@ -151,9 +158,16 @@ class Growing:
         self.stirred[self.tree.ordinal] = self
 
     def finished(self, node: Node) -> None:
-        """A branch ended: grade it, unless it only paused."""
+        """A branch ended: grade it, unless it only paused.
+
+        What the reward raises is kept for the next turn: the step may be that of another call.
+        """
         self._leaves(node)
-        graded = self.reward(self.tree, node) if self.reward is not None and node.finish is not None else None
+        try:
+            graded = self.reward(self.tree, node) if self.reward is not None and node.finish is not None else None
+        except Exception as error:
+            self._not_graded = error
+            return
         if isinstance(graded, Future):
             self.rewards[node] = graded
         else:
@@ -188,7 +202,7 @@ class Growing:
 
     def is_ready(self) -> bool:
         """Is all that the search asked for submitted, and all that it waits for finished and graded?"""
-        if self.tree.closed or self._error is not None:
+        if self.tree.closed or self._error is not None or self._not_graded is not None:
             return self.submitted
         if self._waits_for or not self.submitted or not (self._gate is None or self._gate.done()):
             return False

@@ -97,7 +97,7 @@ def _check_branches(nodes: list[Node], scheduler: Scheduler) -> None:
     _require(scheduler._order == running, "the order of the running branches is not that of the branches")
     for branch in scheduler.running.values():
         length, limit = int(slots.length[branch.slot]), int(slots.limit[branch.slot])
-        _require(branch.node.start < length < limit, f"{branch.node!r} runs at depth {length} of {limit}")
+        _require(branch.node.start <= length < limit, f"{branch.node!r} runs at depth {length} of {limit}")
         _check_row(branch.node.parent, branch.kv, slots.table[branch.slot].tolist(), scheduler)
     for fill in scheduler.fills.values():
         _require(fill.computed <= fill.start + len(fill.tokens), f"{fill.node!r} is filled past its end")

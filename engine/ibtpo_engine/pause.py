@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -153,15 +153,14 @@ class Pauses:
         """Ask `pause` after each token of a branch just submitted."""
         self._asked.append(_Asked(branch, pause))
 
-    def _wants_to_pause(self, asked: _Asked) -> bool:
-        try:
-            return asked.wants_to_pause(self.scheduler)
-        except Exception as error:
-            raise BranchFailed(asked.branch.node, error) from error
-
-    def due(self, version: int) -> Iterator[Node]:
-        """Pause the branches that want to, one by one: a predicate that raises leaves those before it paused."""
+    def due(self, version: int) -> list[Node]:
+        """Pause the branches that want to; those whose predicate raises are added to the scheduler's `failures`."""
         self._asked = [asked for asked in self._asked if asked.branch.node.in_flight]
+        paused = []
         for asked in self._asked:
-            if asked.branch.node.in_flight and self._wants_to_pause(asked):
-                yield self.scheduler.end(asked.branch, None, version)
+            try:
+                if asked.branch.node.in_flight and asked.wants_to_pause(self.scheduler):
+                    paused.append(self.scheduler.end(asked.branch, None, version))
+            except Exception as error:
+                self.scheduler.failures.append(BranchFailed(asked.branch.node, error))
+        return paused

@@ -208,7 +208,7 @@ class Roster:
 
     def end(self, branch: Branch, finish: str | None, version: int) -> Node:
         """End a running branch where it is; the node gets its tokens and its pages."""
-        branch.node.fill(*self._leave(branch), finish=finish, version=version)
+        branch.node.fill(*self._leave(branch), finish=finish, version=branch.sampled_by(version))
         if branch.features is not None:
             branch.features.leave(branch.node)
         branch.node.kv, branch.node.in_flight = branch.kv, False

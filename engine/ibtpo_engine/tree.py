@@ -48,7 +48,7 @@ class Node:
             caller), "scored" (its tokens were given), or None for interior, paused, prompt and pending nodes.
         stopped_by: what ended it, if `finish` is "stop": the stop token's id, or the stop string; else None.
         reward: what the reward function said of the trajectory ending here; None if not a graded leaf.
-        version: version of the weights that sampled the tokens.
+        version: version of the weights that sampled the tokens; where they changed under way, of the first ones.
     """
 
     __slots__ = (
@@ -219,7 +219,7 @@ class Node:
             raise ValueError(f"resume: {self!r} is pending or was dropped; resume a node that holds tokens")
         if self.stream == self.tree.root.stream:
             raise ValueError("resume: the prompt was not sampled; fork it instead")
-        if any(child.stream == self.stream for child in self.children):
+        if any(child.birth == self.birth for child in self.children):
             raise ValueError(f"resume: what follows {self!r} is there already; fork it for another branch")
         check_nodes(self.tree, 1)
         child = Node(self.tree, self, self.end, self.stream)
@@ -326,6 +326,14 @@ class Tree:
     def _next_serial(self) -> int:
         self._serials += 1
         return self._serials - 1
+
+    @property
+    def prompt(self) -> Node:
+        """The node that the prompt ends with: the root, or the lowest part of a prompt that was cut."""
+        node = self.root
+        while node.end < self.prompt_len:
+            node = node.children[0]  # what a cut left below comes first, and is never dropped
+        return node
 
     def nodes(self) -> list[Node]:
         """Every node that holds tokens, depth first."""
