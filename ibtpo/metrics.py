@@ -88,7 +88,7 @@ GROUPS: tuple[Group, ...] = (
         "Loss and optimizer",
         (
             Metric("loss", "", "The objective that is minimised, summed over the optimizer step."),
-            Metric("weight", "tokens", "Sum of the token weights in the loss."),
+            Metric("weight", "", "Sum of the token weights in the loss; 1 for a token mean."),
             Metric("clip_fraction", "share", "Token weight whose gradient the clipping removed (clip share)."),
             Metric("entropy", "nats", "Entropy of the policy being trained, mean over token weights."),
             Metric("entropy_advantage", "nats", "Entropy times advantage, mean over token weights; with IBRO."),

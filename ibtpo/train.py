@@ -199,6 +199,7 @@ def _check_input(config: TrainConfig, policy: Policy, task: Task, source: Path |
     )
     for note in [*notes, *([warning] if warning else [])]:
         console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
+    task.train_problem(0)  # raises where all rows are held out or left out: not after the first evaluation
 
 
 def _run(trainer: Trainer) -> None:

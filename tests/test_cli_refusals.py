@@ -132,6 +132,15 @@ def test_bad_rows_are_refused_by_line(
     assert expected in refused("--model", model_folder, "--data", rows_file, *SMALL)
 
 
+def test_rows_that_are_all_held_out_are_refused_before_anything_is_evaluated(
+    model_folder: Path, rows_file: Path, refused: Refusal
+) -> None:
+    rows_file.write_text(GOOD)
+    model = ("--model", model_folder, "--data", rows_file, *SMALL)
+    assert "no row is left to train on; lower jsonl.eval_fraction" in refused(*model, "--jsonl.eval-fraction", "1")
+    assert "give jsonl.eval_data other prompts" in refused(*model, "--jsonl.eval-data", rows_file)
+
+
 def test_prompt_longer_than_the_context_names_line_and_limit(
     model_folder: Path, rows_file: Path, refused: Refusal
 ) -> None:

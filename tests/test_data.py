@@ -267,6 +267,27 @@ def test_filters_leave_rows_out_and_say_how_many(tmp_path: Path) -> None:
         opened(write(path, [{"prompt": "a", "answer": "b", "rate": 2}]), **ALL, **config)
 
 
+def test_narrow_floats_of_parquet_files_are_the_numbers_that_were_written(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    shares = [0.1, 0.3, 0.7, 0.9, 1.0]
+    for kind, inner in ((arrow.float32(), arrow.float16()), (arrow.float16(), arrow.float32())):
+        meta = [{"rate": rate} for rate in shares]
+        columns = {"prompt": ["a", "b", "c", "d", "e"], "answer": arrow.array(shares, kind)}
+        columns["meta"] = arrow.array(meta, arrow.struct([("rate", inner)]))
+        parquet.write_table(arrow.table(columns), tmp_path / "d.parquet")
+        rates = {"pass_rate_field": "meta.rate", "min_pass_rate": 0.3, "max_pass_rate": 0.9}
+        task = opened(tmp_path / "d.parquet", **ALL, **rates)
+        assert [p.answer for p in task.eval_problems(9)] == ["0.3", "0.7", "0.9"]
+
+
+def test_a_file_whose_rows_are_all_held_out_says_what_to_change(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", [{"prompt": str(i), "answer": i} for i in range(3)])
+    with pytest.raises(ValueError, match=r"no row is left to train on; lower jsonl.eval_fraction"):
+        opened(path, **ALL).train_problem(0)
+    with pytest.raises(ValueError, match=r"no row is left to train on; give jsonl.eval_data other prompts"):
+        opened(path, eval_data=path).train_problem(0)
+
+
 def test_held_out_by_count_and_by_a_file_of_its_own(tmp_path: Path) -> None:
     rows = [{"prompt": str(i), "answer": i} for i in range(30)]
     path, other = (

@@ -70,7 +70,7 @@ def majority_at(answers: Sequence[str | None], rewards: Sequence[float], ks: Seq
     for answer, reward in zip(answers, rewards, strict=True):
         if answer is not None:
             of.setdefault(answer, []).append(reward)
-    groups = [(len(group), math.fsum(group) / len(group)) for group in of.values()]
+    groups = sorted((len(group), math.fsum(group) / len(group)) for group in of.values())
     votes = sum(count for count, _ in groups)
     won = sum((_won_with(m, groups, votes) for m in _sizes(groups)), start=np.zeros(votes + 1))
     silent = samples - votes
@@ -85,19 +85,23 @@ def _sizes(groups: Iterable[tuple[int, float]]) -> range:
 
 
 def _won_with(most: int, groups: Sequence[tuple[int, float]], votes: int) -> Doubles:
-    """[votes + 1]: by number of votes cast, the summed reward of the winners over all choices in which `most` win."""
-    ways = np.zeros((votes + 1, votes // most + 1))  # [votes cast, answers tied at `most`]: number of choices
-    paid = np.zeros_like(ways)  # the same choices, each times the summed rewards of its tied answers
-    ways[0, 0] = 1.0
+    """[votes + 1]: by number of votes cast, the summed reward of the winners over all choices in which `most` win.
+
+    `groups` in order of size: the tables below grow with what can have been cast and tied, and small answers tie never.
+    """
+    ways = np.ones((1, 1))  # [votes cast, answers tied at `most`]: number of choices
+    paid = np.zeros((1, 1))  # the same choices, each times the summed rewards of its tied answers
     for count, reward in groups:
-        new_ways, new_paid = np.zeros_like(ways), np.zeros_like(ways)
+        cast, tied = ways.shape
+        new_ways = np.zeros((cast + min(count, most), tied + (count >= most)))
+        new_paid = np.zeros_like(new_ways)
         for j in range(min(count, most - 1) + 1):
-            new_ways[j:] += math.comb(count, j) * ways[: votes + 1 - j]
-            new_paid[j:] += math.comb(count, j) * paid[: votes + 1 - j]
+            new_ways[j : j + cast, :tied] += math.comb(count, j) * ways
+            new_paid[j : j + cast, :tied] += math.comb(count, j) * paid
         if count >= most:
-            before, tied = ways[: votes + 1 - most, :-1], slice(most, None)
-            new_ways[tied, 1:] += math.comb(count, most) * before
-            new_paid[tied, 1:] += math.comb(count, most) * (paid[: votes + 1 - most, :-1] + reward * before)
+            new_ways[most:, 1:] += math.comb(count, most) * ways
+            new_paid[most:, 1:] += math.comb(count, most) * (paid + reward * ways)
         ways, paid = new_ways, new_paid
-    shares: Doubles = (paid[:, 1:] / np.arange(1, ways.shape[1])).sum(axis=1)
+    shares = np.zeros(votes + 1)
+    shares[: len(paid)] = (paid[:, 1:] / np.arange(1, ways.shape[1])).sum(axis=1)
     return shares

@@ -81,7 +81,9 @@ class DataTask(RewardGrades):
             ValueError: every row is held out.
         """
         if not len(self._train):
-            raise ValueError(f"{self._file.rows.path}: no row is left to train on; lower jsonl.eval_fraction")
+            of_its_own = self._held_out_file is not self._file
+            remedy = "give jsonl.eval_data other prompts" if of_its_own else "lower jsonl.eval_fraction"
+            raise ValueError(f"{self._file.rows.path}: no row is left to train on; {remedy}")
         epoch, row = divmod(index, len(self._train))
         if epoch != self._epoch:
             self._epoch, self._order = epoch, seeded(self.seed, _ORDER, epoch).permutation(len(self._train))

@@ -24,6 +24,8 @@ from ibtpo.tasks.splits import choose_split
 
 _FORMATS = "a JSONL file (.jsonl), a Parquet file or folder (.parquet), or a folder written by datasets' save_to_disk"
 
+_NARROW = {"float": np.float32, "halffloat": np.float16}  # Arrow's names
+
 
 class Rows(Protocol):
     """Rows of a file, in its order."""
@@ -196,12 +198,24 @@ class ArrowRows:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         number = int(np.searchsorted(self._ends, index, side="right")) - 1
-        [row] = self._batches[number].slice(index - int(self._ends[number]), 1).to_pylist()
-        return dict(row)
+        batch = self._batches[number].slice(index - int(self._ends[number]), 1)
+        [row] = batch.to_pylist()
+        return {field.name: _as_written(row[field.name], field.type) for field in batch.schema}
 
     def where(self, index: int) -> str:
         """The file and the row, counted from 1."""
         return f"{self.path}, row {index + 1}"
+
+
+def _as_written(value: Any, kind: Any) -> Any:
+    """A value of this Arrow type; a float of 16 or 32 bits as the shortest number it stands for: .1, not .10000000149.
+
+    So a pass rate of .7 is not below .7, and an answer of .1 can be matched.
+    """
+    if isinstance(value, dict):
+        return {field.name: _as_written(value[field.name], field.type) for field in kind}
+    narrow = _NARROW.get(str(kind)) if isinstance(value, float) else None
+    return value if narrow is None else float(str(narrow(value)))
 
 
 def _map_batches(file: Path) -> list[Any]:
