@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from contextlib import nullcontext
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from ibtpo_engine import Sampling
 from ibtpo_engine import slots as slots_module
-from ibtpo_engine.capture import CudaCapture
+from ibtpo_engine.capture import CudaCapture, capture_for
 from ibtpo_engine.slots import Slots
+from ibtpo_kernels import dispatch, reference
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -32,6 +34,26 @@ def test_what_sampling_is_told_lies_where_the_logits_do(device: str, monkeypatch
     monkeypatch.setattr(slots_module, "sample_shaped", sample_shaped)
     list(slots.draw(np.arange(2), torch.empty(2, 7, device=device)))
     assert [tensor.device.type for tensor in seen] == [device] * 5
+
+
+@pytest.mark.parametrize(("capability", "serves"), [((7, 5), False), ((8, 6), True), ((9, 0), True), ((12, 0), True)])
+def test_a_gpu_before_ampere_runs_plain_torch(
+    capability: tuple[int, int], serves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels, device = ModuleType("triton"), torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(dispatch, "_triton", lambda: kernels)
+    monkeypatch.setattr(dispatch, "_too_old", dispatch._too_old.__wrapped__)
+    dispatch._say_missing.cache_clear()
+    assert dispatch.active_backend(device) == ("triton" if serves else "reference")
+    x: Any = SimpleNamespace(device=device, is_cuda=True, is_cpu=False, dtype=torch.float32)
+    with nullcontext() if serves else pytest.warns(RuntimeWarning, match="GPU before sm_80"):
+        assert dispatch.implementation(x) is (kernels if serves else reference)
+    if not serves:
+        monkeypatch.setattr("ibtpo_engine.capture.find_spec", lambda name: name)
+        model: Any = SimpleNamespace(device=device)
+        with pytest.raises(ValueError, match="sm_80"):
+            capture_for(model)
 
 
 class Graphs:
