@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from contextlib import nullcontext
+from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -54,6 +55,26 @@ def test_a_gpu_before_ampere_runs_plain_torch(
         model: Any = SimpleNamespace(device=device)
         with pytest.raises(ValueError, match="sm_80"):
             capture_for(model)
+
+
+def test_a_graph_keeps_the_settings_that_it_was_captured_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept for the next call may be given up before a graph that would read it is replayed."""
+    pytest.importorskip("triton", reason="Triton is not available on this platform")
+    module, logits = import_module("ibtpo_kernels.gpu.sample"), torch.zeros(1, 4)
+    kept, _ = module._parameter(0.7, torch.float64, logits)
+    assert module._parameter(0.7, torch.float64, logits)[0] is kept
+    monkeypatch.setattr(module, "is_captured", lambda x: True)
+    first, again = (module._parameter(0.7, torch.float64, logits)[0] for _ in range(2))
+    assert first is not kept and again is not first and torch.equal(first, kept)
+
+
+def test_heads_that_lie_too_far_apart_for_32_bits_are_brought_together() -> None:
+    pytest.importorskip("triton", reason="Triton is not available on this platform")
+    rows_dense = import_module("ibtpo_kernels.gpu.launch").rows_dense
+    fused = torch.empty(1 << 20, 3, 32, 128, device="meta")[:, 1]
+    assert rows_dense(fused) is fused
+    by_head = torch.empty(32, 1 << 20, 128, device="meta").transpose(0, 1)
+    assert rows_dense(by_head).is_contiguous()
 
 
 class Graphs:
