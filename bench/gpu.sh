@@ -93,6 +93,14 @@ use_sources() {
   fi
 }
 
+# Without it every kernel fails, each with a long message of its own.
+check_triton() {
+  [[ $DEVICE == cpu ]] && return
+  local lack
+  lack=$("$PYTHON" -c 'from ibtpo_kernels.self_check import triton_lacks; print(triton_lacks() or "")' 2>&1 | tail -n 1)
+  if [[ -n $lack ]]; then say "$lack"; fi
+}
+
 # FlashInfer compiles its kernels at first use, for minutes: let it do so while the tests run.
 compile_peers() {
   if [[ $DEVICE == cuda && " $* " == *" bench "* ]] && has_module flashinfer; then
@@ -165,6 +173,7 @@ main() {
   check_device
   [[ " $* " == *" install "* ]] && { say "install"; stage_install || failed+=(install); }
   use_sources
+  check_triton
   environment
   for stage in "${STAGES[@]:1}"; do
     [[ " $* " == *" $stage "* ]] || continue

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from contextlib import nullcontext
+from importlib import import_module
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,9 @@ from torch import Tensor
 
 from ibtpo_engine import Sampling
 from ibtpo_engine import slots as slots_module
-from ibtpo_engine.capture import CudaCapture
+from ibtpo_engine.capture import CudaCapture, capture_for
 from ibtpo_engine.slots import Slots
+from ibtpo_kernels import dispatch, reference
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -32,6 +35,46 @@ def test_what_sampling_is_told_lies_where_the_logits_do(device: str, monkeypatch
     monkeypatch.setattr(slots_module, "sample_shaped", sample_shaped)
     list(slots.draw(np.arange(2), torch.empty(2, 7, device=device)))
     assert [tensor.device.type for tensor in seen] == [device] * 5
+
+
+@pytest.mark.parametrize(("capability", "serves"), [((7, 5), False), ((8, 6), True), ((9, 0), True), ((12, 0), True)])
+def test_a_gpu_before_ampere_runs_plain_torch(
+    capability: tuple[int, int], serves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels, device = ModuleType("triton"), torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(dispatch, "_triton", lambda: kernels)
+    monkeypatch.setattr(dispatch, "_too_old", dispatch._too_old.__wrapped__)
+    dispatch._say_missing.cache_clear()
+    assert dispatch.active_backend(device) == ("triton" if serves else "reference")
+    x: Any = SimpleNamespace(device=device, is_cuda=True, is_cpu=False, dtype=torch.float32)
+    with nullcontext() if serves else pytest.warns(RuntimeWarning, match="GPU before sm_80"):
+        assert dispatch.implementation(x) is (kernels if serves else reference)
+    if not serves:
+        monkeypatch.setattr("ibtpo_engine.capture.find_spec", lambda name: name)
+        model: Any = SimpleNamespace(device=device)
+        with pytest.raises(ValueError, match="sm_80"):
+            capture_for(model)
+
+
+def test_a_graph_keeps_the_settings_that_it_was_captured_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept for the next call may be given up before a graph that would read it is replayed."""
+    pytest.importorskip("triton", reason="Triton is not available on this platform")
+    module, logits = import_module("ibtpo_kernels.gpu.sample"), torch.zeros(1, 4)
+    kept, _ = module._parameter(0.7, torch.float64, logits)
+    assert module._parameter(0.7, torch.float64, logits)[0] is kept
+    monkeypatch.setattr(module, "is_captured", lambda x: True)
+    first, again = (module._parameter(0.7, torch.float64, logits)[0] for _ in range(2))
+    assert first is not kept and again is not first and torch.equal(first, kept)
+
+
+def test_heads_that_lie_too_far_apart_for_32_bits_are_brought_together() -> None:
+    pytest.importorskip("triton", reason="Triton is not available on this platform")
+    rows_dense = import_module("ibtpo_kernels.gpu.launch").rows_dense
+    fused = torch.empty(1 << 20, 3, 32, 128, device="meta")[:, 1]
+    assert rows_dense(fused) is fused
+    by_head = torch.empty(32, 1 << 20, 128, device="meta").transpose(0, 1)
+    assert rows_dense(by_head).is_contiguous()
 
 
 class Graphs:

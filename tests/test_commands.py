@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from ibtpo.commands.doctor import EXTRAS, Finding, examine
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import dump_yaml, merge
 from ibtpo_kernels import cpu, dispatch, has_compiled
-from ibtpo_kernels.self_check import self_check
+from ibtpo_kernels.self_check import self_check, triton_lacks
 
 compiled = pytest.mark.skipif(not has_compiled(), reason="needs the compiled module")
 
@@ -174,6 +175,18 @@ def test_a_gpu_that_torch_cannot_use_is_explained(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "init", init)
     assert "cannot use it: driver too old (found version 11040)" in find("gpu").text
+
+
+def test_what_triton_lacks_on_this_machine_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It compiles what launches a kernel, at run time."""
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.delenv("CC", raising=False)
+    assert "install gcc" in str(triton_lacks())
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(sysconfig, "get_config_var", lambda name: str(tmp_path))
+    assert "install python3-dev" in str(triton_lacks())
+    (tmp_path / "Python.h").touch()
+    assert triton_lacks() is None
 
 
 def test_a_backend_that_crashes_is_broken_and_the_report_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

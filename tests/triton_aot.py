@@ -29,7 +29,8 @@ from triton_launches import calls
 from ibtpo_kernels.gpu import configs
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a thread block, A100, H100 and B200
+# Bytes a thread block. sm_80 has 163 KiB; its tiles are also those of sm_86 and sm_89, which have 99, as has sm_120.
+SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -72,7 +73,7 @@ class Built:
 
 @contextmanager
 def recording(major: int) -> Iterator[list[Launch]]:
-    """Note every launch in the block instead of making it; tiles are those of compute capability `major`."""
+    """Note every launch in the block instead of making it; tiles are those of `configs.family` `major`."""
     notes: list[Launch] = []
 
     def note(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
@@ -136,7 +137,7 @@ _SEEN: list[object] = []
 def compiled(capability: int, full: bool, name: str) -> list[tuple[str, int, str, Built | None]]:
     """(name, capability, kernel, built) of each launch of a call; None for what this process has built before."""
     found = []
-    for launch in launches(dict(calls(capability, full=full))[name], capability // 10):
+    for launch in launches(dict(calls(capability, full=full))[name], configs.family(capability // 10)):
         key = capability, launch.key
         found.append((name, capability, launch.name, None if key in _SEEN else build(launch, capability)))
         _SEEN.append(key)

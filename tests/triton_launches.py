@@ -26,8 +26,8 @@ from ibtpo_kernels.plan import DecodePlan, plan_items
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEADS = (16, 32, 64, 80, 96, 128, 256)
 # What is compiled by default: every head size and type for sm_90, for the others those that come closest to a limit.
-SOME_HEADS = {80: (80, 128, 256), 90: HEADS, 100: (64, 128)}
-SOME_DTYPES = {80: ("bf16", "fp32"), 90: tuple(DTYPES), 100: ("bf16", "fp32")}
+SOME_HEADS = {80: (80, 128, 256), 90: HEADS, 100: (64, 128), 120: (128, 256)}
+SOME_DTYPES = {80: ("bf16", "fp32"), 90: tuple(DTYPES), 100: ("bf16", "fp32"), 120: ("bf16",)}
 
 
 def attention(head_dim: int, dtype: torch.dtype) -> None:

@@ -26,6 +26,8 @@ def capture_for(model: Model) -> Capture:
         raise ValueError(f"cuda_graphs: the model is on {model.device}; move it to a GPU, or leave graphs off")
     if find_spec("triton") is None:
         raise ValueError("cuda_graphs: Triton is missing; install ibtpo[gpu] (Linux), or leave graphs off")
+    if torch.cuda.get_device_capability(model.device) < (8, 0):
+        raise ValueError("cuda_graphs: the Triton kernels need a GPU of sm_80 (Ampere) or later; leave graphs off")
     return CudaCapture(model.device)
 
 

@@ -22,7 +22,7 @@ from rich.console import Console
 
 from ibtpo_kernels import active_backend, backend, cpu
 from ibtpo_kernels.dispatch import BACKENDS
-from ibtpo_kernels.self_check import self_check
+from ibtpo_kernels.self_check import self_check, triton_lacks
 
 Status = Literal["ok", "note", "slow", "broken"]
 EXTRAS = ("gpu", "study", "gym", "data", "8bit")
@@ -199,6 +199,8 @@ def _gpu() -> Iterator[Finding]:
                 f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}, {free / GB:.1f} of {total / GB:.1f} GB free"
             )
             yield Finding("hardware", f"cuda:{index}", "ok", text)
+        if active_backend("cuda") == "triton" and (lack := triton_lacks()):
+            yield Finding("hardware", "for triton", "broken", lack)
     elif torch.version.cuda is None:
         status: Status = "slow" if has_driver else "note"
         text = f"none: this torch ({torch.__version__}) is built without CUDA"

@@ -77,6 +77,12 @@ def _triton() -> ModuleType | None:
 
 
 @cache
+def _too_old(device: torch.device) -> bool:
+    """Whether this GPU is one that Triton and its kernels are not made for: one before sm_80."""
+    return torch.cuda.get_device_capability(device) < (8, 0)
+
+
+@cache
 def _interprets() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
     return bool(import_module("triton").knobs.runtime.interpret)
@@ -87,10 +93,10 @@ def active_backend(device: torch.device | str) -> str:
     chosen = _chosen.get()
     if chosen is not None:
         return chosen
-    kind = torch.device(device).type
-    if kind == "cuda" and _triton() is not None:
+    device = torch.device(device)
+    if device.type == "cuda" and _triton() is not None and not _too_old(device):
         return "triton"
-    return "cpu" if kind == "cpu" and has_compiled() else "reference"
+    return "cpu" if device.type == "cpu" and has_compiled() else "reference"
 
 
 def direct() -> cpu.DirectOps | None:
@@ -158,6 +164,8 @@ def _on_gpu(x: Tensor) -> ModuleType:
     kernels = _triton()
     if kernels is None:
         _say_missing("Triton kernels", "install ibtpo[gpu] (Linux)")
+    elif x.is_cuda and _too_old(x.device):
+        _say_missing("Triton kernels for a GPU before sm_80 (Ampere)", "run it on a newer one")
     elif x.dtype in _SERVED_BY_TRITON:
         return kernels
     return reference

@@ -5,8 +5,12 @@ The problems are the small ones of the roofline catalog, each in the dtypes that
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -43,6 +47,19 @@ class Check:
     def is_ok(self) -> bool:
         """Whether the op computes what the reference does."""
         return self.error <= self.tolerance
+
+
+def triton_lacks() -> str | None:
+    """What Triton needs of this machine to launch a kernel on a GPU, and does not find; None if all is there.
+
+    It compiles a few lines of C, for this Python, when a kernel is first launched.
+    """
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "there is no C compiler, which Triton needs to launch a kernel; install gcc, or name one in CC"
+    folder = Path(sysconfig.get_config_var("INCLUDEPY") or "")
+    if not (folder / "Python.h").exists():
+        return f"{folder}/Python.h is missing, which Triton needs to launch a kernel; install python3-dev"
+    return None
 
 
 def self_check(name: str, device: torch.device | str) -> Iterator[Check]:

@@ -2,7 +2,7 @@
 
 A choice depends on the head size (padded to a power of two), the bytes of an element and the compute capability, not on
 the batch. The limits behind the numbers: 255 registers a thread without spilling, and shared memory of 99 KiB (sm_86,
-sm_89), 163 KiB (sm_80) or 227 KiB (sm_90, sm_100) a thread block.
+sm_89, sm_120), 163 KiB (sm_80) or 227 KiB (sm_90, sm_100) a thread block; sm_8x and sm_12x share their tiles.
 """
 
 from __future__ import annotations
@@ -43,10 +43,18 @@ def padded(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
+def family(major: int) -> int:
+    """Whose tiles a compute capability takes: 8 for sm_8x and sm_12x, 9 for sm_90, 10 for sm_10x and sm_11x.
+
+    sm_12x, on GeForce cards, has neither the shared memory nor the matrix instructions of sm_10x, but those of sm_86.
+    """
+    return 8 if major == 12 else min(major, 10)
+
+
 @cache
 def capability(device: torch.device) -> int:
-    """8 for sm_8x, 9 for sm_90, 10 for sm_10x and up; the interpreter counts as 9."""
-    return min(torch.cuda.get_device_capability(device)[0], 10) if device.type == "cuda" else 9
+    """`family` of a device; the interpreter counts as 9."""
+    return family(torch.cuda.get_device_capability(device)[0]) if device.type == "cuda" else 9
 
 
 # {(bytes an element, padded head size): {capability: tiles}}; a head size not listed uses the next larger one, a

@@ -15,9 +15,18 @@ def on_device(x: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+def is_captured(x: Tensor) -> bool:
+    """Whether what is launched on x now goes into a CUDA graph."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def rows_dense(x: Tensor) -> Tensor:
-    """x with its last axis dense; the others may be strided, as in views of a fused projection."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+    """x [N, H, D] with its last axis dense; the others may be strided, as in views of a fused projection.
+
+    A row's heads are addressed in 32 bits, rows in 64: heads that lie further apart are brought together.
+    """
+    is_near = x.stride(1) * x.shape[1] < 1 << 31
+    return x if x.stride(2) == 1 and is_near else x.contiguous()
 
 
 def needs_grad(*tensors: Tensor) -> bool:

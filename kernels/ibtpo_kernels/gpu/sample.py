@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibtpo_kernels.gpu.launch import on_device
+from ibtpo_kernels.gpu.launch import is_captured, on_device
 from ibtpo_kernels.reference import log_of
 
 _BLOCK = 4096
@@ -288,10 +288,14 @@ def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _parameter(value: float | Tensor, dtype: torch.dtype, logits: Tensor) -> tuple[Tensor, int]:
-    """A sampling parameter on the device, and its stride from row to row; a kernel argument would lose the double."""
+    """A sampling parameter on the device, and its stride from row to row; a kernel argument would lose the double.
+
+    A graph under capture gets a tensor of its own, which it fills: the one kept may be gone when the graph is replayed.
+    """
     if isinstance(value, Tensor):
         return value.to(dtype).contiguous(), 1
-    return _constant(value, dtype, logits.device), 0
+    make = _constant.__wrapped__ if is_captured(logits) else _constant
+    return make(value, dtype, logits.device), 0
 
 
 def _log(min_p: float | Tensor) -> float | Tensor:
@@ -367,7 +371,7 @@ def sample(
             num_cols, num_blocks, num_rows, BLOCK=_BLOCK, BLOCKS=triton.next_power_of_2(num_blocks),
             FILTERED=not _plain(top_p, top_k, min_p), num_warps=8, maxnreg=255,
         )  # fmt: skip
-    if not (logits.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not is_captured(logits):
         _raise_bad_row(token)
     return token, logprob, logprob_raw, entropy
 
