@@ -36,7 +36,7 @@ from ibtpo.optim import NonFinite
 from ibtpo.policy import Policy, load_policy
 from ibtpo.presets import PRESET_NOTES, PRESETS
 from ibtpo.printable import printable
-from ibtpo.progress import RunConsole
+from ibtpo.progress import Output, RunConsole
 from ibtpo.report import NOT_ACCURACY, summarize_run
 from ibtpo.rewards import RewardSpec, parse_rewards
 from ibtpo.run_format import is_run
@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ibtpo: {arguments[0]!r} is not a command\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     try:
-        return commands[arguments[0]](arguments[1:], Console())
+        return commands[arguments[0]](arguments[1:], Output())
     except Interrupted as stop:
         print(f"ibtpo: {stop}", file=sys.stderr)
         return 0 if stop.signal in (signal.SIGTERM, signal.SIGHUP) else 130

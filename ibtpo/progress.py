@@ -22,7 +22,16 @@ SECONDS_BETWEEN_LINES = 10.0
 PROCESS = Path("/proc/self/status")
 
 
-class RunConsole(Console):
+class Output(Console):
+    """A console whose closed pipe (`ibtpo eval | head`) ends only what is said, where rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        """Say nothing more."""
+        self.quiet = True
+        _lead_nowhere(sys.stdout.fileno())
+
+
+class RunConsole(Output):
     """A console whose closed pipe (`ibtpo train | head`) stops the run as SIGTERM does: at a safe point.
 
     rich would end the process where it stands. A closed terminal ends nothing by itself: the SIGHUP that comes with it
@@ -34,8 +43,7 @@ class RunConsole(Console):
 
     def on_broken_pipe(self) -> None:
         """Say nothing more, and ask for the stop."""
-        self.quiet = True
-        _lead_nowhere(sys.stdout.fileno())
+        super().on_broken_pipe()
         signal.raise_signal(signal.SIGTERM)
 
 

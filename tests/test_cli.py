@@ -78,6 +78,19 @@ def test_runs_as_a_module_and_ends_quietly_when_the_pipe_is_closed() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("module", [["ibtpo", "presets"], ["ibtpo.commands.doctor", "--no-kernels"]])
+def test_a_reader_that_has_left_changes_neither_work_nor_exit_code(module: list[str]) -> None:
+    """rich would exit with 1: what is done after the last line, such as the file of `eval --json`, was not done."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", *module], env=environment, stdout=writing, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_ctrl_c_while_it_is_loaded_ends_it_without_a_traceback() -> None:
     script = (
         "import os, signal, sys\n"

@@ -20,6 +20,7 @@ import tyro
 from packaging.requirements import Requirement
 from rich.console import Console
 
+from ibtpo.progress import Output
 from ibtpo_kernels import active_backend, backend, cpu
 from ibtpo_kernels.dispatch import BACKENDS
 from ibtpo_kernels.self_check import self_check, triton_lacks
@@ -281,4 +282,4 @@ def _one_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(doctor(sys.argv[1:], Console()))
+    sys.exit(doctor(sys.argv[1:], Output()))
