@@ -106,7 +106,9 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("curves", nargs="*", choices=[*CURVES, []], help="which; default: all")
+    parser.add_argument(
+        "curves", nargs="*", choices=[*CURVES, []], metavar="CURVE", help=f"which of {', '.join(CURVES)}"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--repetitions", type=int, default=15, metavar="N")
     options = parser.parse_args()

@@ -278,7 +278,8 @@ CASES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", choices=[*CASES, []], help="which; default: decode shared trees")
+    which = f"which of {', '.join(CASES)}; default: decode shared trees"
+    parser.add_argument("cases", nargs="*", choices=[*CASES, []], metavar="CASE", help=which)
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--repetitions", type=int, default=9, metavar="N")
     parser.add_argument("--prompts", type=int, nargs="+", default=[4, 16], metavar="N", help="of trees-large")
