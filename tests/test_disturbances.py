@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import pickle
 import random
@@ -431,8 +432,35 @@ def test_a_copy_for_another_process_takes_nothing_of_the_engine_along() -> None:
         [node] = engine.extend(tree.root.fork(), Sampling(max_tokens=5))
         for thing in (node, tree, tree.export()):
             assert len(pickle.dumps(thing)) < 10_000
-        copy = pickle.loads(pickle.dumps(node))
-        assert copy.tokens.tolist() == node.tokens.tolist() and copy.prefix().tolist() == node.prefix().tolist()
-        copy.tree.close()  # harms nobody
+        copied = pickle.loads(pickle.dumps(node))
+        assert copied.tokens.tolist() == node.tokens.tolist() and copied.prefix().tolist() == node.prefix().tolist()
+        assert copied.tree.root.children[0] is copied
+        copied.tree.close()  # harms nobody
         engine.extend(tree.root.fork(), Sampling(max_tokens=5))
         engine.check_integrity()
+
+
+def test_a_deep_tree_is_copied_with_its_notes_and_without_recursion() -> None:
+    tree = Tree(prompt_of(3), key=1)
+    node, numbers = tree.root, np.zeros(2, np.float32)
+    for depth in range(3000):
+        first, second = node.fork(2)
+        node = first.fill([depth % 7, 2], numbers, numbers, numbers, finish="stop")
+        second.fill([3, depth % 5], numbers, numbers, numbers, finish="length") if depth % 2 else None
+    gone = tree.root.children[0].children[0].children[1]
+    gone.drop()
+    tree.notes["best"] = [node, node.parent, gone]
+    node.notes["above"] = node.parent
+    for copied in (copy.deepcopy(node), pickle.loads(pickle.dumps(node)), pickle.loads(pickle.dumps(tree.leaves()))[0]):
+        assert copied.tree is not tree and copied.tree.closed
+        assert [n.tokens.tolist() for n in copied.tree.nodes()] == [n.tokens.tolist() for n in tree.nodes()]
+        assert [n.serial for n in copied.tree.leaves()] == [n.serial for n in tree.leaves()]
+        assert copied.prefix().tolist() == node.prefix().tolist()
+        best, above, lost = copied.tree.notes["best"]
+        assert best is copied and above is copied.parent is copied.notes["above"]
+        assert lost.dropped and lost.tokens.tolist() == gone.tokens.tolist()
+        again = pickle.loads(pickle.dumps(copied.parent))
+        assert again.fork(1)[0].stream == node.parent.fork(1)[0].stream
+        node.parent.children.pop()
+        node.parent.forks[node.parent.end] -= 1
+    assert copy.copy(node) is node

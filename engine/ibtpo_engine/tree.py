@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from ibtpo_engine.budget import Budget, check_nodes
 from ibtpo_engine.export import PackedTree, pack_tree
+from ibtpo_engine.pickling import fill_tree, reduce_node, reduce_tree
 from ibtpo_engine.randomness import mix
 
 Ints = npt.NDArray[np.int32]
@@ -79,10 +80,11 @@ class Node:
         self.mask: Any = None  # the engine's: where the end of this node is in the grammar it was sampled with
         self.notes: dict[str, Any] = {}  # the search's scratch space
 
-    def __getstate__(self) -> tuple[None, dict[str, Any]]:
-        """For copies and other processes: tokens and numbers, without what belongs to the engine."""
-        state = {name: getattr(self, name) for name in self.__slots__}
-        return None, state | {"kv": None, "mask": None, "in_flight": False}
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reduce_node(self)
+
+    def __copy__(self) -> Self:
+        return self  # a place in its tree, of which there is one; copy.deepcopy takes the tree along
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -362,8 +364,11 @@ class Tree:
                 self._on_close(self)
             self.closed = True  # now: what was interrupted is closed again
 
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_on_close": None, "closed": True}  # a copy, as in another process, belongs to no engine
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reduce_tree(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        fill_tree(self, state)
 
     def __enter__(self) -> Self:
         return self

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ibtpo.distributed.exchange import freeze, thaw
 from ibtpo.distributed.group import ALONE, Group
 from ibtpo.grow import Grower, Interrupted, OnLeaf, completion_of, ignore_leaf
 from ibtpo.tasks import Problem
@@ -50,7 +50,7 @@ class SharedGrower(Grower):
                 on_tree,
                 on_leaf=on_leaf,
             )
-            grown = freeze(own), seconds
+            grown = pickle.dumps(own, pickle.HIGHEST_PROTOCOL), seconds
         except Interrupted:
             grown = None
         parts = [part for part in self.group.gather(grown, "exchange their trees") if part is not None]
@@ -58,7 +58,7 @@ class SharedGrower(Grower):
             raise Interrupted
         trees: list[Tree] = []
         for rank, (data, _) in enumerate(parts):
-            theirs = own if rank == self.group.rank else thaw(data)
+            theirs = own if rank == self.group.rank else pickle.loads(data)
             if rank != self.group.rank:
                 for tree in theirs:
                     self._announce(tree, on_leaf)
