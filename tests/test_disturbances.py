@@ -9,6 +9,7 @@ import random
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from itertools import chain
 from threading import Thread
 from typing import Any
 
@@ -356,6 +357,45 @@ def work(kind: str, engine: Engine, key: int) -> None:
     else:
         for _ in engine.stream(tree.root.fork(4), Sampling(max_tokens=30)):
             pass
+
+
+@pytest.mark.parametrize("order", [("interrupted", "other"), ("other", "interrupted")])
+def test_an_interrupt_in_a_reward_keeps_no_other_run_waiting(order: tuple[str, str]) -> None:
+    """The branches of both runs end in the same step, before and behind the one that is interrupted."""
+    engine, ends = Engine(MODEL, kv_tokens=4000), dict.fromkeys(order, 0)
+
+    def search(tree: Tree) -> Growth:
+        if tree.prompt_len > 4:  # a shorter one is done at once
+            yield tree.root.fork(2)
+
+    def begin(name: str, max_tokens: int) -> Iterator[tuple[int, Tree]]:
+        def reward(tree: Tree, node: Node) -> float:
+            ends[name] = engine.stats()["steps"]
+            if name == "interrupted":
+                raise KeyboardInterrupt
+            return 1.0
+
+        run = engine.run(
+            search, [prompt_of(length) for length in (4, 5, 6)], Sampling(max_tokens=max_tokens), reward=reward
+        )
+        return chain([next(run)], run)
+
+    runs = {name: begin(name, length) for name, length in zip(order, (40, 39), strict=True)}
+    with pytest.raises(KeyboardInterrupt):
+        list(runs["interrupted"])
+    trees = dict(runs["other"])
+    assert ends["interrupted"] == ends["other"] > 0
+    assert sorted(trees) == [0, 1, 2]
+    assert [leaf.reward for tree in trees.values() for leaf in tree.leaves()] == [1.0] * 4
+    assert_idle(engine)
+
+
+def test_searches_whose_branches_are_gone_are_told_instead_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(MODEL, kv_tokens=4000)
+    monkeypatch.setattr(engine, "_report", lambda node: None)
+    with pytest.raises(EngineError, match="begin the run again"):
+        list(engine.run(branching, [prompt_of(5)], Sampling(max_tokens=4)))
+    assert_idle(engine)
 
 
 @pytest.mark.parametrize("kind", ["run", "extend", "score", "stream"])

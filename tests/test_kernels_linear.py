@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_cases import BACKENDS, ISAS, assert_within_budget, on_isa
 from torch import Tensor
 
 import ibtpo_kernels as K
+from ibtpo_kernels import fastest, linear
 
 SHAPES = [  # leading shape of x, K, N
     ((1,), 96, 256),
@@ -45,7 +47,7 @@ def test_value_and_gradients_match_float64(backend: str, case: tuple[tuple[int, 
     plain = [x.detach().clone().requires_grad_() for x in inputs]
     expected = []
     for variables in (exact, plain):
-        out = torch.nn.functional.linear(*variables)
+        out = F.linear(*variables)
         d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
         expected.append([out.detach(), *torch.autograd.grad(out, variables, d_out)])
     for actual, float64, torch_fp32 in zip(run(backend, inputs, torch.float32), *expected, strict=True):
@@ -59,7 +61,7 @@ def test_bfloat16_is_summed_in_float32_and_rounded_once(backend: str) -> None:
     with K.backend(backend):
         actual = K.batch_invariant_linear(*inputs)
         assert torch.equal(K.batch_invariant_linear(inputs[0][1, 3], *inputs[1:]), actual[1, 3])
-    exact = torch.nn.functional.linear(*(x.double() for x in inputs))
+    exact = F.linear(*(x.double() for x in inputs))
     torch.testing.assert_close(actual, exact.bfloat16(), atol=1e-6, rtol=2**-7)
     grads = run(backend, inputs, torch.bfloat16)[1:]
     assert [x.dtype for x in grads] == [torch.bfloat16] * 3
@@ -103,7 +105,7 @@ def test_bfloat16_is_rounded_once(isa: str, case: tuple[tuple[int, ...], int, in
     with on_isa(isa):
         actual = K.batch_invariant_linear(*inputs)
     assert actual.dtype == torch.bfloat16
-    plain, exact = (torch.nn.functional.linear(*(y.to(t) for y in inputs)) for t in (torch.bfloat16, torch.float64))
+    plain, exact = (F.linear(*(y.to(t) for y in inputs)) for t in (torch.bfloat16, torch.float64))
     assert_within_budget(actual, plain, exact)
 
 
@@ -141,6 +143,42 @@ def test_only_the_gradients_asked_for(backend: str) -> None:
             inputs = [y.clone().requires_grad_(i == wanted) for i, y in enumerate((x, weight, bias))]
             K.batch_invariant_linear(*inputs).sum().backward()
             assert [y.grad is not None for y in inputs] == [i == wanted for i in range(3)]
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_where_torch_is_slow_bfloat16_is_multiplied_by_us(
+    case: tuple[tuple[int, ...], int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward by the compiled kernel, backward in float32; as close to float64 as torch's own products."""
+    monkeypatch.setattr(linear, "_bf16_is_slow", lambda: True)
+    inputs = leaves(*case, bias=True)
+    found = []
+    for dtype, product in ((torch.bfloat16, K.fastest_linear), (torch.bfloat16, F.linear), (torch.float64, F.linear)):
+        variables = [x.bfloat16().to(dtype).requires_grad_() for x in inputs]
+        with K.backend("cpu"):
+            out = product(*variables)
+        d_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(dtype)
+        found.append([out.detach(), *torch.autograd.grad(out, variables, d_out)])
+    for actual, plain, exact in zip(*found, strict=True):
+        assert actual.dtype == torch.bfloat16
+        assert_within_budget(actual, plain, exact)
+    with K.backend("cpu"):
+        assert torch.equal(found[0][0], K.batch_invariant_linear(*(x.bfloat16() for x in inputs)))
+
+
+def test_elsewhere_a_linear_layer_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[torch.dtype] = []
+    monkeypatch.setattr(fastest, "batch_invariant_linear", lambda x, *rest: used.append(x.dtype))
+    inputs = leaves((6,), 9, 4, bias=True)
+    for slow in (True, False):
+        monkeypatch.setattr(linear, "_bf16_is_slow", lambda slow=slow: slow)
+        for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            variables = [x.to(dtype) for x in inputs]
+            with K.backend("reference"):
+                assert torch.equal(K.fastest_linear(*variables), F.linear(*variables))
+            if not (slow and dtype is torch.bfloat16):
+                assert torch.equal(K.fastest_linear(*variables), F.linear(*variables))
+    assert used == []
 
 
 def test_errors_name_the_argument() -> None:

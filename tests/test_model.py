@@ -18,10 +18,13 @@ from engine_helpers import (
     save_checkpoint,
     tiny_model,
 )
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ibtpo_engine import Engine, Model, ModelConfig, Sampling, initialise, load_model, load_tokenizer, save_model
+import ibtpo_kernels as K
+from ibtpo_engine import Engine, LoRA, Model, ModelConfig, Sampling, initialise, load_model, load_tokenizer, save_model
+from ibtpo_kernels import fastest, linear
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -174,6 +177,42 @@ def test_bf16_weights_load_as_saved_and_run(tmp_path: Path) -> None:
         nodes = engine.extend(tree.root.fork(2), Sampling(max_tokens=10))
     assert [len(node) for node in nodes] == [10, 10]
     assert engine.cache.pool.keys.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not K.has_compiled(), reason="needs the compiled kernels")
+def test_where_torch_is_slow_in_bf16_no_layer_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters and head included; but a layer with a hook runs as the module it is."""
+    seen: list[tuple[int, ...]] = []
+
+    def counted(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        seen.append(tuple(weight.shape))
+        return K.batch_invariant_linear(x, weight, bias)
+
+    monkeypatch.setattr(linear, "_bf16_is_slow", lambda: True)
+    monkeypatch.setattr(fastest, "batch_invariant_linear", counted)
+    model, prompt = tiny_model(dtype=torch.bfloat16), prompt_of(40)
+    layers, wanted = model.config.num_layers, path_logits(tiny_model(), prompt)
+    seen.clear()
+    assert (path_logits(model, prompt).float() - wanted).abs().max() < 0.05 * wanted.abs().max()
+    assert len(seen) == 7 * layers
+    engine = Engine(model, kv_tokens=512)
+    seen.clear()
+    with engine.tree(prompt) as tree:
+        engine.extend(tree.root.fork(), Sampling(max_tokens=2))
+    assert seen.count(tuple(model.head.shape)) == 2 and len(seen) == 2 * (7 * layers + 1)
+
+    model.add_adapters(LoRA(rank=2, alpha=4.0, targets=("q_proj", "up_proj")))
+    seen.clear()
+    tokens = torch.tensor(prompt)
+    end = torch.full((len(prompt),), len(prompt), dtype=torch.int32)
+    model.packed(tokens, torch.arange(len(prompt)), end).float().sum().backward()
+    assert len(seen) == (7 + 2 * 2) * layers
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    seen.clear()
+    heard: list[Tensor] = []
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, args, out: heard.append(out))
+    path_logits(model, prompt)
+    assert len(heard) == 1 and len(seen) == (7 + 2 * 2) * layers - 1
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -91,6 +92,7 @@ class EngineCore:
         self._searches: list[Searches] = []  # of each `run` under way
         self._stepping: int | None = None  # the thread in the middle of a step
         self._failed: dict[Node, Exception] = {}  # what nodes failed with whose caller is not told yet
+        self._ended: deque[Node] = deque()  # whose searches are not told yet
         self._opened = 0
         self._prompt_pages = 0  # of all open trees
         self._weights = WeightWatch(self.model, *([self.shadow.masters] if self.shadow else []))
@@ -273,8 +275,8 @@ class EngineCore:
             finished = finished + self._pauses.due(self.version)
         while self.scheduler.failures:
             self._fail(self.scheduler.failures.pop(0))
-        for node in finished:
-            self._report(node)
+        self._ended.extend(finished)
+        self._report_ended()
 
     def _cancel(self, nodes: Iterable[Node]) -> None:
         """Take those of these nodes that are being extended off their trees."""
@@ -316,6 +318,11 @@ class EngineCore:
         self.scheduler.counters = counters
         self.cache.index.hits, self.cache.index.evicted = index.hits, index.evicted
         self._prompt_pages = sum(pages_for(tree.prompt_len) for tree in self._trees.values())
+
+    def _report_ended(self) -> None:
+        """Tell the searches what ended; also what a reward, by an interrupt or a call of its own, keeps from them."""
+        while self._ended:
+            self._report(self._ended.popleft())
 
     def _report(self, node: Node) -> None:
         """Tell the search that grows a node's tree, if any, that the branch ended."""

@@ -261,13 +261,18 @@ class Engine(EngineCore):
 
     def _advance(self, searches: Searches) -> None:
         """Steps of the scheduler, or, if every tree waits for rewards or other futures, wait for the first."""
+        self._report_ended()
         futures = searches.awaited()
         if self.scheduler.num_branches:
             self._step(1 if futures else MOST_STEPS)
-        elif futures and not searches.any_ready():
+        elif searches.any_ready():
+            return
+        elif futures:
             begin = time.perf_counter()
             wait(futures, return_when=FIRST_COMPLETED)
             self.seconds_waiting += time.perf_counter() - begin
+        elif not searches.holds_back:
+            raise EngineError("searches wait for branches that are gone, as after an interrupt; begin the run again")
 
     def _submit_round(self, growth: Growing, sampling: Sampling) -> None:
         while True:

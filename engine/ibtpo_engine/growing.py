@@ -67,7 +67,7 @@ class Growing:
         self._waits_for = 0  # how many of `_until` are under way
         self._gate: Future[Any] | None = None
         self._error: Exception | None = None  # what the search is told instead of what it waits for
-        self._not_graded: Exception | None = None  # what the reward raised: for the caller of `run`
+        self._not_graded: BaseException | None = None  # what the reward raised: for the caller of `run`
 
     def ask(self) -> None:
         """Send into the search what it waited for (it begins at the first call); take what it wants extended next."""
@@ -160,13 +160,16 @@ class Growing:
     def finished(self, node: Node) -> None:
         """A branch ended: grade it, unless it only paused.
 
-        What the reward raises is kept for the next turn: the step may be that of another call.
+        What the reward raises is kept for the next turn: the step may be that of another call. An interrupt goes to
+        that one, too.
         """
         self._leaves(node)
         try:
             graded = self.reward(self.tree, node) if self.reward is not None and node.finish is not None else None
-        except Exception as error:
+        except BaseException as error:
             self._not_graded = error
+            if not isinstance(error, Exception):
+                raise
             return
         if isinstance(graded, Future):
             self.rewards[node] = graded
@@ -273,6 +276,11 @@ class Searches:
         if not growth.tree.closed:
             self._submit(growth)
         growth.told()
+
+    @property
+    def holds_back(self) -> bool:
+        """Have branches been asked for that are not submitted yet?"""
+        return bool(self._held)
 
     def any_ready(self) -> bool:
         """Can any of them go on?"""

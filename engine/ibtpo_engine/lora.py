@@ -9,8 +9,9 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ibtpo_kernels import fastest_linear
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The projections that may be adapted: those of attention, then those of the MLP."""
@@ -76,10 +77,10 @@ class LoRALinear(nn.Linear):
         self.lora_B = _holder(weight.new_zeros((outer, rank), requires_grad=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = fastest_linear(x, self.weight, self.bias)
         if not self.adapters.on:
             return y
-        low = F.linear(F.linear(x, self.lora_A.weight), self.lora_B.weight)
+        low = fastest_linear(fastest_linear(x, self.lora_A.weight), self.lora_B.weight)
         return y + self.adapters.config.scale * low
 
 

@@ -15,7 +15,7 @@ engine sampled with, and no ratio of the two is off. What this costs is in the d
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Literal, get_args
+from typing import Literal, TypeGuard, get_args
 
 import numpy as np
 import torch
@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from ibtpo_kernels import (
     active_backend,
     batch_invariant_linear,
+    fastest_linear,
     linear_sampled_logprob,
     plan_by_depth,
+    torch_is_slow,
     tree_attention_by_depth,
 )
 
@@ -69,7 +71,9 @@ def check_parity(
 
 
 def plain_project(layer: nn.Module, x: Tensor) -> Tensor:
-    """A projection as the module itself does it."""
+    """A projection as the module itself does it, or where that is slow the same faster."""
+    if torch_is_slow(x) and _is_plain(layer):
+        return fastest_linear(x, layer.weight, layer.bias)
     out: Tensor = layer(x)
     return out
 
@@ -84,8 +88,12 @@ def exact_project(layer: nn.Module, x: Tensor) -> Tensor:
     return batch_invariant_linear(x, linear.weight, linear.bias)
 
 
+def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
+
+
 def _checked(layer: nn.Module) -> nn.Linear:
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+    if not _is_plain(layer):
         raise ValueError(
             f"parity='bitwise' runs plain linear layers, not {type(layer).__name__} or one with a hook; merge what was "
             "added into the weights, or use parity='fast'"

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ibtpo_engine.capture import Capture
@@ -30,6 +29,7 @@ from ibtpo_kernels import (
     Events,
     active_backend,
     batch_invariant_linear,
+    fastest_linear,
 )
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class Runner:
         """[T, H] -> [T, V], float32 or (bitwise) the model's type; summed as by `decode` where that is native."""
         if self.is_native or self.parity == "bitwise":
             return batch_invariant_linear(hidden, self.model.head)
-        return F.linear(hidden, self.model.head).float()
+        return fastest_linear(hidden, self.model.head).float()
 
     def announce(self, num_rows: int) -> None:
         """Say that a `decode` of so many rows follows in a moment, where somebody can use the time."""

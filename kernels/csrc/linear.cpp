@@ -8,6 +8,8 @@
 // in any batch. A weight is used where it lies; kPanel of its rows are transposed a block at a time, into the L1 cache,
 // for as many rows of x as there are: for one row that is most of the work, for a hundred it is a few percent. The
 // decoder, which multiplies the same weights again and again, has them transposed once instead.
+#include <type_traits>
+
 #include "kernels.h"
 #include "parts.h"
 #include "threads.h"
@@ -19,11 +21,58 @@ namespace {
 constexpr int64_t kDepth = 128;             // words of a block
 constexpr int64_t kRows = 128;              // rows of a task; their sums are 32 KiB
 constexpr int64_t kParallelWork = 1 << 19;  // multiplications; below, starting threads costs more
+constexpr int64_t kWidenRows = 8;           // from as many on, widening the weight pays
+
+// Without instructions for pairs of bfloat16 each product takes them apart. Many rows are multiplied in float instead,
+// of factors taken apart once: the same chain of sums, the odd number of a pair first.
+template <class T>
+constexpr bool kWidens = sizeof(decltype(factor((const Word<T>*)nullptr))) > sizeof(Vec);
+
+struct Widened {
+  float *x, *weight;  // [kRows, 2 kDepth], [2 kDepth, kPanel]; null where nothing is widened
+};
+
+struct OddEven {
+  Vec odd, even;
+};
+INLINE OddEven take_apart(const Pair* p) {
+  const IVec bits = *reinterpret_cast<const IVecAt*>(p);
+  return {(Vec)(bits & -65536), (Vec)(bits << 16)};
+}
+
+INLINE void widen_rows(float* to, const Pair* from, int64_t stride, int64_t rows, int64_t words) {
+  for (int64_t m = 0; m < rows; ++m, to += 2 * kDepth, from += stride)
+    for_each(
+        words,
+        [&](int64_t k) {
+          const OddEven pairs = take_apart(from + k);
+          store(to + 2 * k, zip_low(pairs.odd, pairs.even));
+          store(to + 2 * k + kWidth, zip_high(pairs.odd, pairs.even));
+        },
+        [&](int64_t k) { to[2 * k] = to_float(from[k].odd), to[2 * k + 1] = to_float(from[k].even); });
+}
+
+INLINE void widen_weight(float* to, const Pair* from, int64_t words) {
+  for (int64_t k = 0; k < words; ++k, to += 2 * kPanel, from += kPanel)
+    for (int64_t n = 0; n < kPanel; n += kWidth) {
+      const OddEven pairs = take_apart(from + n);
+      store(to + n, pairs.odd);
+      store(to + kPanel + n, pairs.even);
+    }
+}
+
+template <Into Mode>
+INLINE void widened_product(float* sums, int64_t rows, int64_t wide, const Pair* x, int64_t stride, const Pair* b,
+                            int64_t words, const Widened& w) {
+  widen_rows(w.x, x, stride, rows, words);
+  widen_weight(w.weight, b, words);
+  product<Mode>(sums, kPanel, rows, wide, Strided{w.x, 2 * kDepth, 1}, w.weight, kPanel, 2 * words);
+}
 
 // Columns [column, column + cols) of rows [row, row + rows).
 template <class T>
 INLINE void panel(const Linear<T>& p, int64_t row, int64_t rows, int64_t column, int64_t cols, Word<T>* block,
-                  float* sums) {
+                  float* sums, const Widened& widened) {
   constexpr int64_t kWord = kPerWord<T>;
   const int64_t depth = p.depth / kWord, stride = p.x_stride / kWord, wide = round_up(cols, kWidth);
   const auto* x = reinterpret_cast<const Word<T>*>(p.x + row * p.x_stride);
@@ -35,10 +84,16 @@ INLINE void panel(const Linear<T>& p, int64_t row, int64_t rows, int64_t column,
       b = reinterpret_cast<const Word<T>*>(p.weight) + column * depth + k * kPanel;
     else
       pack_words_transposed(block, kPanel, p.weight + column * p.depth + k * kWord, p.depth, cols, words * kWord);
+    const auto add = [&](auto into) {
+      constexpr Into kInto = decltype(into)::value;
+      if constexpr (kWidens<T>)
+        if (widened.x != nullptr) return widened_product<kInto>(sums, rows, wide, x + k, stride, b, words, widened);
+      product<kInto>(sums, kPanel, rows, wide, {x + k, stride, 1}, b, kPanel, words);
+    };
     if (k == 0)
-      product<Into::kStore>(sums, kPanel, rows, wide, {x, stride, 1}, b, kPanel, words);
+      add(std::integral_constant<Into, Into::kStore>());
     else
-      product<Into::kAdd>(sums, kPanel, rows, wide, {x + k, stride, 1}, b, kPanel, words);
+      add(std::integral_constant<Into, Into::kAdd>());
     k += kDepth;
   } while (k < depth);
   const T* bias = p.bias == nullptr ? nullptr : p.bias + column;
@@ -62,9 +117,13 @@ static void multiply(const Linear<T>& p) {
     [[maybe_unused]] const RegistersFor<T> registers;
     const Scratch<Word<T>> block(p.packed ? 0 : kPanel * round_up(least(kDepth, p.depth), kWidth));
     const Scratch<float> sums(kPanel * least(kRows, p.num_rows));
+    const bool widens = kWidens<T> && p.num_rows >= kWidenRows;
+    const Scratch<float> wide_x(widens ? 2 * kDepth * least(kRows, p.num_rows) : 0);
+    const Scratch<float> wide_weight(widens ? 2 * kDepth * kPanel : 0);
+    const Widened widened = widens ? Widened{wide_x, wide_weight} : Widened{};
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / panels * kRows, column = i % panels * kPanel;
-      panel(p, row, least(kRows, p.num_rows - row), column, least(kPanel, p.num_cols - column), block, sums);
+      panel(p, row, least(kRows, p.num_rows - row), column, least(kPanel, p.num_cols - column), block, sums, widened);
     }
   });
 }

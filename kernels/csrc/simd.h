@@ -28,15 +28,12 @@ namespace ibtpo::IBTPO_ISA {
 #if defined(__AVX512F__) || defined(IBTPO_EMULATE_AVX512)
 #define IBTPO_WIDTH 16
 constexpr int kWidth = 16;
-constexpr int kTileRows = 8;  // rows of C held in registers: 8 rows x 2 vectors of 32 registers
 #elif defined(__AVX__)
 #define IBTPO_WIDTH 8
 constexpr int kWidth = 8;
-constexpr int kTileRows = 4;
 #else
 #define IBTPO_WIDTH 4
 constexpr int kWidth = 4;
-constexpr int kTileRows = 4;
 #endif
 
 typedef float Vec __attribute__((vector_size(4 * kWidth)));

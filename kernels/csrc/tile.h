@@ -45,6 +45,13 @@ INLINE Vec mul_add(Vec acc, const Pairs& a, const Pairs& b) {
 #endif
 }
 
+// Rows of C held in registers, of two vectors each: with 32 registers 8, with the 16 of AVX 6, or 4 where a factor
+// takes two registers.
+template <class T>
+constexpr int kTileRows = kWidth == 16                                                                ? 8
+                          : kWidth == 8 && sizeof(decltype(factor((const T*)nullptr))) == sizeof(Vec) ? 6
+                                                                                                      : 4;
+
 // A's element (m, k) is a[m * row + k * col], so a transposed A costs nothing. T is float or Pair.
 template <class T>
 struct StridedOf {
@@ -114,8 +121,9 @@ template <Into Mode, class T>
 INLINE void row_panels(float* c, int64_t ldc, int64_t rows, int64_t cols, StridedOf<T> a, PartsOf<T> b, int64_t depth) {
   int64_t m = 0;
   const auto at = [&](int64_t row) { return StridedOf<T>{a.a + row * a.row, a.row, a.col}; };
-  for (; m + kTileRows <= rows; m += kTileRows) row_panel<kTileRows, Mode>(c + m * ldc, ldc, cols, at(m), b, depth);
-  if constexpr (kTileRows > 4)
+  constexpr int kMost = kTileRows<T>;
+  for (; m + kMost <= rows; m += kMost) row_panel<kMost, Mode>(c + m * ldc, ldc, cols, at(m), b, depth);
+  if constexpr (kMost > 4)
     for (; m + 4 <= rows; m += 4) row_panel<4, Mode>(c + m * ldc, ldc, cols, at(m), b, depth);
   for (; m + 2 <= rows; m += 2) row_panel<2, Mode>(c + m * ldc, ldc, cols, at(m), b, depth);
   for (; m < rows; ++m) row_panel<1, Mode>(c + m * ldc, ldc, cols, at(m), b, depth);

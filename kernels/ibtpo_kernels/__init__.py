@@ -3,6 +3,8 @@
 from ibtpo_kernels.by_depth import DepthLayout, plan_by_depth, tree_attention_by_depth, with_value_of
 from ibtpo_kernels.decoder import Decoder, DecodeStep, Events, LayerWeights, can_borrow
 from ibtpo_kernels.dispatch import active_backend, backend, has_compiled
+from ibtpo_kernels.fastest import fastest_linear
+from ibtpo_kernels.linear import torch_is_slow
 from ibtpo_kernels.ops import (
     add_rms_norm,
     append_kv,
@@ -36,6 +38,7 @@ __all__ = [
     "backend",
     "batch_invariant_linear",
     "can_borrow",
+    "fastest_linear",
     "has_compiled",
     "linear_logprob",
     "linear_sampled_logprob",
@@ -48,6 +51,7 @@ __all__ = [
     "sample",
     "sampled_logprob",
     "silu_mul",
+    "torch_is_slow",
     "tree_attention",
     "tree_attention_by_depth",
     "tree_decode",

@@ -1,14 +1,35 @@
-"""The gradient that the batch-invariant products of all compiled backends share."""
+"""The gradient that the batch-invariant products of all compiled backends share, and where torch's own are slow."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Product = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]  # dense x, weight, bias -> x weight^T + bias
+
+
+@cache
+def _bf16_is_slow() -> bool:
+    """Whether torch multiplies bfloat16 on this CPU in plain loops: where oneDNN asks for instructions it lacks."""
+    has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return not (has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def torch_is_slow(x: Tensor) -> bool:
+    """Whether torch's products of this type take several times as long here as in float32.
+
+    So it is with bfloat16 on CPUs with neither AVX-512 nor AVX-NE-CONVERT.
+    """
+    return x.dtype is torch.bfloat16 and x.is_cpu and _bf16_is_slow()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, in float32 where torch is slow at it in their own type."""
+    return (a.float() @ b.float()).to(a.dtype) if torch_is_slow(a) else a @ b
 
 
 class _BatchInvariantLinear(torch.autograd.Function):
@@ -24,8 +45,8 @@ class _BatchInvariantLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         rows = d_out.reshape(x.shape[:-1].numel(), len(weight))
         return (
-            d_out @ weight if needs_x else None,
-            rows.T @ x.reshape(len(rows), x.shape[-1]) if needs_weight else None,
+            _product(d_out, weight) if needs_x else None,
+            _product(rows.T, x.reshape(len(rows), x.shape[-1])) if needs_weight else None,
             rows.sum(0) if needs_bias else None,
             None,
         )

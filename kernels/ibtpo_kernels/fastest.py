@@ -1,0 +1,26 @@
+"""A linear layer by whoever is fast at it on this machine."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ibtpo_kernels.dispatch import active_backend
+from ibtpo_kernels.linear import torch_is_slow
+from ibtpo_kernels.ops import batch_invariant_linear
+
+
+def fastest_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, differentiable: torch's product, and where torch has but a plain loop for it, ours.
+
+    So it is with bfloat16 on CPUs with neither AVX-512 nor AVX-NE-CONVERT, and the compiled kernels.
+
+    Args:
+        x: [..., K]; weight: [N, K]; bias: [N].
+
+    Returns:
+        [..., N] in the dtype of x.
+    """
+    if torch_is_slow(x) and active_backend(x.device) == "cpu":
+        return batch_invariant_linear(x, weight, bias)
+    return F.linear(x, weight, bias)
