@@ -17,7 +17,9 @@ namespace ibtpo::IBTPO_ISA {
 namespace {
 
 constexpr int64_t kRows = 64;       // query rows (queries x group) of a task, at most
+constexpr int64_t kUsualPage = 16;  // slots of a page, nearly always
 constexpr int64_t kPages = 4;       // pages whose scores are computed together
+constexpr int64_t kFewRows = 4;  // up to as many, memory is what takes the time: fetches come a page at a time between
 constexpr float kMinimum = -1e30f;  // "no maximum yet": finite, so that -inf - m stays -inf
 
 // A maximum that grows by less than this is kept: weights up to e^8 are harmless, rescaling is not free.
@@ -34,9 +36,9 @@ struct Run {
   const T* values[kPages];              // this head's first value in each page
 };
 
-// Where the pages lie that come after those in hand: from a table column on, for a query.
+// What is read next: a head's keys and values in a query's pages from a table column on.
 struct Ahead {
-  int64_t query, column;
+  int64_t query, column, head;
 };
 
 template <class T>
@@ -76,7 +78,8 @@ class Task {
       if (item.query_end <= begin_ || item.query_begin >= end_) continue;
       const Item& next = items[least(i + 1, p_.num_items - 1)];
       const int64_t begin = most(begin_, item.query_begin), end = least(end_, item.query_end);
-      const int64_t failed = walk(begin, end, item.page_begin, item.page_end, Ahead{next.query_begin, next.page_begin});
+      const int64_t failed =
+          walk(begin, end, item.page_begin, item.page_end, Ahead{next.query_begin, next.page_begin, head_begin_});
       if (failed >= 0) return failed;
     }
     finish();
@@ -146,7 +149,8 @@ class Task {
         int64_t stop = b + 1;
         while (stop < end && visible(stop, column) > 0) ++stop;
         for (head_ = head_begin_; head_ < head_end_; ++head_) {
-          const Ahead ahead = more ? Ahead{begin, column + count} : next;
+          Ahead ahead = more ? Ahead{begin, column + count, head_begin_} : next;
+          if (head_ + 1 < head_end_) ahead = {b, column, head_ + 1};
           const int64_t failed = attend(b, stop, column, count, ahead);
           if (failed >= 0) return failed;
         }
@@ -166,37 +170,46 @@ class Task {
     for (int64_t b = begin; b < end; ++b) run.longest = most(run.longest, p_.lengths[b]);
     count = least(count, (run.longest - column * p_.page_size + p_.page_size - 1) / p_.page_size);
     for (int64_t c = 0; c < count; ++c) {
-      const int64_t first = page_begin(begin, column + c);
+      const int64_t first = page_begin(begin, column + c, head_);
       if (first < 0) return begin;
       pack_words_transposed(keys_ + c * page_, ld, p_.k_pages + first, kv_stride, p_.page_size, p_.head_dim);
       run.values[c] = p_.v_pages + first;
       prefetch<3>(run.values[c], p_.page_size, p_.head_dim);
-      foresee(ahead.query, ahead.column + c);
+      foresee(ahead, c, p_.k_pages);
     }
-    for (int64_t c = count; c < kPages; ++c) foresee(ahead.query, ahead.column + c);
     const Step* q = reinterpret_cast<const Step*>(q_ + state(begin) * padded_);
     const int64_t rows = (end - begin) * group_;
     product<Into::kStore>(scores_, ld, rows, count * page_, {q, padded_ / kStep, 1}, (const Step*)keys_, ld,
                           (p_.head_dim + kStep - 1) / kStep);
+    const bool few = rows <= kFewRows;
     int64_t taken = 0;  // of this run's pages, acc holds [0, taken)
-    for (int64_t c = 0; c < count; ++c) taken = page_ == kWidth ? weigh<1>(run, taken, c) : weigh<0>(run, taken, c);
-    accumulate(run, taken, count);
+    for (int64_t c = 0; c < count; ++c) {
+      taken = page_ == kUsualPage ? weigh<kUsualPage / kWidth>(run, taken, c) : weigh<0>(run, taken, c);
+      if (!few) foresee(ahead, c, p_.v_pages);
+    }
+    if (!few) accumulate(run, taken, count);
+    for (int64_t c = 0; few && c < count; ++c) {
+      if (c >= taken) accumulate(run, c, c + 1);
+      foresee(ahead, c, p_.v_pages);
+    }
+    for (int64_t c = count; c < kPages; ++c) foresee(ahead, c, p_.k_pages), foresee(ahead, c, p_.v_pages);
     return -1;
   }
 
-  // Offset in floats of this head's first slot in the page of query b at a table column; -1 if there is no such page.
-  INLINE_MEMBER int64_t page_begin(int64_t b, int64_t column) const {
+  // Offset in floats of a head's first slot in the page of query b at a table column; -1 if there is no such page.
+  INLINE_MEMBER int64_t page_begin(int64_t b, int64_t column, int64_t head) const {
     const int64_t page = p_.page_table[p_.rows[b] * p_.table_width + column];
     if (page < 0 || page >= p_.num_pages) return -1;
-    return (page * p_.page_size * p_.num_kv_heads + head_) * p_.head_dim;
+    return (page * p_.page_size * p_.num_kv_heads + head) * p_.head_dim;
   }
 
-  // Fetch a page that will be wanted next, into the second cache: the current head's keys and values for query b.
-  INLINE_MEMBER void foresee(int64_t b, int64_t column) const {
-    const int64_t slots = visible(b, column), first = slots > 0 ? page_begin(b, column) : -1;
+  // Fetch into the second cache what will be wanted next, of the page `c` columns further. Not more than that, for the
+  // pages of all heads would not fit; and little at a time, for a processor stops where too many fetches are under way.
+  INLINE_MEMBER void foresee(const Ahead& ahead, int64_t c, const T* pages) const {
+    const int64_t column = ahead.column + c, slots = visible(ahead.query, column);
+    const int64_t first = slots > 0 ? page_begin(ahead.query, column, ahead.head) : -1;
     if (first < 0) return;
-    prefetch<2>(p_.k_pages + first, slots, p_.head_dim);
-    prefetch<2>(p_.v_pages + first, slots, p_.head_dim);
+    prefetch<2>(pages + first, slots, p_.head_dim);
   }
 
   // A head's slots lie Hkv * D apart, which the hardware does not foresee.

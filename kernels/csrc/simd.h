@@ -140,8 +140,30 @@ INLINE Vec zip_high(Vec a, Vec b) {
 #endif
 }
 
-// Transpose a kWidth x kWidth square: log2(kWidth) rounds of one perfect shuffle.
+// Transpose a kWidth x kWidth square: log2(kWidth) rounds of one perfect shuffle. The 8 lanes of AVX are two halves
+// that only a slow instruction crosses, so there the halves are transposed first and exchanged last.
 INLINE void transpose(Vec (&x)[kWidth]) {
+#if IBTPO_WIDTH == 8
+  Vec y[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    y[i] = __builtin_shufflevector(x[i], x[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    y[i + 1] = __builtin_shufflevector(x[i], x[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      x[i + 2 * j] = __builtin_shufflevector(y[i + j], y[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      x[i + 2 * j + 1] = __builtin_shufflevector(y[i + j], y[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const Vec low = x[i], high = x[i + 4];
+    x[i] = __builtin_shufflevector(low, high, 0, 1, 2, 3, 8, 9, 10, 11);
+    x[i + 4] = __builtin_shufflevector(low, high, 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+#else
 #pragma GCC unroll 4
   for (int round = 1; round < kWidth; round *= 2) {
     Vec y[kWidth];
@@ -153,6 +175,7 @@ INLINE void transpose(Vec (&x)[kWidth]) {
 #pragma GCC unroll 16
     for (int i = 0; i < kWidth; ++i) x[i] = y[i];
   }
+#endif
 }
 
 // e^x to about 1 ulp for x <= 88; below -87 it is 0, NaN stays NaN. x = n ln2 + r, |r| <= ln2 / 2, and e^r by the

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ibtpo_kernels.linear import torch_is_slow
 from ibtpo_kernels.roofline.formulas import Work
 from ibtpo_kernels.roofline.problem import name_of
 from ibtpo_kernels.roofline.timing import Budget, Timing, clock_for, estimate, interleave
@@ -58,7 +59,8 @@ def measure(device: torch.device, *, quick: bool = False) -> Roofs:
     num_bytes = (1 << 30 if on_gpu else 1 << 28) >> (3 if quick else 0)
     size = (8192 if on_gpu else 2048) >> (2 if quick else 0)
     found = [_bandwidth(device, num_bytes, "copy"), _bandwidth(device, num_bytes, "read")]
-    found += [_product(device, size, dtype) for dtype in (torch.float32, torch.bfloat16)]
+    is_slow = torch_is_slow(torch.empty(0, dtype=torch.bfloat16, device=device))  # in float32 it can do more
+    found += [_product(device, size, dtype) for dtype in (torch.float32, *([] if is_slow else [torch.bfloat16]))]
     return Roofs(tuple(found))
 
 
