@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 
 from ibtpo.progress import Output
-from ibtpo_kernels import active_backend, backend, cpu
+from ibtpo_kernels import active_backend, backend, cpu, torch_is_slow
 from ibtpo_kernels.dispatch import BACKENDS
 from ibtpo_kernels.self_check import self_check, triton_lacks
 
@@ -168,7 +168,9 @@ def _processor() -> Iterator[Finding]:
         "hardware", "processor", "ok", f"{_processor_name()}; {cores} cores, {torch.get_num_threads()} threads"
     )
     if cpu.native is not None:
-        yield Finding("hardware", "compiled kernels", "ok", f"instruction set {cpu.native.isa()}")
+        slow = torch_is_slow(torch.empty(0, dtype=torch.bfloat16))
+        half = "; bfloat16 saves memory, not time" if slow else ""
+        yield Finding("hardware", "compiled kernels", "ok", f"instruction set {cpu.native.isa()}{half}")
         return
     remedy = "install ibtpo with a C++17 compiler at hand (make setup, without IBTPO_NO_COMPILE)"
     if find_spec("ibtpo_kernels._cpu") is None:

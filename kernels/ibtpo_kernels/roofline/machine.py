@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from ibtpo_kernels import cpu
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -39,13 +41,21 @@ def here(device: torch.device) -> Machine:
     )
 
 
+_INSTRUCTIONS = {"v3": "AVX2", "v4": "AVX-512", "v4bf16": "AVX-512-BF16", "v4amx": "AMX"}
+
+
 def processor() -> str:
-    """The processor's name and the number of cores this process may use."""
+    """The processor's name, the number of cores this process may use, and what instructions the kernels use.
+
+    A virtual machine may give several kinds of processor one name.
+    """
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{found[0] if found else platform.processor() or platform.machine()} ({cores} cores)"
+    isa = None if cpu.native is None else cpu.native.isa()
+    parts = [f"{cores} cores", *([_INSTRUCTIONS[isa]] if isa in _INSTRUCTIONS else [])]
+    return f"{found[0] if found else platform.processor() or platform.machine()} ({', '.join(parts)})"
 
 
 def _version(distribution: str) -> str:
