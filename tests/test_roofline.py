@@ -9,17 +9,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from ibtpo_kernels import cpu
 from ibtpo_kernels.roofline import (
     catalog,
     cli,
     rows,
     runner,
 )
+from ibtpo_kernels.roofline import roofs as roofs_module
 from ibtpo_kernels.roofline.formulas import Work
 from ibtpo_kernels.roofline.machine import here
 from ibtpo_kernels.roofline.problem import Contender, Inputs, Outputs, Problem, Unavailable, in_pass, ours
@@ -139,6 +142,31 @@ def limits() -> Roofs:
             Roof("bf16", BF16, Work(8000, 10), Timing(2.0, 1.0, 2.0, 3)),
         )
     )
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_where_torch_is_slow_in_bf16_its_limit_is_that_of_fp32(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its product of 2048^3 takes minutes there."""
+    timed: list[int] = []
+
+    def at_once(device: torch.device, call: Callable[[], object]) -> Timing:
+        timed.append(1)
+        return Timing(2.0, 1.0, 2.0, 3)
+
+    monkeypatch.setattr(roofs_module, "torch_is_slow", lambda x: slow)
+    monkeypatch.setattr(roofs_module, "_timed", at_once)
+    found = roofs_module.measure(CPU, quick=True)
+    assert len(timed) == len(found.measured) == (3 if slow else 4)
+    assert found.flops_per_second(BF16) == found.flops_per_second(FP32) == 2 * 512**3
+
+
+def test_a_machine_names_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a virtual machine may give several processors one name."""
+    for isa, name in (("v3", ", AVX2)"), ("v4amx", ", AMX)"), ("baseline", " cores)")):
+        monkeypatch.setattr(cpu, "native", SimpleNamespace(isa=lambda isa=isa: isa))
+        assert here(CPU).machine.endswith(name)
+    monkeypatch.setattr(cpu, "native", None)
+    assert here(CPU).machine.endswith(" cores)")
 
 
 def test_the_binding_limit() -> None:
