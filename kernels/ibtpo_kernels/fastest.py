@@ -13,7 +13,7 @@ from ibtpo_kernels.ops import batch_invariant_linear
 def fastest_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, differentiable: torch's product, and where torch has but a plain loop for it, ours.
 
-    So it is with bfloat16 on CPUs with neither AVX-512 nor AVX-NE-CONVERT, and the compiled kernels.
+    So it is with bfloat16 on x86 with neither AVX-512 nor AVX-NE-CONVERT.
 
     Args:
         x: [..., K]; weight: [N, K]; bias: [N].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -14,7 +15,12 @@ Product = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]  # dense x, weight
 
 @cache
 def _bf16_is_slow() -> bool:
-    """Whether torch multiplies bfloat16 on this CPU in plain loops: where oneDNN asks for instructions it lacks."""
+    """Whether torch multiplies bfloat16 on this CPU in plain loops: where oneDNN asks for instructions it lacks.
+
+    Of Arm nothing was measured.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return False
     has_onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return not (has_onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -22,7 +28,7 @@ def _bf16_is_slow() -> bool:
 def torch_is_slow(x: Tensor) -> bool:
     """Whether torch's products of this type take several times as long here as in float32.
 
-    So it is with bfloat16 on CPUs with neither AVX-512 nor AVX-NE-CONVERT.
+    So it is with bfloat16 on x86 with neither AVX-512 nor AVX-NE-CONVERT.
     """
     return x.dtype is torch.bfloat16 and x.is_cpu and _bf16_is_slow()
 
