@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from ibtpo_kernels import cpu
+from ibtpo_kernels import cpu, torch_is_slow
 from ibtpo_kernels.roofline import (
     catalog,
     cli,
@@ -237,7 +237,8 @@ def test_a_quick_run_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[st
     found = rows.read(tmp_path / "roofline_cpu.csv")
     assert {row["op"] for row in found} == {"roof", "plan_decode", "append_kv"}
     assert all(float(str(row["median_us"])) > 0 for row in found)
-    assert [row["dtype"] for row in found if row["op"] == "roof"].count("bfloat16") == 1
+    is_slow = torch_is_slow(torch.empty(0, dtype=BF16))
+    assert [row["dtype"] for row in found if row["op"] == "roof"].count("bfloat16") == (0 if is_slow else 1)
     assert (tmp_path / "roofline_cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
