@@ -128,6 +128,7 @@ def _on_cpu() -> list[Problem]:
         ]
     for shape in ((32, 1024, 4096), (256, 1024, 4096), (1, 1024, 4096), (256, 96, 256)):
         found.append(small.batch_invariant_linear(*shape, FP32, is_quick=shape[1] == 96))
+        found += [small.batch_invariant_linear(*shape, BF16)] if shape[1] != 96 else []
     for dtype in (FP32, BF16):
         for name, quick in (("prompt+16", False), ("prompt+32", dtype is FP32)):
             found.append(parity.in_order_of_decode(name, *trees[name], dtype, _CPU, is_quick=quick))
