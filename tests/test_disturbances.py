@@ -390,6 +390,30 @@ def test_an_interrupt_in_a_reward_keeps_no_other_run_waiting(order: tuple[str, s
     assert_idle(engine)
 
 
+def test_a_reward_may_go_on_with_another_run_whose_branches_ended_in_the_same_step() -> None:
+    engine, asked, found = Engine(MODEL, kv_tokens=4000), list[Node](), dict[int, Tree]()
+    prompts = [prompt_of(length) for length in (4, 5, 6)]
+
+    def search(tree: Tree) -> Growth:
+        if tree.prompt_len > 4:  # a shorter one is done at once
+            yield tree.root.fork(2)
+
+    def reward(tree: Tree, node: Node) -> float:
+        if not asked:  # within it the others are graded
+            asked.append(node)
+            found.update(other)
+        return 2.0
+
+    graded = engine.run(search, prompts, Sampling(max_tokens=40), reward=reward)
+    trees = dict([next(graded)])
+    other = engine.run(search, prompts, Sampling(max_tokens=39), reward=lambda tree, node: 1.0)
+    found.update([next(other)])
+    trees.update(graded)
+    for run, value in ((trees, 2.0), (found, 1.0)):
+        assert [leaf.reward for tree in run.values() for leaf in tree.leaves()] == [value] * 4
+    assert_idle(engine)
+
+
 def test_searches_whose_branches_are_gone_are_told_instead_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(MODEL, kv_tokens=4000)
     monkeypatch.setattr(engine, "_report", lambda node: None)
