@@ -428,14 +428,15 @@ def test_an_interrupt_at_any_moment_leaves_an_engine_in_order(kind: str, interru
     for key in range(40):
         engine = Engine(MODEL, kv_tokens=draw.choice([16 * 14, 4000]), prefill_tokens=draw.choice([7, 2048]))
         try:
-            interrupt(draw.uniform(0.0002, 0.01))
-            work(kind, engine, key)
+            try:
+                interrupt(draw.uniform(0.0002, 0.01))
+                work(kind, engine, key)
+            finally:
+                interrupt(0)  # in which it may come, too
         except KeyboardInterrupt:
             interrupted += 1
         except OutOfPages:
             pass
-        finally:
-            interrupt(0)
         for tree in list(engine._trees.values()):
             tree.close()
         assert_idle(engine)

@@ -145,6 +145,7 @@ def test_only_the_gradients_asked_for(backend: str) -> None:
             assert [y.grad is not None for y in inputs] == [i == wanted for i in range(3)]
 
 
+@pytest.mark.skipif(not K.has_compiled(), reason="needs the compiled kernels")
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_where_torch_is_slow_bfloat16_is_multiplied_by_us(
     case: tuple[tuple[int, ...], int, int], monkeypatch: pytest.MonkeyPatch

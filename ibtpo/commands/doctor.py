@@ -169,7 +169,7 @@ def _processor() -> Iterator[Finding]:
     )
     if cpu.native is not None:
         slow = torch_is_slow(torch.empty(0, dtype=torch.bfloat16))
-        half = "; bfloat16 saves memory, not time" if slow else ""
+        half = "; no instructions for products of bfloat16" if slow else ""
         yield Finding("hardware", "compiled kernels", "ok", f"instruction set {cpu.native.isa()}{half}")
         return
     remedy = "install ibtpo with a C++17 compiler at hand (make setup, without IBTPO_NO_COMPILE)"

@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kRows = 64;       // query rows (queries x group) of a task, at most
 constexpr int64_t kUsualPage = 16;  // slots of a page, nearly always
 constexpr int64_t kPages = 4;       // pages whose scores are computed together
-constexpr int64_t kFewRows = 4;  // up to as many, memory is what takes the time: fetches come a page at a time between
+constexpr int64_t kFewRows = 4;     // up to as many, values are added up, and the next ones fetched, a page at a time
 constexpr float kMinimum = -1e30f;  // "no maximum yet": finite, so that -inf - m stays -inf
 
 // A maximum that grows by less than this is kept: weights up to e^8 are harmless, rescaling is not free.

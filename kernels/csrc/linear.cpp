@@ -26,26 +26,20 @@ constexpr int64_t kWidenRows = 8;           // from as many on, widening the wei
 // Without instructions for pairs of bfloat16 each product takes them apart. Many rows are multiplied in float instead,
 // of factors taken apart once: the same chain of sums, the odd number of a pair first.
 template <class T>
-constexpr bool kWidens = sizeof(decltype(factor((const Word<T>*)nullptr))) > sizeof(Vec);
+constexpr bool kWidens = kIsTakenApart<Word<T>>;
 
 struct Widened {
   float *x, *weight;  // [kRows, 2 kDepth], [2 kDepth, kPanel]; null where nothing is widened
 };
 
-struct OddEven {
-  Vec odd, even;
-};
-INLINE OddEven take_apart(const Pair* p) {
-  const IVec bits = *reinterpret_cast<const IVecAt*>(p);
-  return {(Vec)(bits & -65536), (Vec)(bits << 16)};
-}
+INLINE OddEven pairs_at(const Pair* p) { return take_apart(*reinterpret_cast<const IVecAt*>(p)); }
 
 INLINE void widen_rows(float* to, const Pair* from, int64_t stride, int64_t rows, int64_t words) {
   for (int64_t m = 0; m < rows; ++m, to += 2 * kDepth, from += stride)
     for_each(
         words,
         [&](int64_t k) {
-          const OddEven pairs = take_apart(from + k);
+          const OddEven pairs = pairs_at(from + k);
           store(to + 2 * k, zip_low(pairs.odd, pairs.even));
           store(to + 2 * k + kWidth, zip_high(pairs.odd, pairs.even));
         },
@@ -55,7 +49,7 @@ INLINE void widen_rows(float* to, const Pair* from, int64_t stride, int64_t rows
 INLINE void widen_weight(float* to, const Pair* from, int64_t words) {
   for (int64_t k = 0; k < words; ++k, to += 2 * kPanel, from += kPanel)
     for (int64_t n = 0; n < kPanel; n += kWidth) {
-      const OddEven pairs = take_apart(from + n);
+      const OddEven pairs = pairs_at(from + n);
       store(to + n, pairs.odd);
       store(to + kPanel + n, pairs.even);
     }

@@ -11,6 +11,12 @@ struct Pair {
   bf16 even, odd;
 };
 
+// kWidth pairs taken apart, as float.
+struct OddEven {
+  Vec odd, even;
+};
+INLINE OddEven take_apart(IVec bits) { return {(Vec)(bits & -65536), (Vec)(bits << 16)}; }
+
 // A factor of a product, in a register: kWidth numbers, or kWidth pairs.
 #if defined(__AVX512BF16__)
 struct Pairs {
@@ -18,10 +24,8 @@ struct Pairs {
 };
 INLINE Pairs to_pairs(IVec bits) { return {bits}; }
 #else
-struct Pairs {
-  Vec even, odd;
-};
-INLINE Pairs to_pairs(IVec bits) { return {(Vec)(bits << 16), (Vec)(bits & -65536)}; }
+using Pairs = OddEven;
+INLINE Pairs to_pairs(IVec bits) { return take_apart(bits); }
 #endif
 
 INLINE Vec factor(const float* p) { return load(p); }
@@ -45,12 +49,16 @@ INLINE Vec mul_add(Vec acc, const Pairs& a, const Pairs& b) {
 #endif
 }
 
+// Whether a factor takes two registers: pairs do where no instruction multiplies them.
+template <class T>
+constexpr bool kIsTakenApart = sizeof(decltype(factor((const T*)nullptr))) > sizeof(Vec);
+
 // Rows of C held in registers, of two vectors each: with 32 registers 8, with the 16 of AVX 6, or 4 where a factor
 // takes two registers.
 template <class T>
-constexpr int kTileRows = kWidth == 16                                                                ? 8
-                          : kWidth == 8 && sizeof(decltype(factor((const T*)nullptr))) == sizeof(Vec) ? 6
-                                                                                                      : 4;
+constexpr int kTileRows = kWidth == 16                       ? 8
+                          : kWidth == 8 && !kIsTakenApart<T> ? 6
+                                                             : 4;
 
 // A's element (m, k) is a[m * row + k * col], so a transposed A costs nothing. T is float or Pair.
 template <class T>

@@ -20,6 +20,9 @@ def fastest_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
     Returns:
         [..., N] in the dtype of x.
+
+    Raises:
+        ValueError or RuntimeError: shapes, dtypes or devices do not fit; of whoever multiplies.
     """
     if torch_is_slow(x) and active_backend(x.device) == "cpu":
         return batch_invariant_linear(x, weight, bias)
