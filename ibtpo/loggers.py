@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch.utils.tensorboard import SummaryWriter
-
 from ibtpo.disk import write_atomically
 
 PROJECT = "ibtpo"
@@ -35,6 +33,8 @@ class TensorBoard:
     """Event files in the run folder."""
 
     def __init__(self, path: Path, purge_step: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # here: reading a run's log needs no torch
+
         self._writer = SummaryWriter(str(path), purge_step=purge_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

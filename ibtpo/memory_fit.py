@@ -12,8 +12,8 @@ import torch
 
 from ibtpo.config import TrainConfig
 from ibtpo.distributed import ALONE, Group, Mode
-from ibtpo.distributed.shard import splits_in_blocks
 from ibtpo.memory_plan import ONE, MemoryPlan, Processes, largest_micro_batch, plan_memory, trained_shapes
+from ibtpo.optim import splits_in_blocks
 from ibtpo.policy import may_adapt
 from ibtpo.pool_bound import least_pool
 from ibtpo_engine import ModelConfig

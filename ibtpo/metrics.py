@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from ibtpo_engine.tree import Node, Tree
+if TYPE_CHECKING:
+    from ibtpo_engine import Node, Tree
 
 Doubles = npt.NDArray[np.float64]
 

@@ -22,6 +22,8 @@ class NonFiniteGradient(NonFinite):
 
 MOST_WIDE = 4096
 """Of a parameter with fewer numbers the running means are kept in float32 in any case, as bitsandbytes does."""
+BLOCK = 256
+"""So many numbers of a state in 8 bits share a scale."""
 
 
 class OtherForm(ValueError):
@@ -171,3 +173,9 @@ def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> Any:
     except ImportError:
         raise ValueError("optim.state: 8bit needs bitsandbytes; pip install 'ibtpo[8bit]', or use float32") from None
     return AdamW8bit([group for group in groups if group["params"]], **fields)  # type: ignore[no-untyped-call]
+
+
+def splits_in_blocks(shape: torch.Size, processes: int) -> bool:
+    """Whether rows can be shared out so that no block of a state in 8 bits lies on two processes."""
+    each = -(-shape[0] // processes)
+    return shape.numel() < MOST_WIDE or each >= shape[0] or each * (shape.numel() // shape[0]) % BLOCK == 0

@@ -9,12 +9,14 @@ from itertools import chain
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ibtpo.checkpoints import weights_of
 from ibtpo.config import TrainConfig
-from ibtpo.policy import Policy
-from ibtpo.tasks import DataTask, DigitChain, Problem, Task, format_prompt
+from ibtpo.policy import Policy, load_policy
+from ibtpo.tasks import DataTask, DigitChain, Problem, Task, format_prompt, make_task
 from ibtpo.tasks.digit_chain import right_solution
 from ibtpo_engine import Engine, Sampling
 
@@ -75,6 +77,26 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise ValueError(f"device: {name!r}, but torch sees {count or 'no'} GPU here; use another, auto or cpu")
     return device
+
+
+def open_model(config: TrainConfig, console: Console) -> tuple[Path, Policy, Task]:
+    """What is measured or sampled from: a checkpoint, or the last one of a run.
+
+    Returns:
+        the folder of the weights, the policy and the task.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be used.
+    """
+    if config.model == "built-in":
+        raise ValueError("model: give --model a checkpoint or run folder; `ibtpo train` makes one")
+
+    def say(text: str) -> None:
+        console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+
+    folder = weights_of(Path(config.model), say)
+    policy = load_policy(folder, dtype=getattr(torch, config.dtype), device=choose_device(config.device))
+    return folder, policy, make_task(config)
 
 
 @torch.no_grad()

@@ -13,6 +13,14 @@ from rich.console import Console
 from ibtpo.progress import release_closed_terminal
 
 
+class Interrupted(Exception):
+    """The user asked to stop; `signal` is the number of the signal that did."""
+
+    def __init__(self, message: str = "stopped", signal: int = 0) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
 class StopRequest:
     """Has this process been told to stop, and by what?
 

@@ -17,10 +17,12 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ibtpo.metrics import RIGHT
-from ibtpo_engine.tree import Node, Tree
+
+if TYPE_CHECKING:
+    from ibtpo_engine import Node, Tree
 
 FOLDER = "trees"
 FILE = re.compile(r"step-(\d{6,})-\d{3,}\.json\.gz")

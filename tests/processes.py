@@ -22,7 +22,7 @@ from torch.distributed import TCPStore
 
 SECONDS = 60.0
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["ibtpo.cli", "torch.distributed.fsdp", "test_distributed", "adder_runs"])
+_CONTEXT.set_forkserver_preload(["ibtpo.train", "ibtpo.distributed.shard", "test_distributed", "adder_runs"])
 
 
 @contextmanager

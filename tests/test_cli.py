@@ -15,10 +15,10 @@ import pytest
 import torch
 from command_line import DIGITS, SMALL, Refusal
 
-from ibtpo import cli
 from ibtpo.cli import main
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import load_yaml
+from ibtpo.outline import outcome
 from ibtpo.policy import built_in_policy
 from ibtpo.runlog import RunFolder, latest_checkpoint
 
@@ -78,7 +78,7 @@ def test_runs_as_a_module_and_ends_quietly_when_the_pipe_is_closed() -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("module", [["ibtpo", "presets"], ["ibtpo.commands.doctor", "--no-kernels"]])
+@pytest.mark.parametrize("module", [["ibtpo", "presets"], ["ibtpo", "doctor", "--no-kernels"]])
 def test_a_reader_that_has_left_changes_neither_work_nor_exit_code(module: list[str]) -> None:
     """rich would exit with 1: what is done after the last line, such as the file of `eval --json`, was not done."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -91,19 +91,41 @@ def test_a_reader_that_has_left_changes_neither_work_nor_exit_code(module: list[
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_ctrl_c_while_it_is_loaded_ends_it_without_a_traceback() -> None:
+def test_what_needs_no_torch_does_not_wait_for_it() -> None:
+    """Help of every command, completion, presets, config: their time is that of the imports."""
+    script = (
+        "import sys\n"
+        "from ibtpo.cli import COMMANDS, main\n"
+        "lines = [['--help'], ['presets'], ['config'], ['completion', 'bash']]\n"
+        "lines += [[name, '--help'] for name in COMMANDS]\n"
+        "for line in lines:\n"
+        "    try:\n"
+        "        assert main(line) == 0\n"
+        "    except SystemExit as end:\n"
+        "        assert not end.code\n"
+        "import ibtpo.viewer, ibtpo.studies.command\n"
+        "print(len(lines), {'torch', 'transformers'} & sys.modules.keys(), file=sys.stderr)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "13 set()\n")
+
+
+@pytest.mark.parametrize("module", ["ibtpo.cli", "torch"])
+def test_ctrl_c_while_it_is_loaded_ends_it_without_a_traceback(module: str) -> None:
     script = (
         "import os, signal, sys\n"
         "class Finder:\n"
         "    def find_spec(self, name, *rest):\n"
-        "        if name == 'ibtpo.cli':\n"
+        f"        if name == '{module}':\n"
         "            os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Finder())\n"
         "from ibtpo.__main__ import main\n"
         "sys.exit(main())"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    command = [sys.executable, "-c", script, "doctor"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (130, "ibtpo: stopped at once; nothing had begun\n")
 
 
@@ -141,7 +163,7 @@ def test_sample_prints_a_tree_of_the_built_in_task(built_in: Path, capsys: pytes
     ],
 )
 def test_rewards_are_not_counted_as_right_answers(rewards: list[float], text: str) -> None:
-    assert cli._outcome(rewards) == text
+    assert outcome(rewards) == text
 
 
 def test_sample_takes_a_problem_by_index_and_repeats_itself(built_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,7 +248,7 @@ def test_eval_tries_to_write_before_it_begins(
         return original(file, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "run_evaluation", lambda *arguments: pytest.fail("it began"))
+        patch.setattr("ibtpo.evaluation.run.run_evaluation", lambda *arguments: pytest.fail("it began"))
         patch.setattr(Path, "open", open_file)
         message = refused("--model", built_in, "--json", path, command="eval")
     assert f"{path} cannot be written (Read-only file system); free some space there, or name another file" in message
@@ -293,7 +315,7 @@ def test_more_tokens_than_the_context_holds_are_fine(model_folder: Path, rows_fi
 
 def test_cli_keeps_no_state_between_calls(refused: Refusal) -> None:
     assert "search.rounds" in refused("--search.rounds", "0")
-    assert cli.main(["train", "--out", str(refused.out), *DIGITS, *SMALL]) == 0
+    assert main(["train", "--out", str(refused.out), *DIGITS, *SMALL]) == 0
 
 
 def test_eval_of_a_run_measures_the_task_it_was_trained_on(

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from ibtpo import cli
+from ibtpo.cli import main
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import base_config, load_yaml, merge
 from ibtpo.presets import PRESETS
@@ -85,8 +85,8 @@ def _parsed(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> TrainConfig:
         seen.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "train", stop)
-    assert cli.main(["train", *arguments]) == 130
+    monkeypatch.setattr("ibtpo.train.train", stop)
+    assert main(["train", *arguments]) == 130
     return seen[0]
 
 

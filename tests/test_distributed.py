@@ -29,11 +29,10 @@ from ibtpo.advantage import advantage
 from ibtpo.config import AdvantageConfig, LoRAConfig, LossConfig, OptimConfig, SamplingConfig, TrainConfig
 from ibtpo.distributed import ALONE, Follower, Group, device_name, join, make_learner, restarted
 from ibtpo.distributed.group import balance
-from ibtpo.distributed.shard import splits_in_blocks
 from ibtpo.memory_fit import check_memory
 from ibtpo.memory_plan import Processes, plan_memory
 from ibtpo.metrics import tree_metrics
-from ibtpo.optim import MasterAdamW, NonFinite
+from ibtpo.optim import MasterAdamW, NonFinite, splits_in_blocks
 from ibtpo.pack import pack
 from ibtpo.runlog import RunFolder
 from ibtpo.update import Updater, frozen_copy

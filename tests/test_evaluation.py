@@ -288,7 +288,7 @@ def test_a_signal_keeps_what_was_graded_and_says_how_to_go_on(
         sample_completions(*arguments[:4], keep_some, *arguments[5:], **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr("ibtpo.evaluation.command.sample_completions", signalled)
+        patch.setattr("ibtpo.evaluation.run.sample_completions", signalled)
         assert run(*command, "--out", out, "--json", tmp_path / "values.json") == code
         kept = len(read_raw(out))
         assert 0 < kept < 12

@@ -14,10 +14,10 @@ from trees import chain
 
 from ibtpo.studies import command
 from ibtpo.studies.figures import draw_figures
+from ibtpo.studies.folders import CELLS
 from ibtpo.studies.matrix import Cell, Study, load_study
 from ibtpo.studies.measure import recursive_value, tree_numbers
 from ibtpo.studies.results import collect, read_curve, train_numbers
-from ibtpo.studies.run import CELLS
 from ibtpo.studies.statistics import area_under, estimate, paired_difference
 from ibtpo.studies.tables import csv_text, markdown_text, rich_tables, sections
 from ibtpo_engine.tree import Tree

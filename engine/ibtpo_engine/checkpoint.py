@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ibtpo_engine.errors import CheckpointError
 from ibtpo_engine.model import Model
@@ -17,7 +16,7 @@ from ibtpo_engine.model_config import ModelConfig
 from ibtpo_engine.weight_file import WeightFile
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel  # which imports torch's models, and takes its time
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
@@ -142,6 +141,8 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: there is none, it cannot be read, or it names no end-of-sequence token.
     """
+    from transformers import AutoTokenizer  # here, for it takes its time
+
     present = {path.name for path in Path(folder).glob("*")}
     if "tokenizer_config.json" not in present or not present & VOCABULARIES:  # transformers would make one up
         raise CheckpointError(f"{folder}: there is no tokenizer; it needs tokenizer.json and tokenizer_config.json.")

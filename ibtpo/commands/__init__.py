@@ -1,1 +1,4 @@
-"""Commands of the command line that need no model: one module each."""
+"""Commands of the command line, one module each: its flags, and `run`.
+
+Nothing that takes time to load is imported before a command is run: `--help` and completion answer at once.
+"""

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_type_hints
 
 import tyro
+from rich.console import Console
+
+from ibtpo.commands.arguments import parse_alone
+from ibtpo.commands.config import ConfigArguments
+from ibtpo.commands.doctor import DoctorArguments
+from ibtpo.commands.eval import EvalArguments
+from ibtpo.commands.presets import PresetsArguments
+from ibtpo.commands.sample import SampleArguments
+from ibtpo.commands.study import StudyArguments
+from ibtpo.commands.train import TrainArguments
+from ibtpo.commands.view import ViewArguments
+from ibtpo.presets import PRESETS
+from ibtpo.studies.matrix import shipped_studies
 
 _WIDTH = 60  # of a description; fish and zsh hand the script to Python as one argument, at most 128 KiB on Linux
 _DESCRIPTION = re.compile(r"'description': '((?:[^'\\]|\\.)*)'")
@@ -30,25 +43,22 @@ class CompletionArguments:
     """bash, zsh or fish."""
 
 
-def completion(
-    arguments: Sequence[str],
-    commands: Mapping[str, type[Any]],
-    *,
-    names: Mapping[str, Iterable[str]],
-    first: Mapping[str, tuple[str, Iterable[str]]],
-) -> int:
-    """Run the command.
-
-    Args:
-        commands: the dataclass of the flags of every command, by its name.
-        names: what a flag that takes any text is completed with, by the name of its field.
-        first: by command, its positional field and what that is completed with.
-
-    Returns:
-        the exit code; not 0 if the library cannot make a script for this shell.
-    """
-    parsed = tyro.cli(CompletionArguments, prog="ibtpo completion", args=arguments, use_underscores=False)
-    kinds = {name: _with_names(kind, names) for name, kind in commands.items()}
+def run(arguments: list[str], console: Console) -> int:
+    """Run the command; returns the exit code, not 0 if the library cannot make a script for this shell."""
+    parsed = parse_alone(CompletionArguments, "ibtpo completion", arguments)
+    commands: dict[str, type[Any]] = {
+        "train": TrainArguments,
+        "eval": EvalArguments,
+        "sample": SampleArguments,
+        "presets": PresetsArguments,
+        "study": StudyArguments,
+        "view": ViewArguments,
+        "config": ConfigArguments,
+        "doctor": DoctorArguments,
+        "completion": CompletionArguments,
+    }
+    first = {"study": ("name", shipped_studies()), "completion": ("shell", SHELLS)}  # what a positional field may be
+    kinds = {name: _with_names(kind, {"preset": PRESETS}) for name, kind in commands.items()}
     kinds |= {name: _by_first_word(kinds[name], *words) for name, words in first.items()}
     program = _one_of(kinds)
     script = io.StringIO()

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import tyro
+from rich.console import Console
 
+from ibtpo.commands.arguments import Flat, base_of_training, parse, with_data
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import dump_yaml
 from ibtpo.config_reference import sections
@@ -26,12 +27,14 @@ class ConfigArguments:
     """YAML file with any of the fields below."""
     explain: bool = False
     """Explain every field instead (docs/configuration.md)."""
-    run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    run: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
 
 
-def show_config(arguments: ConfigArguments) -> int:
+def run(arguments: list[str], console: Console) -> int:
     """Run the command; returns the exit code."""
-    print(explanation() if arguments.explain else dump_yaml(arguments.run), end="")
+    base = ConfigArguments(run=base_of_training(arguments))
+    parsed = parse(ConfigArguments, base, "ibtpo config", arguments)
+    print(explanation() if parsed.explain else dump_yaml(with_data(parsed.run)), end="")
     return 0
 
 

@@ -18,9 +18,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from ibtpo.config import TrainConfig
 from ibtpo.distributed.group import ALONE, Group, PeerFailed, ranks
-from ibtpo.grow import Interrupted
 from ibtpo.run_format import is_run
 from ibtpo.setup import choose_device
+from ibtpo.stopping import Interrupted
 
 _GRACE = 5.0  # seconds
 

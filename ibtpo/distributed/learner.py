@@ -6,7 +6,6 @@ from typing import Literal
 
 from ibtpo.config import TrainConfig
 from ibtpo.distributed.group import Group
-from ibtpo.distributed.shard import ShardedAdamW, shard
 from ibtpo.optim import MasterAdamW
 from ibtpo_engine import Model
 
@@ -23,6 +22,8 @@ def make_learner(config: TrainConfig, full: Model, group: Group, mode: Mode) -> 
         mode: with "fsdp" another model than `full` is trained.
     """
     if mode == "fsdp" and group.size > 1:
+        from ibtpo.distributed.shard import ShardedAdamW, shard  # here: torch.distributed.fsdp takes its time
+
         sharded = shard(full)
         return sharded, ShardedAdamW(sharded, full, config.optim)
     optimizer = MasterAdamW(full, config.optim)

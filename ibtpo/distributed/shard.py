@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ibtpo.config import OptimConfig
-from ibtpo.optim import MOST_WIDE, MasterAdamW
+from ibtpo.optim import BLOCK, MasterAdamW
 from ibtpo_engine import Model
 
 _WIDE = (torch.float32, torch.float64)
@@ -146,13 +146,6 @@ class ShardedAdamW(MasterAdamW):
 
 
 _PARTS = ("state1", "state2", "absmax1", "absmax2")  # of 8 bits: plain tensors, along with the rows that a process has
-_BLOCK = 256  # numbers that share a scale
-
-
-def splits_in_blocks(shape: torch.Size, processes: int) -> bool:
-    """Whether rows can be shared out so that no block of a state in 8 bits lies on two processes."""
-    each = -(-shape[0] // processes)
-    return shape.numel() < MOST_WIDE or each >= shape[0] or each * (shape.numel() // shape[0]) % _BLOCK == 0
 
 
 def _own(x: Tensor) -> Tensor:
@@ -176,7 +169,7 @@ def _joined(part: Tensor, shape: torch.Size, *, is_scale: bool) -> Tensor:
     ends = [_rows(shape[0], rank) for rank in range(dist.get_world_size())]
     lengths = [last - first for first, last in ends]
     if is_scale:
-        lengths = [-(-length * (shape.numel() // shape[0]) // _BLOCK) for length in lengths]
+        lengths = [-(-length * (shape.numel() // shape[0]) // BLOCK) for length in lengths]
     mine = part.new_zeros(lengths[0], *part.shape[1:])
     mine[: len(part)] = part
     all_parts = [torch.empty_like(mine) for _ in lengths]

@@ -23,9 +23,9 @@ import numpy.typing as npt
 
 from ibtpo.metrics import RIGHT, bootstrap_interval, pass_at_k
 from ibtpo.report import Estimate
+from ibtpo.sections.eval import MOST_SAMPLES
 
 Doubles = npt.NDArray[np.float64]
-MOST_SAMPLES = 1000  # as eval.samples allows; 2**n, the largest number on the way, must fit a double
 
 
 def ks_up_to(samples: int) -> list[int]:

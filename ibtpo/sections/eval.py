@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from ibtpo.validation import check_range
 
+MOST_SAMPLES = 1000
+"""2**n, the largest number on the way to maj@k, must fit a double."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
@@ -20,5 +23,5 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         check_range("eval.prompts", self.prompts, low=1)
-        check_range("eval.samples", self.samples, low=1, high=1000)
+        check_range("eval.samples", self.samples, low=1, high=MOST_SAMPLES)
         check_range("eval.every", self.every, low=0)

@@ -17,9 +17,8 @@ import torch
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import merge
 from ibtpo.runlog import write_atomically
+from ibtpo.studies.folders import ERROR, RESULT, SPEC
 from ibtpo.studies.measure import measure
-
-SPEC, RESULT, ERROR = "spec.json", "result.json", "error.txt"
 
 
 def main(folder: Path) -> int:

@@ -1,67 +1,38 @@
-"""``ibtpo study``: run a study's cells, then make its table, figures and page."""
+"""Run a study's cells, then make its table, figures and page."""
 
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import tyro
 from rich.console import Console
 
 from ibtpo.config_io import load_yaml
 from ibtpo.runlog import write_atomically
-from ibtpo.studies.cell import ERROR
 from ibtpo.studies.figures import AVAILABLE, MISSING, draw_figures
+from ibtpo.studies.folders import CELLS, ERROR
 from ibtpo.studies.matrix import Cell, Study, load_study, refuse_settings_of_study, with_policies
 from ibtpo.studies.page import write_page
 from ibtpo.studies.results import collect
-from ibtpo.studies.run import CELLS, Failure, is_done, run_cells
+from ibtpo.studies.run import Failure, is_done, run_cells
 from ibtpo.studies.tables import csv_text, markdown_text, rich_tables
 from ibtpo.validation import check_range
 
-
-@dataclass(frozen=True, kw_only=True)
-class StudyArguments:
-    """Re-run one of the paper's tables: methods x seeds at an equal budget of sampled tokens.
-
-    Each cell is a process of its own on one thread. A cell that is done is not run again, also not by another study in
-    the same folder; whatever ends the command loses only the cells under way. Failed ones are tried again.
-    """
-
-    name: Annotated[str, tyro.conf.Positional]
-    """main, ablation, samplers, bias, beta, lambda, segmentation-noise, open-points, beyond, plus, rounds;
-    or FILE.yaml, your own."""
-    seeds: int = 5
-    """How many; each seed has its own task, starting policy and random numbers, shared by all variants."""
-    first_seed: int = 0
-    """The seeds are this and those after it: what was picked on some seeds is to be judged on others."""
-    jobs: int | None = None
-    """Processes at a time; by default one a core."""
-    out: Path = Path("runs/studies")
-    """Folder of the cells; the study's table and page go to OUT/NAME."""
-    tokens: int | None = None
-    """Sampled tokens of every training run; by default 600,000, or what the study says."""
-    prompts: int = 1024
-    """samplers and bias: prompts a variant and policy (bias: trees a variant and task), over all seeds."""
-    eval_prompts: int | None = None
-    """Held-out prompts of every evaluation; by default 192, or what the study says."""
-    config: Path | None = None
-    """YAML file with settings for all cells, as for `ibtpo train`; a model and data of your own, for one."""
-    report_only: bool = False
-    """Make table, figures and page from the cells that are done."""
+if TYPE_CHECKING:
+    from ibtpo.commands.study import StudyArguments
 
 
-def study(arguments: Sequence[str], console: Console) -> int:
-    """Run the command; returns 0, or 1 if cells failed.
+def run_study(parsed: StudyArguments, command: str, console: Console) -> int:
+    """Run what is not done yet, and report; returns 0, or 1 if cells failed.
+
+    Args:
+        command: as it was typed, for the page.
 
     Raises:
         ValueError: no such study, or settings that cannot be used.
     """
-    parsed = tyro.cli(StudyArguments, prog="ibtpo study", args=list(arguments), use_underscores=False)
     for name in ("seeds", "prompts"):
         check_range(name, getattr(parsed, name), low=1)
     check_range("first-seed", parsed.first_seed, low=0)
@@ -82,7 +53,7 @@ def study(arguments: Sequence[str], console: Console) -> int:
             interrupted = True
             console.print("\nstopped; what is done is kept, the same command goes on", highlight=False)
     failures = _failures(parsed.out, cells)
-    _report(plan, cells, parsed.out, failures, _command(arguments), console)
+    _report(plan, cells, parsed.out, failures, command, console)
     if interrupted:
         raise KeyboardInterrupt
     return 1 if failures else 0
@@ -137,7 +108,3 @@ def _report(
     if results.missing:
         console.print(f"{len(results.missing)} cells have no result yet", highlight=False)
     console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _command(arguments: Sequence[str]) -> str:
-    return shlex.join(["ibtpo", "study", *(argument for argument in arguments if argument != "--report-only")])

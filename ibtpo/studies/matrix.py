@@ -32,7 +32,7 @@ from ibtpo.config import TrainConfig
 from ibtpo.config_io import base_config, load_yaml, merge
 from ibtpo.presets import PRESETS
 from ibtpo.studies.inputs import inputs
-from ibtpo.tasks.base import suggest
+from ibtpo.validation import suggest
 
 Kind = Literal["train", "samplers", "bias"]
 DEFAULTS: dict[str, Any] = {"sampled_tokens": 600_000, "eval": {"prompts": 192, "samples": 8, "every": 10}}

@@ -24,17 +24,17 @@ from ibtpo.config import TrainConfig
 from ibtpo.grow import Grower
 from ibtpo.metrics import num_sampled
 from ibtpo.policy import Policy, built_in_policy, load_policy
-from ibtpo.runlog import METRICS, latest_checkpoint, read_rows
+from ibtpo.runlog import METRICS, read_rows
 from ibtpo.search import make_search
 from ibtpo.setup import make_engine, make_sampling
 from ibtpo.steps import step_splitter
+from ibtpo.studies.folders import POLICY, RUN
 from ibtpo.studies.table_policy import TablePolicy
 from ibtpo.tasks import Task, TeachableTask, make_task
 from ibtpo.train import train
 from ibtpo.warmstart import WarmStart, warm_start_of
 from ibtpo_engine import Node, Tree
 
-POLICY, RUN = "policy", "run"
 BATCH = 64  # prompts sampled together
 _CURVES = (
     "tokens_sampled", "step_seconds", "avg_rate_iid", "eff_rate", "ib_score", "cov_eta1_eta2", "sampler_entropy",
@@ -64,12 +64,6 @@ def measure(spec: Mapping[str, Any], config: TrainConfig, folder: Path, policy: 
         "bias": lambda: _bias(config, spec["options"]),
     }
     return work[spec["kind"]]()
-
-
-def policy_of(folder: Path) -> Path:
-    """The policy that a finished cell of kind start or train has left."""
-    last = latest_checkpoint(folder / RUN)
-    return folder / POLICY if last is None else last.path
 
 
 def _start(config: TrainConfig, folder: Path) -> Result:

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ibtpo.studies.cell import RESULT
+from ibtpo.studies.folders import CELLS, RESULT
 from ibtpo.studies.matrix import Cell, Study
-from ibtpo.studies.run import CELLS
 from ibtpo.studies.statistics import area_under
 
 

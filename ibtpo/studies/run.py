@@ -1,10 +1,4 @@
-"""Cells over the processes of a machine: what is done is kept, what fails is recorded, whatever ends the study.
-
-::
-
-    OUT/cells/<cell>/   spec.json, log.txt, result.json once done, error.txt if it failed
-    OUT/<study>/        table, figures, page
-"""
+"""Cells over the processes of a machine: what is done is kept, what fails is recorded, whatever ends the study."""
 
 from __future__ import annotations
 
@@ -24,11 +18,9 @@ from rich.console import Console
 
 from ibtpo.progress import track
 from ibtpo.runlog import write_atomically
-from ibtpo.studies.cell import ERROR, RESULT, SPEC
+from ibtpo.studies.folders import CELLS, ERROR, LOG, RESULT, SPEC, policy_of
 from ibtpo.studies.matrix import Cell, with_policies
-from ibtpo.studies.measure import policy_of
 
-CELLS, LOG = "cells", "log.txt"
 _POLL_SECONDS = 0.05
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 

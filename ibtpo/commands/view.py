@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 import webbrowser
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
 from rich.console import Console
 
-from ibtpo.viewer.export import export_page
-from ibtpo.viewer.server import Viewer
+from ibtpo.commands.arguments import parse_alone
+from ibtpo.viewer import Viewer, export_page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +30,9 @@ class ViewArguments:
     """Most trees of each run in an exported page."""
 
 
-def view(arguments: Sequence[str], console: Console) -> int:
+def run(arguments: list[str], console: Console) -> int:
     """Run the command; Ctrl-C ends it. Returns the exit code."""
-    parsed = tyro.cli(ViewArguments, prog="ibtpo view", args=arguments, use_underscores=False)
+    parsed = parse_alone(ViewArguments, "ibtpo view", arguments)
     if not 1 <= len(parsed.runs) <= 2:
         raise ValueError(f"runs: {len(parsed.runs)} folders; give one, or two to compare")
     if parsed.port is not None and not 0 <= parsed.port <= 65535:

@@ -1,105 +1,37 @@
-"""``ibtpo eval``: measure a model on held-out prompts, or on a whole file; resumable, with every completion on disk."""
+"""Measure a model on held-out prompts, or on a whole file; resumable, with every completion on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.table import Table
 
 from ibtpo.config import TrainConfig
-from ibtpo.config_io import load_yaml
-from ibtpo.disk import check_writable
 from ibtpo.evaluation.evaluate import Evaluation, summarize
 from ibtpo.evaluation.folder import EvaluationFolder
 from ibtpo.evaluation.sampling import Completion, Place, sample_completions
-from ibtpo.evaluation.statistics import MOST_SAMPLES, ks_up_to
-from ibtpo.grow import Grower, Interrupted
+from ibtpo.evaluation.statistics import ks_up_to
+from ibtpo.grow import Grower
 from ibtpo.model_card import CARD
 from ibtpo.policy import Policy, base_folder
 from ibtpo.progress import track
 from ibtpo.report import Estimate
-from ibtpo.run_format import CONFIG, FORMAT_FILE
+from ibtpo.run_format import FORMAT_FILE
 from ibtpo.setup import check_prompts, make_engine, make_sampling
-from ibtpo.stopping import StopRequest
+from ibtpo.stopping import Interrupted, StopRequest
 from ibtpo.tasks import Problem, Task, format_prompt
-from ibtpo.validation import check_range
 from ibtpo_engine.adapter_folder import is_adapter_folder
 
 _NOT_THE_MODEL = ("optimizer.safetensors", "state.json", "checksums.json", FORMAT_FILE, CARD)  # what else is there
-_NO_FILTER = {"max_prompt_tokens": None, "pass_rate_field": None, "min_pass_rate": 0.0, "max_pass_rate": 1.0}
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalArguments:
-    """Measure accuracy from independent rollouts: avg@k, pass@k, maj@k and greedy, with 95 % intervals over prompts.
-
-    On the held-out prompts of the task (of a run's own, where --model is one), or with --whole on all rows of a file.
-    With --out every completion is kept, and the same command goes on where it was stopped.
-    """
-
-    config: Path | None = None
-    """YAML file with any of the fields below."""
-    samples: int | None = None
-    """Independent samples a prompt; short for --eval.samples."""
-    limit: int | None = None
-    """Most prompts; short for --eval.prompts. With --whole there is no limit unless it is given."""
-    whole: bool = False
-    """Evaluate on every prompt of the data file, none held out, trained on, or left out by a run's filters."""
-    json: Path | None = None
-    """Also write the numbers to this file."""
-    run: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
-
-    def resolve(self) -> TrainConfig:
-        """The configuration with the short flags in their places.
-
-        Raises:
-            ValueError: a number is out of range, --whole without a data file, or no place to write.
-        """
-        config, changes = self.run, dict[str, int]()
-        if self.samples is not None:
-            check_range("samples", self.samples, low=1, high=MOST_SAMPLES)
-            changes["samples"] = self.samples
-        if self.limit is not None:
-            check_range("limit", self.limit, low=1)
-            changes["prompts"] = self.limit
-        if self.whole:
-            if config.data is None:
-                raise ValueError("whole: only a data file has an end; name one with --data, or leave --whole out")
-            changes.setdefault("prompts", sys.maxsize)
-            config = replace(config, jsonl=replace(config.jsonl, eval_fraction=1.0, eval_count=None, eval_data=None))
-        if self.json is not None and not self.json.parent.is_dir():
-            raise ValueError(f"json: {self.json.parent} is no folder; make it, or name another file")
-        if self.json is not None and self.json.is_dir():
-            raise ValueError(f"json: {self.json} is a folder; name a file")
-        if self.json is not None:
-            check_writable(self.json)
-        return replace(config, eval=replace(config.eval, **changes))
-
-
-def instead_of_training(run: Path, data: Path | None, *, whole: bool) -> dict[str, Any]:
-    """What holds, nested like YAML, in place of the settings that a run chose its own training rows with.
-
-    Another file than the run's is read in the layout that its own rows tell, its prompts are held out of itself, not
-    taken from the run's `jsonl.eval_data`, and as a `whole` no row is filtered out.
-
-    Args:
-        data: the file that is to be measured on; None: the run's own.
-    """
-    own = load_yaml(run / CONFIG).get("data")
-    other = data is not None and (own is None or data.resolve() != Path(own).resolve())
-    rows = ({"eval_data": None} if other else {}) | (_NO_FILTER if whole else {})
-    return ({"layout": "auto"} if other else {}) | ({"jsonl": rows} if rows else {})
 
 
 def run_evaluation(
@@ -108,7 +40,7 @@ def run_evaluation(
     """Evaluate, and keep every completion in ``config.out``, if that is set.
 
     Args:
-        config: as `EvalArguments.resolve` gives it.
+        config: as `ibtpo eval` resolves it.
         folder: where the policy is from.
 
     Returns:

@@ -1,0 +1,90 @@
+"""From the words of a command to its settings: flags over --config over --preset over what a run or a task sets."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from ibtpo.config import TrainConfig
+from ibtpo.config_io import base_config, load_yaml
+from ibtpo.list_flags import join_repeated
+from ibtpo.presets import PRESETS
+from ibtpo.run_format import CONFIG, is_run
+
+Arguments = TypeVar("Arguments")
+Flat = tyro.conf.arg(name="")  # the fields of the run are flags without a prefix
+Preset = Annotated[
+    str,
+    tyro.conf.arg(
+        help=f"Method: {', '.join(PRESETS)}; `ibtpo presets` explains them. Fields in --config or flags win over it."
+    ),
+]
+_NO_FILTER = {"max_prompt_tokens": None, "pass_rate_field": None, "min_pass_rate": 0.0, "max_pass_rate": 1.0}
+
+
+def parse(kind: type[Arguments], default: Arguments, program: str, arguments: list[str]) -> Arguments:
+    """The flags of a command; exits where they cannot be used, or to print its help."""
+    return tyro.cli(kind, default=default, prog=program, args=join_repeated(arguments), use_underscores=False)
+
+
+def parse_alone(kind: type[Arguments], program: str, arguments: list[str]) -> Arguments:
+    """The flags of a command that has no settings of a run."""
+    return tyro.cli(kind, prog=program, args=arguments, use_underscores=False)
+
+
+def base_of_training(arguments: list[str]) -> TrainConfig:
+    """What flags leave as it is: the settings of the run to --resume, of --config, --preset and the task."""
+    return _base(_early(arguments), run=_early(arguments).resume)
+
+
+def base_of_model(arguments: list[str]) -> TrainConfig:
+    """Of a run, or a checkpoint of one, that --model names, the run's own: it is measured as it was trained."""
+    early = _early(arguments)
+    folders = [] if early.model is None else [early.model, early.model.absolute().parent.parent]
+    run = next(filter(is_run, folders), None)
+    instead = None if run is None else instead_of_training(run, early.data, whole=early.whole)
+    return _base(early, run=run, instead=instead)
+
+
+def instead_of_training(run: Path, data: Path | None, *, whole: bool) -> dict[str, Any]:
+    """What holds, nested like YAML, in place of the settings that a run chose its own training rows with.
+
+    Another file than the run's is read in the layout that its own rows tell, its prompts are held out of itself, not
+    taken from the run's `jsonl.eval_data`, and as a `whole` no row is filtered out.
+
+    Args:
+        data: the file that is to be measured on; None: the run's own.
+    """
+    own = load_yaml(run / CONFIG).get("data")
+    other = data is not None and (own is None or data.resolve() != Path(own).resolve())
+    rows = ({"eval_data": None} if other else {}) | (_NO_FILTER if whole else {})
+    return ({"layout": "auto"} if other else {}) | ({"jsonl": rows} if rows else {})
+
+
+def with_data(config: TrainConfig) -> TrainConfig:
+    """--data means the jsonl task."""
+    return replace(config, task="jsonl") if config.data is not None else config
+
+
+def _early(arguments: list[str]) -> argparse.Namespace:
+    """The flags that decide what the defaults of all others are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--preset", default=None)
+    parser.add_argument("--task", default=None)
+    for name in ("--config", "--resume", "--data", "--model"):
+        parser.add_argument(name, type=Path, default=None)
+    parser.add_argument("--whole", action="store_true")
+    try:
+        return parser.parse_known_args(arguments)[0]
+    except argparse.ArgumentError:  # a flag without its value: the full parser explains it
+        return parser.parse_known_args([])[0]
+
+
+def _base(early: argparse.Namespace, *, run: Path | None, instead: Mapping[str, Any] | None = None) -> TrainConfig:
+    task = early.task or ("jsonl" if early.data is not None else None)
+    return base_config(task=task, preset=early.preset, file=early.config, run=run, instead=instead)

@@ -1,0 +1,86 @@
+"""``ibtpo eval``: accuracy of a model on held-out prompts, or on a whole file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+
+from ibtpo.commands.arguments import Flat, base_of_model, parse, with_data
+from ibtpo.config import TrainConfig
+from ibtpo.disk import check_writable, writing
+from ibtpo.loading import loading
+from ibtpo.progress import RunConsole
+from ibtpo.sections.eval import MOST_SAMPLES
+from ibtpo.validation import check_range
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArguments:
+    """Measure accuracy from independent rollouts: avg@k, pass@k, maj@k and greedy, with 95 % intervals over prompts.
+
+    On the held-out prompts of the task (of a run's own, where --model is one), or with --whole on all rows of a file.
+    With --out every completion is kept, and the same command goes on where it was stopped.
+    """
+
+    config: Path | None = None
+    """YAML file with any of the fields below."""
+    samples: int | None = None
+    """Independent samples a prompt; short for --eval.samples."""
+    limit: int | None = None
+    """Most prompts; short for --eval.prompts. With --whole there is no limit unless it is given."""
+    whole: bool = False
+    """Evaluate on every prompt of the data file, none held out, trained on, or left out by a run's filters."""
+    json: Path | None = None
+    """Also write the numbers to this file."""
+    run: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
+
+    def resolve(self) -> TrainConfig:
+        """The configuration with the short flags in their places.
+
+        Raises:
+            ValueError: a number is out of range, --whole without a data file, or no place to write.
+        """
+        config, changes = self.run, dict[str, int]()
+        if self.samples is not None:
+            check_range("samples", self.samples, low=1, high=MOST_SAMPLES)
+            changes["samples"] = self.samples
+        if self.limit is not None:
+            check_range("limit", self.limit, low=1)
+            changes["prompts"] = self.limit
+        if self.whole:
+            if config.data is None:
+                raise ValueError("whole: only a data file has an end; name one with --data, or leave --whole out")
+            changes.setdefault("prompts", sys.maxsize)
+            config = replace(config, jsonl=replace(config.jsonl, eval_fraction=1.0, eval_count=None, eval_data=None))
+        if self.json is not None and not self.json.parent.is_dir():
+            raise ValueError(f"json: {self.json.parent} is no folder; make it, or name another file")
+        if self.json is not None and self.json.is_dir():
+            raise ValueError(f"json: {self.json} is a folder; name a file")
+        if self.json is not None:
+            check_writable(self.json)
+        return replace(config, eval=replace(config.eval, **changes))
+
+
+def run(arguments: list[str], console: Console) -> int:
+    """Run the command; returns the exit code."""
+    base = replace(base_of_model(arguments), out=None)  # the run's own folder is not for this
+    parsed = parse(EvalArguments, EvalArguments(run=base), "ibtpo eval", arguments)
+    config = with_data(parsed.resolve())
+    with loading():
+        from ibtpo.evaluation.run import print_evaluation, run_evaluation
+        from ibtpo.setup import open_model
+
+    folder, policy, task = open_model(config, console)
+    with closing(task):
+        evaluation, summary = run_evaluation(config, folder, policy, task, RunConsole())
+    print_evaluation(evaluation, summary, console)
+    if parsed.json is not None:
+        with writing(parsed.json):
+            parsed.json.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return 0

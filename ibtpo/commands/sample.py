@@ -1,0 +1,39 @@
+"""``ibtpo sample``: grow one tree and print it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from rich.console import Console
+
+from ibtpo.commands.arguments import Flat, Preset, base_of_model, parse, with_data
+from ibtpo.config import TrainConfig
+from ibtpo.loading import loading
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArguments:
+    """Grow one tree and print it: steps with value, IB-Score, confidence, and the round they were sampled in."""
+
+    preset: Preset = "ib-tpo"
+    config: Path | None = None
+    """YAML file with any of the fields below."""
+    prompt: str | None = None
+    """Prompt to answer; by default the task's problem number --index. "\\n" stands for a newline."""
+    answer: str | None = None
+    """Right answer to --prompt, needed unless the task is digit-chain."""
+    index: int = 0
+    """Training problem of the task to show when no prompt is given."""
+    run: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
+
+
+def run(arguments: list[str], console: Console) -> int:
+    """Run the command; returns the exit code."""
+    parsed = parse(SampleArguments, SampleArguments(run=base_of_model(arguments)), "ibtpo sample", arguments)
+    with loading():
+        from ibtpo.outline import print_tree
+
+    print_tree(with_data(parsed.run), console, prompt=parsed.prompt, answer=parsed.answer, index=parsed.index)
+    return 0

@@ -1,0 +1,55 @@
+"""``ibtpo study``: the paper's tables, re-run."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from ibtpo.commands.arguments import parse_alone
+from ibtpo.loading import loading
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyArguments:
+    """Re-run one of the paper's tables: methods x seeds at an equal budget of sampled tokens.
+
+    Each cell is a process of its own on one thread. A cell that is done is not run again, also not by another study in
+    the same folder; whatever ends the command loses only the cells under way. Failed ones are tried again.
+    """
+
+    name: Annotated[str, tyro.conf.Positional]
+    """main, ablation, samplers, bias, beta, lambda, segmentation-noise, open-points, beyond, plus, rounds;
+    or FILE.yaml, your own."""
+    seeds: int = 5
+    """How many; each seed has its own task, starting policy and random numbers, shared by all variants."""
+    first_seed: int = 0
+    """The seeds are this and those after it: what was picked on some seeds is to be judged on others."""
+    jobs: int | None = None
+    """Processes at a time; by default one a core."""
+    out: Path = Path("runs/studies")
+    """Folder of the cells; the study's table and page go to OUT/NAME."""
+    tokens: int | None = None
+    """Sampled tokens of every training run; by default 600,000, or what the study says."""
+    prompts: int = 1024
+    """samplers and bias: prompts a variant and policy (bias: trees a variant and task), over all seeds."""
+    eval_prompts: int | None = None
+    """Held-out prompts of every evaluation; by default 192, or what the study says."""
+    config: Path | None = None
+    """YAML file with settings for all cells, as for `ibtpo train`; a model and data of your own, for one."""
+    report_only: bool = False
+    """Make table, figures and page from the cells that are done."""
+
+
+def run(arguments: list[str], console: Console) -> int:
+    """Run the command; returns 0, or 1 if cells failed."""
+    parsed = parse_alone(StudyArguments, "ibtpo study", arguments)
+    with loading():
+        from ibtpo.studies.command import run_study
+
+    words = (argument for argument in arguments if argument != "--report-only")
+    return run_study(parsed, shlex.join(["ibtpo", "study", *words]), console)

@@ -1,0 +1,90 @@
+"""One tree, grown and printed as an outline: steps with value, IB-Score, confidence and round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+
+from rich.console import Console
+from rich.markup import escape
+from rich.tree import Tree as Outline
+
+from ibtpo.config import TrainConfig
+from ibtpo.grow import Grower
+from ibtpo.metrics import RIGHT
+from ibtpo.policy import Policy
+from ibtpo.printable import printable
+from ibtpo.rewards import RewardSpec, parse_rewards
+from ibtpo.search import make_search
+from ibtpo.setup import make_engine, make_sampling, open_model
+from ibtpo.steps import step_splitter
+from ibtpo.tasks import DigitChain, Grades, Problem, RewardGrades, Task
+from ibtpo.tasks.digit_chain import parse_prompt
+from ibtpo_engine import Tree
+
+
+def print_tree(config: TrainConfig, console: Console, *, prompt: str | None, answer: str | None, index: int) -> None:
+    """Grow a tree on a prompt, or on the task's training problem number `index`, and print it.
+
+    Args:
+        prompt: "\\n" stands for a newline.
+        answer: the right one, needed for a prompt unless the task is digit-chain.
+    """
+    _, policy, task = open_model(config, console)
+    with closing(task):
+        problem, grades = _problem(config, task, prompt, answer, index)
+        with closing(grades):
+            grower = Grower(make_engine(config, policy), grades, policy.tokenizer, config.jsonl)
+            splitter = step_splitter(policy.tokenizer, config.search)
+            search = make_search(config.search, config.ib, splitter, config.sampling.max_tokens)
+            [tree], _ = grower.grow([problem], [index], search, make_sampling(config, policy))
+    console.print(_outline(tree, policy, problem))
+    leaves = tree.leaves()
+    console.print(
+        f"{len(leaves)} trajectories, {outcome([leaf.reward or 0.0 for leaf in leaves])}, "
+        f"{tree.num_sampled} tokens sampled for {sum(leaf.end - tree.prompt_len for leaf in leaves)} in trajectories"
+    )
+
+
+def outcome(rewards: Sequence[float]) -> str:
+    """How many are right and, where some are so in part, the mean reward."""
+    partly = any(0 < reward < 1 for reward in rewards)
+    mean = f" (mean reward {sum(rewards) / len(rewards):.3g})" if partly else ""
+    return f"{sum(reward > RIGHT for reward in rewards)} right{mean}"
+
+
+def _problem(
+    config: TrainConfig, task: Task, prompt: str | None, answer: str | None, index: int
+) -> tuple[Problem, Grades]:
+    """What to sample for, and who grades it."""
+    if prompt is None:
+        return task.train_problem(index), task
+    prompt = prompt.replace("\\n", "\n")
+    if answer is not None:
+        return Problem(prompt, answer), _grades_of(config)
+    if task.name == DigitChain.name:
+        return parse_prompt(prompt if prompt.endswith("\n") else prompt + "\n"), task
+    raise ValueError("prompt: give the right --answer too; without rewards there is nothing to score")
+
+
+def _grades_of(config: TrainConfig) -> RewardGrades:
+    """Who grades a prompt that is no task's."""
+    return RewardGrades(parse_rewards(config.reward) or (RewardSpec(config.jsonl.grade),), config.jsonl)
+
+
+def _outline(tree: Tree, policy: Policy, problem: Problem) -> Outline:
+    """The tree as indented text."""
+    estimates = tree.notes["ib"]
+    prompt = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
+    outline = Outline(f"[bold]{escape(printable(prompt.strip()))}[/]  value {estimates.value(tree.root):.2f}")
+    places = {tree.root: outline}
+    for node in tree.nodes()[1:]:
+        text = escape(repr(str(policy.tokenizer.decode(node.tokens.tolist())))[1:-1])
+        notes = f"round {node.notes['round']}  pi {estimates.eta2(node):.2f}  value {estimates.value(node):.2f}"
+        if node.children:
+            notes += f"  J {estimates.score(node):+.2f}"
+        mark = "" if node.reward is None else "  [green]right[/]" if node.reward > RIGHT else "  [red]wrong[/]"
+        parent = node.parent
+        assert parent is not None
+        places[node] = places[parent].add(f"{text}  [dim]{notes}[/]{mark}")
+    return outline
