@@ -24,7 +24,7 @@ from ibtpo.commands.completion import SHELLS, CompletionArguments, completion
 from ibtpo.commands.config import ConfigArguments, show_config
 from ibtpo.commands.doctor import DoctorArguments, doctor
 from ibtpo.config import TrainConfig
-from ibtpo.config_io import base_config
+from ibtpo.config_io import base_config, load_yaml
 from ibtpo.disk import writing
 from ibtpo.distributed import join, restarted
 from ibtpo.evaluation.command import EvalArguments, instead_of_training, print_evaluation, run_evaluation
@@ -49,6 +49,7 @@ from ibtpo.studies.matrix import shipped_studies
 from ibtpo.tasks import DigitChain, Grades, Problem, RewardGrades, Task, make_task
 from ibtpo.tasks.digit_chain import parse_prompt
 from ibtpo.train import train
+from ibtpo.validation import check_range
 from ibtpo.viewer.cli import ViewArguments, view
 from ibtpo_engine import EngineError, Tree
 
@@ -176,6 +177,7 @@ def _eval(arguments: list[str], console: Console) -> int:
 def _sample(arguments: list[str], console: Console) -> int:
     base = SampleArguments(run=_base_of_model(arguments))
     parsed = _parse(SampleArguments, base, "ibtpo sample", arguments)
+    check_range("index", parsed.index, low=0)
     config, _, policy, task = _open(parsed.run, console)
     with closing(task):
         problem, grades = _problem(parsed, task)
@@ -290,10 +292,19 @@ def _base(arguments: list[str], *, run: Path | None, instead: Mapping[str, Any] 
 def _base_of_model(arguments: list[str]) -> TrainConfig:
     """Of a run, or a checkpoint of one, that --model names, the run's own: it is measured as it was trained."""
     early = _early(arguments)
-    folders = [] if early.model is None else [early.model, early.model.absolute().parent.parent]
+    model, data = _named(early, "model"), _named(early, "data")
+    folders = [] if model is None else [model, model.absolute().parent.parent]
     run = next(filter(is_run, folders), None)
-    instead = None if run is None else instead_of_training(run, early.data, whole=early.whole)
+    instead = None if run is None else instead_of_training(run, data, whole=early.whole)
     return _base(arguments, run=run, instead=instead)
+
+
+def _named(early: argparse.Namespace, field: str) -> Path | None:
+    """The path that a flag gives a field or, without one, the file of --config; None where neither does."""
+    given = getattr(early, field)
+    if given is None and early.config is not None:
+        given = load_yaml(early.config).get(field)
+    return Path(given) if isinstance(given, str | Path) else None
 
 
 def _parse(kind: type[Arguments], default: Arguments, program: str, arguments: list[str]) -> Arguments:
