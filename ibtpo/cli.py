@@ -162,7 +162,9 @@ def _train(arguments: list[str], console: Console) -> int:
 
 
 def _eval(arguments: list[str], console: Console) -> int:
-    base = replace(_base_of_model(arguments), out=None)  # the run's own folder is not for this
+    base = _base_of_model(arguments)
+    if base.out is not None and is_run(base.out):  # of a run's config.yaml given as --config
+        base = replace(base, out=None)
     parsed = _parse(EvalArguments, EvalArguments(run=base), "ibtpo eval", arguments)
     config, folder, policy, task = _open(parsed.resolve(), console)
     with closing(task):

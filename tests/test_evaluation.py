@@ -404,17 +404,23 @@ def test_another_file_is_not_passed_over_for_the_held_out_file_of_the_run(tmp_pa
         assert {row["prompt"] for row in read(out)} == set(range(number))
 
 
-def test_a_file_of_settings_may_name_model_and_data(tmp_path: Path) -> None:
+def test_a_file_of_settings_may_name_model_data_and_out(tmp_path: Path) -> None:
     data, held_out, test = (
         save_additions(tmp_path / f"{name}.jsonl", n) for name, n in (("a", 9), ("b", 5), ("c", 30))
     )
     model = trained(tmp_path, data=data, jsonl=JsonlConfig(grade="exact", eval_data=held_out, eval_fraction=0.1))
     for content, number in ((f"model: {model}\n", 5), (f"model: {model}\ndata: {test}\n", 3)):
-        (tmp_path / "eval.yaml").write_text(content)
         out = tmp_path / f"out-{number}"
-        assert run("--config", tmp_path / "eval.yaml", "--samples", 1, "--out", out) == 0
+        (tmp_path / "eval.yaml").write_text(f"{content}out: {out}\n")
+        assert run("--config", tmp_path / "eval.yaml", "--samples", 1) == 0
         assert {row["prompt"] for row in read(out)} == set(range(number))
         assert json.loads((out / "settings.json").read_text())["sampling.max_tokens"] == 4  # as the run was trained
+    settings = tmp_path / "run" / "config.yaml"
+    settings.write_text(settings.read_text().replace("out: null", f"out: {tmp_path / 'run'}"))
+    before = sorted((tmp_path / "run").iterdir())
+    for flags in (("--model", model), ("--model", model, "--config", settings)):  # the run's folder is not for this
+        assert run(*flags, "--samples", 1) == 0
+    assert sorted((tmp_path / "run").iterdir()) == before
 
 
 def test_a_task_that_is_named_is_measured_in_place_of_the_runs_data(

@@ -88,7 +88,7 @@ class EvalArguments:
 
 
 def instead_of_training(run: Path, data: Path | None, *, whole: bool) -> dict[str, Any]:
-    """What holds, nested like YAML, in place of the settings that a run chose its own training rows with.
+    """What holds, nested like YAML, in place of a run's own folder and of the settings it chose its training rows with.
 
     Another file than the run's is read in the layout that its own rows tell, its prompts are held out of itself, not
     taken from the run's `jsonl.eval_data`, and as a `whole` no row is filtered out.
@@ -99,7 +99,7 @@ def instead_of_training(run: Path, data: Path | None, *, whole: bool) -> dict[st
     own = load_yaml(run / CONFIG).get("data")
     other = data is not None and (own is None or data.resolve() != Path(own).resolve())
     rows = ({"eval_data": None} if other else {}) | (_NO_FILTER if whole else {})
-    return ({"layout": "auto"} if other else {}) | ({"jsonl": rows} if rows else {})
+    return {"out": None} | ({"layout": "auto"} if other else {}) | ({"jsonl": rows} if rows else {})
 
 
 def run_evaluation(
