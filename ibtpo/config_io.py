@@ -116,7 +116,8 @@ def base_config(
     """The configuration before the command line's own flags: defaults, task file, preset, then `file`.
 
     Args:
-        task: the task if a flag names one; the built-in one brings settings of its own.
+        task: the task if a flag names one; the built-in one brings settings of its own. One that reads no data file
+            goes without that of `file` or `run`.
         preset: a name of `PRESETS`; None is "ib-tpo".
         file: a YAML file, or None.
         run: a run folder whose configuration takes the place of defaults, task file and preset, or None.
@@ -126,6 +127,10 @@ def base_config(
         ValueError: an unknown preset, one for a run, a file that cannot be used, or a run folder of a newer format.
     """
     changes = {} if file is None else load_yaml(file)
+    if task not in (None, "jsonl"):  # a data file would make it jsonl
+        changes = changes | {"data": None}
+    elif changes.get("task", "jsonl") != "jsonl":
+        changes = {"data": None} | changes
     if run is not None:
         check_run(run, "resume")
         if preset is not None:

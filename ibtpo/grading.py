@@ -175,7 +175,7 @@ class Grader:
             for name, _, message in faults:
                 self.last_fault = f"{name}: {message}"
             failed, count = sum(self._recent), self.timeouts + self.failures
-            if (faults and count in (1, 10, 100)) or count % 1000 == 999:
+            if faults and (count in (1, 10, 100) or count % 1000 == 0):
                 _LOG.warning("reward %s (%d gradings failed so far; each counts as 0)", self.last_fault, count)
         if len(self._recent) == WINDOW and failed > self._max_failed_share * WINDOW:
             raise GraderError(

@@ -1,6 +1,7 @@
 """The model card of a checkpoint: README.md with YAML front matter, as the Hugging Face Hub reads it.
 
-It names no path of this machine but the base model's, and no time: the same run writes the same card.
+It names no path of this machine but those of the base model and the data, and no time: the same run writes the same
+card.
 """
 
 from __future__ import annotations
@@ -131,12 +132,19 @@ def _accuracy(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     evaluations = [row for row in rows if row.get("eval_avg") is not None]
     if not evaluations:
         return ["Not measured yet."]
-    first = evaluations[0]
-    prompts, k = int(first["eval_prompts"]), int(first["eval_samples"])
+    prompts, k = size = _prompts_and_samples(evaluations[-1])
     lines = [f"{prompts} held-out prompts, {k} independent samples each; 95 % bootstrap intervals over prompts.", ""]
     lines += [f"| step | avg@{k} | pass@{k} | greedy |", "|---|---|---|---|"]
     names = ("eval_avg", "eval_pass", "eval_greedy")
-    return lines + [f"| {row['step']} | {' | '.join(_interval(row, name) for name in names)} |" for row in evaluations]
+    for row in evaluations:
+        others = _prompts_and_samples(row)  # a resumed run may measure otherwise
+        step = str(row["step"]) + ("" if others == size else f" ({others[0]} prompts, k = {others[1]})")
+        lines.append(f"| {step} | {' | '.join(_interval(row, name) for name in names)} |")
+    return lines
+
+
+def _prompts_and_samples(row: Mapping[str, Any]) -> tuple[int, int]:
+    return int(row["eval_prompts"]), int(row["eval_samples"])
 
 
 def _interval(row: Mapping[str, Any], name: str) -> str:

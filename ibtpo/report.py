@@ -43,7 +43,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """One accuracy before and after training; None where it was not evaluated."""
+    """One accuracy before and after training; None where it was not evaluated, or with another k."""
 
     name: str
     meaning: str
@@ -76,10 +76,13 @@ def summarize_rows(rows: Sequence[Row]) -> Summary:
     evaluations = [row for row in rows if _finite(row.get("eval_avg"))]
     before = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else None
     after = evaluations[-1] if evaluations and evaluations[-1] is not before else None
-    k = next((int(row["eval_samples"]) for row in evaluations if _finite(row.get("eval_samples"))), 0) or "k"
+    ks = [int(row["eval_samples"]) if _finite(row.get("eval_samples")) else 0 for row in evaluations]
+    k = (ks[-1] if ks else 0) or "k"
+    begin = before if ks and ks[0] == ks[-1] else None  # a resumed run may draw more: pass@2 tells nothing of pass@64
     accuracies = [
-        Accuracy(name.format(k=k), meaning.format(k=k), _estimate(before, key), _estimate(after, key))
+        Accuracy(name.format(k=k), meaning.format(k=k), _estimate(first, key), _estimate(after, key))
         for key, name, meaning in _ACCURACIES
+        for first in [begin if "{k}" in name else before]
     ]
     return Summary(
         [a for a in accuracies if a.before or a.after], _amounts(rows), max((r["step"] for r in rows), default=0)

@@ -50,7 +50,7 @@ def announce_changes(run: Path, config: TrainConfig, console: Console) -> None:
     """
     check_run(run, "resume")
     path = run / CONFIG
-    before = _flat(asdict(merge(TrainConfig(), load_yaml(path), source=str(path))))
+    before = _flat(asdict(with_absolute_paths(merge(TrainConfig(), load_yaml(path), source=str(path)))))
     changes = {name: value for name, value in _flat(asdict(config)).items() if before[name] != value}
     for name, value in changes.items():
         reason = FIXED.get(name) or FIXED.get(name.partition(".")[0])

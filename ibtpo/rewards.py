@@ -28,6 +28,7 @@ BUILT_IN = ("math", "exact", "format", "regex=PATTERN", GYM + "NAME", "package.m
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _THOUGHT = "</think>"
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[^\S\n]*")
+_FORMULA = re.compile(r"(?<!\\)\$|\\[(\[]")  # MATH writes amounts of money as \$18.90
 _EMPTY = re.compile(_BOX.pattern + r"\{\s*\}")
 # what a box without braces holds: up to the end of the formula, as in "$\boxed 12$"; outside of one, a number
 _BARE = re.compile(r"(?=[-+(\\.\d]|[A-Za-z]\b)(?:[^$\n\\]|\\(?![)\]])){1,200}?(?=\$|\\[)\]])|[-+]?\d(?:[\d.,/]*\d)?")
@@ -129,6 +130,8 @@ def load_reward(name: str) -> Reward:
     loaded: Any = importlib.import_module(module)
     for part in function.split("."):
         loaded = getattr(loaded, part)
+    if not callable(loaded):
+        raise TypeError(f"{function} is no function but of type {type(loaded).__name__}")
     return Reward(lambda graded: loaded(*graded), final_answer)
 
 
@@ -143,7 +146,7 @@ def math_equal(answer: str, completion: str) -> float:
     The reference may be bare (``\\frac{1}{2}``), in dollars, or boxed.
     """
     math_verify = importlib.import_module("math_verify")
-    marked = bool(_BOX.search(answer)) or any(mark in answer for mark in ("$", r"\(", r"\["))
+    marked = bool(_BOX.search(answer) or _FORMULA.search(answer))
     gold = math_verify.parse(final_boxes(answer) if marked else rf"\boxed{{{answer}}}", parsing_timeout=None)
     found = math_verify.parse(final_boxes(completion), parsing_timeout=None)
     return float(math_verify.verify(gold, found, timeout_seconds=None))

@@ -290,6 +290,10 @@ def test_sample_refuses_prompts_the_built_in_policy_cannot_read(
     assert message in refused("--model", built_in, "--prompt", prompt, command="sample")
 
 
+def test_sample_refuses_an_index_below_0(built_in: Path, refused: Refusal) -> None:
+    assert "index: -1 lies outside [0, inf)" in refused("--model", built_in, "--index", -1, command="sample")
+
+
 def test_sample_needs_the_right_answer_of_a_text_prompt(model_folder: Path, rows_file: Path, refused: Refusal) -> None:
     message = refused("--model", model_folder, "--data", rows_file, "--prompt", "1+1", command="sample")
     assert "give the right --answer too" in message

@@ -188,9 +188,11 @@ def test_a_table_of_text_is_told_how_to_become_rows(tmp_path: Path) -> None:
 
 
 def test_numbers_are_read_as_a_person_writes_them(tmp_path: Path) -> None:
-    numbers = [4.0, -0.5, 1e22, 3, 12345678901234567890]
+    numbers = [4.0, -0.5, 1e22, 3, 12345678901234567890, 5e-05, -0.0, 6.02e23]
     task = opened(write(tmp_path / "d.jsonl", [{"prompt": str(x), "answer": x} for x in numbers]), **ALL)
-    assert [p.answer for p in task.eval_problems(9)] == ["4", "-0.5", "1e+22", "3", "12345678901234567890"]
+    assert [p.answer for p in task.eval_problems(9)] == [
+        "4", "-0.5", "1" + "0" * 22, "3", "12345678901234567890", "0.00005", "0", "602" + "0" * 21,
+    ]  # fmt: skip
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     for answers, expected in (([Decimal("4.00"), Decimal("100.50")], ["4", "100.5"]), ([b"4", b"5"], "is bytes;")):
@@ -301,6 +303,21 @@ def test_held_out_by_count_and_by_a_file_of_its_own(tmp_path: Path) -> None:
     assert {task.train_problem(i).prompt for i in range(60)} == {str(i) for i in range(4, 30)}
     with pytest.raises(ValueError, match="eval_count: 30 of the 30"):
         opened(path, eval_count=30)
+
+
+def test_a_held_out_file_needs_no_pass_rates(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", [{"prompt": str(i), "answer": i, "rate": i / 10} for i in range(10)])
+    plain = write(tmp_path / "e.jsonl", [{"prompt": "x", "answer": 1}, {"prompt": "y", "answer": 2}])
+    rated = write(
+        tmp_path / "f.jsonl", [{"prompt": "x", "answer": 1, "rate": 0.9}, {"prompt": "y", "answer": 2, "rate": 0}]
+    )
+    filters = {"pass_rate_field": "rate", "max_pass_rate": 0.5}
+    for held_out, prompts in ((plain, ["x", "y"]), (rated, ["y"])):
+        task = opened(path, eval_data=held_out, **filters)
+        assert [p.prompt for p in task.eval_problems(9)] == prompts
+        assert task.num_train == 6
+    with pytest.raises(ValueError, match='line 1: field "rate" is missing'):
+        opened(plain, eval_data=path, **filters)
 
 
 def test_the_index_alone_decides_the_problem_in_every_epoch(tmp_path: Path) -> None:

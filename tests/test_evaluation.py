@@ -90,6 +90,10 @@ def test_majority_of_many_samples_is_exact_and_quick() -> None:
     assert half == pytest.approx([0.5] * 4)
     assert majority_at([str(i) for i in range(256)], [1.0] + [0.0] * 255, [1, 256]) == pytest.approx([1 / 256] * 2)
     assert time.perf_counter() - begin < 10
+    begin = time.perf_counter()  # an answer that most samples give is the usual case
+    usual = majority_at(["7"] * 780 + ["8"] * 220, [1.0] * 780 + [0.0] * 220, [1, 2, MOST_SAMPLES])
+    assert usual == pytest.approx([0.78, 0.78, 1.0])
+    assert time.perf_counter() - begin < 5
     with pytest.raises(ValueError, match=r"eval\.samples: 1001 lies outside"):
         EvalConfig(samples=MOST_SAMPLES + 1)
     with pytest.raises(ValueError, match="need 1 <= k <= n <= 1000"):
@@ -231,6 +235,10 @@ def test_folders_that_are_something_else_are_refused(
         assert run("--model", built_in, *FLAGS, "--out", tmp_path / name) == 2
         assert message in capsys.readouterr().err
     out = tmp_path / "out"
+    out.mkdir()
+    for name in (".settings.json.tmp", ".ibtpo.json.tmp", "ibtpo.json", "completions.jsonl"):
+        (out / name).touch()  # of an evaluation that was killed before it had written its settings
+    (out / "ibtpo.json").unlink()
     command = ("--model", built_in, *FLAGS, "--out", out, "--samples", 1, "--limit", 1)
     assert run(*command) == 0
     (out / "completions.jsonl").write_text('{"prompt": 0}\n')
@@ -398,6 +406,57 @@ def test_another_file_is_not_passed_over_for_the_held_out_file_of_the_run(tmp_pa
         out = tmp_path / f"out-{len(flags)}-{number}"
         assert run("--model", model, "--samples", 1, "--out", out, *flags) == 0
         assert {row["prompt"] for row in read(out)} == set(range(number))
+
+
+def test_a_file_of_settings_may_name_model_data_and_out(tmp_path: Path) -> None:
+    data, held_out, test = (
+        save_additions(tmp_path / f"{name}.jsonl", n) for name, n in (("a", 9), ("b", 5), ("c", 30))
+    )
+    model = trained(tmp_path, data=data, jsonl=JsonlConfig(grade="exact", eval_data=held_out, eval_fraction=0.1))
+    for content, number in ((f"model: {model}\n", 5), (f"model: {model}\ndata: {test}\n", 3)):
+        out = tmp_path / f"out-{number}"
+        (tmp_path / "eval.yaml").write_text(f"{content}out: {out}\n")
+        assert run("--config", tmp_path / "eval.yaml", "--samples", 1) == 0
+        assert {row["prompt"] for row in read(out)} == set(range(number))
+        assert json.loads((out / "settings.json").read_text())["sampling.max_tokens"] == 4  # as the run was trained
+    settings = tmp_path / "run" / "config.yaml"
+    settings.write_text(settings.read_text().replace("out: null", f"out: {tmp_path / 'run'}"))
+    before = sorted((tmp_path / "run").iterdir())
+    for flags in (("--model", model), ("--model", model, "--config", settings)):  # the run's folder is not for this
+        assert run(*flags, "--samples", 1) == 0
+    assert sorted((tmp_path / "run").iterdir()) == before
+
+
+def test_a_task_that_is_named_is_measured_in_place_of_the_runs_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = trained(tmp_path, data=save_additions(tmp_path / "rows.jsonl", 9), jsonl=JsonlConfig(grade="exact"))
+    (tmp_path / "eval.yaml").write_text("task: digit-chain\n")
+    given = (("--task", "digit-chain"), ("--config", tmp_path / "eval.yaml"))
+    for flags in given:
+        assert run("--model", model, *flags, *FLAGS, "--samples", 1, "--limit", 2, "--json", tmp_path / "n.json") == 0
+        found = json.loads((tmp_path / "n.json").read_text())
+        assert (found["task"], found["data"], found["eval_prompts"]) == ("digit-chain", None, 2)
+    capsys.readouterr()
+    assert run("--model", model, *given[0], "--whole") == 2
+    assert "whole: only a data file has an end" in capsys.readouterr().err
+
+
+def test_gradings_that_failed_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "half_reward.py").write_text(
+        "def grade(prompt, completion, answer, data):\n    return 1.0 if '1' in answer else float('nan')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    model = save_checkpoint(tmp_path / "model", context=64, teach=40)
+    data = save_additions(tmp_path / "rows.jsonl", 12)
+    flags = ("--model", model, "--data", data, "--reward", "half_reward:grade", "--samples", 2, "--whole")
+    assert run(*flags, "--sampling.max-tokens", 4, "--out", tmp_path / "out") == 0
+    rows, summary = read(tmp_path / "out"), numbers(tmp_path / "out")
+    failed = sum(row["finish"] == "stop" and row["reward"] == 0 for row in rows)
+    assert 0 < failed == summary["reward_failures"] and summary["reward_timeouts"] == 0
+    assert f"{failed} gradings failed and count as 0" in " ".join(capsys.readouterr().out.split())
 
 
 def test_another_file_than_the_runs_is_read_in_its_own_layout(

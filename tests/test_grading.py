@@ -117,6 +117,9 @@ def math() -> Iterator[Grader]:
         ("5", r"\fbox{4}, no: \fbox{5}", 1.0),
         ("5", r"I write it in \boxed form, never in \boxed{}: \boxed {5}", 1.0),
         (r"\boxed 5", r"so $\boxed 5$", 1.0),
+        (r"\$18.90", r"It costs $\boxed{\$18.90}$.", 1.0),  # as the solutions of MATH write money
+        (r"\$32,\!348", r"\boxed{32348}", 1.0),
+        ("0.00005", r"\boxed{5\times 10^{-5}}", 1.0),
         ("1", "\\boxed{\ud800}", 0.0),  # a lone surrogate: no UTF-8, but JSON carries it
     ],
 )
@@ -249,6 +252,22 @@ def test_too_many_failures_stop_the_run_and_name_the_last(bad: Bad, completion: 
         assert sum(future.result(60) for future in futures[:-1]) == half
         with pytest.raises(GraderError, match=f"51 of the last 100.*bad_graders:grade: .*{error}.*max_failed_share"):
             futures[-1].result(60)
+
+
+def test_failures_are_told_as_they_happen_and_not_between(bad: Bad, caplog: pytest.LogCaptureFixture) -> None:
+    with Grader(bad) as grader:
+        grader.failures = 998
+        for completion in ["4", "nan", "4", "4", "nan", "4"]:
+            submit(grader, "4", completion).result(60)
+    assert [record.args[1] for record in caplog.records if isinstance(record.args, tuple)] == [1000]
+
+
+def test_a_reward_that_cannot_be_called_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "no_rewards.py").write_text("weight = 0.5\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    message = "no_rewards:weight cannot be loaded: TypeError: weight is no function but of type float"
+    with Grader(parse_rewards(["no_rewards:weight"])) as grader, pytest.raises(GraderError, match=message):
+        grader.ready()
 
 
 def test_several_rewards_make_their_weighted_mean_and_fail_apart(bad: Bad) -> None:

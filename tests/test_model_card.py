@@ -17,6 +17,7 @@ from ibtpo.checkpoints import checkpoints, damage
 from ibtpo.cli import main
 from ibtpo.config import AdvantageConfig, JsonlConfig, SearchConfig, TrainConfig
 from ibtpo.environment import ENVIRONMENT
+from ibtpo.metrics import evaluation_metrics
 from ibtpo.model_card import CARD, method, model_card
 from ibtpo.runlog import METRICS, read_rows
 from ibtpo_engine import load_tokenizer, stop_tokens
@@ -54,6 +55,13 @@ def test_every_checkpoint_has_a_card_with_what_was_measured_by_then(run: Path) -
         assert damage(checkpoint) is None  # the card was renewed after the last evaluation
     assert last.step > 0
     assert len(rows) == 2
+
+
+def test_what_was_measured_otherwise_is_marked() -> None:
+    rows = [{"step": step, **evaluation_metrics([[1, 0][:k]], [1])} for step, k in ((0, 1), (5, 2))]
+    card = model_card(TrainConfig(), step=5, sampled_tokens=0, rows=rows)
+    assert "1 held-out prompts, 2 independent samples each" in card and "| step | avg@2 | pass@2 |" in card
+    assert "\n| 0 (1 prompts, k = 1) | 1.000 (" in card and "\n| 5 | 0.500 (" in card
 
 
 def test_the_card_shows_the_options_of_the_chat_template() -> None:

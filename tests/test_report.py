@@ -66,6 +66,16 @@ def test_the_summary_is_what_was_logged(folder: Path) -> None:
     assert amounts["Seconds"] == ("7", "sampling + reward + training: 4 + 1 + 2")
 
 
+def test_an_accuracy_is_compared_with_one_of_the_same_k(folder: Path) -> None:
+    run_two_steps(folder)
+    with RunFolder.open(folder, step=2) as run:
+        run.log(3, evaluation_metrics([[1, 1, 1, 0], [1, 0, 0, 0]], [1, 1]))
+    avg, passed, greedy = summarize_run(folder).accuracies
+    assert (avg.name, passed.name) == ("Sampled, avg@4", "Sampled, pass@4")
+    assert avg.before is passed.before is None
+    assert passed.after is not None and greedy.before is not None and greedy.after is not None
+
+
 def test_an_interrupted_run_has_a_before_and_no_after(folder: Path) -> None:
     with RunFolder.open(folder) as run:
         run.log(0, evaluation_metrics([[1, 0]], [1]))

@@ -405,6 +405,11 @@ def test_resume_needs_no_flag_repeated_and_finds_its_data_from_anywhere(
     assert_same_end(tmp_path / "run", tmp_path / "whole")
     monkeypatch.chdir(tmp_path)
     assert _train("--resume", "run", *data, "--model", "model") == 0  # repeated, they are the same
+    settings_file = tmp_path / "run" / "config.yaml"
+    settings_file.write_text(settings_file.read_text().replace(f"{tmp_path}/", ""))  # mended by hand after a move
+    assert "data: rows.jsonl" in settings_file.read_text()
+    assert _train("--resume", "run") == 0
+    assert f"data: {tmp_path}/rows.jsonl" in settings_file.read_text()
 
 
 # ---- disks -------------------------------------------------------------------------------------------------------

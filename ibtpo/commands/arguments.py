@@ -45,14 +45,15 @@ def base_of_training(arguments: list[str]) -> TrainConfig:
 def base_of_model(arguments: list[str]) -> TrainConfig:
     """Of a run, or a checkpoint of one, that --model names, the run's own: it is measured as it was trained."""
     early = _early(arguments)
-    folders = [] if early.model is None else [early.model, early.model.absolute().parent.parent]
+    model, data = _named(early, "model"), _named(early, "data")
+    folders = [] if model is None else [model, model.absolute().parent.parent]
     run = next(filter(is_run, folders), None)
-    instead = None if run is None else instead_of_training(run, early.data, whole=early.whole)
+    instead = None if run is None else instead_of_training(run, data, whole=early.whole)
     return _base(early, run=run, instead=instead)
 
 
 def instead_of_training(run: Path, data: Path | None, *, whole: bool) -> dict[str, Any]:
-    """What holds, nested like YAML, in place of the settings that a run chose its own training rows with.
+    """What holds, nested like YAML, in place of a run's own folder and of the settings it chose its training rows with.
 
     Another file than the run's is read in the layout that its own rows tell, its prompts are held out of itself, not
     taken from the run's `jsonl.eval_data`, and as a `whole` no row is filtered out.
@@ -63,7 +64,7 @@ def instead_of_training(run: Path, data: Path | None, *, whole: bool) -> dict[st
     own = load_yaml(run / CONFIG).get("data")
     other = data is not None and (own is None or data.resolve() != Path(own).resolve())
     rows = ({"eval_data": None} if other else {}) | (_NO_FILTER if whole else {})
-    return ({"layout": "auto"} if other else {}) | ({"jsonl": rows} if rows else {})
+    return {"out": None} | ({"layout": "auto"} if other else {}) | ({"jsonl": rows} if rows else {})
 
 
 def with_data(config: TrainConfig) -> TrainConfig:
@@ -83,6 +84,14 @@ def _early(arguments: list[str]) -> argparse.Namespace:
         return parser.parse_known_args(arguments)[0]
     except argparse.ArgumentError:  # a flag without its value: the full parser explains it
         return parser.parse_known_args([])[0]
+
+
+def _named(early: argparse.Namespace, field: str) -> Path | None:
+    """The path that a flag gives a field or, without one, the file of --config; None where neither does."""
+    given = getattr(early, field)
+    if given is None and early.config is not None:
+        given = load_yaml(early.config).get(field)
+    return Path(given) if isinstance(given, str | Path) else None
 
 
 def _base(early: argparse.Namespace, *, run: Path | None, instead: Mapping[str, Any] | None = None) -> TrainConfig:

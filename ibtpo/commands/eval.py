@@ -16,6 +16,7 @@ from ibtpo.config import TrainConfig
 from ibtpo.disk import check_writable, writing
 from ibtpo.loading import loading
 from ibtpo.progress import RunConsole
+from ibtpo.run_format import is_run
 from ibtpo.sections.eval import MOST_SAMPLES
 from ibtpo.validation import check_range
 
@@ -69,7 +70,9 @@ class EvalArguments:
 
 def run(arguments: list[str], console: Console) -> int:
     """Run the command; returns the exit code."""
-    base = replace(base_of_model(arguments), out=None)  # the run's own folder is not for this
+    base = base_of_model(arguments)
+    if base.out is not None and is_run(base.out):  # of a run's config.yaml given as --config
+        base = replace(base, out=None)
     parsed = parse(EvalArguments, EvalArguments(run=base), "ibtpo eval", arguments)
     config = with_data(parsed.resolve())
     with loading():

@@ -11,6 +11,7 @@ from rich.console import Console
 from ibtpo.commands.arguments import Flat, Preset, base_of_model, parse, with_data
 from ibtpo.config import TrainConfig
 from ibtpo.loading import loading
+from ibtpo.validation import check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class SampleArguments:
 def run(arguments: list[str], console: Console) -> int:
     """Run the command; returns the exit code."""
     parsed = parse(SampleArguments, SampleArguments(run=base_of_model(arguments)), "ibtpo sample", arguments)
+    check_range("index", parsed.index, low=0)
     with loading():
         from ibtpo.outline import print_tree
 

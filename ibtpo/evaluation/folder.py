@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
-from ibtpo.disk import AGAIN, no_space, write_atomically
+from ibtpo.disk import AGAIN, no_space, unfinished, write_atomically
 from ibtpo.evaluation.sampling import Completion, Place
 from ibtpo.run_format import FORMAT_FILE, check_format, is_run, write_format
 
@@ -85,7 +85,8 @@ class EvaluationFolder:
             raise ValueError(f"out: {self.path} is a file; choose another folder with --out")
         if is_run(self.path):
             raise ValueError(f"out: {self.path} is a run folder; choose another, such as {self.path / 'eval'}")
-        if {entry.name for entry in self.path.iterdir()} - {COMPLETIONS, FORMAT_FILE}:
+        begun = {COMPLETIONS, FORMAT_FILE, *(unfinished(Path(name)).name for name in (SETTINGS, FORMAT_FILE))}
+        if {entry.name for entry in self.path.iterdir()} - begun:
             raise ValueError(f"out: {self.path} already holds other files; choose another folder with --out")
 
     def _lock(self, file: IO[bytes]) -> None:

@@ -74,7 +74,7 @@ def run_evaluation(
             raise Interrupted(f"stopped; {kept}", number) from None
         evaluation = summarize(found.values())
         summary = {"model": config.model, "task": task.name, "data": config.data and str(config.data)}
-        summary |= evaluation.summary() | {"speed": speed}
+        summary |= evaluation.summary() | {"speed": speed} | task.counts()
         if store is not None:
             store.finish(summary)
     return evaluation, summary
@@ -158,6 +158,9 @@ def print_evaluation(evaluation: Evaluation, summary: dict[str, Any], console: C
     ]
     if speed := summary["speed"]["tokens_per_second"]:
         parts.append(f"{speed:,.0f} tokens/s")
+    for name, happened in (("reward_timeouts", "timed out"), ("reward_failures", "failed")):
+        if number := summary.get(name):
+            parts.append(f"{number:,} gradings {happened} and count as 0")
     console.print(", ".join(parts), style="dim", highlight=False)
 
 

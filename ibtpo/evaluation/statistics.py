@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -84,6 +85,24 @@ def _sizes(groups: Iterable[tuple[int, float]]) -> range:
     return range(1, 1 + max((count for count, _ in groups), default=0))
 
 
+@lru_cache(maxsize=MOST_SAMPLES + 1)
+def _binomials(n: int) -> Doubles:
+    """[n + 1]: C(n, j)."""
+    return np.array([math.comb(n, j) for j in range(n + 1)], np.float64)
+
+
+def _with_votes(choices: Doubles, table: Doubles) -> Doubles:
+    """[v, tied] by votes cast -> [v + len(choices) - 1, tied]: after j more votes, cast in choices[j] ways."""
+    more = np.zeros((len(table) + len(choices) - 1, table.shape[1]))
+    if len(choices) > table.shape[1]:  # a call for each column, or for each number of votes: whichever are fewer
+        for tied in range(table.shape[1]):
+            more[:, tied] = np.convolve(choices, table[:, tied])
+    else:
+        for j, ways in enumerate(choices):
+            more[j : j + len(table)] += ways * table
+    return more
+
+
 def _won_with(most: int, groups: Sequence[tuple[int, float]], votes: int) -> Doubles:
     """[votes + 1]: by number of votes cast, the summed reward of the winners over all choices in which `most` win.
 
@@ -95,9 +114,9 @@ def _won_with(most: int, groups: Sequence[tuple[int, float]], votes: int) -> Dou
         cast, tied = ways.shape
         new_ways = np.zeros((cast + min(count, most), tied + (count >= most)))
         new_paid = np.zeros_like(new_ways)
-        for j in range(min(count, most - 1) + 1):
-            new_ways[j : j + cast, :tied] += math.comb(count, j) * ways
-            new_paid[j : j + cast, :tied] += math.comb(count, j) * paid
+        fewer = _binomials(count)[:most]
+        new_ways[: cast + len(fewer) - 1, :tied] = _with_votes(fewer, ways)
+        new_paid[: cast + len(fewer) - 1, :tied] = _with_votes(fewer, paid)
         if count >= most:
             new_ways[most:, 1:] += math.comb(count, most) * ways
             new_paid[most:, 1:] += math.comb(count, most) * (paid + reward * ways)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from ibtpo.config import JsonlConfig
 from ibtpo.rewards import RewardSpec
 from ibtpo.tasks.base import Problem, seeded
 from ibtpo.tasks.grades import RewardGrades
-from ibtpo.tasks.layouts import Layout, choose_layout, get_field, read_example, read_problem
+from ibtpo.tasks.layouts import Layout, choose_layout, get_field, has_field, read_example, read_problem
 from ibtpo.tasks.rows import Rows, fail, open_rows
 
 _SPLIT, _ORDER = range(2)  # streams of random numbers
@@ -62,7 +63,7 @@ class DataTask(RewardGrades):
         if config.eval_data is None:
             self._train, self._eval = _divide(self._file, config, seed)
         else:
-            self._held_out_file = _File(config.eval_data, layout, config)
+            self._held_out_file = _File(config.eval_data, layout, config, rated=False)
             self._eval = _first_of_each(self._held_out_file.prompts)
             seen = np.isin(self._file.prompts, self._held_out_file.prompts)
             self._train = np.flatnonzero(~seen)
@@ -136,11 +137,17 @@ class DataTask(RewardGrades):
 
 
 class _File:
-    """A data file after its filters: row numbers, a hash of every row's prompt, a digest of prompts and answers."""
+    """A data file after its filters: row numbers, a hash of every row's prompt, a digest of prompts and answers.
 
-    def __init__(self, path: Path, layout: str, config: JsonlConfig) -> None:
+    Without `rated` it may have no field of pass rates, which choose what is trained on.
+    """
+
+    def __init__(self, path: Path, layout: str, config: JsonlConfig, *, rated: bool = True) -> None:
         _check_filters(config)
         self.rows: Rows = open_rows(path)
+        field = config.pass_rate_field
+        if not (rated or field is None or has_field(self.rows[0], field)):
+            config = replace(config, pass_rate_field=None, min_pass_rate=0.0, max_pass_rate=1.0)
         self.layout, note = choose_layout(layout, self.rows, config)
         self._config = config
         self.notes = [text for text in (self.rows.note, note) if text]

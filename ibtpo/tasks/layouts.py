@@ -26,7 +26,6 @@ BOXED = "{prompt}\n\nPlease reason step by step, and put your final answer withi
 """The instruction the published results of mathematics models are measured with."""
 
 _MISSING = object()
-_EXACT = 2**53  # a larger float may stand for several integers
 _LOOKED_AT = 100  # rows from which a layout is told
 _NEARLY_ALL = 0.9  # of them; a row that is not as the others must not make whole solutions the references
 
@@ -132,6 +131,11 @@ def _get(row: Mapping[str, Any], field: str) -> Any:
     return _get(row[head], tail) if dot and isinstance(row.get(head), Mapping) else _MISSING
 
 
+def has_field(row: Mapping[str, Any], field: str) -> bool:
+    """Does a row have this field?"""
+    return _get(row, field) is not _MISSING
+
+
 def get_field(row: Mapping[str, Any], field: str, option: str, where: str) -> Any:
     """The value of a field of a row.
 
@@ -212,11 +216,10 @@ def _check_answer(answer: Any, field: str, where: str) -> str:
 
 
 def _digits(number: float | Decimal) -> str:
-    """A number as a person writes it: 4 for 4.0 and for 4.00."""
-    if isinstance(number, Decimal):
-        text = f"{number:f}"
-        return text.rstrip("0").rstrip(".") if "." in text else text
-    return str(int(number)) if abs(number) < _EXACT and number == int(number) else str(number)
+    """A number as a person writes it: 4 for 4.0 and for 4.00; 0.00005 for 5e-05, whose e is Euler's in a formula."""
+    text = f"{number if isinstance(number, Decimal) else Decimal(str(number)):f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
 
 
 def _check_text(text: str, field: str, where: str) -> str:
