@@ -6,6 +6,8 @@ CSRC := $(wildcard kernels/csrc/*.cpp kernels/csrc/*.h)
 STAMP := .venv/.installed
 PEERS := .venv/.peers
 SUITES ?= bench
+# One more than there are cores, for some tests wait.
+TEST_PROCESSES = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 # Idle threads sleep instead of spinning: several times faster where other processes want the cores too (docs/log.md).
 train test: export OMP_WAIT_POLICY ?= passive
@@ -24,8 +26,8 @@ $(STAMP): pyproject.toml CMakeLists.txt scripts/setup.sh $(CSRC)
 train: $(STAMP) ## train the built-in policy; flags through ARGS="..."
 	@.venv/bin/ibtpo train $(ARGS)
 
-test: $(STAMP) ## run the tests, a file a core at a time; flags through ARGS="..." (-n 0: in one process)
-	@$(PYTHON_IN_VENV) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: $(STAMP) ## run the tests, a file at a time in each process; flags through ARGS="..." (-n 0: in one process)
+	@$(PYTHON_IN_VENV) -m pytest -n $(TEST_PROCESSES) --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(PEERS) ## run the benchmark suites, then the roofline; ARGS="..." for pytest, SUITES=bench/bench_engine.py for one
 	@$(PYTHON_IN_VENV) -m pytest $(SUITES) -o python_files='bench_*.py' --benchmark-columns=median,iqr,rounds \

@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+export PIP_NO_COMPILE=1 # Python compiles a module when it is first imported; most never are
 readonly VENV=.venv
 readonly TORCH="torch==2.13.0"
 readonly CPU_INDEX="https://download.pytorch.org/whl/cpu"
