@@ -642,3 +642,6 @@ def test_a_wrong_option_names_itself_and_its_range(options: dict[str, Any], mess
 
 def test_a_key_is_not_printed() -> None:
     assert "secret" not in repr(CompletionsServer(url="http://127.0.0.1/v1", model="m", api_key="secret"))
+    with pytest.raises(ValueError, match=r"api_key: holds a line end.*strip\(\)") as refused:
+        CompletionsServer(url="http://127.0.0.1/v1", model="m", api_key="secret\n")  # as it is read from a file
+    assert "secret" not in str(refused.value)
