@@ -31,6 +31,7 @@ from ibtpo_engine import (
     Node,
     Sampling,
     Tree,
+    backend_engine,
     http_backend,
 )
 
@@ -182,6 +183,32 @@ def test_trees_do_not_wait_for_one_another() -> None:
     assert order[4] == 2
 
 
+def test_a_grade_that_has_come_keeps_no_processor_busy_while_branches_are_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between two answers there is nothing to do: one look a call, however long the last one takes."""
+    local, waits, wait = EngineBackend(engine()), [], backend_engine.wait
+
+    class SlowOnes:
+        def extend(self, prefixes: Sequence[Sequence[int]], n: int, **options: Any) -> list[list[Completion]]:
+            time.sleep(0.2 * (n == 1))
+            return local.extend(prefixes, n, **options)
+
+    def reward(tree: Tree, leaf: Node) -> Future[float]:
+        graded: Future[float] = Future()
+        graded.set_result(1.0)
+        return graded
+
+    def counted(*args: Any, **options: Any) -> Any:
+        waits.append(args)
+        return wait(*args, **options)
+
+    monkeypatch.setattr(backend_engine, "wait", counted)
+    [(_, tree)] = BackendEngine(SlowOnes()).run(forks, PROMPTS[:1], SAMPLING, reward=reward)
+    assert [leaf.reward for leaf in tree.leaves()] == [1.0] * 8
+    assert len(waits) <= 4
+
+
 def test_requests_overlap_up_to_their_limit(server: Server) -> None:
     for limit, seen in ((1, {1}), (8, set(range(2, 9)))):
         server.most_under_way = 0
@@ -199,6 +226,21 @@ def test_tokens_carry_the_version_of_the_weights(server: Server) -> None:
             [new] = trees.extend(tree.root.fork(), SAMPLING)
             assert (old.version, new.version) == (0, 1)
             assert set(tree.export().version.tolist()) == {0, 1}
+
+
+def test_tokens_asked_for_before_the_weights_changed_carry_the_version_of_then() -> None:
+    local = EngineBackend(engine())
+
+    class Updated:
+        def extend(self, *args: Any, **options: Any) -> list[list[Completion]]:
+            sampled = local.extend(*args, **options)
+            trees.weights_changed()  # by a trainer, before the answer is here
+            return sampled
+
+    trees = BackendEngine(Updated())
+    with trees.tree(PROMPTS[0]) as tree:
+        [node] = trees.extend(tree.root.fork(), SAMPLING)
+        assert (node.version, trees.version) == (0, 1)
 
 
 # ---- what is sent --------------------------------------------------------------------------------------------
@@ -600,3 +642,6 @@ def test_a_wrong_option_names_itself_and_its_range(options: dict[str, Any], mess
 
 def test_a_key_is_not_printed() -> None:
     assert "secret" not in repr(CompletionsServer(url="http://127.0.0.1/v1", model="m", api_key="secret"))
+    with pytest.raises(ValueError, match=r"api_key: holds a line end.*strip\(\)") as refused:
+        CompletionsServer(url="http://127.0.0.1/v1", model="m", api_key="secret\n")  # as it is read from a file
+    assert "secret" not in str(refused.value)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from engine_helpers import (
+    ROUNDING,
     assert_idle,
     expected_tokens,
     grow,
@@ -185,6 +186,20 @@ def test_two_engines_and_the_process_do_not_disturb_each_other(model: Model, col
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
     assert not torch.is_inference_mode_enabled()
+
+
+def test_the_autocast_of_the_caller_reaches_no_step(how: str) -> None:
+    """A trainer in mixed precision may sample and score where it stands: numbers are those of the model as it is."""
+    model = tiny_model()
+    suffix, found = prompt_of(20, seed=1), []
+    for mixed in (False, True):
+        engine = Engine(model, kv_tokens=8192)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed), grow(engine, PROMPT, SAMPLING) as tree:
+            found.append((tree.nodes(), engine.score(tree, [suffix])[0]))
+    (expected, plain), (nodes, score) = found
+    same(nodes, expected)
+    np.testing.assert_allclose(score.logprob, plain.logprob, rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(score.entropy, plain.entropy, rtol=0, atol=ROUNDING)
 
 
 # ---- randomness ----------------------------------------------------------------------------------------------

@@ -320,6 +320,18 @@ def test_scores_have_the_bits_of_what_was_sampled(model: Model) -> None:
             assert np.array_equal(score.entropy, node.entropy)
 
 
+def test_what_the_model_says_of_shaped_tokens_has_the_bits_of_the_trainer(model: Model) -> None:
+    """Bias, mask and least length change what is sampled, and not the log-prob at temperature 1 of what was."""
+    shaping = {"logit_bias": {5: 3.0, 7: -2.0}, "min_tokens": 20, "stop_tokens": (2, 3, 4)}
+    sampling = Sampling(max_tokens=45, allowed=lambda path: np.arange(40) != path[-1], **shaping)
+    engine = bitwise(model)
+    with engine.tree(PROMPT) as tree:
+        engine.extend(tree.root.fork(4), sampling)
+        sampled, trained = trained_logprobs(model, [tree], 1.0, "bitwise")
+        assert torch.equal(sampled[1], trained[1])
+        assert not torch.equal(sampled[0], trained[0])
+
+
 def test_gradients_are_those_of_fast_to_rounding() -> None:
     """Of the sum of log-probs over a tree, by every parameter."""
     model = tiny_model(hidden=104)

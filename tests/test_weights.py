@@ -262,6 +262,18 @@ def test_a_model_of_transformers_is_borrowed_and_never_taken_as_it_is(tmp_path: 
         engine.extend(engine.tree(PROMPT).root.fork(), GREEDY)
 
 
+def test_what_is_frozen_stays_frozen_when_it_is_borrowed(tmp_path: Path) -> None:
+    """A trainer that freezes a part and then lends the whole finds it as it was, gradients asked for or not."""
+    theirs = save_checkpoint(tmp_path, "llama")
+    theirs.requires_grad_(False)
+    trained = [parameter.requires_grad_() for parameter in theirs.model.layers[1].parameters()]
+    ours = dict(borrow(theirs).named_parameters())
+    for name, parameter in theirs.named_parameters():
+        assert ours.pop(name) is parameter
+        assert parameter.requires_grad == any(parameter is one for one in trained)
+    assert not ours
+
+
 def test_every_parameter_is_sampled_whatever_its_strides() -> None:
     """Scaling any one of them unseen by its counter is noticed, also where it is transposed in memory."""
     model = tiny_model()
@@ -359,12 +371,38 @@ def test_a_shadow_of_a_model_with_adapters_follows_both() -> None:
     shadow = Shadow(masters)
     randomise(masters, 6)
     shadow.refresh()
-    assert shadow.model.adapters is not None
-    assert shadow.model.adapters is not masters.adapters
+    assert shadow.model.adapters is masters.adapters is not None
     pairs = zip(masters.named_parameters(), shadow.model.named_parameters(), strict=True)
     for (name, master), (same_name, copy) in pairs:
         assert name == same_name
         assert torch.equal(copy, master.bfloat16())
+
+
+def test_an_engine_on_a_shadow_is_told_what_becomes_of_the_adapters_of_the_masters() -> None:
+    """Switched off on the masters they are off in the copy: a reference that still had them would be the policy."""
+    masters = tiny_model()
+    masters.add_adapters(LoRA(rank=2))
+    randomise(masters, 4)
+    shadow = Shadow(masters)
+    engine = Engine(shadow, kv_tokens=1024)
+
+    def now() -> list[Node]:
+        engine.weights_changed()
+        with engine.tree(PROMPT) as tree:
+            return engine.extend(tree.root.fork(2), GREEDY)
+
+    assert shadow.model.adapters is not None
+    with shadow.model.adapters_off():
+        base = grown(shadow.model)
+    with masters.adapters_off():
+        same(now(), base)
+    adapted = now()
+    same(adapted, grown(Shadow(masters)))
+    assert masters.adapters is not None
+    masters.adapters.config = replace(masters.adapters.config, alpha=1.0)
+    weaker = now()
+    same(weaker, grown(Shadow(masters)))
+    assert len({nodes[0].logprob_raw.tobytes() for nodes in (base, adapted, weaker)}) == 3
 
 
 def test_a_shadow_of_masters_that_were_rebuilt_is_refused() -> None:

@@ -31,6 +31,7 @@ class _Call:
 
     families: list[list[Node]]
     sampling: Sampling
+    version: int  # of the weights when it was asked for
 
     def make(self, backend: Backend) -> list[list[Completion]]:
         # A stream has 64 bits; the low 31 are a seed everywhere, whatever integer type a server keeps it in.
@@ -93,7 +94,7 @@ class BackendEngine:
         _abandon(node for leaf in tree.root.walk() for node in list(leaf.children))
 
     def weights_changed(self) -> None:
-        """The backend samples from other weights now: what comes from here on carries the next version."""
+        """The backend samples from other weights now: what is asked for from here on carries the next version."""
         self.version += 1
 
     def extend(self, nodes: Iterable[Node], sampling: Sampling) -> list[Node]:
@@ -206,7 +207,11 @@ class BackendEngine:
                 node.stream = seeded_stream(sampling.seed, node.births())
             node.in_flight = True
         return [
-            _Call(families=group, sampling=replace(sampling, max_tokens=most, min_tokens=least, seed=None))
+            _Call(
+                families=group,
+                sampling=replace(sampling, max_tokens=most, min_tokens=least, seed=None),
+                version=self.version,
+            )
             for (_, most, least), group in alike.items()
         ]
 
@@ -248,7 +253,7 @@ class BackendEngine:
                     completion.logprob_raw,
                     completion.entropy,
                     finish=completion.finish,
-                    version=self.version,
+                    version=call.version,
                 )
                 if completion.stopped_by is not None:
                     node.stopped_by = completion.stopped_by

@@ -131,7 +131,10 @@ def borrow(model: PreTrainedModel) -> Model:
     """
     with torch.device("meta"):
         ours = Model(ModelConfig.from_dict(model.config.to_dict() | {"architectures": [type(model).__name__]}))
-    ours.load_state_dict(dict(model.named_parameters()), assign=True)  # a tied head is named once, as the embedding
+    theirs = dict(model.named_parameters())  # a tied head is named once, as the embedding
+    for name, parameter in ours.named_parameters():  # load_state_dict does to theirs what it finds here
+        parameter.requires_grad_(name not in theirs or theirs[name].requires_grad)
+    ours.load_state_dict(theirs, assign=True)
     return ours
 
 

@@ -265,7 +265,8 @@ class EngineCore:
         if self.scheduler.is_plain:  # no torch in it: entering the mode would cost as much as all else about the step
             finished: list[Node] | None = self.scheduler.step(self.version, most)
         else:
-            with torch.inference_mode(), self._threads():
+            plain = torch.autocast(self.model.device.type, enabled=False)  # whatever the caller's is
+            with torch.inference_mode(), plain, self._threads():
                 self.cache.pool.restore_memory()
                 finished = self.scheduler.step(self.version, most)
         if finished is None:

@@ -207,11 +207,11 @@ class Growing:
         """Is all that the search asked for submitted, and all that it waits for finished and graded?"""
         if self.tree.closed or self._error is not None or self._not_graded is not None:
             return self.submitted
-        if self._waits_for or not self.submitted or not (self._gate is None or self._gate.done()):
-            return False
-        for node in [node for node, future in self.rewards.items() if future.done()]:
+        for node in [node for node, future in self.rewards.items() if future.done()]:  # or it would still be awaited
             reward = self.rewards.pop(node).result()
             node.reward = reward if reward is None else float(reward)
+        if self._waits_for or not self.submitted or not (self._gate is None or self._gate.done()):
+            return False
         return not (self.rewards and any(node in self.rewards for node in self._until))
 
 

@@ -60,6 +60,8 @@ class CompletionsServer:
             raise ValueError(f"CompletionsServer.logprobs: {self.logprobs!r} is not one of raw, scaled, sampled")
         if self.siblings not in ("apart", "together"):
             raise ValueError(f"CompletionsServer.siblings: {self.siblings!r} is not one of apart, together")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ValueError("CompletionsServer.api_key: holds a line end, or what else no HTTP header may; strip() it")
         for name, least in (("backoff", 0), ("retries", 0), ("max_requests", 1)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"CompletionsServer.{name}: {getattr(self, name)} must be at least {least}")

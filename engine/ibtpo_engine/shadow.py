@@ -24,7 +24,7 @@ class Shadow:
 
     Attributes:
         masters: as given.
-        model: the copy; takes no gradient.
+        model: the copy; takes no gradient. Its adapters are switched on and off with those of the masters.
     """
 
     def __init__(self, masters: Model, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -34,7 +34,8 @@ class Shadow:
         converted = {  # what deepcopy finds here it does not copy: no second set of masters, not even for a moment
             id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False) for p in masters.parameters()
         }
-        self.model: Model = copy.deepcopy(masters, converted)
+        switch = {id(masters.adapters): masters.adapters}  # one for both, and one configuration
+        self.model: Model = copy.deepcopy(masters, converted | switch)
 
     def refresh(self) -> None:
         """Round the masters as they are now into the copy.

@@ -17,7 +17,7 @@ from ibtpo_engine.errors import BranchFailed, NoTokenAllowed
 from ibtpo_engine.masks import MaskCursor
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.tree import Node
-from ibtpo_kernels import sample
+from ibtpo_kernels import sample, sampled_logprob
 
 Ints = npt.NDArray[np.int32]
 
@@ -96,9 +96,7 @@ def sample_shaped(
     token, logprob, logprob_raw, entropy = sample(
         logits, keys, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p
     )
-    if shapes:  # at temperature 0 `sample` gives the log-prob of the most likely token: the log of 1 / sum exp(z - max)
-        _, _, most_likely, entropy[rows] = sample(model, keys[: len(rows)], temperature=0.0)
-        z = model.double()
-        ours = z.gather(1, token[rows][:, None])[:, 0]
-        logprob_raw[rows] = (ours - z.amax(1) + most_likely.double()).float()
+    if shapes:  # what the model says of a token may be shaped away: asked again, by the arithmetic of `sample`
+        entropy[rows] = sample(model, keys[: len(rows)], temperature=0.0)[3]
+        logprob_raw[rows] = sampled_logprob(model, torch.arange(len(rows), device=rows.device), token[rows])[1]
     return token, logprob, logprob_raw, entropy
