@@ -215,7 +215,7 @@ class Branches:
         return [*found, self.pages.clone()]
 
 
-@by_dtype
+@pytest.mark.parametrize("dtype", DTYPES if ON_GPU else DTYPES[:1], ids=str)
 def test_a_graph_of_a_decode_step_is_the_step(dtype: torch.dtype) -> None:
     """rope_append, tree_decode and sample, captured once and replayed while branches grow past pages and a split: bit
     for bit what the same calls give one by one. (In the interpreter: twice one by one.)"""

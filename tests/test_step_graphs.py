@@ -25,8 +25,8 @@ from ibtpo_kernels.gpu.replay import Heads, ReplayPlan, Room, work_for
 
 pytestmark = pytest.mark.gpu
 FIELDS = ("logprob", "logprob_raw", "entropy")
-SHORT = Sampling(max_tokens=5, temperature=0.8, top_p=0.95, stop_tokens=(2,))
-LONG = Sampling(max_tokens=11, temperature=0.8, min_p=0.01, top_k=12)
+SHORT = Sampling(max_tokens=4, temperature=0.8, top_p=0.95, stop_tokens=(2,))
+LONG = Sampling(max_tokens=8, temperature=0.8, min_p=0.01, top_k=12)
 
 
 @pytest.fixture(autouse=True)

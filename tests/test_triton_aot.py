@@ -2,8 +2,8 @@
 tiles: no spilled registers (few on sm_120), shared memory within the block's limit, that of GeForce cards for sm_80 and
 sm_120, tensor-core instructions where there is a product.
 
-By default each head size and type is compiled for sm_90, and for the others what is closest to a limit: some three
-minutes of processor time, in one process a core. IBTPO_AOT=full in the environment compiles everything for all."""
+By default what has come closest to a limit is compiled, in one process a core. IBTPO_AOT=full in the environment
+compiles every head size and type for all; so should whoever changes a kernel or its tiles."""
 
 from __future__ import annotations
 

@@ -25,9 +25,13 @@ from ibtpo_kernels.plan import DecodePlan, plan_items
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEADS = (16, 32, 64, 80, 96, 128, 256)
-# What is compiled by default: every head size and type for sm_90, for the others those that come closest to a limit.
-SOME_HEADS = {80: (80, 128, 256), 90: HEADS, 100: (64, 128), 120: (128, 256)}
-SOME_DTYPES = {80: ("bf16", "fp32"), 90: tuple(DTYPES), 100: ("bf16", "fp32"), 120: ("bf16",)}
+# What is compiled by default, types and head sizes: what has come closest to a limit, most of it for sm_90.
+SOME = {
+    80: {"bf16": (80, 128, 256), "fp32": (80, 128, 256)},
+    90: {"bf16": (64, 96, 128, 256), "fp16": (128,), "fp32": (32, 128, 256)},
+    100: {"bf16": (64, 128), "fp32": (64, 128)},
+    120: {"bf16": (128, 256)},
+}
 
 
 def attention(head_dim: int, dtype: torch.dtype) -> None:
@@ -101,8 +105,8 @@ def small(dtype: torch.dtype) -> None:
 
 def calls(capability: int, *, full: bool) -> Iterator[tuple[str, Callable[[], None]]]:
     """(name, call) of what is compiled for a compute capability; if `full`, of all that ships."""
-    for name in DTYPES if full else SOME_DTYPES[capability]:
-        for head_dim in HEADS if full else SOME_HEADS[capability]:
+    for name, heads in (dict.fromkeys(DTYPES, HEADS) if full else SOME[capability]).items():
+        for head_dim in heads:
             yield from _heads(head_dim, name)
         if full or name == "bf16" or (capability, name) == (90, "fp32"):
             yield from _rows(name)
