@@ -170,7 +170,7 @@ class EngineCore:
             )
 
     def _close(self, tree: Tree) -> None:
-        self._cancel(_pending(tree))
+        self._cancel(tree.root.subtree())
         growth = self._growth_of(tree)
         if growth is not None:
             growth.tree_closed()
@@ -304,13 +304,12 @@ class EngineCore:
         """
         for tree in self._trees.values():
             growth = self._growth_of(tree)
-            for node in tree.root.walk():
+            for node in tree.root.subtree():
                 node.kv = None
-                for child in [child for child in node.children if child.in_flight]:
-                    node.children.remove(child)
-                    child.in_flight, child.dropped = False, True
+                if node.in_flight:
+                    node.abandon()
                     if growth is not None:
-                        growth.lost(child)
+                        growth.lost(node)
         counters, index = self.scheduler.counters, self.cache.index
         self.cache.pool.free_all()
         self.scheduler.runner.forget()
@@ -427,13 +426,3 @@ class EngineCore:
             IntegrityError: what is wrong, and where.
         """
         check_engine(self._trees.values(), self.scheduler)
-
-
-def _pending(tree: Tree) -> list[Node]:
-    found, stack = [], [tree.root]
-    while stack:
-        node = stack.pop()
-        stack.extend(node.children)
-        if node.is_pending:
-            found.append(node)
-    return found

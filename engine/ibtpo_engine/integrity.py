@@ -25,7 +25,7 @@ def check_engine(trees: Iterable[Tree], scheduler: Scheduler) -> None:
     Raises:
         IntegrityError: what is wrong, and where.
     """
-    nodes = [node for tree in trees for node in _all_nodes(tree.root)]
+    nodes = [node for tree in trees for node in tree.root.subtree()]
     held = [node.kv for node in nodes if node.kv is not None] + scheduler.held()
     _check_nodes(nodes)
     _check_pages(held, scheduler)
@@ -110,10 +110,3 @@ def _check_row(parent: Node | None, kv: KV | None, row: list[int], scheduler: Sc
     pages[kv.first :] = kv.pages
     _require(row[: len(pages)] == pages, f"a page-table row below {parent!r} names other pages than its path has")
     _require(set(row[len(pages) :]) <= {-1}, f"a page-table row below {parent!r} names pages past its path")
-
-
-def _all_nodes(root: Node) -> list[Node]:
-    found = [root]
-    for node in found:
-        found.extend(node.children)
-    return found

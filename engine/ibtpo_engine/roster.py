@@ -201,10 +201,7 @@ class Roster:
             self.slots.give_back(branch.slot)
         if branch.kv is not None:
             branch.kv.release()
-        branch.node.in_flight = False
-        branch.node.dropped = True
-        if branch.node.parent is not None:
-            branch.node.parent.children.remove(branch.node)
+        branch.node.abandon()
 
     def end(self, branch: Branch, finish: str | None, version: int) -> Node:
         """End a running branch where it is; the node gets its tokens and its pages."""
