@@ -16,7 +16,6 @@ from ibtpo_engine.branches import Branch
 from ibtpo_engine.budget import Budget, within_budgets
 from ibtpo_engine.cache import PageCache
 from ibtpo_engine.capture import Capture, capture_for
-from ibtpo_engine.endings import under_way
 from ibtpo_engine.errors import BranchFailed, EngineError, OutOfPages, StaleWeights
 from ibtpo_engine.features import features_of
 from ibtpo_engine.growing import Growing, Searches
@@ -201,7 +200,7 @@ class EngineCore:
 
     def _reserved(self) -> dict[Node, int]:
         """Depths that branches may reach: of those under way, and of those whose end their search has not been told."""
-        depths = {branch.node: branch.limit for branch in under_way(self.scheduler)}
+        depths = {branch.node: branch.limit for branch in self.scheduler.under_way()}
         for searches in self._searches:
             for growth in searches.growing.values():
                 depths |= growth.reserved

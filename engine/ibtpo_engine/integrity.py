@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ibtpo_engine.endings import under_way
 from ibtpo_engine.errors import IntegrityError
 from ibtpo_engine.pages import KV, PAGE
 from ibtpo_engine.radix import RadixIndex
@@ -82,7 +81,7 @@ def _check_index(index: RadixIndex) -> None:
 
 
 def _check_branches(nodes: list[Node], scheduler: Scheduler) -> None:
-    slots, branches = scheduler.slots, under_way(scheduler)
+    slots, branches = scheduler.slots, scheduler.under_way()
     places = Counter(id(branch.node) for branch in branches)
     _require(all(n == 1 for n in places.values()), "a branch is in two places of the scheduler")
     in_flight = {id(node) for node in nodes if node.in_flight}
