@@ -42,11 +42,7 @@ def _check_pages(held: list[KV], scheduler: Scheduler) -> None:
     owned = np.zeros(pool.num_pages, np.int64)
     for pages in [*(kv.pages for kv in held), index.pages()]:
         np.add.at(owned, pages, 1)
-    for page in np.flatnonzero(np.asarray(pool.refs) != owned)[:1]:
-        raise IntegrityError(f"page {page}: {pool.refs[page]} references counted, {owned[page]} owners found")
-    free = np.bincount(np.array(pool._free, np.int64), minlength=pool.num_pages)
-    for page in np.flatnonzero(free != (owned == 0))[:1]:
-        raise IntegrityError(f"page {page}: {free[page]} times in the free list, {owned[page]} owners")
+    pool.check_integrity(owned)
     _require(bool(pool.layers) or not owned.any(), "pages are owned although the pool's memory is released")
 
 
