@@ -55,21 +55,6 @@ class EngineCore:
         parity: Parity = "fast",
         cuda_graphs: bool = False,
     ) -> None:
-        if kv_tokens is not None and kv_share is not None:
-            raise ValueError(f"Engine: kv_tokens={kv_tokens} and kv_share={kv_share} both size the pool; give one")
-        if kv_tokens is None:
-            kv_tokens = (
-                200_000
-                if kv_share is None
-                else tokens_in_share(model.model if isinstance(model, Shadow) else model, kv_share)
-            )
-        for name, value in (
-            ("kv_tokens", kv_tokens),
-            ("max_branches", max_branches),
-            ("prefill_tokens", prefill_tokens),
-        ):
-            if value < 1:
-                raise ValueError(f"Engine: {name}={value} must be at least 1")
         if not isinstance(model, Model | Shadow):
             raise TypeError(
                 f"Engine: {type(model).__name__} is no ibtpo_engine.Model; load_model(folder) gives one, and "
@@ -77,6 +62,17 @@ class EngineCore:
             )
         self.shadow = model if isinstance(model, Shadow) else None
         self.model = model.model if isinstance(model, Shadow) else model
+        if kv_tokens is not None and kv_share is not None:
+            raise ValueError(f"Engine: kv_tokens={kv_tokens} and kv_share={kv_share} both size the pool; give one")
+        if kv_tokens is None:
+            kv_tokens = 200_000 if kv_share is None else tokens_in_share(self.model, kv_share)
+        for name, value in (
+            ("kv_tokens", kv_tokens),
+            ("max_branches", max_branches),
+            ("prefill_tokens", prefill_tokens),
+        ):
+            if value < 1:
+                raise ValueError(f"Engine: {name}={value} must be at least 1")
         linear = (module for module in self.model.model.layers.modules() if isinstance(module, nn.Linear))
         check_parity(parity, dtype=self.model.dtype, device=self.model.device, projections=linear)
         self.parity: Parity = parity
