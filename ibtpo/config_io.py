@@ -14,6 +14,7 @@ import yaml
 
 from ibtpo.config import TrainConfig
 from ibtpo.presets import PRESETS
+from ibtpo.printable import one_line
 from ibtpo.run_format import CONFIG, check_run
 
 Config = TypeVar("Config")
@@ -85,7 +86,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such configuration file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{path}: not valid YAML ({one_line(error)})") from None
     if not isinstance(content or {}, dict):
         raise ValueError(f"{path}: must hold fields and values, like `sampled_tokens: 100_000`")
     return content or {}

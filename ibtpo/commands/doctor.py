@@ -20,6 +20,8 @@ import tyro
 from packaging.requirements import Requirement
 from rich.console import Console
 
+from ibtpo.environment import package_version
+from ibtpo.printable import one_line
 from ibtpo.progress import Output
 from ibtpo_kernels import active_backend, backend, cpu, torch_is_slow
 from ibtpo_kernels.dispatch import BACKENDS
@@ -131,7 +133,7 @@ def _packages() -> Iterator[Finding]:
 def _needed(requirement: Requirement) -> Finding:
     name = requirement.name
     remedy = f"pip install '{name}{requirement.specifier}'"
-    version = _version(name)
+    version = package_version(name)
     if version is None:
         return Finding("packages", name, "broken", f"not installed; {remedy}")
     if not requirement.specifier.contains(version, prereleases=True):
@@ -139,24 +141,17 @@ def _needed(requirement: Requirement) -> Finding:
     try:
         importlib.import_module(MODULES.get(name, name.replace("-", "_")))
     except Exception as error:
-        return Finding("packages", name, "broken", f"{version} cannot be imported ({_one_line(error)}); {remedy}")
+        return Finding("packages", name, "broken", f"{version} cannot be imported ({one_line(error)}); {remedy}")
     return Finding("packages", name, "ok", version)
 
 
 def _optional(name: str, remedy: str, requirement: Requirement | None = None) -> Finding:
-    version = _version(name)
+    version = package_version(name)
     if version is None:
         return Finding("packages", name, "note", f"not installed (optional: {remedy})")
     if requirement is not None and not requirement.specifier.contains(version, prereleases=True):
         return Finding("packages", name, "note", f"{version}, but {requirement.specifier} is needed ({remedy})")
     return Finding("packages", name, "ok", version)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 # ---- hardware and kernels ----------------------------------------------------------------------------------------
@@ -181,7 +176,7 @@ def _processor() -> Iterator[Finding]:
         importlib.import_module("ibtpo_kernels._cpu")
         why = "it loads now, but did not when the package was imported"
     except ImportError as error:
-        why = _one_line(error)
+        why = one_line(error)
     yield Finding("hardware", "compiled kernels", "broken", f"the compiled module does not load ({why}); {remedy}")
 
 
@@ -215,7 +210,7 @@ def _gpu() -> Iterator[Finding]:
             torch.cuda.init()  # type: ignore[no-untyped-call]
             why = "torch sees no device; is CUDA_VISIBLE_DEVICES empty?"
         except Exception as error:
-            why = _one_line(error)
+            why = one_line(error)
         text = f"there is a driver, but torch (CUDA {torch.version.cuda}) cannot use it: {why}"
         yield Finding("hardware", "gpu", "slow", text)
 
@@ -227,10 +222,10 @@ def _backends() -> Iterator[Finding]:
                 pass
             text = "works"
         except ValueError as error:  # says what is missing
-            yield Finding("backends", name, "note", _one_line(error).removeprefix(f"backend '{name}': "))
+            yield Finding("backends", name, "note", one_line(error).removeprefix(f"backend '{name}': "))
             continue
         except Exception as error:
-            yield Finding("backends", name, "broken", f"{type(error).__name__}: {_one_line(error)}")
+            yield Finding("backends", name, "broken", f"{type(error).__name__}: {one_line(error)}")
             continue
         yield Finding("backends", name, "ok", text)
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
@@ -277,10 +272,6 @@ def _space() -> Iterator[Finding]:
 def _room(name: str, free: float, total: float, low: float, remedy: str) -> Finding:
     text = f"{free / GB:.1f} of {total / GB:.1f} GB free"
     return Finding("space", name, "ok" if free >= low else "slow", text if free >= low else f"{text}; {remedy}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 from ibtpo.config_io import load_yaml
+from ibtpo.printable import one_line
 from ibtpo.runlog import write_atomically
 from ibtpo.studies.cell import ERROR
 from ibtpo.studies.figures import AVAILABLE, MISSING, draw_figures
@@ -126,7 +127,7 @@ def _report(
         figures = draw_figures(results, folder)
     except Exception as error:  # whatever matplotlib trips over, the tables are there
         figures = []
-        notes.append(f"no figures: {' '.join(str(error).split())}; the tables are complete")
+        notes.append(f"no figures: {one_line(error)}; the tables are complete")
     for note in notes:
         console.print(note, highlight=False, markup=False)
     page = write_page(results, folder, figures, failures, command, notes)
