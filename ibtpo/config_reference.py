@@ -10,7 +10,7 @@ import inspect
 import json
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -143,10 +143,5 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
 
 
-def main(write: Callable[[str], object] = print) -> None:
-    """Write the documentation."""
-    write(documentation())
-
-
 if __name__ == "__main__":
-    main()
+    print(documentation())

@@ -220,14 +220,12 @@ def _backends() -> Iterator[Finding]:
         try:
             with backend(name):
                 pass
-            text = "works"
         except ValueError as error:  # says what is missing
             yield Finding("backends", name, "note", one_line(error).removeprefix(f"backend '{name}': "))
-            continue
         except Exception as error:
             yield Finding("backends", name, "broken", f"{type(error).__name__}: {one_line(error)}")
-            continue
-        yield Finding("backends", name, "ok", text)
+        else:
+            yield Finding("backends", name, "ok", "works")
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         chosen = active_backend(device)
         status: Status = "slow" if chosen == "reference" else "ok"

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
@@ -66,9 +65,7 @@ class Viewer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._server.server_close()
 
 
@@ -108,7 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(HTTPStatus.NOT_FOUND, b"nothing here", "text/plain")
 
     def _view(self, number: str) -> RunView | None:
-        return dict(zip(map(str, range(len(self.server.views))), self.server.views, strict=True)).get(number)
+        return {str(i): view for i, view in enumerate(self.server.views)}.get(number)
 
     def _page(self) -> bytes:
         data: dict[str, Any] = {
