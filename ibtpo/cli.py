@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree as Outline
 
-from ibtpo.checkpoints import weights_of
+from ibtpo.checkpoints import latest_checkpoint, weights_of
 from ibtpo.commands.completion import SHELLS, CompletionArguments, completion
 from ibtpo.commands.config import ConfigArguments, show_config
 from ibtpo.commands.doctor import DoctorArguments, doctor
@@ -40,7 +40,7 @@ from ibtpo.progress import Output, RunConsole
 from ibtpo.report import NOT_ACCURACY, summarize_run
 from ibtpo.rewards import RewardSpec, parse_rewards
 from ibtpo.run_format import is_run
-from ibtpo.runlog import REPORT, latest_checkpoint
+from ibtpo.runlog import REPORT
 from ibtpo.search import make_search
 from ibtpo.setup import choose_device, make_engine, make_sampling
 from ibtpo.steps import step_splitter

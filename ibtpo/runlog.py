@@ -29,14 +29,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Self
 
-from ibtpo.checkpoints import (
-    CHECKPOINTS,
-    Checkpoint,
-    checkpoints,
-    intact_checkpoint,
-    latest_checkpoint,
-    write_checkpoint,
-)
+from ibtpo.checkpoints import CHECKPOINTS, Checkpoint, checkpoints, intact_checkpoint, write_checkpoint
 from ibtpo.config import SafeguardConfig, TrainConfig
 from ibtpo.config_io import dump_yaml, plain
 from ibtpo.disk import AGAIN, RunFolderError, flush, no_space, sweep, unfinished, write_atomically
@@ -45,19 +38,6 @@ from ibtpo.metrics import check_names
 from ibtpo.run_format import CONFIG, FORMAT_FILE, check_run, is_run, write_format
 from ibtpo.treelog import FOLDER as TREE_FOLDER
 from ibtpo.treelog import thin_trees, tree_bytes, write_tree
-
-__all__ = [
-    "METRICS",
-    "REPORT",
-    "TREES",
-    "Checkpoint",
-    "RunFolder",
-    "RunFolderError",
-    "latest_checkpoint",
-    "no_space",
-    "read_rows",
-    "write_atomically",
-]
 
 METRICS, TREES = "metrics.jsonl", "trees.jsonl"
 REPORT = "report.html"

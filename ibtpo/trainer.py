@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ibtpo.checkpoints import latest_checkpoint
 from ibtpo.config import TrainConfig
 from ibtpo.disk import RunFolderError, flush_tree, no_space, write_atomically
 from ibtpo.distributed import ALONE, Group, Mode, make_grower, make_learner
@@ -27,7 +28,7 @@ from ibtpo.optim import NonFinite, OtherForm
 from ibtpo.policy import Policy, load_policy
 from ibtpo.progress import Tracker, peak_host_memory, step_note, track
 from ibtpo.run_format import CONFIG
-from ibtpo.runlog import METRICS, RunFolder, latest_checkpoint, read_rows
+from ibtpo.runlog import METRICS, RunFolder, read_rows
 from ibtpo.search import make_search
 from ibtpo.setup import find_nonfinite, make_sampling
 from ibtpo.steps import step_splitter

@@ -13,8 +13,8 @@ import tyro
 from rich.console import Console
 
 from ibtpo.config_io import load_yaml
+from ibtpo.disk import write_atomically
 from ibtpo.printable import one_line
-from ibtpo.runlog import write_atomically
 from ibtpo.studies.cell import ERROR
 from ibtpo.studies.figures import AVAILABLE, MISSING, draw_figures
 from ibtpo.studies.matrix import Cell, Study, load_study, refuse_settings_of_study, with_policies

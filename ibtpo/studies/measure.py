@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from ibtpo.checkpoints import latest_checkpoint
 from ibtpo.config import TrainConfig
 from ibtpo.grow import Grower
 from ibtpo.metrics import num_sampled
 from ibtpo.policy import Policy, built_in_policy, load_policy
-from ibtpo.runlog import METRICS, latest_checkpoint, read_rows
+from ibtpo.runlog import METRICS, read_rows
 from ibtpo.search import make_search
 from ibtpo.setup import make_engine, make_sampling
 from ibtpo.steps import step_splitter

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ibtpo.disk import write_atomically
 from ibtpo.progress import track
-from ibtpo.runlog import write_atomically
 from ibtpo.studies.cell import ERROR, RESULT, SPEC
 from ibtpo.studies.matrix import Cell, with_policies
 from ibtpo.studies.measure import policy_of
