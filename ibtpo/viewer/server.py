@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
-from ibtpo.report import NOT_ACCURACY
-from ibtpo.viewer.page import metric_groups, render_page
+from ibtpo.viewer.page import render_page
 from ibtpo.viewer.run import RunView, open_views
 
 HOST = "127.0.0.1"
@@ -108,13 +107,8 @@ class _Handler(BaseHTTPRequestHandler):
         return {str(i): view for i, view in enumerate(self.server.views)}.get(number)
 
     def _page(self) -> bytes:
-        data: dict[str, Any] = {
-            "live": True,
-            "notAccuracy": NOT_ACCURACY,
-            "groups": metric_groups(),
-            "runs": [view.poll() for view in self.server.views],
-        }
-        return render_page(" · ".join(view.name for view in self.server.views), data, live=True).encode()
+        views = self.server.views
+        return render_page([view.name for view in views], [view.poll() for view in views], live=True).encode()
 
     def _send(self, status: HTTPStatus, body: bytes, kind: str, *, encoding: str = "") -> None:
         self.send_response(status)
