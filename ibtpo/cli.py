@@ -25,6 +25,7 @@ from ibtpo.commands.config import ConfigArguments, show_config
 from ibtpo.commands.doctor import DoctorArguments, doctor
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import base_config
+from ibtpo.console import Output, RunConsole, say
 from ibtpo.disk import writing
 from ibtpo.distributed import join, restarted
 from ibtpo.evaluation.command import EvalArguments, instead_of_training, print_evaluation, run_evaluation
@@ -36,7 +37,6 @@ from ibtpo.optim import NonFinite
 from ibtpo.policy import Policy, load_policy
 from ibtpo.presets import PRESET_NOTES, PRESETS
 from ibtpo.printable import printable
-from ibtpo.progress import Output, RunConsole
 from ibtpo.report import NOT_ACCURACY, summarize_run
 from ibtpo.rewards import RewardSpec, parse_rewards
 from ibtpo.run_format import is_run
@@ -155,8 +155,8 @@ def _train(arguments: list[str], console: Console) -> int:
     console.print(NOT_ACCURACY, style="dim")
     last = latest_checkpoint(out)
     if last is not None:
-        console.print(f"checkpoint: {last.path}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"report: {out / REPORT}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"checkpoint: {last.path}")
+    say(console, f"report: {out / REPORT}")
     return 0
 
 
@@ -310,11 +310,7 @@ def _open(config: TrainConfig, console: Console) -> tuple[TrainConfig, Path, Pol
     config = _with_data(config)
     if config.model == "built-in":
         raise ValueError("model: give --model a checkpoint or run folder; `ibtpo train` makes one")
-
-    def say(text: str) -> None:
-        console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
-
-    folder = weights_of(Path(config.model), say)
+    folder = weights_of(Path(config.model), lambda text: say(console, text, style="dim"))
     policy = load_policy(folder, dtype=getattr(torch, config.dtype), device=choose_device(config.device))
     return config, folder, policy, make_task(config)
 

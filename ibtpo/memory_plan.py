@@ -42,7 +42,7 @@ from ibtpo.distributed import Mode
 from ibtpo.distributed.group import BUCKET_BYTES
 from ibtpo.optim import MOST_WIDE
 from ibtpo.policy import adapters_of
-from ibtpo.progress import host_memory
+from ibtpo.process_memory import host_memory
 from ibtpo.update import Updater
 from ibtpo_engine import Model, ModelConfig
 from ibtpo_engine.adapter_folder import is_adapter_folder

@@ -16,6 +16,7 @@ from rich.console import Console
 from ibtpo.checkpoints import Checkpoint
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import load_yaml, merge
+from ibtpo.console import say
 from ibtpo.disk import RunFolderError
 from ibtpo.policy import base_folder
 from ibtpo.run_format import CONFIG, check_run
@@ -61,7 +62,7 @@ def announce_changes(run: Path, config: TrainConfig, console: Console) -> None:
             )
     if changes:
         listed = ", ".join(f"{name} {before[name]} -> {value}" for name, value in changes.items())
-        console.print(f"goes on with other settings: {listed}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"goes on with other settings: {listed}")
 
 
 def _has_moved(before: str, now: str, run: Path) -> bool:

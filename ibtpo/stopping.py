@@ -10,7 +10,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from ibtpo.progress import release_closed_terminal
+from ibtpo.console import release_closed_terminal
 
 
 class StopRequest:

@@ -26,7 +26,8 @@ from ibtpo.mixed import grow_mixed
 from ibtpo.model_card import CARD, model_card, save_generation_config
 from ibtpo.optim import NonFinite, OtherForm
 from ibtpo.policy import Policy, load_policy
-from ibtpo.progress import Tracker, peak_host_memory, step_note, track
+from ibtpo.process_memory import peak_host_memory
+from ibtpo.progress import Tracker, step_note, track
 from ibtpo.run_format import CONFIG
 from ibtpo.runlog import METRICS, RunFolder, read_rows
 from ibtpo.search import make_search

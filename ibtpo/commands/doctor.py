@@ -20,9 +20,9 @@ import tyro
 from packaging.requirements import Requirement
 from rich.console import Console
 
+from ibtpo.console import Output, say
 from ibtpo.environment import package_version
 from ibtpo.printable import one_line
-from ibtpo.progress import Output
 from ibtpo_kernels import active_backend, backend, cpu, torch_is_slow
 from ibtpo_kernels.dispatch import BACKENDS
 from ibtpo_kernels.self_check import self_check, triton_lacks
@@ -104,7 +104,7 @@ def _show(console: Console, finding: Finding, *, is_first: bool) -> None:
         console.print(f"\n[bold]{finding.group}[/]", highlight=False)
     color = _COLORS[finding.status]
     console.print(f"  [{color}]{finding.status:<6}[/] {finding.name:<26} ", end="", highlight=False)
-    console.print(finding.text, highlight=False, markup=False, soft_wrap=True)
+    say(console, finding.text)
 
 
 # ---- packages ----------------------------------------------------------------------------------------------------

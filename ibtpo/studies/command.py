@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 from ibtpo.config_io import load_yaml
+from ibtpo.console import say
 from ibtpo.disk import write_atomically
 from ibtpo.printable import one_line
 from ibtpo.studies.cell import ERROR
@@ -137,7 +138,7 @@ def _report(
         console.print(f"failed: {failure.cell.id}: {failure.message}", highlight=False, markup=False, style="red")
     if results.missing:
         console.print(f"{len(results.missing)} cells have no result yet", highlight=False)
-    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"report: {page}")
 
 
 def _command(arguments: Sequence[str]) -> str:

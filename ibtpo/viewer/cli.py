@@ -11,6 +11,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
+from ibtpo.console import say
 from ibtpo.viewer.export import export_page
 from ibtpo.viewer.server import Viewer
 
@@ -48,7 +49,7 @@ def view(arguments: Sequence[str], console: Console) -> int:
         if not parsed.export.absolute().parent.is_dir():
             raise ValueError(f"export: {parsed.export.parent} is no folder; make it, or name another file")
         page = export_page(parsed.runs, parsed.export, trees=parsed.trees)
-        console.print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"page: {page}")
         return 0
     with Viewer(parsed.runs, parsed.port) as viewer:
         console.print(f"{viewer.url}  (Ctrl-C ends it)", highlight=False, soft_wrap=True)
