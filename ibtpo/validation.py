@@ -1,7 +1,8 @@
-"""Checks shared by the configuration dataclasses; each raises ValueError naming field, value and what is allowed."""
+"""Checks of settings: each raises ValueError naming field, value and what is allowed; and what is said of names."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -49,3 +50,11 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     _note(name, ", ".join(choice or '""' for choice in choices))
     if value not in choices:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """The end of an error message about an unknown name: the nearest known one, and all of them where they are few."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    guess = f'did you mean "{nearest[0]}"? ' if nearest else ""
+    shown = ", ".join(known) if len(known) <= 12 else f"{len(known)} names, from {known[0]} to {known[-1]}"
+    return f"{guess}known: {shown}"

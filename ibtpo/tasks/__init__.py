@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from ibtpo.config import TrainConfig
 from ibtpo.rewards import GYM, parse_rewards
-from ibtpo.tasks.base import Grades, Problem, Task, TeachableTask, format_prompt, suggest
+from ibtpo.tasks.base import Grades, Problem, Task, TeachableTask, format_prompt
 from ibtpo.tasks.data import DataTask
 from ibtpo.tasks.digit_chain import DigitChain
 from ibtpo.tasks.grades import RewardGrades
 from ibtpo.tasks.gym import GymTask
+from ibtpo.validation import suggest
 
 __all__ = [
     "DataTask",

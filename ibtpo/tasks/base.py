@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
-from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -85,14 +83,6 @@ class TeachableTask(Protocol):
 def seeded(seed: int, *stream: int) -> np.random.Generator:
     """A generator of its own for every (seed, stream); any integers will do."""
     return np.random.default_rng([value & 0xFFFF_FFFF_FFFF_FFFF for value in (seed, *stream)])
-
-
-def suggest(name: str, known: Sequence[str]) -> str:
-    """The end of an error message about an unknown name: the nearest known one, and all of them where they are few."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    guess = f'did you mean "{nearest[0]}"? ' if nearest else ""
-    shown = ", ".join(known) if len(known) <= 12 else f"{len(known)} names, from {known[0]} to {known[-1]}"
-    return f"{guess}known: {shown}"
 
 
 def is_held_out(prompt: str) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 
 from ibtpo.config import JsonlConfig
 from ibtpo.rewards import GYM, RewardSpec
-from ibtpo.tasks.base import Problem, is_held_out, suggest
+from ibtpo.tasks.base import Problem, is_held_out
 from ibtpo.tasks.grades import RewardGrades
+from ibtpo.validation import suggest
 from ibtpo_engine.randomness import mix
 
 _TRAIN, _EVAL = range(2)  # streams of random numbers
