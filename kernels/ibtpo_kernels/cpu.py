@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ibtpo_kernels import checks, linear, logprob, one_pass, reference
+from ibtpo_kernels import checks, gradients, linear, logprob, one_pass, reference
+from ibtpo_kernels.gradients import needs_grad
 from ibtpo_kernels.logits import Grads, Head, LogitOps
 from ibtpo_kernels.one_pass import Loss
 from ibtpo_kernels.plan import DecodePlan
@@ -66,10 +67,6 @@ def _half(x: Tensor) -> bool:
     return x.dtype is torch.bfloat16
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
 def _tree_forward(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(out [N, Hq, D], lse [Hq, N]) of dense tensors."""
     num_tokens, num_heads, head_dim = q.shape
@@ -114,7 +111,7 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -
     crossing = native.first_crossing(end.data_ptr(), len(end))
     if crossing >= 0:  # the kernels skip whole blocks by what they know of a forest
         raise ValueError(f"tree_attention: {checks.no_forest(crossing)}")
-    if _needs_grad(q, k, v):
+    if needs_grad(q, k, v):
         out: Tensor = _TreeAttention.apply(q, k, v, end, scale)  # type: ignore[no-untyped-call]
         return out
     return _tree_forward(q, k, v, end, scale)[0]
@@ -236,26 +233,8 @@ def _rms_norm_backward(
     return dx, d_weight
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return _rms_norm(x, weight, eps)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        return *_rms_norm_backward(x, weight, d_out, None, ctx.eps), None
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x, weight = _dense(x), _dense(weight)
-    if _needs_grad(x, weight):
-        out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-        return out
-    return _rms_norm(x, weight, eps)
+    return gradients.rms_norm(_dense(x), _dense(weight), eps, _rms_norm, _rms_norm_backward)
 
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -268,80 +247,20 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
     return out, total
 
 
-class _AddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        out, total = _add_rms_norm(x, residual, weight, eps)
-        ctx.save_for_backward(total, weight)
-        ctx.eps = eps
-        return out, total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor, d_total: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        total, weight = ctx.saved_tensors
-        dx, d_weight = _rms_norm_backward(total, weight, d_out, d_total, ctx.eps)
-        return dx, dx, d_weight, None
-
-
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x, residual, weight = _dense(x), _dense(residual), _dense(weight)
-    if _needs_grad(x, residual, weight):
-        out, total = _AddRMSNorm.apply(x, residual, weight, eps)  # type: ignore[no-untyped-call]
-        return out, total
-    return _add_rms_norm(x, residual, weight, eps)
+    return gradients.add_rms_norm(x, residual, weight, eps, _add_rms_norm, _rms_norm_backward)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    x = _dense(x)
     out = torch.empty_like(x)
     native.rope(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *x.shape, direction, _half(x))
     return out
 
 
-class _Rope(torch.autograd.Function):
-    """A rotation, so its backward is the inverse rotation of the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1.0)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(_dense(d_out), cos, sin, -1.0), None, None
-
-
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x, cos, sin = _dense(x), _angles(cos), _angles(sin)
-    if _needs_grad(x):
-        out: Tensor = _Rope.apply(x, cos, sin)  # type: ignore[no-untyped-call]
-        return out
-    return _rotate(x, cos, sin, 1.0)
-
-
-class _SiluMul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return _silu_mul(gate, up)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = (_dense(x) for x in ctx.saved_tensors)
-        d_out, d_gate, d_up = _dense(d_out), torch.empty_like(gate), torch.empty_like(up)
-        native.silu_mul_backward(
-            gate.data_ptr(),
-            up.data_ptr(),
-            d_out.data_ptr(),
-            d_gate.data_ptr(),
-            d_up.data_ptr(),
-            gate.numel(),
-            _half(gate),
-        )
-        return d_gate, d_up
+    return gradients.rope(x, _angles(cos), _angles(sin), _rotate)
 
 
 def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -355,11 +274,17 @@ def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
+def _silu_mul_backward(gate: Tensor, up: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up, d_out = _dense(gate), _dense(up), _dense(d_out)
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    native.silu_mul_backward(
+        gate.data_ptr(), up.data_ptr(), d_out.data_ptr(), d_gate.data_ptr(), d_up.data_ptr(), gate.numel(), _half(gate)
+    )  # fmt: skip
+    return d_gate, d_up
+
+
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    if _needs_grad(gate, up):
-        out: Tensor = _SiluMul.apply(gate, up)  # type: ignore[no-untyped-call]
-        return out
-    return _silu_mul(gate, up)
+    return gradients.silu_mul(gate, up, _silu_mul, _silu_mul_backward)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
