@@ -170,14 +170,8 @@ def rope_append(
     k_weight: Tensor | None,
     eps: float,
 ) -> Tensor:
-    q, k, v, slots, cos, sin = (
-        rows_dense(q),
-        rows_dense(k),
-        rows_dense(v),
-        slots.contiguous(),
-        _angles(cos),
-        _angles(sin),
-    )
+    q, k, v, slots = rows_dense(q), rows_dense(k), rows_dense(v), slots.contiguous()
+    cos, sin = _angles(cos), _angles(sin)
     num_tokens, num_heads, head_dim = q.shape
     num_slots, half = k_pages.shape[0] * k_pages.shape[1], head_dim // 2
     _check_slots("rope_append", slots, num_slots)
