@@ -154,9 +154,7 @@ class BackendEngine:
         self._searches.append(searches)
         try:
             while True:
-                while not searches.growing or has_room():
-                    if not searches.open():
-                        break
+                searches.open_while(has_room)
                 if not searches.growing:
                     return
                 if not searches.any_ready():

@@ -236,9 +236,7 @@ class Engine(EngineCore):
         self._searches.append(searches)
         try:
             while True:
-                while not searches.growing or self._has_room():
-                    if not searches.open():
-                        break
+                searches.open_while(self._has_room)
                 if not searches.growing:
                     break
                 self._advance(searches)
