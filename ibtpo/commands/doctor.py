@@ -25,6 +25,7 @@ from ibtpo.environment import package_version
 from ibtpo.printable import one_line
 from ibtpo_kernels import active_backend, backend, cpu, torch_is_slow
 from ibtpo_kernels.dispatch import BACKENDS
+from ibtpo_kernels.roofline.machine import processor_name
 from ibtpo_kernels.self_check import self_check, triton_lacks
 
 Status = Literal["ok", "note", "slow", "broken"]
@@ -160,7 +161,7 @@ def _optional(name: str, remedy: str, requirement: Requirement | None = None) ->
 def _processor() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding(
-        "hardware", "processor", "ok", f"{_processor_name()}; {cores} cores, {torch.get_num_threads()} threads"
+        "hardware", "processor", "ok", f"{processor_name()}; {cores} cores, {torch.get_num_threads()} threads"
     )
     if cpu.native is not None:
         slow = torch_is_slow(torch.empty(0, dtype=torch.bfloat16))
@@ -178,13 +179,6 @@ def _processor() -> Iterator[Finding]:
     except ImportError as error:
         why = one_line(error)
     yield Finding("hardware", "compiled kernels", "broken", f"the compiled module does not load ({why}); {remedy}")
-
-
-def _processor_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _gpu() -> Iterator[Finding]:
