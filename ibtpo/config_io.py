@@ -46,12 +46,17 @@ def merge(config: Config, changes: Mapping[str, Any], *, source: str, prefix: st
         raise ValueError(f"{source}: {error}") from None
 
 
+def without_none(hint: Any) -> tuple[Any, bool]:
+    """The type that a field's hint names, and whether None is allowed besides."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return next(option for option in options if option is not type(None)), type(None) in options
+
+
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """`value` as the field's type; YAML's 1e-6 without a dot is a string, so numbers may be written either way."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
+    wanted, is_optional = without_none(hint)
+    if value is None and is_optional:
         return None
-    wanted = next(option for option in options if option is not type(None))
     if get_origin(wanted) is Literal:
         if value in get_args(wanted):
             return value
