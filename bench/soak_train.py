@@ -27,7 +27,7 @@ from soak_engine import resident
 
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import base_config, merge
-from ibtpo.grow import Interrupted
+from ibtpo.stopping import Interrupted
 from ibtpo.train import train
 
 RESULTS = Path(__file__).parent / "results" / "soak_train.csv"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -30,7 +29,7 @@ from ibtpo.disk import writing
 from ibtpo.distributed import join, restarted
 from ibtpo.evaluation.command import EvalArguments, instead_of_training, print_evaluation, run_evaluation
 from ibtpo.grading import GraderError
-from ibtpo.grow import Grower, Interrupted
+from ibtpo.grow import Grower
 from ibtpo.list_flags import join_repeated
 from ibtpo.metrics import RIGHT
 from ibtpo.optim import NonFinite
@@ -44,6 +43,7 @@ from ibtpo.runlog import REPORT
 from ibtpo.search import make_search
 from ibtpo.setup import choose_device, make_engine, make_sampling
 from ibtpo.steps import step_splitter
+from ibtpo.stopping import Interrupted
 from ibtpo.studies.command import StudyArguments, study
 from ibtpo.studies.matrix import shipped_studies
 from ibtpo.tasks import DigitChain, Grades, Problem, RewardGrades, Task, make_task
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return commands[arguments[0]](arguments[1:], Output())
     except Interrupted as stop:
         print(f"ibtpo: {stop}", file=sys.stderr)
-        return 0 if stop.signal in (signal.SIGTERM, signal.SIGHUP) else 130
+        return stop.exit_code
     except KeyboardInterrupt:
         print("ibtpo: stopped at once; what was saved before is safe", file=sys.stderr)
         return 130

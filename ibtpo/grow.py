@@ -11,17 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ibtpo.config import JsonlConfig
 from ibtpo.metrics import is_truncated
+from ibtpo.stopping import Interrupted
 from ibtpo.tasks import Grades, Problem, format_prompt
 from ibtpo_engine import Node, Sampling, Search, Tree, TreeEngine
-
-
-class Interrupted(Exception):
-    """The user asked to stop; `signal` is the number of the signal that did."""
-
-    def __init__(self, message: str = "stopped", signal: int = 0) -> None:
-        super().__init__(message)
-        self.signal = signal
-
 
 OnLeaf = Callable[[Tree, Node, str, "float | Future[float]"], None]
 

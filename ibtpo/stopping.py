@@ -13,6 +13,19 @@ from rich.console import Console
 from ibtpo.console import release_closed_terminal
 
 
+class Interrupted(Exception):
+    """The user asked to stop; `signal` is the number of the signal that did."""
+
+    def __init__(self, message: str = "stopped", signal: int = 0) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+    @property
+    def exit_code(self) -> int:
+        """What the process ends with: 0 where the system stopped it, 130 after Ctrl-C."""
+        return 0 if self.signal in (signal.SIGTERM, signal.SIGHUP) else 130
+
+
 class StopRequest:
     """Has this process been told to stop, and by what?
 

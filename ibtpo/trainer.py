@@ -19,7 +19,7 @@ from ibtpo.config import TrainConfig
 from ibtpo.disk import RunFolderError, flush_tree, no_space, write_atomically
 from ibtpo.distributed import ALONE, Group, Mode, make_grower, make_learner
 from ibtpo.evaluation import evaluate
-from ibtpo.grow import Grower, Interrupted
+from ibtpo.grow import Grower
 from ibtpo.memory_plan import MemoryPlan
 from ibtpo.metrics import tree_metrics
 from ibtpo.mixed import grow_mixed
@@ -33,7 +33,7 @@ from ibtpo.runlog import METRICS, RunFolder, read_rows
 from ibtpo.search import make_search
 from ibtpo.setup import find_nonfinite, make_sampling
 from ibtpo.steps import step_splitter
-from ibtpo.stopping import StopRequest
+from ibtpo.stopping import Interrupted, StopRequest
 from ibtpo.tasks import DataTask, Problem, Task, TeachableTask
 from ibtpo.treelog import tree_record
 from ibtpo.update import Updater, frozen_copy

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ibtpo.distributed.group import ALONE, Group
-from ibtpo.grow import Grower, Interrupted, OnLeaf, completion_of, ignore_leaf
+from ibtpo.grow import Grower, OnLeaf, completion_of, ignore_leaf
+from ibtpo.stopping import Interrupted
 from ibtpo.tasks import Problem
 from ibtpo_engine import Sampling, Search, Tree
 

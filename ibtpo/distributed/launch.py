@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 import uuid
 from collections.abc import Iterator
@@ -18,10 +17,10 @@ from torch.distributed.rendezvous import rendezvous
 
 from ibtpo.config import TrainConfig
 from ibtpo.distributed.group import ALONE, Group, PeerFailed, ranks
-from ibtpo.grow import Interrupted
 from ibtpo.printable import one_line
 from ibtpo.run_format import is_run
 from ibtpo.setup import choose_device
+from ibtpo.stopping import Interrupted
 
 _GRACE = 5.0  # seconds
 
@@ -53,7 +52,7 @@ def join(config: TrainConfig) -> Iterator[Group]:
         group.leave()
         if group.leads:
             raise
-        raise SystemExit(0 if stop.signal in (signal.SIGTERM, signal.SIGHUP) else 130) from None
+        raise SystemExit(stop.exit_code) from None
     except Exception as error:
         failure = group.failure()
         if failure is not None and not group.leads:

@@ -25,14 +25,14 @@ from ibtpo.evaluation.evaluate import Evaluation, summarize
 from ibtpo.evaluation.folder import EvaluationFolder
 from ibtpo.evaluation.sampling import Completion, Place, sample_completions
 from ibtpo.evaluation.statistics import MOST_SAMPLES, ks_up_to
-from ibtpo.grow import Grower, Interrupted
+from ibtpo.grow import Grower
 from ibtpo.model_card import CARD
 from ibtpo.policy import Policy, base_folder
 from ibtpo.progress import track
 from ibtpo.report import Estimate
 from ibtpo.run_format import CONFIG, FORMAT_FILE
 from ibtpo.setup import check_prompts, make_engine, make_sampling
-from ibtpo.stopping import StopRequest
+from ibtpo.stopping import Interrupted, StopRequest
 from ibtpo.tasks import Problem, Task, format_prompt
 from ibtpo.validation import check_range
 from ibtpo_engine.adapter_folder import is_adapter_folder
