@@ -43,7 +43,6 @@ from ibtpo.distributed.group import BUCKET_BYTES
 from ibtpo.optim import MOST_WIDE
 from ibtpo.policy import adapters_of
 from ibtpo.process_memory import host_memory
-from ibtpo.update import Updater
 from ibtpo_engine import Model, ModelConfig
 from ibtpo_engine.adapter_folder import is_adapter_folder
 from ibtpo_engine.memory import free_memory
@@ -219,7 +218,7 @@ def _sampling_workspace(shape: ModelConfig, config: TrainConfig, processes: Proc
 
 def _copies_reference(config: TrainConfig) -> bool:
     """Is a frozen copy kept? Fresh adapters are switched off instead."""
-    return Updater.needs_reference(config) and (config.lora.rank == 0 or is_adapter_folder(config.model))
+    return config.needs_reference and (config.lora.rank == 0 or is_adapter_folder(config.model))
 
 
 def plan_memory(

@@ -20,7 +20,6 @@ from ibtpo.console import say
 from ibtpo.disk import RunFolderError
 from ibtpo.policy import base_folder
 from ibtpo.run_format import CONFIG, check_run
-from ibtpo.update import Updater
 from ibtpo_engine.adapter_folder import is_adapter_folder
 
 _OTHER, _HELD_OUT = "the problems would be others", "held-out problems would be trained on"
@@ -86,7 +85,7 @@ def check_beginning(config: TrainConfig, last: Checkpoint | None) -> None:
         base_folder(last.path, config.model)
     if config.model == TrainConfig().model or Path(config.model).is_dir():
         return
-    if last is not None and not Updater.needs_reference(config):
+    if last is not None and not config.needs_reference:
         return
     needed, without = "has no checkpoint and begins with it", ""
     if last is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
@@ -25,15 +26,7 @@ _MANY = 256  # problems that tell how long those are which are made by procedure
 
 def make_sampling(config: TrainConfig, policy: Policy) -> Sampling:
     """The engine's sampling parameters of a run."""
-    sampling = config.sampling
-    return Sampling(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        max_tokens=sampling.max_tokens,
-        stop_tokens=policy.stops,
-    )
+    return Sampling(**asdict(config.sampling), stop_tokens=policy.stops)
 
 
 def make_engine(config: TrainConfig, policy: Policy) -> Engine:

@@ -26,7 +26,6 @@ from ibtpo.runlog import REPORT, RunFolder
 from ibtpo.setup import check_prompts, check_weights, choose_device, default_folder, longest_prompt, make_engine
 from ibtpo.tasks import Task, TeachableTask, make_task
 from ibtpo.trainer import Trainer
-from ibtpo.update import Updater
 from ibtpo.viewer import export_page
 from ibtpo_engine import CheckpointError
 
@@ -129,11 +128,11 @@ def _check_combinations(config: TrainConfig, group: Group) -> None:
 def _model(config: TrainConfig, console: Console, group: Group) -> str:
     """What the run begins with, as its folder will name it; rank 0 picks the checkpoint where `model` is a run."""
     model = config.model
-    needed = config.resume is None or Updater.needs_reference(config) or is_run(Path(model))
+    needed = config.resume is None or config.needs_reference or is_run(Path(model))
     if group.leads and needed and Path(model).is_dir():
         path = weights_of(Path(model), lambda text: say(console, text))
         model = str(path)
-        if Updater.needs_reference(config) and config.resume is None and path.parent.name == CHECKPOINTS:
+        if config.needs_reference and config.resume is None and path.parent.name == CHECKPOINTS:
             say(
                 console,
                 f"the run needs {path} to its end, as the reference policy, also to be resumed; if the run that wrote "

@@ -355,7 +355,7 @@ class Trainer:
 
     def _reference(self) -> Model | None:
         """The frozen starting policy, if the configuration needs it; with fresh adapters, the model without them."""
-        if not Updater.needs_reference(self.config):
+        if not self.config.needs_reference:
             return None
         if self.policy.model.adapters is not None and not is_adapter_folder(self.config.model):
             return self.policy.model
