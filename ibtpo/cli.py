@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from ibtpo.commands.completion import SHELLS, CompletionArguments, completion
 from ibtpo.commands.config import ConfigArguments, show_config
 from ibtpo.commands.doctor import DoctorArguments, doctor
 from ibtpo.config import TrainConfig
-from ibtpo.config_io import base_config
+from ibtpo.config_io import base_config, flat
 from ibtpo.console import Output, RunConsole, say
 from ibtpo.disk import writing
 from ibtpo.distributed import join, restarted
@@ -210,21 +210,13 @@ def _presets(arguments: list[str], console: Console) -> int:
     table = Table("preset", "what it is", "sets", show_lines=True)
     for name, changes in PRESETS.items():
         explanation, source = PRESET_NOTES[name]
-        table.add_row(name, f"{explanation} [dim]({source})[/]", "\n".join(_settings(changes)))
+        settings = "\n".join(f"{field} {value}" for field, value in flat(changes).items())
+        table.add_row(name, f"{explanation} [dim]({source})[/]", settings)
     table.columns[0].no_wrap = True
     table.columns[2].no_wrap = console.width >= 80  # in a narrower window they would leave the explanation no room
     table.columns[2].overflow = "fold"
     console.print(table)
     return 0
-
-
-def _settings(changes: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The fields of a nested mapping as flags and values."""
-    for name, value in changes.items():
-        if isinstance(value, Mapping):
-            yield from _settings(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name} {value}"
 
 
 def _config(arguments: list[str], console: Console) -> int:

@@ -106,6 +106,14 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        values |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return values
+
+
 def dump_yaml(config: TrainConfig) -> str:
     """A configuration as the text of a YAML file that `load_yaml` and `merge` take back."""
     return yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from ibtpo.checkpoints import Checkpoint
 from ibtpo.config import TrainConfig
-from ibtpo.config_io import load_yaml, merge
+from ibtpo.config_io import flat, load_yaml, merge
 from ibtpo.console import say
 from ibtpo.disk import RunFolderError
 from ibtpo.policy import base_folder
@@ -50,8 +49,8 @@ def announce_changes(run: Path, config: TrainConfig, console: Console) -> None:
     """
     check_run(run, "resume")
     path = run / CONFIG
-    before = _flat(asdict(merge(TrainConfig(), load_yaml(path), source=str(path))))
-    changes = {name: value for name, value in _flat(asdict(config)).items() if before[name] != value}
+    before = flat(asdict(merge(TrainConfig(), load_yaml(path), source=str(path))))
+    changes = {name: value for name, value in flat(asdict(config)).items() if before[name] != value}
     for name, value in changes.items():
         reason = FIXED.get(name) or FIXED.get(name.partition(".")[0])
         if reason is not None and not (name == "model" and _has_moved(before[name], value, run)):
@@ -107,13 +106,3 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.absolute()
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            values |= _flat(value, f"{prefix}{name}.")
-        else:
-            values[prefix + name] = value
-    return values
