@@ -1,4 +1,4 @@
-"""Checks of settings: each raises ValueError naming field, value and what is allowed; and what is said of names."""
+"""Checks of settings, each raising ValueError with field, value and what is allowed; and what to say of a name."""
 
 from __future__ import annotations
 

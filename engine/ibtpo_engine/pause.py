@@ -84,7 +84,7 @@ class Watch:
     """One branch whose tokens are looked at as they come.
 
     Attributes:
-        branch: it.
+        branch: the one that is followed.
         depth: the tokens at depths [branch.node.start, depth) have been seen.
     """
 
