@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ibtpo.disk import RunFolderError, flush, flush_tree, no_space, remove, retire, unfinished, write_atomically
+from ibtpo.printable import one_line
 from ibtpo.run_format import check_format, is_run, write_format
 
 CHECKPOINTS, CHECKSUMS = "checkpoints", "checksums.json"
@@ -112,7 +113,7 @@ def damage(checkpoint: Checkpoint) -> str | None:
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{CHECKSUMS} or a file it names cannot be read ({' '.join(str(error).split())})"
+        return f"{CHECKSUMS} or a file it names cannot be read ({one_line(error)})"
     return None
 
 

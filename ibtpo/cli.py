@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from ibtpo.console import Output
 from ibtpo.loading import loading
 from ibtpo.printable import printable
-from ibtpo.progress import Output
 from ibtpo.stopping import Interrupted
 
 COMMANDS = ("train", "eval", "sample", "presets", "study", "view", "config", "doctor", "completion")
@@ -49,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(command.run(arguments[1:], Output()))
     except Interrupted as stop:
         print(f"ibtpo: {stop}", file=sys.stderr)
-        return 0 if stop.signal in (signal.SIGTERM, signal.SIGHUP) else 130
+        return stop.exit_code
     except KeyboardInterrupt:
         print("ibtpo: stopped at once; what was saved before is safe", file=sys.stderr)
         return 130

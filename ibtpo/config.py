@@ -108,6 +108,11 @@ class TrainConfig:
     warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
     safeguards: SafeguardConfig = field(default_factory=SafeguardConfig)
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether log-probs under the frozen starting policy are asked for."""
+        return self.loss.kl_coef > 0 or self.advantage.pi_ref == "reference"
+
     def __post_init__(self) -> None:
         if self.advantage.kind == "vineppo" and self.search.method != "vineppo":
             raise ValueError("advantage.kind: vineppo needs the rollouts of search.method=vineppo; set that too")

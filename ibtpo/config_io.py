@@ -14,6 +14,7 @@ import yaml
 
 from ibtpo.config import TrainConfig
 from ibtpo.presets import PRESETS
+from ibtpo.printable import one_line
 from ibtpo.run_format import CONFIG, check_run
 
 Config = TypeVar("Config")
@@ -45,12 +46,17 @@ def merge(config: Config, changes: Mapping[str, Any], *, source: str, prefix: st
         raise ValueError(f"{source}: {error}") from None
 
 
+def without_none(hint: Any) -> tuple[Any, bool]:
+    """The type that a field's hint names, and whether None is allowed besides."""
+    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return next(option for option in options if option is not type(None)), type(None) in options
+
+
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """`value` as the field's type; YAML's 1e-6 without a dot is a string, so numbers may be written either way."""
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
+    wanted, is_optional = without_none(hint)
+    if value is None and is_optional:
         return None
-    wanted = next(option for option in options if option is not type(None))
     if get_origin(wanted) is Literal:
         if value in get_args(wanted):
             return value
@@ -85,7 +91,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{path}: no such configuration file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise ValueError(f"{path}: not valid YAML ({one_line(error)})") from None
     if not isinstance(content or {}, dict):
         raise ValueError(f"{path}: must hold fields and values, like `sampled_tokens: 100_000`")
     return content or {}
@@ -98,6 +104,14 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        values |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return values
 
 
 def dump_yaml(config: TrainConfig) -> str:

@@ -9,13 +9,13 @@ import ast
 import inspect
 import json
 import textwrap
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ibtpo.config import TrainConfig
+from ibtpo.config_io import without_none
 from ibtpo.validation import noting_limits
 
 _TYPES = {int: "integer", float: "number", str: "text", bool: "true, false", Path: "path"}
@@ -103,8 +103,7 @@ def _limits(kind: type[Any]) -> dict[str, str]:
 
 
 def _allowed(hint: Any, limit: str | None) -> str:
-    options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    wanted = next(option for option in options if option is not type(None))
+    wanted, is_optional = without_none(hint)
     if get_origin(wanted) is Literal:
         allowed = ", ".join(map(str, get_args(wanted)))
     elif get_origin(wanted) is tuple:
@@ -113,7 +112,7 @@ def _allowed(hint: Any, limit: str | None) -> str:
         allowed = limit
     else:
         allowed = _TYPES[wanted] + (f" in {limit}" if limit is not None else "")
-    return f"{allowed}, or null" if type(None) in options else allowed
+    return f"{allowed}, or null" if is_optional else allowed
 
 
 def _text(value: Any) -> str:
@@ -143,10 +142,5 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
 
 
-def main(write: Callable[[str], object] = print) -> None:
-    """Write the documentation."""
-    write(documentation())
-
-
 if __name__ == "__main__":
-    main()
+    print(documentation())

@@ -16,9 +16,12 @@ from typing import Literal
 import torch
 from packaging.requirements import Requirement
 
+from ibtpo.environment import package_version
+from ibtpo.printable import one_line
 from ibtpo_engine.memory import free_memory
 from ibtpo_kernels import active_backend, backend, cpu, torch_is_slow
 from ibtpo_kernels.dispatch import BACKENDS
+from ibtpo_kernels.roofline.machine import processor_name
 from ibtpo_kernels.self_check import self_check, triton_lacks
 
 Status = Literal["ok", "note", "slow", "broken"]
@@ -88,7 +91,7 @@ def _packages() -> Iterator[Finding]:
 def _needed(requirement: Requirement) -> Finding:
     name = requirement.name
     remedy = f"pip install '{name}{requirement.specifier}'"
-    version = _version(name)
+    version = package_version(name)
     if version is None:
         return Finding("packages", name, "broken", f"not installed; {remedy}")
     if not requirement.specifier.contains(version, prereleases=True):
@@ -96,24 +99,17 @@ def _needed(requirement: Requirement) -> Finding:
     try:
         importlib.import_module(MODULES.get(name, name.replace("-", "_")))
     except Exception as error:
-        return Finding("packages", name, "broken", f"{version} cannot be imported ({_one_line(error)}); {remedy}")
+        return Finding("packages", name, "broken", f"{version} cannot be imported ({one_line(error)}); {remedy}")
     return Finding("packages", name, "ok", version)
 
 
 def _optional(name: str, remedy: str, requirement: Requirement | None = None) -> Finding:
-    version = _version(name)
+    version = package_version(name)
     if version is None:
         return Finding("packages", name, "note", f"not installed (optional: {remedy})")
     if requirement is not None and not requirement.specifier.contains(version, prereleases=True):
         return Finding("packages", name, "note", f"{version}, but {requirement.specifier} is needed ({remedy})")
     return Finding("packages", name, "ok", version)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 # ---- hardware and kernels ----------------------------------------------------------------------------------------
@@ -122,7 +118,7 @@ def _version(name: str) -> str | None:
 def _processor() -> Iterator[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Finding(
-        "hardware", "processor", "ok", f"{_processor_name()}; {cores} cores, {torch.get_num_threads()} threads"
+        "hardware", "processor", "ok", f"{processor_name()}; {cores} cores, {torch.get_num_threads()} threads"
     )
     if cpu.native is not None:
         slow = torch_is_slow(torch.empty(0, dtype=torch.bfloat16))
@@ -138,15 +134,8 @@ def _processor() -> Iterator[Finding]:
         importlib.import_module("ibtpo_kernels._cpu")
         why = "it loads now, but did not when the package was imported"
     except ImportError as error:
-        why = _one_line(error)
+        why = one_line(error)
     yield Finding("hardware", "compiled kernels", "broken", f"the compiled module does not load ({why}); {remedy}")
-
-
-def _processor_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _gpu() -> Iterator[Finding]:
@@ -172,7 +161,7 @@ def _gpu() -> Iterator[Finding]:
             torch.cuda.init()  # type: ignore[no-untyped-call]
             why = "torch sees no device; is CUDA_VISIBLE_DEVICES empty?"
         except Exception as error:
-            why = _one_line(error)
+            why = one_line(error)
         text = f"there is a driver, but torch (CUDA {torch.version.cuda}) cannot use it: {why}"
         yield Finding("hardware", "gpu", "slow", text)
 
@@ -182,14 +171,12 @@ def _backends() -> Iterator[Finding]:
         try:
             with backend(name):
                 pass
-            text = "works"
         except ValueError as error:  # says what is missing
-            yield Finding("backends", name, "note", _one_line(error).removeprefix(f"backend '{name}': "))
-            continue
+            yield Finding("backends", name, "note", one_line(error).removeprefix(f"backend '{name}': "))
         except Exception as error:
-            yield Finding("backends", name, "broken", f"{type(error).__name__}: {_one_line(error)}")
-            continue
-        yield Finding("backends", name, "ok", text)
+            yield Finding("backends", name, "broken", f"{type(error).__name__}: {one_line(error)}")
+        else:
+            yield Finding("backends", name, "ok", "works")
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         chosen = active_backend(device)
         status: Status = "slow" if chosen == "reference" else "ok"
@@ -231,7 +218,3 @@ def _space() -> Iterator[Finding]:
 def _room(name: str, free: float, total: float, low: float, remedy: str) -> Finding:
     text = f"{free / GB:.1f} of {total / GB:.1f} GB free"
     return Finding("space", name, "ok" if free >= low else "slow", text if free >= low else f"{text}; {remedy}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

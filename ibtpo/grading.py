@@ -302,7 +302,7 @@ class _Worker:
 
 
 def _has_ended(process: subprocess.Popen[bytes]) -> bool:
-    """Has it? Unlike `poll`, this does not reap it, so that its number is not given to another."""
+    """Has the process ended? Unlike `poll`, this does not reap it, so that its number is not given to another."""
     try:
         return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:  # SIGCHLD is ignored: the system reaps

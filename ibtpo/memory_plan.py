@@ -42,16 +42,14 @@ from ibtpo.distributed import Mode
 from ibtpo.distributed.group import BUCKET_BYTES
 from ibtpo.optim import MOST_WIDE
 from ibtpo.policy import adapters_of
-from ibtpo.progress import host_memory
-from ibtpo.update import Updater
+from ibtpo.process_memory import host_memory
 from ibtpo_engine import Model, ModelConfig
 from ibtpo_engine.adapter_folder import is_adapter_folder
 from ibtpo_engine.memory import free_memory
 from ibtpo_engine.pages import PAGE, pages_for
+from ibtpo_kernels.one_pass import chunk_rows
 
 GIB = 1 << 30
-_CHUNK = 1 << 24  # logits alive at a time, as in ibtpo_kernels.one_pass
-_CHUNK_ROWS = 64
 _LATER = 150 << 20  # what a process on a CPU loads and keeps later: optimizer, logger and matrix libraries, caches
 
 
@@ -197,7 +195,7 @@ def activation_bytes(shape: ModelConfig, config: TrainConfig, tokens: int) -> in
 
 def _loss_workspace(shape: ModelConfig, config: TrainConfig, tokens: int) -> int:
     size, head = _itemsize(config), shape.vocab_size * shape.hidden_size
-    rows = min(tokens, max(_CHUNK_ROWS, _CHUNK // shape.vocab_size))
+    rows = min(tokens, chunk_rows(shape.vocab_size))
     logits = rows * shape.vocab_size * size
     gradient = 0 if adapters_of(config) else 4 * head + (size * head if size < 4 else 0)
     return logits + 2 * size * tokens * shape.hidden_size + gradient
@@ -220,7 +218,7 @@ def _sampling_workspace(shape: ModelConfig, config: TrainConfig, processes: Proc
 
 def _copies_reference(config: TrainConfig) -> bool:
     """Is a frozen copy kept? Fresh adapters are switched off instead."""
-    return Updater.needs_reference(config) and (config.lora.rank == 0 or is_adapter_folder(config.model))
+    return config.needs_reference and (config.lora.rank == 0 or is_adapter_folder(config.model))
 
 
 def plan_memory(

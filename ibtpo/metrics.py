@@ -6,7 +6,7 @@ The run log refuses a name that is not in `METRICS`; docs/metrics.md is generate
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -319,10 +319,5 @@ def evaluation_metrics(
     return values
 
 
-def main(write: Callable[[str], object] = print) -> None:
-    """Write the documentation."""
-    write(documentation())
-
-
 if __name__ == "__main__":
-    main()
+    print(documentation())

@@ -15,7 +15,7 @@ import yaml
 from transformers import GenerationConfig
 
 from ibtpo.config import TrainConfig
-from ibtpo.config_io import plain
+from ibtpo.config_io import flat, plain
 from ibtpo.environment import environment
 from ibtpo.policy import Policy
 from ibtpo.presets import PRESETS
@@ -105,7 +105,9 @@ def method(config: TrainConfig) -> str:
     """Advantage and sampler, and the preset whose settings these are, if there is one."""
     text = f"{config.advantage.kind} advantages on {config.search.method} samples"
     fitting = [name for name, changes in PRESETS.items() if _agrees(config, changes)]
-    return f"{text} (preset {max(fitting, key=lambda name: _size(PRESETS[name]))})" if fitting else text
+    if not fitting:
+        return text
+    return f"{text} (preset {max(fitting, key=lambda name: len(flat(PRESETS[name])))})"  # the most particular one
 
 
 def save_generation_config(policy: Policy, config: TrainConfig, folder: Path) -> None:
@@ -171,11 +173,6 @@ def _agrees(config: Any, changes: Mapping[str, Any]) -> bool:
         _agrees(getattr(config, name), value) if isinstance(value, Mapping) else plain(getattr(config, name)) == value
         for name, value in changes.items()
     )
-
-
-def _size(changes: Mapping[str, Any]) -> int:
-    """How many fields a preset sets: of those that fit, the most particular one is meant."""
-    return sum(_size(value) if isinstance(value, Mapping) else 1 for value in changes.values())
 
 
 def _hub_name(model: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -83,14 +84,14 @@ class MasterAdamW:
                 parameter.grad = None  # one at a time: never all gradients in both types
         self.sum_gradients(self._masters.values())
         norm = float(nn.utils.clip_grad_norm_(self._masters.values(), self.config.grad_clip))
-        if norm == norm and norm != float("inf"):
+        if math.isfinite(norm):
             for group in self._adamw.param_groups:
                 group["lr"] = self.lr
             self._update()
             self.num_steps += 1
             self._write_back()
         self.discard()
-        if norm != norm or norm == float("inf"):
+        if not math.isfinite(norm):
             raise NonFiniteGradient(
                 f"the gradient's norm is {norm} at optimizer step {self.num_steps + 1}; lower optim.lr or "
                 "loss.clip_high, and go on from the last checkpoint"

@@ -2,92 +2,17 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import resource
-import signal
-import sys
-import termios
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
-from typing import IO, Any, cast
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from ibtpo.process_memory import peak_host_memory
+
 SECONDS_BETWEEN_LINES = 10.0
-PROCESS = Path("/proc/self/status")
-
-
-class Output(Console):
-    """A console whose closed pipe (`ibtpo eval | head`) ends only what is said, where rich would end the process."""
-
-    def on_broken_pipe(self) -> None:
-        """Say nothing more."""
-        self.quiet = True
-        _lead_nowhere(sys.stdout.fileno())
-
-
-class RunConsole(Output):
-    """A console whose closed pipe (`ibtpo train | head`) stops the run as SIGTERM does: at a safe point.
-
-    rich would end the process where it stands. A closed terminal ends nothing by itself: the SIGHUP that comes with it
-    stops the run, unless the user had it ignored (nohup).
-    """
-
-    def __init__(self, *, quiet: bool = False) -> None:
-        super().__init__(quiet=quiet, file=cast(IO[str], _Stream(sys.stdout)))
-
-    def on_broken_pipe(self) -> None:
-        """Say nothing more, and ask for the stop."""
-        super().on_broken_pipe()
-        signal.raise_signal(signal.SIGTERM)
-
-
-class _Stream:
-    """A stream that says nothing more once its terminal was closed."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """Write, or let go of the terminal."""
-        return self._attempt(lambda: self._stream.write(text)) or len(text)
-
-    def flush(self) -> None:
-        """Flush, or let go of the terminal."""
-        self._attempt(self._stream.flush)
-
-    def _attempt(self, act: Callable[[], int | None]) -> int | None:
-        try:
-            return act()
-        except OSError as error:
-            if error.errno != errno.EIO:
-                raise
-            release_closed_terminal()
-            return None
-
-
-def release_closed_terminal() -> None:
-    """Where standard output and error go to a terminal that was closed, to write is an error: lead them nowhere."""
-    for descriptor in (1, 2):
-        try:
-            termios.tcgetattr(descriptor)
-        except termios.error as error:  # no terminal at all is ENOTTY
-            if error.args[0] == errno.EIO:
-                _lead_nowhere(descriptor)
-
-
-def _lead_nowhere(descriptor: int) -> None:
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
 
 
 class _Bar(Progress):
@@ -166,23 +91,6 @@ def step_note(step: int, values: Mapping[str, float]) -> str:
     parts += [text.format(values[name]) for name, text in shown if name in values]
     parts.append(f"{(values.get('peak_memory') or peak_host_memory()) / 2**30:.1f} GiB")
     return "  ".join(parts)
-
-
-def peak_host_memory() -> int:
-    """The most memory this process has held, in bytes."""
-    if PROCESS.is_file():  # of this program alone; what getrusage says includes the one that started it
-        return _of_process("VmHWM")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def host_memory() -> int:
-    """The memory this process holds now, in bytes; where that cannot be read, the most it has held."""
-    return _of_process("VmRSS") if PROCESS.is_file() else peak_host_memory()
-
-
-def _of_process(field: str) -> int:
-    lines = dict(line.split(":", 1) for line in PROCESS.read_text(encoding="utf-8").splitlines())
-    return int(lines[field].split()[0]) * 1024
 
 
 def duration(seconds: float) -> str:

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from ibtpo.checkpoints import Checkpoint
 from ibtpo.config import TrainConfig
-from ibtpo.config_io import load_yaml, merge
+from ibtpo.config_io import flat, load_yaml, merge
+from ibtpo.console import say
 from ibtpo.disk import RunFolderError
 from ibtpo.policy import base_folder
 from ibtpo.run_format import CONFIG, check_run
-from ibtpo.update import Updater
 from ibtpo_engine.adapter_folder import is_adapter_folder
 
 _OTHER, _HELD_OUT = "the problems would be others", "held-out problems would be trained on"
@@ -50,8 +49,8 @@ def announce_changes(run: Path, config: TrainConfig, console: Console) -> None:
     """
     check_run(run, "resume")
     path = run / CONFIG
-    before = _flat(asdict(with_absolute_paths(merge(TrainConfig(), load_yaml(path), source=str(path)))))
-    changes = {name: value for name, value in _flat(asdict(config)).items() if before[name] != value}
+    before = flat(asdict(with_absolute_paths(merge(TrainConfig(), load_yaml(path), source=str(path)))))
+    changes = {name: value for name, value in flat(asdict(config)).items() if before[name] != value}
     for name, value in changes.items():
         reason = FIXED.get(name) or FIXED.get(name.partition(".")[0])
         if reason is not None and not (name == "model" and _has_moved(before[name], value, run)):
@@ -61,7 +60,7 @@ def announce_changes(run: Path, config: TrainConfig, console: Console) -> None:
             )
     if changes:
         listed = ", ".join(f"{name} {before[name]} -> {value}" for name, value in changes.items())
-        console.print(f"goes on with other settings: {listed}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"goes on with other settings: {listed}")
 
 
 def _has_moved(before: str, now: str, run: Path) -> bool:
@@ -85,7 +84,7 @@ def check_beginning(config: TrainConfig, last: Checkpoint | None) -> None:
         base_folder(last.path, config.model)
     if config.model == TrainConfig().model or Path(config.model).is_dir():
         return
-    if last is not None and not Updater.needs_reference(config):
+    if last is not None and not config.needs_reference:
         return
     needed, without = "has no checkpoint and begins with it", ""
     if last is not None:
@@ -107,13 +106,3 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 def _absolute(path: Path | None) -> Path | None:
     return None if path is None else path.absolute()
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            values |= _flat(value, f"{prefix}{name}.")
-        else:
-            values[prefix + name] = value
-    return values

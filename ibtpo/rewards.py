@@ -15,13 +15,14 @@ Each may be followed by ``:WEIGHT``; several make the weighted mean.
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import importlib.util
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from ibtpo.validation import suggest
 
 GYM = "reasoning-gym:"
 BUILT_IN = ("math", "exact", "format", "regex=PATTERN", GYM + "NAME", "package.module:function")
@@ -95,9 +96,7 @@ def parse_reward(text: str) -> RewardSpec:
         except re.error as error:
             raise ValueError(f"reward: {name!r} is not a regular expression ({error})") from None
     elif name not in ("math", "exact", "format") and not re.fullmatch(r"[\w-]+(\.\w+)*:[\w.]+", name):
-        near = difflib.get_close_matches(name, BUILT_IN, n=1, cutoff=0.5)
-        guess = f'did you mean "{near[0]}"? ' if near else ""
-        raise ValueError(f"reward: {name!r} is not known; {guess}known: {', '.join(BUILT_IN)}")
+        raise ValueError(f"reward: {name!r} is not known; {suggest(name, BUILT_IN)}")
     if name == "math" and importlib.util.find_spec("math_verify") is None:
         raise ValueError('reward: "math" needs the package math-verify; install it, or use "exact" (jsonl.grade)')
     return RewardSpec(name, weight)

@@ -29,14 +29,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, Self
 
-from ibtpo.checkpoints import (
-    CHECKPOINTS,
-    Checkpoint,
-    checkpoints,
-    intact_checkpoint,
-    latest_checkpoint,
-    write_checkpoint,
-)
+from ibtpo.checkpoints import CHECKPOINTS, Checkpoint, checkpoints, intact_checkpoint, write_checkpoint
 from ibtpo.config import SafeguardConfig, TrainConfig
 from ibtpo.config_io import dump_yaml, plain
 from ibtpo.disk import AGAIN, RunFolderError, flush, no_space, sweep, unfinished, write_atomically
@@ -45,19 +38,6 @@ from ibtpo.metrics import check_names
 from ibtpo.run_format import CONFIG, FORMAT_FILE, check_run, is_run, write_format
 from ibtpo.treelog import FOLDER as TREE_FOLDER
 from ibtpo.treelog import thin_trees, tree_bytes, write_tree
-
-__all__ = [
-    "METRICS",
-    "REPORT",
-    "TREES",
-    "Checkpoint",
-    "RunFolder",
-    "RunFolderError",
-    "latest_checkpoint",
-    "no_space",
-    "read_rows",
-    "write_atomically",
-]
 
 METRICS, TREES = "metrics.jsonl", "trees.jsonl"
 REPORT = "report.html"
@@ -148,12 +128,11 @@ class RunFolder:
             for folder in (path, path / CHECKPOINTS, path / TREE_FOLDER, *(c.path for c in checkpoints(path))):
                 sweep(folder)
             last = intact_checkpoint(path, say)
-            if step is None:
-                step = _last_step(path, last)
+            last_step = _last_step(path, last) if step is None else step
             with no_space(path, "everything"):
                 for name in (METRICS, TREES):
-                    _cut(path / name, step)
-            return cls(path, lock, last, max(step, 0) + 1, config)
+                    _keep_rows(path / name, lambda row: row["step"] <= last_step)
+            return cls(path, lock, last, max(last_step, 0) + 1, config)
         except BaseException:
             lock.close()
             raise
@@ -223,8 +202,7 @@ class RunFolder:
     def _thin_trees(self, most_bytes: float) -> None:
         """Delete trees, and the lines about them; rare, as each time a tenth of the room is made free."""
         if deleted := thin_trees(self.path, most_bytes, 0.9 * most_bytes):
-            rows = [row for row in read_rows(self.path / TREES) if row.get("file") not in deleted]
-            write_atomically(self.path / TREES, "".join(json.dumps(row) + "\n" for row in rows))
+            _keep_rows(self.path / TREES, lambda row: row.get("file") not in deleted)
         self._tree_bytes = tree_bytes(self.path)
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
@@ -275,18 +253,10 @@ def _last_step(path: Path, last: Checkpoint | None) -> int:
     return -1
 
 
-def _cut(path: Path, step: int) -> None:
-    """Rewrite a log without the rows that came after `step`, and without a torn one."""
-    if not path.exists():
-        return
-    temporary = unfinished(path)
-    with temporary.open("w", encoding="utf-8") as file:
-        for row in read_rows(path):
-            if row["step"] <= step:
-                file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _keep_rows(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite a log, if there is one, without the rows that are not to be kept, and without a torn one."""
+    if path.exists():
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if is_kept(row)))
 
 
 def _take_lock(path: Path) -> IO[str]:

@@ -28,15 +28,13 @@ from collections.abc import Callable
 from ibtpo.config import IBConfig, SearchConfig
 from ibtpo.searches.base import Method
 from ibtpo.searches.eptree import eptree
-from ibtpo.searches.guided import anywhere, highest_scores, ibtree, independent, random_tree
+from ibtpo.searches.guided import ibtree, independent, random_tree
 from ibtpo.searches.tree_grpo import tree_grpo
 from ibtpo.searches.treepo import treepo
 from ibtpo.searches.vineppo import vineppo
 from ibtpo.steps import Splitter
 from ibtpo_engine import Growth
 from ibtpo_engine.tree import Tree
-
-__all__ = ["METHODS", "Growth", "anywhere", "highest_scores", "make_search"]
 
 METHODS: dict[str, Method] = {
     "ibtree": ibtree,

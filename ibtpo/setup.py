@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ibtpo.checkpoints import weights_of
 from ibtpo.config import TrainConfig
+from ibtpo.console import say
 from ibtpo.policy import Policy, load_policy
 from ibtpo.tasks import DataTask, DigitChain, Problem, Task, format_prompt, make_task
 from ibtpo.tasks.digit_chain import right_solution
@@ -27,15 +29,7 @@ _MANY = 256  # problems that tell how long those are which are made by procedure
 
 def make_sampling(config: TrainConfig, policy: Policy) -> Sampling:
     """The engine's sampling parameters of a run."""
-    sampling = config.sampling
-    return Sampling(
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        max_tokens=sampling.max_tokens,
-        stop_tokens=policy.stops,
-    )
+    return Sampling(**asdict(config.sampling), stop_tokens=policy.stops)
 
 
 def make_engine(config: TrainConfig, policy: Policy) -> Engine:
@@ -90,11 +84,7 @@ def open_model(config: TrainConfig, console: Console) -> tuple[Path, Policy, Tas
     """
     if config.model == "built-in":
         raise ValueError("model: give --model a checkpoint or run folder; `ibtpo train` makes one")
-
-    def say(text: str) -> None:
-        console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
-
-    folder = weights_of(Path(config.model), say)
+    folder = weights_of(Path(config.model), lambda text: say(console, text, style="dim"))
     policy = load_policy(folder, dtype=getattr(torch, config.dtype), device=choose_device(config.device))
     return folder, policy, make_task(config)
 

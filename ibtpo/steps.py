@@ -17,22 +17,15 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from random import Random
-from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from ibtpo.config import SearchConfig
+from ibtpo_engine.token_texts import Decodes, TokenTexts
 from ibtpo_engine.tree import Node
 
 Ints = npt.NDArray[np.int32]
-
-
-class Decoder(Protocol):
-    """The one tokenizer method that is needed; transformers' tokenizers have it."""
-
-    def decode(self, token_ids: Any, skip_special_tokens: bool = ..., **options: Any) -> Any:
-        """The text of these ids."""
 
 
 class StepSplitter:
@@ -50,18 +43,17 @@ class StepSplitter:
     """
 
     def __init__(
-        self, tokenizer: Decoder, separator: str = "\n\n", *, step_tokens: int | None = None, noise: float = 0.0
+        self, tokenizer: Decodes, separator: str = "\n\n", *, step_tokens: int | None = None, noise: float = 0.0
     ) -> None:
         if step_tokens is not None and step_tokens < 1:
             raise ValueError(f"step_tokens: {step_tokens} must be at least 1")
         if step_tokens is None and not separator:
             raise ValueError('separator: "" must be at least one character, or set step_tokens')
-        self.tokenizer = tokenizer
         self.separator = separator
         self.step_tokens = step_tokens
         self.noise = noise
         self.context = 2 * len(separator) if step_tokens is None else 0  # tokens before a branch that can matter
-        self._texts: dict[int, str] = {}
+        self._texts = TokenTexts(tokenizer)
 
     def __call__(self, tokens: npt.ArrayLike, context: npt.ArrayLike = ()) -> list[int]:
         """Offsets `at` (0 < at < len(tokens), increasing) before which `tokens` is to be cut.
@@ -78,27 +70,14 @@ class StepSplitter:
         if self.step_tokens is not None:
             return list(range(self.step_tokens, len(ids), self.step_tokens))
         head = "".join(map(self.text, np.asarray(context).tolist()))
-        texts = self._texts
-        try:
-            pieces = [texts[token] for token in ids]
-        except KeyError:  # a token that is new
-            pieces = list(map(self.text, ids))
+        pieces = list(map(self._texts.__getitem__, ids))
         ends = list(accumulate(map(len, pieces), initial=len(head)))  # ends[i]: characters before token i
         at = [bisect_left(ends, end) for end in self._boundaries(head + "".join(pieces)) if end > len(head)]
         return [offset for offset in dict.fromkeys(at) if offset < len(ids)]
 
     def text(self, token: int) -> str:
         """What this token adds to a text."""
-        text = self._texts.get(token)
-        if text is None:
-            text = self._texts[token] = self._decode(token)
-        return text
-
-    def _decode(self, token: int) -> str:
-        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-        once = str(self.tokenizer.decode([token], **options))
-        twice = str(self.tokenizer.decode([token, token], **options))  # sentencepiece drops the first token's space
-        return twice[len(once) :] if twice.startswith(once) else once
+        return self._texts[token]
 
     def _boundaries(self, text: str) -> list[int]:
         """Character positions just past each separator that neither touches nor overlaps one before it."""
@@ -122,7 +101,7 @@ def _moved(offsets: Sequence[int], ids: Sequence[int], share: float) -> list[int
     return moved[1:-1]
 
 
-def step_splitter(tokenizer: Decoder, config: SearchConfig) -> StepSplitter:
+def step_splitter(tokenizer: Decodes, config: SearchConfig) -> StepSplitter:
     """The splitter of a search's settings."""
     return StepSplitter(tokenizer, config.separator, step_tokens=config.step_tokens, noise=config.boundary_noise)
 

@@ -10,7 +10,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from ibtpo.progress import release_closed_terminal
+from ibtpo.console import release_closed_terminal
 
 
 class Interrupted(Exception):
@@ -19,6 +19,11 @@ class Interrupted(Exception):
     def __init__(self, message: str = "stopped", signal: int = 0) -> None:
         super().__init__(message)
         self.signal = signal
+
+    @property
+    def exit_code(self) -> int:
+        """What the process ends with: 0 where the system stopped it, 130 after Ctrl-C."""
+        return 0 if self.signal in (signal.SIGTERM, signal.SIGHUP) else 130
 
 
 class StopRequest:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ibtpo.checkpoints import CHECKPOINTS, Checkpoint, weights_of
 from ibtpo.config import TrainConfig
+from ibtpo.console import say
 from ibtpo.distributed import ALONE, Follower, Group, device_name
 from ibtpo.environment import record_environment
 from ibtpo.loggers import check_installed
@@ -25,7 +26,6 @@ from ibtpo.runlog import REPORT, RunFolder
 from ibtpo.setup import check_prompts, check_weights, choose_device, default_folder, longest_prompt, make_engine
 from ibtpo.tasks import Task, TeachableTask, make_task
 from ibtpo.trainer import Trainer
-from ibtpo.update import Updater
 from ibtpo.viewer import export_page
 from ibtpo_engine import CheckpointError
 
@@ -72,9 +72,9 @@ def train(
             group,
             longest_prompt=lambda: _longest_prompt(config, source, began_with),
         )
-        console.print(str(plan), style="dim", highlight=False, markup=False, soft_wrap=True)
+        say(console, str(plan), style="dim")
         if group.size > 1:
-            _say(console, f"{group.size} processes, {mode}")
+            say(console, f"{group.size} processes, {mode}")
         policy = _policy(config, source, began_with)
         task = stack.enter_context(closing(make_task(config)))
         _check_input(config, policy, task, source, console)
@@ -82,7 +82,7 @@ def train(
         if folder is None:
             folder = stack.enter_context(_created(config.out or default_folder(config), settings, group))
         if group.leads and (differences := record_environment(folder.path)):
-            _say(console, f"goes on with other versions: {', '.join(differences)}")
+            say(console, f"goes on with other versions: {', '.join(differences)}")
         gc.collect()
         gc.freeze()  # what is loaded by now stays; the collector need not walk it while trees come and go
         stack.callback(gc.unfreeze)
@@ -128,12 +128,12 @@ def _check_combinations(config: TrainConfig, group: Group) -> None:
 def _model(config: TrainConfig, console: Console, group: Group) -> str:
     """What the run begins with, as its folder will name it; rank 0 picks the checkpoint where `model` is a run."""
     model = config.model
-    needed = config.resume is None or Updater.needs_reference(config) or is_run(Path(model))
+    needed = config.resume is None or config.needs_reference or is_run(Path(model))
     if group.leads and needed and Path(model).is_dir():
-        path = weights_of(Path(model), lambda text: _say(console, text))
+        path = weights_of(Path(model), lambda text: say(console, text))
         model = str(path)
-        if Updater.needs_reference(config) and config.resume is None and path.parent.name == CHECKPOINTS:
-            _say(
+        if config.needs_reference and config.resume is None and path.parent.name == CHECKPOINTS:
+            say(
                 console,
                 f"the run needs {path} to its end, as the reference policy, also to be resumed; if the run that wrote "
                 "it goes on and may delete it, give a copy",
@@ -154,7 +154,7 @@ def _reopened(path: Path, settings: TrainConfig, console: Console, group: Group)
     """The folder of a run that goes on, opened by rank 0; all go on from the same checkpoint."""
     if group.leads:
         announce_changes(path, settings, console)
-        folder = RunFolder.open(path, settings, say=lambda text: _say(console, text))
+        folder = RunFolder.open(path, settings, say=lambda text: say(console, text))
         group.gather(folder.last, "open the run folder")
         return folder
     nothing: Checkpoint | None = None
@@ -198,7 +198,7 @@ def _check_input(config: TrainConfig, policy: Policy, task: Task, source: Path |
         context=policy.model.config.max_positions,
     )
     for note in [*notes, *([warning] if warning else [])]:
-        console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
+        say(console, note, style="dim")
     task.train_problem(0)  # raises where all rows are held out or left out: not after the first evaluation
 
 
@@ -212,8 +212,4 @@ def _run(trainer: Trainer) -> None:
             if trainer.group.leads:
                 export_page([path], path / REPORT, trees=trainer.config.report_trees)
         except (OSError, ValueError) as error:  # must not hide how the run ended, nor spoil a good end
-            _say(trainer.console, f"no report was written: {error}")
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+            say(trainer.console, f"no report was written: {error}")

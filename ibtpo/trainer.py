@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ibtpo.checkpoints import latest_checkpoint
 from ibtpo.config import TrainConfig
 from ibtpo.disk import RunFolderError, flush_tree, no_space, write_atomically
 from ibtpo.distributed import ALONE, Group, Mode, make_grower, make_learner
@@ -25,9 +26,10 @@ from ibtpo.mixed import grow_mixed
 from ibtpo.model_card import CARD, model_card, save_generation_config
 from ibtpo.optim import NonFinite, OtherForm
 from ibtpo.policy import Policy, load_policy
-from ibtpo.progress import Tracker, peak_host_memory, step_note, track
+from ibtpo.process_memory import peak_host_memory
+from ibtpo.progress import Tracker, step_note, track
 from ibtpo.run_format import CONFIG
-from ibtpo.runlog import METRICS, RunFolder, latest_checkpoint, read_rows
+from ibtpo.runlog import METRICS, RunFolder, read_rows
 from ibtpo.search import make_search
 from ibtpo.setup import find_nonfinite, make_sampling
 from ibtpo.steps import step_splitter
@@ -353,7 +355,7 @@ class Trainer:
 
     def _reference(self) -> Model | None:
         """The frozen starting policy, if the configuration needs it; with fresh adapters, the model without them."""
-        if not Updater.needs_reference(self.config):
+        if not self.config.needs_reference:
             return None
         if self.policy.model.adapters is not None and not is_adapter_folder(self.config.model):
             return self.policy.model

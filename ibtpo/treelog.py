@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ibtpo.disk import unfinished
 from ibtpo.metrics import RIGHT
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def write_tree(folder: Path, step: int, record: Mapping[str, Any]) -> Record:
     index = int(record.get("index", 0))
     path = folder / FOLDER / f"step-{step:06d}-{index:03d}.json.gz"
     path.parent.mkdir(exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = unfinished(path)
     try:
         data = json.dumps({"step": step, **record}, allow_nan=False, separators=(",", ":")).encode()
         temporary.write_bytes(gzip.compress(data, 6, mtime=0))

@@ -85,11 +85,6 @@ class Updater:
         truncated = sampling.top_p < 1 or sampling.top_k > 0 or sampling.min_p > 0
         self.recompute = truncated or config.loss.old_logprob == "recompute"
 
-    @staticmethod
-    def needs_reference(config: TrainConfig) -> bool:
-        """Must a frozen copy of the starting policy be kept?"""
-        return config.loss.kl_coef > 0 or config.advantage.pi_ref == "reference"
-
     def _as_reference(self) -> AbstractContextManager[None]:
         return self.full.adapters_off() if self.reference is self.full else nullcontext()
 

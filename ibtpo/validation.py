@@ -1,4 +1,4 @@
-"""Checks shared by the configuration dataclasses; each raises ValueError naming field, value and what is allowed."""
+"""Checks of settings, each raising ValueError with field, value and what is allowed; and what to say of a name."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ import torch
 from checkpoints import save_additions, save_checkpoint
 from safetensors.torch import load_file
 
+from ibtpo.checkpoints import latest_checkpoint
 from ibtpo.cli import main
-from ibtpo.runlog import latest_checkpoint
 
 TINY = [
     "--jsonl.grade", "exact", "--prompts-per-step", "4", "--search.rounds", "5", "--sampling.max-tokens", "6",

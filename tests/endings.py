@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ibtpo.runlog import latest_checkpoint
+from ibtpo.checkpoints import latest_checkpoint
 
 Tensors = dict[str, torch.Tensor]
 

@@ -15,12 +15,13 @@ import pytest
 import torch
 from command_line import DIGITS, SMALL, Refusal
 
+from ibtpo.checkpoints import latest_checkpoint
 from ibtpo.cli import main
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import load_yaml
 from ibtpo.outline import outcome
 from ibtpo.policy import built_in_policy
-from ibtpo.runlog import RunFolder, latest_checkpoint
+from ibtpo.runlog import RunFolder
 
 
 @pytest.fixture(scope="module")

@@ -15,9 +15,9 @@ from adder_runs import assert_same, difference, rows, saved, train, wait_for_ste
 from processes import end, run, started, time_limit
 from transformers import AutoModelForCausalLM
 
+from ibtpo.checkpoints import latest_checkpoint
 from ibtpo.distributed import Group
 from ibtpo.policy import load_policy
-from ibtpo.runlog import latest_checkpoint
 from ibtpo.stopping import StopRequest
 from ibtpo.trainer import Trainer
 

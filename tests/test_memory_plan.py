@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import nn
 
 import ibtpo.memory_plan
+from ibtpo.checkpoints import latest_checkpoint
 from ibtpo.config import (
     AdvantageConfig,
     EngineConfig,
@@ -33,7 +34,6 @@ from ibtpo.memory_plan import GIB, Processes, activation_bytes, largest_micro_ba
 from ibtpo.optim import MasterAdamW
 from ibtpo.policy import adapted_projections
 from ibtpo.pool_bound import least_pool, pool_warning
-from ibtpo.runlog import latest_checkpoint
 from ibtpo.search import make_search
 from ibtpo.setup import find_nonfinite, longest_prompt
 from ibtpo.tasks import Problem, format_prompt, make_task

@@ -15,8 +15,9 @@ from ibtpo.checkpoints import checkpoints, weights_of
 from ibtpo.cli import main
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import load_yaml
+from ibtpo.disk import RunFolderError
 from ibtpo.run_format import FORMAT, FORMAT_FILE, check_format, check_run
-from ibtpo.runlog import RunFolder, RunFolderError
+from ibtpo.runlog import RunFolder
 
 SETTINGS = [
     "--jsonl.grade", "exact", "--sampled-tokens", "150", "--prompts-per-step", "4", "--search.rounds", "2",

@@ -26,12 +26,13 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ibtpo import metrics
-from ibtpo.checkpoints import checkpoints
+from ibtpo.checkpoints import checkpoints, latest_checkpoint
 from ibtpo.config import IBConfig, TrainConfig
+from ibtpo.disk import RunFolderError
 from ibtpo.ib import IBEstimates
 from ibtpo.loggers import check_installed
 from ibtpo.metrics import bootstrap_interval, evaluation_metrics, pass_at_k, tree_metrics
-from ibtpo.runlog import RunFolder, RunFolderError, latest_checkpoint, read_rows
+from ibtpo.runlog import RunFolder, read_rows
 from ibtpo.treelog import read_tree, thin_trees, tree_record
 from ibtpo_engine.tree import Node, Tree
 

@@ -10,7 +10,8 @@ from trees import fill
 
 from ibtpo.config import IBConfig, SearchConfig
 from ibtpo.ib import IBEstimates
-from ibtpo.search import anywhere, highest_scores, make_search
+from ibtpo.search import make_search
+from ibtpo.searches.guided import anywhere, highest_scores
 from ibtpo.studies.table_policy import TablePolicy
 from ibtpo_engine.tree import Node, Tree
 

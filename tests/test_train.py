@@ -28,9 +28,9 @@ from endings import untimed as _untimed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ibtpo.warmstart
+from ibtpo.checkpoints import latest_checkpoint
 from ibtpo.cli import main
 from ibtpo.metrics import METRICS
-from ibtpo.runlog import latest_checkpoint
 from ibtpo.tasks import DigitChain
 from ibtpo.trainer import Trainer
 from ibtpo_engine import load_model

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ibtpo.checkpoints import latest_checkpoint
 from ibtpo.cli import main
 from ibtpo.config import DigitChainConfig, WarmStartConfig
 from ibtpo.config_io import base_config
 from ibtpo.grow import Grower
 from ibtpo.policy import built_in_policy
-from ibtpo.runlog import latest_checkpoint
 from ibtpo.setup import make_engine
 from ibtpo.tasks import DigitChain
 from ibtpo.warmstart import CHECK_EVERY, FINAL_RATE, WINDOW, PassShare, WarmStart, _Schedule, warm_start

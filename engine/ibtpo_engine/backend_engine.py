@@ -91,7 +91,7 @@ class BackendEngine:
         for searches in self._searches:
             if tree.ordinal in searches.growing:
                 searches.growing[tree.ordinal].tree_closed()
-        _abandon(node for leaf in tree.root.walk() for node in list(leaf.children))
+        _abandon(tree.root.subtree())
 
     def weights_changed(self) -> None:
         """The backend samples from other weights now: what is asked for from here on carries the next version."""
@@ -155,9 +155,7 @@ class BackendEngine:
         self._searches.append(searches)
         try:
             while True:
-                while not searches.growing or has_room():
-                    if not searches.open():
-                        break
+                searches.open_while(has_room)
                 if not searches.growing:
                     return
                 if not searches.any_ready():
@@ -266,9 +264,7 @@ def _abandon(nodes: Iterable[Node]) -> None:
     """Take the nodes that are still under way off their trees."""
     for node in nodes:
         if node.in_flight:
-            node.in_flight, node.dropped = False, True
-            if node.parent is not None:
-                node.parent.children.remove(node)
+            node.abandon()
 
 
 def _check(completion: Completion, most: int) -> None:

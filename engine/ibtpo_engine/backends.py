@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import numpy.typing as npt
 
 from ibtpo_engine.engine import Engine
@@ -130,8 +129,3 @@ class EngineBackend:
                 for node in self.engine.extend(nodes, sampling)
             ]
         return [completions[i * n : (i + 1) * n] for i in range(len(prefixes))]
-
-
-def unknown(count: int) -> Floats:
-    """float32 [count] of NaN: numbers a backend does not tell."""
-    return np.full(count, np.nan, np.float32)

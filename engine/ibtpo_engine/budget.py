@@ -63,7 +63,7 @@ def check_nodes(tree: Tree, more: int) -> None:
     """
     if tree.budget is None or tree.budget.nodes is None:
         return
-    there = sum(node.stream != tree.root.stream for node in _all_nodes(tree))
+    there = sum(node.stream != tree.root.stream for node in tree.root.subtree())
     if there + more > tree.budget.nodes:
         raise BudgetSpent(
             f"{more} nodes more than the {there} of the tree exceed Budget.nodes={tree.budget.nodes}; drop a branch or "
@@ -99,7 +99,7 @@ def _shared_out(tree: Tree, nodes: list[Node], reserved: Mapping[Node, int]) -> 
     """Depth each node may reach by the tree's budget alone."""
     budget = tree.budget
     assert budget is not None
-    spans = [(node, reserved.get(node, node.end)) for node in _all_nodes(tree)]
+    spans = [(node, reserved.get(node, node.end)) for node in tree.root.subtree()]
     depth = dict.fromkeys(nodes, 1 << 30)
     if budget.tokens is not None:
         used = sum(end - node.start for node, end in spans) - tree.prompt_len
@@ -121,7 +121,7 @@ def check_room(node: Node, lengths: list[int], reserved: Mapping[Node, int]) -> 
     tree = node.tree
     if tree.budget is None:
         return
-    there = [(other, reserved.get(other, other.end)) for other in _all_nodes(tree)]
+    there = [(other, reserved.get(other, other.end)) for other in tree.root.subtree()]
     tokens = sum(end - other.start for other, end in there) - tree.prompt_len
     pages = sum(_pages(other, end) for other, end in there)
     for name, bound, used, more in (
@@ -156,10 +156,3 @@ def _pages(node: Node, end: int) -> int:
 
 def _shares_page(node: Node) -> bool:
     return node.parent is not None and node.parent.stream == node.stream and node.start % PAGE > 0
-
-
-def _all_nodes(tree: Tree) -> list[Node]:
-    found = [tree.root]
-    for node in found:
-        found.extend(node.children)
-    return found

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import numpy as np
-
 from ibtpo_engine.pages import KV, PAGE, PagePool, pages_for
 from ibtpo_engine.radix import RadixIndex
 from ibtpo_engine.tree import Node, Tree
@@ -104,14 +100,6 @@ class PageCache:
     def owned_by(self, tree: Tree) -> int:
         """Distinct pages a tree holds references on."""
         return len({page for node in tree.root.walk() if node.kv is not None for page in node.kv.pages})
-
-    def check_integrity(self, held: Iterable[KV]) -> None:
-        """Assert that the index and `held` explain every reference in the pool."""
-        owned = np.zeros(self.pool.num_pages, np.int64)
-        for kv in held:
-            np.add.at(owned, kv.pages, 1)
-        np.add.at(owned, self.index.pages(), 1)
-        self.pool.check_integrity(owned)
 
 
 def is_computed(node: Node) -> bool:

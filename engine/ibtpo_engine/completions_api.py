@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ibtpo_engine.backends import Completion, unknown
+from ibtpo_engine.backends import Completion
 from ibtpo_engine.errors import BackendError
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.tree import Floats, Ints
@@ -113,7 +113,7 @@ def _completion(choice: dict[str, Any], prefix: list[int], sampling: Sampling, k
             "a server that honours stop_token_ids"
         )
     logprob, raw = _named(values, sampling, kind)
-    return Completion(tokens=tokens, logprob=logprob, logprob_raw=raw, entropy=unknown(len(tokens)), finish=finish)
+    return Completion(tokens=tokens, logprob=logprob, logprob_raw=raw, entropy=_unknown(len(tokens)), finish=finish)
 
 
 def _token_ids(choice: dict[str, Any]) -> Ints:
@@ -159,7 +159,7 @@ def _named(values: Floats, sampling: Sampling, kind: LogprobKind) -> tuple[Float
     """(logprob, logprob_raw) as far as the server's values are one, the other, or both."""
     whole = sampling.top_p == 1 and sampling.top_k == 0 and sampling.min_p == 0
     plain = whole and sampling.temperature == 1
-    nan = unknown(len(values))
+    nan = _unknown(len(values))
     if sampling.temperature == 0:  # one token has probability 1; of what servers send here only vLLM's raw one is clear
         return np.zeros_like(values), values if kind == "raw" else nan
     if kind == "raw":
@@ -167,3 +167,8 @@ def _named(values: Floats, sampling: Sampling, kind: LogprobKind) -> tuple[Float
     if kind == "scaled":
         return (values if whole else nan), (values if sampling.temperature == 1 else nan)
     return values, (values if plain else nan)
+
+
+def _unknown(count: int) -> Floats:
+    """float32 [count] of NaN: numbers that the server does not tell."""
+    return np.full(count, np.nan, np.float32)

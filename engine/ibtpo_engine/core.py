@@ -16,7 +16,6 @@ from ibtpo_engine.branches import Branch
 from ibtpo_engine.budget import Budget, within_budgets
 from ibtpo_engine.cache import PageCache
 from ibtpo_engine.capture import Capture, capture_for
-from ibtpo_engine.endings import under_way
 from ibtpo_engine.errors import BranchFailed, EngineError, OutOfPages, StaleWeights
 from ibtpo_engine.features import features_of
 from ibtpo_engine.growing import Growing, Searches
@@ -56,21 +55,6 @@ class EngineCore:
         parity: Parity = "fast",
         cuda_graphs: bool = False,
     ) -> None:
-        if kv_tokens is not None and kv_share is not None:
-            raise ValueError(f"Engine: kv_tokens={kv_tokens} and kv_share={kv_share} both size the pool; give one")
-        if kv_tokens is None:
-            kv_tokens = (
-                200_000
-                if kv_share is None
-                else tokens_in_share(model.model if isinstance(model, Shadow) else model, kv_share)
-            )
-        for name, value in (
-            ("kv_tokens", kv_tokens),
-            ("max_branches", max_branches),
-            ("prefill_tokens", prefill_tokens),
-        ):
-            if value < 1:
-                raise ValueError(f"Engine: {name}={value} must be at least 1")
         if not isinstance(model, Model | Shadow):
             raise TypeError(
                 f"Engine: {type(model).__name__} is no ibtpo_engine.Model; load_model(folder) gives one, and "
@@ -78,6 +62,17 @@ class EngineCore:
             )
         self.shadow = model if isinstance(model, Shadow) else None
         self.model = model.model if isinstance(model, Shadow) else model
+        if kv_tokens is not None and kv_share is not None:
+            raise ValueError(f"Engine: kv_tokens={kv_tokens} and kv_share={kv_share} both size the pool; give one")
+        if kv_tokens is None:
+            kv_tokens = 200_000 if kv_share is None else tokens_in_share(self.model, kv_share)
+        for name, value in (
+            ("kv_tokens", kv_tokens),
+            ("max_branches", max_branches),
+            ("prefill_tokens", prefill_tokens),
+        ):
+            if value < 1:
+                raise ValueError(f"Engine: {name}={value} must be at least 1")
         linear = (module for module in self.model.model.layers.modules() if isinstance(module, nn.Linear))
         check_parity(parity, dtype=self.model.dtype, device=self.model.device, projections=linear)
         self.parity: Parity = parity
@@ -170,7 +165,7 @@ class EngineCore:
             )
 
     def _close(self, tree: Tree) -> None:
-        self._cancel(_pending(tree))
+        self._cancel(tree.root.subtree())
         growth = self._growth_of(tree)
         if growth is not None:
             growth.tree_closed()
@@ -201,7 +196,7 @@ class EngineCore:
 
     def _reserved(self) -> dict[Node, int]:
         """Depths that branches may reach: of those under way, and of those whose end their search has not been told."""
-        depths = {branch.node: branch.limit for branch in under_way(self.scheduler)}
+        depths = {branch.node: branch.limit for branch in self.scheduler.under_way()}
         for searches in self._searches:
             for growth in searches.growing.values():
                 depths |= growth.reserved
@@ -305,13 +300,12 @@ class EngineCore:
         """
         for tree in self._trees.values():
             growth = self._growth_of(tree)
-            for node in tree.root.walk():
+            for node in tree.root.subtree():
                 node.kv = None
-                for child in [child for child in node.children if child.in_flight]:
-                    node.children.remove(child)
-                    child.in_flight, child.dropped = False, True
+                if node.in_flight:
+                    node.abandon()
                     if growth is not None:
-                        growth.lost(child)
+                        growth.lost(node)
         counters, index = self.scheduler.counters, self.cache.index
         self.cache.pool.free_all()
         self.scheduler.runner.forget()
@@ -428,13 +422,3 @@ class EngineCore:
             IntegrityError: what is wrong, and where.
         """
         check_engine(self._trees.values(), self.scheduler)
-
-
-def _pending(tree: Tree) -> list[Node]:
-    found, stack = [], [tree.root]
-    while stack:
-        node = stack.pop()
-        stack.extend(node.children)
-        if node.is_pending:
-            found.append(node)
-    return found

@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from ibtpo_engine.budget import Budget, check_nodes, check_room
 from ibtpo_engine.core import EngineCore
-from ibtpo_engine.endings import truncate
 from ibtpo_engine.errors import BudgetSpent, EngineError
 from ibtpo_engine.generate import in_order, independent
 from ibtpo_engine.given import Score, attach, check_suffixes, given_branch
@@ -134,7 +133,7 @@ class Engine(EngineCore):
             if growth is not None and growth.withdraw(node):
                 node.drop()
         nodes = [node for node in nodes if node.in_flight]
-        for node in truncate(self.scheduler, nodes, self.version) if keep else []:
+        for node in self.scheduler.truncate(nodes, self.version) if keep else []:
             self._report(node)
         nodes = [node for node in nodes if node.in_flight]
         self._cancel(nodes)
@@ -237,9 +236,7 @@ class Engine(EngineCore):
         self._searches.append(searches)
         try:
             while True:
-                while not searches.growing or self._has_room():
-                    if not searches.open():
-                        break
+                searches.open_while(self._has_room)
                 if not searches.growing:
                     break
                 self._advance(searches)

@@ -60,15 +60,15 @@ def pack_tree(tree: Tree) -> PackedTree:
     for i in range(len(nodes) - 1, 0, -1):  # children follow their parent, so one sweep from the back suffices
         subtree_end[parent[i]] = max(subtree_end[parent[i]], subtree_end[i])
     num_tokens = int(lengths.sum())
-    node_of = np.repeat(np.arange(len(nodes), dtype=np.int32), lengths)
+    start = np.array([node.start for node in nodes], np.int32)
     row = np.arange(-1, num_tokens - 1, dtype=np.int32)  # the token before, ...
     row[first[1:]] = (first + lengths - 1)[parent[1:]]  # ... which for a node's first token is its parent's last
     edge_token = np.arange(tree.prompt_len, num_tokens, dtype=np.int32)
     return PackedTree(
         tokens=np.concatenate([node.tokens for node in nodes]),
-        pos=np.arange(num_tokens, dtype=np.int32) - np.repeat(first, lengths) + _starts(nodes, lengths),
+        pos=np.arange(num_tokens, dtype=np.int32) - np.repeat(first - start, lengths),
         end=np.repeat(subtree_end.astype(np.int32), lengths),
-        node=node_of,
+        node=np.repeat(np.arange(len(nodes), dtype=np.int32), lengths),
         logprob=np.concatenate([node.logprob for node in nodes]),
         logprob_raw=np.concatenate([node.logprob_raw for node in nodes]),
         entropy=np.concatenate([node.entropy for node in nodes]),
@@ -78,7 +78,3 @@ def pack_tree(tree: Tree) -> PackedTree:
         nodes=nodes,
         first=first,
     )
-
-
-def _starts(nodes: list[Node], lengths: Ints) -> Ints:
-    return np.repeat(np.array([node.start for node in nodes], np.int32), lengths)

@@ -272,6 +272,12 @@ class Searches:
         self._tell(growth)
         return True
 
+    def open_while(self, has_room: Callable[[], bool]) -> None:
+        """Begin on prompts as long as there is room, and in any case where nothing is under way."""
+        while not self.growing or has_room():
+            if not self.open():
+                return
+
     def _tell(self, growth: Growing) -> None:
         if not growth.tree.closed:
             self._submit(growth)

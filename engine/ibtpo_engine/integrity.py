@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ibtpo_engine.endings import under_way
 from ibtpo_engine.errors import IntegrityError
 from ibtpo_engine.pages import KV, PAGE
 from ibtpo_engine.radix import RadixIndex
@@ -25,7 +24,7 @@ def check_engine(trees: Iterable[Tree], scheduler: Scheduler) -> None:
     Raises:
         IntegrityError: what is wrong, and where.
     """
-    nodes = [node for tree in trees for node in _all_nodes(tree.root)]
+    nodes = [node for tree in trees for node in tree.root.subtree()]
     held = [node.kv for node in nodes if node.kv is not None] + scheduler.held()
     _check_nodes(nodes)
     _check_pages(held, scheduler)
@@ -43,11 +42,7 @@ def _check_pages(held: list[KV], scheduler: Scheduler) -> None:
     owned = np.zeros(pool.num_pages, np.int64)
     for pages in [*(kv.pages for kv in held), index.pages()]:
         np.add.at(owned, pages, 1)
-    for page in np.flatnonzero(np.asarray(pool.refs) != owned)[:1]:
-        raise IntegrityError(f"page {page}: {pool.refs[page]} references counted, {owned[page]} owners found")
-    free = np.bincount(np.array(pool._free, np.int64), minlength=pool.num_pages)
-    for page in np.flatnonzero(free != (owned == 0))[:1]:
-        raise IntegrityError(f"page {page}: {free[page]} times in the free list, {owned[page]} owners")
+    pool.check_integrity(owned)
     _require(bool(pool.layers) or not owned.any(), "pages are owned although the pool's memory is released")
 
 
@@ -82,7 +77,7 @@ def _check_index(index: RadixIndex) -> None:
 
 
 def _check_branches(nodes: list[Node], scheduler: Scheduler) -> None:
-    slots, branches = scheduler.slots, under_way(scheduler)
+    slots, branches = scheduler.slots, scheduler.under_way()
     places = Counter(id(branch.node) for branch in branches)
     _require(all(n == 1 for n in places.values()), "a branch is in two places of the scheduler")
     in_flight = {id(node) for node in nodes if node.in_flight}
@@ -110,10 +105,3 @@ def _check_row(parent: Node | None, kv: KV | None, row: list[int], scheduler: Sc
     pages[kv.first :] = kv.pages
     _require(row[: len(pages)] == pages, f"a page-table row below {parent!r} names other pages than its path has")
     _require(set(row[len(pages) :]) <= {-1}, f"a page-table row below {parent!r} names pages past its path")
-
-
-def _all_nodes(root: Node) -> list[Node]:
-    found = [root]
-    for node in found:
-        found.extend(node.children)
-    return found

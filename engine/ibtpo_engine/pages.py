@@ -27,7 +27,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ibtpo_engine.errors import OutOfPages
+from ibtpo_engine.errors import IntegrityError, OutOfPages
 from ibtpo_engine.huge_pages import prefer_huge_pages
 
 PAGE = 16
@@ -132,10 +132,16 @@ class PagePool:
         self.copied += rows
 
     def check_integrity(self, owned: npt.NDArray[np.int64]) -> None:
-        """Assert that `owned` (references per page, counted by the caller) explains every reference and free page."""
-        differ = np.flatnonzero(np.asarray(self.refs) != owned)
-        assert not len(differ), f"references differ on pages {differ[:8]}"
-        assert sorted(self._free) == np.flatnonzero(owned == 0).tolist(), "the free list disagrees with the references"
+        """Check that `owned`, owners of each page as the caller finds them, explains every reference and free page.
+
+        Raises:
+            IntegrityError: it does not; the first such page is named.
+        """
+        for page in np.flatnonzero(np.asarray(self.refs) != owned)[:1]:
+            raise IntegrityError(f"page {page}: {self.refs[page]} references counted, {owned[page]} owners found")
+        free = np.bincount(np.array(self._free, np.int64), minlength=self.num_pages)
+        for page in np.flatnonzero(free != (owned == 0))[:1]:
+            raise IntegrityError(f"page {page}: {free[page]} times in the free list, {owned[page]} owners")
 
 
 class KV:

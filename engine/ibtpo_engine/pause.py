@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from ibtpo_engine.errors import BranchFailed
+from ibtpo_engine.token_texts import Decodes, TokenTexts
 
 if TYPE_CHECKING:
     from ibtpo_engine.branches import Branch
@@ -21,13 +22,6 @@ Pause = Callable[[Ints, int], bool]
 """Called after each token of a branch with (tokens, new): int32 [n], read-only, the whole path from the prompt's first
 token to the one just sampled, and how many of them this branch has sampled. True pauses the branch there. Must depend
 on nothing else, or tokens depend on it."""
-
-
-class Decodes(Protocol):
-    """The one tokenizer method that is needed; transformers' tokenizers have it."""
-
-    def decode(self, token_ids: Any, skip_special_tokens: bool = ..., **options: Any) -> Any:
-        """The text of these ids."""
 
 
 class Boundary:
@@ -53,10 +47,9 @@ class Boundary:
         self.separators = tuple(separators)
         if not self.separators or not all(self.separators):
             raise ValueError(f"Boundary.separators: {self.separators} must be texts of at least one character")
-        self.tokenizer = tokenizer
         self.block = block
         self._longest = max(map(len, self.separators))
-        self._texts: dict[int, str] = {}
+        self._texts = TokenTexts(tokenizer)
 
     def __call__(self, tokens: Ints, new: int) -> bool:
         """Does the last of `tokens` complete a separator outside a block?"""
@@ -64,10 +57,10 @@ class Boundary:
         for token in reversed(tokens[:-1].tolist()):
             if size >= 2 * self._longest:  # one that touches a separator before it needs as much again
                 break
-            before.append(self._text(token))
+            before.append(self._texts[token])
             size += len(before[-1])
         head = "".join(reversed(before))
-        return self._completes(head, self._text(int(tokens[-1]))) and not self._in_block(tokens)
+        return self._completes(head, self._texts[int(tokens[-1])]) and not self._in_block(tokens)
 
     def _completes(self, head: str, text: str) -> bool:
         whole = head + text
@@ -86,22 +79,12 @@ class Boundary:
         opened, closed = (np.flatnonzero(tokens == token) for token in self.block)
         return len(opened) > 0 and (len(closed) == 0 or bool(opened[-1] > closed[-1]))
 
-    def _text(self, token: int) -> str:
-        """What this token adds to a text."""
-        text = self._texts.get(token)
-        if text is None:
-            options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
-            once = str(self.tokenizer.decode([token], **options))
-            twice = str(self.tokenizer.decode([token, token], **options))  # sentencepiece drops the first space
-            text = self._texts[token] = twice[len(once) :] if twice.startswith(once) else once
-        return text
-
 
 class Watch:
     """One branch whose tokens are looked at as they come.
 
     Attributes:
-        branch: it.
+        branch: the one that is followed.
         depth: the tokens at depths [branch.node.start, depth) have been seen.
     """
 

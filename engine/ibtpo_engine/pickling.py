@@ -23,7 +23,7 @@ _MADE = "_made"  # where a tree just read keeps its nodes by number
 
 def reduce_tree(tree: Tree) -> tuple[Any, ...]:
     """What pickle is told of a tree; a copy is closed, and belongs to no engine."""
-    nodes = _every_node(tree)
+    nodes = tree.root.subtree()
     number = {node: i for i, node in enumerate(nodes)}
     plain = [name for name in type(tree.root).__slots__ if name not in {*_ARRAYS, *_OF_THE_ENGINE, *_REBUILT}]
     state = {
@@ -73,13 +73,3 @@ def _blank_tree(tree: type[Tree], node: type[Node], serials: list[int]) -> Tree:
 def _node_of(tree: Tree, serial: int) -> Node:
     node: Node = vars(tree)[_MADE][serial]
     return node
-
-
-def _every_node(tree: Tree) -> list[Node]:
-    """Depth first, pending nodes included."""
-    nodes, stack = [], [tree.root]
-    while stack:
-        node = stack.pop()
-        nodes.append(node)
-        stack.extend(reversed(node.children))
-    return nodes

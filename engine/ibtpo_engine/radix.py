@@ -33,7 +33,7 @@ class RadixIndex:
     """Prefix to pages, least recently used leaves evicted first.
 
     Attributes:
-        hits, lookups: tokens found and tokens asked for.
+        hits: tokens found so far.
         evicted: pages evicted so far.
     """
 
@@ -43,7 +43,6 @@ class RadixIndex:
         self._clock = 0
         self.num_entries = 0
         self.hits = 0
-        self.lookups = 0
         self.evicted = 0
 
     def match(self, tokens: Ints) -> list[int]:
@@ -58,7 +57,6 @@ class RadixIndex:
             pages.append(found.page)
             entry = found
         self._pool.share(pages)
-        self.lookups += len(tokens)
         self.hits += len(pages) * PAGE
         return pages
 
@@ -87,23 +85,11 @@ class RadixIndex:
 
     def evictable(self) -> int:
         """Pages that eviction can free: those of entries with nothing pinned at or below them."""
-        return self._evictable_below(self._root)[0]
-
-    def _evictable_below(self, top: Entry) -> tuple[int, bool]:
-        count = 0
-        state: dict[int, bool] = {}
-        stack = [(top, False)]
-        while stack:
-            entry, expanded = stack.pop()
-            if not expanded:
-                stack.append((entry, True))
-                stack.extend((child, False) for child in entry.children.values())
-                continue
-            free = all(state.pop(id(child)) for child in entry.children.values())
-            free = free and entry.page >= 0 and self._pool.refs[entry.page] == 1
-            state[id(entry)] = free
-            count += free
-        return count, state[id(top)]
+        pinned: set[Entry | None] = set()
+        for entry in reversed(self._entries()):  # those below an entry before the entry itself
+            if entry in pinned or self._pool.refs[entry.page] > 1:
+                pinned |= {entry, entry.parent}
+        return self.num_entries - len(pinned - {self._root})
 
     def evict(self, n: int) -> int:
         """Free at least `n` pages if that many are evictable, oldest leaves first; returns how many were freed."""
@@ -125,7 +111,7 @@ class RadixIndex:
 
     def clear(self) -> None:
         """Forget everything (the keys and values became stale)."""
-        for entry in list(self._entries()):
+        for entry in self._entries():
             self._pool.release([entry.page])
         self._root.children.clear()
         self.num_entries = 0
@@ -141,6 +127,7 @@ class RadixIndex:
         self.num_entries -= 1
 
     def _entries(self) -> list[Entry]:
+        """Every entry, after the one above it."""
         found, stack = [], list(self._root.children.values())
         while stack:
             entry = stack.pop()

@@ -83,6 +83,11 @@ class Roster:
             self._running_slots = np.fromiter((slot for _, slot in self._order), np.int64, len(self._order))
         return self._running_slots
 
+    def under_way(self) -> list[Branch]:
+        """Every branch submitted and not yet ended."""
+        filling = [branch for fill in self.fills.values() for branch in [*fill.children, fill.branch] if branch]
+        return [*self.waiting, *filling, *self.running.values()]
+
     def is_running(self, branch: Branch) -> bool:
         """Is it being decoded, neither waiting nor being filled?"""
         return self.running.get(branch.slot) is branch
@@ -116,12 +121,36 @@ class Roster:
             for child in [child for child in fill.children if id(child.node) in doomed]:
                 fill.children.remove(child)
                 self._abandon(child)
-        self.drop_idle_fills()
+        self._drop_idle_fills()
         for branch in [branch for branch in self.waiting if id(branch.node) in doomed]:
             self.waiting.remove(branch)
             self._abandon(branch)
 
-    def drop_idle_fills(self) -> None:
+    def truncate(self, nodes: Iterable[Node], version: int) -> list[Node]:
+        """End branches where they are, with "abort"; one that has sampled nothing stays under way.
+
+        Keys and values are kept where the branch was being decoded, and computed again when asked for otherwise.
+
+        Returns:
+            The nodes that ended.
+        """
+        doomed = {id(node) for node in nodes if node.in_flight}
+        ended = []
+        for branch in [branch for branch in self.under_way() if id(branch.node) in doomed]:
+            if self.is_running(branch) and self.slots.length[branch.slot] > branch.node.start:
+                ended.append(self.end(branch, "abort", version))
+                continue
+            if id(branch) in self.fills:  # it was preempted, and is being filled again
+                self.fills.pop(id(branch))
+                self._wait_again(branch)
+            if branch.kept is not None and not branch.is_given:
+                self.waiting.remove(branch)
+                ended.append(branch.node.fill(*branch.kept, finish="abort", version=branch.sampled_by(version)))
+                branch.node.in_flight = False
+        self._drop_idle_fills()
+        return ended
+
+    def _drop_idle_fills(self) -> None:
         """Drop fills that no branch belongs to, after some were taken away: one that still waits begins it anew."""
         for key in [key for key, fill in self.fills.items() if fill.branch is None and not fill.children]:
             self._drop_fill(key)
@@ -201,10 +230,7 @@ class Roster:
             self.slots.give_back(branch.slot)
         if branch.kv is not None:
             branch.kv.release()
-        branch.node.in_flight = False
-        branch.node.dropped = True
-        if branch.node.parent is not None:
-            branch.node.parent.children.remove(branch.node)
+        branch.node.abandon()
 
     def end(self, branch: Branch, finish: str | None, version: int) -> Node:
         """End a running branch where it is; the node gets its tokens and its pages."""

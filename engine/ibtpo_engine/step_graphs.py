@@ -81,7 +81,7 @@ class StepGraphs:
 
     Args:
         model, pool: on a GPU.
-        logits: hidden states [B, H] to float32 logits [B, V].
+        logits: hidden states [B, H] to logits [B, V], as `Runner.logits`.
         capture: `CudaCapture`.
         parity: what is promised of the bits.
 

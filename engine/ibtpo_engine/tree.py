@@ -140,6 +140,15 @@ class Node:
                 yield node
                 stack.extend(reversed(node.children))
 
+    def subtree(self) -> list[Node]:
+        """As `walk`, pending nodes included."""
+        nodes, stack = [], [self]
+        while stack:
+            node = stack.pop()
+            nodes.append(node)
+            stack.extend(reversed(node.children))
+        return nodes
+
     def leaves(self) -> list[Node]:
         """The finished trajectories that pass through this node, in depth-first order."""
         return [node for node in self.walk() if node.is_leaf]
@@ -267,9 +276,7 @@ class Node:
         """
         if self.parent is None or self.stream == self.tree.root.stream:
             raise ValueError("drop: the prompt cannot be dropped; close the tree instead")
-        below = [self]
-        for node in below:
-            below.extend(node.children)
+        below = self.subtree()
         if any(node.in_flight for node in below):
             raise ValueError(f"drop: a branch below {self!r} is being extended; wait until it has finished")
         self.parent.children.remove(self)
@@ -278,6 +285,12 @@ class Node:
             if node.kv is not None:
                 node.kv.release()
                 node.kv = None
+
+    def abandon(self) -> None:
+        """Take this node, which is being extended, off its tree unfinished; the engine calls this."""
+        assert self.parent is not None
+        self.in_flight, self.dropped = False, True
+        self.parent.children.remove(self)
 
 
 class Tree:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from ibtpo.commands.arguments import parse_alone
+from ibtpo.console import say
 from ibtpo.loading import loading
 
 if TYPE_CHECKING:
@@ -55,4 +56,4 @@ def _show(console: Console, finding: Finding, *, is_first: bool) -> None:
         console.print(f"\n[bold]{finding.group}[/]", highlight=False)
     color = _COLORS[finding.status]
     console.print(f"  [{color}]{finding.status:<6}[/] {finding.name:<26} ", end="", highlight=False)
-    console.print(finding.text, highlight=False, markup=False, soft_wrap=True)
+    say(console, finding.text)

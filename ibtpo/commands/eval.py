@@ -13,9 +13,9 @@ from rich.console import Console
 
 from ibtpo.commands.arguments import Flat, base_of_model, parse, with_data
 from ibtpo.config import TrainConfig
+from ibtpo.console import RunConsole
 from ibtpo.disk import check_writable, writing
 from ibtpo.loading import loading
-from ibtpo.progress import RunConsole
 from ibtpo.run_format import is_run
 from ibtpo.sections.eval import MOST_SAMPLES
 from ibtpo.validation import check_range

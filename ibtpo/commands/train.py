@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ibtpo.checkpoints import latest_checkpoint
 from ibtpo.commands.arguments import Flat, Preset, base_of_training, parse, with_data
 from ibtpo.config import TrainConfig
+from ibtpo.console import RunConsole, say
 from ibtpo.loading import loading
-from ibtpo.progress import RunConsole
 from ibtpo.report import NOT_ACCURACY, summarize_run
-from ibtpo.runlog import REPORT, latest_checkpoint
+from ibtpo.runlog import REPORT
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,8 @@ def run(arguments: list[str], console: Console) -> int:
     console.print(NOT_ACCURACY, style="dim")
     last = latest_checkpoint(out)
     if last is not None:
-        console.print(f"checkpoint: {last.path}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"report: {out / REPORT}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"checkpoint: {last.path}")
+    say(console, f"report: {out / REPORT}")
     return 0
 
 

@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from ibtpo.commands.arguments import parse_alone
+from ibtpo.console import say
 from ibtpo.viewer import Viewer, export_page
 
 
@@ -47,7 +48,7 @@ def run(arguments: list[str], console: Console) -> int:
         if not parsed.export.absolute().parent.is_dir():
             raise ValueError(f"export: {parsed.export.parent} is no folder; make it, or name another file")
         page = export_page(parsed.runs, parsed.export, trees=parsed.trees)
-        console.print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"page: {page}")
         return 0
     with Viewer(parsed.runs, parsed.port) as viewer:
         console.print(f"{viewer.url}  (Ctrl-C ends it)", highlight=False, soft_wrap=True)

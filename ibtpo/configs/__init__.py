@@ -1,1 +1,1 @@
-"""Settings that ship with the package: base files by task, and presets."""
+"""Settings that ship with the package: a base file a task."""

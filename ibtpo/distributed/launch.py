@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 import uuid
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ibtpo.config import TrainConfig
 from ibtpo.distributed.group import ALONE, Group, PeerFailed, ranks
+from ibtpo.printable import one_line
 from ibtpo.run_format import is_run
 from ibtpo.setup import choose_device
 from ibtpo.stopping import Interrupted
@@ -52,7 +52,7 @@ def join(config: TrainConfig) -> Iterator[Group]:
         group.leave()
         if group.leads:
             raise
-        raise SystemExit(0 if stop.signal in (signal.SIGTERM, signal.SIGHUP) else 130) from None
+        raise SystemExit(stop.exit_code) from None
     except Exception as error:
         failure = group.failure()
         if failure is not None and not group.leads:
@@ -60,10 +60,10 @@ def join(config: TrainConfig) -> Iterator[Group]:
         if failure is not None:
             raise PeerFailed(failure) from None
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
-            group.fail(f"the connection to another process broke, was it killed? ({_line(error)})")
+            group.fail(f"the connection to another process broke, was it killed? ({one_line(error)})")
             raise PeerFailed(group.failure()) from None
         if not isinstance(error, PeerFailed):
-            group.fail(f"rank {group.rank} failed: {_line(error)}")
+            group.fail(f"rank {group.rank} failed: {one_line(error)}")
         raise
 
 
@@ -78,7 +78,7 @@ def _connect(device: torch.device, timeout: float) -> Group:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=longer)
     except (RuntimeError, ValueError) as error:
         raise PeerFailed(
-            f"this process could not join the others ({_line(error)}); start all with torchrun, with the same "
+            f"this process could not join the others ({one_line(error)}); start all with torchrun, with the same "
             "--nnodes and --rdzv-endpoint"
         ) from None
     return Group(rank, size, PrefixStore("group", store), timeout, start=start)
@@ -106,10 +106,6 @@ def _agree(store: Store, rank: int, size: int, timeout: float) -> tuple[int, str
             raise PeerFailed(f"waited {timeout:g} s for {ranks(missing)} of {size} to begin; see what they printed")
         time.sleep(0.01)
     return start, mine
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def device_name(config: TrainConfig) -> str:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ibtpo.config import TrainConfig
+from ibtpo.console import say
 from ibtpo.evaluation.evaluate import Evaluation, summarize
 from ibtpo.evaluation.folder import EvaluationFolder
 from ibtpo.evaluation.sampling import Completion, Place, sample_completions
@@ -54,7 +55,7 @@ def run_evaluation(
     stop = StopRequest()
     with stop.on_signals(console), ExitStack() as stack:
         for note in check_prompts(task, policy, config):
-            console.print(note, style="dim", highlight=False, markup=False, soft_wrap=True)
+            say(console, note, style="dim")
         problems = task.eval_problems(config.eval.prompts)
         store = None
         if config.out is not None:
@@ -62,8 +63,7 @@ def run_evaluation(
             store = stack.enter_context(EvaluationFolder(config.out, settings))
         found = {} if store is None else dict(store.found)
         if found:
-            text = f"{config.out}: {len(found):,} completions are there already"
-            console.print(text, style="dim", highlight=False, markup=False, soft_wrap=True)
+            say(console, f"{config.out}: {len(found):,} completions are there already", style="dim")
         try:
             speed = _sample(config, policy, task, problems, found, store, console, stop)
         except (Interrupted, KeyboardInterrupt) as error:

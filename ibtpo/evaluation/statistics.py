@@ -106,7 +106,7 @@ def _with_votes(choices: Doubles, table: Doubles) -> Doubles:
 def _won_with(most: int, groups: Sequence[tuple[int, float]], votes: int) -> Doubles:
     """[votes + 1]: by number of votes cast, the summed reward of the winners over all choices in which `most` win.
 
-    `groups` in order of size: the tables below grow with what can have been cast and tied, and small answers tie never.
+    `groups` in order of size: the tables below grow with what can have been cast and tied, and small answers never tie.
     """
     ways = np.ones((1, 1))  # [votes cast, answers tied at `most`]: number of choices
     paid = np.zeros((1, 1))  # the same choices, each times the summed rewards of its tied answers

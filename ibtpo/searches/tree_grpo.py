@@ -13,7 +13,7 @@ from ibtpo.config import IBConfig, SearchConfig
 from ibtpo.searches.base import branch, prepare, random_numbers
 from ibtpo.steps import Splitter
 from ibtpo_engine import Growth
-from ibtpo_engine.tree import Node, Tree
+from ibtpo_engine.tree import Tree
 
 
 def tree_grpo(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int) -> Growth:
@@ -37,9 +37,5 @@ def tree_grpo(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter
         for group, leaves in enumerate(groups):
             leaves += new[group * share : (group + 1) * share]
     for group, leaves in enumerate(groups):
-        _number(leaves, group)
-
-
-def _number(leaves: list[Node], group: int) -> None:
-    for leaf in leaves:
-        leaf.notes["group"] = group
+        for leaf in leaves:
+            leaf.notes["group"] = group

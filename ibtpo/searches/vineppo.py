@@ -8,7 +8,7 @@ them, but their tokens were sampled, which ``tree.notes["auxiliary_tokens"]`` sa
 from __future__ import annotations
 
 from ibtpo.config import IBConfig, SearchConfig
-from ibtpo.searches.base import branch, prepare
+from ibtpo.searches.base import branch, fork_all, prepare
 from ibtpo.steps import Splitter
 from ibtpo_engine import Growth
 from ibtpo_engine.tree import Node, Tree
@@ -26,7 +26,7 @@ def vineppo(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, 
     steps = [leaf.path()[:-1] for leaf in chains]
     for depth in range(max(map(len, steps))):  # one depth at a time: the rollouts of all would fill the engine's pool
         states = list(dict.fromkeys(path[depth] for path in steps if depth < len(path)))
-        rollouts = yield [branch for node in states for branch in node.fork(config.value_rollouts)]
+        rollouts = yield fork_all(states, config.value_rollouts)
         for i, node in enumerate(states):
             node.notes["value"] = _spend(tree, rollouts[i * config.value_rollouts : (i + 1) * config.value_rollouts])
 

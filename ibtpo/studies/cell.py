@@ -16,7 +16,7 @@ import torch
 
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import merge
-from ibtpo.runlog import write_atomically
+from ibtpo.disk import write_atomically
 from ibtpo.studies.folders import ERROR, RESULT, SPEC
 from ibtpo.studies.measure import measure
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ibtpo.config_io import load_yaml
-from ibtpo.runlog import write_atomically
+from ibtpo.console import say
+from ibtpo.disk import write_atomically
+from ibtpo.printable import one_line
 from ibtpo.studies.figures import AVAILABLE, MISSING, draw_figures
 from ibtpo.studies.folders import CELLS, ERROR
 from ibtpo.studies.matrix import Cell, Study, load_study, refuse_settings_of_study, with_policies
@@ -97,7 +99,7 @@ def _report(
         figures = draw_figures(results, folder)
     except Exception as error:  # whatever matplotlib trips over, the tables are there
         figures = []
-        notes.append(f"no figures: {' '.join(str(error).split())}; the tables are complete")
+        notes.append(f"no figures: {one_line(error)}; the tables are complete")
     for note in notes:
         console.print(note, highlight=False, markup=False)
     page = write_page(results, folder, figures, failures, command, notes)
@@ -107,4 +109,4 @@ def _report(
         console.print(f"failed: {failure.cell.id}: {failure.message}", highlight=False, markup=False, style="red")
     if results.missing:
         console.print(f"{len(results.missing)} cells have no result yet", highlight=False)
-    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"report: {page}")

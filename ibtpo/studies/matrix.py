@@ -156,13 +156,7 @@ def load_study(name: str) -> Study:
     Raises:
         ValueError: no such study, or its file cannot be used.
     """
-    shipped = shipped_studies()
-    if _is_yaml(name):
-        path = Path(name)
-    elif name in shipped:
-        path = shipped[name]
-    else:
-        raise ValueError(f"study: {name!r} is not known; {suggest(name, list(shipped))}; or give a FILE.yaml")
+    path = _file_of(name)
     raw = load_yaml(path)
     if unknown := sorted(raw.keys() - set(_FIELDS)):
         raise ValueError(f"{path}: unknown field {unknown[0]}; {suggest(unknown[0], _FIELDS)}")
@@ -201,6 +195,15 @@ def load_study(name: str) -> Study:
         policies=policies,
         skipped={v: f"preset {preset} does not exist here" for v, preset in presets.items() if v not in kept},
     )
+
+
+def _file_of(name: str) -> Path:
+    if _is_yaml(name):
+        return Path(name)
+    shipped = shipped_studies()
+    if name not in shipped:
+        raise ValueError(f"study: {name!r} is not known; {suggest(name, list(shipped))}; or give a FILE.yaml")
+    return shipped[name]
 
 
 def refuse_settings_of_study(settings: Mapping[str, Any], where: str) -> None:

@@ -96,7 +96,7 @@ def _samplers(config: TrainConfig, options: Mapping[str, Any]) -> Result:
     policy = load_policy(config.model, dtype=getattr(torch, config.dtype), device=torch.device("cpu"))
     task = make_task(config)
     with closing(task):
-        return {"prompts": list(_sampled(config, policy, task, options["prompts"]))}
+        return {"prompts": _sampled(config, policy, task, options["prompts"])}
 
 
 def _sampled(config: TrainConfig, policy: Policy, task: Task, prompts: int) -> list[Result]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jinja2
 
-from ibtpo.runlog import write_atomically
+from ibtpo.disk import write_atomically
 from ibtpo.studies.results import COLUMNS, Results
 from ibtpo.studies.run import Failure
 from ibtpo.studies.tables import entry_lines, explanation, sections

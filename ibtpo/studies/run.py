@@ -16,8 +16,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+from ibtpo.disk import write_atomically
 from ibtpo.progress import track
-from ibtpo.runlog import write_atomically
 from ibtpo.studies.folders import CELLS, ERROR, LOG, RESULT, SPEC, policy_of
 from ibtpo.studies.matrix import Cell, with_policies
 

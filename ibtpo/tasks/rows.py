@@ -20,6 +20,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ibtpo.printable import one_line
 from ibtpo.tasks.splits import choose_split
 
 _FORMATS = "a JSONL file (.jsonl), a Parquet file or folder (.parquet), or a folder written by datasets' save_to_disk"
@@ -229,7 +230,7 @@ def _map_batches(file: Path) -> list[Any]:
         reader = arrow.ipc.open_file(source)
         return [reader.get_batch(i) for i in range(reader.num_record_batches)]
     except (arrow.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: not an Arrow file ({' '.join(str(error).split())}); write it again") from None
+        raise ValueError(f"{file}: not an Arrow file ({one_line(error)}); write it again") from None
 
 
 def saved_rows(folder: Path) -> ArrowRows:
@@ -295,9 +296,7 @@ def _named(file: Path) -> Iterator[None]:
     try:
         yield
     except (_arrow(file).ArrowException, OSError) as error:
-        raise ValueError(
-            f"{file}: not a Parquet file, or a damaged one ({' '.join(str(error).split())}); write it again"
-        ) from None
+        raise ValueError(f"{file}: not a Parquet file, or a damaged one ({one_line(error)}); write it again") from None
 
 
 def _arrow(path: Path) -> Any:

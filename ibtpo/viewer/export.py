@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ibtpo.disk import write_atomically, writing
-from ibtpo.report import NOT_ACCURACY
-from ibtpo.viewer.page import metric_groups, render_page
+from ibtpo.viewer.page import render_page
 from ibtpo.viewer.run import RunView, open_views
 
 MOST_BYTES = 32_000_000  # of embedded trees a page
@@ -29,13 +28,8 @@ def export_page(runs: Sequence[Path], path: Path, *, trees: int) -> Path:
         RunFolderError: the file cannot be written.
     """
     views = open_views(runs)
-    data = {
-        "live": False,
-        "notAccuracy": NOT_ACCURACY,
-        "groups": metric_groups(),
-        "runs": [_whole(view, trees, MOST_BYTES // len(views)) for view in views],
-    }
-    page = render_page(" · ".join(view.name for view in views), data, live=False)
+    whole = [_whole(view, trees, MOST_BYTES // len(views)) for view in views]
+    page = render_page([view.name for view in views], whole, live=False)
     with writing(path):
         write_atomically(path, page)
     return path

@@ -6,26 +6,29 @@ import base64
 import hashlib
 import html
 import json
+from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from ibtpo.metrics import GROUPS
+from ibtpo.report import NOT_ACCURACY
 
 SCRIPTS = ("util", "data", "chart", "overview", "layout", "tree", "detail", "table", "panes", "app")
 
 
-def render_page(title: str, data: dict[str, Any], *, live: bool) -> str:
+def render_page(names: Sequence[str], runs: Sequence[dict[str, Any]], *, live: bool) -> str:
     """The document.
 
     The content security policy names the hashes of our own style and script: markup that a completion might smuggle
     in could neither run nor load anything.
 
     Args:
-        title: of the window; any text.
-        data: what the script starts with; any JSON, strings of any content.
+        names: of the runs, any text; they make the title.
+        runs: what the script starts with of each; any JSON, strings of any content.
         live: may the page ask the server it came from for more?
     """
+    data = {"live": live, "notAccuracy": NOT_ACCURACY, "groups": _metric_groups(), "runs": runs}
     style, script = _resource("style.css"), _script()
     policy = (
         f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; base-uri 'none'; form-action 'none'"
@@ -33,7 +36,7 @@ def render_page(title: str, data: dict[str, Any], *, live: bool) -> str:
     )
     parts = {
         "policy": html.escape(policy),
-        "title": html.escape(title),
+        "title": html.escape(" · ".join(names)),
         "style": style,
         "script": script,
         "data": embed(data),
@@ -42,7 +45,7 @@ def render_page(title: str, data: dict[str, Any], *, live: bool) -> str:
     return "".join(parts[piece] if i % 2 else piece for i, piece in enumerate(pieces))
 
 
-def metric_groups() -> list[dict[str, Any]]:
+def _metric_groups() -> list[dict[str, Any]]:
     """Every metric with its unit and meaning, by group."""
     return [
         {"title": g.title, "metrics": [{"name": m.name, "unit": m.unit, "meaning": m.meaning} for m in g.metrics]}

@@ -15,12 +15,10 @@ from collections.abc import Sequence
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
-from ibtpo.report import NOT_ACCURACY
-from ibtpo.viewer.page import metric_groups, render_page
+from ibtpo.viewer.page import render_page
 from ibtpo.viewer.run import RunView, open_views
 
 HOST = "127.0.0.1"
@@ -66,9 +64,7 @@ class Viewer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._server.server_close()
 
 
@@ -108,16 +104,11 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(HTTPStatus.NOT_FOUND, b"nothing here", "text/plain")
 
     def _view(self, number: str) -> RunView | None:
-        return dict(zip(map(str, range(len(self.server.views))), self.server.views, strict=True)).get(number)
+        return {str(i): view for i, view in enumerate(self.server.views)}.get(number)
 
     def _page(self) -> bytes:
-        data: dict[str, Any] = {
-            "live": True,
-            "notAccuracy": NOT_ACCURACY,
-            "groups": metric_groups(),
-            "runs": [view.poll() for view in self.server.views],
-        }
-        return render_page(" · ".join(view.name for view in self.server.views), data, live=True).encode()
+        views = self.server.views
+        return render_page([view.name for view in views], [view.poll() for view in views], live=True).encode()
 
     def _send(self, status: HTTPStatus, body: bytes, kind: str, *, encoding: str = "") -> None:
         self.send_response(status)

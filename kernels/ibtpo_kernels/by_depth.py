@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ibtpo_kernels import checks
+from ibtpo_kernels.gradients import needs_grad
 from ibtpo_kernels.ops import plan_decode, tree_attention, tree_decode
 from ibtpo_kernels.plan import DecodePlan
 
@@ -98,7 +99,7 @@ def tree_attention_by_depth(
     with torch.no_grad():
         k_pages, v_pages = (x.detach().index_select(0, layout.tokens).view(shape) for x in (k, v))
         ordered = tree_decode(q.detach(), k_pages, v_pages, layout.plan, scale=scale)
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in (q, k, v)):
+    if not needs_grad(q, k, v):
         return ordered
     return with_value_of(tree_attention(q, k, v, layout.end, scale=scale), ordered)
 

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ibtpo_kernels import checks, linear, logprob, one_pass, reference
+from ibtpo_kernels import checks, gradients, linear, logprob, one_pass, reference
+from ibtpo_kernels.gradients import needs_grad
 from ibtpo_kernels.logits import Grads, Head, LogitOps
 from ibtpo_kernels.one_pass import Loss
 from ibtpo_kernels.plan import DecodePlan
@@ -61,13 +62,9 @@ def _angles(x: Tensor) -> Tensor:
     return x if x.dtype is torch.float32 and x.is_contiguous() else x.float().contiguous()
 
 
-def _half(x: Tensor) -> bool:
-    """Which of its two element types a kernel shall run for."""
+def _is_bf16(x: Tensor) -> bool:
+    """Whether a kernel shall run for bfloat16; its other element type is float32."""
     return x.dtype is torch.bfloat16
-
-
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def _tree_forward(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -76,7 +73,7 @@ def _tree_forward(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) ->
     out, lse = torch.empty_like(q), q.new_empty(num_heads, num_tokens, dtype=torch.float32)
     native.tree_forward(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), end.data_ptr(), out.data_ptr(), lse.data_ptr(),
-        num_tokens, num_heads, k.shape[1], head_dim, scale, q.dtype is torch.bfloat16,
+        num_tokens, num_heads, k.shape[1], head_dim, scale, _is_bf16(q),
     )  # fmt: skip
     return out, lse
 
@@ -98,7 +95,7 @@ class _TreeAttention(torch.autograd.Function):
         native.tree_backward(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), d_out.data_ptr(), end.data_ptr(),
             dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), q.shape[0], q.shape[1], k.shape[1], q.shape[2], ctx.scale,
-            q.dtype is torch.bfloat16,
+            _is_bf16(q),
         )  # fmt: skip
         return dq, dk, dv, None, None
 
@@ -107,14 +104,14 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -
     head_dim = q.shape[2]
     if not q.numel():
         return reference.tree_attention(q, k, v, end, scale)
-    if q.dtype is torch.bfloat16 and head_dim % 2:  # products take bf16 in pairs
+    if _is_bf16(q) and head_dim % 2:  # products take bf16 in pairs
         q, k, v = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v))
         return tree_attention(q, k, v, end, scale)[..., :head_dim]
     q, k, v, end = _dense(q), _dense(k), _dense(v), _dense(end)
     crossing = native.first_crossing(end.data_ptr(), len(end))
     if crossing >= 0:  # the kernels skip whole blocks by what they know of a forest
         raise ValueError(f"tree_attention: {checks.no_forest(crossing)}")
-    if _needs_grad(q, k, v):
+    if needs_grad(q, k, v):
         out: Tensor = _TreeAttention.apply(q, k, v, end, scale)  # type: ignore[no-untyped-call]
         return out
     return _tree_forward(q, k, v, end, scale)[0]
@@ -139,9 +136,8 @@ def plan_decode(
 
 
 def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
-    if not q.numel() or (
-        q.dtype is torch.bfloat16 and (q.shape[2] % 2 or plan.page_size % 2)
-    ):  # its products take numbers in pairs
+    is_odd = _is_bf16(q) and (q.shape[2] % 2 or plan.page_size % 2)  # products take bf16 in pairs
+    if is_odd or not q.numel():
         return reference.tree_decode(q, k_pages, v_pages, plan, scale)
     q = _dense(q)
     out = torch.empty_like(q)
@@ -151,7 +147,7 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, s
     failed = native.tree_decode(
         q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), table.data_ptr(), plan.rows.data_ptr(),
         plan.lengths.data_ptr(), plan.items.data_ptr(), out.data_ptr(), num_queries, num_heads, num_kv_heads, head_dim,
-        num_pages, page_size, table.shape[0], table.shape[1], plan.items.shape[0], scale, q.dtype is torch.bfloat16,
+        num_pages, page_size, table.shape[0], table.shape[1], plan.items.shape[0], scale, _is_bf16(q),
     )  # fmt: skip
     if failed >= num_queries:
         item = plan.items[failed - num_queries].tolist()
@@ -208,7 +204,7 @@ def rope_append(
         0 if q_weight is None else q_weight.data_ptr(), 0 if k_weight is None else k_weight.data_ptr(),
         out.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), slots.data_ptr(),
         num_tokens, num_heads, k.shape[1], head_dim, q.stride(0), k.stride(0), v.stride(0), num_slots, eps,
-        _half(q),
+        _is_bf16(q),
     )  # fmt: skip
     if failed >= 0:
         raise _bad_slot("rope_append", slots, failed, num_slots)
@@ -218,7 +214,7 @@ def rope_append(
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
     size = x.shape[-1]
-    native.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // max(size, 1), size, eps, _half(x))
+    native.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // max(size, 1), size, eps, _is_bf16(x))
     return out
 
 
@@ -231,31 +227,13 @@ def _rms_norm_backward(
     size = x.shape[-1]
     native.rms_norm_backward(
         x.data_ptr(), weight.data_ptr(), d_out.data_ptr(), dx.data_ptr(), d_weight.data_ptr(),
-        x.numel() // max(size, 1), size, eps, 0 if d_total is None else d_total.data_ptr(), _half(x),
+        x.numel() // max(size, 1), size, eps, 0 if d_total is None else d_total.data_ptr(), _is_bf16(x),
     )  # fmt: skip
     return dx, d_weight
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return _rms_norm(x, weight, eps)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        return *_rms_norm_backward(x, weight, d_out, None, ctx.eps), None
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x, weight = _dense(x), _dense(weight)
-    if _needs_grad(x, weight):
-        out: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
-        return out
-    return _rms_norm(x, weight, eps)
+    return gradients.rms_norm(_dense(x), _dense(weight), eps, _rms_norm, _rms_norm_backward)
 
 
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -263,85 +241,25 @@ def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tu
     size = x.shape[-1]
     native.add_rms_norm(
         x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), total.data_ptr(),
-        x.numel() // max(size, 1), size, eps, _half(x),
+        x.numel() // max(size, 1), size, eps, _is_bf16(x),
     )  # fmt: skip
     return out, total
 
 
-class _AddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        out, total = _add_rms_norm(x, residual, weight, eps)
-        ctx.save_for_backward(total, weight)
-        ctx.eps = eps
-        return out, total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor, d_total: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        total, weight = ctx.saved_tensors
-        dx, d_weight = _rms_norm_backward(total, weight, d_out, d_total, ctx.eps)
-        return dx, dx, d_weight, None
-
-
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x, residual, weight = _dense(x), _dense(residual), _dense(weight)
-    if _needs_grad(x, residual, weight):
-        out, total = _AddRMSNorm.apply(x, residual, weight, eps)  # type: ignore[no-untyped-call]
-        return out, total
-    return _add_rms_norm(x, residual, weight, eps)
+    return gradients.add_rms_norm(x, residual, weight, eps, _add_rms_norm, _rms_norm_backward)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    x = _dense(x)
     out = torch.empty_like(x)
-    native.rope(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *x.shape, direction, _half(x))
+    native.rope(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *x.shape, direction, _is_bf16(x))
     return out
 
 
-class _Rope(torch.autograd.Function):
-    """A rotation, so its backward is the inverse rotation of the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1.0)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(_dense(d_out), cos, sin, -1.0), None, None
-
-
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x, cos, sin = _dense(x), _angles(cos), _angles(sin)
-    if _needs_grad(x):
-        out: Tensor = _Rope.apply(x, cos, sin)  # type: ignore[no-untyped-call]
-        return out
-    return _rotate(x, cos, sin, 1.0)
-
-
-class _SiluMul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return _silu_mul(gate, up)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = (_dense(x) for x in ctx.saved_tensors)
-        d_out, d_gate, d_up = _dense(d_out), torch.empty_like(gate), torch.empty_like(up)
-        native.silu_mul_backward(
-            gate.data_ptr(),
-            up.data_ptr(),
-            d_out.data_ptr(),
-            d_gate.data_ptr(),
-            d_up.data_ptr(),
-            gate.numel(),
-            _half(gate),
-        )
-        return d_gate, d_up
+    return gradients.rope(x, _angles(cos), _angles(sin), _rotate)
 
 
 def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -351,25 +269,32 @@ def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     out = gate.new_empty(gate.shape)
     rows, size = gate.shape if gate.dim() == 2 else (1, gate.numel())
     strides = (gate.stride(0), up.stride(0)) if gate.dim() == 2 else (size, size)
-    native.silu_mul(gate.data_ptr(), up.data_ptr(), out.data_ptr(), rows, size, *strides, _half(gate))
+    native.silu_mul(gate.data_ptr(), up.data_ptr(), out.data_ptr(), rows, size, *strides, _is_bf16(gate))
     return out
 
 
+def _silu_mul_backward(gate: Tensor, up: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up, d_out = _dense(gate), _dense(up), _dense(d_out)
+    d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+    native.silu_mul_backward(
+        gate.data_ptr(), up.data_ptr(), d_out.data_ptr(), d_gate.data_ptr(), d_up.data_ptr(), gate.numel(),
+        _is_bf16(gate),
+    )  # fmt: skip
+    return d_gate, d_up
+
+
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    if _needs_grad(gate, up):
-        out: Tensor = _SiluMul.apply(gate, up)  # type: ignore[no-untyped-call]
-        return out
-    return _silu_mul(gate, up)
+    return gradients.silu_mul(gate, up, _silu_mul, _silu_mul_backward)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     num_cols, depth = weight.shape
-    if _half(x) and depth % 2:  # products take bf16 in pairs
+    if _is_bf16(x) and depth % 2:  # products take bf16 in pairs
         return _linear(torch.nn.functional.pad(x, (0, 1)), torch.nn.functional.pad(weight, (0, 1)), bias)
     out = x.new_empty(*x.shape[:-1], num_cols)
     native.linear(
         x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
-        x.shape[:-1].numel(), num_cols, depth, depth, _half(x),
+        x.shape[:-1].numel(), num_cols, depth, depth, _is_bf16(x),
     )  # fmt: skip
     return out
 
@@ -382,7 +307,7 @@ def _tile(u: Tensor, first_row: int, first_col: int, head: Head) -> tuple[Any, .
     """What `_cpu` is told of a tile of logits and of the edges."""
     return (
         u.data_ptr(), *u.shape, first_row, first_col, 1.0 / head.temperature, head.softcap or 0.0,
-        u.dtype is torch.bfloat16, head.rows.data_ptr(), head.targets.data_ptr(), head.num_edges,
+        _is_bf16(u), head.rows.data_ptr(), head.targets.data_ptr(), head.num_edges,
     )  # fmt: skip
 
 
@@ -411,9 +336,7 @@ def _has_bf16_products() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-_LOGIT_OPS = LogitOps(
-    _logit_stats, _logit_finish, _logit_grad, lambda x: x.dtype is torch.bfloat16 and _has_bf16_products()
-)
+_LOGIT_OPS = LogitOps(_logit_stats, _logit_finish, _logit_grad, lambda x: _is_bf16(x) and _has_bf16_products())
 _HEAD = one_pass.tiled(_LOGIT_OPS)
 
 
@@ -477,7 +400,7 @@ def sample(
     failed = native.sample(
         logits.data_ptr(), keys.data_ptr(), *addresses, *numbers,
         token.data_ptr(), logprob.data_ptr(), logprob_raw.data_ptr(), entropy.data_ptr(), num_rows, vocabulary,
-        _half(logits),
+        _is_bf16(logits),
     )  # fmt: skip
     if failed >= 0:
         raise ValueError(f"sample: row {failed} has no distribution (NaN or inf logits)")
@@ -490,7 +413,7 @@ def sampled_logprob(logits: Tensor, rows: Tensor, targets: Tensor, temperature: 
     logprob, logprob_raw, entropy = logits.new_empty(3, len(rows), dtype=torch.float32).unbind()
     failed = native.sampled_logprob(
         logits.data_ptr(), rows.data_ptr(), targets.data_ptr(), temperature, token.data_ptr(), logprob.data_ptr(),
-        logprob_raw.data_ptr(), entropy.data_ptr(), len(rows), logits.shape[1], _half(logits),
+        logprob_raw.data_ptr(), entropy.data_ptr(), len(rows), logits.shape[1], _is_bf16(logits),
     )  # fmt: skip
     if failed >= 0:
         raise ValueError(f"sampled_logprob: row {int(rows[failed])} has no distribution (NaN or inf logits)")

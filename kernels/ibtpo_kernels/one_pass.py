@@ -140,13 +140,14 @@ def _evaluate(
     return value.detach().reshape(()), (by_logprob, by_entropy)
 
 
-def _chunk_rows(head: Head) -> int:
-    return max(_CHUNK_ROWS, _CHUNK_ELEMENTS // max(head.num_cols, 1))
+def chunk_rows(num_cols: int) -> int:
+    """Rows of a chunk: as many as keep its logits within the limit."""
+    return max(_CHUNK_ROWS, _CHUNK_ELEMENTS // max(num_cols, 1))
 
 
 def tiled(ops: LogitOps) -> Engine:
     """Chunks made of tiles: see `logprob` for the tiles and `logits` for the passes."""
-    return Engine(lambda head: _TiledChunk(head, ops), _chunk_rows)
+    return Engine(lambda head: _TiledChunk(head, ops), lambda head: chunk_rows(head.num_cols))
 
 
 class _TiledChunk:

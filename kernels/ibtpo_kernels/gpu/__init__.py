@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ibtpo_kernels import cpu, reference
+from ibtpo_kernels.dispatch import host_planner
 from ibtpo_kernels.gpu.linear import batch_invariant_linear
 from ibtpo_kernels.gpu.logprob import linear_logprob, linear_logprob_grads, linear_logprob_stats, policy_head
 from ibtpo_kernels.gpu.norm import add_rms_norm, rms_norm
@@ -39,6 +39,5 @@ __all__ = [
 
 def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: int) -> Tensor:
     """Planned on the host, by the compiled planner where it is; the device is waited for."""
-    planner = reference if cpu.native is None else cpu
-    items: Tensor = planner.plan_decode(page_table.cpu(), rows.cpu(), lengths.cpu(), page_size)
+    items: Tensor = host_planner().plan_decode(page_table.cpu(), rows.cpu(), lengths.cpu(), page_size)
     return items.to(page_table.device)

@@ -29,10 +29,6 @@ def rows_dense(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 and is_near else x.contiguous()
 
 
-def needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-
-
 def dot_precision(dtype: torch.dtype) -> str:
     """float32 products as three tf32 ones, which keep about 22 bits, on the tensor cores; 16-bit ones are exact."""
     return "tf32x3" if dtype is torch.float32 else "tf32"

@@ -12,14 +12,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibtpo_kernels.gpu.launch import needs_grad, on_device
+from ibtpo_kernels import gradients
+from ibtpo_kernels.gpu.launch import on_device
 
 _TILE = 4096  # elements a program of the norms
 _PARTIALS = 256  # programs of the norm's backward, each with its own partial sum of the weight's gradient
@@ -116,47 +115,14 @@ def _norm_backward(
     return dx, partial.sum(0).to(weight.dtype)
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return _norm_forward(x, None, weight, eps)[0]
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight = ctx.saved_tensors
-        return *_norm_backward(x, weight, d_out, None, ctx.eps), None
-
-
-class _AddRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        out, total = _norm_forward(x, residual, weight, eps)
-        ctx.save_for_backward(total, weight)
-        ctx.eps = eps
-        return out, total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor, d_total: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        total, weight = ctx.saved_tensors
-        dx, d_weight = _norm_backward(total, weight, d_out, d_total, ctx.eps)
-        return dx, dx, d_weight, None
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _norm_forward(x, None, weight, eps)[0]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x, weight = x.contiguous(), weight.contiguous()
-    if needs_grad(x, weight):
-        out: Tensor = _RMSNorm.apply(x, weight, eps)
-        return out
-    return _norm_forward(x, None, weight, eps)[0]
+    return gradients.rms_norm(x.contiguous(), weight.contiguous(), eps, _rms_norm, _norm_backward)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x, residual, weight = x.contiguous(), residual.contiguous(), weight.contiguous()
-    if needs_grad(x, residual, weight):
-        out, total = _AddRMSNorm.apply(x, residual, weight, eps)
-        return out, total
-    return _norm_forward(x, residual, weight, eps)
+    return gradients.add_rms_norm(x, residual, weight, eps, _norm_forward, _norm_backward)

@@ -11,14 +11,13 @@ transformers: to the input's type where `round` stands. Slots and rows are addre
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibtpo_kernels.gpu.launch import needs_grad, on_device, rows_dense
+from ibtpo_kernels import gradients
+from ibtpo_kernels.gpu.launch import on_device, rows_dense
 
 
 @triton.jit
@@ -51,6 +50,7 @@ def _angles(x: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
+    x = rows_dense(x)
     num_tokens, num_heads, head_dim = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel():
@@ -63,27 +63,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     return out
 
 
-class _Rope(torch.autograd.Function):
-    """A rotation, so its backward is the inverse rotation of the gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin, 1.0)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotate(rows_dense(d_out), cos, sin, -1.0), None, None
-
-
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x, cos, sin = rows_dense(x), _angles(cos), _angles(sin)
-    if needs_grad(x):
-        out: Tensor = _Rope.apply(x, cos, sin)
-        return out
-    return _rotate(x, cos, sin, 1.0)
+    return gradients.rope(x, _angles(cos), _angles(sin), _rotate)
 
 
 @triton.jit
@@ -189,14 +170,8 @@ def rope_append(
     k_weight: Tensor | None,
     eps: float,
 ) -> Tensor:
-    q, k, v, slots, cos, sin = (
-        rows_dense(q),
-        rows_dense(k),
-        rows_dense(v),
-        slots.contiguous(),
-        _angles(cos),
-        _angles(sin),
-    )
+    q, k, v, slots = rows_dense(q), rows_dense(k), rows_dense(v), slots.contiguous()
+    cos, sin = _angles(cos), _angles(sin)
     num_tokens, num_heads, head_dim = q.shape
     num_slots, half = k_pages.shape[0] * k_pages.shape[1], head_dim // 2
     _check_slots("rope_append", slots, num_slots)
@@ -265,38 +240,17 @@ def _gate_forward(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-class _SiluMul(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return _gate_forward(gate, up)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        d_gate, d_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
-        if gate.numel():
-            grid, num_cols, block = _gate_shape(gate)
-            (gate, stride_gate), (up, stride_up) = _rows(gate), _rows(up)
-            with on_device(gate):
-                gate_backward[grid](
-                    gate,
-                    up,
-                    d_out.contiguous(),
-                    d_gate,
-                    d_up,
-                    num_cols,
-                    stride_gate,
-                    stride_up,
-                    BLOCK=block,
-                    num_warps=4,
-                )
-        return d_gate, d_up
+def _gate_backward(gate: Tensor, up: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
+    d_gate, d_up = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+    if gate.numel():
+        grid, num_cols, block = _gate_shape(gate)
+        (gate, stride_gate), (up, stride_up) = _rows(gate), _rows(up)
+        with on_device(gate):
+            gate_backward[grid](
+                gate, up, d_out.contiguous(), d_gate, d_up, num_cols, stride_gate, stride_up, BLOCK=block, num_warps=4
+            )  # fmt: skip
+    return d_gate, d_up
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    if needs_grad(gate, up):
-        out: Tensor = _SiluMul.apply(gate, up)
-        return out
-    return _gate_forward(gate, up)
+    return gradients.silu_mul(gate, up, _gate_forward, _gate_backward)

@@ -35,8 +35,9 @@ from ibtpo_kernels.gpu.blocks import (
     streamed,
     strides,
 )
-from ibtpo_kernels.gpu.launch import LOG2_E, dot_precision, needs_grad, on_device, rows_dense
+from ibtpo_kernels.gpu.launch import LOG2_E, dot_precision, on_device, rows_dense
 from ibtpo_kernels.gpu.tree_attention_backward import gradients
+from ibtpo_kernels.gradients import needs_grad
 
 
 @triton.jit

@@ -72,45 +72,67 @@ def _first(values: Iterable[_T]) -> Iterable[tuple[bool, _T]]:
 
 
 def _on_cpu() -> list[Problem]:
-    found: list[Problem] = []
+    return [*_cpu_decode(), *_cpu_attention(), *_cpu_heads(), *_cpu_sampling(), *_cpu_small(), *_cpu_parity()]
+
+
+def _cpu_decode() -> list[Problem]:
+    found = []
     for name, (tree, shape) in CPU_DECODE.items():
         for dtype in (FP32, BF16):
             found.append(tree_decode(name, tree, shape, dtype, _CPU, is_quick=name.startswith("B256")))
     for is_first, rows in _first((32, 256)):
         tree = DecodeTree((1, rows), (1024, 64))
         found.append(plan_decode(f"B{rows} prefix1024 suffix64", tree, (4, 2, 32), _CPU, is_quick=is_first))
-    trees: dict[str, tuple[Tensor, tuple[int, int, int]]] = {
+    return found
+
+
+def _cpu_attention() -> list[Problem]:
+    found = []
+    for name, (end, shape) in _cpu_trees().items():
+        for dtype in (FP32, BF16):
+            for which in _passes("forward", "both"):
+                quick = name == "prompt+32" and dtype is FP32
+                found.append(tree_attention(name, end, shape, dtype, which, _CPU, is_quick=quick))
+    found.append(mask_plan("prompt+16", _cpu_trees()["prompt+16"][0], _CPU))
+    return found
+
+
+def _cpu_trees() -> dict[str, tuple[Tensor, tuple[int, int, int]]]:
+    """(subtree ends, (Hq, Hkv, D)) by name."""
+    return {
         "chain": (chain(1024), (8, 8, 64)),
         "prompt+16": (fan(512, 16, 32), (8, 8, 64)),
         "IBTree(4,9,1,1)": (ib_tree(1024), (8, 8, 64)),
         "prompt+32": (fan(64, 32, 32), (4, 2, 32)),
     }
-    for name, (end, shape) in trees.items():
-        for dtype in (FP32, BF16):
-            for which in _passes("forward", "both"):
-                quick = name == "prompt+32" and dtype is FP32
-                found.append(tree_attention(name, end, shape, dtype, which, _CPU, is_quick=quick))
-    for name in ("prompt+16",):
-        found.append(mask_plan(name, trees[name][0], _CPU))
+
+
+def _cpu_heads() -> list[Problem]:
+    found = []
     for sizes in CPU_LOGPROB:
         is_small = sizes is CPU_LOGPROB[1]
         for dtype in (BF16, FP32):
+            quick = is_small and dtype is FP32
             for which in _passes("forward", "both"):
-                found.append(
-                    heads.linear_logprob(
-                        sizes, dtype, which, is_quick=is_small and dtype is FP32, compiles=not is_small
-                    )
-                )
+                found.append(heads.linear_logprob(sizes, dtype, which, is_quick=quick, compiles=not is_small))
     for loss in ("policy gradient", "cross-entropy"):
         for sizes, dtype in ((CPU_LOGPROB[0], BF16), (CPU_LOGPROB[0], FP32), (CPU_LOGPROB[1], FP32)):
             if loss == "policy gradient" or dtype is FP32:
                 is_small = sizes is CPU_LOGPROB[1]
                 found.append(heads.policy_head(sizes, dtype, loss, is_quick=is_small, compiles=not is_small))
-    found += [
+    return found
+
+
+def _cpu_sampling() -> list[Problem]:
+    return [
         sampling.sample(64, 32, FP32, _CPU, is_quick=True),
         sampling.sample(64, 32768, FP32, _CPU),
         sampling.sample(64, 32768, FP32, _CPU, top_p=0.95, top_k=50),
     ]
+
+
+def _cpu_small() -> list[Problem]:
+    found: list[Problem] = []
     for dtype in (FP32, BF16):
         quick = dtype is FP32
         found += [
@@ -126,16 +148,22 @@ def _on_cpu() -> list[Problem]:
             small.rope_append(32, 8, 4, 64, dtype),
             small.rope_append(256, 8, 4, 64, dtype, is_quick=quick),
         ]
-    for shape in ((32, 1024, 4096), (256, 1024, 4096), (1, 1024, 4096), (256, 96, 256)):
-        found.append(small.batch_invariant_linear(*shape, FP32, is_quick=shape[1] == 96))
-        found += [small.batch_invariant_linear(*shape, BF16)] if shape[1] != 96 else []
+    for rows in (32, 256, 1):
+        found += [small.batch_invariant_linear(rows, 1024, 4096, dtype) for dtype in (FP32, BF16)]
+    found.append(small.batch_invariant_linear(256, 96, 256, FP32, is_quick=True))
+    return found
+
+
+def _cpu_parity() -> list[Problem]:
+    found = []
+    trees = _cpu_trees()
     for dtype in (FP32, BF16):
-        for name, quick in (("prompt+16", False), ("prompt+32", dtype is FP32)):
+        is_wide = dtype is FP32
+        for name, quick in (("prompt+16", False), ("prompt+32", is_wide)):
             found.append(parity.in_order_of_decode(name, *trees[name], dtype, _CPU, is_quick=quick))
         for sizes in CPU_LOGPROB:
-            quick = sizes is CPU_LOGPROB[1] and dtype is FP32
-            found.append(parity.of_hidden(sizes, dtype, is_quick=quick))
-        found.append(parity.of_logits(64, 32768, dtype, is_quick=dtype is FP32))
+            found.append(parity.of_hidden(sizes, dtype, is_quick=is_wide and sizes is CPU_LOGPROB[1]))
+        found.append(parity.of_logits(64, 32768, dtype, is_quick=is_wide))
     return found
 
 

@@ -44,18 +44,23 @@ def here(device: torch.device) -> Machine:
 _INSTRUCTIONS = {"v3": "AVX2", "v4": "AVX-512", "v4bf16": "AVX-512-BF16", "v4amx": "AMX"}
 
 
+def processor_name() -> str:
+    """As the processor calls itself."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def processor() -> str:
     """The processor's name, the number of cores this process may use, and what instructions the kernels use.
 
     A virtual machine may give several kinds of processor one name.
     """
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     isa = None if cpu.native is None else cpu.native.isa()
     parts = [f"{cores} cores", *([_INSTRUCTIONS[isa]] if isa in _INSTRUCTIONS else [])]
-    return f"{found[0] if found else platform.processor() or platform.machine()} ({', '.join(parts)})"
+    return f"{processor_name()} ({', '.join(parts)})"
 
 
 def _version(distribution: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from ibtpo_kernels.roofline.problem import name_of
 from ibtpo_kernels.roofline.roofs import Roofs
 from ibtpo_kernels.roofline.rows import Row
+from ibtpo_kernels.roofline.table import rate
 
 _LINES: dict[torch.dtype, Any] = {torch.bfloat16: "-", torch.float32: "--"}
 _MARKERS = {"bfloat16": "o", "float32": "s", "float16": "D"}
@@ -71,18 +72,14 @@ def _draw_roofs(axes: Any, roofs: Roofs, intensities: Sequence[float]) -> list[A
     slope = roofs.bytes_per_second / 1e9
     low = min([0.1, *(x / 2 for x in intensities)])
     high = max([1e3, *(x * 2 for x in intensities)])
-    entries = [Line2D([], [], linestyle="none", label=f"memory: {_giga(slope, 'B/s')}")]
+    entries = [Line2D([], [], linestyle="none", label=f"memory: {rate(slope, 'B/s')}")]
     for dtype, line in _LINES.items():
         top = roofs.flops_per_second(dtype) / 1e9
         axes.plot([low, top / slope, high], [low * slope, top, top], line, color="black", linewidth=1.2, zorder=1)
-        label = f"{name_of(dtype)} product: {_giga(top, 'FLOP/s')}"
+        label = f"{name_of(dtype)} product: {rate(top, 'FLOP/s')}"
         entries.append(Line2D([], [], color="black", linestyle=line, label=label))
     axes.set_xlim(low, high)
     return entries
-
-
-def _giga(rate: float, unit: str) -> str:
-    return f"{rate / 1e3:.3g} T{unit}" if rate >= 1e3 else f"{rate:.3g} G{unit}"
 
 
 def _label(axes: Any, entries: list[Any], colours: dict[str, Any], dtypes: set[str], title: str) -> None:

@@ -26,7 +26,8 @@ def duration(microseconds: float | None) -> str:
     return f"{microseconds / 1e3:.3g} ms" if microseconds < 1e6 else f"{microseconds / 1e6:.3g} s"
 
 
-def _rate(giga: float | None, unit: str) -> str:
+def rate(giga: float | None, unit: str) -> str:
+    """So many 1e9 a second, in three digits and a unit."""
     if giga is None:
         return "-"
     return f"{giga / 1e3:.3g} T{unit}" if giga >= 1e3 else f"{giga:.3g} G{unit}"
@@ -40,8 +41,8 @@ def print_roofs(console: Console, roofs: Roofs) -> None:
     for roof in roofs.measured:
         seconds = roof.seconds
         compute, memory = roof.work.flops / seconds / 1e9, roof.work.bytes / seconds / 1e9
-        rate = _rate(compute, "FLOP/s") if roof.work.flops else _rate(memory, "B/s")
-        table.add_row(roof.name, name_of(roof.dtype), duration(seconds * 1e6), rate)
+        of_roof = rate(compute, "FLOP/s") if roof.work.flops else rate(memory, "B/s")
+        table.add_row(roof.name, name_of(roof.dtype), duration(seconds * 1e6), of_roof)
     console.print(table)
 
 
@@ -73,8 +74,8 @@ def _cells(row: Row) -> list[str]:
     return [
         *map(duration, (row.median_us, row.p20_us, row.p80_us)),
         str(row.repetitions),
-        _rate(row.gflops, ""),
-        _rate(row.gbytes, ""),
+        rate(row.gflops, ""),
+        rate(row.gbytes, ""),
         "-" if row.roof_share is None else f"{row.roof_share:.0%} {row.roof[:3]}",
         "-" if row.ratio_to_best_peer is None else f"{row.ratio_to_best_peer:.2f}",
         "-" if row.times_bound is None else f"{row.times_bound:.2f}",

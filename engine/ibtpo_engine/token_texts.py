@@ -1,0 +1,31 @@
+"""What single tokens add to a text."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+
+class Decodes(Protocol):
+    """The one tokenizer method that is needed; transformers' tokenizers have it."""
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = ..., **options: Any) -> Any:
+        """The text of these ids."""
+
+
+class TokenTexts(dict[int, str]):
+    """The text that a token adds to a longer one, by id; each is decoded once, when it is first asked for.
+
+    Args:
+        tokenizer: decodes them.
+    """
+
+    def __init__(self, tokenizer: Decodes) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token: int) -> str:
+        options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        once = str(self._tokenizer.decode([token], **options))
+        twice = str(self._tokenizer.decode([token, token], **options))  # sentencepiece drops the first token's space
+        text = self[token] = twice[len(once) :] if twice.startswith(once) else once
+        return text

@@ -1,0 +1,118 @@
+"""The gradients that the small ops of all compiled backends share: each op is given the kernels to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Norm = Callable[[Tensor, Tensor, float], Tensor]  # x, weight, eps -> normed
+AddNorm = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]  # x, residual, weight, eps -> normed, sum
+NormBackward = Callable[[Tensor, Tensor, Tensor, "Tensor | None", float], tuple[Tensor, Tensor]]
+"""x, weight, d_out, d_total, eps -> dx, d_weight; `d_total`, if any, is added to dx."""
+Rotate = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # x, cos, sin, direction -> rotated; -1.0 turns back
+Gate = Callable[[Tensor, Tensor], Tensor]  # gate, up -> silu(gate) * up
+GateBackward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # gate, up, d_out -> d_gate, d_up
+
+
+def needs_grad(*tensors: Tensor) -> bool:
+    """Whether a gradient may be asked for of what is computed from these."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, norm: Norm, backward: NormBackward) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.rest = eps, backward
+        return norm(x, weight, eps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        eps, backward = ctx.rest
+        return *backward(x, weight, d_out, None, eps), None, None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, norm: Norm, backward: NormBackward) -> Tensor:
+    """`norm` made differentiable."""
+    if needs_grad(x, weight):
+        out: Tensor = _RMSNorm.apply(x, weight, eps, norm, backward)  # type: ignore[no-untyped-call]
+        return out
+    return norm(x, weight, eps)
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float, norm: AddNorm, backward: NormBackward
+    ) -> tuple[Tensor, Tensor]:
+        out, total = norm(x, residual, weight, eps)
+        ctx.save_for_backward(total, weight)
+        ctx.rest = eps, backward
+        return out, total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor, d_total: Tensor) -> tuple[Tensor | None, ...]:
+        total, weight = ctx.saved_tensors
+        eps, backward = ctx.rest
+        dx, d_weight = backward(total, weight, d_out, d_total, eps)
+        return dx, dx, d_weight, None, None, None
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, norm: AddNorm, backward: NormBackward
+) -> tuple[Tensor, Tensor]:
+    """`norm` made differentiable."""
+    if needs_grad(x, residual, weight):
+        out, total = _AddRMSNorm.apply(x, residual, weight, eps, norm, backward)  # type: ignore[no-untyped-call]
+        return out, total
+    return norm(x, residual, weight, eps)
+
+
+class _Rope(torch.autograd.Function):
+    """A rotation, so its backward is the inverse rotation of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, rotate: Rotate) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.rotate = rotate
+        return rotate(x, cos, sin, 1.0)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.rotate(d_out, *ctx.saved_tensors, -1.0), None, None, None
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, rotate: Rotate) -> Tensor:
+    """`rotate` made differentiable in x."""
+    if needs_grad(x):
+        out: Tensor = _Rope.apply(x, cos, sin, rotate)  # type: ignore[no-untyped-call]
+        return out
+    return rotate(x, cos, sin, 1.0)
+
+
+class _SiluMul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, multiply: Gate, backward: GateBackward) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.rest = backward
+        return multiply(gate, up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        return *ctx.rest(*ctx.saved_tensors, d_out), None, None
+
+
+def silu_mul(gate: Tensor, up: Tensor, multiply: Gate, backward: GateBackward) -> Tensor:
+    """`multiply` made differentiable."""
+    if needs_grad(gate, up):
+        out: Tensor = _SiluMul.apply(gate, up, multiply, backward)  # type: ignore[no-untyped-call]
+        return out
+    return multiply(gate, up)
