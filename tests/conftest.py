@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 settings.register_profile("ibtpo", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("ibtpo")
 
-LONGEST = ("test_triton_interpreter.py", "test_torchrun.py", "test_study.py", "test_train.py", "test_kill.py")
+LONGEST = ("triton_interpreter", "torchrun", "train", "triton_aot", "survival", "study", "distributed_runs", "kill")
 """Files that take minutes: begun first, so that no process is left alone with one at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 from trees import chain
 
+from ibtpo.commands.study import run as run_study
 from ibtpo.studies import command
 from ibtpo.studies.figures import draw_figures
 from ibtpo.studies.folders import CELLS
@@ -242,7 +243,7 @@ def test_figures_that_fail_cost_no_table(
     monkeypatch.setattr(command, "draw_figures", fail)
     _, _, out = trained(tmp_path, "t", "{a: {}}")
     flags = ["--out", str(out), "--seeds", "1", "--report-only"]
-    assert command.study([str(tmp_path / "mine.yaml"), *flags], Console()) == 0
+    assert run_study([str(tmp_path / "mine.yaml"), *flags], Console()) == 0
     assert "no figures: no font; the tables are complete" in capsys.readouterr().out
     assert all((out / "mine" / name).is_file() for name in ("table.csv", "table.md", "study.html"))
 
