@@ -162,7 +162,11 @@ class _PromptCheck:
             return False
         fault = _fault(tokens, self._policy, self._config.engine.kv_tokens)
         if fault is not None:
-            raise ValueError(f"{problem.data.get('where', 'the prompts')}: {fault}")
+            where = problem.data.get("where")
+            remedy = (
+                ", or set jsonl.max_prompt_tokens to leave long ones out" if where and len(tokens) >= self._safe else ""
+            )
+            raise ValueError(f"{where or 'the prompts'}: {fault}{remedy}")
         return True
 
 

@@ -147,7 +147,7 @@ def test_prompt_longer_than_the_context_names_line_and_limit(
     rows_file.write_text(GOOD + json.dumps({"prompt": "y" * 80, "answer": "x"}) + "\n")
     message = refused("--model", model_folder, "--data", rows_file, *SMALL)
     assert f"{rows_file}, line 3: the prompt has " in message
-    assert "the model's context is 64; shorten the prompt or remove it" in message
+    assert "context is 64; shorten the prompt or remove it, or set jsonl.max_prompt_tokens to leave long" in message
 
 
 def test_pool_too_small_for_one_prompt_names_the_field(model_folder: Path, rows_file: Path, refused: Refusal) -> None:

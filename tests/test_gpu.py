@@ -1,7 +1,7 @@
 """Every op on a GPU against the float64 reference on the same device, in float32, float16 and bfloat16.
 
 Needs CUDA (`bench/gpu.sh` runs it there). With TRITON_INTERPRET=1 the same tests run on the CPU in Triton's
-interpreter, at small shapes and in float32 (`triton_interpreter_cases` has float16; of bfloat16 it gets products wrong).
+interpreter, at small shapes and in float32 (`triton_interpreter_cases` has float16, bfloat16 has wrong products there).
 `test_triton_interpreter` does that wherever Triton is installed, so this file is known to work before it meets one.
 """
 
