@@ -91,7 +91,7 @@ def test_bias_study_finds_the_bias_of_guided_branching(tmp_path: Path) -> None:
     variants = "{independent: {preset: grpo}, ibtree: {preset: ib-tpo, ib: {zero_parent: zero}}}"
     table = "{medium: {facts: [0.95, 0.7, 0.3], depth: 4}}"
     file.write_text(f"kind: bias\ntasks: {table}\nvariants: {variants}\n")
-    assert main(["study", str(file), "--out", str(out), "--seeds", "2", "--prompts", "3000"]) == 0
+    assert main(["study", str(file), "--out", str(out), "--seeds", "2", "--prompts", "1500"]) == 0
     rows = [line.split(",") for line in (out / "bias-small" / "table.csv").read_text().splitlines()[1:]]
     means = {(row[1], row[2]): float(row[3]) for row in rows}
     assert means["ibtree", "avg_rate"] > 0.02

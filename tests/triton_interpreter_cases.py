@@ -106,8 +106,11 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, d_out: Tensor)
     return [out.detach(), *torch.autograd.grad(out, leaves, d_out)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("shape", ATTENTION, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*((shape, torch.float32) for shape in ATTENTION), *((shape, torch.float16) for shape in ATTENTION[2::3])],
+    ids=str,
+)
 def test_attention_and_its_gradients_match_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """At the shipped tiles; the error is at most twice that of torch in the same type."""
     q, k, v = (x.to(dtype) for x in qkv(*shape))
@@ -362,7 +365,7 @@ def test_logprob_of_nothing() -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("parameters", sample_tests.PARAMETERS, ids=str)
-@pytest.mark.parametrize("vocabulary", [1, 11, 64, 100])
+@pytest.mark.parametrize("vocabulary", [1, 64, 100])
 def test_sampling_draws_the_tokens_of_the_reference(vocabulary: int, parameters: dict[str, Any]) -> None:
     logits = 3 * torch.randn(3, vocabulary)
     logits[:, ::3] = logits[:, ::3].round()  # ties
