@@ -260,8 +260,7 @@ class EngineCore:
         if self.scheduler.is_plain:  # no torch in it: entering the mode would cost as much as all else about the step
             finished: list[Node] | None = self.scheduler.step(self.version, most)
         else:
-            plain = torch.autocast(self.model.device.type, enabled=False)  # whatever the caller's is
-            with torch.inference_mode(), plain, self._threads():
+            with torch.inference_mode(), self._no_autocast(), self._threads():
                 self.cache.pool.restore_memory()
                 finished = self.scheduler.step(self.version, most)
         if finished is None:
@@ -329,6 +328,11 @@ class EngineCore:
         """The search that grows a tree, if any."""
         found = (searches.growing.get(tree.ordinal) for searches in self._searches)
         return next((growth for growth in found if growth is not None), None)
+
+    def _no_autocast(self) -> AbstractContextManager[None]:
+        """The caller's is none of the engine's business; where there is none, entering it would cost for nothing."""
+        device = self.model.device.type
+        return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
     def _threads(self) -> AbstractContextManager[None]:
         if self.scheduler.runner.is_native:  # it chooses its threads itself
