@@ -162,11 +162,9 @@ class _PromptCheck:
             return False
         fault = _fault(tokens, self._policy, self._config.engine.kv_tokens)
         if fault is not None:
-            where = problem.data.get("where")
-            remedy = (
-                ", or set jsonl.max_prompt_tokens to leave long ones out" if where and len(tokens) >= self._safe else ""
-            )
-            raise ValueError(f"{where or 'the prompts'}: {fault}{remedy}")
+            if "where" in problem.data and len(tokens) >= self._safe:
+                fault += ", or set jsonl.max_prompt_tokens to leave long ones out"
+            raise ValueError(f"{problem.data.get('where', 'the prompts')}: {fault}")
         return True
 
 

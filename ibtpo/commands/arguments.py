@@ -39,7 +39,8 @@ def parse_alone(kind: type[Arguments], program: str, arguments: list[str]) -> Ar
 
 def base_of_training(arguments: list[str]) -> TrainConfig:
     """What flags leave as it is: the settings of the run to --resume, of --config, --preset and the task."""
-    return _base(_early(arguments), run=_early(arguments).resume)
+    early = _early(arguments)
+    return _base(early, run=early.resume)
 
 
 def base_of_model(arguments: list[str]) -> TrainConfig:
