@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from ibtpo_kernels import has_compiled
 
 if TYPE_CHECKING:
     from command_line import Refusal
+    from completion_server import Server
 
 settings.register_profile("ibtpo", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("ibtpo")
@@ -49,6 +51,15 @@ def model_folder(tmp_path: Path) -> Path:
     from checkpoints import save_checkpoint  # here, for tests on a GPU need less than it imports
 
     return save_checkpoint(tmp_path / "model", tied=False, context=64)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """A completions server over an engine."""
+    from backend_runs import serving_engine
+
+    with serving_engine() as served:
+        yield served
 
 
 @pytest.fixture
