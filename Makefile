@@ -12,6 +12,9 @@ TEST_PROCESSES = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 # Idle threads sleep instead of spinning: several times faster where other processes want the cores too (docs/log.md).
 train test: export OMP_WAIT_POLICY ?= passive
 
+# What is imported is compiled once and kept, in .venv and beside the sources, not compiled anew by every process.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup train test bench roofline sanitize lint format clean
 

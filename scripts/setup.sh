@@ -5,6 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 export PIP_NO_COMPILE=1 # Python compiles a module when it is first imported; most never are
+unset PYTHONDONTWRITEBYTECODE # and keeps it then: otherwise every start would compile torch anew
 readonly VENV=.venv
 readonly TORCH="torch==2.13.0"
 readonly CPU_INDEX="https://download.pytorch.org/whl/cpu"
@@ -87,6 +88,7 @@ main() {
     export IBTPO_NO_COMPILE=1
   fi
   step "installing ibtpo" "$VENV/bin/pip" install --no-build-isolation -e ".[dev]"
+  step "importing it once" "$VENV/bin/python" -c 'import ibtpo.train'
   touch "$VENV/.installed"
   say "done"
 }
