@@ -26,9 +26,10 @@ from ibtpo.commands.study import StudyArguments
 from ibtpo.commands.train import TrainArguments
 from ibtpo.commands.view import ViewArguments
 from ibtpo.config_reference import sections
+from ibtpo.memory_plan import plan_memory
 from ibtpo.presets import PRESETS
 from ibtpo.studies.matrix import load_study, shipped_studies
-from ibtpo_engine import Engine, Sampling, load_model, load_tokenizer
+from ibtpo_engine import Engine, ModelConfig, Sampling, load_model, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 PAGES = [page for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
@@ -45,7 +46,7 @@ ALONE = {
     "completion": CompletionArguments,
 }
 SETTINGS = {field.name for section in sections() for field in section.fields}
-FOLDERS = (".", "docs", "tests", "bench", "ibtpo", "engine/ibtpo_engine", "kernels/ibtpo_kernels", "kernels/csrc")
+FOLDERS = ". docs tests bench bench/results ibtpo engine/ibtpo_engine kernels/ibtpo_kernels kernels/csrc".split()
 
 
 def spans(text: str) -> list[str]:
@@ -124,6 +125,35 @@ def test_every_command_flag_preset_and_study_stands_on_a_page() -> None:
     assert [name for name in PRESETS if f"`{name}`" not in ALL] == []
     studies = TEXTS[ROOT / "docs" / "studies.md"]
     assert [name for name in shipped_studies() if f"`{name}`" not in studies] == []
+
+
+def test_the_estimates_of_the_training_page_are_those_of_the_plan() -> None:
+    """A row with a + changes what the row above it had."""
+    shape = ModelConfig.from_dict(
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "vocab_size": 151_936,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 40_960,
+            "tie_word_embeddings": True,
+        }
+    )
+    text = TEXTS[ROOT / "docs" / "training.md"].partition("## A 1.7B model on one GPU")[2]
+    rows = re.findall(r"^\| (.+) \| (\S+) \| (\S+) \| (\S+) \|$", text, flags=re.MULTILINE)
+    assert len(rows) == 7
+    flags: list[str] = []
+    for name, *numbers in rows:
+        own = shlex.split(" ".join(spans(name)))
+        flags = [*flags, *own] if name.startswith("+") else own
+        config = parse(TrainArguments, TrainArguments(), "ibtpo train", ["--dtype", "bfloat16", *flags]).run
+        plan = plan_memory(config, shape, torch.device("cuda"), free=0)
+        documented = [float(number.strip("*")) for number in numbers]
+        assert [round(count / 2**30, 1) for count in plan.phases.values()] == documented, name
 
 
 def test_the_study_of_the_page_can_be_loaded(tmp_path: Path) -> None:
