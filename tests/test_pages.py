@@ -32,8 +32,8 @@ from ibtpo.studies.matrix import load_study, shipped_studies
 from ibtpo_engine import Engine, ModelConfig, Sampling, load_model, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
-PAGES = [page for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
-         if page.name not in ("CHANGELOG.md", "log.md")]  # these tell of what was  # fmt: skip
+OF_THE_PAST = ("CHANGELOG.md", "log.md")
+PAGES = sorted(page for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")) if page.name not in OF_THE_PAST)
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 ALL = "\n".join(TEXTS.values())
 
@@ -46,7 +46,8 @@ ALONE = {
     "completion": CompletionArguments,
 }
 SETTINGS = {field.name for section in sections() for field in section.fields}
-FOLDERS = ". docs tests bench bench/results ibtpo engine/ibtpo_engine kernels/ibtpo_kernels kernels/csrc".split()
+FOLDERS = (".", "docs", "tests", "bench", "bench/results", "ibtpo")
+FOLDERS += ("engine/ibtpo_engine", "kernels/ibtpo_kernels", "kernels/csrc")
 
 
 def spans(text: str) -> list[str]:
