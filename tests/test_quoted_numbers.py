@@ -1,0 +1,114 @@
+"""The numbers in the tables of README.md are rows of bench/results, rounded as they are written."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+KERNELS = (
+    ("tree_decode", "B32 prefix1024 suffix64 H8:8 D64", "forward"),
+    ("tree_decode", "B32 unshared1088 H8:8 D64", "forward"),
+    ("tree_attention", "prompt+16 N1024 H8:8 D64", "both"),
+    ("tree_attention", "chain N1024 H8:8 D64", "both"),
+    ("linear_logprob", "T512 H256 V32768", "forward"),
+    ("linear_logprob", "T512 H256 V32768", "both"),
+    ("linear_logprob", "T2048 H64 V32", "forward"),
+)
+"""Lines of the table of kernels: op, shape, pass."""
+BOTH = ("float32", "bfloat16")
+
+
+def rows_of(name: str) -> list[dict[str, str]]:
+    with (ROOT / "bench" / "results" / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(header: str) -> list[list[str]]:
+    """The cells of the table whose header begins so."""
+    lines = README.partition(header)[2].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def agree(text: str, *numbers: float) -> bool:
+    """Are the last numbers of a text these, rounded as they are written?"""
+    written = re.findall(r"[\d.]*\d", text)[-len(numbers) :]
+    tolerances = [0.501 * 10.0 ** -len(number.partition(".")[2]) for number in written]
+    return len(written) == len(numbers) and all(
+        abs(float(number) - wanted) <= tolerance
+        for number, wanted, tolerance in zip(written, numbers, tolerances, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers", "right"),
+    [
+        ("1.6 / 3.1x", (1.553, 3.051), True),
+        ("**0.90** / 5.1x", (0.8979, 5.143), True),
+        ("on 2 cores 254 ms", (254.4,), True),
+        ("254 ms", (254.6,), False),
+        ("1.6x", (1.5, 1.6), False),
+    ],
+)
+def test_numbers_agree_where_they_are_rounded_so(text: str, numbers: tuple[float, ...], right: bool) -> None:
+    assert agree(text, *numbers) == right
+
+
+def fastest(rows: list[dict[str, str]], kind: str) -> list[float]:
+    """Microseconds in fp32 and bf16 on the machine of the first columns."""
+    here = [row for row in rows if "AVX-512-BF16" in row["machine"] and row["kind"] == kind and row["median_us"]]
+    return [min(float(row["median_us"]) for row in here if row["dtype"] == dtype) for dtype in BOTH]
+
+
+def test_the_kernels() -> None:
+    rows = rows_of("roofline_cpu.csv")
+    machines = {"AVX-512-BF16": BOTH, "Intel": BOTH, "AVX2": BOTH[:1]}
+    for problem, (line, ours, peer, *ratios) in zip(KERNELS, table("| kernel, fp32 / bf16 "), strict=True):
+        of_it = [row for row in rows if (row["op"], row["shape"], row["pass"]) == problem]
+        scale = 1.0 if "µs" in ours else 1e-3
+        assert agree(ours, *(scale * time for time in fastest(of_it, "ours"))), line
+        assert agree(peer, *(scale * time for time in fastest(of_it, "peer"))), line
+        for text, (machine, dtypes) in zip(ratios, machines.items(), strict=True):
+            here = [row for row in of_it if machine in row["machine"] and row["who"] == "ibtpo"]
+            faster = {row["dtype"]: float(row["ratio_to_best_peer"]) for row in here}
+            assert agree(text, *(faster[dtype] for dtype in dtypes)), (line, machine)
+
+
+def test_the_engine() -> None:
+    speed = {
+        (row["case"], row["x"], row["who"]): float(row["tokens_per_s"]) / 1000 for row in rows_of("engine_peers.csv")
+    }
+    cases = [("decode, built-in policy", batch) for batch in ("1", "8", "32", "128", "256")]
+    cases.append(("prompt 512, 16 branches, 0.5B", "16"))
+    for (case, x), (line, ours, *peers) in zip(cases, table("| thousand tokens/s "), strict=True):
+        here = speed[case, x, "engine"]
+        assert agree(ours, here), line
+        for text, who in zip(peers, ("transformers generate", "llama.cpp"), strict=True):
+            assert agree(text, speed[case, x, who], here / speed[case, x, who]), (line, who)
+
+
+def test_trees_beside_chains() -> None:
+    case = "trees, prompts, 0.5B"
+    speed = {
+        (row["x"], row["who"]): float(row["tokens_per_s"]) for row in rows_of("engine_peers.csv") if row["case"] == case
+    }
+    trees = ("IBTree (4, 9, 1, 1)", "IBTree (4, 9, 1, 1), 4 rounds under way", "IBTree (4, 2, 8, 1)")
+    for line, *cells in table("| shape of Qwen2.5-0.5B "):
+        prompts = line.split()[0]
+        for text, who in zip(cells, trees, strict=True):
+            assert agree(text, speed[prompts, "independent, 8"] / speed[prompts, who]), (line, who)
+
+
+def test_the_first_run() -> None:
+    rows = {(row["commit"], row["seed"]): row for row in rows_of("make_train.csv")}
+    columns = ("sampled_before", "sampled_after", "greedy_before", "greedy_after")
+    for seed, (line, *cells) in enumerate(table("| held-out accuracy, sampled / greedy ")):
+        for commit, text in zip(("57de120", "bfb07e9"), cells, strict=True):
+            row = rows[commit, str(seed)]
+            shares = (100 * float(row[column]) for column in columns)
+            assert agree(text, *shares, float(row["all_seconds"])), (line, commit)
