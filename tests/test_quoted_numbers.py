@@ -1,4 +1,4 @@
-"""The numbers in the tables of README.md are rows of bench/results, rounded as they are written."""
+"""Numbers in the tables of README.md and docs/kernels.md are rows of bench/results, rounded as they are written."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+KERNELS_PAGE = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
 
 KERNELS = (
     ("tree_decode", "B32 prefix1024 suffix64 H8:8 D64", "forward"),
     ("tree_decode", "B32 unshared1088 H8:8 D64", "forward"),
-    ("tree_attention", "prompt+16 N1024 H8:8 D64", "both"),
+    ("tree_decode", "B256 prefix64 suffix32 H4:2 D32", "forward"),
+    ("tree_attention", "chain N1024 H8:8 D64", "forward"),
     ("tree_attention", "chain N1024 H8:8 D64", "both"),
+    ("tree_attention", "prompt+16 N1024 H8:8 D64", "forward"),
+    ("tree_attention", "prompt+16 N1024 H8:8 D64", "both"),
     ("linear_logprob", "T512 H256 V32768", "forward"),
     ("linear_logprob", "T512 H256 V32768", "both"),
     ("linear_logprob", "T2048 H64 V32", "forward"),
+    ("linear_logprob", "T2048 H64 V32", "both"),
+    ("policy_head", "T512 H256 V32768 policy gradient", "both"),
+    ("sample", "B64 V32768", "forward"),
 )
-"""Lines of the table of kernels: op, shape, pass."""
+"""Lines of the table of docs/kernels.md: op, shape, pass."""
+IN_THE_README = [KERNELS[i] for i in (0, 1, 6, 4, 7, 8, 9)]
 BOTH = ("float32", "bfloat16")
 
 
@@ -29,9 +37,9 @@ def rows_of(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def table(header: str) -> list[list[str]]:
+def table(header: str, page: str = README) -> list[list[str]]:
     """The cells of the table whose header begins so."""
-    lines = README.partition(header)[2].partition("\n\n")[0].splitlines()[2:]
+    lines = page.partition(header)[2].partition("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -59,24 +67,52 @@ def test_numbers_agree_where_they_are_rounded_so(text: str, numbers: tuple[float
     assert agree(text, *numbers) == right
 
 
-def fastest(rows: list[dict[str, str]], kind: str) -> list[float]:
-    """Microseconds in fp32 and bf16 on the machine of the first columns."""
-    here = [row for row in rows if "AVX-512-BF16" in row["machine"] and row["kind"] == kind and row["median_us"]]
-    return [min(float(row["median_us"]) for row in here if row["dtype"] == dtype) for dtype in BOTH]
+MACHINES = {"here": "AVX-512-BF16", "Intel": "Intel", "AVX2": "AVX2"}
 
 
-def test_the_kernels() -> None:
-    rows = rows_of("roofline_cpu.csv")
-    machines = {"AVX-512-BF16": BOTH, "Intel": BOTH, "AVX2": BOTH[:1]}
-    for problem, (line, ours, peer, *ratios) in zip(KERNELS, table("| kernel, fp32 / bf16 "), strict=True):
-        of_it = [row for row in rows if (row["op"], row["shape"], row["pass"]) == problem]
-        scale = 1.0 if "µs" in ours else 1e-3
-        assert agree(ours, *(scale * time for time in fastest(of_it, "ours"))), line
-        assert agree(peer, *(scale * time for time in fastest(of_it, "peer"))), line
-        for text, (machine, dtypes) in zip(ratios, machines.items(), strict=True):
-            here = [row for row in of_it if machine in row["machine"] and row["who"] == "ibtpo"]
-            faster = {row["dtype"]: float(row["ratio_to_best_peer"]) for row in here}
-            assert agree(text, *(faster[dtype] for dtype in dtypes)), (line, machine)
+class Measured:
+    """The rows of one problem, its types those that it was measured in."""
+
+    def __init__(self, problem: tuple[str, str, str]) -> None:
+        rows = [row for row in rows_of("roofline_cpu.csv") if (row["op"], row["shape"], row["pass"]) == problem]
+        self.rows = {place: [row for row in rows if name in row["machine"]] for place, name in MACHINES.items()}
+
+    def ours(self, place: str, column: str) -> list[float]:
+        """A number of each type, fp32 first."""
+        here = {row["dtype"]: row[column] for row in self.rows[place] if row["who"] == "ibtpo"}
+        return [float(here[dtype]) for dtype in BOTH if dtype in here]
+
+    def best_peer(self, place: str) -> list[float]:
+        """Microseconds."""
+        times: dict[str, list[float]] = {}
+        for row in self.rows[place]:
+            if row["kind"] == "peer" and row["median_us"]:
+                times.setdefault(row["dtype"], []).append(float(row["median_us"]))
+        return [min(times[dtype]) for dtype in BOTH if dtype in times]
+
+
+def in_unit(text: str, microseconds: list[float]) -> list[float]:
+    return [time if "µs" in text else time / 1000 for time in microseconds]
+
+
+def test_the_kernels_of_the_readme() -> None:
+    for problem, (line, ours, peer, *ratios) in zip(IN_THE_README, table("| kernel, fp32 / bf16 "), strict=True):
+        measured = Measured(problem)
+        assert agree(ours, *in_unit(ours, measured.ours("here", "median_us"))), line
+        assert agree(peer, *in_unit(peer, measured.best_peer("here"))), line
+        for text, place in zip(ratios, MACHINES, strict=True):
+            faster = measured.ours(place, "ratio_to_best_peer")
+            assert agree(text, *(faster[:1] if place == "AVX2" else faster)), (line, place)
+
+
+def test_the_kernels_of_their_page() -> None:
+    lines = table("| op, fp32 / bf16 ", KERNELS_PAGE)
+    for problem, (line, ours, share, *ratios) in zip(KERNELS, lines, strict=True):
+        measured = Measured(problem)
+        assert agree(ours, *in_unit(ours, measured.ours("here", "median_us"))), line
+        assert agree(share, *(100 * number for number in measured.ours("here", "roof_share"))), line
+        for text, place in zip(ratios, MACHINES, strict=True):
+            assert agree(text.replace(" times as long", ""), *measured.ours(place, "ratio_to_best_peer")), (line, place)
 
 
 def test_the_engine() -> None:
