@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 KERNELS_PAGE = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+METHOD_PAGE = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
 
 KERNELS = (
     ("tree_decode", "B32 prefix1024 suffix64 H8:8 D64", "forward"),
@@ -45,7 +46,7 @@ def table(header: str, page: str = README) -> list[list[str]]:
 
 def agree(text: str, *numbers: float) -> bool:
     """Are the last numbers of a text these, rounded as they are written?"""
-    written = re.findall(r"[\d.]*\d", text)[-len(numbers) :]
+    written = re.findall(r"[-+]?[\d.]*\d", text)[-len(numbers) :]
     tolerances = [0.501 * 10.0 ** -len(number.partition(".")[2]) for number in written]
     return len(written) == len(numbers) and all(
         abs(float(number) - wanted) <= tolerance
@@ -148,3 +149,38 @@ def test_the_first_run() -> None:
             row = rows[commit, str(seed)]
             shares = (100 * float(row[column]) for column in columns)
             assert agree(text, *shares, float(row["all_seconds"])), (line, commit)
+
+
+STUDIES = {
+    "| lambda: 0 ": ("lambda", ["lambda 0.03", "lambda 0.1", "lambda 0.3", "lambda 0.5", "lambda 1"]),
+    "| beta: the paper's 5 ": ("beta", ["beta 0.5", "beta 1", "beta 2", "beta 10", "beta 20"]),
+    "| steps: lines ": (
+        "segmentation-noise",
+        ["noise 0.1", "noise 0.3", "noise 1", "every 4 tokens", "every 12 tokens"],
+    ),
+    "| twelve trajectories: ": (
+        "rounds",
+        ["five, two a round", "three, four a round", "two, eight at once", "two under way", "four under way"],
+    ),
+    "| merge | no branch ": (
+        "beyond",
+        ["merged duplicates", "no branch at the root", "uniform groups ib_only", "all three", "grpo"],
+    ),
+    "| `ib-tpo` | `grpo` | `treerl` ": (
+        "plus",
+        ["ib-tpo", "grpo", "treerl", "eptree+ib-adv", "ib-tpo+ and score bonus c=1"],
+    ),
+}
+"""Tables of docs/method.md with one line of numbers, by the beginning of their header: study, variants."""
+
+
+@pytest.mark.parametrize("header", STUDIES)
+def test_differences_of_studies(header: str) -> None:
+    study, variants = STUDIES[header]
+    rows = [row for row in rows_of(f"studies/{study}/table.csv") if row["column"] == "eval_avg"]
+    [cells] = table(header, METHOD_PAGE)
+    for text, variant in zip([cell for cell in cells if cell], variants, strict=True):
+        [row] = [row for row in rows if row["variant"] == variant]
+        mean, low, high = (float(row[f"difference_{name}"]) for name in ("mean", "low", "high"))
+        numbers = (-mean, -high, -low) if study == "plus" else (mean, low, high)  # `ib-tpo+` minus the others
+        assert agree(text, *numbers), variant
