@@ -188,7 +188,10 @@ def test_the_programs_of_the_engine_page_run_in_order(tmp_path: Path, monkeypatc
     programs = re.findall(r"```python\n(.*?)```", TEXTS[ROOT / "docs" / "engine.md"], flags=re.DOTALL)
     for program in programs:
         ast.parse(program)
-        if "Protocol" not in program and "http://" not in program:  # a declaration; a server that is not there
-            exec(program.replace("max_tokens=256", "max_tokens=8"), names)
-    assert names["logprob"].shape == (15,)  # of the last
+        if "Protocol" in program or "http://" in program:  # a declaration; a server that is not there
+            continue
+        if 'parity="bitwise"' in program and not ibtpo_kernels.has_compiled():  # refused there
+            continue
+        exec(program.replace("max_tokens=256", "max_tokens=8"), names)
+    assert names["logprob"].shape == (15,)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()

@@ -1,4 +1,4 @@
-"""Numbers in the tables of README.md and docs/kernels.md are rows of bench/results, rounded as they are written."""
+"""Numbers in tables of README.md and docs/{kernels,engine,method}.md are rows of bench/results, as they are rounded."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 KERNELS_PAGE = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+ENGINE_PAGE = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
 METHOD_PAGE = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
 
 KERNELS = (
@@ -184,3 +185,49 @@ def test_differences_of_studies(header: str) -> None:
         mean, low, high = (float(row[f"difference_{name}"]) for name in ("mean", "low", "high"))
         numbers = (-mean, -high, -low) if study == "plus" else (mean, low, high)  # `ib-tpo+` minus the others
         assert agree(text, *numbers), variant
+
+
+def test_the_speeds_of_the_engine_page() -> None:
+    rows = [row for row in rows_of("engine_peers.csv") if row["case"] == "decode, built-in policy"]
+    speed = {(row["x"], row["who"]): float(row["tokens_per_s"]) / 1000 for row in rows}
+    whose = ("engine", "transformers generate", "transformers generate_batch", "llama.cpp")
+    for who, (_, *cells) in zip(whose, table("| tokens/s at batch ", ENGINE_PAGE), strict=True):
+        for batch, text in zip(("1", "8", "32", "128", "256"), cells, strict=True):
+            assert agree(text, speed[batch, who]) if text else (batch, who) not in speed, (who, batch)
+
+
+@pytest.mark.parametrize(
+    ("header", "case", "unit", "trees"),
+    [
+        (
+            "| prompts | IBTree (4, 9, 1, 1) | the same, ",
+            "trees, prompts, 0.5B",
+            1,
+            ["IBTree (4, 9, 1, 1)", "IBTree (4, 9, 1, 1), 4 rounds under way", "IBTree (4, 2, 8, 1)"],
+        ),
+        (
+            "| prompts | IBTree (4, 9, 1, 1) | (4, 5, 2, 1) ",
+            "trees, prompts",
+            1000,
+            [f"IBTree ({numbers})" for numbers in ("4, 9, 1, 1", "4, 5, 2, 1", "4, 3, 4, 1", "4, 2, 8, 1")],
+        ),
+    ],
+)
+def test_the_trees_of_the_engine_page(header: str, case: str, unit: int, trees: list[str]) -> None:
+    """Tokens a second, and in some cells how many times as long as for independent chains."""
+    rows = [row for row in rows_of("engine_peers.csv") if row["case"] == case]
+    speed = {(row["x"], row["who"]): float(row["tokens_per_s"]) / unit for row in rows}
+    for prompts, *cells in table(header, ENGINE_PAGE):
+        chains = speed[prompts, "independent, 8"]
+        for who, text in zip((*trees, "independent, 8"), cells, strict=True):
+            here = speed[prompts, who]
+            assert agree(text, here, chains / here) if text.endswith("x") else agree(text, here), (prompts, who)
+
+
+def test_the_bookkeeping_of_the_engine_page() -> None:
+    rows = rows_of("bookkeeping.csv")
+    for branches, *cells in table("| live branches ", ENGINE_PAGE):
+        here = [row for row in rows if row["branches"] == branches.replace(",", "")]
+        for row, text in zip(here, cells, strict=True):  # one sibling and sixteen, prompts of one length and of sixteen
+            step = float(row["step_s"]) * (1e6 if "µs" in text else 1e3)
+            assert agree(text, step, 100 * float(row["share"])), (branches, text)
