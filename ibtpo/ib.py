@@ -31,7 +31,11 @@ from ibtpo_engine.tree import Node, Tree
 
 
 def step_probability(logprob: npt.NDArray[np.floating[Any]], kind: str) -> float:
-    """pi(s) of a step from its tokens' log-probs [n >= 1]; `kind` as in `IBConfig.step_probability`."""
+    """pi(s) of a step from its tokens' log-probs [n >= 1]; `kind` as in `IBConfig.step_probability`.
+
+    Raises:
+        ValueError: a log-prob is NaN, or `kind` is unknown.
+    """
     values: list[float] = logprob.tolist()
     if math.isnan(sum(values)):
         raise ValueError(

@@ -163,6 +163,9 @@ def model_shape(source: Path | str, began_with: str | None = None) -> ModelConfi
     Args:
         source: what will be loaded.
         began_with: as for `base_folder`.
+
+    Raises:
+        CheckpointError: there is no such folder, or its config.json cannot be used.
     """
     if source == "built-in":
         return ModelConfig.from_dict(built_in_config(char_tokenizer()))

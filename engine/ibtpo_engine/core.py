@@ -365,6 +365,9 @@ class EngineCore:
 
         Cached keys and values of the old weights are given up; tokens and log-probs stay. What is grown further is
         computed anew with the new weights.
+
+        Raises:
+            ValueError: the model has another dtype than the pool.
         """
         if self.model.dtype != self.cache.pool.dtype:
             raise ValueError(
@@ -411,7 +414,12 @@ class EngineCore:
             self.cache.forget(tree)
 
     def stats(self) -> dict[str, int]:
-        """Counters since the engine was made: tokens sampled, computed, reused, copied; pages evicted; preemptions."""
+        """What was counted since the engine was made.
+
+        Returns:
+            "sampled" and "computed" tokens; "reused", tokens found in the index; "copied", positions that forks
+            copied; "evicted_pages"; "preemptions" of branches; "steps".
+        """
         index = self.cache.index
         return asdict(self.scheduler.counters) | {
             "reused": index.hits,

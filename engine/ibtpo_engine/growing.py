@@ -32,7 +32,10 @@ class Ahead:
 Growth = Generator["Sequence[Node] | Ahead | Future[Any]", list[Node], None]
 """Yields branches to be extended and receives them finished; a future is waited for, and nothing is received for it."""
 Search = Callable[[Tree], Growth]
+"""Called once with each tree, whose prompt is all it has then; usually a generator function."""
 Reward = Callable[[Tree, Node], "float | Future[Any] | None"]
+"""Called with (tree, node) of each branch that ended (a paused one has not); `Node.reward` becomes the number returned,
+or the future's once that is done. None grades nothing."""
 
 
 class Growing:

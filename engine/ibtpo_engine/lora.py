@@ -19,7 +19,13 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """What a model's adapters are."""
+    """What a model's adapters are.
+
+    Raises:
+        ValueError: a value is out of range; the message names it.
+
+    Source: Hu et al., "LoRA" (2021).
+    """
 
     rank: int = 16
     """Columns of B and rows of A."""

@@ -22,7 +22,16 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True, kw_only=True)
 class RopeConfig:
-    """Rotary embedding: base frequency and how positions are stretched."""
+    """Rotary embedding: base frequency and how positions are stretched.
+
+    Attributes:
+        theta: base of the frequencies.
+        kind: "default" stretches nothing, "linear" all positions by `factor`, "llama3" those of long waves.
+        factor: how far.
+        low_freq_factor, high_freq_factor: llama3: waves of fewer turns within the original context than the first are
+            stretched, of more than the second kept.
+        original_positions: llama3: that context, in tokens.
+    """
 
     theta: float = 10_000.0
     kind: Literal["default", "linear", "llama3"] = "default"
@@ -50,7 +59,18 @@ class RopeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of a dense decoder; `raw` keeps the original JSON so that saving loses nothing."""
+    """Shape of a dense decoder.
+
+    Attributes:
+        vocab_size, hidden_size, intermediate_size: V, H, and the width inside an MLP.
+        num_layers, num_heads, num_kv_heads, head_dim: decoder layers; Hq, Hkv, D of their attention.
+        max_positions: longest path in tokens.
+        rms_eps: added under the root of every norm.
+        tie_embeddings: is the head the embedding?
+        qkv_bias, out_bias, mlp_bias: which projections have biases.
+        rope: how positions turn queries and keys.
+        raw: the original JSON, so that saving loses nothing.
+    """
 
     architecture: Literal["qwen3", "qwen2", "llama", "mistral"]
     vocab_size: int
@@ -94,7 +114,15 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], *, source: str = "config") -> ModelConfig:
-        """The same from the parsed JSON."""
+        """The same from the parsed JSON.
+
+        Args:
+            raw: what config.json holds.
+            source: where it is from, for messages.
+
+        Raises:
+            CheckpointError: a field is missing or wrong, or it describes a model we do not run.
+        """
         if not isinstance(raw, dict):
             raise CheckpointError(f"{source}: holds a {type(raw).__name__}, not an object. Download the file again.")
         names = raw.get("architectures") or []

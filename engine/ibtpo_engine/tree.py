@@ -256,7 +256,11 @@ class Node:
         finish: str | None,
         version: int = 0,
     ) -> Self:
-        """Give a pending node its tokens (each array [n]); the engine calls this when a branch ends."""
+        """Give a pending node its tokens (each array [n]); the engine calls this when a branch ends.
+
+        Raises:
+            ValueError: the node holds tokens already.
+        """
         if not self.is_pending:
             raise ValueError(f"fill: {self!r} already holds tokens; fork it to grow below it")
         self.tokens = np.asarray(tokens, np.int32)
