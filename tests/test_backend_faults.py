@@ -15,6 +15,7 @@ from engine_helpers import prompt_of
 from shaped_sampling import Alternate
 
 from ibtpo_engine import (
+    Ahead,
     BackendEngine,
     BackendError,
     Completion,
@@ -299,6 +300,32 @@ def test_a_run_left_early_or_by_an_error_closes_searches_and_trees(server: Serve
         assert all(tree.closed for tree in closed)
         assert not trees._trees
         assert not any(node.in_flight for tree in closed for node in tree.root.children)
+
+
+def test_a_run_left_sends_none_of_the_requests_that_wait_for_their_turn(server: Server) -> None:
+    begun, left = threading.Event(), threading.Event()
+
+    def busy_until_left(handler: Handler, body: dict[str, Any]) -> None:
+        begun.set()
+        left.wait(20)
+        busy(handler, body)
+
+    def search(tree: Tree) -> Iterator[list[Node] | Ahead]:
+        yield tree.root.fork()
+        server.faults.append(busy_until_left)
+        yield Ahead(tree.root.fork(12), [])
+        begun.wait(20)
+        raise ZeroDivisionError
+
+    with connect(server, max_requests=1) as backend:
+        trees, seen = BackendEngine(backend), len(server.requests)
+        with pytest.raises(ZeroDivisionError):
+            list(trees.run(search, PROMPTS[:1], SAMPLING))
+        left.set()
+        with trees.tree(PROMPTS[0]) as tree:
+            trees.extend(tree.root.fork(), SAMPLING)
+            assert len(tree.leaves()) == 1
+        assert len(server.requests) - seen == 3, "the first, of the twelve the one under way, and the last"
 
 
 def test_misuse_is_an_error_that_names_the_remedy(server: Server) -> None:

@@ -11,10 +11,11 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from threading import Event
 
 import numpy.typing as npt
 
-from ibtpo_engine.backends import Backend, Completion
+from ibtpo_engine.backends import Backend, CancellableBackend, Completion
 from ibtpo_engine.errors import BackendError, EngineError
 from ibtpo_engine.growing import Growing, Reward, Search, Searches
 from ibtpo_engine.masks import TokenMask
@@ -33,11 +34,19 @@ class _Call:
     sampling: Sampling
     version: int  # of the weights when it was asked for
 
-    def make(self, backend: Backend) -> list[list[Completion]]:
+    @property
+    def nodes(self) -> list[Node]:
+        return [node for family in self.families for node in family]
+
+    def make(self, backend: Backend, cancelled: Event) -> list[list[Completion]]:
         # A stream has 64 bits; the low 31 are a seed everywhere, whatever integer type a server keeps it in.
         seeds = [[node.stream & 0x7FFFFFFF for node in family] for family in self.families]
         parents = [family[0].parent for family in self.families]
         prefixes = [parent.prefix().tolist() for parent in parents if parent is not None]
+        if isinstance(backend, CancellableBackend):
+            return backend.extend_until(
+                prefixes, len(seeds[0]), sampling=self.sampling, seeds=seeds, cancelled=cancelled
+            )
         return backend.extend(prefixes, len(seeds[0]), sampling=self.sampling, seeds=seeds)
 
 
@@ -106,9 +115,9 @@ class BackendEngine:
         """
         nodes = list(nodes)
         calls = self._calls(nodes, sampling)
-        pool = ThreadPoolExecutor(self.max_calls, thread_name_prefix="backend")
+        pool, left = ThreadPoolExecutor(self.max_calls, thread_name_prefix="backend"), Event()
         try:
-            answers = [pool.submit(call.make, self.backend) for call in calls]
+            answers = [pool.submit(call.make, self.backend, left) for call in calls]
             for call, answer in zip(calls, answers, strict=True):
                 self._fill(call, answer)
             if closed := [node for node in nodes if node.dropped]:
@@ -119,6 +128,7 @@ class BackendEngine:
             _abandon(nodes)
             raise
         finally:
+            left.set()
             pool.shutdown(wait=False, cancel_futures=True)
         return nodes
 
@@ -142,11 +152,11 @@ class BackendEngine:
                 not know a sampling parameter.
         """
         calls: dict[Answer, _Call] = {}
-        pool = ThreadPoolExecutor(self.max_calls, thread_name_prefix="backend")
+        pool, left = ThreadPoolExecutor(self.max_calls, thread_name_prefix="backend"), Event()
 
         def submit(growth: Growing) -> None:
             for call in self._calls(growth.nodes, sampling):
-                calls[pool.submit(call.make, self.backend)] = call
+                calls[pool.submit(call.make, self.backend, left)] = call
 
         def has_room() -> bool:
             return len(calls) < self.max_calls
@@ -162,6 +172,7 @@ class BackendEngine:
                     self._await(calls, searches)
                 yield from searches.resume(has_room, self.max_calls)
         finally:
+            left.set()
             pool.shutdown(wait=False, cancel_futures=True)  # requests already sent are not waited for
             self._searches.remove(searches)
             searches.close()
