@@ -24,6 +24,7 @@ from ibtpo_engine import (
     EngineBackend,
     EngineError,
     Node,
+    NoTokenAllowed,
     Sampling,
     Tree,
     http_backend,
@@ -219,6 +220,27 @@ def test_a_tree_closed_by_a_reward_ends_its_search_over_a_backend_too() -> None:
         return 1.0
 
     assert sorted(dict(trees.run(forks, PROMPTS[:3], SAMPLING, reward=reward))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("catches", [False, True])
+def test_a_branch_with_no_token_left_is_told_to_its_search_alone_as_on_an_engine(catches: bool) -> None:
+    def allowed(prefix: Any) -> list[int]:
+        return [] if len(prefix) == 17 and prefix[:10].tolist() == PROMPTS[1] else [4, 5, 6]
+
+    def search(tree: Tree) -> Iterator[list[Node]]:
+        try:
+            yield tree.root.fork(2)
+        except NoTokenAllowed:
+            if not catches:
+                raise
+            yield tree.root.fork(at=1)
+
+    found = []
+    for trees in (engine(), BackendEngine(EngineBackend(engine()))):
+        grown = dict(trees.run(search, PROMPTS[:3], Sampling(max_tokens=9, allowed=allowed), keys=range(3)))
+        found.append([(type(grown[i].ended_by), outline(grown[i])) for i in range(3)])
+    assert [ended_by for ended_by, _ in found[0]] == [type(None), type(None) if catches else NoTokenAllowed, type(None)]
+    assert [(ended_by, len(nodes)) for ended_by, nodes in found[0]] == [(one, len(nodes)) for one, nodes in found[1]]
 
 
 def _stop_at(choice: dict[str, Any], token: int) -> None:

@@ -16,7 +16,7 @@ from threading import Event
 import numpy.typing as npt
 
 from ibtpo_engine.backends import Backend, CancellableBackend, Completion
-from ibtpo_engine.errors import BackendError, EngineError
+from ibtpo_engine.errors import BackendError, EngineError, NoTokenAllowed
 from ibtpo_engine.growing import Growing, Reward, Search, Searches
 from ibtpo_engine.masks import TokenMask
 from ibtpo_engine.randomness import seeded_stream
@@ -144,7 +144,8 @@ class BackendEngine:
         """Grow a tree on every prompt, the rounds of all of them side by side; as `Engine.run`.
 
         Yields:
-            (index of the prompt, its tree) as the trees are done.
+            (index of the prompt, its tree) as the trees are done. `NoTokenAllowed` is raised in the one search, for all
+            branches of a call.
 
         Raises:
             BackendError: the backend failed.
@@ -184,7 +185,11 @@ class BackendEngine:
         if not calls:
             self.seconds_waiting += time.perf_counter() - begin
         for answer in [answer for answer in calls if answer.done()]:
-            for node in self._fill(calls.pop(answer), answer):
+            call = calls.pop(answer)
+            if isinstance(error := answer.exception(), NoTokenAllowed):
+                _fail(call, error, searches)
+                continue
+            for node in self._fill(call, answer):
                 growth = searches.growing.get(node.tree.ordinal)  # the reward of one before may have closed the tree
                 if growth is not None:
                     growth.finished(node)
@@ -269,6 +274,17 @@ class BackendEngine:
                 node.in_flight = False
                 filled.append(node)
         return filled
+
+
+def _fail(call: _Call, error: NoTokenAllowed, searches: Searches) -> None:
+    """Take the nodes of a call off their tree and tell its search; a call is of one search."""
+    growth = searches.growing.get(call.nodes[0].tree.ordinal)
+    _abandon(call.nodes)
+    if growth is not None:
+        first, *others = call.nodes
+        growth.fail(first, error)
+        for node in others:
+            growth.lost(node)
 
 
 def _abandon(nodes: Iterable[Node]) -> None:
