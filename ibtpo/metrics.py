@@ -82,8 +82,8 @@ GROUPS: tuple[Group, ...] = (
             Metric("tokens_trained", "tokens", "Tokens computed to train, prompts and repeated prefixes too."),
             Metric("sampling_efficiency", "ratio", "trajectory_tokens / tokens_computed."),
             Metric("training_efficiency", "ratio", "Tokens of the trained trajectories / tokens_trained."),
-            Metric("reward_timeouts", "count", "Gradings of the run in which a reward took too long; it counts as 0."),
-            Metric("reward_failures", "count", "Gradings of the run in which a reward failed; it counts as 0."),
+            Metric("reward_timeouts", "count", "Gradings of the run's steps in which a reward was late; counts as 0."),
+            Metric("reward_failures", "count", "Gradings of the run's steps in which a reward failed; counts as 0."),
         ),
     ),
     Group(
@@ -139,6 +139,8 @@ GROUPS: tuple[Group, ...] = (
             Metric("eval_samples", "count", "Samples a prompt: k."),
             Metric("eval_response_length", "tokens", "Length of the sampled completions, mean."),
             Metric("eval_truncated_share", "share", "Sampled completions not ended by a stop token."),
+            Metric("eval_reward_timeouts", "count", "Gradings of it in which a reward took too long; it counts as 0."),
+            Metric("eval_reward_failures", "count", "Gradings of it in which a reward failed; it counts as 0."),
         ),
     ),
     Group(
