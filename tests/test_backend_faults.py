@@ -357,7 +357,7 @@ def test_misuse_is_an_error_that_names_the_remedy(server: Server) -> None:
     [node] = trees.extend(tree.root.fork(), SAMPLING)
     assert node.end == 16  # the context, though max_tokens would allow more
     for nodes, message in (
-        (node.fork(), "paths end at 16"),
+        (node.fork(), "paths end at 16; that is the model's context; fork earlier"),
         ([node], "not pending"),
         (tree.root.fork() * 2, "given twice"),
         (others.tree(PROMPTS[0]).root.fork(), "another engine"),

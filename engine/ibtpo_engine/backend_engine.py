@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ibtpo_engine.backends import Backend, CancellableBackend, Completion
 from ibtpo_engine.errors import BackendError, EngineError, NoTokenAllowed
 from ibtpo_engine.growing import Growing, Reward, Search, Searches
+from ibtpo_engine.limits import depth_limit
 from ibtpo_engine.masks import TokenMask
 from ibtpo_engine.randomness import seeded_stream
 from ibtpo_engine.sampling import Sampling
@@ -207,15 +208,16 @@ class BackendEngine:
                     f"Sampling.{name}: {node!r} goes on from sampled tokens, which a backend takes for its prompt: a "
                     "stop string or grammar begun in them would begin anew; use an Engine"
                 )
-        room = {node: self._room(node, sampling) for node in nodes}
+        limits = {node: depth_limit(node, self._trees, sampling.max_tokens, self.max_positions) for node in nodes}
         families: dict[Node | None, list[Node]] = {}
         for node in nodes:
             families.setdefault(node.parent, []).append(node)
         alike: dict[tuple[int, int, int], list[list[Node]]] = {}
         for family in families.values():
             first = family[0]
+            most = limits[first] - first.start
             least = sampling.min_tokens - (first.start - first.tree.prompt_len)
-            alike.setdefault((len(family), room[first], min(max(least, 0), room[first])), []).append(family)
+            alike.setdefault((len(family), most, min(max(least, 0), most)), []).append(family)
         for node in nodes:
             if sampling.seed is not None:
                 node.stream = seeded_stream(sampling.seed, node.births())
@@ -228,24 +230,6 @@ class BackendEngine:
             )
             for (_, most, least), group in alike.items()
         ]
-
-    def _room(self, node: Node, sampling: Sampling) -> int:
-        """Most tokens a node may hold.
-
-        Raises:
-            ValueError: it cannot be extended.
-        """
-        if node.tree.closed or self._trees.get(node.tree.ordinal) is not node.tree:
-            raise ValueError(f"{node!r} belongs to a tree that is closed or of another engine")
-        if node.dropped:
-            raise ValueError(f"{node!r} was dropped from its tree; fork again")
-        if not node.is_pending or node.in_flight:
-            raise ValueError(f"{node!r} is not pending; use node.fork() to grow below it")
-        limit = node.tree.prompt_len + sampling.max_tokens
-        limit = limit if self.max_positions is None else min(limit, self.max_positions)
-        if node.start >= limit:
-            raise ValueError(f"{node!r} starts at depth {node.start}, but paths end at {limit}; raise max_tokens")
-        return limit - node.start
 
     def _fill(self, call: _Call, answer: Answer) -> list[Node]:
         """Give the nodes of a call what the backend sampled for them."""

@@ -14,6 +14,7 @@ from ibtpo_engine.errors import BudgetSpent, EngineError
 from ibtpo_engine.generate import in_order, independent
 from ibtpo_engine.given import Score, attach, check_suffixes, given_branch
 from ibtpo_engine.growing import Growing, Reward, Search, Searches
+from ibtpo_engine.limits import check_open
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.stream import Event, Follower
 from ibtpo_engine.tree import Node, Tree
@@ -161,7 +162,7 @@ class Engine(EngineCore):
         """
         self._check_weights()
         node = below.prompt if isinstance(below, Tree) else below
-        self._check_open(node)
+        check_open(node, self._trees)
         if node.is_pending:
             raise ValueError(f"score: {node!r} has no tokens yet; extend it first")
         config = self.model.config
