@@ -262,7 +262,7 @@ def test_a_search_out_of_budget_ends_and_the_others_go_on(model: Model) -> None:
 
 
 def test_a_pool_takes_its_share_of_what_is_free(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = engine_memory.bytes_per_token(model) * 16
+    page = engine_memory.bytes_per_token(model.config, model.dtype) * 16
     engine = Engine(model, kv_tokens=16)
     assert engine.cache.pool.keys.nbytes + engine.cache.pool.values.nbytes == page
     monkeypatch.setattr(engine_memory, "free_memory", lambda device: page * 101)
