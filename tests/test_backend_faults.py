@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from backend_runs import MODEL, PROMPTS, SAMPLING, connect, engine, forks, grown, outline
 from completion_server import Handler, Server, serving
-from engine_helpers import prompt_of
+from engine_helpers import VOCABULARY, prompt_of
 from shaped_sampling import Alternate
 
 from ibtpo_engine import (
@@ -144,12 +144,16 @@ def first(response: dict[str, Any]) -> dict[str, Any]:
         (lambda r: r.update(choices=[]), "0 choices for n=1"),
         (lambda r: r.pop("choices"), "no list of choices"),
         (lambda r: _lengthen(first(r)), "21 tokens where 1 to 20"),
+        (
+            lambda r: first(r)["token_ids"].__setitem__(0, VOCABULARY),
+            rf"token id {VOCABULARY}, outside the vocabulary \[0, {VOCABULARY}\); does the server serve another model",
+        ),
         (lambda r: first(r).update(token_ids=[], finish_reason="length", logprobs={"token_logprobs": []}), "0 tokens"),
     ],
 )
 def test_an_answer_that_is_not_a_sampled_branch_is_refused(twist: Callable[[Any], Any], message: str) -> None:
     with serving(EngineBackend(engine()), twist) as server, connect(server) as backend:
-        trees = BackendEngine(backend)
+        trees = BackendEngine(backend, vocabulary=VOCABULARY)
         with trees.tree(PROMPTS[0]) as tree:
             with pytest.raises(BackendError, match=message):
                 trees.extend(tree.root.fork(), SAMPLING)
@@ -324,7 +328,7 @@ def test_a_run_left_early_or_by_an_error_closes_searches_and_trees(server: Serve
         assert not any(node.in_flight for tree in closed for node in tree.root.children)
 
 
-def test_a_run_left_sends_none_of_the_requests_that_wait_for_their_turn(server: Server) -> None:
+def test_a_run_left_sends_none_of_the_requests_that_wait_for_their_turn() -> None:
     begun, left = threading.Event(), threading.Event()
 
     def busy_until_left(handler: Handler, body: dict[str, Any]) -> None:
@@ -339,15 +343,15 @@ def test_a_run_left_sends_none_of_the_requests_that_wait_for_their_turn(server: 
         begun.wait(20)
         raise ZeroDivisionError
 
-    with connect(server, max_requests=1) as backend:
-        trees, seen = BackendEngine(backend), len(server.requests)
+    with serving(EngineBackend(engine())) as server, connect(server, max_requests=1) as backend:
+        trees = BackendEngine(backend)
         with pytest.raises(ZeroDivisionError):
             list(trees.run(search, PROMPTS[:1], SAMPLING))
         left.set()
         with trees.tree(PROMPTS[0]) as tree:
             trees.extend(tree.root.fork(), SAMPLING)
             assert len(tree.leaves()) == 1
-        assert len(server.requests) - seen == 3, "the first, of the twelve the one under way, and the last"
+        assert len(server.requests) == 3, "the first, of the twelve the one under way, and the last"
 
 
 def test_misuse_is_an_error_that_names_the_remedy(server: Server) -> None:

@@ -59,21 +59,29 @@ class BackendEngine:
         seed: with a tree's key and a branch's place in the tree, decides the seed of every request.
         max_calls: most calls of the backend under way; `run` opens trees until there are as many.
         max_positions: the model's context in tokens; None where the backend is to say when it is full.
+        vocabulary: the model's number of token ids, `len(tokenizer)` or its padded size; None takes any id.
 
     Raises:
-        ValueError: `max_calls` or `max_positions` is not positive.
+        ValueError: `max_calls`, `max_positions` or `vocabulary` is not positive.
     """
 
     def __init__(
-        self, backend: Backend, *, seed: int = 0, max_calls: int = 32, max_positions: int | None = None
+        self,
+        backend: Backend,
+        *,
+        seed: int = 0,
+        max_calls: int = 32,
+        max_positions: int | None = None,
+        vocabulary: int | None = None,
     ) -> None:
-        for name, value in (("max_calls", max_calls), ("max_positions", max_positions)):
+        for name, value in (("max_calls", max_calls), ("max_positions", max_positions), ("vocabulary", vocabulary)):
             if value is not None and value < 1:
                 raise ValueError(f"BackendEngine: {name}={value} must be at least 1")
         self.backend = backend
         self.seed = seed
         self.max_calls = max_calls
         self.max_positions = max_positions
+        self.vocabulary = vocabulary
         self.version = 0
         self.seconds_waiting = 0.0  # with nothing asked of the backend, for rewards
         self._trees: dict[int, Tree] = {}  # open trees by ordinal
@@ -244,7 +252,7 @@ class BackendEngine:
             for node, completion in zip(family, row, strict=True):
                 if node.dropped:  # its tree was closed meanwhile
                     continue
-                _check(completion, call.sampling.max_tokens)
+                _check(completion, call.sampling.max_tokens, self.vocabulary)
                 node.fill(
                     completion.tokens,
                     completion.logprob,
@@ -278,7 +286,7 @@ def _abandon(nodes: Iterable[Node]) -> None:
             node.abandon()
 
 
-def _check(completion: Completion, most: int) -> None:
+def _check(completion: Completion, most: int, vocabulary: int | None) -> None:
     """Refuse a completion that no node can hold.
 
     Raises:
@@ -288,6 +296,11 @@ def _check(completion: Completion, most: int) -> None:
     if not 1 <= count <= most:
         raise BackendError(
             f"a completion of {count} tokens where 1 to {most} were asked for; does the server honour max_tokens?"
+        )
+    if vocabulary is not None and max(completion.tokens) >= vocabulary:
+        raise BackendError(
+            f"a completion holds token id {max(completion.tokens)}, outside the vocabulary [0, {vocabulary}); does the "
+            "server serve another model, or a padded vocabulary?"
         )
     for name in ("logprob", "logprob_raw", "entropy"):
         if len(getattr(completion, name)) != count:
