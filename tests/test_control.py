@@ -258,6 +258,38 @@ def test_a_search_out_of_budget_ends_and_the_others_go_on(model: Model) -> None:
         assert_idle(engine)
 
 
+def test_an_error_caught_around_a_search_ends_its_own_tree_alone(model: Model) -> None:
+    """As docs/engine.md says: whether the search raised it, or a mask for one of its branches."""
+
+    def allowed(prefix: np.ndarray) -> list[int]:
+        if len(prefix) == len(PROMPT) + 3 and prefix[:37].tolist() == PROMPT:
+            raise ValueError("mask")
+        return list(range(3, 40))
+
+    def search(tree: Tree) -> Iterator[list[Node]]:
+        yield tree.root.fork(2)
+        if tree.prompt_len == 20:
+            raise ValueError("search")
+        yield tree.root.fork(1)
+
+    def careful(tree: Tree) -> Iterator[list[Node]]:
+        try:
+            yield from search(tree)
+        except ValueError as error:
+            tree.notes["error"] = str(error)
+
+    engine, sampling = Engine(model, kv_tokens=8192), Sampling(max_tokens=9, allowed=allowed)
+    prompts = [PROMPT, prompt_of(20), prompt_of(9)]
+    trees = dict(engine.run(careful, prompts, sampling, reward=lambda tree, leaf: None))
+    assert [trees[i].notes.get("error") for i in range(3)] == ["mask", "search", None]
+    assert [len(trees[i].leaves()) for i in range(3)] == [0, 2, 3]
+    assert {leaf.reward for tree in trees.values() for leaf in tree.leaves()} == {None}
+    assert_idle(engine)
+    with pytest.raises(ValueError, match="mask|search"):
+        list(engine.run(search, prompts, sampling))
+    assert_idle(engine)
+
+
 # ---- memory --------------------------------------------------------------------------------------------------
 
 

@@ -212,7 +212,8 @@ class Engine(EngineCore):
                 yield a future, too, to go on once that is done: all trees are opened before any waits in vain.
             prompts: int [n] each.
             sampling: how branches are sampled.
-            reward: grades a finished leaf; a future lets the other trees go on meanwhile.
+            reward: grades a finished leaf, None where it cannot; a future lets the other trees go on meanwhile. What it
+                or a search raises ends the run.
             keys: names of the trees' random numbers, one a prompt.
             budget: of each tree; `BudgetSpent`, like `NoTokenAllowed`, is raised in its search alone, which ends there
                 unless it is caught, and is what the tree was `ended_by`.
