@@ -24,7 +24,7 @@ from ibtpo.sections.safeguards import SafeguardConfig
 from ibtpo.sections.sampling import SamplingConfig
 from ibtpo.sections.search import SearchConfig
 from ibtpo.sections.warm_start import WarmStartConfig
-from ibtpo.validation import check_choice, check_range
+from ibtpo.validation import check_choice, check_choices, check_range
 
 __all__ = [
     "AdvantageConfig",
@@ -114,16 +114,13 @@ class TrainConfig:
         return self.loss.kl_coef > 0 or self.advantage.pi_ref == "reference"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.advantage.kind == "vineppo" and self.search.method != "vineppo":
             raise ValueError("advantage.kind: vineppo needs the rollouts of search.method=vineppo; set that too")
         if self.search.method == "treepo" and self.search.segment_tokens >= self.sampling.max_tokens:
             limit = f"sampling.max_tokens={self.sampling.max_tokens}"
             raise ValueError(f"search.segment_tokens: {self.search.segment_tokens} must be below {limit}")
-        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
-        check_choice("parity", self.parity, ("fast", "bitwise"))
-        check_choice("distributed", self.distributed, ("auto", "ddp", "fsdp"))
         check_range("distributed_timeout", self.distributed_timeout, low=0.0, low_open=True)
-        check_choice("layout", self.layout, ("auto", "plain", "gsm8k", "math", "dapo", "aime"))
         check_range("sampled_tokens", self.sampled_tokens, low=1)
         check_range("prompts_per_step", self.prompts_per_step, low=1)
         check_range("mini_batches", self.mini_batches, low=1, high=self.prompts_per_step)

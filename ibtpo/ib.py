@@ -272,16 +272,12 @@ class IBEstimates:
         spread_g, spread_h = (math.sqrt(_squares(part) / len(part)) for part in (g, h))
         return spread_h / spread_g if min(spread_g, spread_h) > _NO_SPREAD else beta
 
-    def standard_error(self, node: Node) -> float:
-        """Estimated standard error of `score` as a mean over n children drawn: (1 + beta) * sqrt(variance/n).
+    def _standard_error(self, cell: _Cell, beta: float, pooled: float) -> float:
+        """Estimated standard error of a node's score as a mean over n children drawn: (1 + beta) * sqrt(variance/n).
 
         The variance of eta1*eta2 in one draw is the node's own, ((sum of squared deviations) + pooled)/n, where the
         tree's pooled within-node variance counts as one more degree of freedom: a node with one child has that alone.
         """
-        beta = self.config.beta
-        return self._standard_error(self._parent(node), beta, self._pooled_variance(beta))
-
-    def _standard_error(self, cell: _Cell, beta: float, pooled: float) -> float:
         n = len(cell.draws)
         return (1.0 + beta) * math.sqrt((_squares(self._products(cell, beta)) + pooled) / n / n)
 

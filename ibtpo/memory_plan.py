@@ -45,7 +45,7 @@ from ibtpo.policy import adapters_of
 from ibtpo.process_memory import host_memory
 from ibtpo_engine import Model, ModelConfig
 from ibtpo_engine.adapter_folder import is_adapter_folder
-from ibtpo_engine.memory import free_memory
+from ibtpo_engine.memory import bytes_per_token, free_memory
 from ibtpo_engine.pages import PAGE, pages_for
 from ibtpo_kernels.one_pass import chunk_rows
 
@@ -132,9 +132,9 @@ class _Sizes:
     outside: int
 
 
-def _itemsize(config: TrainConfig) -> int:
+def _dtype(config: TrainConfig) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, config.dtype)
-    return dtype.itemsize
+    return dtype
 
 
 def trained_shapes(shape: ModelConfig, config: TrainConfig) -> dict[str, torch.Size]:
@@ -183,7 +183,7 @@ def largest_micro_batch(config: TrainConfig) -> int:
 
 def activation_bytes(shape: ModelConfig, config: TrainConfig, tokens: int) -> int:
     """What autograd keeps of the model's forward pass over `tokens` packed tokens; see the module's table."""
-    size, heads, head, lora = _itemsize(config), shape.num_heads, shape.head_dim, adapters_of(config)
+    size, heads, head, lora = _dtype(config).itemsize, shape.num_heads, shape.head_dim, adapters_of(config)
     wide = (3 if shape.qk_norm else 2) * (heads + shape.num_kv_heads) * head
     layer = size * (4 * shape.hidden_size + 3 * shape.intermediate_size + wide) + 4 * heads
     layer += size * lora.rank * len(lora.targets) if lora is not None else 0
@@ -194,7 +194,7 @@ def activation_bytes(shape: ModelConfig, config: TrainConfig, tokens: int) -> in
 
 
 def _loss_workspace(shape: ModelConfig, config: TrainConfig, tokens: int) -> int:
-    size, head = _itemsize(config), shape.vocab_size * shape.hidden_size
+    size, head = _dtype(config).itemsize, shape.vocab_size * shape.hidden_size
     rows = min(tokens, chunk_rows(shape.vocab_size))
     logits = rows * shape.vocab_size * size
     gradient = 0 if adapters_of(config) else 4 * head + (size * head if size < 4 else 0)
@@ -202,13 +202,13 @@ def _loss_workspace(shape: ModelConfig, config: TrainConfig, tokens: int) -> int
 
 
 def _layer_workspace(shape: ModelConfig, config: TrainConfig, tokens: int) -> int:
-    size = _itemsize(config)
+    size = _dtype(config).itemsize
     waiting = 0 if adapters_of(config) else size * shape.vocab_size * shape.hidden_size
     return size * tokens * (2 * shape.intermediate_size + 3 * shape.hidden_size) + waiting
 
 
 def _sampling_workspace(shape: ModelConfig, config: TrainConfig, processes: Processes) -> int:
-    size = _itemsize(config)
+    size = _dtype(config).itemsize
     prompts, held_out = (-(-count // processes.count) for count in (config.prompts_per_step, config.eval.prompts))
     wanted = max(prompts * config.search.trajectories, held_out * config.eval.samples)
     rows = min(config.engine.max_branches, wanted)
@@ -239,12 +239,12 @@ def plan_memory(
         processes: how the run is spread.
     """
     split = processes.count if processes.mode == "fsdp" else 1
-    size, on_cpu = _itemsize(config), device.type == "cpu"
+    size, on_cpu = _dtype(config).itemsize, device.type == "cpu"
     count, tokens = _sizes(shape, config), largest_micro_batch(config)
     eight = config.optim.state == "8bit"
     large = count.trained - count.trained_small
     process = host_memory() + _LATER if on_cpu else 0
-    pool = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * size * pages_for(config.engine.kv_tokens) * PAGE
+    pool = bytes_per_token(shape, _dtype(config)) * pages_for(config.engine.kv_tokens) * PAGE
     moments = 8 * count.trained_small + large * 2 + large // 32 if eight else 8 * count.trained
     parts = {
         "process": process,

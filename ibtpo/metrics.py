@@ -82,8 +82,8 @@ GROUPS: tuple[Group, ...] = (
             Metric("tokens_trained", "tokens", "Tokens computed to train, prompts and repeated prefixes too."),
             Metric("sampling_efficiency", "ratio", "trajectory_tokens / tokens_computed."),
             Metric("training_efficiency", "ratio", "Tokens of the trained trajectories / tokens_trained."),
-            Metric("reward_timeouts", "count", "Gradings of the run in which a reward took too long; it counts as 0."),
-            Metric("reward_failures", "count", "Gradings of the run in which a reward failed; it counts as 0."),
+            Metric("reward_timeouts", "count", "Gradings of the run's steps in which a reward was late; counts as 0."),
+            Metric("reward_failures", "count", "Gradings of the run's steps in which a reward failed; counts as 0."),
         ),
     ),
     Group(
@@ -124,21 +124,23 @@ GROUPS: tuple[Group, ...] = (
         "Evaluation: independent rollouts on held-out prompts",
         (
             Metric("eval_avg", "0 to 1", "avg@k: mean reward of k independent samples, mean over prompts; accuracy."),
-            Metric("eval_avg_low", "0 to 1", "Lower end of its 95 % bootstrap interval over prompts."),
+            Metric("eval_avg_low", "0 to 1", "Lower end of its 95 % interval over prompts."),
             Metric("eval_avg_high", "0 to 1", "Upper end."),
             Metric("eval_pass", "0 to 1", "Unbiased pass@k, 1 - C(n-c, k)/C(n, k)."),
-            Metric("eval_pass_low", "0 to 1", "Lower end of its 95 % bootstrap interval over prompts."),
+            Metric("eval_pass_low", "0 to 1", "Lower end of its 95 % interval over prompts."),
             Metric("eval_pass_high", "0 to 1", "Upper end."),
             Metric("eval_maj", "0 to 1", "maj@k: mean reward of the answer that most of the k samples give."),
-            Metric("eval_maj_low", "0 to 1", "Lower end of its 95 % bootstrap interval over prompts."),
+            Metric("eval_maj_low", "0 to 1", "Lower end of its 95 % interval over prompts."),
             Metric("eval_maj_high", "0 to 1", "Upper end."),
             Metric("eval_greedy", "0 to 1", "Mean reward of the greedy completion."),
-            Metric("eval_greedy_low", "0 to 1", "Lower end of its 95 % bootstrap interval over prompts."),
+            Metric("eval_greedy_low", "0 to 1", "Lower end of its 95 % interval over prompts."),
             Metric("eval_greedy_high", "0 to 1", "Upper end."),
             Metric("eval_prompts", "count", "Held-out prompts evaluated."),
             Metric("eval_samples", "count", "Samples a prompt: k."),
             Metric("eval_response_length", "tokens", "Length of the sampled completions, mean."),
             Metric("eval_truncated_share", "share", "Sampled completions not ended by a stop token."),
+            Metric("eval_reward_timeouts", "count", "Gradings of it in which a reward took too long; it counts as 0."),
+            Metric("eval_reward_failures", "count", "Gradings of it in which a reward failed; it counts as 0."),
         ),
     ),
     Group(
@@ -288,6 +290,20 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+def accuracy_interval(per_prompt: npt.ArrayLike, *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+    """As `bootstrap_interval`, of [P] values in [0, 1]; also where all are equal, and no resampling differs.
+
+    There, as many prompts may be unlike those seen as leave a chance of (1 - level) / 2 to draw none of them, and their
+    values may be anything: for 0 or 1 this is the interval of Clopper and Pearson for none, or all, of P.
+    """
+    values = np.asarray(per_prompt, np.float64)
+    if values.size == 0 or np.ptp(values) > 1e-9:
+        return bootstrap_interval(values, level=level, seed=seed)
+    alike = ((1 - level) / 2) ** (1 / values.size)
+    value = min(max(float(values[0]), 0.0), 1.0)
+    return value * alike, 1 - (1 - value) * alike
+
+
 def evaluation_metrics(
     sampled: npt.ArrayLike,
     greedy: npt.ArrayLike,
@@ -315,7 +331,7 @@ def evaluation_metrics(
         if per_prompt is None:
             continue
         values[name] = float(np.mean(np.asarray(per_prompt, np.float64)))
-        values[f"{name}_low"], values[f"{name}_high"] = bootstrap_interval(per_prompt, seed=seed)
+        values[f"{name}_low"], values[f"{name}_high"] = accuracy_interval(per_prompt, seed=seed)
     return values
 
 

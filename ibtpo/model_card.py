@@ -135,7 +135,7 @@ def _accuracy(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     if not evaluations:
         return ["Not measured yet."]
     prompts, k = size = _prompts_and_samples(evaluations[-1])
-    lines = [f"{prompts} held-out prompts, {k} independent samples each; 95 % bootstrap intervals over prompts.", ""]
+    lines = [f"{prompts} held-out prompts, {k} independent samples each; 95 % intervals over prompts.", ""]
     lines += [f"| step | avg@{k} | pass@{k} | greedy |", "|---|---|---|---|"]
     names = ("eval_avg", "eval_pass", "eval_greedy")
     for row in evaluations:

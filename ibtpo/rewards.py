@@ -86,7 +86,7 @@ def parse_reward(text: str) -> RewardSpec:
     name, weight = text, 1.0
     head, colon, tail = text.rpartition(":")
     with contextlib.suppress(ValueError):
-        if colon:
+        if colon and (_is_named(head) or not tail.isidentifier()):  # a function may be called nan, or inf
             name, weight = head, float(tail)
     if not 0 < weight < float("inf"):
         raise ValueError(f"reward: the weight in {text!r} lies outside (0, inf)")
@@ -95,11 +95,16 @@ def parse_reward(text: str) -> RewardSpec:
             re.compile(name.removeprefix("regex="))
         except re.error as error:
             raise ValueError(f"reward: {name!r} is not a regular expression ({error})") from None
-    elif name not in ("math", "exact", "format") and not re.fullmatch(r"[\w-]+(\.\w+)*:[\w.]+", name):
+    elif not _is_named(name):
         raise ValueError(f"reward: {name!r} is not known; {suggest(name, BUILT_IN)}")
     if name == "math" and importlib.util.find_spec("math_verify") is None:
         raise ValueError('reward: "math" needs the package math-verify; install it, or use "exact" (jsonl.grade)')
     return RewardSpec(name, weight)
+
+
+def _is_named(text: str) -> bool:
+    """Is this the name of a reward, as far as its form tells?"""
+    return text in ("math", "exact", "format") or bool(re.fullmatch(r"regex=.*|[\w-]+(\.\w+)*:[\w.]+", text, re.DOTALL))
 
 
 def parse_rewards(texts: Sequence[str]) -> tuple[RewardSpec, ...]:

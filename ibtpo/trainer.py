@@ -229,6 +229,7 @@ class Trainer:
         if self.group.gather(known, "evaluate")[0]:  # rank 0 writes the log
             self._renew_card()  # the run may have been killed between the two
             return
+        counted = self.task.counts()
         with track(self.console, title, 2 * len(self.held_out)) as tracker:
             values = evaluate(
                 self.grower,
@@ -238,6 +239,7 @@ class Trainer:
                 on_prompt=lambda tree: tracker.advance(1),
             )
         self.engine.weights_changed()  # training must not find what evaluation left cached: a resumed run would not
+        values |= {f"eval_{name}": value for name, value in self._counted_since(counted).items()}
         self.folder.log(self.state.step, values)
         self._renew_card()
 
@@ -264,7 +266,8 @@ class Trainer:
         counted = self.task.counts()
         trees, problems, reward_seconds = self._grow()
         self._whole = False
-        self._count_rewards(counted)
+        for name, value in self._counted_since(counted).items():  # the sums of the run outlive its processes
+            self.state.reward_counts[name] = self.state.reward_counts.get(name, 0) + value
         sampled = time.perf_counter()
         assert self._updater is not None
         spent = min(self.state.sampled_tokens / self.config.sampled_tokens, 1.0)
@@ -322,12 +325,11 @@ class Trainer:
         peak = max(self.group.gather(peak, "measure memory"))
         return {"peak_memory": float(peak)} | ({} if self.plan is None else {"memory_planned": float(self.plan.total)})
 
-    def _count_rewards(self, before: Mapping[str, float]) -> None:
-        """Add what the task counted since; the sums of the run outlive its processes."""
-        new = {name: value - before.get(name, 0) for name, value in self.task.counts().items()}
-        for counts in self.group.gather(new, "count rewards"):
-            for name, value in counts.items():
-                self.state.reward_counts[name] = self.state.reward_counts.get(name, 0) + value
+    def _counted_since(self, before: Mapping[str, float]) -> dict[str, float]:
+        """What the tasks of all processes counted since; alike in all, so are the names."""
+        new = {name: value - before[name] for name, value in self.task.counts().items()}
+        counts = self.group.gather(new, "count rewards")
+        return {name: sum(count[name] for count in counts) for name in new}
 
     def _grow(self) -> tuple[list[Tree], list[Problem], float]:
         """Trees on the next problems, all that were drawn; seconds spent in grading."""

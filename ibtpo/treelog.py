@@ -181,9 +181,3 @@ def _step(name: str) -> int:
     match = FILE.fullmatch(name)
     assert match is not None
     return int(match[1])
-
-
-def read_tree(path: Path) -> Record:
-    """The tree in a file of the `trees` folder."""
-    record: Record = json.loads(gzip.decompress(path.read_bytes()))
-    return record

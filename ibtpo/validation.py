@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from typing import Literal, get_args, get_origin, get_type_hints
 
 _limits: ContextVar[dict[str, str] | None] = ContextVar("ibtpo_limits", default=None)
 
@@ -50,6 +52,18 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     _note(name, ", ".join(choice or '""' for choice in choices))
     if value not in choices:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+@cache
+def _choices(kind: type) -> dict[str, tuple[str, ...]]:
+    return {name: get_args(hint) for name, hint in get_type_hints(kind).items() if get_origin(hint) is Literal}
+
+
+def check_choices(settings: object, section: str = "") -> None:
+    """Raise unless every field whose type is a `Literal` holds one of its values; `section` precedes its name."""
+    kind: type = type(settings)
+    for name, choices in _choices(kind).items():
+        check_choice(f"{section}{name}", getattr(settings, name), choices)
 
 
 def suggest(name: str, known: Sequence[str]) -> str:

@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 from engine_helpers import assert_idle, prompt_of, tiny_model
 
-from ibtpo_engine import Ahead, BackendEngine, Budget, Engine, EngineBackend, Node, Sampling, Tree
+from ibtpo_engine import (
+    Ahead,
+    BackendEngine,
+    Budget,
+    BudgetSpent,
+    Engine,
+    EngineBackend,
+    Node,
+    NoTokenAllowed,
+    Sampling,
+    Tree,
+)
 
 MODEL = tiny_model()
 SAMPLING = Sampling(max_tokens=24, stop_tokens=(2,))
@@ -165,3 +176,36 @@ def test_a_budget_is_shared_out_by_what_the_search_was_told() -> None:
         assert lengths(1, 0, budget) == wide
         assert lengths(2, 0, budget) == wide
         assert lengths(64, 3, budget) == wide[3:]
+
+
+@pytest.mark.parametrize("ends_by", ["budget", "no token", "itself"])
+def test_what_a_search_leaves_behind_depends_on_its_tree_alone(ends_by: str) -> None:
+    """Branches ahead that ended, or failed, before the search waited for them: gone or kept in every batch alike."""
+
+    def allowed(prefix: np.ndarray) -> list[int]:
+        return [] if ends_by == "no token" and len(prefix) > 20 and prefix[-1] % 3 == 0 else list(range(2, 40))
+
+    def search(tree: Tree) -> Iterator[Ahead]:
+        nodes = tree.root.fork(4)
+        yield Ahead(nodes, nodes[:1])
+        more = tree.root.fork(2)
+        yield Ahead(more, more[1:])
+        if ends_by == "budget":
+            tree.root.fork(1)
+
+    def leaves(max_branches: int, first: int) -> list[tuple[object, ...]]:
+        engine = Engine(MODEL, kv_tokens=8192, max_branches=max_branches)
+        sampling = Sampling(max_tokens=24, stop_tokens=(2, 5, 9), allowed=allowed)
+        trees = dict(engine.run(search, PROMPTS[first:], sampling, keys=range(first, 6), budget=Budget(nodes=6)))
+        assert_idle(engine)
+        found = [trees[i] for i in range(6 - first)]
+        return [(type(tree.ended_by), [leaf.tokens.tolist() for leaf in tree.leaves()]) for tree in found]
+
+    together = leaves(64, 0)
+    assert {error for error, _ in together} >= {
+        {"budget": BudgetSpent, "no token": NoTokenAllowed, "itself": type(None)}[ends_by]
+    }
+    assert any(leaves for _, leaves in together)
+    for max_branches in (1, 2, 3):
+        assert leaves(max_branches, 0) == together
+    assert leaves(64, 3) == together[3:]

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from backend_runs import MODEL, PROMPTS, SAMPLING, connect, engine, forks, grown, outline
 from completion_server import Handler, Server, serving
-from engine_helpers import prompt_of
+from engine_helpers import VOCABULARY, prompt_of
 from shaped_sampling import Alternate
 
 from ibtpo_engine import (
+    Ahead,
     BackendEngine,
     BackendError,
     Completion,
@@ -23,6 +24,7 @@ from ibtpo_engine import (
     EngineBackend,
     EngineError,
     Node,
+    NoTokenAllowed,
     Sampling,
     Tree,
     http_backend,
@@ -142,12 +144,16 @@ def first(response: dict[str, Any]) -> dict[str, Any]:
         (lambda r: r.update(choices=[]), "0 choices for n=1"),
         (lambda r: r.pop("choices"), "no list of choices"),
         (lambda r: _lengthen(first(r)), "21 tokens where 1 to 20"),
+        (
+            lambda r: first(r)["token_ids"].__setitem__(0, VOCABULARY),
+            rf"token id {VOCABULARY}, outside the vocabulary \[0, {VOCABULARY}\); does the server serve another model",
+        ),
         (lambda r: first(r).update(token_ids=[], finish_reason="length", logprobs={"token_logprobs": []}), "0 tokens"),
     ],
 )
 def test_an_answer_that_is_not_a_sampled_branch_is_refused(twist: Callable[[Any], Any], message: str) -> None:
     with serving(EngineBackend(engine()), twist) as server, connect(server) as backend:
-        trees = BackendEngine(backend)
+        trees = BackendEngine(backend, vocabulary=VOCABULARY)
         with trees.tree(PROMPTS[0]) as tree:
             with pytest.raises(BackendError, match=message):
                 trees.extend(tree.root.fork(), SAMPLING)
@@ -218,6 +224,27 @@ def test_a_tree_closed_by_a_reward_ends_its_search_over_a_backend_too() -> None:
         return 1.0
 
     assert sorted(dict(trees.run(forks, PROMPTS[:3], SAMPLING, reward=reward))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("catches", [False, True])
+def test_a_branch_with_no_token_left_is_told_to_its_search_alone_as_on_an_engine(catches: bool) -> None:
+    def allowed(prefix: Any) -> list[int]:
+        return [] if len(prefix) == 17 and prefix[:10].tolist() == PROMPTS[1] else [4, 5, 6]
+
+    def search(tree: Tree) -> Iterator[list[Node]]:
+        try:
+            yield tree.root.fork(2)
+        except NoTokenAllowed:
+            if not catches:
+                raise
+            yield tree.root.fork(at=1)
+
+    found = []
+    for trees in (engine(), BackendEngine(EngineBackend(engine()))):
+        grown = dict(trees.run(search, PROMPTS[:3], Sampling(max_tokens=9, allowed=allowed), keys=range(3)))
+        found.append([(type(grown[i].ended_by), outline(grown[i])) for i in range(3)])
+    assert [ended_by for ended_by, _ in found[0]] == [type(None), type(None) if catches else NoTokenAllowed, type(None)]
+    assert [(ended_by, len(nodes)) for ended_by, nodes in found[0]] == [(one, len(nodes)) for one, nodes in found[1]]
 
 
 def _stop_at(choice: dict[str, Any], token: int) -> None:
@@ -301,6 +328,32 @@ def test_a_run_left_early_or_by_an_error_closes_searches_and_trees(server: Serve
         assert not any(node.in_flight for tree in closed for node in tree.root.children)
 
 
+def test_a_run_left_sends_none_of_the_requests_that_wait_for_their_turn() -> None:
+    begun, left = threading.Event(), threading.Event()
+
+    def busy_until_left(handler: Handler, body: dict[str, Any]) -> None:
+        begun.set()
+        left.wait(20)
+        busy(handler, body)
+
+    def search(tree: Tree) -> Iterator[list[Node] | Ahead]:
+        yield tree.root.fork()
+        server.faults.append(busy_until_left)
+        yield Ahead(tree.root.fork(12), [])
+        begun.wait(20)
+        raise ZeroDivisionError
+
+    with serving(EngineBackend(engine())) as server, connect(server, max_requests=1) as backend:
+        trees = BackendEngine(backend)
+        with pytest.raises(ZeroDivisionError):
+            list(trees.run(search, PROMPTS[:1], SAMPLING))
+        left.set()
+        with trees.tree(PROMPTS[0]) as tree:
+            trees.extend(tree.root.fork(), SAMPLING)
+            assert len(tree.leaves()) == 1
+        assert len(server.requests) == 3, "the first, of the twelve the one under way, and the last"
+
+
 def test_misuse_is_an_error_that_names_the_remedy(server: Server) -> None:
     local = EngineBackend(engine())
     trees, others = BackendEngine(local, max_positions=16), BackendEngine(local)
@@ -308,7 +361,7 @@ def test_misuse_is_an_error_that_names_the_remedy(server: Server) -> None:
     [node] = trees.extend(tree.root.fork(), SAMPLING)
     assert node.end == 16  # the context, though max_tokens would allow more
     for nodes, message in (
-        (node.fork(), "paths end at 16"),
+        (node.fork(), "paths end at 16; that is the model's context; fork earlier"),
         ([node], "not pending"),
         (tree.root.fork() * 2, "given twice"),
         (others.tree(PROMPTS[0]).root.fork(), "another engine"),

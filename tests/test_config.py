@@ -249,6 +249,17 @@ def test_values_out_of_range_name_field_value_and_range(changes: dict[str, Any],
         merge(TrainConfig(), changes, source="f.yaml")
 
 
+def test_a_choice_made_in_code_is_checked_against_the_type_of_its_field() -> None:
+    config, checked = TrainConfig(), 0
+    for section in [config, *(value for name in vars(config) if is_dataclass(value := getattr(config, name)))]:
+        for name, hint in get_type_hints(type(section)).items():
+            if get_origin(hint) is Literal:
+                with pytest.raises(ValueError, match=rf"(^|\.){name}: 'other' is not one of '{get_args(hint)[0]}', "):
+                    replace(section, **{name: "other"})
+                checked += 1
+    assert checked > 20
+
+
 def test_numbers_may_be_written_the_way_people_write_them(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text('sampled_tokens: 100_000\noptim: {lr: 1e-6, weight_decay: 0}\nsearch: {separator: "\\n"}\n')

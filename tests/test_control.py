@@ -258,11 +258,43 @@ def test_a_search_out_of_budget_ends_and_the_others_go_on(model: Model) -> None:
         assert_idle(engine)
 
 
+def test_an_error_caught_around_a_search_ends_its_own_tree_alone(model: Model) -> None:
+    """As docs/engine.md says: whether the search raised it, or a mask for one of its branches."""
+
+    def allowed(prefix: np.ndarray) -> list[int]:
+        if len(prefix) == len(PROMPT) + 3 and prefix[:37].tolist() == PROMPT:
+            raise ValueError("mask")
+        return list(range(3, 40))
+
+    def search(tree: Tree) -> Iterator[list[Node]]:
+        yield tree.root.fork(2)
+        if tree.prompt_len == 20:
+            raise ValueError("search")
+        yield tree.root.fork(1)
+
+    def careful(tree: Tree) -> Iterator[list[Node]]:
+        try:
+            yield from search(tree)
+        except ValueError as error:
+            tree.notes["error"] = str(error)
+
+    engine, sampling = Engine(model, kv_tokens=8192), Sampling(max_tokens=9, allowed=allowed)
+    prompts = [PROMPT, prompt_of(20), prompt_of(9)]
+    trees = dict(engine.run(careful, prompts, sampling, reward=lambda tree, leaf: None))
+    assert [trees[i].notes.get("error") for i in range(3)] == ["mask", "search", None]
+    assert [len(trees[i].leaves()) for i in range(3)] == [0, 2, 3]
+    assert {leaf.reward for tree in trees.values() for leaf in tree.leaves()} == {None}
+    assert_idle(engine)
+    with pytest.raises(ValueError, match="mask|search"):
+        list(engine.run(search, prompts, sampling))
+    assert_idle(engine)
+
+
 # ---- memory --------------------------------------------------------------------------------------------------
 
 
 def test_a_pool_takes_its_share_of_what_is_free(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = engine_memory.bytes_per_token(model) * 16
+    page = engine_memory.bytes_per_token(model.config, model.dtype) * 16
     engine = Engine(model, kv_tokens=16)
     assert engine.cache.pool.keys.nbytes + engine.cache.pool.values.nbytes == page
     monkeypatch.setattr(engine_memory, "free_memory", lambda device: page * 101)

@@ -280,7 +280,14 @@ def test_several_rewards_make_their_weighted_mean_and_fail_apart(bad: Bad) -> No
         assert (grader.timeouts, grader.failures) == (1, 0)
 
 
-@pytest.mark.parametrize("text", ["maths", "regex=(", "math:0", "math:-1", "math:nan", ""])
+@pytest.mark.parametrize("name", ["my_rewards:nan", "my_rewards:inf", "reasoning-gym:infinity", "regex=a:nan b"])
+def test_a_name_that_is_also_a_number_is_a_name(name: str) -> None:
+    assert parse_rewards([name, f"{name}:2", f"{name}:1e-1"]) == ((name, 1.0), (name, 2.0), (name, 0.1))
+
+
+@pytest.mark.parametrize(
+    "text", ["maths", "regex=(", "math:0", "math:-1", "math:nan", "my_rewards:nan:inf", "regex=a:inf", "nan", ""]
+)
 def test_a_reward_that_is_not_known_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="^reward: "):
         parse_rewards([text])

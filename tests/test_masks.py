@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from engine_helpers import VOCABULARY, assert_idle
-from shaped_sampling import KINDS, PROMPT, Alternate, check, engine_on
+from shaped_sampling import KINDS, PROMPT, Alternate, check, engine_on, spell
 
-from ibtpo_engine import NoTokenAllowed, Sampling
+from ibtpo_engine import Node, NoTokenAllowed, Sampling, Tree
 
 
 def test_a_fork_goes_on_with_a_copy_of_the_state(how: str) -> None:
@@ -67,6 +68,75 @@ def test_no_token_left_is_an_error_that_names_the_branch_and_leaves_the_engine_u
     other.close()
     assert_idle(engine)
     assert not engine.scheduler.slots.features
+
+
+class Broken(Alternate):
+    """Fails to begin after `prompt`; without one, its states fail to be copied."""
+
+    def __init__(self, prompt: list[int] | None = None) -> None:
+        super().__init__()
+        self.prompt = prompt
+
+    def begin(self, prompt: npt.NDArray[np.int32]) -> Any:
+        if prompt.tolist() == self.prompt:
+            raise ZeroDivisionError("begin")
+        state = super().begin(prompt)
+        if self.prompt is None:
+            state.copy = self.fail  # type: ignore[method-assign]
+        return state
+
+    def fail(self) -> Any:
+        raise ZeroDivisionError("copy")
+
+
+@pytest.mark.parametrize("what", ["begin", "copy"])
+def test_a_state_that_cannot_be_had_is_the_branchs_own_failure(how: str, what: str) -> None:
+    """As an answer that fails: the branch leaves its tree, its caller is told, and those beside it go on."""
+    engine = engine_on(how)
+    sampling = Sampling(max_tokens=9, allowed=Broken(PROMPT if what == "begin" else None))
+    tree, other = engine.tree(PROMPT), engine.tree(PROMPT[:20])
+    below = tree.root
+    if what == "copy":
+        [below] = engine.extend(tree.root.fork(), replace(sampling, max_tokens=4))
+    pending, [beside] = below.fork(2), other.root.fork()
+    engine._submit([beside], sampling)
+    with pytest.raises(ZeroDivisionError, match=what):
+        engine.extend(pending, sampling)
+    assert all(node.dropped for node in pending) and not below.children
+    engine.check_integrity()
+    engine.extend(below.fork(), KINDS["plain"])
+    while beside.in_flight:
+        engine._step()
+    check(beside, replace(sampling, allowed=Alternate()))
+    tree.close()
+    other.close()
+    assert_idle(engine)
+
+
+@pytest.mark.parametrize("what", ["mask", "decoder"])
+@pytest.mark.parametrize("catches", [True, False])
+def test_a_mask_or_decoder_that_cannot_begin_is_told_to_its_search(what: str, catches: bool) -> None:
+    def decode(tokens: list[int]) -> str:
+        if tokens[:4] == PROMPT[-4:]:
+            raise ZeroDivisionError("begin")
+        return spell(tokens)
+
+    def search(tree: Tree) -> Iterator[list[Node]]:
+        try:
+            yield tree.root.fork(2)
+        except ZeroDivisionError:
+            if not catches:
+                raise
+
+    engine = engine_on(decode=decode)
+    how: dict[str, Any] = {"allowed": Broken(PROMPT)} if what == "mask" else {"stop": ("never",)}
+    run = engine.run(search, [PROMPT, PROMPT[:20]], Sampling(max_tokens=9, **how))
+    if catches:
+        assert {i: len(tree.leaves()) for i, tree in run} == {0: 0, 1: 2}
+    else:
+        with pytest.raises(ZeroDivisionError, match="begin"):
+            list(run)
+    assert_idle(engine)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from engine_helpers import assert_idle, check_every_step, expected_tokens, prompt_of, same, tiny_model
 
 from ibtpo.steps import StepSplitter
-from ibtpo_engine import Boundary, Engine, Model, Node, Sampling, Tree
+from ibtpo_engine import Boundary, Budget, Engine, Model, Node, Sampling, Tree
 from ibtpo_engine.slots import Ints
 
 PROMPT = prompt_of(37)
@@ -105,6 +105,18 @@ def test_a_pause_costs_no_page(model: Model) -> None:
         grow_with_pauses(engine, tree, 4, replace(SAMPLING, pause=pause))
         owned.append(engine.cache.owned_by(tree))
     assert owned[0] == owned[1] > 8
+
+
+def test_a_branch_resumed_with_another_seed_stays_within_the_pages_of_its_tree(model: Model) -> None:
+    engine = Engine(model, kv_tokens=8192)
+    with engine.tree(PROMPT, budget=Budget(pages=5)) as tree:
+        sampling = Sampling(max_tokens=200, pause=lambda tokens, new: new == 5)
+        [node] = engine.extend(tree.root.fork(), sampling)
+        [node] = engine.extend([node.resume()], replace(sampling, pause=None, seed=1))
+        assert (node.finish, node.end) == ("budget", 16 * 4)
+        assert engine.cache.owned_by(tree) == 5
+        engine.check_integrity()
+    assert_idle(engine)
 
 
 def test_pausing_is_a_split_made_early(model: Model) -> None:

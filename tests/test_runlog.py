@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import importlib
 import json
 import math
@@ -31,9 +32,9 @@ from ibtpo.config import IBConfig, TrainConfig
 from ibtpo.disk import RunFolderError
 from ibtpo.ib import IBEstimates
 from ibtpo.loggers import check_installed
-from ibtpo.metrics import bootstrap_interval, evaluation_metrics, pass_at_k, tree_metrics
+from ibtpo.metrics import accuracy_interval, bootstrap_interval, evaluation_metrics, pass_at_k, tree_metrics
 from ibtpo.runlog import RunFolder, read_rows
-from ibtpo.treelog import read_tree, thin_trees, tree_record
+from ibtpo.treelog import thin_trees, tree_record
 from ibtpo_engine.tree import Node, Tree
 
 
@@ -375,7 +376,7 @@ def test_trees_are_kept_within_bounds_and_spread_over_the_run(path: Path) -> Non
     steps = [row["step"] for row in rows_]
     assert 5 <= len(steps) <= 11 and steps[0] == 1 and steps[-1] == 40
     assert max(b - a for a, b in pairwise(steps)) <= 20
-    assert read_tree(path / "trees" / rows_[-1]["file"])["step"] == 40
+    assert json.loads(gzip.decompress((path / "trees" / rows_[-1]["file"]).read_bytes()))["step"] == 40
     assert thin_trees(path, 1, 1) and len(list((path / "trees").iterdir())) == 2  # the first and the last stay
 
 
@@ -519,6 +520,28 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n: int, data: st.
 def test_pass_at_k_refuses_impossible_counts(n: int, c: int, k: int) -> None:
     with pytest.raises(ValueError, match="pass_at_k"):
         pass_at_k(n, c, k)
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 100])
+def test_an_interval_of_prompts_all_alike_leaves_room_for_those_not_seen(count: int) -> None:
+    """Its end is the mean of the prompts that, but for a chance of 2.5 %, would have shown one that is otherwise."""
+    unseen = 1 - 0.025 ** (1 / count)
+    for value in (0.0, 0.3, 1.0):
+        low, high = accuracy_interval([value] * count)
+        assert low == pytest.approx((1 - unseen) * value, abs=1e-12)
+        assert high == pytest.approx((1 - unseen) * value + unseen, abs=1e-12)
+    low, high = accuracy_interval([1.0] * count)  # Clopper and Pearson: the chance of all right is 2.5 % there
+    assert (low**count, high) == (pytest.approx(0.025), 1.0)
+    assert accuracy_interval([1.0 + 2e-16] * count) == (low, high), "maj@k is a sum of many"
+
+
+def test_an_interval_of_prompts_that_differ_is_the_bootstraps() -> None:
+    assert accuracy_interval([0.5, 1.0, 0.25], seed=3) == bootstrap_interval([0.5, 1.0, 0.25], seed=3)
+    assert all(map(math.isnan, accuracy_interval([])))
+    values = evaluation_metrics([[1.0, 1.0]] * 4, [0.0] * 4)
+    for name, value in (("avg", 1.0), ("pass", 1.0), ("greedy", 0.0)):
+        assert values[f"eval_{name}"] == value
+        assert values[f"eval_{name}_high"] - values[f"eval_{name}_low"] == pytest.approx(1 - 0.025**0.25)
 
 
 def test_bootstrap_interval_is_seeded_and_covers_like_the_normal_one() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -32,6 +33,7 @@ from ibtpo.tasks.digit_chain import (
     right_solution,
 )
 from ibtpo.tasks.gym import GymTask
+from ibtpo.tasks.rows import open_rows
 
 EXACT = JsonlConfig(grade="exact")
 
@@ -303,6 +305,19 @@ def test_jsonl_names_file_line_field_and_remedy(tmp_path: Path, content: bytes, 
         DataTask(path, EXACT)
     message = str(caught.value)
     assert message.startswith(str(path)) and "\n" not in message and len(message) < 400
+
+
+def test_a_jsonl_file_cut_short_while_in_use_is_an_error_and_no_signal(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{i}" * 500, "answer": "1"}) + "\n\n" for i in range(40)))
+    rows = open_rows(path)
+    assert rows[39]["prompt"] == "39" * 500
+    os.truncate(path, 5000)
+    assert rows[1]["prompt"] == "1" * 500
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 79: the file was cut short while it was in use"):
+        rows[39]
+    with pytest.raises(IndexError):
+        rows[40]
 
 
 def test_jsonl_missing_file_is_named(tmp_path: Path) -> None:

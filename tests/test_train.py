@@ -335,7 +335,9 @@ def test_trains_a_checkpoint_of_transformers_on_a_jsonl_file(checkpoint: Path, g
     assert sum(row["optimizer_steps"] for row in steps) > 0
     assert sum(row["reward"] for row in steps) > 0
     assert max(row["kl_ref_k3"] for row in steps if row["optimizer_steps"]) > 0  # the paper's KL weight is the default
-    assert steps[-1].get("reward_timeouts", 0) == steps[-1].get("reward_failures", 0) == 0
+    names = ("reward_timeouts", "reward_failures", "eval_reward_timeouts", "eval_reward_failures")
+    counts = {name: row[name] for row in _rows(folder) for name in names if name in row}
+    assert counts == ({} if grade == "exact" else dict.fromkeys(names, 0))
     path = _last(folder)
     theirs, ours = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval(), load_model(path)
     before = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).state_dict()
@@ -437,10 +439,28 @@ def test_the_run_folder_holds_what_the_readme_says(uninterrupted: Path) -> None:
     }  # fmt: skip
 
 
+def test_gradings_that_fail_in_an_evaluation_are_counted_in_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "no_reward.py").write_text("def grade(prompt, completion, answer, data):\n    return float('nan')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    model, data = save_checkpoint(tmp_path / "model", teach=40), save_additions(tmp_path / "rows.jsonl")
+    flags = ["--reward", "no_reward:grade", "--jsonl.max-failed-share", 1, "--eval.prompts", 4, "--eval.samples", 2]
+    assert _run("--model", model, "--data", data, "--out", tmp_path / "run", *TINY_MODEL, *flags) == 0
+    before, *steps, after = _rows(tmp_path / "run")
+    for row in (before, after):
+        graded = 8 * (1 - row["eval_truncated_share"])
+        assert 0 < graded <= row["eval_reward_failures"] <= graded + 4, "the samples, and the greedy completions"
+        assert row["eval_reward_timeouts"] == row["eval_avg"] == 0
+    ended = sum((1 - row["truncated_share"]) * row["trajectories"] for row in steps)
+    assert steps[-1]["reward_failures"] == round(ended)
+
+
 def test_the_log_holds_every_metric(trained: Path) -> None:
     """But for those that only a penalty, a setting, a preset or a grader of its own has."""
     elsewhere = {
         "kl_ref_k1", "kl_ref_k3", "entropy_advantage", "reward_timeouts", "reward_failures",
+        "eval_reward_timeouts", "eval_reward_failures",
     }  # fmt: skip
     assert set().union(*_rows(trained)) - {"step"} == set(METRICS) - elsewhere
 

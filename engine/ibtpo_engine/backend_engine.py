@@ -11,12 +11,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from threading import Event
 
 import numpy.typing as npt
 
-from ibtpo_engine.backends import Backend, Completion
-from ibtpo_engine.errors import BackendError, EngineError
+from ibtpo_engine.backends import Backend, CancellableBackend, Completion
+from ibtpo_engine.errors import BackendError, EngineError, NoTokenAllowed
 from ibtpo_engine.growing import Growing, Reward, Search, Searches
+from ibtpo_engine.limits import depth_limit
 from ibtpo_engine.masks import TokenMask
 from ibtpo_engine.randomness import seeded_stream
 from ibtpo_engine.sampling import Sampling
@@ -33,11 +35,19 @@ class _Call:
     sampling: Sampling
     version: int  # of the weights when it was asked for
 
-    def make(self, backend: Backend) -> list[list[Completion]]:
+    @property
+    def nodes(self) -> list[Node]:
+        return [node for family in self.families for node in family]
+
+    def make(self, backend: Backend, cancelled: Event) -> list[list[Completion]]:
         # A stream has 64 bits; the low 31 are a seed everywhere, whatever integer type a server keeps it in.
         seeds = [[node.stream & 0x7FFFFFFF for node in family] for family in self.families]
         parents = [family[0].parent for family in self.families]
         prefixes = [parent.prefix().tolist() for parent in parents if parent is not None]
+        if isinstance(backend, CancellableBackend):
+            return backend.extend_until(
+                prefixes, len(seeds[0]), sampling=self.sampling, seeds=seeds, cancelled=cancelled
+            )
         return backend.extend(prefixes, len(seeds[0]), sampling=self.sampling, seeds=seeds)
 
 
@@ -49,21 +59,29 @@ class BackendEngine:
         seed: with a tree's key and a branch's place in the tree, decides the seed of every request.
         max_calls: most calls of the backend under way; `run` opens trees until there are as many.
         max_positions: the model's context in tokens; None where the backend is to say when it is full.
+        vocabulary: the model's number of token ids, `len(tokenizer)` or its padded size; None takes any id.
 
     Raises:
-        ValueError: `max_calls` or `max_positions` is not positive.
+        ValueError: `max_calls`, `max_positions` or `vocabulary` is not positive.
     """
 
     def __init__(
-        self, backend: Backend, *, seed: int = 0, max_calls: int = 32, max_positions: int | None = None
+        self,
+        backend: Backend,
+        *,
+        seed: int = 0,
+        max_calls: int = 32,
+        max_positions: int | None = None,
+        vocabulary: int | None = None,
     ) -> None:
-        for name, value in (("max_calls", max_calls), ("max_positions", max_positions)):
+        for name, value in (("max_calls", max_calls), ("max_positions", max_positions), ("vocabulary", vocabulary)):
             if value is not None and value < 1:
                 raise ValueError(f"BackendEngine: {name}={value} must be at least 1")
         self.backend = backend
         self.seed = seed
         self.max_calls = max_calls
         self.max_positions = max_positions
+        self.vocabulary = vocabulary
         self.version = 0
         self.seconds_waiting = 0.0  # with nothing asked of the backend, for rewards
         self._trees: dict[int, Tree] = {}  # open trees by ordinal
@@ -106,9 +124,9 @@ class BackendEngine:
         """
         nodes = list(nodes)
         calls = self._calls(nodes, sampling)
-        pool = ThreadPoolExecutor(self.max_calls, thread_name_prefix="backend")
+        pool, left = ThreadPoolExecutor(self.max_calls, thread_name_prefix="backend"), Event()
         try:
-            answers = [pool.submit(call.make, self.backend) for call in calls]
+            answers = [pool.submit(call.make, self.backend, left) for call in calls]
             for call, answer in zip(calls, answers, strict=True):
                 self._fill(call, answer)
             if closed := [node for node in nodes if node.dropped]:
@@ -119,6 +137,7 @@ class BackendEngine:
             _abandon(nodes)
             raise
         finally:
+            left.set()
             pool.shutdown(wait=False, cancel_futures=True)
         return nodes
 
@@ -134,7 +153,8 @@ class BackendEngine:
         """Grow a tree on every prompt, the rounds of all of them side by side; as `Engine.run`.
 
         Yields:
-            (index of the prompt, its tree) as the trees are done.
+            (index of the prompt, its tree) as the trees are done. `NoTokenAllowed` is raised in the one search, for all
+            branches of a call.
 
         Raises:
             BackendError: the backend failed.
@@ -142,11 +162,11 @@ class BackendEngine:
                 not know a sampling parameter.
         """
         calls: dict[Answer, _Call] = {}
-        pool = ThreadPoolExecutor(self.max_calls, thread_name_prefix="backend")
+        pool, left = ThreadPoolExecutor(self.max_calls, thread_name_prefix="backend"), Event()
 
         def submit(growth: Growing) -> None:
             for call in self._calls(growth.nodes, sampling):
-                calls[pool.submit(call.make, self.backend)] = call
+                calls[pool.submit(call.make, self.backend, left)] = call
 
         def has_room() -> bool:
             return len(calls) < self.max_calls
@@ -162,6 +182,7 @@ class BackendEngine:
                     self._await(calls, searches)
                 yield from searches.resume(has_room, self.max_calls)
         finally:
+            left.set()
             pool.shutdown(wait=False, cancel_futures=True)  # requests already sent are not waited for
             self._searches.remove(searches)
             searches.close()
@@ -173,7 +194,11 @@ class BackendEngine:
         if not calls:
             self.seconds_waiting += time.perf_counter() - begin
         for answer in [answer for answer in calls if answer.done()]:
-            for node in self._fill(calls.pop(answer), answer):
+            call = calls.pop(answer)
+            if isinstance(error := answer.exception(), NoTokenAllowed):
+                _fail(call, error, searches)
+                continue
+            for node in self._fill(call, answer):
                 growth = searches.growing.get(node.tree.ordinal)  # the reward of one before may have closed the tree
                 if growth is not None:
                     growth.finished(node)
@@ -191,15 +216,16 @@ class BackendEngine:
                     f"Sampling.{name}: {node!r} goes on from sampled tokens, which a backend takes for its prompt: a "
                     "stop string or grammar begun in them would begin anew; use an Engine"
                 )
-        room = {node: self._room(node, sampling) for node in nodes}
+        limits = {node: depth_limit(node, self._trees, sampling.max_tokens, self.max_positions) for node in nodes}
         families: dict[Node | None, list[Node]] = {}
         for node in nodes:
             families.setdefault(node.parent, []).append(node)
         alike: dict[tuple[int, int, int], list[list[Node]]] = {}
         for family in families.values():
             first = family[0]
+            most = limits[first] - first.start
             least = sampling.min_tokens - (first.start - first.tree.prompt_len)
-            alike.setdefault((len(family), room[first], min(max(least, 0), room[first])), []).append(family)
+            alike.setdefault((len(family), most, min(max(least, 0), most)), []).append(family)
         for node in nodes:
             if sampling.seed is not None:
                 node.stream = seeded_stream(sampling.seed, node.births())
@@ -212,24 +238,6 @@ class BackendEngine:
             )
             for (_, most, least), group in alike.items()
         ]
-
-    def _room(self, node: Node, sampling: Sampling) -> int:
-        """Most tokens a node may hold.
-
-        Raises:
-            ValueError: it cannot be extended.
-        """
-        if node.tree.closed or self._trees.get(node.tree.ordinal) is not node.tree:
-            raise ValueError(f"{node!r} belongs to a tree that is closed or of another engine")
-        if node.dropped:
-            raise ValueError(f"{node!r} was dropped from its tree; fork again")
-        if not node.is_pending or node.in_flight:
-            raise ValueError(f"{node!r} is not pending; use node.fork() to grow below it")
-        limit = node.tree.prompt_len + sampling.max_tokens
-        limit = limit if self.max_positions is None else min(limit, self.max_positions)
-        if node.start >= limit:
-            raise ValueError(f"{node!r} starts at depth {node.start}, but paths end at {limit}; raise max_tokens")
-        return limit - node.start
 
     def _fill(self, call: _Call, answer: Answer) -> list[Node]:
         """Give the nodes of a call what the backend sampled for them."""
@@ -244,7 +252,7 @@ class BackendEngine:
             for node, completion in zip(family, row, strict=True):
                 if node.dropped:  # its tree was closed meanwhile
                     continue
-                _check(completion, call.sampling.max_tokens)
+                _check(completion, call.sampling.max_tokens, self.vocabulary)
                 node.fill(
                     completion.tokens,
                     completion.logprob,
@@ -260,6 +268,17 @@ class BackendEngine:
         return filled
 
 
+def _fail(call: _Call, error: NoTokenAllowed, searches: Searches) -> None:
+    """Take the nodes of a call off their tree and tell its search; a call is of one search."""
+    growth = searches.growing.get(call.nodes[0].tree.ordinal)
+    _abandon(call.nodes)
+    if growth is not None:
+        first, *others = call.nodes
+        growth.fail(first, error)
+        for node in others:
+            growth.lost(node)
+
+
 def _abandon(nodes: Iterable[Node]) -> None:
     """Take the nodes that are still under way off their trees."""
     for node in nodes:
@@ -267,7 +286,7 @@ def _abandon(nodes: Iterable[Node]) -> None:
             node.abandon()
 
 
-def _check(completion: Completion, most: int) -> None:
+def _check(completion: Completion, most: int, vocabulary: int | None) -> None:
     """Refuse a completion that no node can hold.
 
     Raises:
@@ -277,6 +296,11 @@ def _check(completion: Completion, most: int) -> None:
     if not 1 <= count <= most:
         raise BackendError(
             f"a completion of {count} tokens where 1 to {most} were asked for; does the server honour max_tokens?"
+        )
+    if vocabulary is not None and max(completion.tokens) >= vocabulary:
+        raise BackendError(
+            f"a completion holds token id {max(completion.tokens)}, outside the vocabulary [0, {vocabulary}); does the "
+            "server serve another model, or a padded vocabulary?"
         )
     for name in ("logprob", "logprob_raw", "entropy"):
         if len(getattr(completion, name)) != count:

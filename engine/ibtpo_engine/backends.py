@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy.typing as npt
 
@@ -63,6 +63,22 @@ class Backend(Protocol):
             BackendError: they cannot be had; the message names the remedy.
             ValueError: the backend does not know one of the sampling parameters.
         """
+
+
+@runtime_checkable
+class CancellableBackend(Backend, Protocol):
+    """A backend that can be told that nobody waits for what it was asked for any more."""
+
+    def extend_until(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        n: int,
+        *,
+        sampling: Sampling,
+        seeds: Sequence[Sequence[int]],
+        cancelled: threading.Event,
+    ) -> list[list[Completion]]:
+        """As `extend`; once `cancelled` is set nothing more is begun, and what it raises then is told to nobody."""
 
 
 class TreeEngine(Protocol):

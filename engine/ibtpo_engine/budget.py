@@ -155,4 +155,4 @@ def _pages(node: Node, end: int) -> int:
 
 
 def _shares_page(node: Node) -> bool:
-    return node.parent is not None and node.parent.stream == node.stream and node.start % PAGE > 0
+    return node.continues_parent and node.start % PAGE > 0

@@ -41,7 +41,7 @@ class PageCache:
         parent, start = node.parent, node.start
         assert parent is not None
         first = start // PAGE
-        if start % PAGE and node.stream == parent.stream:
+        if start % PAGE and node.continues_parent:
             fresh = self.take(max(pages_for(upto) - first - 1, 0))
             if fresh is None:
                 return None

@@ -20,6 +20,7 @@ from ibtpo_engine.errors import BranchFailed, EngineError, OutOfPages, StaleWeig
 from ibtpo_engine.features import features_of
 from ibtpo_engine.growing import Growing, Searches
 from ibtpo_engine.integrity import check_engine
+from ibtpo_engine.limits import depth_limit
 from ibtpo_engine.memory import tokens_in_share
 from ibtpo_engine.model import Model
 from ibtpo_engine.pages import PAGE, PagePool, pages_for
@@ -179,7 +180,8 @@ class EngineCore:
     # ---- stepping --------------------------------------------------------------------------------------------
 
     def _submit(self, nodes: Sequence[Node], sampling: Sampling) -> list[Branch]:
-        limits = {node: self._limit(node, sampling) for node in nodes}
+        context = self.model.config.max_positions
+        limits = {node: depth_limit(node, self._trees, sampling.max_tokens, context) for node in nodes}
         if len(limits) < len(nodes):
             raise ValueError("a node is given twice; use node.fork(n=2) for two branches")
         sampling.check_serves(self.model.config.vocab_size, has_decode=self.decode is not None)
@@ -201,28 +203,6 @@ class EngineCore:
             for growth in searches.growing.values():
                 depths |= growth.reserved
         return depths
-
-    def _check_open(self, node: Node) -> None:
-        if node.tree.closed or self._trees.get(node.tree.ordinal) is not node.tree:
-            raise ValueError(f"{node!r} belongs to a tree that is closed or of another engine")
-        if node.dropped:
-            raise ValueError(f"{node!r} was dropped from its tree; fork again")
-
-    def _limit(self, node: Node, sampling: Sampling) -> int:
-        """Depth a node may reach.
-
-        Raises:
-            ValueError: it cannot be extended.
-        """
-        self._check_open(node)
-        if not node.is_pending or node.in_flight:
-            raise ValueError(f"{node!r} is not pending; use node.fork() to grow below it")
-        limit = min(node.tree.prompt_len + sampling.max_tokens, self.model.config.max_positions)
-        if node.start >= limit:
-            is_full = limit == self.model.config.max_positions
-            remedy = "that is the model's context; fork earlier" if is_full else "raise max_tokens"
-            raise ValueError(f"{node!r} starts at depth {node.start}, but paths end at {limit}; {remedy}")
-        return limit
 
     def _step(self, most: int = 1) -> None:
         """At most so many scheduler steps; what finished is reported to its search, whoever is calling.

@@ -14,6 +14,7 @@ from ibtpo_engine.errors import BudgetSpent, EngineError
 from ibtpo_engine.generate import in_order, independent
 from ibtpo_engine.given import Score, attach, check_suffixes, given_branch
 from ibtpo_engine.growing import Growing, Reward, Search, Searches
+from ibtpo_engine.limits import check_open
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.stream import Event, Follower
 from ibtpo_engine.tree import Node, Tree
@@ -161,7 +162,7 @@ class Engine(EngineCore):
         """
         self._check_weights()
         node = below.prompt if isinstance(below, Tree) else below
-        self._check_open(node)
+        check_open(node, self._trees)
         if node.is_pending:
             raise ValueError(f"score: {node!r} has no tokens yet; extend it first")
         config = self.model.config
@@ -211,7 +212,8 @@ class Engine(EngineCore):
                 yield a future, too, to go on once that is done: all trees are opened before any waits in vain.
             prompts: int [n] each.
             sampling: how branches are sampled.
-            reward: grades a finished leaf; a future lets the other trees go on meanwhile.
+            reward: grades a finished leaf, None where it cannot; a future lets the other trees go on meanwhile. What it
+                or a search raises ends the run.
             keys: names of the trees' random numbers, one a prompt.
             budget: of each tree; `BudgetSpent`, like `NoTokenAllowed`, is raised in its search alone, which ends there
                 unless it is caught, and is what the tree was `ended_by`.

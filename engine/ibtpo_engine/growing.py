@@ -19,6 +19,7 @@ class Ahead:
     """What a search may yield that goes on before all its branches have ended: these, until those.
 
     What it is told, and when, follows from the tree alone: not from which branch ended first, so not from the batch.
+    So does what is left of its tree: branches that it has not received when it ends leave the tree, ended or not.
 
     Attributes:
         extend: pending nodes to be extended.
@@ -66,9 +67,11 @@ class Growing:
         self.turns = 0
         self.submitted = True
         self._under_way: set[Node] = set()
+        self._untold: dict[Node, None] = {}  # asked for and not received yet
         self._until: list[Node] = []
         self._waits_for = 0  # how many of `_until` are under way
         self._gate: Future[Any] | None = None
+        self._failed: dict[Node, Exception] = {}  # what branches failed with that it does not wait for yet
         self._error: Exception | None = None  # what the search is told instead of what it waits for
         self._not_graded: BaseException | None = None  # what the reward raised: for the caller of `run`
 
@@ -88,7 +91,8 @@ class Growing:
         elif error is not None:
             self._resume(lambda generator: generator.throw(error))
         else:
-            for node in self._until if self.reserved else ():
+            for node in self._until:
+                self._untold.pop(node, None)
                 self.reserved.pop(node, None)
             self._resume(lambda generator: generator.send(self._until))
 
@@ -98,9 +102,11 @@ class Growing:
         try:
             asked = go(self.generator)
         except StopIteration:
+            self._drop_untold()
             self._end()
         except (BudgetSpent, NoTokenAllowed) as error:
             self.tree.ended_by = error
+            self._drop_untold()
             self._end()
         else:
             if self.tree.closed:
@@ -117,11 +123,18 @@ class Growing:
         self._resume(lambda generator: generator.throw(error))
 
     def fail(self, node: Node, error: Exception) -> bool:
-        """A branch could not go on and is off the tree: its search is told next. False if it is not of this search."""
+        """A branch could not go on and is off the tree: its search is told once it waits for it.
+
+        Returns:
+            False if the branch is not of this search.
+        """
         if node not in self._under_way:
             return False
+        if node in self._until:
+            self._error = error
+        else:
+            self._failed[node] = error
         self.lost(node)
-        self._error = error
         return True
 
     def _take(self, asked: Sequence[Node] | Ahead | Future[Any]) -> None:
@@ -131,14 +144,24 @@ class Growing:
         if not isinstance(asked, list | Ahead) and (isinstance(asked, Node | str) or not isinstance(asked, Iterable)):
             raise TypeError(f"a search yields a list of nodes, an Ahead or a future; this one yielded {asked!r}")
         asked = asked if isinstance(asked, Ahead) else Ahead(asked, asked)
+        failed = (self._failed.pop(node) for node in asked.until if node in self._failed)
+        self._error = self._error or next(failed, None)  # one may be left where the budget refused what came with it
         self.nodes, self._until = list(asked.extend), [node for node in asked.until if not node.dropped]
         if any(node.tree is not self.tree for node in [*self.nodes, *self._until]):
             raise ValueError("a search may yield nodes of its own tree only; use engine.extend for others")
         self._under_way.update(self.nodes)
+        self._untold.update(dict.fromkeys(self.nodes))
         if never := [node for node in self._until if node.is_pending and node not in self._under_way]:
             raise ValueError(f"a search waits for {never[0]!r}, which it never asked to extend")
         self._waits_for = sum(node in self._under_way for node in self._until)
         self.submitted = False
+
+    def _drop_untold(self) -> None:
+        """Cut off what ended before the search was told: whether it had would depend on the batch."""
+        if not self.tree.closed:
+            for node in self._untold:
+                if not (node.in_flight or node.dropped or node.children):
+                    node.drop()
 
     def _check_grades(self) -> None:
         if self._not_graded is not None:

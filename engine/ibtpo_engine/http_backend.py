@@ -89,12 +89,24 @@ class HttpBackend:
         self, prefixes: Sequence[Sequence[int]], n: int, *, sampling: Sampling, seeds: Sequence[Sequence[int]]
     ) -> list[list[Completion]]:
         """Continue every prefix `n` times, all requests side by side; as `Backend.extend`."""
+        return self.extend_until(prefixes, n, sampling=sampling, seeds=seeds, cancelled=self._closed)
+
+    def extend_until(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        n: int,
+        *,
+        sampling: Sampling,
+        seeds: Sequence[Sequence[int]],
+        cancelled: threading.Event,
+    ) -> list[list[Completion]]:
+        """The same; once `cancelled` is set no request is sent any more, those that wait for their turn included."""
         if self._closed.is_set():
             raise BackendError(f"{self.server.url}: the backend is closed; make a new one")
         together = self.server.siblings == "together"
         asked = [[(seed, n) for seed in row[:1]] if together else [(seed, 1) for seed in row] for row in seeds]
         futures = [
-            [self._pool.submit(self._complete, prefix, count, sampling, seed) for seed, count in row]
+            [self._pool.submit(self._complete, prefix, count, sampling, seed, cancelled) for seed, count in row]
             for prefix, row in zip(prefixes, asked, strict=True)
         ]
         try:
@@ -115,11 +127,13 @@ class HttpBackend:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _complete(self, prefix: Sequence[int], n: int, sampling: Sampling, seed: int) -> list[Completion]:
-        body = request_body(self.server.model, prefix, n, sampling, seed)
-        return read_completions(self._post(json.dumps(body).encode()), prefix, n, sampling, self.server.logprobs)
+    def _complete(
+        self, prefix: Sequence[int], n: int, sampling: Sampling, seed: int, cancelled: threading.Event
+    ) -> list[Completion]:
+        body = json.dumps(request_body(self.server.model, prefix, n, sampling, seed)).encode()
+        return read_completions(self._post(body, cancelled), prefix, n, sampling, self.server.logprobs)
 
-    def _post(self, body: bytes) -> Any:
+    def _post(self, body: bytes, cancelled: threading.Event) -> Any:
         """The parsed answer, after as many tries as it takes.
 
         Raises:
@@ -127,6 +141,8 @@ class HttpBackend:
         """
         server, problem = self.server, ""
         for attempt in range(server.retries + 1):
+            if cancelled.is_set() or self._closed.is_set():
+                raise BackendError(f"{server.url}: the backend was closed, or the call left, before a request was sent")
             wait = server.backoff * 2**attempt
             try:
                 status, asked_to_wait, text = self._send(body)
@@ -139,8 +155,8 @@ class HttpBackend:
                 if status not in _TEMPORARY:
                     raise BackendError(f"{server.url}: {problem}; the request will not get better, correct it")
                 wait = wait if asked_to_wait is None else asked_to_wait
-            if attempt < server.retries and self._closed.wait(min(wait, _LONGEST_WAIT)):
-                raise BackendError(f"{server.url}: the backend was closed while a request was being tried again")
+            if attempt < server.retries:
+                self._closed.wait(min(wait, _LONGEST_WAIT))
         raise BackendError(
             f"{server.url}: {problem}, {server.retries + 1} times in a row; is the server up, and is timeout="
             f"{server.timeout:g} s long enough for {server.max_requests} requests at a time?"

@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 
 from ibtpo_engine.model import Model
+from ibtpo_engine.model_config import ModelConfig
 from ibtpo_engine.pages import PAGE
 
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMINFO = Path("/proc/meminfo")
 
 
-def bytes_per_token(model: Model) -> int:
+def bytes_per_token(shape: ModelConfig, dtype: torch.dtype) -> int:
     """Bytes of keys and values of one position, all layers."""
-    config = model.config
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * dtype.itemsize
 
 
 def tokens_in_share(model: Model, share: float) -> int:
@@ -27,7 +27,7 @@ def tokens_in_share(model: Model, share: float) -> int:
     """
     if not 0 < share <= 1:
         raise ValueError(f"Engine: kv_share={share} lies outside (0, 1]")
-    free, page = free_memory(model.device), bytes_per_token(model) * PAGE
+    free, page = free_memory(model.device), bytes_per_token(model.config, model.dtype) * PAGE
     pages = int(share * free) // page
     if pages < 1:
         raise ValueError(

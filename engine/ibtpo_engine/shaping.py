@@ -36,11 +36,12 @@ class Shape:
         self._bias = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32)
         self._stops = torch.tensor(sampling.stop_tokens, dtype=torch.int64)
         self._may_stop_at = sampling.length_to_stop(node.tree.prompt_len) - 1  # depth of the first token that may
-        self.cursor = None if sampling.allowed is None else MaskCursor.at(node, sampling.allowed)
+        self._allowed = sampling.allowed
+        self.cursor: MaskCursor | None = None  # begun with the first token: what that raises is this branch's alone
 
     def is_over(self, depth: int) -> bool:
         """Are logits from the token at `depth` on left as they are?"""
-        return self.cursor is None and len(self._ids) == 0 and (depth >= self._may_stop_at or len(self._stops) == 0)
+        return self._allowed is None and len(self._ids) == 0 and (depth >= self._may_stop_at or len(self._stops) == 0)
 
     def apply(self, logits: Tensor, tokens: Ints) -> None:
         """Shape one row in place.
@@ -58,7 +59,9 @@ class Shape:
             logits.index_add_(0, self._ids.to(logits.device), self._bias.to(logits))
         if depth < self._may_stop_at:
             logits[self._stops[(self._stops >= 0) & (self._stops < vocabulary)].to(logits.device)] = -torch.inf
-        if self.cursor is not None:
+        if self._allowed is not None:
+            if self.cursor is None:
+                self.cursor = MaskCursor.at(self.node, self._allowed)
             assert self.cursor.depth <= depth, "a branch never loses what it sampled"
             self.cursor.advance(tokens[self.cursor.depth - self.node.start :])
             allowed = torch.from_numpy(self.cursor.allowed(vocabulary))

@@ -36,14 +36,18 @@ class StopWatch:
         self.decode = decode
         self.stops = stops
         self._text = ""
+        self._begun = False  # decoded only when asked: what `decode` raises is this branch's alone
         self._longest = max(map(len, stops))
         begin = max(prompt_len - CONTEXT, 0)
         self._window: list[int] = prefix[begin:].tolist()
-        self._set_context(prompt_len - begin)
-        self._shorten()
+        self._num_context = prompt_len - begin
 
     def push(self, token: int) -> str | None:
         """Append a token; returns the stop string it completes: of several, the one that ends first in the text."""
+        if not self._begun:
+            self._set_context(self._num_context)
+            self._shorten()
+            self._begun = True
         self._window.append(token)
         before, self._text = self._text, self.decode(self._window)
         same, begin = _common(before, self._text), _common(self._context, self._text)

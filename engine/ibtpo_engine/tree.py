@@ -106,6 +106,11 @@ class Node:
         return len(self.tokens) == 0
 
     @property
+    def continues_parent(self) -> bool:
+        """True where this node goes on with its parent's branch: the lower half of a cut, or what was resumed."""
+        return self.parent is not None and self.parent.birth == self.birth
+
+    @property
     def is_leaf(self) -> bool:
         """True where a trajectory ends: sampled, with nothing sampled below."""
         return self.finish is not None and all(child.is_pending for child in self.children)
@@ -124,8 +129,7 @@ class Node:
 
         The first depth is where what was sampled begins: the prompt's length, or less below a fork within the prompt.
         """
-        path = self.path()
-        return [node.birth for node, above in zip(path[1:], path, strict=False) if node.birth != above.birth]
+        return [node.birth for node in self.path()[1:] if not node.continues_parent]
 
     def prefix(self) -> Ints:
         """int32 [end], every token from the root to the end of this node."""
@@ -230,7 +234,7 @@ class Node:
             raise ValueError(f"resume: {self!r} is pending or was dropped; resume a node that holds tokens")
         if self.stream == self.tree.root.stream:
             raise ValueError("resume: the prompt was not sampled; fork it instead")
-        if any(child.birth == self.birth for child in self.children):
+        if any(child.continues_parent for child in self.children):
             raise ValueError(f"resume: what follows {self!r} is there already; fork it for another branch")
         check_nodes(self.tree, 1)
         child = Node(self.tree, self, self.end, self.stream)

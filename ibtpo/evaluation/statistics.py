@@ -22,7 +22,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from ibtpo.metrics import RIGHT, bootstrap_interval, pass_at_k
+from ibtpo.metrics import RIGHT, accuracy_interval, pass_at_k
 from ibtpo.report import Estimate
 from ibtpo.sections.eval import MOST_SAMPLES
 
@@ -35,9 +35,9 @@ def ks_up_to(samples: int) -> list[int]:
 
 
 def estimate(per_prompt: npt.ArrayLike) -> Estimate:
-    """Mean over prompts with its 95 % percentile bootstrap interval."""
+    """Mean over prompts with its 95 % interval."""
     values = np.asarray(per_prompt, np.float64)
-    return Estimate(float(values.mean()), *bootstrap_interval(values))
+    return Estimate(float(values.mean()), *accuracy_interval(values))
 
 
 def pass_rates(rewards: npt.ArrayLike, k: int) -> list[float]:

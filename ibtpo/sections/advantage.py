@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ibtpo.validation import check_range
+from ibtpo.validation import check_choices, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,5 +26,6 @@ class AdvantageConfig:
     """Added to that deviation."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "advantage.")
         check_range("advantage.ib_weight", self.ib_weight, low=0.0)
         check_range("advantage.std_eps", self.std_eps, low=0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ibtpo.validation import check_range
+from ibtpo.validation import check_choices, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class DigitChainConfig:
     """k of the warm-start teacher: each fact is wrong with its own probability 0.9*u^k, u uniform."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "digits.")
         check_range("digits.min_ops", self.min_ops, low=1)
         check_range("digits.max_ops", self.max_ops, low=self.min_ops)
         check_range("digits.teacher_exponent", self.teacher_exponent, low=0.0, low_open=True)

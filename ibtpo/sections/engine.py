@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ibtpo.validation import check_choice, check_range
+from ibtpo.validation import check_choices, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,7 @@ class EngineConfig:
     """Hand the pool's memory back while the policy is updated; auto: on a GPU, or where the run does not fit else."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "engine.")
         check_range("engine.kv_tokens", self.kv_tokens, low=16)
         check_range("engine.max_branches", self.max_branches, low=1)
         check_range("engine.prefill_tokens", self.prefill_tokens, low=16)
-        check_choice("engine.release", self.release, ("auto", "always", "never"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ibtpo.validation import check_range
+from ibtpo.validation import check_choices, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class IBConfig:
     """The same step sampled twice under one parent: two draws, or one node with pooled leaves."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "ib.")
         check_range("ib.beta", self.beta, low=0.0, low_open=True)
         check_range("ib.shrinkage", self.shrinkage, low=0.0)
         check_range("ib.score_bonus", self.score_bonus, low=0.0)

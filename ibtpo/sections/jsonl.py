@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ibtpo.validation import check_range
+from ibtpo.validation import check_choices, check_range
 
 _OURS = ("conversation", "messages", "add_generation_prompt", "continue_final_message", "tokenize")
 
@@ -59,6 +59,7 @@ class JsonlConfig:
     """Stop when more than this share of the last 100 gradings failed or timed out; 1 never stops."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "jsonl.")
         if self.template is not None and "{prompt}" not in self.template:
             raise ValueError(f"jsonl.template: {self.template!r} has no {{prompt}}; write it where the prompt goes")
         parse_options(self.chat_template_options)

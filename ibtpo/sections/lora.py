@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ibtpo.validation import check_choice, check_range
+from ibtpo.validation import check_choices, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,6 @@ class LoRAConfig:
     """Projections adapted: q, k, v, o (attention), gate, up, down (mlp), or all of them."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "lora.")
         check_range("lora.rank", self.rank, low=0)
         check_range("lora.alpha", self.alpha, low=0.0, low_open=True)
-        check_choice("lora.targets", self.targets, ("all", "attention", "mlp"))

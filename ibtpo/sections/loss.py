@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ibtpo.validation import check_range
+from ibtpo.validation import check_choices, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,7 @@ class LossConfig:
     """Where the old policy's log-probs come from; with top-p, top-k or min-p they are always recomputed."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "loss.")
         check_range("loss.clip_low", self.clip_low, low=0.0, high=1.0)
         check_range("loss.clip_high", self.clip_high, low=0.0)
         for name in ("kl_coef", "entropy_coef", "entropy_advantage_coef"):

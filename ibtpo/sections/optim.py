@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ibtpo.validation import check_choice, check_range
+from ibtpo.validation import check_choices, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class OptimConfig:
     """How the running means are kept; 8bit (bitsandbytes) takes 2 bytes a weight instead of 8."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "optim.")
         check_range("optim.lr", self.lr, low=0.0, low_open=True)
         check_range("optim.beta1", self.beta1, low=0.0, high=1.0, high_open=True)
         check_range("optim.beta2", self.beta2, low=0.0, high=1.0, high_open=True)
@@ -40,4 +41,3 @@ class OptimConfig:
         check_range("optim.warmup_steps", self.warmup_steps, low=0)
         check_range("optim.final_share", self.final_share, low=0.0, high=1.0)
         check_range("optim.grad_clip", self.grad_clip, low=0.0, low_open=True)
-        check_choice("optim.state", self.state, ("float32", "8bit"))

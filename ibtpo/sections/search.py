@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ibtpo.validation import check_range
+from ibtpo.validation import check_choices, check_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,7 @@ class SearchConfig:
     """Share of the step boundaries moved to a random token between their neighbours (the paper's robustness test)."""
 
     def __post_init__(self) -> None:
+        check_choices(self, "search.")
         for name in ("group_size", "initial_branches", "rounds", "nodes_per_round", "branches_per_node", "lookahead"):
             check_range(f"search.{name}", getattr(self, name), low=1)
         check_range("search.redraws", self.redraws, low=0)

@@ -11,13 +11,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 
 from ibtpo.disk import write_atomically
-from ibtpo.progress import track
+from ibtpo.progress import Tracker, track
 from ibtpo.studies.folders import CELLS, ERROR, LOG, RESULT, SPEC, policy_of
 from ibtpo.studies.matrix import Cell, with_policies
 
@@ -47,35 +47,60 @@ def run_cells(out: Path, cells: Sequence[Cell], jobs: int, console: Console) -> 
     """
     needed = with_policies([cell for cell in cells if not is_done(out, cell)])
     waiting = [cell for cell in needed if not is_done(out, cell)]
-    under_way: dict[str, tuple[Cell, subprocess.Popen[bytes]]] = {}
-    failures: dict[str, Failure] = {}
     with _locked(out), track(console, "Study", len(waiting)) as tracker:
+        processes = _Processes(out, waiting, jobs, console, tracker)
         try:
-            while waiting or under_way:
-                for cell in list(waiting) if len(under_way) < jobs else ():
-                    above = cell.policy
-                    if above is not None and above.id in failures:
-                        waiting.remove(cell)
-                        failures[cell.id] = Failure(cell, f"not begun: {above.id} failed")
-                        tracker.advance(1)
-                    elif len(under_way) < jobs and (above is None or is_done(out, above)):
-                        waiting.remove(cell)
-                        under_way[cell.id] = (cell, _begin(out, cell))
-                for name, (cell, process) in list(under_way.items()):
-                    if process.poll() is None:
-                        continue
-                    del under_way[name]
-                    _close(process)
-                    if not is_done(out, cell):
-                        failures[name] = Failure(cell, _message(out / CELLS / name, process.returncode))
-                        console.print(f"failed: {name}: {failures[name].message}", highlight=False, markup=False)
-                    tracker.advance(1, f"{name} ({len(failures)} failed)" if failures else name)
+            while processes.waiting or processes.under_way:
+                processes.begin()
+                processes.collect()
                 time.sleep(_POLL_SECONDS)
         finally:
-            for _, process in under_way.values():
-                process.kill()
-                _close(process)
-    return list(failures.values())
+            processes.kill()
+    return list(processes.failures.values())
+
+
+@dataclass
+class _Processes:
+    """The processes of a study, at most `jobs` at a time; a cell waits for the policy it begins with."""
+
+    out: Path
+    waiting: list[Cell]
+    jobs: int
+    console: Console
+    tracker: Tracker
+    under_way: dict[str, tuple[Cell, subprocess.Popen[bytes]]] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        """Begin the cells that can begin; those whose policy has failed fail with it."""
+        for cell in list(self.waiting):
+            if len(self.under_way) == self.jobs:
+                return
+            above = cell.policy
+            if above is None or is_done(self.out, above):
+                self.waiting.remove(cell)
+                self.under_way[cell.id] = (cell, _begin(self.out, cell))
+            elif above.id in self.failures:
+                self.waiting.remove(cell)
+                self.failures[cell.id] = Failure(cell, f"not begun: {above.id} failed")
+                self.tracker.advance(1)
+
+    def collect(self) -> None:
+        """Take note of the cells that have ended."""
+        ended = [name for name, (_, process) in self.under_way.items() if process.poll() is not None]
+        for name in ended:
+            cell, process = self.under_way.pop(name)
+            _close(process)
+            if not is_done(self.out, cell):
+                failure = self.failures[name] = Failure(cell, _message(self.out / CELLS / name, process.returncode))
+                self.console.print(f"failed: {name}: {failure.message}", highlight=False, markup=False)
+            self.tracker.advance(1, f"{name} ({len(self.failures)} failed)" if self.failures else name)
+
+    def kill(self) -> None:
+        """End the cells under way."""
+        for _, process in self.under_way.values():
+            process.kill()
+            _close(process)
 
 
 def _begin(out: Path, cell: Cell) -> subprocess.Popen[bytes]:

@@ -14,7 +14,7 @@ RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
-class Estimate:
+class SeedMean:
     """A mean over seeds with its 95 % percentile bootstrap interval; the interval is NaN for a single seed.
 
     With five seeds such an interval covers less than it says: docs/log.md has the measured coverage.
@@ -31,16 +31,16 @@ class Estimate:
         return self.low > 0.0 or self.high < 0.0
 
 
-def estimate(values: Sequence[float]) -> Estimate | None:
+def estimate(values: Sequence[float]) -> SeedMean | None:
     """Mean and interval of one value a seed; None if there are none."""
     known = [value for value in values if math.isfinite(value)]
     if not known:
         return None
     low, high = bootstrap_interval(known, resamples=RESAMPLES) if len(known) > 1 else (math.nan, math.nan)
-    return Estimate(math.fsum(known) / len(known), low, high, len(known))
+    return SeedMean(math.fsum(known) / len(known), low, high, len(known))
 
 
-def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
+def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> SeedMean | None:
     """`values` minus `baseline`, over the seeds that both have; None if they share none."""
     return estimate([values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())])
 

@@ -12,15 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 from ibtpo.studies.results import COLUMNS, Column, Results
-from ibtpo.studies.statistics import Estimate, estimate, paired_difference
+from ibtpo.studies.statistics import SeedMean, estimate, paired_difference
 
 
 @dataclass(frozen=True)
 class Entry:
     """A place of the table: the estimate, and its difference to the baseline over the seeds both have."""
 
-    value: Estimate | None
-    difference: Estimate | None
+    value: SeedMean | None
+    difference: SeedMean | None
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def explanation(results: Results) -> str:
     return note
 
 
-def _cells(value: Estimate | None) -> list[object]:
+def _cells(value: SeedMean | None) -> list[object]:
     if value is None:
         return [""] * 4
     return [*("" if math.isnan(v) else v for v in (value.mean, value.low, value.high)), value.seeds]
