@@ -122,7 +122,7 @@ class Stream:
         pass
 
 
-def test_graphs_share_a_stream_and_memory_and_a_pool_that_has_ended_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_share_a_stream_and_memory_as_long_as_that_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Graphs()
     for name, value in {
         "graph_pool_handle": cuda.graph_pool_handle,

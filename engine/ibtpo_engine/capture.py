@@ -36,8 +36,8 @@ class CudaCapture:
 
     A pool ends with its last graph, and nothing can be captured into one that has ended: then another is begun.
 
-    All are captured on one stream. Matrix libraries keep a workspace for each stream that they have met, and the one that
-    torch captures on otherwise lies on the first GPU that anything was captured on.
+    All are captured on one stream: matrix libraries keep a workspace for each stream that they have met, and the one
+    that torch captures on otherwise lies on the first GPU that anything was captured on.
     """
 
     def __init__(self, device: torch.device) -> None:
