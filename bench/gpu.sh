@@ -12,9 +12,9 @@
 # OUT_DIR also gets environment.txt and log.txt. A stage that fails, or runs out of its time, does not stop the next ones.
 # Exit status: 0; 1 if something of ours failed; 2 for a wrong call; 3 if there is no CUDA device.
 #
-# PYTHON (default python3) needs torch >= 2.10 and triton >= 3.6; the tests need pytest and hypothesis. Seconds of each stage:
-# INSTALL_SECONDS, TESTS_SECONDS, SANITIZE_SECONDS, BENCH_SECONDS. BENCH_ARGS goes to
-# `python -m ibtpo_kernels.roofline`, which then has all the time of the benchmarks.
+# PYTHON (default python3) needs torch >= 2.10, triton >= 3.6 and transformers >= 5 (with which come rich and pyyaml); the
+# tests need pytest and hypothesis. Seconds of each stage: INSTALL_SECONDS, TESTS_SECONDS, SANITIZE_SECONDS, BENCH_SECONDS.
+# BENCH_ARGS goes to `python -m ibtpo_kernels.roofline`, which then has all the time of the benchmarks.
 # DEVICE=cpu tries the script itself where there is no GPU: tests in Triton's interpreter, a quick benchmark of the CPU.
 set -uo pipefail
 

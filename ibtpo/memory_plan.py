@@ -16,8 +16,9 @@ hidden, I inner size, L layers, Hq/Hkv heads of size D, r rank of the adapters. 
                    what autograd keeps of a layer: residual stream and its norm twice (4 H); gate, up and their product
                    (3 I); queries, keys before norm and before attention, values, output of attention; its log-sums
       with checkpointing                  N (L e H + a + e H + 4 D + 12): a layer's input, and one layer whole
-    workspace      with the loss          logits of one chunk of rows, hidden and its gradient (2 e N H), and, where the
-                                          head is trained, its gradient in fp32 and in `dtype`: (4 + e) V H
+    workspace      with the loss          logits of one chunk of rows (on a GPU in fp32, and their gradient: 768 MiB),
+                                          hidden and its gradient (2 e N H), and, where the head is trained, its
+                                          gradient in fp32 and in `dtype`: (4 + e) V H
                    in the layers' backward e N (2 I + 3 H), and the head's gradient e V H, waiting for the embedding's
                    in the optimizer step  temporaries of 8bit on a CPU: 20 bytes a number of the largest parameter
                    while sampling         logits of `max_branches` rows twice in fp32, a chunk of the prompt
@@ -47,7 +48,7 @@ from ibtpo_engine import Model, ModelConfig
 from ibtpo_engine.adapter_folder import is_adapter_folder
 from ibtpo_engine.memory import bytes_per_token, free_memory
 from ibtpo_engine.pages import PAGE, pages_for
-from ibtpo_kernels.one_pass import chunk_rows
+from ibtpo_kernels.one_pass import chunk_rows, gpu_chunk_rows
 
 GIB = 1 << 30
 _LATER = 150 << 20  # what a process on a CPU loads and keeps later: optimizer, logger and matrix libraries, caches
@@ -193,10 +194,10 @@ def activation_bytes(shape: ModelConfig, config: TrainConfig, tokens: int) -> in
     return tokens * (shape.num_layers * layer + once)
 
 
-def _loss_workspace(shape: ModelConfig, config: TrainConfig, tokens: int) -> int:
+def _loss_workspace(shape: ModelConfig, config: TrainConfig, tokens: int, on_cpu: bool) -> int:
     size, head = _dtype(config).itemsize, shape.vocab_size * shape.hidden_size
-    rows = min(tokens, chunk_rows(shape.vocab_size))
-    logits = rows * shape.vocab_size * size
+    rows = chunk_rows(shape.vocab_size) if on_cpu else gpu_chunk_rows(shape.vocab_size, size)
+    logits = min(tokens, rows) * shape.vocab_size * (size if on_cpu else 4 + size)
     gradient = 0 if adapters_of(config) else 4 * head + (size * head if size < 4 else 0)
     return logits + 2 * size * tokens * shape.hidden_size + gradient
 
@@ -255,7 +256,7 @@ def plan_memory(
         "gathered layers": size * (2 * count.layer + count.outside) if split > 1 else 0,
         "KV pool": pool,
         "activations": activation_bytes(shape, config, tokens),
-        "log-prob workspace": _loss_workspace(shape, config, tokens),
+        "log-prob workspace": _loss_workspace(shape, config, tokens, on_cpu),
         "reference model": size * count.parameters if _copies_reference(config) else 0,
     }
     kept = sum(parts[name] for name in ("process", "weights", "master weights", "optimizer state", "reference model"))

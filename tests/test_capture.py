@@ -84,13 +84,19 @@ class Graphs:
         self.alive: Counter[int] = Counter()
         self.ended: set[int] = set()
         self.handles = 0
+        self.streams: list[Any] = []  # that work was put on, captured or not
 
     def graph_pool_handle(self) -> int:
         self.handles += 1
         return self.handles
 
-    def graph(self, graph: Any, pool: int) -> Any:
+    def stream(self, stream: Any) -> Any:
+        self.streams.append(stream)
+        return nullcontext()
+
+    def graph(self, graph: Any, pool: int, stream: Any) -> Any:
         assert pool not in self.ended, "nothing can be captured into a pool that has ended"
+        self.streams.append(stream)
         self.alive[pool] += 1
         graph.ends = lambda: self.leave(pool)
         return nullcontext()
@@ -116,7 +122,7 @@ class Stream:
         pass
 
 
-def test_graphs_share_memory_and_a_pool_that_has_ended_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_share_a_stream_and_memory_as_long_as_that_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Graphs()
     for name, value in {
         "graph_pool_handle": cuda.graph_pool_handle,
@@ -124,7 +130,7 @@ def test_graphs_share_memory_and_a_pool_that_has_ended_is_not_used_again(monkeyp
         "CUDAGraph": Graph,
         "Stream": Stream,
         "current_stream": Stream,
-        "stream": lambda stream: nullcontext(),
+        "stream": cuda.stream,
         "device": lambda device: nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
@@ -138,4 +144,5 @@ def test_graphs_share_memory_and_a_pool_that_has_ended_is_not_used_again(monkeyp
         del replays
         gc.collect()
     assert cuda.handles == 2 and cuda.ended == {1, 2}
+    assert len(set(cuda.streams)) == 1, "one workspace of the matrix libraries"
     assert len(steps) == 2 * (3 + 5) and Graph.replayed == 2

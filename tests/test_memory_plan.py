@@ -50,6 +50,7 @@ from ibtpo_engine import (
     load_tokenizer,
     save_adapter,
 )
+from ibtpo_kernels.one_pass import GPU_CHUNK_BYTES
 
 CPU = torch.device("cpu")
 SHAPE = {
@@ -197,6 +198,17 @@ def test_the_flags_that_are_offered_fit_and_little_more_would_not(
     if "--micro-batch-tokens" in value:
         more = replace(changed, micro_batch_tokens=changed.micro_batch_tokens + 256)
         assert not plan_memory(more, BIG, device, free=free).fits
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 2), ("float32", 4)])
+def test_a_gpu_is_planned_with_the_chunk_of_its_own_kernels(dtype: Any, size: int) -> None:
+    """They hold the logits in fp32 and their gradient, of more rows than the CPU takes at a time."""
+    config = replace(RUN, dtype=dtype, lora=LoRAConfig(rank=8), micro_batch_tokens=8192)
+    plan = plan_memory(config, BIG, torch.device("cuda"), free=0)
+    logits = plan.parts["log-prob workspace"] - 2 * size * plan.tokens * BIG.hidden_size
+    rows = logits // (BIG.vocab_size * (4 + size))
+    assert rows % 128 == 0
+    assert 0.8 * GPU_CHUNK_BYTES < logits <= GPU_CHUNK_BYTES
 
 
 def _offer(config: TrainConfig, shape: ModelConfig, gib: float, **options: Any) -> str:

@@ -137,6 +137,19 @@ def test_graphs_do_not_outlive_the_pool(model: Model) -> None:
     assert graphs_of(engine).captured > captured
 
 
+def test_graphs_do_not_outlive_the_page_table(model: Model) -> None:
+    """A reset begins with slots of its own; the pages in them are others, too, as another tree has the first ones."""
+
+    def grow_beside(engine: Engine) -> list[Tree]:
+        engine.extend(engine.tree(prompt_of(40, seed=5), key=9).root.fork(), Sampling(max_tokens=1))
+        return grow_little(engine)
+
+    engine = engine_of(model, graphs=True)
+    grow_little(engine)
+    engine.reset()
+    assert_same(grow_beside(engine), plainly(grow_beside, model))
+
+
 def test_pressure_preempts_and_the_tokens_stay(model: Model) -> None:
     def grow(engine: Engine) -> list[Tree]:
         prompts, sampling = [prompt_of(14, seed=seed) for seed in range(3)], Sampling(max_tokens=4, temperature=0.8)

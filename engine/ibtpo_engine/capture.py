@@ -35,24 +35,30 @@ class CudaCapture:
     """Captures steps; all share one pool of memory, as no two are replayed at a time.
 
     A pool ends with its last graph, and nothing can be captured into one that has ended: then another is begun.
+
+    All are captured on one stream: matrix libraries keep a workspace for each stream that they have met, and the one
+    that torch captures on otherwise lies on the first GPU that anything was captured on.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._stream: torch.cuda.Stream | None = None
         self._memory: Any = None
         self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()  # of this pool, as long as somebody replays them
 
     def __call__(self, step: Step) -> Step:
         with torch.cuda.device(self._device):
-            side, current = torch.cuda.Stream(), torch.cuda.current_stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(current)
-            with torch.cuda.stream(side):  # kernels are compiled and libraries set up outside of the capture
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):  # kernels are compiled and libraries set up outside of the capture
                 step()
-            current.wait_stream(side)
+            current.wait_stream(self._stream)
             if not self._graphs:
                 self._memory = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory):
+            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
                 step()
             self._graphs.add(graph)
         return graph.replay

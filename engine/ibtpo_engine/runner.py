@@ -91,6 +91,8 @@ class Runner:
     def forget(self) -> None:
         """The slots are others now."""
         self._step = None
+        if self.graphs is not None:
+            self.graphs.forget()
         self.invalidate()
 
     def weights_changed(self) -> None:

@@ -10,7 +10,7 @@ one launch. What is captured reads and writes buffers that stay where they are::
 
 A bucket is a number of rows and the room of its plan, both rounded up. Rows that no branch uses are at position -1:
 they see nothing, write nothing, and nobody looks at what they sample. Weights are read where they lie, so graphs
-survive every update in place; where a parameter or the pool lies elsewhere now, all are captured anew.
+survive every update in place; where a parameter, the pool or the page table lies elsewhere now, all are captured anew.
 """
 
 from __future__ import annotations
@@ -107,13 +107,18 @@ class StepGraphs:
         self._bucket: _Bucket | None = None  # of the branches chosen
         self._seen: object = None
 
+    def forget(self) -> None:
+        """Drop the graphs: what they read is written no more, such as the page table of slots that are gone."""
+        self._bucket, self._buckets = None, {}
+
     def forget_moved(self) -> None:
         """Drop the graphs if a parameter or the pool lies elsewhere than when they were captured."""
         adapters = self._model.adapters
         places = [p.data_ptr() for p in self._model.parameters()]
         seen = (places, adapters is not None and adapters.on, self._pool.keys.data_ptr())
         if seen != self._seen:
-            self._seen, self._bucket, self._buckets = seen, None, {}
+            self._seen = seen
+            self.forget()
 
     def choose(self, slots: Slots, chosen: npt.NDArray[np.int64]) -> None:
         """Say which branches the next steps are for."""

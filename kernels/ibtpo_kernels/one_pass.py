@@ -26,6 +26,9 @@ Loss = Callable[[Tensor, Tensor, Selection, Selection], Tensor]
 _CHUNK_ELEMENTS = 1 << 24  # logits alive at a time: 64 MiB in float32
 _CHUNK_ROWS = 64  # at least
 
+GPU_CHUNK_BYTES = 768 << 20
+"""Logits in float32 and their gradient alive at a time in the Triton kernels: enough rows for a full-size product."""
+
 
 class Chunk(Protocol):
     """Some rows of a head with their logits alive."""
@@ -143,6 +146,12 @@ def _evaluate(
 def chunk_rows(num_cols: int) -> int:
     """Rows of a chunk: as many as keep its logits within the limit."""
     return max(_CHUNK_ROWS, _CHUNK_ELEMENTS // max(num_cols, 1))
+
+
+def gpu_chunk_rows(num_cols: int, element_size: int, budget: int = GPU_CHUNK_BYTES) -> int:
+    """The same of the Triton kernels: a multiple of the matrix product's tile."""
+    rows = budget // ((4 + element_size) * max(num_cols, 1))
+    return max(rows // 128 * 128, _CHUNK_ROWS)
 
 
 def tiled(ops: LogitOps) -> Engine:

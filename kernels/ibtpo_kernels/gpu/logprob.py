@@ -30,7 +30,7 @@ from ibtpo_kernels import one_pass
 from ibtpo_kernels.gpu.launch import on_device
 from ibtpo_kernels.logits import Head
 
-_CHUNK_BYTES = 768 << 20  # logits and their gradient alive at a time: enough rows for a full-size matrix product
+_CHUNK_BYTES = one_pass.GPU_CHUNK_BYTES
 _BLOCK = 4096  # columns a step of the row passes
 _EDGES = 128
 
@@ -184,9 +184,7 @@ def edge_grad(
 
 
 def _chunk_rows(num_cols: int, element_size: int) -> int:
-    """Rows of a chunk, a multiple of the matrix product's tile."""
-    rows = _CHUNK_BYTES // ((4 + element_size) * max(num_cols, 1))
-    return max(rows // 128 * 128, 64)
+    return one_pass.gpu_chunk_rows(num_cols, element_size, _CHUNK_BYTES)
 
 
 def _chunk_columns(num_rows: int, element_size: int) -> int:
