@@ -126,7 +126,7 @@ GROUPS: tuple[Group, ...] = (
             Metric("eval_avg", "0 to 1", "avg@k: mean reward of k independent samples, mean over prompts; accuracy."),
             Metric("eval_avg_low", "0 to 1", "Lower end of its 95 % bootstrap interval over prompts."),
             Metric("eval_avg_high", "0 to 1", "Upper end."),
-            Metric("eval_pass", "0 to 1", "Unbiased pass@k, 1 - C(n-c, k)/C(n, k)."),
+            Metric("eval_pass", "0 to 1", "Unbiased pass@k, 1 - C(n-c, k)/C(n, k), of c rewards above .5 among n."),
             Metric("eval_pass_low", "0 to 1", "Lower end of its 95 % bootstrap interval over prompts."),
             Metric("eval_pass_high", "0 to 1", "Upper end."),
             Metric("eval_maj", "0 to 1", "maj@k: mean reward of the answer that most of the k samples give."),
