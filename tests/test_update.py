@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import pairwise
 from random import Random
 from typing import Any
 
@@ -124,6 +125,68 @@ def test_loss_metrics_and_gradients_are_those_of_log_probs_and_a_loss_after_them
         torch.testing.assert_close(metrics[name], value, atol=1e-12, rtol=1e-12)
     for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-12, rtol=1e-10, msg=name)
+
+
+def _alone(model: Model, leaf: Node, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies [n] of a trajectory's n sampled tokens, computed without the rest of its tree."""
+    tokens = torch.from_numpy(leaf.prefix()).long()
+    hidden = model.packed(tokens, torch.arange(len(tokens)), torch.full((len(tokens),), len(tokens), dtype=torch.int32))
+    logprobs = torch.log_softmax(hidden[leaf.tree.prompt_len - 1 : -1] @ model.head.T / temperature, dim=-1)
+    of_tokens = logprobs.gather(1, tokens[leaf.tree.prompt_len :, None])[:, 0]
+    return of_tokens, -(logprobs.exp() * logprobs).sum(dim=-1)
+
+
+def _by_the_formula(leaf: Node, kind: str, config: TrainConfig) -> torch.Tensor:
+    """Advantages [n] of a trajectory's sampled tokens, from the rewards of the leaves below its steps."""
+    steps, group = leaf.path(), [other.reward for other in leaf.tree.leaves()]
+    value = [np.mean([other.reward for other in step.leaves()]) for step in steps]
+    deviation = np.std(group) + 1e-6
+    if kind == "grpo":
+        of_steps = [(leaf.reward - value[0]) / deviation] * (len(steps) - 1)
+    else:
+        ratio = [v / above if above > 0 else 1.0 for above, v in pairwise(value)]
+        local = [
+            (r - 1 - 1 / config.ib.beta) * np.exp(step.logprob.mean(dtype=np.float64))
+            for r, step in zip(ratio, steps[1:], strict=True)
+        ]
+        weight = config.advantage.ib_weight
+        of_steps = [(v - value[0]) / deviation + weight * a for v, a in zip(value[1:], local, strict=True)]
+    return torch.tensor(np.repeat(of_steps, [len(step) for step in steps[1:]]))
+
+
+@pytest.mark.parametrize("kind", ["ib-tpo", "grpo"])
+def test_an_off_policy_step_logs_what_its_trajectories_come_to_one_at_a_time(kind: str) -> None:
+    """Advantages, loss, clip share, divergences, entropies and gradient norm, none of them from a packed tree."""
+    model, reference = _model(dtype=torch.float64), _model(seed=1, dtype=torch.float64)
+    loss = LossConfig(clip_low=0.1, clip_high=0.3, kl_coef=0.2, entropy_coef=0.05, entropy_advantage_coef=0.03)
+    config = _config(advantage=AdvantageConfig(kind=kind, ib_weight=0.5), loss=loss)
+    trees = _trees(_model(seed=2))  # sampled by another policy: ratios differ from one
+    leaves = [leaf for tree in trees for leaf in tree.leaves()]
+    a = torch.cat([_by_the_formula(leaf, kind, config) for leaf in leaves])
+    old = torch.cat([torch.from_numpy(np.concatenate([s.logprob for s in leaf.path()[1:]])) for leaf in leaves])
+    logprob, entropy = (torch.cat(part) for part in zip(*(_alone(model, leaf, 0.8) for leaf in leaves), strict=True))
+    other = torch.cat([_alone(reference, leaf, 0.8)[0].detach() for leaf in leaves])
+    ratio, to_other = torch.exp(logprob - old), other - logprob
+    k3 = torch.exp(to_other) - to_other - 1
+    clipped = -torch.minimum(ratio * a, ratio.clamp(0.9, 1.3) * a)
+    objective = (clipped + 0.2 * k3 - 0.05 * entropy - 0.03 * entropy * a).mean()
+    gradients = torch.autograd.grad(objective, list(model.parameters()))
+    expected = {
+        "loss": objective,
+        "weight": torch.tensor(1.0),
+        "clip_fraction": torch.where(a > 0, ratio > 1.3, (ratio < 0.9) & (a < 0)).double().mean(),
+        "entropy": entropy.mean(),
+        "entropy_advantage": (entropy * a).mean(),
+        "kl_old_k1": (old - logprob).mean(),
+        "kl_old_k3": (ratio - 1 - (logprob - old)).mean(),
+        "kl_ref_k1": -to_other.mean(),
+        "kl_ref_k3": k3.mean(),
+        "logprob_gap": (logprob - old).abs().mean(),
+        "grad_norm": torch.cat([gradient.flatten() for gradient in gradients]).norm(),
+    }
+    values = _updater(model, config, reference).update(trees)
+    assert 0.01 < values["clip_fraction"] < 0.99
+    assert {name: values[name] for name in expected} == pytest.approx({n: v.item() for n, v in expected.items()}, 1e-5)
 
 
 def test_ratio_is_one_before_the_first_update_when_the_sampler_is_the_trainer() -> None:

@@ -19,7 +19,7 @@ class AdvantageConfig:
     pi_ref: Literal["sampling", "reference"] = "sampling"
     """Policy whose step probability scales A_IB: the one that sampled, or the frozen reference."""
     uniform_groups: Literal["skip", "ib_only"] = "skip"
-    """Groups whose rewards are all equal: no gradient, or A_IB alone."""
+    """Groups whose rewards are all equal: left out, or trained on A_IB alone (other kinds: on 0)."""
     std: Literal["population", "sample"] = "population"
     """Denominator of the group's reward deviation: G or G - 1."""
     std_eps: float = 1e-6
