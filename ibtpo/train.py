@@ -123,6 +123,11 @@ def _check_combinations(config: TrainConfig, group: Group) -> None:
             f"advantage.uniform_groups: {advantage.uniform_groups} would keep groups of equal rewards, to which the "
             "whitening of advantage.kind=treepo gives advantages that no reward explains; set it to skip"
         )
+    if advantage.kind == "vineppo" and advantage.uniform_groups != "skip":
+        raise ValueError(
+            f"advantage.uniform_groups: {advantage.uniform_groups} asks for groups of equal rewards, which "
+            "advantage.kind=vineppo keeps or leaves out by the values of their steps; set it to skip"
+        )
 
 
 def _model(config: TrainConfig, console: Console, group: Group) -> str:

@@ -160,6 +160,11 @@ def test_redraws_are_bounded_and_none_are_made_where_none_are_needed():
         ),
         ("vineppo", {"search": {"redraws": 2}}, r"search\.redraws: 2 .* advantage\.kind=vineppo learns"),
         ("treepo", {"advantage": {"uniform_groups": "ib_only"}}, r"advantage\.uniform_groups: ib_only would keep"),
+        (
+            "vineppo",
+            {"advantage": {"uniform_groups": "ib_only"}},
+            r"advantage\.uniform_groups: ib_only asks for",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together(preset: str, changes: dict[str, Any], message: str, tmp_path: Path):
