@@ -273,6 +273,9 @@ def plan_memory(
     release = config.engine.release == "always"
     if config.engine.release == "auto":
         largest = max(updates.values())
-        release = not on_cpu or (max(largest, *phases.values()) <= room < largest + pool)
+        freely = not (
+            on_cpu or config.engine.cuda_graphs
+        )  # graphs would be captured anew where the pool lies elsewhere
+        release = freely or (max(largest, *phases.values()) <= room < largest + pool)
     phases |= {name: need + (0 if release else pool) for name, need in updates.items()}
     return MemoryPlan(parts, phases, room, tokens, release, device.type)

@@ -94,7 +94,8 @@ class Graphs:
         self.streams.append(stream)
         return nullcontext()
 
-    def graph(self, graph: Any, pool: int, stream: Any) -> Any:
+    def graph(self, graph: Any, pool: int, stream: Any, capture_error_mode: str) -> Any:
+        assert capture_error_mode == "thread_local", "rewards in other threads may use the GPU"
         assert pool not in self.ended, "nothing can be captured into a pool that has ended"
         self.streams.append(stream)
         self.alive[pool] += 1

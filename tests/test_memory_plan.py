@@ -298,6 +298,15 @@ def test_the_smallest_pool_holds_an_evaluation_and_no_path_beyond_the_context() 
     assert least_pool(replace(many, sampling=SamplingConfig(max_tokens=10**6)), prompt=9, context=40) < 16 * 10 * 5
 
 
+def test_the_pool_stays_on_a_gpu_where_graphs_would_be_captured_anew_and_there_is_room() -> None:
+    device, engine = torch.device("cuda"), EngineConfig(cuda_graphs=True)
+    captured = replace(WIDE, engine=engine)
+    kept = plan_memory(captured, shape_of(), device, free=1 << 50)
+    assert not kept.release and plan_memory(WIDE, shape_of(), device, free=1 << 50).release
+    assert plan_memory(captured, shape_of(), device, free=kept.total - 1).release
+    assert not plan_memory(captured, shape_of(), device, free=kept.total).release
+
+
 def test_a_pool_that_may_not_hold_a_tree_is_warned_of() -> None:
     config = replace(RUN, sampling=SamplingConfig(max_tokens=50))
     least = least_pool(config, prompt=31, context=512)

@@ -37,7 +37,8 @@ class CudaCapture:
     A pool ends with its last graph, and nothing can be captured into one that has ended: then another is begun.
 
     All are captured on one stream: matrix libraries keep a workspace for each stream that they have met, and the one
-    that torch captures on otherwise lies on the first GPU that anything was captured on.
+    that torch captures on otherwise lies on the first GPU that anything was captured on. Other threads, of a reward for
+    one, may use the GPU meanwhile.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -58,7 +59,7 @@ class CudaCapture:
             if not self._graphs:
                 self._memory = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
+            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
                 step()
             self._graphs.add(graph)
         return graph.replay
