@@ -1,8 +1,8 @@
 """Every op on a GPU against the float64 reference on the same device, in float32, float16 and bfloat16.
 
 Needs CUDA (`bench/gpu.sh` runs it there). With TRITON_INTERPRET=1 the same tests run on the CPU in Triton's
-interpreter, at small shapes and in float32 (`triton_interpreter_cases` has float16, bfloat16 has wrong products there).
-`test_triton_interpreter` does that wherever Triton is installed, so this file is known to work before it meets one.
+interpreter, at small shapes and without bfloat16, whose products the interpreter gets wrong: `test_triton_interpreter`
+does that wherever Triton is installed, so that this file is known to work before it meets a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 import ibtpo_kernels as K
 
 pytestmark = pytest.mark.gpu
-DTYPES = [torch.float32, *([torch.float16, torch.bfloat16] if ON_GPU else [])]
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
 LARGE = ON_GPU and os.environ.get("IBTPO_SMALL") != "1"  # small shapes only: under a checker that takes its time
 REPEATS = 10 if ON_GPU else 2
 FLOOR = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # a few roundings of the result
