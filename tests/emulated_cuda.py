@@ -50,7 +50,7 @@ _recorded: list[Callable[[], object]] | None = None  # by the capture under way
 class Cuda(Tensor):
     """A tensor on the device."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -73,7 +73,7 @@ class Cuda(Tensor):
         wait("tolist")
         return on_host(self).tolist()
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Cuda({on_host(self)})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -84,7 +84,7 @@ class Cuda(Tensor):
         return memo[id(self)]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
         check(str(func), args, kwargs)
 
@@ -179,7 +179,7 @@ class Devices(TorchFunctionMode):
             return self.constructed(func, args, **kwargs)
         return func(*args, **kwargs)
 
-    def moved(self, x: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
+    def moved(self, x: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Any:
         if args and isinstance(args[0], Tensor):
             args = (args[0].device, args[0].dtype)
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
@@ -196,9 +196,7 @@ class Devices(TorchFunctionMode):
         wait("copy to the CPU")
         return on_host(Tensor.to(x, dtype=dtype or x.dtype, copy=True))
 
-    def constructed(
-        self, func: Any, args: Any, *, device: Any = None, pin_memory: bool = False, **kwargs: Any
-    ) -> Tensor:
+    def constructed(self, func: Any, args: Any, *, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> Any:
         there = device is not None and torch.device(device).type == "cuda"
         if not there:
             if device is not None:
@@ -307,9 +305,9 @@ def pytest_configure() -> None:
 
     for name, value in REPLACED.items():
         setattr(torch.cuda, name, value)
-    run = backward_on_device(torch.autograd._engine_run_backward)
-    torch.autograd._engine_run_backward = torch.autograd.graph._engine_run_backward = run
+    for place in (torch.autograd, torch.autograd.graph):
+        place._engine_run_backward = backward_on_device(place._engine_run_backward)  # type: ignore[attr-defined]
     interpreter.GridExecutor.__call__ = launch_on_device(interpreter.GridExecutor.__call__)
-    library._PLAIN = (*library._PLAIN, Cuda)  # it has memory
+    library._PLAIN += (Cuda,)  # type: ignore[assignment]  # it has memory
     torch.__future__.set_overwrite_module_params_on_conversion(True)
-    Devices().__enter__()
+    Devices().__enter__()  # type: ignore[no-untyped-call]

@@ -7,7 +7,7 @@ on plain torch, which takes less time.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,16 +23,17 @@ from torch import Tensor
 from ibtpo.checkpoints import checkpoints
 from ibtpo.cli import main
 from ibtpo.tasks.data import DataTask
-from ibtpo_engine import Engine, Model, Node, Sampling
+from ibtpo_engine import Engine, Node, Sampling
 from ibtpo_engine.step_graphs import StepGraphs
 from ibtpo_kernels import dispatch
 from ibtpo_kernels.gpu import configs
 
 CUDA = torch.device("cuda", 0)
+Train = Callable[..., list[dict[str, Any]]]
 
 
-def captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    graph = torch.cuda.CUDAGraph()
+def captured(step: Callable[[], object]) -> Any:
+    graph: Any = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
     return graph
@@ -138,7 +139,7 @@ TINY = [
 
 
 @pytest.fixture
-def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[dict[str, Any]]]]:
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     """Trains on plain ops, with rewards that differ; resumes, and returns the rows of all steps."""
     monkeypatch.setattr(DataTask, "grade", lambda self, problem, text, finished: float(sum(map(ord, text)) % 2))
     monkeypatch.setattr(dispatch, "_triton", lambda: None)
@@ -156,22 +157,22 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     return run
 
 
-def test_training_is_the_cpus(train: Callable[..., list[dict[str, Any]]], tmp_path: Path) -> None:
+def test_training_is_the_cpus(train: Train, tmp_path: Path) -> None:
     """The same samples, losses, gradients and weights, also of a step after a resume."""
     devices = ("cuda", "cpu")
     there, here = (train(device, "--dtype", "float32") for device in devices)
     assert len(there) == len(here) == 2
     for name in ("loss", "reward", "grad_norm", "entropy", "tokens_sampled", "tokens_trained", "optimizer_steps"):
-        values = ([row[name] for row in rows] for rows in (there, here))
-        np.testing.assert_allclose(*values, rtol=1e-3, atol=1e-6, err_msg=name)
+        ours, theirs = ([row[name] for row in rows] for rows in (there, here))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6, err_msg=name)
     assert all(row["optimizer_steps"] for row in there)
     weights = [load_file(checkpoints(tmp_path / device)[-1].path / "model.safetensors") for device in devices]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weight, weights[1][name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("more", [[], ["--lora.rank", "4"]], ids=["all", "LoRA"])
-def test_training_in_bf16(train: Callable[..., list[dict[str, Any]]], more: list[str]) -> None:
+@pytest.mark.parametrize("more", [["--advantage.pi-ref", "reference"], ["--lora.rank", "4"]], ids=["all", "LoRA"])
+def test_training_in_bf16(train: Train, more: list[str]) -> None:
     """With masters in float32; it learns from samples that the trainer finds as likely as the engine did."""
     rows = train("cuda", "--dtype", "bfloat16", *more)
     assert len(rows) == 2
