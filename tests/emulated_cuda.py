@@ -94,7 +94,8 @@ class Cuda(Tensor):
 
         out = run()
         record(run, out)
-        return tree_map(lambda x: on_device(x) if type(x) is Tensor else x, out)
+        given = {id(x) for x in args}  # the target of a copy to the host stays there
+        return tree_map(lambda x: on_device(x) if type(x) is Tensor and id(x) not in given else x, out)
 
 
 def on_device(x: Tensor) -> Cuda:
@@ -139,7 +140,7 @@ def check(name: str, args: Any, kwargs: Any) -> None:
                 wait("boolean mask")
             elif isinstance(index, Tensor) and not isinstance(index, Cuda):
                 wait("index on the CPU")
-        hosts = [x for x in args[2:3] if isinstance(x, Tensor) and not isinstance(x, Cuda)]
+        hosts = [x for x in hosts if all(x is not index for index in args[1])]  # indices alone may be the CPU's
     if any(host.dim() for host in hosts):
         raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu ({name})")
     refuse_generators(leaves)

@@ -42,7 +42,12 @@ def captured(step: Callable[[], object]) -> Any:
 def test_devices_do_not_mix() -> None:
     here, there = torch.ones(3), torch.ones(3, device="cuda")
     assert (there.device, (there + 1).device, there.cpu().device) == (CUDA, CUDA, here.device)
-    for mix in (lambda: here + there, lambda: there.add_(here), lambda: torch.stack([here, there])):
+    for mix in (
+        lambda: here + there,
+        lambda: there.add_(here),
+        lambda: torch.stack([here, there]),
+        lambda: here[there.long()],
+    ):
         with pytest.raises(RuntimeError, match="found cuda:0 and cpu"):
             mix()
     with pytest.raises(TypeError, match="can't convert cuda:0"):
@@ -50,6 +55,7 @@ def test_devices_do_not_mix() -> None:
     with pytest.raises(RuntimeError, match="Expected a 'cuda' device type for generator"):
         torch.rand(3, device="cuda", generator=torch.Generator())
     assert torch.equal((there * 2).cpu(), here * 2)
+    assert here.copy_(there).device == here.device
 
 
 @pytest.mark.parametrize(
