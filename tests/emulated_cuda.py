@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -277,8 +276,6 @@ def backward_on_device(backward: Callable[..., Any]) -> Callable[..., Any]:
 REPLACED = {
     "is_available": lambda: True,
     "device_count": lambda: 1,
-    "current_device": lambda: 0,
-    "set_device": lambda _: None,
     "device": lambda _: nullcontext(),
     "Stream": Stream,
     "current_stream": lambda *_: Stream(),
@@ -289,13 +286,10 @@ REPLACED = {
     "graph_pool_handle": lambda: (0, 1),
     "is_current_stream_capturing": lambda: _recorded is not None,
     "get_device_capability": lambda *_: CAPABILITY,
-    "get_device_name": lambda *_: "emulated",
-    "get_device_properties": lambda *_: SimpleNamespace(name="emulated", total_memory=MEMORY, multi_processor_count=4),
     "mem_get_info": lambda *_: (MEMORY, MEMORY),
     "memory_reserved": lambda *_: 0,
     "memory_allocated": lambda *_: 0,
     "max_memory_allocated": lambda *_: 0,
-    "reset_peak_memory_stats": lambda *_: None,
     "empty_cache": lambda: None,
 }
 """Of torch.cuda."""
