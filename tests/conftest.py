@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 settings.register_profile("ibtpo", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("ibtpo")
 
-LONGEST = ("triton_interpreter", "torchrun", "train", "triton_aot", "survival", "study", "distributed_runs", "kill")
+LONGEST = (
+    "triton_interpreter",
+    "torchrun",
+    "train",
+    "triton_aot",
+    "emulated_cuda",
+    "survival",
+    "study",
+    "distributed_runs",
+    "kill",
+)
 """Files that take minutes: begun first, so that no process is left alone with one at the end."""
 
 

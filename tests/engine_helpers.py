@@ -44,16 +44,17 @@ def tiny_model(
     vocabulary: int = VOCABULARY,
     positions: int = 512,
     hidden: int = 24,
+    layers: int = 2,
     dtype: torch.dtype = torch.float32,
 ) -> Model:
-    """A Qwen3 of two layers whose weights are large enough for tokens to depend on everything before them."""
+    """A Qwen3 of few layers whose weights are large enough for tokens to depend on everything before them."""
     config = ModelConfig.from_dict(
         {
             "architectures": ["Qwen3ForCausalLM"],
             "vocab_size": vocabulary,
             "hidden_size": hidden,
             "intermediate_size": 32,
-            "num_hidden_layers": 2,
+            "num_hidden_layers": layers,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "head_dim": 8,

@@ -1,0 +1,188 @@
+"""What `emulated_cuda` notices, and the CUDA branches of engine and trainer on it.
+
+Collected by `test_emulated_cuda.py`, with that plugin. The engine's kernels run in Triton's interpreter; training runs
+on plain torch, which takes less time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import save_additions, save_checkpoint
+from engine_helpers import prompt_of, same, tiny_model
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ibtpo.checkpoints import checkpoints
+from ibtpo.cli import main
+from ibtpo.tasks.data import DataTask
+from ibtpo_engine import Engine, Node, Sampling
+from ibtpo_engine.step_graphs import StepGraphs
+from ibtpo_kernels import dispatch
+from ibtpo_kernels.gpu import configs
+
+CUDA = torch.device("cuda", 0)
+Train = Callable[..., list[dict[str, Any]]]
+
+
+def captured(step: Callable[[], object]) -> Any:
+    graph: Any = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def test_devices_do_not_mix() -> None:
+    here, there = torch.ones(3), torch.ones(3, device="cuda")
+    assert (there.device, (there + 1).device, there.cpu().device) == (CUDA, CUDA, here.device)
+    for mix in (
+        lambda: here + there,
+        lambda: there.add_(here),
+        lambda: torch.stack([here, there]),
+        lambda: here[there.long()],
+    ):
+        with pytest.raises(RuntimeError, match="found cuda:0 and cpu"):
+            mix()
+    with pytest.raises(TypeError, match="can't convert cuda:0"):
+        there.numpy()
+    with pytest.raises(RuntimeError, match="Expected a 'cuda' device type for generator"):
+        torch.rand(3, device="cuda", generator=torch.Generator())
+    assert torch.equal((there * 2).cpu(), here * 2)
+    assert here.copy_(there).device == here.device
+
+
+@pytest.mark.parametrize(
+    "waiting",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x.tolist(),
+        lambda x: x.cpu(),
+        lambda x: x.copy_(torch.zeros(4)),
+        lambda x: torch.tensor([1.0], device=x.device),
+        lambda x: torch.cuda.synchronize(),
+    ],
+    ids=["item", "mask", "tolist", "cpu", "pageable", "tensor", "synchronize"],
+)
+def test_nothing_waits_within_a_capture(waiting: Callable[[Tensor], object]) -> None:
+    x = torch.arange(4.0, device="cuda")
+    waiting(x)
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        captured(lambda: waiting(x))
+
+
+def test_a_replay_is_what_was_captured_on_what_the_buffers_hold() -> None:
+    pinned, out, factor = torch.ones(4, pin_memory=True), torch.zeros(4, device="cuda"), [2.0]
+
+    def step() -> None:
+        x = torch.zeros(4, device="cuda")
+        x += pinned.to("cuda", non_blocking=True)
+        out.copy_((x * factor[0])[1:].sum() + x)
+
+    graph = captured(step)
+    for value in (1.0, 3.0):
+        pinned.fill_(value)
+        factor[0] = 5.0  # read when it was captured
+        graph.replay()
+        assert out.tolist() == [7 * value] * 4
+
+
+SAMPLING = Sampling(max_tokens=3, temperature=0.8, top_p=0.95)
+
+
+@pytest.fixture
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configs, "SPLIT", 16)
+    monkeypatch.setattr(import_module("ibtpo_kernels.gpu.sample"), "_BLOCK", 64)
+
+
+def graphs_of(engine: Engine) -> StepGraphs:
+    graphs = engine.scheduler.runner.graphs
+    assert graphs is not None
+    return graphs
+
+
+def grow(engine: Engine, beside: int = 0) -> list[Node]:
+    """Two branches behind a prompt; another tree has the first pages if `beside`, its length, is given."""
+    if beside:
+        engine.extend(engine.tree(prompt_of(beside, seed=5), key=9).root.fork(), Sampling(max_tokens=1))
+    return engine.extend(engine.tree(prompt_of(7), key=0).root.fork(2), SAMPLING)
+
+
+@pytest.mark.usefixtures("_small_blocks")
+def test_captured_steps_sample_what_the_cpu_does() -> None:
+    """As captured, after an update in place, and on the slots of a reset."""
+    host = tiny_model(layers=1)
+    model = tiny_model(layers=1).to("cuda")
+    engine = Engine(model, kv_tokens=1024, cuda_graphs=True)
+    same(grow(engine), grow(Engine(host, kv_tokens=1024)))
+    graphs = graphs_of(engine)
+    once = graphs.captured
+    assert 0 < once < graphs.replayed
+    with torch.no_grad():
+        for parameter in (*model.parameters(), *host.parameters()):
+            parameter.mul_(1.05)
+    engine.weights_changed()
+    same(grow(engine), grow(Engine(host, kv_tokens=1024)))
+    assert graphs.captured == once, "the weights changed where they lie"
+    engine.reset()
+    same(grow(engine, beside=20), grow(Engine(host, kv_tokens=1024), beside=20))
+    assert graphs.captured > once, "the page table lies elsewhere"
+
+
+TINY = [
+    "--sampled-tokens", "16", "--prompts-per-step", "2", "--search.rounds", "1", "--sampling.max-tokens", "4",
+    "--eval.prompts", "1", "--eval.samples", "1", "--optim.lr", "1e-3", "--optim.warmup-steps", "1",
+    "--engine.release", "always",
+]  # fmt: skip
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
+    """Trains on plain ops, with rewards that differ; resumes, and returns the rows of all steps."""
+    monkeypatch.setattr(DataTask, "grade", lambda self, problem, text, finished: float(sum(map(ord, text)) % 2))
+    monkeypatch.setattr(dispatch, "_triton", lambda: None)
+    model = save_checkpoint(tmp_path / "model", tied=True, context=64)
+    data = save_additions(tmp_path / "rows.jsonl")
+
+    def run(device: str, *more: str) -> list[dict[str, Any]]:
+        folder = tmp_path / device
+        inputs = ["--model", model, "--task", "data", "--data", data, "--device", device]
+        assert main(["train", *map(str, inputs), "--out", str(folder), *TINY, *more]) == 0
+        assert main(["train", "--resume", str(folder), "--sampled-tokens", "48"]) == 0
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+        return [row for row in rows if "optimizer_steps" in row]
+
+    return run
+
+
+def test_training_is_the_cpus(train: Train, tmp_path: Path) -> None:
+    """The same samples, losses, gradients and weights, also of a step after a resume."""
+    devices = ("cuda", "cpu")
+    there, here = (train(device, "--dtype", "float32") for device in devices)
+    assert len(there) == len(here) == 2
+    for name in ("loss", "reward", "grad_norm", "entropy", "tokens_sampled", "tokens_trained", "optimizer_steps"):
+        ours, theirs = ([row[name] for row in rows] for rows in (there, here))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-6, err_msg=name)
+    assert all(row["optimizer_steps"] for row in there)
+    weights = [load_file(checkpoints(tmp_path / device)[-1].path / "model.safetensors") for device in devices]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("more", [["--advantage.pi-ref", "reference"], ["--lora.rank", "4"]], ids=["all", "LoRA"])
+def test_training_in_bf16(train: Train, more: list[str]) -> None:
+    """With masters in float32; it learns from samples that the trainer finds as likely as the engine did."""
+    rows = train("cuda", "--dtype", "bfloat16", *more)
+    assert len(rows) == 2
+    for row in rows:
+        assert row["optimizer_steps"]
+        assert row["grad_norm"] > 0
+        assert row["logprob_gap"] < 0.02
