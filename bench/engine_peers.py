@@ -263,7 +263,8 @@ def graphs(options: argparse.Namespace) -> Iterator[Row]:
         exact = Engine(model, kv_tokens=batch * 256, cuda_graphs=True, parity="bitwise")
         contenders["engine, captured steps, parity bitwise"] = partial(extend_all, exact, prompts, 64)
         contenders["transformers generate"] = partial(generate, peer, ids, 64)
-        yield from compare("decode on a GPU, 0.5B", batch, contenders, max(3, options.repetitions // 3))
+        repetitions = max(3, options.repetitions // 3)
+        yield from compare("decode on a GPU, 0.5B", batch, contenders, repetitions, device=device)
 
 
 CASES = {

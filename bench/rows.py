@@ -63,11 +63,17 @@ Call = Callable[[], int]
 
 
 def compare(
-    case: str, x: float | int, contenders: dict[str, Call], repetitions: int, *, settle: float = 0.0
+    case: str,
+    x: float | int,
+    contenders: dict[str, Call],
+    repetitions: int,
+    *,
+    settle: float = 0.0,
+    device: torch.device = CPU,
 ) -> list[Row]:
     """Time contenders in turns, A B A B, after a call of each; one that fails is a row without times, with the reason.
 
-    `settle`: seconds to wait before each call, as `interleave` does.
+    `settle`: seconds to wait before each call, as `interleave` does. `device`: what a call is waited for on.
     """
     rows, ready = [], {}
     for who, call in contenders.items():
@@ -79,7 +85,7 @@ def compare(
         else:
             ready[who] = call, tokens
     calls = [[call] for call, _ in ready.values()]
-    seconds = interleave(WallClock(CPU), calls, [repetitions] * len(ready), settle=settle)
+    seconds = interleave(WallClock(device), calls, [repetitions] * len(ready), settle=settle)
     rows += [
         Row(case, x, who, tokens, Timing.of(found))
         for (who, (_, tokens)), found in zip(ready.items(), seconds, strict=True)

@@ -27,7 +27,7 @@ USAGE = """usage: ibtpo {train,eval,sample,presets,study,view,config,doctor,comp
 `ibtpo COMMAND --help` lists every flag with its default. Settings may also come from a YAML file (--config FILE),
 with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
 
-Exit codes: 0 done, or train and eval stopped by SIGTERM, a closed terminal or a closed pipe, with what they had kept;
+Exit codes: 0 done, or stopped by SIGTERM, a closed terminal or a closed pipe, with what train, eval and study had kept;
 1 doctor found something broken, or cells of a study failed; 2 the input cannot be used or the run cannot go on, stderr
 says why; 130 stopped by Ctrl-C. docs/troubleshooting.md lists what can go wrong and what to do.
 """

@@ -69,6 +69,15 @@ install_build_tools() {
   step "installing the build tools" "$VENV/bin/pip" install "${tools[@]}"
 }
 
+# What pyproject.toml names, a requirement a line.
+requirements() {
+  "$VENV/bin/python" - <<'PYTHON'
+import tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+print(*project["dependencies"], *project["optional-dependencies"]["dev"], sep="\n")
+PYTHON
+}
+
 has_compiler() {
   local compiler
   for compiler in ${CXX:+"$CXX"} c++ g++ clang++; do
@@ -87,7 +96,14 @@ main() {
     say "no C++ compiler found: installing without compiled kernels (slower; install g++ or clang++ and run 'make setup')"
     export IBTPO_NO_COMPILE=1
   fi
-  step "installing ibtpo" "$VENV/bin/pip" install --no-build-isolation -e ".[dev]"
+  set -m # a process group of its own, to be ended with all that it started
+  step "installing its dependencies" "$VENV/bin/pip" install -r <(requirements) &
+  set +m
+  readonly DEPENDENCIES=$!
+  trap 'kill -- "-$DEPENDENCIES" 2>/dev/null || true' EXIT
+  step "meanwhile compiling and installing ibtpo" "$VENV/bin/pip" install --no-build-isolation --no-deps -e .
+  wait "$DEPENDENCIES"
+  trap - EXIT
   step "importing it once" "$VENV/bin/python" -c 'import ibtpo.train'
   touch "$VENV/.installed"
   say "done"

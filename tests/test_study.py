@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+import ibtpo.studies.run
 from ibtpo.cli import main
 
 TINY = """
@@ -62,6 +64,32 @@ def test_killed_study_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Captur
     assert "2 cells, 2 done" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_study_that_is_told_to_stop_reports(
+    number: signal.Signals,
+    code: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its cells are ended, not left behind; the page says what is missing."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    cells = []
+
+    def begin(*_: object) -> subprocess.Popen[bytes]:
+        cells.append(subprocess.Popen(["sleep", "600"]))
+        threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+        return cells[-1]
+
+    monkeypatch.setattr(ibtpo.studies.run, "_begin", begin)
+    arguments = ["study", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "out"), "--jobs", "1", *FLAGS]
+    assert main(arguments) == code
+    assert [cell.poll() for cell in cells] == [-signal.SIGKILL]
+    assert (tmp_path / "out" / "tiny" / "study.html").is_file()
+    said = capsys.readouterr()
+    assert "2 cells have no result yet" in said.out and "the same command goes on" in said.err
+
+
 def test_seeds_are_not_for_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.yaml").write_text("seed: 3\n")
     assert main(["study", "main", "--config", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "out")]) == 2
@@ -91,7 +119,7 @@ def test_bias_study_finds_the_bias_of_guided_branching(tmp_path: Path) -> None:
     variants = "{independent: {preset: grpo}, ibtree: {preset: ib-tpo, ib: {zero_parent: zero}}}"
     table = "{medium: {facts: [0.95, 0.7, 0.3], depth: 4}}"
     file.write_text(f"kind: bias\ntasks: {table}\nvariants: {variants}\n")
-    assert main(["study", str(file), "--out", str(out), "--seeds", "2", "--prompts", "1500"]) == 0
+    assert main(["study", str(file), "--out", str(out), "--seeds", "1", "--prompts", "1500"]) == 0
     rows = [line.split(",") for line in (out / "bias-small" / "table.csv").read_text().splitlines()[1:]]
     means = {(row[1], row[2]): float(row[3]) for row in rows}
     assert means["ibtree", "avg_rate"] > 0.02

@@ -13,6 +13,7 @@ from ibtpo.config_io import load_yaml
 from ibtpo.console import say
 from ibtpo.disk import write_atomically
 from ibtpo.printable import one_line
+from ibtpo.stopping import Interrupted
 from ibtpo.studies.figures import AVAILABLE, MISSING, draw_figures
 from ibtpo.studies.folders import CELLS, ERROR
 from ibtpo.studies.matrix import Cell, Study, load_study, refuse_settings_of_study, with_policies
@@ -34,6 +35,7 @@ def run_study(parsed: StudyArguments, command: str, console: Console) -> int:
 
     Raises:
         ValueError: no such study, or settings that cannot be used.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; what is done is kept and reported.
     """
     for name in ("seeds", "prompts"):
         check_range(name, getattr(parsed, name), low=1)
@@ -47,17 +49,16 @@ def run_study(parsed: StudyArguments, command: str, console: Console) -> int:
         console.print(f"left out: {variant}, {reason}", highlight=False, markup=False)
     done = sum(is_done(parsed.out, cell) for cell in cells)
     console.print(f"{plan.title}: {len(cells)} cells, {done} done, {jobs} at a time", highlight=False, markup=False)
-    interrupted = False
+    stopped = None
     if not parsed.report_only:
         try:
             run_cells(parsed.out, cells, jobs, console)
-        except KeyboardInterrupt:
-            interrupted = True
-            console.print("\nstopped; what is done is kept, the same command goes on", highlight=False)
+        except Interrupted as stop:
+            stopped = stop
     failures = _failures(parsed.out, cells)
     _report(plan, cells, parsed.out, failures, command, console)
-    if interrupted:
-        raise KeyboardInterrupt
+    if stopped is not None:
+        raise stopped
     return 1 if failures else 0
 
 

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from ibtpo.disk import write_atomically
 from ibtpo.progress import Tracker, track
+from ibtpo.stopping import Interrupted, StopRequest
 from ibtpo.studies.folders import CELLS, ERROR, LOG, RESULT, SPEC, policy_of
 from ibtpo.studies.matrix import Cell, with_policies
 
@@ -43,14 +44,17 @@ def run_cells(out: Path, cells: Sequence[Cell], jobs: int, console: Console) -> 
 
     Raises:
         ValueError: another study is at work in this folder.
-        KeyboardInterrupt: Ctrl-C; the cells under way were ended, the others are kept.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; the cells under way were ended, the others are kept.
     """
+    stop = StopRequest()
     needed = with_policies([cell for cell in cells if not is_done(out, cell)])
     waiting = [cell for cell in needed if not is_done(out, cell)]
-    with _locked(out), track(console, "Study", len(waiting)) as tracker:
+    with _locked(out), stop.on_signals(console), track(console, "Study", len(waiting)) as tracker:
         processes = _Processes(out, waiting, jobs, console, tracker)
         try:
             while processes.waiting or processes.under_way:
+                if stop.requested():
+                    raise Interrupted("stopped; what is done is kept, the same command goes on", stop.signal)
                 processes.begin()
                 processes.collect()
                 time.sleep(_POLL_SECONDS)
