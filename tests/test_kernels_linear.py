@@ -182,6 +182,23 @@ def test_elsewhere_a_linear_layer_is_torchs(monkeypatch: pytest.MonkeyPatch) -> 
     assert used == []
 
 
+@pytest.mark.skipif(not K.has_compiled(), reason="needs the compiled kernels")
+def test_few_rows_of_a_large_float32_weight_are_multiplied_by_us() -> None:
+    weight = torch.randn(640, 640)  # more than LEAST_WEIGHTS
+    cases = [(2, 5, weight, True), (2, 128, weight, True), (2, 1, weight, False), (2, 129, weight, False)]
+    cases += [(1, 5, weight, False), (2, 5, weight[:320], False), (2, 5, weight.double(), False)]
+    for threads, rows, w, ours in cases:
+        x = torch.randn(rows, 640, dtype=w.dtype)
+        torch.set_num_threads(threads)
+        assert K.ours_is_faster(x, w) is ours, (threads, rows, w.shape)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert not K.ours_is_faster(x, w)
+        product = K.batch_invariant_linear if ours else F.linear
+        assert torch.equal(K.fastest_linear(x, w), product(x, w))
+        with K.backend("reference"):
+            assert torch.equal(K.fastest_linear(x, w), F.linear(x, w))
+
+
 def test_errors_name_the_argument() -> None:
     x, weight = torch.randn(3, 8), torch.randn(5, 8)
     with pytest.raises(ValueError, match=r"batch_invariant_linear: weight is .* expected \[5, 8\]"):

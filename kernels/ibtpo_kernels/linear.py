@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOST_ROWS = 128  # of a float32 product that ours is faster at; a task of it takes as many
+LEAST_WEIGHTS = 1 << 18  # ... and numbers its weight has at least
+
 Product = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]  # dense x, weight, bias -> x weight^T + bias
 
 
@@ -31,6 +34,24 @@ def torch_is_slow(x: Tensor) -> bool:
     So it is with bfloat16 on x86 with neither AVX-512 nor AVX-NE-CONVERT.
     """
     return x.dtype is torch.bfloat16 and x.is_cpu and _bf16_is_slow()
+
+
+def ours_is_faster(x: Tensor, weight: Tensor) -> bool:
+    """Whether `batch_invariant_linear` on the CPU takes less time than torch for x [..., K] and weight [N, K].
+
+    So it does in bfloat16 where torch is slow at that, and in float32 with several threads for a few rows of a large
+    weight, as a decode step has them: one row is torch's, and so is a hundred and more.
+    """
+    if torch_is_slow(x):
+        return True
+    return (
+        x.dtype is torch.float32
+        and x.is_cpu
+        and weight.numel() >= LEAST_WEIGHTS
+        and 1 < x.shape[:-1].numel() <= MOST_ROWS
+        and torch.get_num_threads() > 1
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
