@@ -6,8 +6,8 @@ CSRC := $(wildcard kernels/csrc/*.cpp kernels/csrc/*.h)
 STAMP := .venv/.installed
 PEERS := .venv/.peers
 SUITES ?= bench
-# One more than there are cores, for some tests wait.
-TEST_PROCESSES = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+# One a core: more gains nothing, for the longest tests start processes of their own.
+TEST_PROCESSES = $(shell getconf _NPROCESSORS_ONLN)
 
 # Idle threads sleep instead of spinning: several times faster where other processes want the cores too (docs/log.md).
 train test: export OMP_WAIT_POLICY ?= passive

@@ -6,8 +6,9 @@
 // chain, k ascending, and the sums of the blocks are added in ascending order. That is all of it, whatever the number
 // of rows, the tile an element is computed in and the thread that does it: a row's result has the same bits alone and
 // in any batch. A weight is used where it lies; kPanel of its rows are transposed a block at a time, into the L1 cache,
-// for as many rows of x as there are: for one row that is most of the work, for a hundred it is a few percent. The
-// decoder, which multiplies the same weights again and again, has them transposed once instead.
+// for as many rows of x as there are: for one row that is most of the work, for a hundred it is a few percent. Few rows
+// of floats are multiplied with what is transposed in registers, which is laid down nowhere. The decoder, which
+// multiplies the same weights again and again, has them transposed once instead.
 #include <type_traits>
 
 #include "kernels.h"
@@ -18,10 +19,11 @@
 namespace ibtpo::IBTPO_ISA {
 namespace {
 
-constexpr int64_t kDepth = 128;             // words of a block
-constexpr int64_t kRows = 128;              // rows of a task; their sums are 32 KiB
-constexpr int64_t kParallelWork = 1 << 19;  // multiplications; below, starting threads costs more
-constexpr int64_t kWidenRows = 8;           // from as many on, widening the weight pays
+constexpr int64_t kDepth = 128;                    // words of a block
+constexpr int64_t kRows = 128;                     // rows of a task; their sums are 32 KiB
+constexpr int64_t kParallelWork = 1 << 19;         // multiplications; below, starting threads costs more
+constexpr int64_t kFewRows = kWidth == 8 ? 8 : 0;  // at most these are few; of AVX-512 it was not measured
+constexpr int64_t kWidenRows = 8;                  // from as many on, widening the weight pays
 
 // Without instructions for pairs of bfloat16 each product takes them apart. Many rows are multiplied in float instead,
 // of factors taken apart once: the same chain of sums, the odd number of a pair first.
@@ -63,6 +65,49 @@ INLINE void widened_product(float* sums, int64_t rows, int64_t wide, const Pair*
   product<Mode>(sums, kPanel, rows, wide, Strided{w.x, 2 * kDepth, 1}, w.weight, kPanel, 2 * words);
 }
 
+// sums = or += a block's products with `rows` rows of x, at most Rows: squares of the weight are transposed in
+// registers and used at once. `weight` is where the block begins, its rows `depth` apart.
+template <int Rows>
+INLINE void few_rows(float* sums, int64_t rows, const float* x, int64_t stride, const float* weight, int64_t depth,
+                     int64_t cols, int64_t block_depth, bool first) {
+  constexpr int kVecs = Rows <= 4 ? 2 : 1;  // chains enough to keep the multipliers busy
+  const float* row[Rows];
+  for (int m = 0; m < Rows; ++m) row[m] = x + least(m, rows - 1) * stride;  // those that are missing repeat the last
+  for (int64_t n = 0; n < cols; n += kVecs * kWidth) {
+    Vec acc[Rows][kVecs] = {};
+    const auto add = [&](int64_t k, auto count) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) {
+        const int64_t column = n + v * kWidth;
+        Vec square[kWidth];
+        load_transposed(square, weight + column * depth + k, depth, cols - column, count);
+#pragma GCC unroll 16
+        for (int i = 0; i < kWidth; ++i) {
+          if (i >= count) break;
+#pragma GCC unroll 8
+          for (int m = 0; m < Rows; ++m) acc[m][v] = mul_add(acc[m][v], broadcast(row[m] + k + i), square[i]);
+        }
+      }
+    };
+    int64_t k = 0;
+    for (; k + kWidth <= block_depth; k += kWidth) add(k, std::integral_constant<int64_t, kWidth>());
+    if (k < block_depth) add(k, block_depth - k);
+    for (int m = 0; m < Rows && m < rows; ++m)
+      for (int v = 0; v < kVecs && n + v * kWidth < cols; ++v) {
+        float* at = sums + m * kPanel + n + v * kWidth;
+        store(at, first ? acc[m][v] : load(at) + acc[m][v]);
+      }
+  }
+}
+
+INLINE void few_rows(float* sums, int64_t rows, const float* x, int64_t stride, const float* weight, int64_t depth,
+                     int64_t cols, int64_t block_depth, bool first) {
+  if (rows == 1) return few_rows<1>(sums, rows, x, stride, weight, depth, cols, block_depth, first);
+  if (rows == 2) return few_rows<2>(sums, rows, x, stride, weight, depth, cols, block_depth, first);
+  if (rows <= 4) return few_rows<4>(sums, rows, x, stride, weight, depth, cols, block_depth, first);
+  few_rows<8>(sums, rows, x, stride, weight, depth, cols, block_depth, first);
+}
+
 // Columns [column, column + cols) of rows [row, row + rows).
 template <class T>
 INLINE void panel(const Linear<T>& p, int64_t row, int64_t rows, int64_t column, int64_t cols, Word<T>* block,
@@ -73,6 +118,12 @@ INLINE void panel(const Linear<T>& p, int64_t row, int64_t rows, int64_t column,
   int64_t k = 0;
   do {  // once for a depth of 0, to clear the sums
     const int64_t words = least(kDepth, depth - k);
+    if constexpr (std::is_same_v<T, float> && kFewRows > 0)
+      if (!p.packed && rows <= kFewRows) {
+        few_rows(sums, rows, x + k, stride, p.weight + column * depth + k, depth, cols, words, k == 0);
+        k += kDepth;
+        continue;
+      }
     const Word<T>* b = block;
     if (p.packed)
       b = reinterpret_cast<const Word<T>*>(p.weight) + column * depth + k * kPanel;

@@ -196,23 +196,27 @@ INLINE void product(float* c, int64_t ldc, int64_t rows, int64_t cols, StridedOf
   product<Mode>(c, ldc, rows, cols, a, PartsOf<W>{&b, ldb, depth}, depth);
 }
 
+// square[d][j] = from[j, d] for j < rows, d < cols, both at most kWidth or cut to it; zero beyond.
+INLINE void load_transposed(Vec (&square)[kWidth], const float* from, int64_t ld_from, int64_t rows, int64_t cols) {
+  if (rows >= kWidth && cols >= kWidth) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kWidth; ++i) square[i] = load(from + i * ld_from);
+  } else {
+    for (int i = 0; i < kWidth; ++i) {
+      square[i] = Vec{};
+      if (i < rows) std::memcpy(&square[i], from + i * ld_from, sizeof(float) * least(kWidth, cols));
+    }
+  }
+  transpose(square);
+}
+
 // to[d, j] = from[j, d] for j < rows, d < cols; columns of `to` from `rows` up to the next multiple of kWidth become
 // zero, and so do rows from `cols` up to the next multiple.
 INLINE void pack_transposed(float* to, int64_t ld_to, const float* from, int64_t ld_from, int64_t rows, int64_t cols) {
   for (int64_t j = 0; j < rows; j += kWidth)
     for (int64_t d = 0; d < cols; d += kWidth) {
       Vec square[kWidth];
-      if (d + kWidth <= cols && j + kWidth <= rows) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) square[i] = load(from + (j + i) * ld_from + d);
-      } else {
-        for (int i = 0; i < kWidth; ++i) {
-          square[i] = Vec{};
-          if (j + i < rows)
-            std::memcpy(&square[i], from + (j + i) * ld_from + d, sizeof(float) * least(kWidth, cols - d));
-        }
-      }
-      transpose(square);
+      load_transposed(square, from + j * ld_from + d, ld_from, rows - j, cols - d);
 #pragma GCC unroll 16
       for (int i = 0; i < kWidth; ++i) store(to + (d + i) * ld_to + j, square[i]);
     }
