@@ -26,8 +26,8 @@ from ibtpo_kernels import (
     batch_invariant_linear,
     fastest_linear,
     linear_sampled_logprob,
-    plan_by_depth,
     ours_is_faster,
+    plan_by_depth,
     tree_attention_by_depth,
 )
 
