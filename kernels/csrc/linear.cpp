@@ -65,65 +65,63 @@ INLINE void widened_product(float* sums, int64_t rows, int64_t wide, const Pair*
   product<Mode>(sums, kPanel, rows, wide, Strided{w.x, 2 * kDepth, 1}, w.weight, kPanel, 2 * words);
 }
 
-// sums = or += a block's products with `rows` rows of x, at most Rows: squares of the weight are transposed in
-// registers and used at once. `weight` is where the block begins, its rows `depth` apart.
+// sums = x weight^T for at most Rows rows of x: squares of the weight are transposed in registers and used at once,
+// along the whole depth of a few columns, so that memory is read in long runs.
 template <int Rows>
 INLINE void few_rows(float* sums, int64_t rows, const float* x, int64_t stride, const float* weight, int64_t depth,
-                     int64_t cols, int64_t block_depth, bool first) {
+                     int64_t cols) {
   constexpr int kVecs = Rows <= 4 ? 2 : 1;  // chains enough to keep the multipliers busy
   const float* row[Rows];
   for (int m = 0; m < Rows; ++m) row[m] = x + least(m, rows - 1) * stride;  // those that are missing repeat the last
   for (int64_t n = 0; n < cols; n += kVecs * kWidth) {
-    Vec acc[Rows][kVecs] = {};
-    const auto add = [&](int64_t k, auto count) {
+    Vec total[Rows][kVecs];
+    for (int64_t begin = 0; begin == 0 || begin < depth; begin += kDepth) {
+      Vec acc[Rows][kVecs] = {};
+      const auto add = [&](int64_t k, auto count) {
 #pragma GCC unroll 2
-      for (int v = 0; v < kVecs; ++v) {
-        const int64_t column = n + v * kWidth;
-        Vec square[kWidth];
-        load_transposed(square, weight + column * depth + k, depth, cols - column, count);
+        for (int v = 0; v < kVecs; ++v) {
+          const int64_t column = n + v * kWidth;
+          Vec square[kWidth];
+          load_transposed(square, weight + column * depth + k, depth, cols - column, count);
 #pragma GCC unroll 16
-        for (int i = 0; i < kWidth; ++i) {
-          if (i >= count) break;
+          for (int i = 0; i < kWidth; ++i) {
+            if (i >= count) break;
 #pragma GCC unroll 8
-          for (int m = 0; m < Rows; ++m) acc[m][v] = mul_add(acc[m][v], broadcast(row[m] + k + i), square[i]);
+            for (int m = 0; m < Rows; ++m) acc[m][v] = mul_add(acc[m][v], broadcast(row[m] + k + i), square[i]);
+          }
         }
-      }
-    };
-    int64_t k = 0;
-    for (; k + kWidth <= block_depth; k += kWidth) add(k, std::integral_constant<int64_t, kWidth>());
-    if (k < block_depth) add(k, block_depth - k);
+      };
+      const int64_t end = least(depth, begin + kDepth);
+      int64_t k = begin;
+      for (; k + kWidth <= end; k += kWidth) add(k, std::integral_constant<int64_t, kWidth>());
+      if (k < end) add(k, end - k);
+#pragma GCC unroll 8
+      for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 2
+        for (int v = 0; v < kVecs; ++v) total[m][v] = begin == 0 ? acc[m][v] : total[m][v] + acc[m][v];
+    }
     for (int m = 0; m < Rows && m < rows; ++m)
-      for (int v = 0; v < kVecs && n + v * kWidth < cols; ++v) {
-        float* at = sums + m * kPanel + n + v * kWidth;
-        store(at, first ? acc[m][v] : load(at) + acc[m][v]);
-      }
+      for (int v = 0; v < kVecs && n + v * kWidth < cols; ++v) store(sums + m * kPanel + n + v * kWidth, total[m][v]);
   }
 }
 
 INLINE void few_rows(float* sums, int64_t rows, const float* x, int64_t stride, const float* weight, int64_t depth,
-                     int64_t cols, int64_t block_depth, bool first) {
-  if (rows == 1) return few_rows<1>(sums, rows, x, stride, weight, depth, cols, block_depth, first);
-  if (rows == 2) return few_rows<2>(sums, rows, x, stride, weight, depth, cols, block_depth, first);
-  if (rows <= 4) return few_rows<4>(sums, rows, x, stride, weight, depth, cols, block_depth, first);
-  few_rows<8>(sums, rows, x, stride, weight, depth, cols, block_depth, first);
+                     int64_t cols) {
+  if (rows == 1) return few_rows<1>(sums, rows, x, stride, weight, depth, cols);
+  if (rows == 2) return few_rows<2>(sums, rows, x, stride, weight, depth, cols);
+  if (rows <= 4) return few_rows<4>(sums, rows, x, stride, weight, depth, cols);
+  few_rows<8>(sums, rows, x, stride, weight, depth, cols);
 }
 
-// Columns [column, column + cols) of rows [row, row + rows).
+// sums = x weight^T, the weight's block of a depth laid down transposed for all rows.
 template <class T>
-INLINE void panel(const Linear<T>& p, int64_t row, int64_t rows, int64_t column, int64_t cols, Word<T>* block,
-                  float* sums, const Widened& widened) {
+INLINE void many_rows(float* sums, int64_t rows, const Word<T>* x, int64_t stride, const Linear<T>& p, int64_t column,
+                      int64_t cols, Word<T>* block, const Widened& widened) {
   constexpr int64_t kWord = kPerWord<T>;
-  const int64_t depth = p.depth / kWord, stride = p.x_stride / kWord, wide = round_up(cols, kWidth);
-  const auto* x = reinterpret_cast<const Word<T>*>(p.x + row * p.x_stride);
+  const int64_t depth = p.depth / kWord, wide = round_up(cols, kWidth);
   int64_t k = 0;
   do {  // once for a depth of 0, to clear the sums
     const int64_t words = least(kDepth, depth - k);
-    if constexpr (std::is_same_v<T, float> && kFewRows > 0)
-      if (!p.packed && rows <= kFewRows) {
-        few_rows(sums, rows, x + k, stride, p.weight + column * depth + k, depth, cols, words, k == 0);
-        k += kDepth;
-        continue;
-      }
     const Word<T>* b = block;
     if (p.packed)
       b = reinterpret_cast<const Word<T>*>(p.weight) + column * depth + k * kPanel;
@@ -141,6 +139,20 @@ INLINE void panel(const Linear<T>& p, int64_t row, int64_t rows, int64_t column,
       add(std::integral_constant<Into, Into::kAdd>());
     k += kDepth;
   } while (k < depth);
+}
+
+// Columns [column, column + cols) of rows [row, row + rows).
+template <class T>
+INLINE void panel(const Linear<T>& p, int64_t row, int64_t rows, int64_t column, int64_t cols, Word<T>* block,
+                  float* sums, const Widened& widened) {
+  const int64_t stride = p.x_stride / kPerWord<T>;
+  const auto* x = reinterpret_cast<const Word<T>*>(p.x + row * p.x_stride);
+  bool few = false;
+  if constexpr (std::is_same_v<T, float> && kFewRows > 0) {
+    few = !p.packed && rows <= kFewRows;
+    if (few) few_rows(sums, rows, x, stride, p.weight + column * p.depth, p.depth, cols);
+  }
+  if (!few) many_rows(sums, rows, x, stride, p, column, cols, block, widened);
   const T* bias = p.bias == nullptr ? nullptr : p.bias + column;
   for (int64_t m = 0; m < rows; ++m) {
     const float* sum = sums + m * kPanel;
