@@ -224,6 +224,29 @@ def test_the_trees_of_the_engine_page(header: str, case: str, unit: int, trees: 
             assert agree(text, here, chains / here) if text.endswith("x") else agree(text, here), (prompts, who)
 
 
+def test_what_equal_bits_cost() -> None:
+    """Milliseconds of both ways, and the second over the first."""
+    rows = rows_of("parity.csv")
+    milliseconds = {(row["case"], row["x"], row["who"]): 1000 * float(row["median_s"]) for row in rows}
+    lines = table("| | fast | bitwise | |", ENGINE_PAGE)
+    cases = list(dict.fromkeys((row["case"], row["x"]) for row in rows))
+    for (case, x), (line, fast, bitwise, ratio) in zip(cases, lines, strict=True):
+        assert all(word in line for word in case.partition(", ")[2].split()), (case, line)
+        ours = milliseconds[case, x, "bitwise"]
+        assert agree(fast, milliseconds[case, x, "fast"]), line
+        assert agree(bitwise, ours), line
+        assert agree(ratio, ours / milliseconds[case, x, "fast"]), line
+
+
+def test_tokens_of_presets() -> None:
+    columns = ("trajectories", "tokens_sampled", "trajectory_tokens", "groups_without_gradient")
+    lines = table("| preset | G | tokens sampled ", METHOD_PAGE)
+    for row, (line, *cells) in zip(rows_of("preset_tokens.csv"), lines, strict=True):
+        assert row["preset"].partition(",")[0] in line
+        for column, text in zip(columns, cells, strict=True):
+            assert agree(text, float(row[column]) * (100 if "%" in text else 1)), (line, column)
+
+
 def test_the_bookkeeping_of_the_engine_page() -> None:
     rows = rows_of("bookkeeping.csv")
     for branches, *cells in table("| live branches ", ENGINE_PAGE):
