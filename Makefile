@@ -6,7 +6,7 @@ CSRC := $(wildcard kernels/csrc/*.cpp kernels/csrc/*.h)
 STAMP := .venv/.installed
 PEERS := .venv/.peers
 SUITES ?= bench
-# One a core: more gains nothing, for the longest tests start processes of their own.
+# One a core; the longest tests start processes of their own.
 TEST_PROCESSES = $(shell getconf _NPROCESSORS_ONLN)
 
 # Idle threads sleep instead of spinning: several times faster where other processes want the cores too (docs/log.md).

@@ -1,4 +1,4 @@
-"""Triton's interpreter in less than half the time.
+"""Triton's interpreter, faster (docs/log.md).
 
 Whenever a function is called it looks through all of `triton.language` for what to replace, which takes longer than
 most of what it interprets; and every value it makes describes its own type anew. Imported by `conftest.py` under

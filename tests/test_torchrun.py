@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -220,7 +221,9 @@ def test_a_cable_may_be_pulled_and_a_process_that_is_killed_comes_back(
     folder = tmp_path / "run"
     with Nodes("2", [*adder, *TOKENS, "--out", folder], logs=tmp_path / "node", hosts=hosts or (HERE, HERE)) as nodes:
         wait_for_steps(folder, 3)
-        if hosts is not None:
+        if hosts is None:
+            warnings.warn("network namespaces need root and iproute2: no cable was pulled", stacklevel=1)
+        else:
             cable = ("-n", hosts[1].namespace, "link", "set", hosts[1].interface)
             _ip(*cable, "down")
             time.sleep(1)

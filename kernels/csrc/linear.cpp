@@ -6,9 +6,9 @@
 // chain, k ascending, and the sums of the blocks are added in ascending order. That is all of it, whatever the number
 // of rows, the tile an element is computed in and the thread that does it: a row's result has the same bits alone and
 // in any batch. A weight is used where it lies; kPanel of its rows are transposed a block at a time, into the L1 cache,
-// for as many rows of x as there are: for one row that is most of the work, for a hundred it is a few percent. Few rows
-// of floats are multiplied with what is transposed in registers, which is laid down nowhere. The decoder, which
-// multiplies the same weights again and again, has them transposed once instead.
+// for as many rows of x as there are: for one row that is most of the work, for a hundred it is a few percent. On AVX2
+// few rows of floats are multiplied with what is transposed in registers, which is laid down nowhere. The decoder,
+// which multiplies the same weights again and again, has them transposed once instead.
 #include <type_traits>
 
 #include "kernels.h"
