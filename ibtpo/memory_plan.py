@@ -10,6 +10,7 @@ hidden, I inner size, L layers, Hq/Hkv heads of size D, r rank of the adapters. 
                                           but the C library's malloc keeps it (what is below its mmap threshold,
                                           32 MiB at last): on a CPU (4 + e) Pt in a step
     KV pool        2 L Hkv D e tokens     0 during the update where it is released
+    CUDA graphs    as the decode steps they repeat take, see below; kept and released along with the pool
     reference      e P                    a frozen copy; 0 with adapters (switched off) or without need of one
     activations    N (L a + e H + 4 D + 12), and with adapters 7 L e r N for all seven projections, where
                    a = e (4 H + 3 I + (n + 1) (Hq + Hkv) D) + 4 Hq        n = 2 with query and key norms, 1 without
@@ -21,7 +22,8 @@ hidden, I inner size, L layers, Hq/Hkv heads of size D, r rank of the adapters. 
                                           gradient in fp32 and in `dtype`: (4 + e) V H
                    in the layers' backward e N (2 I + 3 H), and the head's gradient e V H, waiting for the embedding's
                    in the optimizer step  temporaries of 8bit on a CPU: 20 bytes a number of the largest parameter
-                   while sampling         logits of `max_branches` rows twice in fp32, a chunk of the prompt
+                   while sampling         logits of `max_branches` rows twice in fp32, a chunk of the prompt; these rows
+                                          in a layer are what a CUDA graph has beside such logits of its own
 
 In N processes each samples for its share of the prompts, and a step takes a bucket of gradients more. With fsdp masters
 (in fp32, too: the engine's weights are a copy), optimizer and gradients are a share of 1/N each, and to it come the
@@ -208,13 +210,17 @@ def _layer_workspace(shape: ModelConfig, config: TrainConfig, tokens: int) -> in
     return size * tokens * (2 * shape.intermediate_size + 3 * shape.hidden_size) + waiting
 
 
-def _sampling_workspace(shape: ModelConfig, config: TrainConfig, processes: Processes) -> int:
-    size = _dtype(config).itemsize
+def _most_rows(config: TrainConfig, processes: Processes) -> int:
+    """Of a decode step."""
     prompts, held_out = (-(-count // processes.count) for count in (config.prompts_per_step, config.eval.prompts))
     wanted = max(prompts * config.search.trajectories, held_out * config.eval.samples)
-    rows = min(config.engine.max_branches, wanted)
-    chunk = config.engine.prefill_tokens * size * (2 * shape.intermediate_size + 4 * shape.hidden_size)
-    return 8 * rows * shape.vocab_size + chunk
+    return min(config.engine.max_branches, wanted)
+
+
+def _step_workspace(shape: ModelConfig, config: TrainConfig, decoding: int, filled: int) -> int:
+    """Of a step of so many rows, the most of which decode or fill."""
+    layer = _dtype(config).itemsize * (2 * shape.intermediate_size + 4 * shape.hidden_size)
+    return 8 * decoding * shape.vocab_size + filled * layer
 
 
 def _copies_reference(config: TrainConfig) -> bool:
@@ -242,7 +248,7 @@ def plan_memory(
     split = processes.count if processes.mode == "fsdp" else 1
     size, on_cpu = _dtype(config).itemsize, device.type == "cpu"
     count, tokens = _sizes(shape, config), largest_micro_batch(config)
-    eight = config.optim.state == "8bit"
+    eight, rows = config.optim.state == "8bit", _most_rows(config, processes)
     large = count.trained - count.trained_small
     process = host_memory() + _LATER if on_cpu else 0
     pool = bytes_per_token(shape, _dtype(config)) * pages_for(config.engine.kv_tokens) * PAGE
@@ -255,6 +261,7 @@ def plan_memory(
         "gradients": -(-4 * count.trained // split),
         "gathered layers": size * (2 * count.layer + count.outside) if split > 1 else 0,
         "KV pool": pool,
+        "CUDA graphs": _step_workspace(shape, config, rows, rows) if config.engine.cuda_graphs else 0,
         "activations": activation_bytes(shape, config, tokens),
         "log-prob workspace": _loss_workspace(shape, config, tokens, on_cpu),
         "reference model": size * count.parameters if _copies_reference(config) else 0,
@@ -267,15 +274,14 @@ def plan_memory(
     step += size * count.trained if on_cpu and size < 4 and split == 1 else 0
     if processes.count > 1:  # gradients are summed, or weights put together, a piece at a time
         step += min(4 * count.trained, max(BUCKET_BYTES, 4 * count.largest))
-    phases = {"sampling": kept + pool + _sampling_workspace(shape, config, processes)}
+    pool += parts["CUDA graphs"]  # which are released with it
+    phases = {"sampling": kept + pool + _step_workspace(shape, config, rows, config.engine.prefill_tokens)}
     updates = {"backward pass": kept + backward, "optimizer step": kept + step}
     room = free if free is not None else free_memory(device) // processes.sharing + (host_memory() if on_cpu else 0)
     release = config.engine.release == "always"
     if config.engine.release == "auto":
         largest = max(updates.values())
-        freely = not (
-            on_cpu or config.engine.cuda_graphs
-        )  # graphs would be captured anew where the pool lies elsewhere
+        freely = not (on_cpu or config.engine.cuda_graphs)  # graphs would have to be captured anew
         release = freely or (max(largest, *phases.values()) <= room < largest + pool)
     phases |= {name: need + (0 if release else pool) for name, need in updates.items()}
     return MemoryPlan(parts, phases, room, tokens, release, device.type)

@@ -303,6 +303,17 @@ def test_closing_ends_the_wait_between_two_tries(server: Server) -> None:
         backend.extend([[3, 4]], 1, sampling=SAMPLING, seeds=[[0]])
 
 
+def test_a_request_that_nobody_waits_for_gives_its_place_up_between_two_tries(server: Server) -> None:
+    server.faults[:] = [lambda handler, body: handler.answer(503, {}, Retry_After="30")]
+    left, begin = threading.Event(), time.monotonic()
+    with connect(server, max_requests=1) as backend:
+        threading.Timer(0.2, left.set).start()
+        with pytest.raises(BackendError, match="the call left"):
+            backend.extend_until([[3, 4]], 1, sampling=SAMPLING, seeds=[[0]], cancelled=left)
+        assert len(backend.extend([[3, 4]], 1, sampling=SAMPLING, seeds=[[0]])[0]) == 1
+    assert time.monotonic() - begin < 10
+
+
 def test_a_run_left_early_or_by_an_error_closes_searches_and_trees(server: Server) -> None:
     closed: list[Tree] = []
 

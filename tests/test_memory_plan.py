@@ -307,6 +307,21 @@ def test_the_pool_stays_on_a_gpu_where_graphs_would_be_captured_anew_and_there_i
     assert not plan_memory(captured, shape_of(), device, free=kept.total).release
 
 
+def test_graphs_have_logits_of_their_own_that_are_released_with_the_pool() -> None:
+    device, shape = torch.device("cuda"), shape_of()
+    engine = EngineConfig(release="never", max_branches=4)
+    plans = [
+        plan_memory(replace(WIDE, engine=replace(engine, **changes)), shape, device, free=1 << 50)  # type: ignore[arg-type]
+        for changes in ({}, {"cuda_graphs": True}, {"cuda_graphs": True, "release": "always"})
+    ]
+    without, kept, released = plans
+    graphs = kept.parts["CUDA graphs"]
+    assert without.parts["CUDA graphs"] == 0 < 2 * 4 * 4 * shape.vocab_size < graphs == released.parts["CUDA graphs"]
+    assert all(kept.phases[name] == without.phases[name] + graphs for name in without.phases)
+    assert released.phases["sampling"] == kept.phases["sampling"]
+    assert released.phases["backward pass"] == kept.phases["backward pass"] - kept.parts["KV pool"] - graphs
+
+
 def test_a_pool_that_may_not_hold_a_tree_is_warned_of() -> None:
     config = replace(RUN, sampling=SamplingConfig(max_tokens=50))
     least = least_pool(config, prompt=31, context=512)

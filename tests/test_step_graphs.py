@@ -6,6 +6,8 @@ step reads nothing but its buffers, and that these hold what they should, is the
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from importlib import import_module
 
@@ -130,7 +132,10 @@ def test_graphs_do_not_outlive_the_pool(model: Model) -> None:
     before = grow_little(engine)
     before[0].close()
     occupied = engine.cache.pool._memory  # so that the pool's next place is another
+    step = weakref.ref(next(iter(graphs_of(engine)._buckets.values())))
     engine.release()
+    gc.collect()  # the interpreter's stand-in for a graph refers to itself
+    assert step() is None, "its buffers and its graph's memory are free during the update"
     captured = graphs_of(engine).captured
     assert_same(grow_little(engine), before)
     assert engine.cache.pool._memory.data_ptr() != occupied.data_ptr()

@@ -19,7 +19,7 @@ from ibtpo.studies.folders import CELLS
 from ibtpo.studies.matrix import Cell, Study, load_study
 from ibtpo.studies.measure import recursive_value, tree_numbers
 from ibtpo.studies.results import collect, read_curve, train_numbers
-from ibtpo.studies.statistics import area_under, estimate, paired_difference
+from ibtpo.studies.statistics import area_under, paired_difference, seed_mean
 from ibtpo.studies.tables import csv_text, markdown_text, rich_tables, sections
 from ibtpo_engine.tree import Tree
 
@@ -28,17 +28,17 @@ GRPO = "{preset: grpo}"
 
 def test_interval_of_two_seeds_is_known_in_full() -> None:
     """Two values: resampled means are a, (a+b)/2, b with chances 1/4, 1/2, 1/4, so the 95 % interval is [a, b]."""
-    found = estimate([0.2, 0.6])
+    found = seed_mean([0.2, 0.6])
     assert found is not None
     assert (found.mean, found.low, found.high, found.seeds) == pytest.approx((0.4, 0.2, 0.6, 2))
     assert found.is_apart_from_zero
 
 
 def test_one_seed_has_no_interval_and_none_no_estimate() -> None:
-    alone = estimate([0.3, math.nan])
+    alone = seed_mean([0.3, math.nan])
     assert alone is not None and (alone.mean, alone.seeds) == (0.3, 1)
     assert math.isnan(alone.low) and not alone.is_apart_from_zero
-    assert estimate([]) is None
+    assert seed_mean([]) is None
 
 
 def test_differences_are_taken_within_seeds() -> None:

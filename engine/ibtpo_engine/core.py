@@ -371,11 +371,12 @@ class EngineCore:
             )
 
     def release(self) -> None:
-        """Give the pool's memory back to torch's allocator; the next call that samples takes it again.
+        """Give the memory of the pool and of captured graphs back to torch's allocator; sampling takes it again.
 
         Open trees keep their tokens; their keys and values are computed anew when they grow further.
         """
         self._drop_all_kv()
+        self.scheduler.runner.forget()
         self.cache.pool.release_memory()
 
     def restore(self) -> None:

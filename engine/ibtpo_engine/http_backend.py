@@ -6,6 +6,7 @@ import http.client
 import json
 import ssl
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -156,11 +157,18 @@ class HttpBackend:
                     raise BackendError(f"{server.url}: {problem}; the request will not get better, correct it")
                 wait = wait if asked_to_wait is None else asked_to_wait
             if attempt < server.retries:
-                self._closed.wait(min(wait, _LONGEST_WAIT))
+                self._wait(min(wait, _LONGEST_WAIT), cancelled)
         raise BackendError(
             f"{server.url}: {problem}, {server.retries + 1} times in a row; is the server up, and is timeout="
             f"{server.timeout:g} s long enough for {server.max_requests} requests at a time?"
         )
+
+    def _wait(self, seconds: float, cancelled: threading.Event) -> None:
+        """So long, or until the answer is no longer wanted: others may want the request's place."""
+        end = time.monotonic() + seconds
+        while not cancelled.is_set() and (left := end - time.monotonic()) > 0:
+            if self._closed.wait(min(left, 0.1)):
+                return
 
     def _send(self, body: bytes) -> tuple[int, float | None, bytes]:
         """Post once: (status, seconds the server asks to wait, body)."""

@@ -89,7 +89,7 @@ class Runner:
         self._plan = self._chosen = None
 
     def forget(self) -> None:
-        """The slots are others now."""
+        """Drop what steps were recorded or captured with: slots or pool are about to be others."""
         self._step = None
         if self.graphs is not None:
             self.graphs.forget()

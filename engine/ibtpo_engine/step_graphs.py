@@ -108,7 +108,7 @@ class StepGraphs:
         self._seen: object = None
 
     def forget(self) -> None:
-        """Drop the graphs: what they read is written no more, such as the page table of slots that are gone."""
+        """Drop the graphs, with their memory: what they read (the page table, say) is written no more."""
         self._bucket, self._buckets = None, {}
 
     def forget_moved(self) -> None:

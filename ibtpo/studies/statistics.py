@@ -31,7 +31,7 @@ class SeedMean:
         return self.low > 0.0 or self.high < 0.0
 
 
-def estimate(values: Sequence[float]) -> SeedMean | None:
+def seed_mean(values: Sequence[float]) -> SeedMean | None:
     """Mean and interval of one value a seed; None if there are none."""
     known = [value for value in values if math.isfinite(value)]
     if not known:
@@ -42,7 +42,7 @@ def estimate(values: Sequence[float]) -> SeedMean | None:
 
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> SeedMean | None:
     """`values` minus `baseline`, over the seeds that both have; None if they share none."""
-    return estimate([values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())])
+    return seed_mean([values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())])
 
 
 def area_under(x: Sequence[float], y: Sequence[float], end: float) -> float:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ibtpo.studies.results import COLUMNS, Column, Results
-from ibtpo.studies.statistics import SeedMean, estimate, paired_difference
+from ibtpo.studies.statistics import SeedMean, paired_difference, seed_mean
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def sections(results: Results) -> list[Section]:
         rows = {
             variant: [
                 Entry(
-                    estimate(list(found.get(column.name, {}).values())),
+                    seed_mean(list(found.get(column.name, {}).values())),
                     paired_difference(found.get(column.name, {}), baseline.get(column.name, {}))
                     if column.compared and variant != results.study.baseline
                     else None,
