@@ -7,8 +7,8 @@
 // of rows, the tile an element is computed in and the thread that does it: a row's result has the same bits alone and
 // in any batch. A weight is used where it lies; kPanel of its rows are transposed a block at a time, into the L1 cache,
 // for as many rows of x as there are: for one row that is most of the work, for a hundred it is a few percent. On AVX2
-// few rows of floats are multiplied with what is transposed in registers, which is laid down nowhere. The decoder,
-// which multiplies the same weights again and again, has them transposed once instead.
+// few rows are multiplied with what is transposed in registers, which is laid down nowhere. The decoder, which
+// multiplies the same weights again and again, has them transposed once instead.
 #include <type_traits>
 
 #include "kernels.h"
@@ -25,19 +25,20 @@ constexpr int64_t kParallelWork = 1 << 19;         // multiplications; below, st
 constexpr int64_t kFewRows = kWidth == 8 ? 8 : 0;  // at most these are few; of AVX-512 it was not measured
 constexpr int64_t kWidenRows = 8;                  // from as many on, widening the weight pays
 
-// Without instructions for pairs of bfloat16 each product takes them apart. Many rows are multiplied in float instead,
-// of factors taken apart once: the same chain of sums, the odd number of a pair first.
+// Without instructions for pairs of bfloat16 each product takes them apart. Few rows and many are multiplied in float
+// instead, few by a weight that each takes apart for all of them, many by one taken apart once: the same chain of sums,
+// the odd number of a pair first.
 template <class T>
 constexpr bool kWidens = kIsTakenApart<Word<T>>;
 
 struct Widened {
-  float *x, *weight;  // [kRows, 2 kDepth], [2 kDepth, kPanel]; null where nothing is widened
+  float *x, *weight;  // [kRows, 2 kDepth], [2 kDepth, kPanel], or few rows whole; null where nothing is widened
 };
 
 INLINE OddEven pairs_at(const Pair* p) { return take_apart(*reinterpret_cast<const IVecAt*>(p)); }
 
-INLINE void widen_rows(float* to, const Pair* from, int64_t stride, int64_t rows, int64_t words) {
-  for (int64_t m = 0; m < rows; ++m, to += 2 * kDepth, from += stride)
+INLINE void widen_rows(float* to, int64_t to_stride, const Pair* from, int64_t stride, int64_t rows, int64_t words) {
+  for (int64_t m = 0; m < rows; ++m, to += to_stride, from += stride)
     for_each(
         words,
         [&](int64_t k) {
@@ -60,21 +61,32 @@ INLINE void widen_weight(float* to, const Pair* from, int64_t words) {
 template <Into Mode>
 INLINE void widened_product(float* sums, int64_t rows, int64_t wide, const Pair* x, int64_t stride, const Pair* b,
                             int64_t words, const Widened& w) {
-  widen_rows(w.x, x, stride, rows, words);
+  widen_rows(w.x, 2 * kDepth, x, stride, rows, words);
   widen_weight(w.weight, b, words);
   product<Mode>(sums, kPanel, rows, wide, Strided{w.x, 2 * kDepth, 1}, w.weight, kPanel, 2 * words);
 }
 
-// sums = x weight^T for at most Rows rows of x: squares of the weight are transposed in registers and used at once,
-// along the whole depth of a few columns, so that memory is read in long runs.
-template <int Rows>
-INLINE void few_rows(float* sums, int64_t rows, const float* x, int64_t stride, const float* weight, int64_t depth,
+// acc + x w, of a row's word and the words of several columns.
+INLINE Vec add_word(Vec acc, const float* x, Vec w, const float*) { return mul_add(acc, splat(*x), w); }
+INLINE Vec add_word(Vec acc, const float* x, Vec w, const Pair*) {
+  const OddEven pairs = take_apart((IVec)w);
+  return mul_add(mul_add(acc, splat(x[0]), pairs.odd), splat(x[1]), pairs.even);
+}
+
+// sums = x weight^T for at most Rows rows of x, widened: squares of the weight are transposed in registers and used at
+// once, along the whole depth of a few columns, so that memory is read in long runs. Rows of bfloat16 are too short for
+// the processor to run ahead in sixteen of them at a time: the next columns, which lie behind these, are fetched here.
+template <int Rows, class W>
+INLINE void few_rows(float* sums, int64_t rows, const float* x, int64_t stride, const W* weight, int64_t depth,
                      int64_t cols) {
-  constexpr int kVecs = Rows <= 4 ? 2 : 1;  // chains enough to keep the multipliers busy
+  constexpr int kVecs = Rows <= 4 ? 2 : 1;                      // chains enough to keep the multipliers busy
+  constexpr int64_t kFloats = std::is_same_v<W, Pair> ? 2 : 1;  // of a word
+  constexpr int64_t kLine = 64 / sizeof(W);
   const float* row[Rows];
   for (int m = 0; m < Rows; ++m) row[m] = x + least(m, rows - 1) * stride;  // those that are missing repeat the last
   for (int64_t n = 0; n < cols; n += kVecs * kWidth) {
     Vec total[Rows][kVecs];
+    [[maybe_unused]] const W* next = weight + (n + kVecs * kWidth) * depth;  // memory's own order, columns ahead
     for (int64_t begin = 0; begin == 0 || begin < depth; begin += kDepth) {
       Vec acc[Rows][kVecs] = {};
       const auto add = [&](int64_t k, auto count) {
@@ -82,12 +94,17 @@ INLINE void few_rows(float* sums, int64_t rows, const float* x, int64_t stride, 
         for (int v = 0; v < kVecs; ++v) {
           const int64_t column = n + v * kWidth;
           Vec square[kWidth];
-          load_transposed(square, weight + column * depth + k, depth, cols - column, count);
+          load_transposed(square, reinterpret_cast<const float*>(weight + column * depth + k), depth, cols - column,
+                          count);
+          if constexpr (kFloats == 2)  // of floats it gains nothing
+#pragma GCC unroll 4
+            for (int64_t i = 0; i < kWidth * kWidth; i += kLine, next += kLine) __builtin_prefetch(next, 0, 2);
 #pragma GCC unroll 16
           for (int i = 0; i < kWidth; ++i) {
             if (i >= count) break;
 #pragma GCC unroll 8
-            for (int m = 0; m < Rows; ++m) acc[m][v] = mul_add(acc[m][v], broadcast(row[m] + k + i), square[i]);
+            for (int m = 0; m < Rows; ++m)
+              acc[m][v] = add_word(acc[m][v], row[m] + (k + i) * kFloats, square[i], weight);
           }
         }
       };
@@ -105,7 +122,8 @@ INLINE void few_rows(float* sums, int64_t rows, const float* x, int64_t stride, 
   }
 }
 
-INLINE void few_rows(float* sums, int64_t rows, const float* x, int64_t stride, const float* weight, int64_t depth,
+template <class W>
+INLINE void few_rows(float* sums, int64_t rows, const float* x, int64_t stride, const W* weight, int64_t depth,
                      int64_t cols) {
   if (rows == 1) return few_rows<1>(sums, rows, x, stride, weight, depth, cols);
   if (rows == 2) return few_rows<2>(sums, rows, x, stride, weight, depth, cols);
@@ -141,18 +159,26 @@ INLINE void many_rows(float* sums, int64_t rows, const Word<T>* x, int64_t strid
   } while (k < depth);
 }
 
+template <class T>
+INLINE bool is_few(const Linear<T>& p) {
+  return !p.packed && p.num_rows <= kFewRows;
+}
+
 // Columns [column, column + cols) of rows [row, row + rows).
 template <class T>
 INLINE void panel(const Linear<T>& p, int64_t row, int64_t rows, int64_t column, int64_t cols, Word<T>* block,
                   float* sums, const Widened& widened) {
   const int64_t stride = p.x_stride / kPerWord<T>;
   const auto* x = reinterpret_cast<const Word<T>*>(p.x + row * p.x_stride);
-  bool few = false;
-  if constexpr (std::is_same_v<T, float> && kFewRows > 0) {
-    few = !p.packed && rows <= kFewRows;
-    if (few) few_rows(sums, rows, x, stride, p.weight + column * p.depth, p.depth, cols);
+  if (is_few(p)) {
+    const auto* weight = reinterpret_cast<const Word<T>*>(p.weight + column * p.depth);
+    if constexpr (kWidens<T>)
+      few_rows(sums, rows, widened.x, p.depth, weight, p.depth / kPerWord<T>, cols);
+    else if constexpr (std::is_same_v<T, float>)
+      few_rows(sums, rows, x, stride, weight, p.depth, cols);
+  } else {
+    many_rows(sums, rows, x, stride, p, column, cols, block, widened);
   }
-  if (!few) many_rows(sums, rows, x, stride, p, column, cols, block, widened);
   const T* bias = p.bias == nullptr ? nullptr : p.bias + column;
   for (int64_t m = 0; m < rows; ++m) {
     const float* sum = sums + m * kPanel;
@@ -174,10 +200,12 @@ static void multiply(const Linear<T>& p) {
     [[maybe_unused]] const RegistersFor<T> registers;
     const Scratch<Word<T>> block(p.packed ? 0 : kPanel * round_up(least(kDepth, p.depth), kWidth));
     const Scratch<float> sums(kPanel * least(kRows, p.num_rows));
-    const bool widens = kWidens<T> && p.num_rows >= kWidenRows;
-    const Scratch<float> wide_x(widens ? 2 * kDepth * least(kRows, p.num_rows) : 0);
+    const bool few = kWidens<T> && is_few(p), widens = kWidens<T> && !few && p.num_rows >= kWidenRows;
+    const Scratch<float> wide_x(few ? p.depth * p.num_rows : widens ? 2 * kDepth * least(kRows, p.num_rows) : 0);
     const Scratch<float> wide_weight(widens ? 2 * kDepth * kPanel : 0);
-    const Widened widened = widens ? Widened{wide_x, wide_weight} : Widened{};
+    const Widened widened = few || widens ? Widened{wide_x, wide_weight} : Widened{};
+    if constexpr (kWidens<T>)
+      if (few) widen_rows(wide_x, p.depth, reinterpret_cast<const Pair*>(p.x), p.x_stride / 2, p.num_rows, p.depth / 2);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / panels * kRows, column = i % panels * kPanel;
       panel(p, row, least(kRows, p.num_rows - row), column, least(kPanel, p.num_cols - column), block, sums, widened);
