@@ -204,6 +204,7 @@ class Trainer:
                 self.sampling,
                 problem=self.task.train_problem,
                 on_update=on_update,
+                agreed=lambda excess: self.group.gather(excess, "compare their warm starts")[0],
             )
         self.group.copy_from_leader(self.policy.model.parameters())
         self.engine.weights_changed()

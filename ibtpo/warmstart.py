@@ -57,6 +57,7 @@ def warm_start(
     problem: Callable[[int], Problem],
     on_update: Callable[[WarmStart], None],
     pass_share: Callable[[], float] = lambda: math.inf,
+    agreed: Callable[[float], float] = lambda excess: excess,
 ) -> WarmStart:
     """Train on fresh worked solutions, the loss on the answer alone.
 
@@ -69,6 +70,8 @@ def warm_start(
         on_update: called after each update.
         pass_share: measures the policy's pass rate as a share of the teacher's (`PassShare`); asked every `CHECK_EVERY`
             updates once the loss is low enough. By default the loss alone decides.
+        agreed: given the excess loss found here, what it is for all processes that make these updates side by side, so
+            that they end together although their sums may round apart.
 
     Returns:
         How it ended.
@@ -88,7 +91,7 @@ def warm_start(
         optimizer.step()
         value = float(loss.detach())
         recent.append(value + sum(s.logprob for s in solutions) / num_tokens)
-        excess = sum(recent) / len(recent)
+        excess = agreed(sum(recent) / len(recent))
         schedule.advance(excess)
         state = WarmStart(schedule.updates, value, excess, schedule.total)
         on_update(state)
@@ -136,6 +139,7 @@ def warm_start_of(
     *,
     problem: Callable[[int], Problem],
     on_update: Callable[[WarmStart], None],
+    agreed: Callable[[float], float] = lambda excess: excess,
 ) -> WarmStart:
     """The warm start a run begins with: `warm_start` on its task's training problems, ended by loss and `PassShare`."""
     first = config.warm_start.max_updates * config.warm_start.batch_size
@@ -148,6 +152,7 @@ def warm_start_of(
         problem=problem,
         on_update=on_update,
         pass_share=PassShare(engine, grower, task, sampling, unseen, config.seed),
+        agreed=agreed,
     )
     engine.weights_changed()
     return end

@@ -85,6 +85,9 @@ class Cuda(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
+        # what is made of other ops, as `item`, comes as these in other modes
+        if torch.is_inference_mode_enabled() and func._can_decompose():
+            return func.decompose(*args, **kwargs)
         check(str(func), args, kwargs)
 
         def run() -> Any:

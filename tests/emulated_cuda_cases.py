@@ -71,11 +71,13 @@ def test_devices_do_not_mix() -> None:
     ],
     ids=["item", "mask", "tolist", "cpu", "pageable", "tensor", "synchronize"],
 )
-def test_nothing_waits_within_a_capture(waiting: Callable[[Tensor], object]) -> None:
-    x = torch.arange(4.0, device="cuda")
-    waiting(x)
-    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
-        captured(lambda: waiting(x))
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference"])
+def test_nothing_waits_within_a_capture(waiting: Callable[[Tensor], object], inference: bool) -> None:
+    with torch.inference_mode(inference):
+        x = torch.arange(4.0, device="cuda")
+        waiting(x)
+        with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+            captured(lambda: waiting(x))
 
 
 def test_a_replay_is_what_was_captured_on_what_the_buffers_hold() -> None:

@@ -18,6 +18,7 @@ from unittest.mock import ANY
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from adder_runs import difference
 from engine_helpers import tiny_model
 from processes import run, time_limit
@@ -35,6 +36,7 @@ from ibtpo.metrics import tree_metrics
 from ibtpo.optim import MasterAdamW, NonFinite, splits_in_blocks
 from ibtpo.pack import pack
 from ibtpo.runlog import RunFolder
+from ibtpo.stopping import Interrupted
 from ibtpo.update import Updater, frozen_copy
 from ibtpo_engine import LoRA, Model, Tree
 
@@ -236,6 +238,16 @@ def test_one_that_raises_ends_all_with_its_message(tmp_path: Path) -> None:
     assert "ValueError: the third row" in (tmp_path / "1.txt").read_text()
     assert "rank 1 failed: the third row has no answer" in (tmp_path / "0.txt").read_text()
     assert "third row" not in (tmp_path / "2.txt").read_text()
+
+
+def _all_are_interrupted(config: TrainConfig) -> None:
+    with pytest.raises(Interrupted if os.environ["RANK"] == "0" else SystemExit), join(config):
+        raise Interrupted
+    assert not dist.is_initialized(), "NCCL warns of communicators that are left to the end of the process"
+
+
+def test_an_interrupted_run_leaves_nothing_open(tmp_path: Path) -> None:
+    run(2, _all_are_interrupted, CONFIG, logs=tmp_path)
 
 
 def _one_is_killed(config: TrainConfig, rank: int) -> None:

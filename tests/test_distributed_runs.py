@@ -15,6 +15,7 @@ from adder_runs import assert_same, difference, rows, saved, train, wait_for_ste
 from processes import end, run, started, time_limit
 from transformers import AutoModelForCausalLM
 
+from ibtpo import train as runs
 from ibtpo.checkpoints import latest_checkpoint
 from ibtpo.distributed import Group
 from ibtpo.policy import load_policy
@@ -128,6 +129,23 @@ def test_adapters_go_on_in_any_number_of_processes(adder: list[object], tmp_path
         own = load_policy(last.path, dtype=torch.float32, device=CPU).model
         tokens, pos, end = torch.tensor([1, 2, 3]), torch.arange(3), torch.full((3,), 3, dtype=torch.int32)
         assert torch.allclose(own.packed(tokens, pos, end) @ own.head.T, logits[0], atol=1e-4)
+
+
+def _warm_starts_elsewhere(*arguments: object) -> int:
+    """Ranks that begin with other weights: what rounds differently by a bit is as far apart after some updates."""
+    begin = runs.built_in_policy
+    runs.built_in_policy = lambda seed, **how: begin(seed + int(os.environ["RANK"]), **how)  # type: ignore[assignment]
+    return train(*arguments)
+
+
+def test_a_warm_start_ends_at_once_for_all(tmp_path: Path) -> None:
+    """Whose loss falls a little later must not go on alone: rank 0's says when."""
+    how = ["--distributed-timeout", 20, "--sampled-tokens", 200, "--prompts-per-step", 2, "--eval.prompts", 2]
+    how += ["--eval.samples", 1, "--digits.min-ops", 1, "--digits.max-ops", 1, "--warm-start.batch-size", 8]
+    how += ["--warm-start.excess", 2.5, "--warm-start.pass-share", 0, "--warm-start.decay-updates", 4]
+    run(2, _warm_starts_elsewhere, *how, "--out", tmp_path / "run", logs=tmp_path / "logs")
+    (begun,) = (row for row in rows(tmp_path / "run", every=True) if "warm_start_updates" in row)
+    assert begun["warm_start_updates"] == 15 + 4
 
 
 def test_sigterm_to_one_stops_all_with_a_checkpoint(adder: list[object], tmp_path: Path) -> None:

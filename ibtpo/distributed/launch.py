@@ -50,6 +50,7 @@ def join(config: TrainConfig) -> Iterator[Group]:
         dist.destroy_process_group()
     except Interrupted as stop:
         group.leave()
+        dist.destroy_process_group()
         if group.leads:
             raise
         raise SystemExit(stop.exit_code) from None
