@@ -44,6 +44,8 @@ _WAITING = {
 _constructors = frozenset(_device_constructors())
 _pinned: dict[int, Tensor] = {}  # by address; kept, so that no other memory takes it
 _recorded: list[Callable[[], object]] | None = None  # by the capture under way
+waits: list[str] = []
+"""For what the device was waited for."""
 
 
 class Cuda(Tensor):
@@ -116,6 +118,7 @@ def on_host(x: Any) -> Any:
 
 def wait(what: str) -> None:
     """Called where a GPU would be waited for."""
+    waits.append(what)
     if _recorded is not None:
         raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
 

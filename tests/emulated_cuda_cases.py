@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import emulated_cuda
 import numpy as np
 import pytest
 import torch
@@ -137,6 +138,18 @@ def test_captured_steps_sample_what_the_cpu_does() -> None:
     engine.reset()
     same(grow(engine, beside=20), grow(Engine(host, kv_tokens=1024), beside=20))
     assert graphs.captured > once, "the page table lies elsewhere"
+
+
+@pytest.mark.usefixtures("_small_blocks")
+def test_a_plain_step_waits_four_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its rows, what they are sampled by, whether all have a distribution, and what was sampled."""
+    counts = []
+    for tokens in (2, 4):
+        engine = Engine(tiny_model(layers=1).to("cuda"), kv_tokens=1024)
+        monkeypatch.setattr(emulated_cuda, "waits", waits := [])
+        engine.extend(engine.tree(prompt_of(7), key=0).root.fork(2), Sampling(max_tokens=tokens, temperature=0.8))
+        counts.append(len(waits))
+    assert counts[1] - counts[0] == 2 * 4
 
 
 TINY = [

@@ -113,7 +113,7 @@ class Runner:
     def forward(self, rows: Rows, planner: DecodePlanner) -> Tensor:
         """Hidden states [T, H] of `rows`, whose paths' pages are in the table of `planner`."""
         device = self.model.device
-        tokens, pos, address = (torch.from_numpy(array).to(device) for array in (rows.tokens, rows.pos, rows.address))
+        tokens, pos, address = torch.from_numpy(np.stack([rows.tokens, rows.pos, rows.address])).to(device)
         if self._plan is None or not np.array_equal(self._planned, rows.row):
             self._planned = rows.row
             lengths = (rows.pos + 1).astype(np.int32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -152,24 +151,22 @@ class Slots:
         last = self.tokens[slots, self.length[slots] - self.start[slots] - 1]
         return self.features.follow(slots, code, self.length, last.tolist())
 
-    def draw(self, slots: npt.NDArray[np.int64], logits: torch.Tensor) -> Iterator[npt.NDArray[Any]]:
+    def draw(self, slots: npt.NDArray[np.int64], logits: torch.Tensor) -> tuple[npt.NDArray[Any], ...]:
         """Sample the next token of each slot from its logits [len(slots), V]; returns what `record` takes."""
         shapes = []
         for i, slot in enumerate(slots.tolist()) if self.features else ():
             shape = self.features.shape(slot, int(self.length[slot]))
             if shape is not None:
                 shapes.append((i, shape, self.tokens[slot, : self.length[slot] - self.start[slot]]))
-        keys = np.stack([self.stream[slots], self.length[slots].astype(np.int64)], 1)
+        whole = np.stack([self.stream[slots], self.length[slots], self.top_k[slots]])
+        reals = np.stack([self.temperature[slots], self.top_p[slots], self.min_p[slots]]).astype(np.float64)
+        there = torch.from_numpy(np.concatenate([whole, reals.view(np.int64)])).to(logits.device)  # each copy waits
+        temperature, top_p, min_p = there[3:].view(torch.float64)
         drawn = sample_shaped(
-            logits,
-            torch.from_numpy(keys).to(logits.device),
-            shapes,
-            temperature=torch.from_numpy(self.temperature[slots]).to(logits.device),
-            top_p=torch.from_numpy(self.top_p[slots]).to(logits.device),
-            top_k=torch.from_numpy(self.top_k[slots]).to(logits.device),
-            min_p=torch.from_numpy(self.min_p[slots]).to(logits.device),
+            logits, there[:2].T, shapes, temperature=temperature, top_p=top_p, top_k=there[2], min_p=min_p
         )
-        return (part.cpu().numpy() for part in drawn)
+        token, *numbers = torch.stack([part.double() for part in drawn]).cpu().numpy()
+        return (token.astype(np.int32), *(part.astype(np.float32) for part in numbers))
 
     def restore(self, slot: int, outputs: Outputs) -> None:
         """Put back what `outputs` took."""

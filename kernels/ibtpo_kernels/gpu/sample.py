@@ -377,6 +377,5 @@ def sample(
 
 
 def _raise_bad_row(token: Tensor) -> None:
-    row = int(token.argmin())
-    if int(token[row]) < 0:
+    if int(token.min()) < 0:
         raise ValueError(f"sample: row {int((token < 0).nonzero()[0])} has no distribution (NaN or inf logits)")
