@@ -176,3 +176,21 @@ def test_a_loss_scale_is_not_rounded_before_it_is_applied(scale: float, backend:
             grads.append(hidden.grad.float())
         assert torch.isfinite(grads[0]).all()
         torch.testing.assert_close(grads[0], grads[1], rtol=within, atol=within * float(grads[1].abs().max()))
+
+
+def test_autocast_does_not_reach_the_products_of_a_head(backend: str) -> None:
+    hidden, weight = torch.randn(600, 8, requires_grad=True), torch.randn(1500, 8, requires_grad=True)  # several tiles
+    rows = targets = torch.arange(600)
+
+    def found() -> list[Tensor]:
+        logprob, entropy = K.linear_logprob(hidden, weight, rows, targets)
+        value, *_ = K.policy_head(hidden, weight, rows, targets, lambda x, h, *_: x.square().sum() + h.sum())
+        product = K.batch_invariant_linear(hidden[:9], weight)
+        sums = (logprob * entropy).sum(), value, product.sin().sum()
+        grads = [grad for x in sums for grad in torch.autograd.grad(x, (hidden, weight))]
+        return [logprob, entropy, value, product, *grads]
+
+    expected = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        for x, y in zip(found(), expected, strict=True):
+            assert torch.equal(x, y)
