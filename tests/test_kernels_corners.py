@@ -178,6 +178,26 @@ def test_a_loss_scale_is_not_rounded_before_it_is_applied(scale: float, backend:
         torch.testing.assert_close(grads[0], grads[1], rtol=within, atol=within * float(grads[1].abs().max()))
 
 
+def test_a_number_may_be_a_tensor_of_no_dimensions(backend: str) -> None:
+    x, weight, rows = torch.randn(3, 8), torch.randn(5, 8), torch.arange(3)
+    q, k = torch.randn(3, 2, 8, requires_grad=True), torch.randn(3, 1, 8)
+    end = torch.full((3,), 3, dtype=torch.int32)
+
+    def found(number: Any) -> list[Tensor]:
+        head = {"temperature": number(0.7), "softcap": number(3.0)}
+        return [
+            K.tree_attention(q, k, k, end, scale=number(0.3)),
+            K.rms_norm(q, weight[0], eps=number(1e-3)),
+            *K.add_rms_norm(q, q, weight[0], eps=number(1e-3)),
+            *K.linear_logprob(x, weight, rows, rows, **head),
+            K.policy_head(x, weight, rows, rows, lambda logprob, *_: logprob.sum(), **head)[0],
+            *K.sampled_logprob(x, rows, rows, temperature=number(0.7)),
+        ]
+
+    for y, expected in zip(found(lambda x: torch.tensor(x, dtype=torch.float64)), found(float), strict=True):
+        torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-5)
+
+
 def test_autocast_does_not_reach_the_products_of_a_head(backend: str) -> None:
     hidden, weight = torch.randn(600, 8, requires_grad=True), torch.randn(1500, 8, requires_grad=True)  # several tiles
     rows = targets = torch.arange(600)
