@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -114,6 +116,12 @@ def test_the_most_likely_token_is_that_of_the_largest_logit(dtype: torch.dtype, 
 def test_a_parameter_that_is_no_such_number_is_named(option: dict[str, Any], backend: str) -> None:
     with pytest.raises(ValueError, match=rf"sample: {next(iter(option))}"):
         K.sample(torch.zeros(1, 3), KEYS, **option)
+
+
+def test_a_number_of_a_type_that_is_not_taken_is_seen_for_what_it_is(backend: str) -> None:
+    number = np.float32(0.5)
+    with pytest.raises(ValueError, match=re.escape(f"sample: temperature={number!r} must be")):
+        K.sample(torch.zeros(1, 3), KEYS, temperature=number)  # type: ignore[arg-type]
 
 
 def one_page(length: int) -> tuple[Tensor, Tensor, Tensor, K.DecodePlan]:
