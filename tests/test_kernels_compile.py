@@ -187,6 +187,16 @@ def test_what_an_op_makes_on_the_way_outlives_a_graph_break() -> None:
         assert torch.equal(torch.compile(op, backend="eager")(x), op(x))
 
 
+def test_a_layout_by_depth_may_be_made_where_torch_compile_looks_on() -> None:
+    def positions(end: Tensor) -> tuple[Tensor, Tensor]:
+        layout = K.plan_by_depth(end)
+        return layout.tokens, layout.plan.rows
+
+    end = forest(NUM_TOKENS)
+    for x, y in zip(torch.compile(positions, backend="eager")(end), positions(end), strict=True):
+        assert torch.equal(x, y)
+
+
 @pytest.mark.skipif(not K.has_compiled(), reason="needs the compiled kernels")
 def test_a_kernel_is_given_no_fake_tensor() -> None:
     with FakeTensorMode():
