@@ -168,6 +168,44 @@ def test_fake_tensors_have_shapes_without_memory() -> None:
         assert K.rms_norm(hidden, weight[0], eps=1e-6).dtype == torch.bfloat16
 
 
+@pytest.mark.skipif(not K.has_compiled(), reason="needs the compiled kernels")
+def test_what_an_op_makes_on_the_way_outlives_a_graph_break() -> None:
+    """An op that is no operator runs between two graphs, and kernels read what it made dense by address."""
+    k_pages, v_pages = torch.randn(2, 2, 16, KV_HEADS, 64)
+    row = torch.zeros(3, dtype=torch.int32)
+    plan = K.plan_decode(row[:1, None], row, torch.tensor([9, 5, 16], dtype=torch.int32))
+    norm = torch.ones(64)
+
+    def decode(q: Tensor) -> Tensor:
+        return K.tree_decode((2 * q).transpose(0, 2), k_pages, v_pages, plan)
+
+    def gradient(x: Tensor) -> Tensor:
+        total = K.add_rms_norm(x, x, norm, eps=1e-6)[0].transpose(0, 2).sin().sum()
+        return torch.autograd.grad(total, x)[0]
+
+    for op, x in ((decode, torch.randn(64, HEADS, 3)), (gradient, torch.randn(300, HEADS, 64, requires_grad=True))):
+        assert torch.equal(torch.compile(op, backend="eager")(x), op(x))
+
+
+def test_a_layout_by_depth_may_be_made_where_torch_compile_looks_on() -> None:
+    def positions(end: Tensor) -> tuple[Tensor, Tensor]:
+        layout = K.plan_by_depth(end)
+        return layout.tokens, layout.plan.rows
+
+    end = forest(NUM_TOKENS)
+    for x, y in zip(torch.compile(positions, backend="eager")(end), positions(end), strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.skipif(not K.has_compiled(), reason="needs the compiled kernels")
+def test_a_kernel_is_given_no_fake_tensor() -> None:
+    with FakeTensorMode():
+        x, weight = torch.randn(3, 8), torch.randn(5, 8)
+        for op in (lambda: K.batch_invariant_linear(x, weight), lambda: K.add_rms_norm(x, x, weight[0], eps=1e-6)):
+            with pytest.raises(RuntimeError, match=r"a FakeTensor \[3, 8\] has no memory"):
+                op()
+
+
 def attention_inputs() -> tuple[Any, ...]:
     q, k, v = (torch.randn(NUM_TOKENS, n, DIM).requires_grad_() for n in (HEADS, KV_HEADS, KV_HEADS))
     return q, k, v, forest(NUM_TOKENS), 0.4

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -116,6 +118,12 @@ def test_a_parameter_that_is_no_such_number_is_named(option: dict[str, Any], bac
         K.sample(torch.zeros(1, 3), KEYS, **option)
 
 
+def test_a_number_of_a_type_that_is_not_taken_is_seen_for_what_it_is(backend: str) -> None:
+    number = np.float32(0.5)
+    with pytest.raises(ValueError, match=re.escape(f"sample: temperature={number!r} must be")):
+        K.sample(torch.zeros(1, 3), KEYS, temperature=number)  # type: ignore[arg-type]
+
+
 def one_page(length: int) -> tuple[Tensor, Tensor, Tensor, K.DecodePlan]:
     zero = torch.zeros(2, dtype=torch.int32)
     plan = K.plan_decode(zero[:1, None], zero, zero + length)
@@ -176,3 +184,41 @@ def test_a_loss_scale_is_not_rounded_before_it_is_applied(scale: float, backend:
             grads.append(hidden.grad.float())
         assert torch.isfinite(grads[0]).all()
         torch.testing.assert_close(grads[0], grads[1], rtol=within, atol=within * float(grads[1].abs().max()))
+
+
+def test_a_number_may_be_a_tensor_of_no_dimensions(backend: str) -> None:
+    x, weight, rows = torch.randn(3, 8), torch.randn(5, 8), torch.arange(3)
+    q, k = torch.randn(3, 2, 8, requires_grad=True), torch.randn(3, 1, 8)
+    end = torch.full((3,), 3, dtype=torch.int32)
+
+    def found(number: Any) -> list[Tensor]:
+        head = {"temperature": number(0.7), "softcap": number(3.0)}
+        return [
+            K.tree_attention(q, k, k, end, scale=number(0.3)),
+            K.rms_norm(q, weight[0], eps=number(1e-3)),
+            *K.add_rms_norm(q, q, weight[0], eps=number(1e-3)),
+            *K.linear_logprob(x, weight, rows, rows, **head),
+            K.policy_head(x, weight, rows, rows, lambda logprob, *_: logprob.sum(), **head)[0],
+            *K.sampled_logprob(x, rows, rows, temperature=number(0.7)),
+        ]
+
+    for y, expected in zip(found(lambda x: torch.tensor(x, dtype=torch.float64)), found(float), strict=True):
+        torch.testing.assert_close(y, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_autocast_does_not_reach_the_products_of_a_head(backend: str) -> None:
+    hidden, weight = torch.randn(600, 8, requires_grad=True), torch.randn(1500, 8, requires_grad=True)  # several tiles
+    rows = targets = torch.arange(600)
+
+    def found() -> list[Tensor]:
+        logprob, entropy = K.linear_logprob(hidden, weight, rows, targets)
+        value, *_ = K.policy_head(hidden, weight, rows, targets, lambda x, h, *_: x.square().sum() + h.sum())
+        product = K.batch_invariant_linear(hidden[:9], weight)
+        sums = (logprob * entropy).sum(), value, product.sin().sum()
+        grads = [grad for x in sums for grad in torch.autograd.grad(x, (hidden, weight))]
+        return [logprob, entropy, value, product, *grads]
+
+    expected = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        for x, y in zip(found(), expected, strict=True):
+            assert torch.equal(x, y)

@@ -128,7 +128,7 @@ def test_a_query_may_grow_without_a_new_plan(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_queries_of_length_zero_and_empty_batches(backend: str) -> None:
+def test_queries_of_length_zero_or_without_heads_and_empty_batches(backend: str) -> None:
     table = torch.zeros(1, 2, dtype=torch.int32)
     pages = torch.randn(2, 1, 16, 1, 8)
     with K.backend(backend):
@@ -137,6 +137,7 @@ def test_queries_of_length_zero_and_empty_batches(backend: str) -> None:
         assert torch.equal(out, torch.zeros(1, 2, 8))
         empty = K.plan_decode(table, none[:0], none[:0])
         assert K.tree_decode(torch.randn(0, 2, 8), *pages, empty).shape == (0, 2, 8)
+        assert K.tree_decode(torch.randn(1, 0, 8), *pages, K.plan_decode(table, none, none)).shape == (1, 0, 8)
 
 
 def test_the_plan_of_the_picture() -> None:

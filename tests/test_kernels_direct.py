@@ -239,8 +239,9 @@ def test_only_plain_tensors_are_read() -> None:
     assert direct.rms_norm(None, weight, 1e-5) is None
     assert direct.rms_norm(X.to_sparse(), weight, 1e-5) is None
     inside: list[object] = []
-    torch.func.vmap(lambda x: inside.append(direct.rms_norm(x, weight, 1e-5)) or x)(X)
-    assert inside == [None]
+    for transform in (torch.func.vmap, torch.func.functionalize):
+        transform(lambda x: inside.append(direct.rms_norm(x, weight, 1e-5)) or x)(X)
+    assert inside == [None, None]
 
 
 def test_gradients_take_the_long_way() -> None:

@@ -294,8 +294,11 @@ def test_list_names_problems_and_contenders_and_measures_nothing(
 def test_wrong_options_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli("--list", "--only", "nothing like it") == 1
     assert "No problem is left" in capsys.readouterr().out
-    assert run_cli("--device", "cpu", "--seconds", "-1") == 1
-    assert "--seconds -1.0 must be greater than 0" in capsys.readouterr().out
+    for seconds in ("-1.0", "nan", "inf"):
+        assert run_cli("--list", "--device", "cpu", "--seconds", seconds) == 1
+        assert f"--seconds {seconds} must be greater than 0, and finite" in capsys.readouterr().out
+    assert run_cli("--list", "--device", "gpu") == 1
+    assert "--device gpu is neither cpu, nor cuda, nor cuda:N." in capsys.readouterr().out
     if not torch.cuda.is_available():
         assert run_cli("--device", "cuda") == 1
         assert "There is no CUDA device" in capsys.readouterr().out

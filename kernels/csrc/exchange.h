@@ -67,6 +67,7 @@ class View {
       PyErr_Clear();
       return;
     }
+    if (array_.data == nullptr && count() != 0) return;  // traced: shapes without memory
     constexpr int kCPU = 1;
     if (array_.device_type == kCPU && array_.lanes == 1) kind_ = static_cast<Kind>(array_.code << 8 | array_.bits);
   }

@@ -60,7 +60,7 @@ def plan_by_depth(end: Tensor, *, page_size: int = 16) -> DepthLayout:
     last = end.cpu().numpy()
     depth = _depth(last)
     table, slots = _pages(last, depth, page_size)
-    is_leaf = last == np.arange(1, len(last) + 1)
+    is_leaf = (last == np.arange(1, len(last) + 1)).astype(np.int64)  # torch.compile's numpy adds no truth values
     rows = np.cumsum(is_leaf) - is_leaf  # the first leaf at or after a token lies below it
     plan = plan_decode(
         torch.from_numpy(table).to(end.device),

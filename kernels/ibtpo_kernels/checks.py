@@ -297,7 +297,7 @@ def _parameter(
     """A sampling parameter: one number, or one a row."""
     if not isinstance(value, Tensor):
         if not isinstance(value, int | float) or abs(value) > _MOST or not valid(value):
-            raise ValueError(f"{op}: {name}={value!s:.40} must be {expected}")
+            raise ValueError(f"{op}: {name}={value!r:.40} must be {expected}")
         return
     if value.shape != logits.shape[:1] or value.device != logits.device or value.is_complex():
         raise _fail(op, name, value, f"one real number, or [{logits.shape[0]}] on {logits.device}")

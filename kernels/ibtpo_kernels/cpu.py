@@ -1,7 +1,7 @@
 """The ops on the compiled module `_cpu`, for float32 and bfloat16 tensors on the CPU.
 
 Arguments arrive checked (see `checks`). `_cpu` takes addresses and sizes: what is passed here must be dense, or its
-stride passed along, and must stay alive for the call. Nothing goes through torch.library, whose dispatch would cost
+stride passed along; `_run` keeps it alive for the call. Nothing goes through torch.library, whose dispatch would cost
 more than a decode step of a small model.
 
 Torch is imported first on purpose: `_cpu` needs libgomp.so.1 and finds the one torch has loaded, so the process has
@@ -10,6 +10,7 @@ one OpenMP runtime and torch.set_num_threads governs these kernels too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
@@ -54,6 +55,22 @@ def _open_direct() -> DirectOps | None:
 direct = _open_direct()
 
 
+def _address(x: Tensor) -> int:
+    address = x.data_ptr()
+    if address == 0 and x.numel():
+        raise RuntimeError(f"ibtpo_kernels: a {type(x).__name__} {list(x.shape)} has no memory that this op could read")
+    return address
+
+
+def _run(kernel: Callable[..., Any], *args: Any) -> Any:
+    """Call a kernel with the addresses of tensors, 0 for None; a number that may be a tensor comes as a float.
+
+    They are taken here, where the tensors are arguments and stay for the call: torch.compile, which may break up the
+    caller, drops what it no longer names.
+    """
+    return kernel(*[_address(x) if isinstance(x, Tensor) else 0 if x is None else x for x in args])
+
+
 def _dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() else x.contiguous()
 
@@ -71,9 +88,9 @@ def _tree_forward(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) ->
     """(out [N, Hq, D], lse [Hq, N]) of dense tensors."""
     num_tokens, num_heads, head_dim = q.shape
     out, lse = torch.empty_like(q), q.new_empty(num_heads, num_tokens, dtype=torch.float32)
-    native.tree_forward(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), end.data_ptr(), out.data_ptr(), lse.data_ptr(),
-        num_tokens, num_heads, k.shape[1], head_dim, scale, _is_bf16(q),
+    _run(
+        native.tree_forward, q, k, v, end, out, lse, num_tokens, num_heads, k.shape[1], head_dim, float(scale),
+        _is_bf16(q),
     )  # fmt: skip
     return out, lse
 
@@ -92,10 +109,9 @@ class _TreeAttention(torch.autograd.Function):
         q, k, v, out, lse, end = ctx.saved_tensors
         d_out = _dense(d_out)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        native.tree_backward(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), d_out.data_ptr(), end.data_ptr(),
-            dq.data_ptr(), dk.data_ptr(), dv.data_ptr(), q.shape[0], q.shape[1], k.shape[1], q.shape[2], ctx.scale,
-            _is_bf16(q),
+        _run(
+            native.tree_backward, q, k, v, out, lse, d_out, end, dq, dk, dv,
+            q.shape[0], q.shape[1], k.shape[1], q.shape[2], float(ctx.scale), _is_bf16(q),
         )  # fmt: skip
         return dq, dk, dv, None, None
 
@@ -108,7 +124,7 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -
         q, k, v = (torch.nn.functional.pad(x, (0, 1)) for x in (q, k, v))
         return tree_attention(q, k, v, end, scale)[..., :head_dim]
     q, k, v, end = _dense(q), _dense(k), _dense(v), _dense(end)
-    crossing = native.first_crossing(end.data_ptr(), len(end))
+    crossing = _run(native.first_crossing, end, len(end))
     if crossing >= 0:  # the kernels skip whole blocks by what they know of a forest
         raise ValueError(f"tree_attention: {checks.no_forest(crossing)}")
     if needs_grad(q, k, v):
@@ -122,9 +138,8 @@ def plan_decode(
 ) -> Tensor:
     rows, lengths = _dense(rows), _dense(lengths)
     items = rows.new_empty(2 * len(rows), 4)
-    count = native.plan_decode(
-        page_table.data_ptr(), rows.data_ptr(), lengths.data_ptr(), items.data_ptr(),
-        0 if state is None else state.data_ptr(), page_table.shape[0], page_table.shape[1], len(rows), page_size,
+    count = _run(
+        native.plan_decode, page_table, rows, lengths, items, state, *page_table.shape, len(rows), int(page_size)
     )  # fmt: skip
     if count < 0:
         b = -1 - count
@@ -144,10 +159,10 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, s
     num_queries, num_heads, head_dim = q.shape
     num_pages, page_size, num_kv_heads, _ = k_pages.shape
     table = plan.page_table
-    failed = native.tree_decode(
-        q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), table.data_ptr(), plan.rows.data_ptr(),
-        plan.lengths.data_ptr(), plan.items.data_ptr(), out.data_ptr(), num_queries, num_heads, num_kv_heads, head_dim,
-        num_pages, page_size, table.shape[0], table.shape[1], plan.items.shape[0], scale, _is_bf16(q),
+    failed = _run(
+        native.tree_decode, q, k_pages, v_pages, table, plan.rows, plan.lengths, plan.items, out, num_queries,
+        num_heads, num_kv_heads, head_dim, num_pages, page_size, *table.shape, len(plan.items), float(scale),
+        _is_bf16(q),
     )  # fmt: skip
     if failed >= num_queries:
         item = plan.items[failed - num_queries].tolist()
@@ -162,8 +177,8 @@ def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Ten
     k, v, slots = _packed_rows(k), _packed_rows(v), _dense(slots)
     num_pages, page_size, num_kv_heads, head_dim = k_pages.shape
     size = k.element_size()
-    failed = native.append_kv(
-        k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), slots.data_ptr(),
+    failed = _run(
+        native.append_kv, k, v, k_pages, v_pages, slots,
         len(slots), num_kv_heads * head_dim * size, k.stride(0) * size, v.stride(0) * size, num_pages * page_size,
     )  # fmt: skip
     if failed >= 0:
@@ -199,11 +214,9 @@ def rope_append(
     num_tokens, num_heads, head_dim = q.shape
     out = q.new_empty(q.shape)
     num_slots = k_pages.shape[0] * k_pages.shape[1]
-    failed = native.rope_append(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-        0 if q_weight is None else q_weight.data_ptr(), 0 if k_weight is None else k_weight.data_ptr(),
-        out.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), slots.data_ptr(),
-        num_tokens, num_heads, k.shape[1], head_dim, q.stride(0), k.stride(0), v.stride(0), num_slots, eps,
+    failed = _run(
+        native.rope_append, q, k, v, cos, sin, q_weight, k_weight, out, k_pages, v_pages, slots,
+        num_tokens, num_heads, k.shape[1], head_dim, q.stride(0), k.stride(0), v.stride(0), num_slots, float(eps),
         _is_bf16(q),
     )  # fmt: skip
     if failed >= 0:
@@ -214,7 +227,7 @@ def rope_append(
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
     size = x.shape[-1]
-    native.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // max(size, 1), size, eps, _is_bf16(x))
+    _run(native.rms_norm, x, weight, out, x.numel() // max(size, 1), size, float(eps), _is_bf16(x))
     return out
 
 
@@ -225,9 +238,9 @@ def _rms_norm_backward(
     d_out, dx, d_weight = _dense(d_out), torch.empty_like(x), torch.empty_like(weight)
     d_total = None if d_total is None else _dense(d_total)
     size = x.shape[-1]
-    native.rms_norm_backward(
-        x.data_ptr(), weight.data_ptr(), d_out.data_ptr(), dx.data_ptr(), d_weight.data_ptr(),
-        x.numel() // max(size, 1), size, eps, 0 if d_total is None else d_total.data_ptr(), _is_bf16(x),
+    _run(
+        native.rms_norm_backward, x, weight, d_out, dx, d_weight, x.numel() // max(size, 1), size, float(eps), d_total,
+        _is_bf16(x),
     )  # fmt: skip
     return dx, d_weight
 
@@ -239,10 +252,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     out, total = torch.empty_like(x), torch.empty_like(x)
     size = x.shape[-1]
-    native.add_rms_norm(
-        x.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(), total.data_ptr(),
-        x.numel() // max(size, 1), size, eps, _is_bf16(x),
-    )  # fmt: skip
+    _run(native.add_rms_norm, x, residual, weight, out, total, x.numel() // max(size, 1), size, float(eps), _is_bf16(x))
     return out, total
 
 
@@ -254,7 +264,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     x = _dense(x)
     out = torch.empty_like(x)
-    native.rope(x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *x.shape, direction, _is_bf16(x))
+    _run(native.rope, x, cos, sin, out, *x.shape, direction, _is_bf16(x))
     return out
 
 
@@ -269,17 +279,14 @@ def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     out = gate.new_empty(gate.shape)
     rows, size = gate.shape if gate.dim() == 2 else (1, gate.numel())
     strides = (gate.stride(0), up.stride(0)) if gate.dim() == 2 else (size, size)
-    native.silu_mul(gate.data_ptr(), up.data_ptr(), out.data_ptr(), rows, size, *strides, _is_bf16(gate))
+    _run(native.silu_mul, gate, up, out, rows, size, *strides, _is_bf16(gate))
     return out
 
 
 def _silu_mul_backward(gate: Tensor, up: Tensor, d_out: Tensor) -> tuple[Tensor, Tensor]:
     gate, up, d_out = _dense(gate), _dense(up), _dense(d_out)
     d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-    native.silu_mul_backward(
-        gate.data_ptr(), up.data_ptr(), d_out.data_ptr(), d_gate.data_ptr(), d_up.data_ptr(), gate.numel(),
-        _is_bf16(gate),
-    )  # fmt: skip
+    _run(native.silu_mul_backward, gate, up, d_out, d_gate, d_up, gate.numel(), _is_bf16(gate))
     return d_gate, d_up
 
 
@@ -292,10 +299,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if _is_bf16(x) and depth % 2:  # products take bf16 in pairs
         return _linear(torch.nn.functional.pad(x, (0, 1)), torch.nn.functional.pad(weight, (0, 1)), bias)
     out = x.new_empty(*x.shape[:-1], num_cols)
-    native.linear(
-        x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
-        x.shape[:-1].numel(), num_cols, depth, depth, _is_bf16(x),
-    )  # fmt: skip
+    _run(native.linear, x, weight, bias, out, x.shape[:-1].numel(), num_cols, depth, depth, _is_bf16(x))
     return out
 
 
@@ -306,27 +310,23 @@ def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 def _tile(u: Tensor, first_row: int, first_col: int, head: Head) -> tuple[Any, ...]:
     """What `_cpu` is told of a tile of logits and of the edges."""
     return (
-        u.data_ptr(), *u.shape, first_row, first_col, 1.0 / head.temperature, head.softcap or 0.0,
-        _is_bf16(u), head.rows.data_ptr(), head.targets.data_ptr(), head.num_edges,
+        u, *u.shape, first_row, first_col, 1.0 / float(head.temperature), float(head.softcap or 0.0), _is_bf16(u),
+        head.rows, head.targets, head.num_edges,
     )  # fmt: skip
 
 
 def _logit_stats(u: Tensor, first_row: int, first_col: int, head: Head, stats: Tensor, chosen: Tensor) -> None:
     tile = _tile(u, first_row, first_col, head)
-    native.logit_stats(*tile, stats.data_ptr(), stats.shape[1], chosen.data_ptr())
+    _run(native.logit_stats, *tile, stats, stats.shape[1], chosen)
 
 
 def _logit_finish(head: Head, stats: Tensor, chosen: Tensor) -> None:
-    edges = head.rows.data_ptr(), head.targets.data_ptr(), head.num_edges
-    native.logit_finish(stats.data_ptr(), stats.shape[1], *edges, chosen.data_ptr())
+    _run(native.logit_finish, stats, stats.shape[1], head.rows, head.targets, head.num_edges, chosen)
 
 
 def _logit_grad(u: Tensor, first_row: int, first_col: int, head: Head, stats: Tensor, grads: Grads) -> Tensor:
     tile = _tile(u, first_row, first_col, head)
-    native.logit_grad(
-        *tile, stats.data_ptr(), stats.shape[1],
-        grads.rows.data_ptr(), grads.entropy.data_ptr(), grads.edges.data_ptr(),
-    )  # fmt: skip
+    _run(native.logit_grad, *tile, stats, stats.shape[1], grads.rows, grads.entropy, grads.edges)
     return u
 
 
@@ -393,13 +393,11 @@ def sample(
         _column(top_k, torch.int64),
         _column(min_p, torch.float64),
     )
-    addresses = [0 if x is None else x.data_ptr() for x in columns]
     numbers = [x if not isinstance(x, Tensor) else 0 for x in (temperature, top_p, top_k, min_p)]
     token = keys.new_empty(num_rows)
     logprob, logprob_raw, entropy = logits.new_empty(3, num_rows, dtype=torch.float32).unbind()
-    failed = native.sample(
-        logits.data_ptr(), keys.data_ptr(), *addresses, *numbers,
-        token.data_ptr(), logprob.data_ptr(), logprob_raw.data_ptr(), entropy.data_ptr(), num_rows, vocabulary,
+    failed = _run(
+        native.sample, logits, keys, *columns, *numbers, token, logprob, logprob_raw, entropy, num_rows, vocabulary,
         _is_bf16(logits),
     )  # fmt: skip
     if failed >= 0:
@@ -411,9 +409,9 @@ def sampled_logprob(logits: Tensor, rows: Tensor, targets: Tensor, temperature: 
     logits, rows, targets = _dense(logits), _dense(rows), _dense(targets)
     token = torch.empty_like(targets)
     logprob, logprob_raw, entropy = logits.new_empty(3, len(rows), dtype=torch.float32).unbind()
-    failed = native.sampled_logprob(
-        logits.data_ptr(), rows.data_ptr(), targets.data_ptr(), temperature, token.data_ptr(), logprob.data_ptr(),
-        logprob_raw.data_ptr(), entropy.data_ptr(), len(rows), logits.shape[1], _is_bf16(logits),
+    failed = _run(
+        native.sampled_logprob, logits, rows, targets, float(temperature), token, logprob, logprob_raw, entropy,
+        len(rows), logits.shape[1], _is_bf16(logits),
     )  # fmt: skip
     if failed >= 0:
         raise ValueError(f"sampled_logprob: row {int(rows[failed])} has no distribution (NaN or inf logits)")

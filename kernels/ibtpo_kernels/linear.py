@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ibtpo_kernels.logits import without_autocast
+
 MOST_ROWS = 128  # of a float32 product that ours is faster at; a task of it takes as many
 LEAST_WEIGHTS = 1 << 18  # ... and numbers its weight has at least
 
@@ -56,7 +58,8 @@ def ours_is_faster(x: Tensor, weight: Tensor) -> bool:
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, in float32 where torch is slow at it in their own type."""
-    return (a.float() @ b.float()).to(a.dtype) if torch_is_slow(a) else a @ b
+    with without_autocast(a):
+        return (a.float() @ b.float()).to(a.dtype) if torch_is_slow(a) else a @ b
 
 
 class _BatchInvariantLinear(torch.autograd.Function):

@@ -10,10 +10,15 @@ a row come from left to right; `stats` [3, T] carries (m, s, w) of each row from
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Concatenate, NamedTuple, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _LOWEST = -1e30  # stands in for -inf, whose product with probability 0 would be NaN
 
@@ -67,6 +72,24 @@ class LogitOps(NamedTuple):
     finish: Callable[[Head, Tensor, Tensor], None]  # head, stats, chosen: chosen becomes logprob
     grad: Callable[[Tensor, int, int, Head, Tensor, Grads], Tensor]  # head, stats, grads: du, may overwrite u
     multiplies: Callable[[Tensor], bool]  # whether products of this 16-bit type are to stay in it
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+    """Products are in the types that they are given, whatever the caller's autocast says."""
+    device = x.device.type
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()
+
+
+def in_own_types(run: Callable[Concatenate[Head, _P], _R]) -> Callable[Concatenate[Head, _P], _R]:
+    """`run` without the caller's autocast."""
+
+    @wraps(run)
+    def alone(head: Head, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with without_autocast(head.hidden):
+            return run(head, *args, **kwargs)
+
+    return alone
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:

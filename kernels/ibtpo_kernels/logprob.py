@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibtpo_kernels.logits import TORCH_OPS, Grads, Head, LogitOps, work_dtype
+from ibtpo_kernels.logits import TORCH_OPS, Grads, Head, LogitOps, in_own_types, work_dtype
 
 _TILE_ELEMENTS = 1 << 19  # logits alive at a time: 2 MiB in float32
 _TILE_ROWS, _TILE_COLS = 512, 256  # at least, where there are as many: below, matrix products lose speed
@@ -140,6 +140,7 @@ class Products:
             torch.addmm(total, a, b, out=total)
 
 
+@in_own_types
 def forward(head: Head, ops: LogitOps) -> tuple[Tensor, Tensor, Tensor | None]:
     """(logprob [E], stats [3, T] = m, l, H, the last tile)."""
     products = Products(head, ops)
@@ -157,6 +158,7 @@ def forward(head: Head, ops: LogitOps) -> tuple[Tensor, Tensor, Tensor | None]:
     return logprob, stats, u
 
 
+@in_own_types
 def backward(
     head: Head,
     stats: Tensor,

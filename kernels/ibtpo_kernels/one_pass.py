@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ibtpo_kernels.logits import Grads, Head, LogitOps, work_dtype
+from ibtpo_kernels.logits import Grads, Head, LogitOps, without_autocast, work_dtype
 from ibtpo_kernels.logprob import Products, part, spans, tile_shape
 
 Selection = Tensor | slice
@@ -81,12 +81,15 @@ class _PolicyHead(torch.autograd.Function):
         size = engine.chunk_rows(head)
         d_weight = _weight_sum(head, wide, size) if wants_weight else None
         for rows, edges, local in _split(head, size):
-            chunk = engine.chunk(local)
+            with without_autocast(head.hidden):
+                chunk = engine.chunk(local)
             of_chunk, grads = _evaluate(loss, chunk, edges, rows, wants_hidden or wants_weight)
             value += of_chunk
             logprob[edges], entropy[rows] = chunk.logprob, chunk.entropy
             if grads is not None:
-                chunk.backward(*grads, None if d_hidden is None else d_hidden[rows], d_weight, rows.start == 0)
+                of_rows = None if d_hidden is None else d_hidden[rows]
+                with without_autocast(head.hidden):
+                    chunk.backward(*grads, of_rows, d_weight, rows.start == 0)
         ctx.save_for_backward(d_hidden, None if d_weight is None else d_weight.to(head.weight.dtype))
         ctx.mark_non_differentiable(logprob, entropy)
         return value, logprob, entropy

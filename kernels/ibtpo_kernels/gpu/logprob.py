@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ibtpo_kernels import one_pass
 from ibtpo_kernels.gpu.launch import on_device
-from ibtpo_kernels.logits import Head
+from ibtpo_kernels.logits import Head, in_own_types
 
 _CHUNK_BYTES = one_pass.GPU_CHUNK_BYTES
 _BLOCK = 4096  # columns a step of the row passes
@@ -266,6 +266,7 @@ def _chunk_grad(z: Tensor, head: Head, stats: Tensor, edges: _Edges, grad_entrop
     return dz
 
 
+@in_own_types
 def _forward(head: Head) -> tuple[Tensor, Tensor]:
     """(logprob [E], NaN of a row that does not exist; stats [3, T])."""
     logprob = torch.full((head.num_edges,), float("nan"), device=head.hidden.device)
@@ -294,6 +295,7 @@ class _LinearLogprob(torch.autograd.Function):
         return *grads, None, None, None, None
 
 
+@in_own_types
 def backward(
     head: Head, stats: Tensor, grad_logprob: Tensor, grad_entropy: Tensor, wants_hidden: bool, wants_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import signal
 import time
@@ -54,10 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0; 1 if an op of ours failed or nothing was chosen; 130 after Ctrl-C."""
     options = parser().parse_args(arguments)
     console = _console()
-    device = torch.device(options.device)
-    if problem := _problem_with(options, device):
+    if problem := _problem_with(options):
         console.print(problem, markup=False)
         return 1
+    device = torch.device(options.device)
     chosen = [p for p in problems(device, quick=options.quick) if _is_chosen(p, options)]
     if not chosen:
         console.print(
@@ -86,15 +87,15 @@ def _console() -> Console:
     return console if console.is_terminal else Console(width=140)
 
 
-def _problem_with(options: argparse.Namespace, device: torch.device) -> str:
-    if device.type not in ("cpu", "cuda"):
-        return f"--device {options.device} is neither cpu nor cuda."
-    if device.type == "cuda" and not torch.cuda.is_available() and not options.list:
+def _problem_with(options: argparse.Namespace) -> str:
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", options.device):
+        return f"--device {options.device} is neither cpu, nor cuda, nor cuda:N."
+    if options.device != "cpu" and not torch.cuda.is_available() and not options.list:
         return "There is no CUDA device; measure with --device cpu, or see --list --device cuda for what would be run."
     for name in ("seconds", "limit", "threads"):
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            return f"--{name} {value} must be greater than 0."
+        if value is not None and not 0 < value < math.inf:
+            return f"--{name} {value} must be greater than 0, and finite."
     return ""
 
 
