@@ -108,6 +108,17 @@ def test_metrics_are_logged_as_json_lines_and_events(path: Path) -> None:
     assert "grad_norm" not in events.Tags()["scalars"]
 
 
+def test_only_rows_that_are_asked_for_are_parsed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every checkpoint looks for the evaluations of a log that grows with the run."""
+    with RunFolder.create(path, TrainConfig()) as run:
+        for step in range(100):
+            run.log(step, {"reward": 0.5} if step % 50 else {"eval_avg": 0.25})
+    parsed: list[object] = []
+    monkeypatch.setattr("ibtpo.runlog.json.loads", lambda line, loads=json.loads: parsed.append(line) or loads(line))
+    found = list(read_rows(path / "metrics.jsonl", "eval_avg"))
+    assert found == [{"step": step, "eval_avg": 0.25} for step in (0, 50)] and len(parsed) == 2
+
+
 def test_unknown_metrics_are_refused(path: Path) -> None:
     with RunFolder.create(path, TrainConfig()) as run:
         with pytest.raises(ValueError, match="unknown metrics rewrad"):
