@@ -252,6 +252,18 @@ def test_a_full_disk_leaves_nothing_half_written(path: Path, write: Callable[[Pa
         assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_may_not_be_so_large_is_removed_and_said(path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "part-1").write_text("half")
+        raise RuntimeError("Error while serializing: I/O error: File too large (os error 27)")  # as safetensors does
+
+    with RunFolder.create(path, TrainConfig()) as run:
+        before = files(path)
+        with pytest.raises(RunFolderError, match=r"^a file is too large .*; raise the limit, then .*--resume"):
+            run.checkpoint(1, write)
+        assert files(path) == before
+
+
 def test_a_full_disk_leaves_no_half_row(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with RunFolder.create(path, TrainConfig()) as run:
         (path / "metrics.jsonl").symlink_to("/dev/full")
