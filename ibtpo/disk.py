@@ -11,7 +11,11 @@ from pathlib import Path
 
 AGAIN = "give the same command again"
 UNFINISHED = ".tmp"  # ending of what is being written or removed; never read, swept away when a run is opened
-_FULL = ("No space left on device", "Disk quota exceeded")  # how libraries that hide errno put it
+_FULL = {  # how libraries that hide errno put it; what happened, and the remedy
+    errno.ENOSPC: ("No space left on device", "no space left on the disk of", "free some space"),
+    errno.EDQUOT: ("Disk quota exceeded", "no space left on the disk of", "free some space"),
+    errno.EFBIG: ("File too large", "a file is too large for the disk or the limit (ulimit -f) of", "raise the limit"),
+}
 
 
 class RunFolderError(ValueError):
@@ -30,13 +34,13 @@ def no_space(path: Path, kept: str, then: str | None = None) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and not any(phrase in str(error) for phrase in _FULL):
-            raise
-        raise RunFolderError(
-            f"no space left on the disk of {path}; what was being written was removed, kept: {kept}; free some space, "
-            f"then {then or f'continue with --resume {path}'}"
-        ) from error
+        for number, (phrase, happened, remedy) in _FULL.items():
+            if (isinstance(error, OSError) and error.errno == number) or phrase in str(error):
+                raise RunFolderError(
+                    f"{happened} {path}; what was being written was removed, kept: {kept}; {remedy}, "
+                    f"then {then or f'continue with --resume {path}'}"
+                ) from error
+        raise
 
 
 @contextlib.contextmanager

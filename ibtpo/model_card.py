@@ -17,9 +17,10 @@ from transformers import GenerationConfig
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import flat, plain
 from ibtpo.environment import environment
-from ibtpo.policy import Policy
+from ibtpo.policy import Policy, base_folder
 from ibtpo.presets import PRESETS
 from ibtpo.sections.jsonl import parse_options
+from ibtpo_engine.adapter_folder import is_adapter_folder
 
 CARD = "README.md"
 
@@ -74,11 +75,14 @@ def model_card(
         "pipeline_tag": "text-generation",
         "tags": ["reinforcement-learning", "ibtpo", config.advantage.kind],
     }
-    if (base := _hub_name(config.model)) is not None:
+    began_with_adapters = is_adapter_folder(config.model)
+    model = base_folder(config.model) if began_with_adapters else config.model
+    if (base := _hub_name(model)) is not None:
         header["base_model"] = base
     title = f"{step:,} steps of {config.advantage.kind}" if step else "Before training"
     facts = {
-        "base model": config.model if base is None else base,
+        "base model": model if base is None else base,
+        **({"adapters it began with": config.model} if began_with_adapters else {}),
         "method": method(config),
         "data": str(config.data or config.task),
         "rewards": ", ".join(config.reward) or "the task's own",

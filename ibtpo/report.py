@@ -91,7 +91,6 @@ def summarize_rows(rows: Sequence[Row]) -> Summary:
 
 def _amounts(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     total = {name: sum(row[name] for row in rows if _finite(row.get(name))) for name in _SUMMED}
-    present = {name for row in rows for name in row if _finite(row[name])}
     shown = [
         ("Trajectories", amount(total["trajectories"]), "leaves of all trees", "trajectories"),
         ("Tokens sampled", amount(total["tokens_sampled"]), "each counted once", "tokens_sampled"),
@@ -113,7 +112,7 @@ def _amounts(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     seconds = [total[f"{part}_seconds"] for part in ("sampling", "reward", "training")]
     parts = " + ".join(f"{value:.0f}" for value in seconds)
     shown.append(("Seconds", f"{sum(seconds):.0f}", f"sampling + reward + training: {parts}", "sampling_seconds"))
-    return [(name, value, note) for name, value, note, metric in shown if metric in present]
+    return [(name, value, note) for name, value, note, metric in shown if any(_finite(row.get(metric)) for row in rows)]
 
 
 def _per_token(rows: Sequence[Row], efficiency: str, tokens: str) -> str:

@@ -1,7 +1,7 @@
 r"""Rewards: what grades a completion, by name. Runs in grading processes (grading_worker.py), imports no torch.
 
 ====================  ==========================================================================================
-``math``              math-verify: the final answer, the last box after the thinking, equals the reference
+``math``              math-verify: the final answer, the last box or ``<answer>`` after the thinking, is the reference
 ``exact``             its last line that is not blank equals the reference
 ``regex=PATTERN``     the pattern is found; where it has a group, the last match's group equals the reference
 ``format``            the answer is given as ``\boxed{...}`` or ``<answer>...</answer>``
@@ -167,9 +167,15 @@ def final_boxes(completion: str) -> str:
 
     math-verify takes boxes up to 70 characters apart for one answer of several parts, those of a self-correction too.
     Here boxes belong together in one sentence with "and" or "or", or no word at all, between them. The others are
-    replaced by what they hold, and the last ones written as ``\boxed{}`` however they were.
+    replaced by what they hold, and the last ones written as ``\boxed{}`` however they were. Of ``<answer>`` elements
+    the last is all that counts, and is as good as a box.
     """
-    text = _EMPTY.sub("", completion.rpartition(_THOUGHT)[2])
+    text = completion.rpartition(_THOUGHT)[2]
+    if tagged := _ANSWER_TAG.findall(text):
+        text = tagged[-1].strip().rstrip(".")
+        prose = len(_WORD.findall(_AND.sub("", text))) > 1 and re.search(r"\d", text)
+        text = text if prose or _BOX.search(text) else rf"\boxed{{{text}}}"
+    text = _EMPTY.sub("", text)
     found = [box for box in _boxes(text) if box.closed]
     first = len(found) - 1
     while first > 0 and _one_answer(text[found[first - 1].end : found[first].start]):

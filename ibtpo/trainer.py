@@ -225,8 +225,8 @@ class Trainer:
 
     def _evaluate(self, title: str) -> None:
         """Held-out accuracy at this step, unless the log has it already (the run was resumed)."""
-        rows = read_rows(self.folder.path / METRICS)
-        known = any(row["step"] == self.state.step and "eval_avg" in row for row in rows)
+        rows = read_rows(self.folder.path / METRICS, "eval_avg")
+        known = any(row["step"] == self.state.step for row in rows)
         if self.group.gather(known, "evaluate")[0]:  # rank 0 writes the log
             self._renew_card()  # the run may have been killed between the two
             return
@@ -403,7 +403,7 @@ class Trainer:
             self.config,
             step=self.state.step,
             sampled_tokens=self.state.sampled_tokens,
-            rows=read_rows(self.folder.path / METRICS),
+            rows=read_rows(self.folder.path / METRICS, "eval_avg"),
             chat=bool(self.policy.tokenizer.chat_template),
             adapters=self.policy.model.adapters is not None,
         )

@@ -120,6 +120,11 @@ def math() -> Iterator[Grader]:
         (r"\$18.90", r"It costs $\boxed{\$18.90}$.", 1.0),  # as the solutions of MATH write money
         (r"\$32,\!348", r"\boxed{32348}", 1.0),
         ("0.00005", r"\boxed{5\times 10^{-5}}", 1.0),
+        ("42", "<think>6*7</think>\n<answer>42</answer>", 1.0),
+        ("42", "<answer>17+25</answer>, no, 17+25 is <answer>42.</answer>", 1.0),
+        ("B", r"\boxed{A}? <answer>B</answer>", 1.0),
+        ("42", "<answer>The answer is 42.</answer>", 1.0),
+        ("1,2", r"<answer>\boxed{1} and \boxed{2}</answer> where \boxed{3} is not", 1.0),
         ("1", "\\boxed{\ud800}", 0.0),  # a lone surrogate: no UTF-8, but JSON carries it
     ],
 )

@@ -11,6 +11,7 @@ import struct
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from run_folders import HOSTILE, add_tree, log_steps, make_run
 from ibtpo.cli import main
 from ibtpo.config import TrainConfig
 from ibtpo.metrics import evaluation_metrics
-from ibtpo.report import DASH, NOT_ACCURACY, amount, number, summarize_run
+from ibtpo.report import DASH, NOT_ACCURACY, amount, number, summarize_rows, summarize_run
 from ibtpo.runlog import RunFolder
 from ibtpo.viewer import Viewer, export_page
 from ibtpo.viewer.export import pick_trees
@@ -64,6 +65,18 @@ def test_the_summary_is_what_was_logged(folder: Path) -> None:
     assert "Tokens trained" not in amounts
     assert amounts["Eff-Rate"][0] == "0.75"
     assert amounts["Seconds"] == ("7", "sampling + reward + training: 4 + 1 + 2")
+
+
+def test_the_summary_looks_at_no_more_names_than_it_shows() -> None:
+    """A page that is open asks for it after every step, and rows have seventy names."""
+
+    class Row(dict[str, float]):
+        def __iter__(self) -> Iterator[str]:
+            raise AssertionError("all names were looked at")
+
+    assert summarize_rows([Row(step=1, trajectories=24.0), Row(step=2, eval_avg=0.5)]).amounts == [
+        ("Trajectories", "24", "leaves of all trees")
+    ]
 
 
 def test_an_accuracy_is_compared_with_one_of_the_same_k(folder: Path) -> None:

@@ -108,6 +108,17 @@ def test_metrics_are_logged_as_json_lines_and_events(path: Path) -> None:
     assert "grad_norm" not in events.Tags()["scalars"]
 
 
+def test_only_rows_that_are_asked_for_are_parsed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every checkpoint looks for the evaluations of a log that grows with the run."""
+    with RunFolder.create(path, TrainConfig()) as run:
+        for step in range(100):
+            run.log(step, {"reward": 0.5} if step % 50 else {"eval_avg": 0.25})
+    parsed: list[object] = []
+    monkeypatch.setattr("ibtpo.runlog.json.loads", lambda line, loads=json.loads: parsed.append(line) or loads(line))
+    found = list(read_rows(path / "metrics.jsonl", "eval_avg"))
+    assert found == [{"step": step, "eval_avg": 0.25} for step in (0, 50)] and len(parsed) == 2
+
+
 def test_unknown_metrics_are_refused(path: Path) -> None:
     with RunFolder.create(path, TrainConfig()) as run:
         with pytest.raises(ValueError, match="unknown metrics rewrad"):
@@ -239,6 +250,18 @@ def test_a_full_disk_leaves_nothing_half_written(path: Path, write: Callable[[Pa
         for part in (str(path), "step-000001", "--resume"):
             assert part in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_may_not_be_so_large_is_removed_and_said(path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "part-1").write_text("half")
+        raise RuntimeError("Error while serializing: I/O error: File too large (os error 27)")  # as safetensors does
+
+    with RunFolder.create(path, TrainConfig()) as run:
+        before = files(path)
+        with pytest.raises(RunFolderError, match=r"^a file is too large .*; raise the limit, then .*--resume"):
+            run.checkpoint(1, write)
+        assert files(path) == before
 
 
 def test_a_full_disk_leaves_no_half_row(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

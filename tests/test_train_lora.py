@@ -107,7 +107,9 @@ def test_an_adapter_is_trained_further_from_where_it_is(adder: tuple[list[object
     assert adapter.keys() == other.keys()
     assert any(not torch.equal(adapter[name], other[name]) for name in adapter)
     assert any("eval_avg" in row for row in _rows(tmp_path / "second"))
-    assert "library_name: peft" in (_last(tmp_path / "second") / CARD).read_text()
+    card = (_last(tmp_path / "second") / CARD).read_text()
+    assert "library_name: peft" in card and f"| base model | {base.resolve()} |" in card
+    assert f"| adapters it began with | {_last(tmp_path / 'first')} |" in card
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ class LoRAConfig:
     """Low-rank adapters trained in the weights' place; the KL reference is then the model with its adapters off."""
 
     rank: int = 0
-    """Rank of the adapters; 0 trains the weights themselves."""
+    """Rank of the adapters; 0 trains the weights themselves or, where `model` is an adapter folder, its adapters."""
     alpha: float = 32.0
     """An adapter counts alpha / rank times."""
     targets: Literal["all", "attention", "mlp"] = "all"

@@ -71,7 +71,7 @@ class DataTask(RewardGrades):
                 self.notes.append(f"{path}: {seen.sum():,} rows left out, their prompts are in {config.eval_data}")
         for file in dict.fromkeys((self._file, self._held_out_file)):
             self.notes += file.notes
-        self.notes.append(f"{path}: {len(self._train):,} rows to train on, {len(self._eval):,} prompts held out")
+        self.notes.append(self._amounts())
         self._epoch, self._order = -1, np.empty(0, np.int64)
         super().__init__(rewards or (RewardSpec(config.grade),), config)
 
@@ -127,8 +127,12 @@ class DataTask(RewardGrades):
         if (len(self._train) and not len(train)) or not len(held_out):
             raise ValueError(f"{path}: every row {'held out ' if len(train) else ''}has {unwanted}; allow more")
         if dropped := len(self._train) + len(self._eval) - len(train) - len(held_out):
-            self.notes.append(f"{path}: {dropped:,} rows left out, they have {unwanted}")
-        self._train, self._eval, self._epoch = train, held_out, -1
+            self.notes[-1] = f"{path}: {dropped:,} rows left out, they have {unwanted}"
+            self._train, self._eval, self._epoch = train, held_out, -1
+            self.notes.append(self._amounts())
+
+    def _amounts(self) -> str:
+        return f"{self._file.rows.path}: {len(self._train):,} rows to train on, {len(self._eval):,} prompts held out"
 
     def _wanted(self, file: _File, rows: Ints, wanted: Callable[[Problem], bool]) -> Ints:
         mask = np.fromiter((wanted(file.problem(int(i), self._examples)) for i in rows), bool, len(rows))
