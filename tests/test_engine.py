@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -418,3 +420,27 @@ def test_branches_with_different_parameters_share_a_batch(model: Model) -> None:
     while any(node.in_flight for node in nodes):
         engine._step()
     same(nodes, alone)
+
+
+def test_siblings_are_not_looked_at_for_each_other() -> None:
+    """Calls of Python a branch, generators' turns included, stay the same for twice and four times as many."""
+
+    def calls(count: int) -> float:
+        made = [0]
+
+        def counting(frame: FrameType, event: str, arg: object) -> None:
+            made[0] += event == "call"
+
+        engine = Engine(tiny_model(), kv_tokens=16 * (count + 2), max_branches=32)
+        with engine.tree([3, 4, 5]) as tree:
+            nodes = tree.root.fork(n=count)
+            sys.setprofile(counting)
+            try:
+                engine.extend(nodes, Sampling(max_tokens=2))
+            finally:
+                sys.setprofile(None)
+        return made[0] / count
+
+    few = calls(128)
+    assert calls(256) < 1.1 * few
+    assert calls(512) < 1.1 * few
