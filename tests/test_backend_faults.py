@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import math
 import threading
 import time
@@ -141,7 +143,9 @@ def first(response: dict[str, Any]) -> dict[str, Any]:
         ),
         (lambda r: first(r)["token_ids"].__setitem__(0, 2), "went on after token 2 .*honours stop_token_ids"),
         (lambda r: first(r).update(prompt_token_ids=[1, *first(r)["prompt_token_ids"]]), "BOS"),
+        (lambda r: first(r).update(prompt_token_ids=5), "continued 5 tokens"),
         (lambda r: r.update(choices=[]), "0 choices for n=1"),
+        (lambda r: (r.clear(), r.update(error={"message": "out of memory"})), "no list of choices.*out of memory"),
         (lambda r: r.pop("choices"), "no list of choices"),
         (lambda r: _lengthen(first(r)), "21 tokens where 1 to 20"),
         (
@@ -170,6 +174,23 @@ def test_choices_that_are_not_told_apart_are_refused(indices: list[Any]) -> None
         trees = BackendEngine(backend)
         with trees.tree(PROMPTS[0]) as tree, pytest.raises(BackendError, match="numbered its 2 choices"):
             trees.extend(tree.root.fork(2), SAMPLING)
+
+
+def test_an_answer_cut_off_anywhere_is_one_to_ask_for_again() -> None:
+    choice = {"text": "}é{", "stop_reason": None, "token_ids": [7], "logprobs": {"token_logprobs": [-1.25e-05]}}
+    answer = json.dumps({"choices": [choice]}, ensure_ascii=False).encode()
+    for length in range(len(answer)):
+        with pytest.raises(http.client.IncompleteRead):
+            http_backend._parsed(answer[:length])
+    assert http_backend._parsed(answer)["choices"] == [choice]
+
+
+def test_any_number_of_tries(server: Server) -> None:
+    server.faults[:] = [busy] * 1030
+    with connect(server, retries=1030, backoff=0.0) as backend:
+        [[found]] = backend.extend([[3, 4]], 1, sampling=SAMPLING, seeds=[[0]])
+    assert len(found.tokens) > 0
+    assert not server.faults
 
 
 def test_an_answer_nested_too_deep_is_no_json() -> None:
@@ -404,6 +425,11 @@ def test_a_backend_that_miscounts_or_a_tree_closed_under_way_is_an_error() -> No
     ("options", "message"),
     [
         ({"url": "localhost:8000"}, "url: 'localhost:8000' must look like"),
+        ({"url": "http://127.0.0.1:99999/v1"}, "url: 'http://127.0.0.1:99999/v1' must look like"),
+        ({"url": "http://127.0.0.1:port/v1"}, "url"),
+        ({"url": "http://127.0.0.1/v 1"}, "url"),
+        ({"url": "http://127.0.0.1/é"}, "url"),
+        ({"url": "http://127.0.0.1/v1?version=3"}, "url"),
         ({"logprobs": "exact"}, "logprobs: 'exact' is not one of"),
         ({"siblings": "both"}, "siblings"),
         ({"timeout": 0}, "timeout: 0 must be above 0"),

@@ -53,8 +53,7 @@ class CompletionsServer:
     max_requests: int = 64
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not _is_base_address(self.url):
             raise ValueError(f'CompletionsServer.url: {self.url!r} must look like "http://host:port/v1"')
         if self.logprobs not in get_args(LogprobKind):
             raise ValueError(f"CompletionsServer.logprobs: {self.logprobs!r} is not one of raw, scaled, sampled")
@@ -67,6 +66,16 @@ class CompletionsServer:
                 raise ValueError(f"CompletionsServer.{name}: {getattr(self, name)} must be at least {least}")
         if not self.timeout > 0:
             raise ValueError(f"CompletionsServer.timeout: {self.timeout} must be above 0")
+
+
+def _is_base_address(url: str) -> bool:
+    """Can requests be posted below it, with nothing of it left out?"""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number of one
+        return False
+    return bool(known) and parts.path.isascii() and " " not in parts.netloc + parts.path and not parts.query
 
 
 class HttpBackend:
@@ -143,7 +152,7 @@ class HttpBackend:
         for attempt in range(server.retries + 1):
             if cancelled.is_set() or self._closed.is_set():
                 raise BackendError(f"{server.url}: the backend was closed, or the call left, before a request was sent")
-            wait = server.backoff * 2**attempt
+            wait = server.backoff * 2 ** min(attempt, 32)
             try:
                 status, asked_to_wait, text = self._send(body)
                 if status == 200:
@@ -187,7 +196,8 @@ def _parsed(text: bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, json.JSONDecodeError) and (error.pos >= len(error.doc) or "Unterminated" in error.msg):
+        ends = isinstance(error, json.JSONDecodeError) and (error.pos >= len(error.doc) or "Unterminated" in error.msg)
+        if ends or (text.lstrip().startswith(b"{") and not text.rstrip().endswith(b"}")):
             raise http.client.IncompleteRead(text) from None  # where no length was sent, a lost connection is the end
         raise BackendError(f"the server's answer is not JSON: {text[:80]!r}; is this a completions server?") from None
 
