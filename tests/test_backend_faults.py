@@ -324,6 +324,29 @@ def test_closing_ends_the_wait_between_two_tries(server: Server) -> None:
         backend.extend([[3, 4]], 1, sampling=SAMPLING, seeds=[[0]])
 
 
+def test_closing_cuts_a_request_under_way_off(server: Server) -> None:
+    asked, closed = threading.Event(), threading.Event()
+
+    def silent(handler: Handler, body: dict[str, Any]) -> None:
+        asked.set()
+        closed.wait(30)
+        handler.close_connection = True
+
+    server.faults[:] = [silent]
+    backend = connect(server)
+
+    def close() -> None:
+        asked.wait(30)
+        backend.close()
+
+    threading.Thread(target=close).start()
+    begin = time.monotonic()
+    with pytest.raises(BackendError, match="closed"):
+        backend.extend([[3, 4]], 1, sampling=SAMPLING, seeds=[[0]])
+    assert time.monotonic() - begin < 10
+    closed.set()
+
+
 def test_a_run_left_early_or_by_an_error_closes_searches_and_trees(server: Server) -> None:
     closed: list[Tree] = []
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import ssl
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 from urllib.parse import urlsplit
@@ -92,6 +94,7 @@ class HttpBackend:
         self.server = server
         self._pool = ThreadPoolExecutor(server.max_requests, thread_name_prefix="completions")
         self._closed = threading.Event()
+        self._sockets: set[socket.socket] = set()  # of requests under way
         self._tls = ssl.create_default_context() if server.url.startswith("https") else None
 
     def extend(
@@ -126,8 +129,11 @@ class HttpBackend:
             raise
 
     def close(self) -> None:
-        """Send nothing more; a request under way ends with its answer or its time-out. Closing twice is fine."""
+        """Send nothing more and cut requests under way off; closing twice is fine."""
         self._closed.set()
+        for connected in list(self._sockets):
+            with suppress(OSError):  # it has just ended
+                socket.socket.shutdown(connected, socket.SHUT_RDWR)  # past TLS: its reader, on another thread, wakes up
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> Self:
@@ -184,12 +190,18 @@ class HttpBackend:
             )
         else:
             connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=self.server.timeout)
-        try:
-            connection.request("POST", parts.path.rstrip("/") + "/completions", body, headers)
-            response = connection.getresponse()
-            return response.status, _seconds(response.getheader("Retry-After")), response.read()
-        finally:
-            connection.close()
+        with closing(connection):
+            connection.connect()
+            connected = connection.sock  # the connection forgets it before a response that closes it is read
+            self._sockets.add(connected)
+            try:
+                if self._closed.is_set():  # since it was looked at: whoever closed may not have seen this one
+                    raise ConnectionAbortedError("the backend was closed")
+                connection.request("POST", parts.path.rstrip("/") + "/completions", body, headers)
+                response = connection.getresponse()
+                return response.status, _seconds(response.getheader("Retry-After")), response.read()
+            finally:
+                self._sockets.discard(connected)
 
 
 def _parsed(text: bytes) -> Any:
