@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from types import FrameType
@@ -444,3 +446,16 @@ def test_siblings_are_not_looked_at_for_each_other() -> None:
     few = calls(128)
     assert calls(256) < 1.1 * few
     assert calls(512) < 1.1 * few
+
+
+def test_a_tree_that_is_kept_once_closed_keeps_no_engine() -> None:
+    engine = Engine(tiny_model(), kv_tokens=1024)
+    with engine.tree(PROMPT) as tree:
+        engine.extend(tree.root.fork(n=3), SAMPLING)
+        engine.score(tree, [[3, 4]], keep=True)
+        tree.root.children[0].drop()
+    pool = weakref.ref(engine.cache.pool)
+    del engine
+    gc.collect()
+    assert pool() is None
+    assert len(tree.leaves()) == 3

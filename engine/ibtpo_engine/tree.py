@@ -384,6 +384,7 @@ class Tree:
             if self._on_close is not None:
                 self._on_close(self)
             self.closed = True  # now: what was interrupted is closed again
+            self._on_close = None  # who keeps the tree keeps no engine, whose pool may be most of the memory
 
     def __reduce__(self) -> tuple[Any, ...]:
         return reduce_tree(self)
