@@ -51,7 +51,7 @@ class Sampling:
     pause: Pause | None = None
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "max_tokens", "min_tokens"):
+        for name in ("top_k", "max_tokens", "min_tokens", *(["seed"] if self.seed is not None else [])):
             if not isinstance(getattr(self, name), Integral):
                 raise ValueError(f"Sampling.{name}: {getattr(self, name)!r} must be an integer")
         stops = self.stop_tokens if isinstance(self.stop_tokens, Iterable) else (None,)
