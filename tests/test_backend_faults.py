@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from backend_runs import MODEL, PROMPTS, SAMPLING, connect, engine, forks, grown, outline
 from completion_server import Handler, Server, serving
@@ -420,6 +421,30 @@ def test_misuse_is_an_error_that_names_the_remedy(server: Server) -> None:
         BackendEngine(local, max_calls=0)
     with pytest.raises(ValueError, match="1 seeds for n=2"):
         local.extend([[3]], 2, sampling=SAMPLING, seeds=[[0]])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([-1, 3], r"token id -1, outside"),
+        ([3, 40], r"token id 40, outside"),
+        ([1.5, 3.0], "float64"),
+        (["a", "b"], "flat"),
+    ],
+)
+def test_tokens_of_a_backend_are_token_ids(tokens: list[Any], message: str) -> None:
+    class Odd:
+        def extend(self, prefixes: Any, n: int, *, sampling: Sampling, seeds: Any) -> list[list[Completion]]:
+            known = np.zeros(2, np.float32)
+            array: Any = np.array(tokens)
+            given = Completion(tokens=array, logprob=known, logprob_raw=known, entropy=known, finish="length")
+            return [[given] * n for _ in prefixes]
+
+    trees = BackendEngine(Odd(), vocabulary=VOCABULARY)
+    tree = trees.tree(PROMPTS[0])
+    with pytest.raises(BackendError, match=message):
+        trees.extend(tree.root.fork(), SAMPLING)
+    assert tree.root.children == []
 
 
 def test_a_backend_that_miscounts_or_a_tree_closed_under_way_is_an_error() -> None:
