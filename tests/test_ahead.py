@@ -145,6 +145,25 @@ def test_a_search_goes_on_once_the_future_it_asked_for_is_done(kind: str) -> Non
     assert_idle(one)
 
 
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_branch_may_be_waited_for_twice(drops: bool) -> None:
+    """As by a search that waits for the best one of each group, where groups overlap."""
+
+    def search(tree: Tree) -> Iterator[Ahead]:
+        first, second = tree.root.fork(2)
+        tree.notes["received"] = yield Ahead([first, second], [first, second, first])
+
+    def reward(tree: Tree, leaf: Node) -> None:
+        if drops:
+            engine.abort([node for node in tree.root.children if node.in_flight])
+
+    engine = Engine(MODEL, kv_tokens=8192, max_branches=1)
+    [(_, tree)] = engine.run(search, PROMPTS[:1], SAMPLING, reward=reward)
+    first = tree.root.children[0]
+    assert tree.notes["received"] == ([first, first] if drops else [first, tree.root.children[1], first])
+    assert_idle(engine)
+
+
 def test_a_backend_grows_the_same_kind_of_search() -> None:
     engine = BackendEngine(EngineBackend(Engine(MODEL, kv_tokens=8192)))
     assert all(len(order) == BRANCHES for order in orders(engine, 6))

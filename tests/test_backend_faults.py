@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import math
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 from backend_runs import MODEL, PROMPTS, SAMPLING, connect, engine, forks, grown, outline
 from completion_server import Handler, Server, serving
@@ -141,7 +144,9 @@ def first(response: dict[str, Any]) -> dict[str, Any]:
         ),
         (lambda r: first(r)["token_ids"].__setitem__(0, 2), "went on after token 2 .*honours stop_token_ids"),
         (lambda r: first(r).update(prompt_token_ids=[1, *first(r)["prompt_token_ids"]]), "BOS"),
+        (lambda r: first(r).update(prompt_token_ids=5), "continued 5 tokens"),
         (lambda r: r.update(choices=[]), "0 choices for n=1"),
+        (lambda r: (r.clear(), r.update(error={"message": "out of memory"})), "no list of choices.*out of memory"),
         (lambda r: r.pop("choices"), "no list of choices"),
         (lambda r: _lengthen(first(r)), "21 tokens where 1 to 20"),
         (
@@ -170,6 +175,23 @@ def test_choices_that_are_not_told_apart_are_refused(indices: list[Any]) -> None
         trees = BackendEngine(backend)
         with trees.tree(PROMPTS[0]) as tree, pytest.raises(BackendError, match="numbered its 2 choices"):
             trees.extend(tree.root.fork(2), SAMPLING)
+
+
+def test_an_answer_cut_off_anywhere_is_one_to_ask_for_again() -> None:
+    choice = {"text": "}é{", "stop_reason": None, "token_ids": [7], "logprobs": {"token_logprobs": [-1.25e-05]}}
+    answer = json.dumps({"choices": [choice]}, ensure_ascii=False).encode()
+    for length in range(len(answer)):
+        with pytest.raises(http.client.IncompleteRead):
+            http_backend._parsed(answer[:length])
+    assert http_backend._parsed(answer)["choices"] == [choice]
+
+
+def test_any_number_of_tries(server: Server) -> None:
+    server.faults[:] = [busy] * 1030
+    with connect(server, retries=1030, backoff=0.0) as backend:
+        [[found]] = backend.extend([[3, 4]], 1, sampling=SAMPLING, seeds=[[0]])
+    assert len(found.tokens) > 0
+    assert not server.faults
 
 
 def test_an_answer_nested_too_deep_is_no_json() -> None:
@@ -314,6 +336,29 @@ def test_a_request_that_nobody_waits_for_gives_its_place_up_between_two_tries(se
     assert time.monotonic() - begin < 10
 
 
+def test_closing_cuts_a_request_under_way_off(server: Server) -> None:
+    asked, closed = threading.Event(), threading.Event()
+
+    def silent(handler: Handler, body: dict[str, Any]) -> None:
+        asked.set()
+        closed.wait(30)
+        handler.close_connection = True
+
+    server.faults[:] = [silent]
+    backend = connect(server)
+
+    def close() -> None:
+        asked.wait(30)
+        backend.close()
+
+    threading.Thread(target=close).start()
+    begin = time.monotonic()
+    with pytest.raises(BackendError, match="closed"):
+        backend.extend([[3, 4]], 1, sampling=SAMPLING, seeds=[[0]])
+    assert time.monotonic() - begin < 10
+    closed.set()
+
+
 def test_a_run_left_early_or_by_an_error_closes_searches_and_trees(server: Server) -> None:
     closed: list[Tree] = []
 
@@ -389,6 +434,30 @@ def test_misuse_is_an_error_that_names_the_remedy(server: Server) -> None:
         local.extend([[3]], 2, sampling=SAMPLING, seeds=[[0]])
 
 
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([-1, 3], r"token id -1, outside"),
+        ([3, 40], r"token id 40, outside"),
+        ([1.5, 3.0], "float64"),
+        (["a", "b"], "flat"),
+    ],
+)
+def test_tokens_of_a_backend_are_token_ids(tokens: list[Any], message: str) -> None:
+    class Odd:
+        def extend(self, prefixes: Any, n: int, *, sampling: Sampling, seeds: Any) -> list[list[Completion]]:
+            known = np.zeros(2, np.float32)
+            array: Any = np.array(tokens)
+            given = Completion(tokens=array, logprob=known, logprob_raw=known, entropy=known, finish="length")
+            return [[given] * n for _ in prefixes]
+
+    trees = BackendEngine(Odd(), vocabulary=VOCABULARY)
+    tree = trees.tree(PROMPTS[0])
+    with pytest.raises(BackendError, match=message):
+        trees.extend(tree.root.fork(), SAMPLING)
+    assert tree.root.children == []
+
+
 def test_a_backend_that_miscounts_or_a_tree_closed_under_way_is_an_error() -> None:
     local = EngineBackend(engine())
 
@@ -415,6 +484,11 @@ def test_a_backend_that_miscounts_or_a_tree_closed_under_way_is_an_error() -> No
     ("options", "message"),
     [
         ({"url": "localhost:8000"}, "url: 'localhost:8000' must look like"),
+        ({"url": "http://127.0.0.1:99999/v1"}, "url: 'http://127.0.0.1:99999/v1' must look like"),
+        ({"url": "http://127.0.0.1:port/v1"}, "url"),
+        ({"url": "http://127.0.0.1/v 1"}, "url"),
+        ({"url": "http://127.0.0.1/é"}, "url"),
+        ({"url": "http://127.0.0.1/v1?version=3"}, "url"),
         ({"logprobs": "exact"}, "logprobs: 'exact' is not one of"),
         ({"siblings": "both"}, "siblings"),
         ({"timeout": 0}, "timeout: 0 must be above 0"),

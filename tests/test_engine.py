@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -418,3 +422,40 @@ def test_branches_with_different_parameters_share_a_batch(model: Model) -> None:
     while any(node.in_flight for node in nodes):
         engine._step()
     same(nodes, alone)
+
+
+def test_siblings_are_not_looked_at_for_each_other() -> None:
+    """Calls of Python a branch, generators' turns included, stay the same for twice and four times as many."""
+
+    def calls(count: int) -> float:
+        made = [0]
+
+        def counting(frame: FrameType, event: str, arg: object) -> None:
+            made[0] += event == "call"
+
+        engine = Engine(tiny_model(), kv_tokens=16 * (count + 2), max_branches=32)
+        with engine.tree([3, 4, 5]) as tree:
+            nodes = tree.root.fork(n=count)
+            sys.setprofile(counting)
+            try:
+                engine.extend(nodes, Sampling(max_tokens=2))
+            finally:
+                sys.setprofile(None)
+        return made[0] / count
+
+    few = calls(128)
+    assert calls(256) < 1.1 * few
+    assert calls(512) < 1.1 * few
+
+
+def test_a_tree_that_is_kept_once_closed_keeps_no_engine() -> None:
+    engine = Engine(tiny_model(), kv_tokens=1024)
+    with engine.tree(PROMPT) as tree:
+        engine.extend(tree.root.fork(n=3), SAMPLING)
+        engine.score(tree, [[3, 4]], keep=True)
+        tree.root.children[0].drop()
+    pool = weakref.ref(engine.cache.pool)
+    del engine
+    gc.collect()
+    assert pool() is None
+    assert len(tree.leaves()) == 3

@@ -78,6 +78,20 @@ def test_a_prompt_larger_than_the_pool_is_named() -> None:
 def test_sizes_must_be_positive(field: str) -> None:
     with pytest.raises(ValueError, match=f"Engine: {field}=0 must be at least 1"):
         Engine(tiny_model(), **{field: 0})
+    with pytest.raises(ValueError, match=rf"Engine: {field}=1000\.0 must be an integer"):
+        Engine(tiny_model(), **{field: 1e3})
+
+
+def test_what_names_random_numbers_is_an_integer() -> None:
+    """Cut to one, two fractions would name the same numbers."""
+    engine = Engine(tiny_model(), kv_tokens=1024)
+    for key in (0.3, "a"):
+        with pytest.raises(ValueError, match=f"key={key!r}"):
+            engine.tree(PROMPT, key=key)
+        with pytest.raises(ValueError, match=r"Sampling\.seed"):
+            Sampling(seed=key)
+    engine.tree(PROMPT, key=np.int64(3)).close()
+    assert_idle(engine)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -313,6 +314,17 @@ def test_there_is_no_boundary_inside_a_block() -> None:
     tokens = [0, 3, OPEN, 4, CLOSE, 1, 4, OPEN, 3]
     assert boundaries(boundary, tokens) == [2, 7]
     assert boundaries(Boundary(Pieces()), tokens) == [2, 4, 7, 9]
+
+
+def test_of_a_long_path_only_the_end_is_looked_at() -> None:
+    boundary, path = Boundary(Pieces()), np.zeros(200_000, np.int32)
+    boundary(path[:9], 1)
+    tracemalloc.start()
+    try:
+        assert not boundary(path, 1)
+        assert tracemalloc.get_traced_memory()[1] < 20_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_any_of_several_separators_counts_and_empty_ones_are_refused() -> None:

@@ -176,6 +176,12 @@ def test_branches_at_the_same_depth_below_different_leaves_have_streams_of_their
         {"temperature": math.inf},
         {"temperature": math.nan},
         {"top_k": 1 << 31},
+        {"top_k": 2.5},
+        {"max_tokens": 5.5},
+        {"stop_tokens": 2},
+        {"stop_tokens": (None,)},
+        {"stop_tokens": ("</s>",)},
+        {"stop_tokens": (1 << 64,)},
         {"min_tokens": -1},
         {"min_tokens": 257},
         {"stop": "text"},
@@ -189,6 +195,13 @@ def test_branches_at_the_same_depth_below_different_leaves_have_streams_of_their
 def test_fields_are_checked(field: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"Sampling\.{next(iter(field))}"):
         Sampling(**field)
+
+
+def test_stop_tokens_may_be_any_collection_of_ids() -> None:
+    for stops in ([2, 5], np.array([2, 5]), {2: "a", 5: "b"}.keys()):
+        sampling = Sampling(stop_tokens=stops)
+        assert sampling == Sampling(stop_tokens=(2, 5))
+        assert hash(sampling) == hash(Sampling(stop_tokens=(2, 5)))
 
 
 def test_a_sampling_is_hashable_and_keeps_its_bias_when_the_callers_changes() -> None:

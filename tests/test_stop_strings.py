@@ -108,6 +108,28 @@ def test_a_long_text_is_decoded_in_a_window() -> None:
         check(found, late)
 
 
+def test_a_branch_that_begins_late_decodes_no_more_than_one_that_goes_on() -> None:
+    lengths = []
+
+    def counting(tokens: list[int]) -> str:
+        lengths.append(len(tokens))
+        return spell(tokens)
+
+    def every_fifth(tokens: npt.NDArray[np.int32], new: int) -> bool:
+        return new == 5
+
+    sampling = Sampling(max_tokens=300, stop=("never",))
+    engine = engine_on(decode=counting)
+    with engine.tree(PROMPT, key=0) as tree:
+        [whole] = engine.extend(tree.root.fork(), sampling)
+        with_ends, lengths[:] = max(lengths), []
+        [node] = engine.extend(tree.root.fork(), replace(sampling, pause=every_fifth))
+        while node.finish is None:
+            [node] = engine.extend([node.resume()], replace(sampling, pause=every_fifth))
+    assert node.end == whole.end
+    assert max(lengths) <= with_ends <= 64
+
+
 def test_a_decoder_that_fails_stops_the_call_and_not_the_others(how: str) -> None:
     broken = True
 

@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from threading import Event
 
+import numpy as np
 import numpy.typing as npt
 
 from ibtpo_engine.backends import Backend, CancellableBackend, Completion
@@ -297,10 +298,13 @@ def _check(completion: Completion, most: int, vocabulary: int | None) -> None:
         raise BackendError(
             f"a completion of {count} tokens where 1 to {most} were asked for; does the server honour max_tokens?"
         )
-    if vocabulary is not None and max(completion.tokens) >= vocabulary:
+    tokens, end = np.asarray(completion.tokens), vocabulary if vocabulary is not None else 1 << 31
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise BackendError(f"Completion.tokens: {tokens.dtype} {tokens.shape}; expected a flat array of token ids")
+    for token in tokens[(tokens < 0) | (tokens >= end)][:1]:
         raise BackendError(
-            f"a completion holds token id {max(completion.tokens)}, outside the vocabulary [0, {vocabulary}); does the "
-            "server serve another model, or a padded vocabulary?"
+            f"a completion holds token id {token}, outside the vocabulary [0, {end}); does the server serve another "
+            "model, or a padded vocabulary?"
         )
     for name in ("logprob", "logprob_raw", "entropy"):
         if len(getattr(completion, name)) != count:

@@ -75,7 +75,9 @@ def read_completions(
     choices = response.get("choices") if isinstance(response, dict) else None
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices) or len(choices) != n:
         found = f"{len(choices)} choices" if isinstance(choices, list) else "no list of choices"
-        raise BackendError(f"the server sent {found} for n={n}; is the address that of /v1/completions?")
+        raise BackendError(
+            f"the server sent {found} for n={n}: {str(response)[:300]}; is the address that of /v1/completions?"
+        )
     indices = [choice.get("index", 0) for choice in choices]
     if n > 1 and (not all(type(index) is int for index in indices) or sorted(indices) != list(range(n))):
         raise BackendError(f"the server numbered its {n} choices {str(indices)[:80]}; expected 0 to {n - 1}, each once")
@@ -86,8 +88,9 @@ def read_completions(
 def _completion(choice: dict[str, Any], prefix: list[int], sampling: Sampling, kind: LogprobKind) -> Completion:
     seen = choice.get("prompt_token_ids")
     if seen is not None and seen != prefix:
+        count = len(seen) if isinstance(seen, list) else repr(seen)[:80]
         raise BackendError(
-            f"the server continued {len(seen)} tokens, not the {len(prefix)} it was sent (a BOS token put in front?); "
+            f"the server continued {count} tokens, not the {len(prefix)} it was sent (a BOS token put in front?); "
             "start it without rewriting prompts"
         )
     tokens, values = _token_ids(choice), _logprobs(choice)
@@ -131,7 +134,8 @@ def _token_ids(choice: dict[str, Any]) -> Ints:
                 "honours return_token_ids (recent vLLM or SGLang), or start vLLM with "
                 "--return-tokens-as-token-ids"
             )
-        ids = [int(name) if (name := str(token)[9:]).isdecimal() else name for token in spelled]
+        names = [str(token)[9:] for token in spelled]
+        ids = [int(name) if name.isdecimal() and len(name) <= 10 else name for name in names]
     if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 1 << 31 for token in ids):
         raise BackendError(f"the server sent token ids that are no integers from 0 on: {str(ids)[:80]}")
     return np.array(ids, np.int32)

@@ -170,7 +170,7 @@ class Engine(EngineCore):
         if keep:
             check_nodes(node.tree, len(tokens))
             check_room(node, [len(suffix) for suffix in tokens], self._reserved())
-        children = [attach(node, suffix) for suffix in tokens]
+        children = attach(node, tokens)
         for child, suffix in zip(children, tokens, strict=True):
             self.scheduler.submit(given_branch(child, suffix))
         try:

@@ -80,16 +80,19 @@ def check_suffixes(node: Node, suffixes: Sequence[npt.ArrayLike], *, vocabulary:
     return checked
 
 
-def attach(node: Node, tokens: Ints) -> Node:
-    """A pending child for given tokens; it counts as no fork, so what is forked later draws what it would have."""
-    birth = (node.end, mix(_GIVEN, *tokens.tolist()))
-    taken = {child.birth for child in node.children}
-    while birth in taken:  # the same suffix twice: forks below the two must differ
-        birth = (node.end, mix(_GIVEN, birth[1]))
-    child = Node(node.tree, node, node.end, mix(node.stream, *birth))
-    child.birth = birth
-    node.children.append(child)
-    return child
+def attach(node: Node, suffixes: Sequence[Ints]) -> list[Node]:
+    """Pending children for given tokens; they count as no forks, so what is forked later draws what it would have."""
+    taken, children = {child.birth for child in node.children}, []
+    for tokens in suffixes:
+        birth = (node.end, mix(_GIVEN, *tokens.tolist()))
+        while birth in taken:  # the same suffix twice: forks below the two must differ
+            birth = (node.end, mix(_GIVEN, birth[1]))
+        taken.add(birth)
+        child = Node(node.tree, node, node.end, mix(node.stream, *birth))
+        child.birth = birth
+        children.append(child)
+    node.children += children
+    return children
 
 
 def given_branch(node: Node, tokens: Ints) -> Branch:

@@ -69,7 +69,7 @@ class Growing:
         self._under_way: set[Node] = set()
         self._untold: dict[Node, None] = {}  # asked for and not received yet
         self._until: list[Node] = []
-        self._waits_for = 0  # how many of `_until` are under way
+        self._waits_for: set[Node] = set()  # those of `_until` that are under way
         self._gate: Future[Any] | None = None
         self._failed: dict[Node, Exception] = {}  # what branches failed with that it does not wait for yet
         self._error: Exception | None = None  # what the search is told instead of what it waits for
@@ -130,7 +130,7 @@ class Growing:
         """
         if node not in self._under_way:
             return False
-        if node in self._until:
+        if node in self._waits_for:
             self._error = error
         else:
             self._failed[node] = error
@@ -153,7 +153,7 @@ class Growing:
         self._untold.update(dict.fromkeys(self.nodes))
         if never := [node for node in self._until if node.is_pending and node not in self._under_way]:
             raise ValueError(f"a search waits for {never[0]!r}, which it never asked to extend")
-        self._waits_for = sum(node in self._under_way for node in self._until)
+        self._waits_for = self._under_way.intersection(self._until)
         self.submitted = False
 
     def _drop_untold(self) -> None:
@@ -171,7 +171,7 @@ class Growing:
         assert self.generator is not None
         self._check_grades()
         self.generator.close()
-        self.nodes, self._until, self._waits_for, self._gate, self.done = [], [], 0, None, True
+        self.nodes, self._until, self._waits_for, self._gate, self.done = [], [], set(), None, True
         self.submitted = True
 
     def told(self) -> None:
@@ -206,9 +206,9 @@ class Growing:
         """A branch was aborted, or its tree closed, and is off the tree; the search does not hear of it."""
         self.reserved.pop(node, None)
         if node in self._under_way:
+            if node in self._waits_for:
+                self._until = [other for other in self._until if other is not node]
             self._leaves(node)
-            if node in self._until:
-                self._until.remove(node)
 
     def withdraw(self, node: Node) -> bool:
         """Take a branch off what was asked for, if it is not submitted yet; the search does not hear of it."""
@@ -220,7 +220,7 @@ class Growing:
 
     def _leaves(self, node: Node) -> None:
         self._under_way.discard(node)
-        self._waits_for -= node in self._until
+        self._waits_for.discard(node)
         self.stirred[self.tree.ordinal] = self
 
     def awaited(self) -> list[Future[Any]]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import ssl
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
 from urllib.parse import urlsplit
@@ -54,8 +56,7 @@ class CompletionsServer:
     max_requests: int = 64
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not _is_base_address(self.url):
             raise ValueError(f'CompletionsServer.url: {self.url!r} must look like "http://host:port/v1"')
         if self.logprobs not in get_args(LogprobKind):
             raise ValueError(f"CompletionsServer.logprobs: {self.logprobs!r} is not one of raw, scaled, sampled")
@@ -68,6 +69,16 @@ class CompletionsServer:
                 raise ValueError(f"CompletionsServer.{name}: {getattr(self, name)} must be at least {least}")
         if not self.timeout > 0:
             raise ValueError(f"CompletionsServer.timeout: {self.timeout} must be above 0")
+
+
+def _is_base_address(url: str) -> bool:
+    """Can requests be posted below it, with nothing of it left out?"""
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number of one
+        return False
+    return bool(known) and parts.path.isascii() and " " not in parts.netloc + parts.path and not parts.query
 
 
 class HttpBackend:
@@ -84,6 +95,7 @@ class HttpBackend:
         self.server = server
         self._pool = ThreadPoolExecutor(server.max_requests, thread_name_prefix="completions")
         self._closed = threading.Event()
+        self._sockets: set[socket.socket] = set()  # of requests under way
         self._tls = ssl.create_default_context() if server.url.startswith("https") else None
 
     def extend(
@@ -118,8 +130,11 @@ class HttpBackend:
             raise
 
     def close(self) -> None:
-        """Send nothing more; a request under way ends with its answer or its time-out. Closing twice is fine."""
+        """Send nothing more and cut requests under way off; closing twice is fine."""
         self._closed.set()
+        for connected in list(self._sockets):
+            with suppress(OSError):  # it has just ended
+                socket.socket.shutdown(connected, socket.SHUT_RDWR)  # past TLS: its reader, on another thread, wakes up
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> Self:
@@ -144,7 +159,7 @@ class HttpBackend:
         for attempt in range(server.retries + 1):
             if cancelled.is_set() or self._closed.is_set():
                 raise BackendError(f"{server.url}: the backend was closed, or the call left, before a request was sent")
-            wait = server.backoff * 2**attempt
+            wait = server.backoff * 2 ** min(attempt, 32)
             try:
                 status, asked_to_wait, text = self._send(body)
                 if status == 200:
@@ -183,19 +198,26 @@ class HttpBackend:
             )
         else:
             connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=self.server.timeout)
-        try:
-            connection.request("POST", parts.path.rstrip("/") + "/completions", body, headers)
-            response = connection.getresponse()
-            return response.status, _seconds(response.getheader("Retry-After")), response.read()
-        finally:
-            connection.close()
+        with closing(connection):
+            connection.connect()
+            connected = connection.sock  # the connection forgets it before a response that closes it is read
+            self._sockets.add(connected)
+            try:
+                if self._closed.is_set():  # since it was looked at: whoever closed may not have seen this one
+                    raise ConnectionAbortedError("the backend was closed")
+                connection.request("POST", parts.path.rstrip("/") + "/completions", body, headers)
+                response = connection.getresponse()
+                return response.status, _seconds(response.getheader("Retry-After")), response.read()
+            finally:
+                self._sockets.discard(connected)
 
 
 def _parsed(text: bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, json.JSONDecodeError) and (error.pos >= len(error.doc) or "Unterminated" in error.msg):
+        ends = isinstance(error, json.JSONDecodeError) and (error.pos >= len(error.doc) or "Unterminated" in error.msg)
+        if ends or (text.lstrip().startswith(b"{") and not text.rstrip().endswith(b"}")):
             raise http.client.IncompleteRead(text) from None  # where no length was sent, a lost connection is the end
         raise BackendError(f"the server's answer is not JSON: {text[:80]!r}; is this a completions server?") from None
 

@@ -54,10 +54,10 @@ class Boundary:
     def __call__(self, tokens: Ints, new: int) -> bool:
         """Does the last of `tokens` complete a separator outside a block?"""
         before, size = [], 0
-        for token in reversed(tokens[:-1].tolist()):
+        for token in tokens[-2::-1]:  # not as a list: of a long path only the end is looked at
             if size >= 2 * self._longest:  # one that touches a separator before it needs as much again
                 break
-            before.append(self._texts[token])
+            before.append(self._texts[int(token)])
             size += len(before[-1])
         head = "".join(reversed(before))
         return self._completes(head, self._texts[int(tokens[-1])]) and not self._in_block(tokens)

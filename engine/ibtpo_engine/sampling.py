@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from ibtpo_engine.masks import PrefixMask, TokenMask
 from ibtpo_engine.pause import Pause
@@ -50,6 +51,16 @@ class Sampling:
     pause: Pause | None = None
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "max_tokens", "min_tokens", *(["seed"] if self.seed is not None else [])):
+            if not isinstance(getattr(self, name), Integral):
+                raise ValueError(f"Sampling.{name}: {getattr(self, name)!r} must be an integer")
+        stops = self.stop_tokens if isinstance(self.stop_tokens, Iterable) else (None,)
+        if not all(isinstance(token, Integral) and -(1 << 63) <= token < 1 << 63 for token in stops):
+            raise ValueError(
+                f"Sampling.stop_tokens: {self.stop_tokens!r} must be a tuple of token ids; of a tokenizer that has no "
+                "end token leave it empty"
+            )
+        object.__setattr__(self, "stop_tokens", tuple(map(int, stops)))  # of a list or a set, too
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"Sampling.temperature: {self.temperature} must be at least 0, and finite")
         if not 0 < self.top_p <= 1:

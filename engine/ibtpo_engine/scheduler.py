@@ -150,9 +150,10 @@ class Scheduler(Roster):
         parent = branch.node.parent
         assert parent is not None
         if is_computed(parent):  # then so is everything above it
-            knows = parent.kv.hidden is not None or (branch.kept is not None and not branch.is_given)
-            alone = not branch.is_given and sum(child.in_flight for child in parent.children) == 1
-            return None if knows or alone else parent
+            if parent.kv.hidden is not None or (branch.kept is not None and not branch.is_given):
+                return None  # asked of every branch in every step: siblings are looked at only where that decides
+            others = any(child.in_flight for child in parent.children if child is not branch.node)
+            return parent if branch.is_given or others else None
         while parent.parent is not None and not is_computed(parent.parent):
             parent = parent.parent
         return parent

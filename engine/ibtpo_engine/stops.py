@@ -45,7 +45,6 @@ class StopWatch:
     def push(self, token: int) -> str | None:
         """Append a token; returns the stop string it completes: of several, the one that ends first in the text."""
         if not self._begun:
-            self._set_context(self._num_context)
             self._shorten()
             self._begun = True
         self._window.append(token)
@@ -70,8 +69,8 @@ class StopWatch:
         keep = SHORT // 2
         while keep < len(self._window) and len(self.decode(self._window[-keep:])) < self._longest + MARGIN:
             keep *= 2
-        if keep < len(self._window):
-            dropped = len(self._window) - keep
+        dropped = max(len(self._window) - keep, 0)
+        if dropped or not self._begun:
             self._window = self._window[dropped:]
             self._set_context(max(self._num_context - dropped, 0))
         self._shorten_at = max(2 * len(self._window), SHORT)

@@ -16,6 +16,7 @@ keys or values: the engine attaches its pages to ``node.kv`` and the tree only t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from numbers import Integral
 from operator import index
 from typing import Any, Self
 
@@ -333,6 +334,8 @@ class Tree:
             raise ValueError(f"a tree needs a flat prompt of at least one token, got shape {prompt.shape}")
         if prompt.dtype.kind not in "iu" or not np.array_equal(prompt, prompt.astype(np.int32)):
             raise ValueError(f"a prompt is made of token ids, 32-bit integers; got {prompt.dtype} {prompt[:4]}...")
+        if not (isinstance(key, Integral) and isinstance(seed, Integral)):
+            raise ValueError(f"a tree's key and an engine's seed are integers; got key={key!r}, seed={seed!r}")
         self.key = key
         self.ordinal = ordinal
         self.budget = budget
@@ -384,6 +387,7 @@ class Tree:
             if self._on_close is not None:
                 self._on_close(self)
             self.closed = True  # now: what was interrupted is closed again
+            self._on_close = None  # who keeps the tree keeps no engine, whose pool may be most of the memory
 
     def __reduce__(self) -> tuple[Any, ...]:
         return reduce_tree(self)
