@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from numbers import Integral
 from threading import get_ident
 
 import numpy.typing as npt
@@ -73,7 +72,7 @@ class EngineCore:
             ("max_branches", max_branches),
             ("prefill_tokens", prefill_tokens),
         ):
-            if not isinstance(value, Integral):
+            if not hasattr(value, "__index__"):
                 raise ValueError(f"Engine: {name}={value!r} must be an integer")
             if value < 1:
                 raise ValueError(f"Engine: {name}={value} must be at least 1")

@@ -16,7 +16,6 @@ keys or values: the engine attaches its pages to ``node.kv`` and the tree only t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from numbers import Integral
 from operator import index
 from typing import Any, Self
 
@@ -334,7 +333,7 @@ class Tree:
             raise ValueError(f"a tree needs a flat prompt of at least one token, got shape {prompt.shape}")
         if prompt.dtype.kind not in "iu" or not np.array_equal(prompt, prompt.astype(np.int32)):
             raise ValueError(f"a prompt is made of token ids, 32-bit integers; got {prompt.dtype} {prompt[:4]}...")
-        if not (isinstance(key, Integral) and isinstance(seed, Integral)):
+        if not (hasattr(key, "__index__") and hasattr(seed, "__index__")):
             raise ValueError(f"a tree's key and an engine's seed are integers; got key={key!r}, seed={seed!r}")
         self.key = key
         self.ordinal = ordinal

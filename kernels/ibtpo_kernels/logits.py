@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Concatenate, NamedTuple, ParamSpec, Self, TypeVar
+from typing import NamedTuple, ParamSpec, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -81,13 +81,15 @@ def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     return torch.autocast(device, enabled=False) if is_on else nullcontext()
 
 
-def in_own_types(run: Callable[Concatenate[Head, _P], _R]) -> Callable[Concatenate[Head, _P], _R]:
-    """`run` without the caller's autocast."""
+def in_own_types(run: Callable[_P, _R]) -> Callable[_P, _R]:
+    """`run`, whose first argument is a `Head`, without the caller's autocast."""
 
     @wraps(run)
-    def alone(head: Head, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    def alone(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        head = args[0]
+        assert isinstance(head, Head)
         with without_autocast(head.hidden):
-            return run(head, *args, **kwargs)
+            return run(*args, **kwargs)
 
     return alone
 
