@@ -18,6 +18,7 @@ import contextlib
 import importlib
 import importlib.util
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -36,6 +37,19 @@ _BARE = re.compile(r"(?=[-+(\\.\d]|[A-Za-z]\b)(?:[^$\n\\]|\\(?![)\]])){1,200}?(?
 _SENTENCE_END = re.compile(r"[.!?]\$*\s|\n\s*\n|\n\s*[A-Z][a-z]")
 _AND = re.compile(r"\b(?:and|or)\b")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # no command, and no name of a variable
+# what people write, and math-verify reads as something else or not at all: characters, and numbers
+_IN_LATEX = str.maketrans(
+    {chr(ord(digit) + 0xFEE0): digit for digit in "0123456789+-.,/()"}  # full width
+    | {
+        c: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", c).split("\N{FRACTION SLASH}"))
+        for c in "¼½¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
+    }
+    | {"°": r"^{\circ}", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne "}
+)
+_ROOT = re.compile(r"√\s*(?:(\d+(?:\.\d+)?|[A-Za-z])|\(([^()]*)\)|\{([^{}]*)\})")
+_RAISED = re.compile(r"[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+_MIXED = re.compile(r"(?<![\w.,/^{}])(\d+)\s+([1-9]\d*)/([1-9]\d*)(?![\w/]|\.\d)")  # 3 1/2
+_SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})(?![\w]|\.\d)")
 
 
 class Graded(NamedTuple):
@@ -151,7 +165,8 @@ def math_equal(answer: str, completion: str) -> float:
     """
     math_verify = importlib.import_module("math_verify")
     marked = bool(_BOX.search(answer) or _FORMULA.search(answer))
-    gold = math_verify.parse(final_boxes(answer) if marked else rf"\boxed{{{answer}}}", parsing_timeout=None)
+    bare = rf"\boxed{{{_in_latex(answer)}}}"
+    gold = math_verify.parse(final_boxes(answer) if marked else bare, parsing_timeout=None)
     found = math_verify.parse(final_boxes(completion), parsing_timeout=None)
     return float(math_verify.verify(gold, found, timeout_seconds=None))
 
@@ -185,7 +200,18 @@ def final_boxes(completion: str) -> str:
         kept = rf"\boxed{{{boxed(box.content) or box.content}}}"
         pieces += [text[end : box.start], kept if number >= first else _BOX.sub("", box.content)]
         end = box.end
-    return "".join([*pieces, text[end:]])
+    return _in_latex("".join([*pieces, text[end:]]))
+
+
+def _in_latex(text: str) -> str:
+    """A text with roots, powers, fractions and numbers as math-verify reads them: 90°, ½, √2, x², 3 1/2, 1.5e3."""
+    text = text.translate(_IN_LATEX)
+    text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2] or root[3]}}}", text)
+    text = _RAISED.sub(
+        lambda power: "^{" + unicodedata.normalize("NFKC", power[0]).replace("\N{MINUS SIGN}", "-") + "}", text
+    )
+    text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
+    return _SCIENTIFIC.sub(lambda number: rf"{number[1]}\times 10^{{{int(number[2])}}}", text)
 
 
 def _one_answer(between: str) -> bool:

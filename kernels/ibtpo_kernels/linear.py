@@ -42,7 +42,8 @@ def ours_is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether `batch_invariant_linear` on the CPU takes less time than torch for x [..., K] and weight [N, K].
 
     So it does in bfloat16 where torch is slow at that, and in float32 with several threads for a few rows of a large
-    weight, as a decode step has them: one row is torch's, and so are more than `MOST_ROWS`. Measured on two cores.
+    weight, as a decode step has them: more than `MOST_ROWS` are torch's, and so is a single one but on AVX2. Measured
+    on two cores.
     """
     if torch_is_slow(x):
         return True
@@ -50,10 +51,18 @@ def ours_is_faster(x: Tensor, weight: Tensor) -> bool:
         x.dtype is torch.float32
         and x.is_cpu
         and weight.numel() >= LEAST_WEIGHTS
-        and 1 < x.shape[:-1].numel() <= MOST_ROWS
+        and x.shape[:-1].numel() <= MOST_ROWS
         and torch.get_num_threads() > 1
         and not torch.is_autocast_enabled("cpu")
+        and x.shape[:-1].numel() >= _least_rows()
     )
+
+
+def _least_rows() -> int:
+    """The kernels of AVX2 alone do not lay the weight down, which is most of the work for one row."""
+    from ibtpo_kernels.cpu import native
+
+    return 1 if native is not None and native.isa() == "v3" else 2
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
