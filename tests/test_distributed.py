@@ -224,6 +224,17 @@ def test_who_does_not_come_in_time_is_named(tmp_path: Path) -> None:
     assert "waited 0.5 s for rank 1 of 3 to count heads" in (tmp_path / "0.txt").read_text()
 
 
+def _one_does_something_else(config: TrainConfig) -> None:
+    with join(config) as group:
+        group.gather(group.rank, "exchange their trees" if group.rank else "measure memory")
+
+
+def test_processes_that_part_ways_say_so_instead_of_mixing_up_what_they_send(tmp_path: Path) -> None:
+    run(2, _one_does_something_else, CONFIG, logs=tmp_path, ends_well=False)
+    expected = "do not do the same (rank 0 to measure memory, rank 1 to exchange their trees)"
+    assert expected in (tmp_path / "0.txt").read_text()
+
+
 def _one_raises(config: TrainConfig) -> None:
     with join(config) as group:
         if group.rank == 1:

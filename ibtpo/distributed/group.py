@@ -8,6 +8,7 @@ breaks the connections of the others, which therefore wait at a gloo operation.
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import TypeVar
@@ -75,8 +76,10 @@ class Group:
         if self._store is None:
             return
         self._meetings += 1
-        self._store.set(f"at/{self.rank}", str(self._meetings))
-        everybody = dist.all_reduce(torch.zeros(1), async_op=True)  # through gloo, which notices at once who is gone
+        self._store.set(f"at/{self.rank}", f"{self._meetings} {what}")
+        mark = zlib.crc32(what.encode())
+        marks = torch.tensor([mark, -mark])
+        everybody = dist.all_reduce(marks, dist.ReduceOp.MAX, async_op=True)  # gloo notices at once who is gone
         assert everybody is not None
         begin, pause = time.monotonic(), 0.0005
         while not everybody.is_completed() and not self.failure():
@@ -91,6 +94,8 @@ class Group:
         try:
             if not self.failure():
                 everybody.wait()
+                if marks[0] != -marks[1]:
+                    self.fail(self._at_odds())
         except RuntimeError as error:
             self.fail(f"the connection broke while waiting for {self._missing()} to {what}, was it killed? ({error})")
         if failure := self.failure():  # also for those who came too late
@@ -99,11 +104,21 @@ class Group:
     def _missing(self) -> str:
         """Who has not come to the meeting that this process waits at."""
         assert self._store is not None
+        missing = [rank for rank, (meetings, _) in enumerate(self._places()) if meetings < self._meetings]
+        return f"{ranks(missing)} of {self.size}" if missing else "others"
+
+    def _at_odds(self) -> str:
+        """Who has come for what, where that is not the same: another collective than the others' would mix them up."""
+        came = ", ".join(f"rank {rank} to {what}" for rank, (_, what) in enumerate(self._places()))
+        return f"the processes do not do the same ({came}); if all have the same code and settings, please report this"
+
+    def _places(self) -> list[tuple[int, str]]:
+        """The last meeting that each process has come to: its number, and what it is for."""
+        assert self._store is not None
         came: list[bytes] = []
         with suppress(dist.DistError):
             came = self._store.multi_get([f"at/{rank}" for rank in range(self.size)])
-        missing = [rank for rank, meetings in enumerate(came) if int(meetings) < self._meetings]
-        return f"{ranks(missing)} of {self.size}" if missing else "others"
+        return [(int(number), what) for number, _, what in (str(at, "utf-8").partition(" ") for at in came)]
 
     def leave(self) -> None:
         """Meet for the last time; rank 0, which may keep the store, goes when all others have.

@@ -131,7 +131,9 @@ def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
 def streamed(x: Tensor, y: Tensor, block: int, tiles: configs.Tiles) -> tuple[Any, Any, bool]:
     """The two tensors a kernel's loop reads, as descriptors where the tensor memory accelerator can read them whole."""
     aligned = all(
-        (z.data_ptr() | z.stride(0) * z.element_size() | z.stride(1) * z.element_size()) % 16 == 0 for z in (x, y)
+        (z.data_ptr() | z.stride(0) * z.element_size() | z.stride(1) * z.element_size()) % 16 == 0
+        and z.stride(0) * z.stride(1) != 0  # of heads or rows that are one in memory nobody has tried a descriptor
+        for z in (x, y)
     )
     if aligned and not tiles.step and configs.capability(x.device) >= 9:
         return _descriptor(x, block), _descriptor(y, block), True
