@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +49,7 @@ _IN_LATEX = str.maketrans(
 )
 _ROOT = re.compile(r"√\s*(?:(\d+(?:\.\d+)?|[A-Za-z])|\(([^()]*)\)|\{([^{}]*)\})")
 _RAISED = re.compile(r"[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
-_MIXED = re.compile(r"(?<![\w.,/^{}])(\d+)\s+([1-9]\d*)/([1-9]\d*)(?![\w/]|\.\d)")  # 3 1/2
+_MIXED = re.compile(r"(?<![\w.,/^])(\d+)\s+([1-9]\d*)/([1-9]\d*)(?![\w/]|\.\d)")  # 3 1/2
 _SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})(?![\w]|\.\d)")
 
 
@@ -148,9 +149,24 @@ def load_reward(name: str) -> Reward:
     loaded: Any = importlib.import_module(module)
     for part in function.split("."):
         loaded = getattr(loaded, part)
-    if not callable(loaded):
-        raise TypeError(f"{function} is no function but of type {type(loaded).__name__}")
+    _check_function(function, loaded)
     return Reward(lambda graded: loaded(*graded), final_answer)
+
+
+def _check_function(name: str, function: Any) -> None:
+    """Raise TypeError of what would fail at every grading."""
+    if not callable(function):
+        raise TypeError(f"{name} is no function but of type {type(function).__name__}")
+    kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
+    if any(is_kind(function) for is_kind in kinds):
+        raise TypeError(f"{name} is async or a generator; a reward returns a number")
+    with contextlib.suppress(ValueError):  # of a function in C nothing may be known
+        signature = inspect.signature(function)
+        try:
+            signature.bind(*Graded._fields)
+        except TypeError as error:
+            fields = ", ".join(Graded._fields)
+            raise TypeError(f"{name}{signature} cannot be called with ({fields}): {error}") from None
 
 
 def exact_match(graded: Graded) -> float:

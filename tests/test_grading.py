@@ -15,7 +15,7 @@ import pytest
 
 from ibtpo import rewards
 from ibtpo.grading import WINDOW, Grader, GraderError
-from ibtpo.rewards import Graded, RewardSpec, parse_rewards
+from ibtpo.rewards import Graded, RewardSpec, _check_function, math_equal, parse_rewards
 
 BAD_GRADERS = """
 import ctypes, os, pathlib, signal, subprocess, sys, time
@@ -267,12 +267,55 @@ def test_failures_are_told_as_they_happen_and_not_between(bad: Bad, caplog: pyte
     assert [record.args[1] for record in caplog.records if isinstance(record.args, tuple)] == [1000]
 
 
-def test_a_reward_that_cannot_be_called_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "no_rewards.py").write_text("weight = 0.5\n")
+NO_REWARDS = """
+weight = 0.5
+async def later(prompt, completion, answer, data): return 1.0
+def parts(prompt, completion, answer, data): yield 1.0
+def short(completion, answer): return 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("weight", "weight is no function but of type float"),
+        ("later", "later is async or a generator; a reward returns a number"),
+        ("parts", "parts is async or a generator"),
+        ("short", r"short\(completion, answer\) cannot be called with \(prompt, completion, answer, data\): too many"),
+    ],
+)
+def test_a_reward_that_cannot_be_called_is_refused(
+    name: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "no_rewards.py").write_text(NO_REWARDS)
     monkeypatch.syspath_prepend(tmp_path)
-    message = "no_rewards:weight cannot be loaded: TypeError: weight is no function but of type float"
-    with Grader(parse_rewards(["no_rewards:weight"])) as grader, pytest.raises(GraderError, match=message):
+    message = f"no_rewards:{name} cannot be loaded: TypeError: {problem}"
+    with Grader(parse_rewards([f"no_rewards:{name}"])) as grader, pytest.raises(GraderError, match=message):
         grader.ready()
+
+
+def test_a_reward_may_take_whatever_it_likes_and_be_written_in_c() -> None:
+    for function in (lambda *graded: 1.0, lambda prompt, completion, answer, data, scale=1.0: scale, max):
+        _check_function("it", function)
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer"),
+    [
+        ("90°", "90"), ("½", "0.5"), ("3½", "3.5"), ("3 1/2", "7/2"), ("√2", r"\sqrt{2}"), ("2√(x+1)", r"2\sqrt{x+1}"),
+        ("x²", "x^2"), ("10⁻³", "0.001"), ("１２", "12"), ("1.5e3", "1500"), ("1e-5", "0.00001"),
+        ("[0, ∞)", r"[0, \infty)"), ("x ≤ 3", r"x \le 3"),
+    ],
+)  # fmt: skip
+def test_what_people_write_is_what_latex_says(reference: str, answer: str) -> None:
+    assert math_equal(reference, rf"\boxed{{{answer}}}") == math_equal(answer, rf"\boxed{{{reference}}}") == 1
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer"), [("3 1/2", "3/2"), ("x²", "2x"), ("1e3", "13"), ("√2", "2"), ("1 000/3", "1"), ("½", "12")]
+)
+def test_and_nothing_else(reference: str, answer: str) -> None:
+    assert math_equal(reference, rf"\boxed{{{answer}}}") == math_equal(answer, rf"\boxed{{{reference}}}") == 0
 
 
 def test_several_rewards_make_their_weighted_mean_and_fail_apart(bad: Bad) -> None:
