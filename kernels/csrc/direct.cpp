@@ -118,9 +118,10 @@ object tree_decode(handle q, handle k_pages, handle v_pages, handle page_table, 
     return nb::none();
   const int64_t count = query.size(0), num_heads = query.size(1), head_dim = query.size(2);
   const int64_t num_kv_heads = pages.k.size(2);
-  if (num_heads == 0 || head_dim == 0 || !pages.fit(kind, num_kv_heads, head_dim) || num_kv_heads < 1 || num_heads % num_kv_heads != 0 ||
-      !table.is(Kind::i32, {-1, -1}) || !table.dense() || !row.is(Kind::i32, {count}) || !row.dense() ||
-      !length.is(Kind::i32, {count}) || !length.dense() || !item.is(Kind::i32, {-1, 4}) || !item.dense())
+  if (num_heads == 0 || head_dim == 0 || !pages.fit(kind, num_kv_heads, head_dim) || num_kv_heads < 1 ||
+      num_heads % num_kv_heads != 0 || !table.is(Kind::i32, {-1, -1}) || !table.dense() ||
+      !row.is(Kind::i32, {count}) || !row.dense() || !length.is(Kind::i32, {count}) || !length.dense() ||
+      !item.is(Kind::i32, {-1, 4}) || !item.dense())
     return nb::none();
   double factor = std::pow(static_cast<double>(head_dim), -0.5);
   if (!scale.is_none() && !(nb::try_cast<double>(scale, factor) && std::isfinite(factor))) return nb::none();
