@@ -301,10 +301,11 @@ def _check(completion: Completion, most: int, vocabulary: int | None) -> None:
     tokens, end = np.asarray(completion.tokens), vocabulary if vocabulary is not None else 1 << 31
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise BackendError(f"Completion.tokens: {tokens.dtype} {tokens.shape}; expected a flat array of token ids")
-    for token in tokens[(tokens < 0) | (tokens >= end)][:1]:
+    outside = tokens[(tokens < 0) | (tokens >= end)]
+    if len(outside):
         raise BackendError(
-            f"a completion holds token id {token}, outside the vocabulary [0, {end}); does the server serve another "
-            "model, or a padded vocabulary?"
+            f"a completion holds token id {outside[0]}, outside the vocabulary [0, {end}); does the server serve "
+            "another model, or a padded vocabulary?"
         )
     for name in ("logprob", "logprob_raw", "entropy"):
         if len(getattr(completion, name)) != count:
