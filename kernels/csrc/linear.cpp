@@ -26,8 +26,8 @@ constexpr int64_t kFewRows = kWidth == 8 ? 8 : 0;  // at most these are few; of 
 constexpr int64_t kWidenRows = 8;                  // from as many on, widening the weight pays
 
 // Without instructions for pairs of bfloat16 each product takes them apart. Few rows and many are multiplied in float
-// instead, few by a weight that each takes apart for all of them, many by one taken apart once: the same chain of sums,
-// the odd number of a pair first.
+// instead, of factors taken apart once (few rows: as the weight is read): the same chain of sums, the odd number of a
+// pair first.
 template <class T>
 constexpr bool kWidens = kIsTakenApart<Word<T>>;
 
