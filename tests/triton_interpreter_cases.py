@@ -24,7 +24,7 @@ from kernel_cases import assert_within_budget, forest, paged, qkv
 from torch import Tensor
 
 import ibtpo_kernels as K
-from ibtpo_kernels.gpu import configs, work
+from ibtpo_kernels.gpu import blocks, configs, work
 from ibtpo_kernels.gpu.configs import Tiles
 from ibtpo_kernels.philox import uniform
 from ibtpo_kernels.reference import plain_policy_head
@@ -501,3 +501,11 @@ def test_a_product_does_not_depend_on_the_rows_that_follow(dtype: torch.dtype) -
             for size in (1, 2, 3, 7, 8, 15, 16, 17, 31, 32, 33, 63, 64, 65, 67):
                 rows = x[first : first + size]
                 assert torch.equal(K.batch_invariant_linear(rows, weight, bias), whole[first : first + size])
+
+
+def test_keys_are_streamed_through_descriptors_where_each_head_has_memory_of_its_own() -> None:
+    """What a descriptor makes of heads, or rows, that are one in memory nobody has tried on a GPU."""
+    tiles = Tiles(block_m=32, block_n=32, warps=4, stages=2)
+    keys = torch.randn(40, 2, 32)
+    for x, streams in ((keys, True), (keys[:, :1].expand(-1, 2, -1), False), (keys[:1].expand(40, -1, -1), False)):
+        assert blocks.streamed(keys, x, 32, tiles)[2] is streams

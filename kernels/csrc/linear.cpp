@@ -161,7 +161,7 @@ INLINE void many_rows(float* sums, int64_t rows, const Word<T>* x, int64_t strid
 
 template <class T>
 INLINE bool is_few(const Linear<T>& p) {
-  return !p.packed && p.num_rows <= kFewRows;
+  return kFewRows > 0 && !p.packed && p.num_rows <= kFewRows;
 }
 
 // Columns [column, column + cols) of rows [row, row + rows).
