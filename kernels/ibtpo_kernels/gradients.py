@@ -17,9 +17,9 @@ Gate = Callable[[Tensor, Tensor], Tensor]  # gate, up -> silu(gate) * up
 GateBackward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # gate, up, d_out -> d_gate, d_up
 
 
-def needs_grad(*tensors: Tensor) -> bool:
+def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a gradient may be asked for of what is computed from these."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 class _RMSNorm(torch.autograd.Function):
