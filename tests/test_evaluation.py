@@ -26,7 +26,8 @@ from ibtpo.config_io import dump_yaml
 from ibtpo.disk import RunFolderError
 from ibtpo.evaluation import Completion, sample_completions, summarize
 from ibtpo.evaluation.folder import EvaluationFolder
-from ibtpo.evaluation.statistics import MOST_SAMPLES, ks_up_to, majority_at, pass_rates
+from ibtpo.evaluation.statistics import MOST_SAMPLES, ks_up_to, majority_at
+from ibtpo.metrics import pass_rates
 from ibtpo.policy import built_in_policy
 from ibtpo.stopping import StopRequest
 
