@@ -200,9 +200,7 @@ class Trainer:
                 self.policy,
                 task,
                 self.grower,
-                self.engine,
                 self.sampling,
-                problem=self.task.train_problem,
                 on_update=on_update,
                 agreed=lambda excess: self.group.gather(excess, "compare their warm starts")[0],
             )

@@ -101,6 +101,9 @@ class TreeEngine(Protocol):
     ) -> Iterator[tuple[int, Tree]]:
         """Grow a tree on every prompt; as `Engine.run`."""
 
+    def weights_changed(self) -> None:
+        """What is sampled from here on comes from other weights."""
+
 
 class EngineBackend:
     """An engine of this process as a backend: for code written against the protocol, and to serve it to others.
