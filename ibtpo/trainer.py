@@ -22,7 +22,7 @@ from ibtpo.evaluation import evaluate
 from ibtpo.grow import Grower
 from ibtpo.memory_plan import MemoryPlan
 from ibtpo.metrics import tree_metrics
-from ibtpo.mixed import grow_mixed
+from ibtpo.dynamic_sampling import grow_mixed
 from ibtpo.model_card import CARD, model_card, save_generation_config
 from ibtpo.optim import NonFinite, OtherForm
 from ibtpo.policy import Policy, load_policy

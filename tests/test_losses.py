@@ -28,7 +28,7 @@ from ibtpo.config import (
 from ibtpo.config_io import base_config, merge
 from ibtpo.grow import Grower
 from ibtpo.loss import policy_loss, summarize
-from ibtpo.mixed import grow_mixed
+from ibtpo.dynamic_sampling import grow_mixed
 from ibtpo.pack import MicroBatch
 from ibtpo.policy import built_in_policy
 from ibtpo.presets import PRESET_NOTES, PRESETS
