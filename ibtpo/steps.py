@@ -22,10 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ibtpo.config import SearchConfig
+from ibtpo_engine.arrays import Ints
 from ibtpo_engine.token_texts import Decodes, TokenTexts
 from ibtpo_engine.tree import Node
-
-Ints = npt.NDArray[np.int32]
 
 
 class StepSplitter:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ibtpo_engine.arrays import Ints
 from ibtpo_engine.features import Features
 from ibtpo_engine.pages import KV, PAGE
 from ibtpo_engine.runner import Rows
 from ibtpo_engine.sampling import Sampling
-from ibtpo_engine.slots import Ints, Outputs
+from ibtpo_engine.slots import Outputs
 from ibtpo_engine.tree import Node
 
 

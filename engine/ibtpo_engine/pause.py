@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from ibtpo_engine.arrays import Ints
 from ibtpo_engine.errors import BranchFailed
 from ibtpo_engine.token_texts import Decodes, TokenTexts
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from ibtpo_engine.branches import Branch
     from ibtpo_engine.scheduler import Scheduler
     from ibtpo_engine.tree import Node
-
-Ints = npt.NDArray[np.int32]
 
 Pause = Callable[[Ints, int], bool]
 """Called after each token of a branch with (tokens, new): int32 [n], read-only, the whole path from the prompt's first
