@@ -9,12 +9,13 @@ import numpy as np
 
 from ibtpo_engine.arrays import Ints
 from ibtpo_engine.errors import BranchFailed
-from ibtpo_engine.token_texts import Decodes, TokenTexts
+from ibtpo_engine.token_texts import Decodes, TokenTexts, boundaries
 
 if TYPE_CHECKING:
     from ibtpo_engine.branches import Branch
     from ibtpo_engine.scheduler import Scheduler
     from ibtpo_engine.tree import Node
+
 
 Pause = Callable[[Ints, int], bool]
 """Called after each token of a branch with (tokens, new): int32 [n], read-only, the whole path from the prompt's first
@@ -57,19 +58,9 @@ class Boundary:
                 break
             before.append(self._texts[int(token)])
             size += len(before[-1])
-        head = "".join(reversed(before))
-        return self._completes(head, self._texts[int(tokens[-1])]) and not self._in_block(tokens)
-
-    def _completes(self, head: str, text: str) -> bool:
-        whole = head + text
-        for separator in self.separators:
-            at = whole.find(separator, max(len(head) - len(separator) + 1, 0))
-            while at >= 0:
-                run = whole.find(separator, max(at - len(separator), 0), at + len(separator) - 1)
-                if run < 0:  # none before it that it touches or overlaps
-                    return True
-                at = whole.find(separator, at + 1)
-        return False
+        text = "".join(reversed([self._texts[int(tokens[-1])], *before]))
+        completes = any(end > size for separator in self.separators for end in boundaries(text, separator))
+        return completes and not self._in_block(tokens)
 
     def _in_block(self, tokens: Ints) -> bool:
         if self.block is None:
