@@ -63,10 +63,11 @@ class Fill:
         return self.start + len(self.tokens) - (self.branch is not None)
 
     def chunk(self, budget: int) -> Chunk:
-        """The rows to run in this step, at most `budget`."""
+        """The rows to run in this step, at most `budget`; of a node computed to its end the last one, for its state."""
         if self.computed < self.end:
             return Chunk(self, self.computed, min(self.end, self.computed + budget))
-        return Chunk(self, self.end - 1, self.end - 1 + min(budget, self.branch is None))
+        rows = 1 if self.branch is None and budget > 0 else 0
+        return Chunk(self, self.end - 1, self.end - 1 + rows)
 
     def reached(self, depth: int) -> None:
         """Keys and values are there up to `depth`."""
