@@ -140,33 +140,35 @@ def _dtype(config: TrainConfig) -> torch.dtype:
     return dtype
 
 
-def trained_shapes(shape: ModelConfig, config: TrainConfig) -> dict[str, torch.Size]:
-    """The parameters that a run trains, of one decoder layer and of none."""
+def _one_layer(shape: ModelConfig, config: TrainConfig) -> Model:
+    """The run's model with its adapters, without memory and with one decoder layer."""
     lora = adapters_of(config)
     with torch.device("meta"):
         model = Model(replace(shape, num_layers=1))
         if lora is not None:
             model.add_adapters(lora)
+    return model
+
+
+def trained_shapes(shape: ModelConfig, config: TrainConfig) -> dict[str, torch.Size]:
+    """The parameters that a run trains, of one decoder layer and of none."""
+    model = _one_layer(shape, config)
     return {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _sizes(shape: ModelConfig, config: TrainConfig) -> _Sizes:
-    with torch.device("meta"):
-        model = Model(replace(shape, num_layers=1))
-    layer = dict(model.model.layers[0].named_parameters())
-    in_layer = [parameter.numel() for parameter in layer.values()]
-    with_one = [parameter.numel() for parameter in model.parameters()]
-    more = shape.num_layers - 1
-    total, one = sum(with_one) + more * sum(in_layer), sum(in_layer)
-    outside = sum(with_one) - one
-    lora = adapters_of(config)
-    if lora is None:
-        return _Sizes(total, total, max(with_one), _small(with_one) + more * _small(in_layer), one, outside)
-    names = [f"{name}.weight" for name in lora.targets]
-    sides = [size for name, p in layer.items() if name.partition(".")[2] in names for size in p.shape]
-    adapters = [lora.rank * size for size in sides]
-    trained = sum(adapters) * shape.num_layers
-    return _Sizes(total + trained, trained, max(adapters), _small(adapters) * shape.num_layers, sum(adapters), 0)
+    model, more = _one_layer(shape, config), shape.num_layers - 1
+    in_layer = list(model.model.layers.parameters())
+    layer = [parameter.numel() for parameter in in_layer if parameter.requires_grad]
+    with_one = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    return _Sizes(
+        parameters=sum(p.numel() for p in model.parameters()) + more * sum(p.numel() for p in in_layer),
+        trained=sum(with_one) + more * sum(layer),
+        largest=max(with_one),
+        trained_small=_small(with_one) + more * _small(layer),
+        layer=sum(layer),
+        outside=sum(with_one) - sum(layer),
+    )
 
 
 def _small(counts: list[int]) -> int:
