@@ -92,5 +92,3 @@ def test_what_names_random_numbers_is_an_integer() -> None:
             Sampling(seed=key)
     engine.tree(PROMPT, key=np.int64(3)).close()
     assert_idle(engine)
-
-
