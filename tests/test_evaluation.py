@@ -251,7 +251,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_numbers(built_in: Path, 
     rest = [*FLAGS, "--samples", "6", "--limit", "60", "--engine.max-branches", "6", "--digits.grade", "last"]
     assert run("--model", built_in, *rest, "--out", tmp_path / "whole") == 0
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "ibtpo.cli", "eval", "--model", str(built_in), *rest, "--out", str(out)]
+    command = [sys.executable, "-m", "ibtpo", "eval", "--model", str(built_in), *rest, "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
