@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -22,14 +21,11 @@ from torch import Tensor
 from ibtpo_engine.arrays import Floats, Ints
 from ibtpo_engine.branches import Branch, Fill
 from ibtpo_engine.randomness import mix
+from ibtpo_engine.runner import Runner
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.slots import Outputs, Slots
 from ibtpo_engine.tree import Node
 from ibtpo_kernels import linear_logprob, sample, sampled_logprob
-
-if TYPE_CHECKING:
-    from ibtpo_engine.runner import Runner
-
 
 _GIVEN = -2  # with the tokens of a suffix at the place of a fork's ordinal: 64 mixed bits, so no fork's
 
