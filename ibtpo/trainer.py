@@ -18,11 +18,11 @@ from ibtpo.checkpoints import latest_checkpoint
 from ibtpo.config import TrainConfig
 from ibtpo.disk import RunFolderError, flush_tree, no_space, write_atomically
 from ibtpo.distributed import ALONE, Group, Mode, make_grower, make_learner
+from ibtpo.dynamic_sampling import grow_mixed
 from ibtpo.evaluation import evaluate
 from ibtpo.grow import Grower
 from ibtpo.memory_plan import MemoryPlan
 from ibtpo.metrics import tree_metrics
-from ibtpo.dynamic_sampling import grow_mixed
 from ibtpo.model_card import CARD, model_card, save_generation_config
 from ibtpo.optim import NonFinite, OtherForm
 from ibtpo.policy import Policy, load_policy
