@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ibtpo_kernels import cpu, reference
+from ibtpo_kernels.gradients import forward_mode
 
 BACKENDS = ("reference", "cpu", "triton", "flashinfer")
 _REMEDY = "install ibtpo with a C++17 compiler at hand (make setup)"
@@ -111,7 +112,7 @@ def direct() -> cpu.DirectOps | None:
 
 def direct_forward() -> cpu.DirectOps | None:
     """As `direct`, for an op that has a gradient: None where one may be asked for, or torch.compile looks on."""
-    return None if torch.is_grad_enabled() or torch.compiler.is_compiling() else direct()
+    return None if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_mode() else direct()
 
 
 @cache

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ibtpo_kernels.gradients import needs_grad
 from ibtpo_kernels.logits import without_autocast
 
 MOST_ROWS = 128  # of a float32 product that ours is faster at; a task of it takes as many
@@ -94,7 +95,7 @@ class _BatchInvariantLinear(torch.autograd.Function):
 def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None, product: Product) -> Tensor:
     """`product` made differentiable; its arguments are made dense."""
     x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
-    if torch.is_grad_enabled() and any(y is not None and y.requires_grad for y in (x, weight, bias)):
+    if needs_grad(x, weight, bias):
         out: Tensor = _BatchInvariantLinear.apply(x, weight, bias, product)  # type: ignore[no-untyped-call]
         return out
     return product(x, weight, bias)

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ibtpo_kernels.gradients import needs_grad
 from ibtpo_kernels.logits import TORCH_OPS, Grads, Head, LogitOps, in_own_types, work_dtype
 
 _TILE_ELEMENTS = 1 << 19  # logits alive at a time: 2 MiB in float32
@@ -47,7 +48,7 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor]:
     """(logprob [E], entropy [T]) as in `ibtpo_kernels.linear_logprob`; autograd through both."""
     head = Head(hidden, weight, rows, targets, temperature, softcap)
-    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+    if needs_grad(hidden, weight):
         logprob, entropy = _LinearLogprob.apply(*head, ops)  # type: ignore[no-untyped-call]
         return logprob, entropy
     logprob, stats, _ = forward(head, ops)
