@@ -12,7 +12,7 @@ import torch
 from engine_helpers import save_checkpoint, save_tokenizer
 from safetensors.torch import load_file, save_file
 
-from ibtpo_engine import CheckpointError, load_model, load_tokenizer, stop_tokens
+from ibtpo_engine import CheckpointError, load_model, load_tokenizer, save_model, stop_tokens
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -148,6 +148,31 @@ def test_an_index_that_is_none(sharded: Path, tmp_path: Path, content: bytes) ->
     folder = Path(shutil.copytree(sharded, tmp_path / "model"))
     (folder / INDEX).write_bytes(content)
     refused(folder, INDEX, "not a safetensors index", "again")
+
+
+def test_two_sets_of_weights(sharded: Path, whole: Path, tmp_path: Path) -> None:
+    """As where `transformers` saves shards beside a single file: it goes on loading the file, others the shards."""
+    folder = Path(shutil.copytree(sharded, tmp_path / "model"))
+    shutil.copy(whole / WEIGHTS, folder)
+    refused(folder, WEIGHTS, INDEX, "Delete those that are not meant")
+
+
+def test_an_index_that_a_later_save_left_behind(sharded: Path, whole: Path, tmp_path: Path) -> None:
+    """`transformers` removes the shards it replaces by a single file, but not their index."""
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    shutil.copy(sharded / INDEX, folder)
+    saved = load_file(folder / WEIGHTS)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in load_model(folder).state_dict().items())
+
+
+def test_saving_over_shards_replaces_them(sharded: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sharded, tmp_path / "model"))
+    model = load_model(folder)
+    with torch.no_grad():
+        model.head.mul_(2.0)
+    save_model(model, None, folder)
+    assert [path.name for path in folder.glob("*.safetensors*")] == [WEIGHTS]
+    assert torch.equal(load_model(folder).head, model.head)
 
 
 # ---- tensors -------------------------------------------------------------------------------------------------

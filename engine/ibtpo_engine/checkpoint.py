@@ -82,7 +82,7 @@ def _find(folder: Path, expected: dict[str, tuple[int, ...]], config: ModelConfi
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
+    index, single = folder / INDEX, folder / SINGLE
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -91,12 +91,19 @@ def _weight_files(folder: Path) -> list[Path]:
             files = []
         if not files:
             raise CheckpointError(f"{index}: not a safetensors index. Download the file again.")
-        for path in files:
-            if not path.exists():
-                raise CheckpointError(f"{path}: not found, but {INDEX} names it. Download the missing shard.")
+        gone = [path for path in files if not path.exists()]
+        if single.exists() and single not in files:
+            if gone:  # `transformers` leaves the index there when it saves into one file what was in several
+                return [single]
+            raise CheckpointError(
+                f"{folder}: there are weights in {SINGLE}, and others in the shards that {INDEX} names. Delete those "
+                "that are not meant (transformers would take the single file)."
+            )
+        if gone:
+            raise CheckpointError(f"{gone[0]}: not found, but {INDEX} names it. Download the missing shard.")
         return files
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
+    if single.exists():
+        return [single]
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
     hint = f" Found {others[0]}: convert it to safetensors (loading pickles runs code)." if others else ""
     raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX} is there.{hint}")
@@ -105,6 +112,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def save_model(model: Model, tokenizer: PreTrainedTokenizerBase | None, folder: Path | str) -> None:
     """Write a folder that `transformers` loads: config.json, model.safetensors and the tokenizer's files.
 
+    Weights that lie there, single or sharded, are replaced.
     Not atomic: write into a temporary folder and rename it (see `RunFolder.checkpoint`).
 
     Raises:
@@ -119,6 +127,8 @@ def save_model(model: Model, tokenizer: PreTrainedTokenizerBase | None, folder: 
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / SINGLE, metadata={"format": "pt"})
+    for stale in (folder / INDEX, *folder.glob("model-*-of-*.safetensors")):  # would be taken for other weights
+        stale.unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
