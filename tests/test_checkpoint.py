@@ -256,6 +256,13 @@ def test_config_fields_we_do_not_run(folder: Path, fields: dict[str, object], pa
     refused(folder, "config.json", *parts)
 
 
+@pytest.mark.parametrize("fields", [{"architectures": None}, {"architectures": []}])
+def test_the_model_type_stands_in_for_the_architecture(folder: Path, fields: dict[str, object]) -> None:
+    """A config.json of `config.save_pretrained`: `transformers` goes by the type."""
+    edit_json(folder / "config.json", **fields)
+    assert load_model(folder).config.architecture == "qwen3"
+
+
 def test_mistral_without_a_word_on_its_window_has_one(folder: Path) -> None:
     """`transformers` then takes 4096, as the first Mistral had."""
     raw = json.loads((folder / "config.json").read_text()) | {"architectures": ["MistralForCausalLM"]}
