@@ -201,6 +201,41 @@ def test_a_missing_head(folder: Path) -> None:
     refused(folder, "lm_head.weight")
 
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.fixture
+def tied(tmp_path: Path) -> Path:
+    save_checkpoint(tmp_path / "tied", "qwen3", head_dim=24, tie_word_embeddings=True)
+    return tmp_path / "tied"
+
+
+@pytest.mark.parametrize("names", [(EMBEDDING, HEAD), (HEAD,)], ids=["both", "head alone"])
+def test_a_tied_matrix_under_either_name(tied: Path, names: tuple[str, ...]) -> None:
+    """`safetensors.torch.save_model`, and with it accelerate's, keeps the first name of the alphabet."""
+    wanted = load_model(tied).state_dict()
+    matrix = load_file(tied / WEIGHTS)[EMBEDDING]
+    edit_weights(tied, lambda state: state.pop(EMBEDDING))
+    edit_weights(tied, lambda state: state.update({name: matrix.clone() for name in names}))
+    found = load_model(tied, dtype=torch.float64).state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name].double()) for name, tensor in found.items())
+
+
+def test_a_head_that_is_not_the_embedding_it_is_tied_to(tied: Path) -> None:
+    """As from an adapter merged with a head of its own: `transformers` 4 drops that head, 5 takes it."""
+    edit_weights(tied, lambda state: state.update({HEAD: state[EMBEDDING] * 1.01}))
+    refused(tied, HEAD, EMBEDDING, "differ", '"tie_word_embeddings": false')
+    edit_json(tied / "config.json", tie_word_embeddings=False)
+    assert torch.equal(load_model(tied).head, load_file(tied / WEIGHTS)[HEAD])
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_names_with_the_prefix_of_what_wrapped_the_model(folder: Path, prefix: str) -> None:
+    edit_weights(folder, lambda state: [state.update({prefix + name: state.pop(name)}) for name in list(state)])
+    refused(folder, f"unexpected tensor '{prefix}lm_head.weight'", EMBEDDING, "Save the plain model")
+
+
 def test_an_unexpected_tensor(folder: Path) -> None:
     edit_weights(folder, lambda state: state.update({"model.layers.0.extra": torch.zeros(2)}))
     refused(folder, WEIGHTS, "unexpected tensor", "model.layers.0.extra", "config.json")

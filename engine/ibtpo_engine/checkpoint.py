@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 
 
@@ -44,27 +45,41 @@ def load_model(folder: Path | str, *, dtype: torch.dtype = torch.float32, device
         model = Model(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     state: dict[str, Tensor] = {}
-    for name, file in _find(folder, expected, config).items():  # all headers fit: now the data, file by file
-        state[name] = torch.empty(expected[name], dtype=dtype, device=device)
-        file.read(name, state[name])
+    for stored, file in _find(folder, expected, config).items():  # all headers fit: now the data, file by file
+        name = _parameter(stored, config)
+        if name not in state:
+            state[name] = torch.empty(expected[name], dtype=dtype, device=device)
+            file.read(stored, state[name])
+        elif not file.holds(stored, state[name]):  # a tied matrix, written twice
+            raise CheckpointError(
+                f"{folder}: {HEAD} and {EMBEDDING} differ, but config.json ties them. If the head was trained on its "
+                'own, set "tie_word_embeddings": false there; else remove the head from the weights.'
+            )
     model.load_state_dict(state, assign=True)
     return model
 
 
+def _parameter(stored: str, config: ModelConfig) -> str:
+    """The parameter that a stored tensor is: a tied matrix may lie there under either name, or under both."""
+    return EMBEDDING if stored == HEAD and config.tie_embeddings else stored
+
+
 def _find(folder: Path, expected: dict[str, tuple[int, ...]], config: ModelConfig) -> dict[str, WeightFile]:
-    """The file each parameter lies in, in the order to read them; only headers are looked at."""
+    """The file each stored tensor lies in, in the order to read them; only headers are looked at."""
     found: dict[str, WeightFile] = {}
     for file in map(WeightFile, _weight_files(folder)):
         for name in file.names():
-            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
+            if name.endswith("rotary_emb.inv_freq"):
                 continue
-            if name not in expected:
+            shape = expected.get(_parameter(name, config))
+            if shape is None:
                 raise CheckpointError(
-                    f"{file.path}: unexpected tensor {name!r}; config.json describes a {config.architecture}."
+                    f"{file.path}: unexpected tensor {name!r}; config.json describes a {config.architecture}, whose "
+                    f"tensors are named like {EMBEDDING!r}. Save the plain model, without what wraps or is added to it."
                 )
-            if file.shape(name) != expected[name]:
+            if file.shape(name) != shape:
                 raise CheckpointError(
-                    f"{file.path}: {name} has shape {file.shape(name)}, config.json asks for {expected[name]}. "
+                    f"{file.path}: {name} has shape {file.shape(name)}, config.json asks for {shape}. "
                     "The weights and config.json do not belong together."
                 )
             if name in found:
@@ -73,7 +88,7 @@ def _find(folder: Path, expected: dict[str, tuple[int, ...]], config: ModelConfi
                 )
             file.dtype(name)
             found[name] = file
-    missing = sorted(set(expected) - set(found))
+    missing = sorted(set(expected) - {_parameter(name, config) for name in found})
     if missing:
         raise CheckpointError(
             f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}. Is a shard missing?"
