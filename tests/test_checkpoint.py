@@ -276,6 +276,7 @@ def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
         ({"rope_parameters": {"rope_theta": -1.0}}, ("rope_theta", "-1")),
         ({"rope_parameters": [1]}, ("rope_parameters",)),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, ("rope settings", "full_attention")),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, ("contradict each other", "remove rope_scaling")),
         ({"num_key_value_heads": 3}, ("4 attention heads", "multiple", "3 key-value heads")),
         ({"head_dim": 7}, ("head_dim", "7", "even")),
         ({"num_attention_heads": 0, "head_dim": None}, ("num_attention_heads", "0")),

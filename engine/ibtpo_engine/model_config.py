@@ -203,12 +203,20 @@ def _rope(raw: dict[str, Any], source: str) -> RopeConfig:
     """Both spellings: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (before)."""
     settings: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(raw.get(name) or {}, dict):
+        given = raw.get(name) or {}
+        if not isinstance(given, dict):
             raise CheckpointError(f"{source}: {name} = {raw[name]!r} must be an object.")
-        settings |= raw.get(name) or {}
+        if "type" in given:  # the older spelling of the older field
+            given = {"rope_type": given["type"]} | given
+        if any(settings.get(field, value) != value for field, value in given.items()):
+            raise CheckpointError(
+                f"{source}: rope_scaling and rope_parameters contradict each other. Put what is meant into "
+                'rope_parameters, "rope_theta" included, and remove rope_scaling (transformers would go by it alone).'
+            )
+        settings |= given
     if nested := [name for name, value in settings.items() if isinstance(value, dict)]:
         raise CheckpointError(f"{source}: rope settings of their own for {nested} are not supported.")
-    kind = settings.get("rope_type", settings.get("type", "default"))
+    kind = settings.get("rope_type", "default")
     settings.setdefault("rope_theta", raw.get("rope_theta"))
     settings.setdefault("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if kind not in ("default", "linear", "llama3"):
