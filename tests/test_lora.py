@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from ibtpo_engine import (
     save_adapter,
     save_model,
 )
+from ibtpo_engine.adapter_folder import is_adapter_folder
 from ibtpo_engine.lora import TARGETS, LoRALinear, is_adapter
 
 PROMPT = prompt_of(40)
@@ -279,6 +281,15 @@ def test_peft_may_name_targets_as_it_likes(
     with torch.no_grad():
         wanted = theirs(torch.tensor([PROMPT])).logits[0]
     assert (path_logits(ours, PROMPT) - wanted).abs().max() < 1e-4
+
+
+def test_a_config_beside_an_adapter_makes_it_no_model(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    with_adapter(base, folder)
+    shutil.copy(base / "config.json", folder)
+    assert is_adapter_folder(folder)
+    shutil.copy(base / "model.safetensors", folder)  # as of a model merged into the folder of its adapter
+    assert not is_adapter_folder(folder)
 
 
 def test_an_adapter_in_a_pickle_is_named_and_not_opened(base: Path, tmp_path: Path) -> None:

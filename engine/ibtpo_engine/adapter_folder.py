@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from ibtpo_engine.checkpoint import INDEX, SINGLE
 from ibtpo_engine.errors import CheckpointError
 from ibtpo_engine.lora import TARGETS, LoRA, is_adapter
 from ibtpo_engine.model import Model
@@ -41,8 +42,10 @@ _MERGE = "merge it into its base with PEFT (merge_and_unload) and give the folde
 
 
 def is_adapter_folder(folder: Path | str) -> bool:
-    """Does a folder hold an adapter, and no model of its own?"""
-    return (Path(folder) / CONFIG).is_file() and not (Path(folder) / "config.json").exists()
+    """Does a folder hold an adapter, and no model of its own? Some trainers write the base's config.json beside one."""
+    folder = Path(folder)
+    is_model = (folder / "config.json").exists() and any((folder / name).exists() for name in (INDEX, SINGLE))
+    return (folder / CONFIG).is_file() and not is_model
 
 
 def save_adapter(model: Model, folder: Path | str, *, base: str) -> None:
