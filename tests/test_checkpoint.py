@@ -99,6 +99,14 @@ def test_pickles_are_named_and_not_opened(folder: Path, name: str) -> None:
     refused(folder, name, "convert it to safetensors")
 
 
+@pytest.mark.parametrize(
+    "name", ["consolidated.safetensors", "model-00001-of-00001.safetensors", "__0_0.distcp", "model-q4.gguf"]
+)
+def test_weights_of_other_tools_are_named(folder: Path, name: str) -> None:
+    (folder / WEIGHTS).rename(folder / name)
+    refused(folder, WEIGHTS, name, "save_pretrained")
+
+
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, -1, -5000], ids=lambda keep: f"keep{keep}")
 def test_truncated_weights(folder: Path, keep: int) -> None:
     content = (folder / WEIGHTS).read_bytes()
@@ -198,7 +206,7 @@ def test_a_missing_tensor(folder: Path) -> None:
 def test_a_missing_head(folder: Path) -> None:
     """An untied model without its head must not be run with the embeddings in its place."""
     edit_weights(folder, lambda state: state.pop("lm_head.weight"))
-    refused(folder, "lm_head.weight")
+    refused(folder, "lm_head.weight", '"tie_word_embeddings": true')
 
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

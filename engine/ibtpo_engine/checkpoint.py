@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_PICKLED = (".bin", ".pt", ".pth")
+_OTHERS = (*_PICKLED, ".safetensors", ".distcp", ".gguf")  # weights as other tools write them, or shards without index
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 
 
@@ -91,9 +93,8 @@ def _find(folder: Path, expected: dict[str, tuple[int, ...]], config: ModelConfi
             found[name] = file
     missing = sorted(set(expected) - {_parameter(name, config) for name in found})
     if missing:
-        raise CheckpointError(
-            f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}. Is a shard missing?"
-        )
+        why = 'Is it tied, "tie_word_embeddings": true in config.json?' if missing == [HEAD] else "Is a shard missing?"
+        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}. {why}")
     return found
 
 
@@ -120,8 +121,10 @@ def _weight_files(folder: Path) -> list[Path]:
         return files
     if single.exists():
         return [single]
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-    hint = f" Found {others[0]}: convert it to safetensors (loading pickles runs code)." if others else ""
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHERS)
+    pickled = bool(others) and Path(others[0]).suffix in _PICKLED
+    remedy = "convert it to safetensors (loading pickles runs code)" if pickled else "save the model by save_pretrained"
+    hint = f" Found {others[0]}: {remedy}." if others else ""
     raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX} is there.{hint}")
 
 
