@@ -12,7 +12,7 @@ import torch
 from engine_helpers import save_checkpoint, save_tokenizer
 from safetensors.torch import load_file, save_file
 
-from ibtpo_engine import CheckpointError, load_model, load_tokenizer, save_model, stop_tokens
+from ibtpo_engine import CheckpointError, checkpoint, load_model, load_tokenizer, save_model, stop_tokens
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -345,6 +345,17 @@ def test_no_tokenizer(folder: Path, gone: str) -> None:
 def test_a_damaged_tokenizer(folder: Path, content: bytes) -> None:
     (folder / "tokenizer.json").write_bytes(content)
     tokenizer_refused(folder, "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("there", "remedy"), [(False, "pip install sentencepiece"), (True, "Download")], ids=["missing", "installed"]
+)
+def test_a_sentencepiece_tokenizer_alone(folder: Path, there: bool, remedy: str, monkeypatch) -> None:
+    """Folders of before 2024 may have no tokenizer.json."""
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    monkeypatch.setattr(checkpoint, "find_spec", lambda name: object() if there else None)
+    tokenizer_refused(folder, "cannot be loaded", remedy)
 
 
 def test_a_tokenizer_without_an_end(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -208,9 +209,12 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
+        remedy = "Download tokenizer.json and tokenizer_config.json again."
+        if "tokenizer.json" not in present and find_spec("sentencepiece") is None:  # transformers asks for tiktoken
+            remedy = "Without tokenizer.json it takes sentencepiece: pip install sentencepiece."
         raise CheckpointError(
             f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
-            "Download tokenizer.json and tokenizer_config.json again."
+            f"{remedy}"
         ) from None
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
