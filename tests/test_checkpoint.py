@@ -273,7 +273,7 @@ def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
         ({"layer_types": ["full_attention", "sliding_attention"]}, ("sliding-window",)),
         ({"quantization_config": {"quant_method": "gptq"}}, ("quantized", "bf16 or fp32")),
         ({"hidden_act": "gelu"}, ("hidden_act", "gelu", "silu")),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ("rope type", "yarn", "llama3")),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ("rope type", "yarn", "llama3", "remove it")),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, ("rope type", "dynamic")),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, ("factor", "0")),
         ({"rope_parameters": {"rope_type": "linear"}}, ("linear", "factor", "missing")),

@@ -220,7 +220,10 @@ def _rope(raw: dict[str, Any], source: str) -> RopeConfig:
     settings.setdefault("rope_theta", raw.get("rope_theta"))
     settings.setdefault("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if kind not in ("default", "linear", "llama3"):
-        raise CheckpointError(f"{source}: rope type {kind!r} is not supported; default, linear and llama3 are.")
+        raise CheckpointError(
+            f"{source}: rope type {kind!r} is not supported; default, linear and llama3 are. If it was added to reach "
+            "contexts longer than the model was trained on, as model cards of Qwen say, remove it."
+        )
 
     if settings.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise CheckpointError(
