@@ -318,7 +318,7 @@ def _with_a_tensor_of_a_kind(model: PreTrainedModel) -> nn.Module:
     [
         (torch.compile, ("OptimizedModule is not supported", "keep_torch_compile=False")),
         (nn.DataParallel, ("DataParallel is not supported", "without what compiles, wraps or splits it")),
-        (_with_a_wide_norm, ("model.norm.weight is a Parameter [48] of torch.float32", "of torch.bfloat16 in memory on cpu")),
+        (_with_a_wide_norm, ("model.norm.weight is a Parameter [48] of torch.float32", "bfloat16 in memory on cpu")),
         (_with_a_head_of_its_own, ("lm_head.weight is one too many", "config.tie_word_embeddings")),
         (_with_a_value_head, ("v_head.bias is one too many", "heads of your own")),
         (_with_a_tensor_of_a_kind, ("model.layers.1.mlp.up_proj.weight is a DTensor",)),
