@@ -125,8 +125,9 @@ class ModelConfig:
         """
         if not isinstance(raw, dict):
             raise CheckpointError(f"{source}: holds a {type(raw).__name__}, not an object. Download the file again.")
-        names = raw.get("architectures") or []
-        name = names[0] if names else raw.get("model_type", "none named")
+        kind, names = raw.get("model_type", "none named"), raw.get("architectures")
+        by_kind = {kind: name for name, kind in ARCHITECTURES.items()}
+        name = names[0] if names else by_kind.get(kind, kind)  # `transformers` goes by the type as well
         architecture = ARCHITECTURES.get(name)
         if architecture is None:
             raise CheckpointError(
@@ -202,16 +203,27 @@ def _rope(raw: dict[str, Any], source: str) -> RopeConfig:
     """Both spellings: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (before)."""
     settings: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(raw.get(name) or {}, dict):
+        given = raw.get(name) or {}
+        if not isinstance(given, dict):
             raise CheckpointError(f"{source}: {name} = {raw[name]!r} must be an object.")
-        settings |= raw.get(name) or {}
+        if "type" in given:  # the older spelling of the older field
+            given = {"rope_type": given["type"]} | given
+        if any(settings.get(field, value) != value for field, value in given.items()):
+            raise CheckpointError(
+                f"{source}: rope_scaling and rope_parameters contradict each other. Put what is meant into "
+                'rope_parameters, "rope_theta" included, and remove rope_scaling (transformers would go by it alone).'
+            )
+        settings |= given
     if nested := [name for name, value in settings.items() if isinstance(value, dict)]:
         raise CheckpointError(f"{source}: rope settings of their own for {nested} are not supported.")
-    kind = settings.get("rope_type", settings.get("type", "default"))
+    kind = settings.get("rope_type", "default")
     settings.setdefault("rope_theta", raw.get("rope_theta"))
     settings.setdefault("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if kind not in ("default", "linear", "llama3"):
-        raise CheckpointError(f"{source}: rope type {kind!r} is not supported; default, linear and llama3 are.")
+        raise CheckpointError(
+            f"{source}: rope type {kind!r} is not supported; default, linear and llama3 are. If it was added to reach "
+            "contexts longer than the model was trained on, as model cards of Qwen say, remove it."
+        )
 
     if settings.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise CheckpointError(
