@@ -11,8 +11,17 @@ import pytest
 import torch
 from engine_helpers import save_checkpoint, save_tokenizer
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
-from ibtpo_engine import CheckpointError, checkpoint, load_model, load_tokenizer, save_model, stop_tokens
+from ibtpo_engine import (
+    CheckpointError,
+    ModelConfig,
+    checkpoint,
+    load_model,
+    load_tokenizer,
+    save_model,
+    stop_tokens,
+)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -269,7 +278,7 @@ def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
         ({"architectures": ["GPT2LMHeadModel"]}, ("GPT2LMHeadModel", "not supported", "Qwen3ForCausalLM")),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, ("Qwen3MoeForCausalLM", "dense")),
         ({"architectures": None, "model_type": "mamba"}, ("mamba",)),
-        ({"use_sliding_window": True}, ("sliding-window", "not supported")),
+        ({"is_causal": False}, ("is_causal", "not supported")),
         ({"layer_types": ["full_attention", "sliding_attention"]}, ("sliding-window",)),
         ({"quantization_config": {"quant_method": "gptq"}}, ("quantized", "bf16 or fp32")),
         ({"hidden_act": "gelu"}, ("hidden_act", "gelu", "silu")),
@@ -313,6 +322,20 @@ def test_mistral_without_a_word_on_its_window_has_one(folder: Path) -> None:
     del raw["sliding_window"]
     (folder / "config.json").write_text(json.dumps(raw))
     refused(folder, "config.json", "sliding-window", '"sliding_window": null')
+
+
+@pytest.mark.parametrize("window", [64, None])
+@pytest.mark.parametrize("first", [0, 1, 2, 28])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_a_window_that_no_layer_has_is_none(folder: Path, kind: str, first: int, window: int | None) -> None:
+    """Which layers have one is what `transformers` makes of the fields."""
+    fields = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": first, "layer_types": None}
+    edit_json(folder / "config.json", architectures=None, model_type=kind, **fields)
+    config = AutoConfig.from_pretrained(folder)
+    if "sliding_attention" in config.layer_types:
+        refused(folder, "config.json", "sliding-window")
+    else:
+        ModelConfig.from_folder(folder)
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])

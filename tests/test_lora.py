@@ -264,10 +264,11 @@ def test_peft_loads_what_we_save_and_we_what_it_saves(base: Path, tmp_path: Path
         ({"target_modules": r".*\.(q|v)_proj"}, ("q_proj", "v_proj")),
         ({"target_modules": ["mlp.up_proj", "self_attn.q_proj"]}, ("q_proj", "up_proj")),
         ({"target_modules": ["o_proj"], "init_lora_weights": "orthogonal", "lora_dropout": 0.5}, ("o_proj",)),
+        ({"target_modules": ["k_proj"], "use_rslora": True}, ("k_proj",)),
     ],
-    ids=["all-linear", "pattern", "paths", "orthogonal"],
+    ids=["all-linear", "pattern", "paths", "orthogonal", "rslora"],
 )
-def test_peft_may_name_targets_as_it_likes(
+def test_adapters_that_peft_makes_run_alike(
     base: Path, tmp_path: Path, settings: dict[str, Any], targets: tuple[str, ...]
 ) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -304,7 +305,6 @@ def test_an_adapter_in_a_pickle_is_named_and_not_opened(base: Path, tmp_path: Pa
     ("fields", "part"),
     [
         ({"use_dora": True}, "use_dora"),
-        ({"use_rslora": True}, "use_rslora"),
         ({"bias": "all"}, "bias"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),

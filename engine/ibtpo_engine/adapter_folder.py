@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ PREFIX = "base_model.model."  # what PEFT puts before every name
 _PLAIN: dict[str, tuple[object, ...]] = {  # fields of PEFT that change the result, and the values that do not
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", None),  # others change the base's weights
     "use_dora": (False, None),
-    "use_rslora": (False, None),
     "use_qalora": (False, None),
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
@@ -192,6 +192,9 @@ def adapter_config(folder: Path | str) -> LoRA:
         targets = _adapted(_weights(folder), targets, path)
     names = tuple(name for name in TARGETS if name in targets)
     try:
-        return LoRA(rank=int(raw["r"]), alpha=float(raw["lora_alpha"]), targets=names)
+        rank, alpha = int(raw["r"]), float(raw["lora_alpha"])
+        if raw.get("use_rslora"):  # PEFT then scales by alpha / sqrt(rank), ours is alpha / rank
+            alpha *= math.sqrt(rank)
+        return LoRA(rank=rank, alpha=alpha, targets=names)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: r and lora_alpha must be positive numbers ({error}).") from None

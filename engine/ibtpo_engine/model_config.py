@@ -177,15 +177,27 @@ def _refuse_unsupported(raw: dict[str, Any], architecture: str, source: str) -> 
     """Raise for features that would silently give wrong results."""
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{source}: hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is.")
-    layer_types = set(raw.get("layer_types") or ["full_attention"])
-    windowed = architecture == "mistral" and raw.get("sliding_window", "absent") is not None  # where absent, it is 4096
-    if windowed or raw.get("use_sliding_window") or layer_types != {"full_attention"}:
+    if raw.get("is_causal") is False:
+        raise CheckpointError(f"{source}: is_causal = false (an embedding model's) is not supported; decoders are.")
+    if _is_windowed(raw, architecture, source):
         raise CheckpointError(
             f"{source}: sliding-window attention is not supported; every layer must see the whole path "
             '(in a config.json of Mistral: "sliding_window": null).'
         )
     if raw.get("quantization_config"):
         raise CheckpointError(f"{source}: quantized weights are not supported; use the bf16 or fp32 checkpoint.")
+
+
+def _is_windowed(raw: dict[str, Any], architecture: str, source: str) -> bool:
+    """Does any layer see a window only? As `transformers` reads the fields, with its defaults."""
+    has_window = raw.get("sliding_window", 4096) is not None
+    if architecture == "mistral":
+        return has_window
+    if types := raw.get("layer_types"):
+        return set(types) != {"full_attention"}
+    first = _number(raw, "max_window_layers", 28, source)
+    has_any = has_window and bool(raw.get("use_sliding_window"))
+    return has_any and first < _number(raw, "num_hidden_layers", None, source)
 
 
 def _number(fields: dict[str, Any], name: str, default: float | None, source: str) -> float:
