@@ -67,10 +67,12 @@ def test_devices_do_not_mix() -> None:
         lambda x: x.tolist(),
         lambda x: x.cpu(),
         lambda x: x.copy_(torch.zeros(4)),
+        lambda x: x.copy_(torch.zeros(4), non_blocking=True),
+        lambda x: x.copy_(torch.zeros(4, pin_memory=True)),
         lambda x: torch.tensor([1.0], device=x.device),
         lambda x: torch.cuda.synchronize(),
     ],
-    ids=["item", "mask", "tolist", "cpu", "pageable", "tensor", "synchronize"],
+    ids=["item", "mask", "tolist", "cpu", "copy", "pageable", "pinned", "tensor", "synchronize"],
 )
 @pytest.mark.parametrize("inference", [False, True], ids=["", "inference"])
 def test_nothing_waits_within_a_capture(waiting: Callable[[Tensor], object], inference: bool) -> None:
@@ -95,6 +97,19 @@ def test_a_replay_is_what_was_captured_on_what_the_buffers_hold() -> None:
         factor[0] = 5.0  # read when it was captured
         graph.replay()
         assert out.tolist() == [7 * value] * 4
+
+
+def test_pinned_memory_stays_until_the_copy_was_waited_for() -> None:
+    pinned, there = torch.ones(4, pin_memory=True), torch.zeros(4, device="cuda")
+    for copy in (lambda: there.copy_(pinned, non_blocking=True), lambda: pinned.to("cuda", non_blocking=True)):
+        copy()
+        pinned[1] += 1
+        with pytest.raises(RuntimeError, match="pinned memory was written while a copy may have read it"):
+            there.sum().item()
+        copy()
+        torch.cuda.synchronize()
+        pinned[1] += 1
+        there.sum().item()
 
 
 SAMPLING = Sampling(max_tokens=3, temperature=0.8, top_p=0.95)
