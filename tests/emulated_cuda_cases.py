@@ -21,6 +21,7 @@ from engine_helpers import prompt_of, same, tiny_model
 from safetensors.torch import load_file
 from torch import Tensor
 
+import ibtpo_kernels as K
 from ibtpo.checkpoints import checkpoints
 from ibtpo.cli import main
 from ibtpo.tasks.data import DataTask
@@ -153,6 +154,20 @@ def test_captured_steps_sample_what_the_cpu_does() -> None:
     engine.reset()
     same(grow(engine, beside=20), grow(Engine(host, kv_tokens=1024), beside=20))
     assert graphs.captured > once, "the page table lies elsewhere"
+
+
+@pytest.mark.usefixtures("_small_blocks")
+def test_a_path_that_grew_past_its_row_of_the_table_is_nan() -> None:
+    """And reads no page of the row below, which is what follows in memory."""
+    table = torch.arange(4, dtype=torch.int32).view(2, 2).to("cuda")
+    rows, lengths = (torch.tensor(x, dtype=torch.int32).to("cuda") for x in ([0, 1], [32, 32]))
+    pages, q = torch.randn(2, 4, 16, 1, 16).to("cuda"), torch.randn(2, 2, 16).to("cuda")
+    plan = K.plan_decode(table, rows, lengths)
+    before = K.tree_decode(q, *pages, plan).cpu()
+    lengths += torch.tensor([8, 0], dtype=torch.int32).to("cuda")
+    after = K.tree_decode(q, *pages, plan).cpu()
+    assert after[0].isnan().all()
+    assert torch.equal(after[1], before[1])
 
 
 @pytest.mark.usefixtures("_small_blocks")
