@@ -99,12 +99,33 @@ class Cuda(Tensor):
 
         def run() -> Any:
             with torch._C._DisableTorchDispatch():
-                return func(*args, **kwargs)
+                return _WIDER.get(func, func)(*args, **kwargs)
 
         out = run()
         record(run, out)
         given = {id(x) for x in args}  # the target of a copy to the host stays there
         return tree_map(lambda x: on_device(x) if type(x) is Tensor and id(x) not in given else x, out)
+
+
+def _widened(out_dtype: torch.dtype, *operands: Tensor) -> list[Tensor]:
+    """Operands of a product into another type than theirs, which must be of 16 bits, and it float32."""
+    if out_dtype is not torch.float32 or {x.dtype for x in operands} not in ({torch.float16}, {torch.bfloat16}):
+        raise RuntimeError("out_dtype must be the same as input dtype or fp32 for fp16/bf16 inputs")
+    return [x.to(out_dtype) for x in operands]
+
+
+def _mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return torch.mm(*_widened(out_dtype, a, b))
+
+
+def _addmm(total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    if total.dtype is not out_dtype or out.dtype is not out_dtype:
+        raise RuntimeError("out_dtype must be the same as the dtype of the provided out tensor")
+    return torch.addmm(total, *_widened(out_dtype, a, b), out=out)
+
+
+_WIDER = {torch.ops.aten.mm.dtype: _mm, torch.ops.aten.addmm.dtype_out: _addmm}
+"""Products that the CPU does not have."""
 
 
 def on_device(x: Tensor) -> Cuda:

@@ -113,6 +113,28 @@ def test_pinned_memory_stays_until_the_copy_was_waited_for() -> None:
         there.sum().item()
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 30], ids=["parts", "whole"])
+def test_the_head_multiplies_16_bits_into_float32(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere the operands are widened first; the sums over parts are float32, too."""
+    monkeypatch.setattr(import_module("ibtpo_kernels.gpu.logprob"), "_CHUNK_BYTES", chunk_bytes)
+    hidden, weight = torch.randn(70, 32).half(), (torch.randn(131, 32) / 6).half()
+    rows, targets = torch.randint(0, 70, (90,)), torch.randint(0, 131, (90,))
+
+    def gradients(x: Tensor, w: Tensor, *edges: Tensor) -> list[Tensor]:
+        found = []
+        for loss in (
+            lambda: sum(out.sum() for out in K.linear_logprob(x, w, *edges)),
+            lambda: K.policy_head(x, w, *edges, lambda logprob, entropy, *_: logprob.sum() + entropy.sum())[0],
+        ):
+            found += torch.autograd.grad(loss(), (x, w))
+        return found
+
+    there = gradients(*(x.to("cuda").requires_grad_() for x in (hidden, weight)), rows.to("cuda"), targets.to("cuda"))
+    here = gradients(*(x.double().requires_grad_() for x in (hidden, weight)), rows, targets)
+    for ours, exact in zip(there, here, strict=True):
+        torch.testing.assert_close(ours.cpu().double(), exact, atol=3e-3, rtol=3e-3)
+
+
 SAMPLING = Sampling(max_tokens=3, temperature=0.8, top_p=0.95)
 
 
