@@ -66,7 +66,7 @@ def _slope(z, inv_temperature, cap, CAPPED: tl.constexpr):
     return slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "first"])
 def row_stats(
     z_ptr, stats_ptr, num_cols, num_rows, first, inv_temperature, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -96,7 +96,7 @@ def row_stats(
     tl.store(at + 2 * num_rows, log_total - tl.sum(mean, 0) / row_total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_edges", "num_rows", "first", "stop"])
 def edge_logprob(
     z_ptr, stats_ptr, rows_ptr, targets_ptr, out_ptr, num_edges, num_cols, num_rows, first, stop, inv_temperature, cap,
     CAPPED: tl.constexpr, BLOCK: tl.constexpr,
@@ -122,7 +122,7 @@ def _dense(z, top, log_total, entropy, grad_rows, grad_entropy):
     return tl.where(p > 0.0, -p * (grad_rows + grad_entropy * (log_p + entropy)), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "first"])
 def logit_grad(
     z_ptr, dz_ptr, stats_ptr, starts_ptr, grads_ptr, row_grads_ptr, grad_entropy_ptr, num_cols, num_rows, first,
     inv_temperature, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr, EDGES: tl.constexpr,
@@ -148,7 +148,7 @@ def logit_grad(
         tl.store(dz_ptr + row * num_cols + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < num_cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_edges", "num_rows", "first", "stop"])
 def edge_grad(
     z_ptr, dz_ptr, stats_ptr, rows_ptr, targets_ptr, grads_ptr, row_grads_ptr, grad_entropy_ptr, num_edges, num_cols,
     num_rows, first, stop, inv_temperature, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr,

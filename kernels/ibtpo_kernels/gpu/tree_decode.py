@@ -126,7 +126,7 @@ def _item(
         tl.store(sums_ptr + row * 2 + 1, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pages", "table_width"])
 def partials(
     q_ptr, k_ptr, v_ptr, table_ptr, rows_ptr, lengths_ptr, items_ptr, first_slot_ptr, acc_ptr, sums_ptr, out_ptr,
     num_heads, num_pages, table_width, stride_qb, stride_qh, stride_slot, scale_log2,
