@@ -269,8 +269,8 @@ def _chunk_grad(z: Tensor, head: Head, stats: Tensor, edges: _Edges, grad_entrop
 @in_own_types
 def _forward(head: Head) -> tuple[Tensor, Tensor]:
     """(logprob [E], NaN of a row that does not exist; stats [3, T])."""
-    logprob = torch.full((head.num_edges,), float("nan"), device=head.hidden.device)
-    stats = torch.empty(3, head.num_rows, device=head.hidden.device)
+    logprob = torch.full((head.num_edges,), float("nan"), dtype=torch.float32, device=head.hidden.device)
+    stats = torch.empty(3, head.num_rows, dtype=torch.float32, device=head.hidden.device)
     for first, stop in _chunks(head):
         _chunk_stats(_product(head.hidden[first:stop], head.weight), head, stats, logprob, first)
     return logprob, stats
@@ -371,8 +371,8 @@ class _Chunk:
 
     def __init__(self, head: Head) -> None:
         self.head = head
-        self.logprob = torch.full((head.num_edges,), float("nan"), device=head.hidden.device)
-        self.stats = torch.empty(3, head.num_rows, device=head.hidden.device)
+        self.logprob = torch.full((head.num_edges,), float("nan"), dtype=torch.float32, device=head.hidden.device)
+        self.stats = torch.empty(3, head.num_rows, dtype=torch.float32, device=head.hidden.device)
         self.logits = _product(head.hidden, head.weight)
         if head.num_rows:
             _chunk_stats(self.logits, head, self.stats, self.logprob, 0)

@@ -106,7 +106,7 @@ def _norm_backward(
     size = x.shape[-1]
     num_rows, shape = x.numel() // size, _tile(size)
     programs = min(_PARTIALS, triton.cdiv(num_rows, shape["ROWS"]))
-    partial = torch.empty(programs, size, device=x.device)
+    partial = torch.empty(programs, size, dtype=torch.float32, device=x.device)
     d_total = None if d_total is None else d_total.contiguous()
     with on_device(x):
         norm_backward[(programs,)](

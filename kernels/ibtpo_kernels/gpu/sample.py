@@ -355,7 +355,7 @@ def sample(
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     num_rows, num_cols = logits.shape
     token = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    logprob, logprob_raw, entropy = torch.empty(3, num_rows, device=logits.device).unbind()
+    logprob, logprob_raw, entropy = torch.empty(3, num_rows, dtype=torch.float32, device=logits.device).unbind()
     if not num_rows:
         return token, logprob, logprob_raw, entropy
     num_blocks = triton.cdiv(num_cols, _BLOCK)

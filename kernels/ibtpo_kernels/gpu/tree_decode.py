@@ -175,7 +175,7 @@ def _check_pages(plan: DecodePlan, num_pages: int) -> None:
     """The error that a GPU cannot raise without waiting for the device; there the output is NaN instead."""
     needed = -(-plan.lengths // plan.page_size)
     table = plan.page_table[plan.rows.long()]
-    columns = torch.arange(table.shape[1], dtype=needed.dtype)
+    columns = torch.arange(table.shape[1], dtype=needed.dtype, device=table.device)
     bad = ((columns < needed[:, None]) & ((table < 0) | (table >= num_pages))).any(-1) | (needed > table.shape[1])
     if bad.any():
         b = int(bad.nonzero()[0])
