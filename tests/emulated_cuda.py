@@ -249,6 +249,8 @@ class Devices(TorchFunctionMode):
                 _pinned[out.untyped_storage().data_ptr()] = out
             return on_host(out) if device is not None else out
         refuse_generators(kwargs.values())
+        if pin_memory:
+            raise RuntimeError("Cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
         if func in (torch.tensor, torch.as_tensor):
             wait("tensor of Python numbers")
         with_grad = kwargs.pop("requires_grad", False)

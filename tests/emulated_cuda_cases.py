@@ -25,7 +25,7 @@ import ibtpo_kernels as K
 from ibtpo.checkpoints import checkpoints
 from ibtpo.cli import main
 from ibtpo.tasks.data import DataTask
-from ibtpo_engine import Engine, Node, Sampling
+from ibtpo_engine import Engine, LoRA, Node, Sampling, initialise
 from ibtpo_engine.step_graphs import StepGraphs
 from ibtpo_kernels import dispatch
 from ibtpo_kernels.gpu import configs
@@ -176,6 +176,24 @@ def test_captured_steps_sample_what_the_cpu_does() -> None:
     engine.reset()
     same(grow(engine, beside=20), grow(Engine(host, kv_tokens=1024), beside=20))
     assert graphs.captured > once, "the page table lies elsewhere"
+
+
+@pytest.mark.usefixtures("_small_blocks")
+def test_a_default_device_and_type_do_not_matter() -> None:
+    """To captured steps, fresh weights and fresh adapters."""
+    grown, weights = [], []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        sampled, fresh = (tiny_model(layers=1).to(device) for _ in range(2))
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                grown.append(grow(Engine(sampled, kv_tokens=1024, cuda_graphs=device == "cuda")))
+                initialise(fresh, 0).add_adapters(LoRA(rank=2))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        weights.append([parameter.detach().cpu() for parameter in fresh.parameters()])
+    same(*grown)
+    assert all(torch.equal(x, y) for x, y in zip(*weights, strict=True))
 
 
 @pytest.mark.usefixtures("_small_blocks")

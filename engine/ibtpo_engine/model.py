@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -257,10 +257,11 @@ def _as_now() -> tuple[AbstractContextManager[None], AbstractContextManager[None
 def initialise(model: Model, seed: int) -> Model:
     """Fresh weights: matrices and embeddings normal with deviation 0.02, norms 1, biases 0; reproducible by `seed`."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
+    drawn: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "generator": generator}
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+                parameter.copy_(torch.randn(parameter.shape, **drawn) * 0.02)
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
                 parameter.zero_()
