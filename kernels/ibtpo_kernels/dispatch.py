@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
@@ -43,11 +43,25 @@ def backend(name: str) -> Iterator[None]:
         ValueError: `name` is unknown, or not available here; the message says what is missing.
     """
     _require(name)
+    with _choice(name):
+        yield
+
+
+@contextmanager
+def _choice(name: str | None) -> Iterator[None]:
     token = _chosen.set(name)
     try:
         yield
     finally:
         _chosen.reset(token)
+
+
+def same_choice() -> AbstractContextManager[None]:
+    """Inside, whenever and in whatever thread that is, ops run as they would here.
+
+    For what is computed again in a backward pass: that of tensors on a GPU runs in a thread of its own.
+    """
+    return _choice(_chosen.get())
 
 
 def _require(name: str) -> None:
