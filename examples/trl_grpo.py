@@ -73,7 +73,8 @@ class TreeRollouts:
         tokenizer = trainer.processing_class
         if isinstance(prompt, str):
             return list(tokenizer(prompt)["input_ids"])
-        return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+        options = {"add_generation_prompt": True, "return_dict": True} | trainer.chat_template_kwargs
+        return list(tokenizer.apply_chat_template(prompt, **options)["input_ids"])
 
     @staticmethod
     def _sampling(trainer: GRPOTrainer) -> Sampling:
@@ -84,7 +85,7 @@ class TreeRollouts:
             top_k=args.top_k or 0,
             min_p=args.min_p or 0.0,
             max_tokens=args.max_completion_length,
-            stop_tokens=(trainer.processing_class.eos_token_id,),
+            stop_tokens=tuple(trainer.eos_token_ids),  # the tokenizer's, and those of the model's generation config
         )
 
 

@@ -2,13 +2,17 @@
 
 A tensor moved to "cuda" says that it is there, and its data stay in host memory. What a GPU refuses raises: an op on
 tensors of both devices, a generator of the other one, a Triton kernel given host memory. While a graph is captured so
-does what waits for the device, `.item()`, a boolean mask or a copy from pageable memory. A graph records the ops and
-the (interpreted) Triton kernels that ran; a replay runs these again, on the memory they had, without the Python between
-them: what was not in a buffer by then stays as it was captured.
+does what waits for the device, `.item()`, a boolean mask, a copy from pageable memory or one that is not told
+`non_blocking`. A graph records the ops and the (interpreted) Triton kernels that ran; a replay runs these again, on the
+memory they had, without the Python between them: what was not in a buffer by then stays as it was captured.
 
-This shows which device each tensor of the CUDA branches is on, where they wait, and what a captured step reads. It
-cannot show concurrency (all runs in program order, so that no wait is ever missed), memory (nothing is ever reused by
-a graph, or runs out), what a stream or a real kernel does, or that a capture itself runs nothing: here it does.
+A copy from pinned memory that nobody waits for may read it until the device is next waited for; what was written there
+meanwhile raises then.
+
+This shows which device each tensor of the CUDA branches is on, where they wait, and what a captured step reads. Else it
+cannot show concurrency (all runs in program order, so that no other wait is ever missed), memory (nothing is ever
+reused by a graph, or runs out), what a stream or a real kernel does, or that a capture itself runs nothing: here it
+does.
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ _WAITING = {
 _constructors = frozenset(_device_constructors())
 _pinned: dict[int, Tensor] = {}  # by address; kept, so that no other memory takes it
 _recorded: list[Callable[[], object]] | None = None  # by the capture under way
+_in_flight: list[tuple[Tensor, bytes]] = []  # pinned memory that a copy may still read, and what it held
 waits: list[str] = []
 """For what the device was waited for."""
 
@@ -94,12 +99,33 @@ class Cuda(Tensor):
 
         def run() -> Any:
             with torch._C._DisableTorchDispatch():
-                return func(*args, **kwargs)
+                return _WIDER.get(func, func)(*args, **kwargs)
 
         out = run()
         record(run, out)
         given = {id(x) for x in args}  # the target of a copy to the host stays there
         return tree_map(lambda x: on_device(x) if type(x) is Tensor and id(x) not in given else x, out)
+
+
+def _widened(out_dtype: torch.dtype, *operands: Tensor) -> list[Tensor]:
+    """Operands of a product into another type than theirs, which must be of 16 bits, and it float32."""
+    if out_dtype is not torch.float32 or {x.dtype for x in operands} not in ({torch.float16}, {torch.bfloat16}):
+        raise RuntimeError("out_dtype must be the same as input dtype or fp32 for fp16/bf16 inputs")
+    return [x.to(out_dtype) for x in operands]
+
+
+def _mm(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
+    return torch.mm(*_widened(out_dtype, a, b))
+
+
+def _addmm(total: Tensor, a: Tensor, b: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
+    if total.dtype is not out_dtype or out.dtype is not out_dtype:
+        raise RuntimeError("out_dtype must be the same as the dtype of the provided out tensor")
+    return torch.addmm(total, *_widened(out_dtype, a, b), out=out)
+
+
+_WIDER = {torch.ops.aten.mm.dtype: _mm, torch.ops.aten.addmm.dtype_out: _addmm}
+"""Products that the CPU does not have."""
 
 
 def on_device(x: Tensor) -> Cuda:
@@ -121,12 +147,23 @@ def wait(what: str) -> None:
     waits.append(what)
     if _recorded is not None:
         raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
+    copies = _in_flight[:]
+    _in_flight.clear()
+    if any(held != _bytes(host) for host, held in copies):
+        raise RuntimeError("pinned memory was written while a copy may have read it; wait for the device before")
 
 
-def wait_for_copy(host: Tensor) -> None:
-    """As `wait`, unless the memory is pinned."""
-    if host.untyped_storage().data_ptr() not in _pinned:
-        wait("copy of pageable memory")
+def wait_for_copy(host: Tensor, non_blocking: bool) -> None:
+    """As `wait`, unless the memory is pinned and the copy may go on by itself."""
+    if not non_blocking or host.untyped_storage().data_ptr() not in _pinned:
+        wait("copy of pageable memory" if non_blocking else "copy")
+    elif _recorded is None:
+        _in_flight.append((host, _bytes(host)))
+
+
+def _bytes(host: Tensor) -> bytes:
+    with torch._C.DisableTorchFunction():
+        return host.detach().numpy().tobytes()
 
 
 def check(name: str, args: Any, kwargs: Any) -> None:
@@ -137,7 +174,7 @@ def check(name: str, args: Any, kwargs: Any) -> None:
         wait(name)
     if name == "aten.copy_.default":
         for host in hosts:
-            wait_for_copy(host)
+            wait_for_copy(host, kwargs.get("non_blocking", args[2] if len(args) > 2 else False))
         return
     if name in _INDEXING:
         for index in args[1]:
@@ -188,14 +225,14 @@ class Devices(TorchFunctionMode):
     def moved(self, x: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Any:
         if args and isinstance(args[0], Tensor):
             args = (args[0].device, args[0].dtype)
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         was_there, is_there = isinstance(x, Cuda), device.type == "cuda" if device else isinstance(x, Cuda)
         if was_there == is_there:
             return Tensor.to(x, None if is_there else device, dtype or x.dtype, copy=copy)
         if x.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError("the emulated device has no gradient of a move")
         if is_there:
-            wait_for_copy(x)
+            wait_for_copy(x, non_blocking)
             out = Tensor.to(x, dtype=dtype or x.dtype, copy=True)
             record(lambda: Tensor.to(x, dtype=dtype or x.dtype, copy=True), out)
             return on_device(out)
@@ -212,6 +249,8 @@ class Devices(TorchFunctionMode):
                 _pinned[out.untyped_storage().data_ptr()] = out
             return on_host(out) if device is not None else out
         refuse_generators(kwargs.values())
+        if pin_memory:
+            raise RuntimeError("Cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
         if func in (torch.tensor, torch.as_tensor):
             wait("tensor of Python numbers")
         with_grad = kwargs.pop("requires_grad", False)

@@ -21,10 +21,11 @@ from engine_helpers import prompt_of, same, tiny_model
 from safetensors.torch import load_file
 from torch import Tensor
 
+import ibtpo_kernels as K
 from ibtpo.checkpoints import checkpoints
 from ibtpo.cli import main
 from ibtpo.tasks.data import DataTask
-from ibtpo_engine import Engine, Node, Sampling
+from ibtpo_engine import Engine, LoRA, Node, Sampling, initialise
 from ibtpo_engine.step_graphs import StepGraphs
 from ibtpo_kernels import dispatch
 from ibtpo_kernels.gpu import configs
@@ -67,10 +68,12 @@ def test_devices_do_not_mix() -> None:
         lambda x: x.tolist(),
         lambda x: x.cpu(),
         lambda x: x.copy_(torch.zeros(4)),
+        lambda x: x.copy_(torch.zeros(4), non_blocking=True),
+        lambda x: x.copy_(torch.zeros(4, pin_memory=True)),
         lambda x: torch.tensor([1.0], device=x.device),
         lambda x: torch.cuda.synchronize(),
     ],
-    ids=["item", "mask", "tolist", "cpu", "pageable", "tensor", "synchronize"],
+    ids=["item", "mask", "tolist", "cpu", "copy", "pageable", "pinned", "tensor", "synchronize"],
 )
 @pytest.mark.parametrize("inference", [False, True], ids=["", "inference"])
 def test_nothing_waits_within_a_capture(waiting: Callable[[Tensor], object], inference: bool) -> None:
@@ -95,6 +98,41 @@ def test_a_replay_is_what_was_captured_on_what_the_buffers_hold() -> None:
         factor[0] = 5.0  # read when it was captured
         graph.replay()
         assert out.tolist() == [7 * value] * 4
+
+
+def test_pinned_memory_stays_until_the_copy_was_waited_for() -> None:
+    pinned, there = torch.ones(4, pin_memory=True), torch.zeros(4, device="cuda")
+    for copy in (lambda: there.copy_(pinned, non_blocking=True), lambda: pinned.to("cuda", non_blocking=True)):
+        copy()
+        pinned[1] += 1
+        with pytest.raises(RuntimeError, match="pinned memory was written while a copy may have read it"):
+            there.sum().item()
+        copy()
+        torch.cuda.synchronize()
+        pinned[1] += 1
+        there.sum().item()
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 30], ids=["parts", "whole"])
+def test_the_head_multiplies_16_bits_into_float32(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere the operands are widened first; the sums over parts are float32, too."""
+    monkeypatch.setattr(import_module("ibtpo_kernels.gpu.logprob"), "_CHUNK_BYTES", chunk_bytes)
+    hidden, weight = torch.randn(70, 32).half(), (torch.randn(131, 32) / 6).half()
+    rows, targets = torch.randint(0, 70, (90,)), torch.randint(0, 131, (90,))
+
+    def gradients(x: Tensor, w: Tensor, *edges: Tensor) -> list[Tensor]:
+        found = []
+        for loss in (
+            lambda: sum(out.sum() for out in K.linear_logprob(x, w, *edges)),
+            lambda: K.policy_head(x, w, *edges, lambda logprob, entropy, *_: logprob.sum() + entropy.sum())[0],
+        ):
+            found += torch.autograd.grad(loss(), (x, w))
+        return found
+
+    there = gradients(*(x.to("cuda").requires_grad_() for x in (hidden, weight)), rows.to("cuda"), targets.to("cuda"))
+    here = gradients(*(x.double().requires_grad_() for x in (hidden, weight)), rows, targets)
+    for ours, exact in zip(there, here, strict=True):
+        torch.testing.assert_close(ours.cpu().double(), exact, atol=3e-3, rtol=3e-3)
 
 
 SAMPLING = Sampling(max_tokens=3, temperature=0.8, top_p=0.95)
@@ -138,6 +176,38 @@ def test_captured_steps_sample_what_the_cpu_does() -> None:
     engine.reset()
     same(grow(engine, beside=20), grow(Engine(host, kv_tokens=1024), beside=20))
     assert graphs.captured > once, "the page table lies elsewhere"
+
+
+@pytest.mark.usefixtures("_small_blocks")
+def test_a_default_device_and_type_do_not_matter() -> None:
+    """To captured steps, fresh weights and fresh adapters."""
+    grown, weights = [], []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        sampled, fresh = (tiny_model(layers=1).to(device) for _ in range(2))
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                grown.append(grow(Engine(sampled, kv_tokens=1024, cuda_graphs=device == "cuda")))
+                initialise(fresh, 0).add_adapters(LoRA(rank=2))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        weights.append([parameter.detach().cpu() for parameter in fresh.parameters()])
+    same(*grown)
+    assert all(torch.equal(x, y) for x, y in zip(*weights, strict=True))
+
+
+@pytest.mark.usefixtures("_small_blocks")
+def test_a_path_that_grew_past_its_row_of_the_table_is_nan() -> None:
+    """And reads no page of the row below, which is what follows in memory."""
+    table = torch.arange(4, dtype=torch.int32).view(2, 2).to("cuda")
+    rows, lengths = (torch.tensor(x, dtype=torch.int32).to("cuda") for x in ([0, 1], [32, 32]))
+    pages, q = torch.randn(2, 4, 16, 1, 16).to("cuda"), torch.randn(2, 2, 16).to("cuda")
+    plan = K.plan_decode(table, rows, lengths)
+    before = K.tree_decode(q, *pages, plan).cpu()
+    lengths += torch.tensor([8, 0], dtype=torch.int32).to("cuda")
+    after = K.tree_decode(q, *pages, plan).cpu()
+    assert after[0].isnan().all()
+    assert torch.equal(after[1], before[1])
 
 
 @pytest.mark.usefixtures("_small_blocks")

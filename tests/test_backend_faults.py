@@ -8,6 +8,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -408,6 +409,38 @@ def test_a_run_left_sends_none_of_the_requests_that_wait_for_their_turn() -> Non
             trees.extend(tree.root.fork(), SAMPLING)
             assert len(tree.leaves()) == 1
         assert len(server.requests) == 3, "the first, of the twelve the one under way, and the last"
+
+
+def test_a_run_left_cuts_its_requests_off_and_no_others(server: Server) -> None:
+    """The server sees the connection of a generation that nobody wants end, so that it can stop."""
+    asked, gone, answered = threading.Event(), threading.Event(), threading.Event()
+
+    def endless(handler: Handler, body: dict[str, Any]) -> None:
+        asked.set()
+        handler.connection.settimeout(30)
+        if handler.connection.recv(1) == b"":  # the client has nothing more to say, so what comes is the end
+            gone.set()
+        handler.close_connection = True
+
+    def slow(handler: Handler, body: dict[str, Any]) -> None:
+        answered.set()
+        gone.wait(30)
+        busy(handler, body)
+
+    def search(tree: Tree) -> Iterator[list[Node] | Ahead]:
+        yield Ahead(tree.root.fork(), [])
+        asked.wait(30)
+        raise ZeroDivisionError
+
+    with connect(server) as backend, ThreadPoolExecutor(1) as pool:
+        server.faults[:] = [slow]
+        other = pool.submit(backend.extend, [[3, 4]], 1, sampling=SAMPLING, seeds=[[0]])
+        answered.wait(30)
+        server.faults.append(endless)
+        with pytest.raises(ZeroDivisionError):
+            list(BackendEngine(backend).run(search, PROMPTS[:1], SAMPLING))
+        assert gone.wait(20)
+        assert len(other.result(20)[0]) == 1
 
 
 def test_misuse_is_an_error_that_names_the_remedy(server: Server) -> None:

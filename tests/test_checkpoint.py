@@ -11,8 +11,17 @@ import pytest
 import torch
 from engine_helpers import save_checkpoint, save_tokenizer
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
-from ibtpo_engine import CheckpointError, load_model, load_tokenizer, stop_tokens
+from ibtpo_engine import (
+    CheckpointError,
+    ModelConfig,
+    checkpoint,
+    load_model,
+    load_tokenizer,
+    save_model,
+    stop_tokens,
+)
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -99,6 +108,14 @@ def test_pickles_are_named_and_not_opened(folder: Path, name: str) -> None:
     refused(folder, name, "convert it to safetensors")
 
 
+@pytest.mark.parametrize(
+    "name", ["consolidated.safetensors", "model-00001-of-00001.safetensors", "__0_0.distcp", "model-q4.gguf"]
+)
+def test_weights_of_other_tools_are_named(folder: Path, name: str) -> None:
+    (folder / WEIGHTS).rename(folder / name)
+    refused(folder, WEIGHTS, name, "save_pretrained")
+
+
 @pytest.mark.parametrize("keep", [0, 4, 8, 100, -1, -5000], ids=lambda keep: f"keep{keep}")
 def test_truncated_weights(folder: Path, keep: int) -> None:
     content = (folder / WEIGHTS).read_bytes()
@@ -150,6 +167,31 @@ def test_an_index_that_is_none(sharded: Path, tmp_path: Path, content: bytes) ->
     refused(folder, INDEX, "not a safetensors index", "again")
 
 
+def test_two_sets_of_weights(sharded: Path, whole: Path, tmp_path: Path) -> None:
+    """As where `transformers` saves shards beside a single file: it goes on loading the file, others the shards."""
+    folder = Path(shutil.copytree(sharded, tmp_path / "model"))
+    shutil.copy(whole / WEIGHTS, folder)
+    refused(folder, WEIGHTS, INDEX, "Delete those that are not meant")
+
+
+def test_an_index_that_a_later_save_left_behind(sharded: Path, whole: Path, tmp_path: Path) -> None:
+    """`transformers` removes the shards it replaces by a single file, but not their index."""
+    folder = Path(shutil.copytree(whole, tmp_path / "model"))
+    shutil.copy(sharded / INDEX, folder)
+    saved = load_file(folder / WEIGHTS)
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in load_model(folder).state_dict().items())
+
+
+def test_saving_over_shards_replaces_them(sharded: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(sharded, tmp_path / "model"))
+    model = load_model(folder)
+    with torch.no_grad():
+        model.head.mul_(2.0)
+    save_model(model, None, folder)
+    assert [path.name for path in folder.glob("*.safetensors*")] == [WEIGHTS]
+    assert torch.equal(load_model(folder).head, model.head)
+
+
 # ---- tensors -------------------------------------------------------------------------------------------------
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -173,7 +215,42 @@ def test_a_missing_tensor(folder: Path) -> None:
 def test_a_missing_head(folder: Path) -> None:
     """An untied model without its head must not be run with the embeddings in its place."""
     edit_weights(folder, lambda state: state.pop("lm_head.weight"))
-    refused(folder, "lm_head.weight")
+    refused(folder, "lm_head.weight", '"tie_word_embeddings": true')
+
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@pytest.fixture
+def tied(tmp_path: Path) -> Path:
+    save_checkpoint(tmp_path / "tied", "qwen3", head_dim=24, tie_word_embeddings=True)
+    return tmp_path / "tied"
+
+
+@pytest.mark.parametrize("names", [(EMBEDDING, HEAD), (HEAD,)], ids=["both", "head alone"])
+def test_a_tied_matrix_under_either_name(tied: Path, names: tuple[str, ...]) -> None:
+    """`safetensors.torch.save_model`, and with it accelerate's, keeps the first name of the alphabet."""
+    wanted = load_model(tied).state_dict()
+    matrix = load_file(tied / WEIGHTS)[EMBEDDING]
+    edit_weights(tied, lambda state: state.pop(EMBEDDING))
+    edit_weights(tied, lambda state: state.update({name: matrix.clone() for name in names}))
+    found = load_model(tied, dtype=torch.float64).state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name].double()) for name, tensor in found.items())
+
+
+def test_a_head_that_is_not_the_embedding_it_is_tied_to(tied: Path) -> None:
+    """As from an adapter merged with a head of its own: `transformers` 4 drops that head, 5 takes it."""
+    edit_weights(tied, lambda state: state.update({HEAD: state[EMBEDDING] * 1.01}))
+    refused(tied, HEAD, EMBEDDING, "differ", '"tie_word_embeddings": false')
+    edit_json(tied / "config.json", tie_word_embeddings=False)
+    assert torch.equal(load_model(tied).head, load_file(tied / WEIGHTS)[HEAD])
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_names_with_the_prefix_of_what_wrapped_the_model(folder: Path, prefix: str) -> None:
+    edit_weights(folder, lambda state: [state.update({prefix + name: state.pop(name)}) for name in list(state)])
+    refused(folder, f"unexpected tensor '{prefix}lm_head.weight'", EMBEDDING, "Save the plain model")
 
 
 def test_an_unexpected_tensor(folder: Path) -> None:
@@ -201,11 +278,11 @@ def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
         ({"architectures": ["GPT2LMHeadModel"]}, ("GPT2LMHeadModel", "not supported", "Qwen3ForCausalLM")),
         ({"architectures": ["Qwen3MoeForCausalLM"]}, ("Qwen3MoeForCausalLM", "dense")),
         ({"architectures": None, "model_type": "mamba"}, ("mamba",)),
-        ({"use_sliding_window": True}, ("sliding-window", "not supported")),
+        ({"is_causal": False}, ("is_causal", "not supported")),
         ({"layer_types": ["full_attention", "sliding_attention"]}, ("sliding-window",)),
         ({"quantization_config": {"quant_method": "gptq"}}, ("quantized", "bf16 or fp32")),
         ({"hidden_act": "gelu"}, ("hidden_act", "gelu", "silu")),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ("rope type", "yarn", "llama3")),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ("rope type", "yarn", "llama3", "remove it")),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, ("rope type", "dynamic")),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, ("factor", "0")),
         ({"rope_parameters": {"rope_type": "linear"}}, ("linear", "factor", "missing")),
@@ -216,6 +293,7 @@ def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
         ({"rope_parameters": {"rope_theta": -1.0}}, ("rope_theta", "-1")),
         ({"rope_parameters": [1]}, ("rope_parameters",)),
         ({"rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, ("rope settings", "full_attention")),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, ("contradict each other", "remove rope_scaling")),
         ({"num_key_value_heads": 3}, ("4 attention heads", "multiple", "3 key-value heads")),
         ({"head_dim": 7}, ("head_dim", "7", "even")),
         ({"num_attention_heads": 0, "head_dim": None}, ("num_attention_heads", "0")),
@@ -231,12 +309,33 @@ def test_config_fields_we_do_not_run(folder: Path, fields: dict[str, object], pa
     refused(folder, "config.json", *parts)
 
 
+@pytest.mark.parametrize("fields", [{"architectures": None}, {"architectures": []}])
+def test_the_model_type_stands_in_for_the_architecture(folder: Path, fields: dict[str, object]) -> None:
+    """A config.json of `config.save_pretrained`: `transformers` goes by the type."""
+    edit_json(folder / "config.json", **fields)
+    assert load_model(folder).config.architecture == "qwen3"
+
+
 def test_mistral_without_a_word_on_its_window_has_one(folder: Path) -> None:
     """`transformers` then takes 4096, as the first Mistral had."""
     raw = json.loads((folder / "config.json").read_text()) | {"architectures": ["MistralForCausalLM"]}
     del raw["sliding_window"]
     (folder / "config.json").write_text(json.dumps(raw))
     refused(folder, "config.json", "sliding-window", '"sliding_window": null')
+
+
+@pytest.mark.parametrize("window", [64, None])
+@pytest.mark.parametrize("first", [0, 1, 2, 28])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_a_window_that_no_layer_has_is_none(folder: Path, kind: str, first: int, window: int | None) -> None:
+    """Which layers have one is what `transformers` makes of the fields."""
+    fields = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": first, "layer_types": None}
+    edit_json(folder / "config.json", architectures=None, model_type=kind, **fields)
+    config = AutoConfig.from_pretrained(folder)
+    if "sliding_attention" in config.layer_types:
+        refused(folder, "config.json", "sliding-window")
+    else:
+        ModelConfig.from_folder(folder)
 
 
 @pytest.mark.parametrize("field", ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"])
@@ -269,6 +368,17 @@ def test_no_tokenizer(folder: Path, gone: str) -> None:
 def test_a_damaged_tokenizer(folder: Path, content: bytes) -> None:
     (folder / "tokenizer.json").write_bytes(content)
     tokenizer_refused(folder, "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("there", "remedy"), [(False, "pip install sentencepiece"), (True, "Download")], ids=["missing", "installed"]
+)
+def test_a_sentencepiece_tokenizer_alone(folder: Path, there: bool, remedy: str, monkeypatch) -> None:
+    """Folders of before 2024 may have no tokenizer.json."""
+    (folder / "tokenizer.json").rename(folder / "tokenizer.model")
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="LlamaTokenizer")
+    monkeypatch.setattr(checkpoint, "find_spec", lambda name: object() if there else None)
+    tokenizer_refused(folder, "cannot be loaded", remedy)
 
 
 def test_a_tokenizer_without_an_end(folder: Path) -> None:

@@ -196,6 +196,9 @@ def test_eval_prints_and_writes_the_accuracies(
     assert all(name in out for name in ("avg@3", "pass@k", "maj@k", "greedy"))
     values = json.loads((tmp_path / "values.json").read_text())
     assert (values["eval_prompts"], values["eval_samples"]) == (5, 3)
+    assert "Evaluating" in out
+    assert main(["eval", "--quiet", "--model", *map(str, [built_in, *flags])]) == 0
+    assert "Evaluating" not in (quiet := capsys.readouterr().out) and "greedy" in quiet
     for name in ("eval_avg", "eval_pass", "eval_maj", "eval_greedy"):
         assert 0 <= values[f"{name}_low"] <= values[name] <= values[f"{name}_high"] <= 1
     assert list(tmp_path.iterdir()) == [tmp_path / "values.json"]

@@ -8,7 +8,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -227,7 +227,7 @@ def test_grpo_trainer_trains_on_what_the_engine_samples(search: Any, checkpoint:
     from transformers import AutoModelForCausalLM
 
     rollouts = trl_grpo.TreeRollouts(*([] if search is None else [search]), kv_tokens=4096, seed=3)
-    differences, seen, weights = [], [], []
+    differences, seen, weights, ends = [], [], [], set()
 
     def watched(prompts: list[str], trainer: Any) -> dict[str, Any]:
         result = rollouts(prompts, trainer)
@@ -236,6 +236,8 @@ def test_grpo_trainer_trains_on_what_the_engine_samples(search: Any, checkpoint:
         rows = zip(result["prompt_ids"], result["completion_ids"], result["logprobs"], strict=True)
         for prompt, completion, logprobs in rows:
             assert len(completion) == len(logprobs) > 0
+            assert not stops & set(completion[:-1])
+            ends.add(completion[-1])
             with torch.no_grad():
                 logits = trainer.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
             own = (logits / trainer.args.temperature).log_softmax(-1)[range(len(completion)), completion]
@@ -243,8 +245,12 @@ def test_grpo_trainer_trains_on_what_the_engine_samples(search: Any, checkpoint:
         return result
 
     policy = load_policy(checkpoint, dtype=torch.float32, device=torch.device("cpu"))
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    equals = policy.tokenizer.encode("=")[0]
+    stops = {policy.tokenizer.eos_token_id, equals}  # several, as Llama 3.1 has
+    model.generation_config.eos_token_id = sorted(stops)
     trainer = trl.GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
+        model=model,
         processing_class=policy.tokenizer,
         reward_funcs=trl_grpo.reward,
         train_dataset=Dataset.from_list([{"prompt": problem + "\n"} for problem in PROBLEMS]),
@@ -270,6 +276,7 @@ def test_grpo_trainer_trains_on_what_the_engine_samples(search: Any, checkpoint:
     assert rollouts.num_trees == 6
     assert rollouts.engine.version == 3
     assert len(differences) == 24
+    assert equals in ends
     assert max(differences) < 2e-5
     assert not any(torch.equal(a, b) for a, b in pairwise(weights))
     ours = dict(rollouts.engine.model.named_parameters())
@@ -298,6 +305,15 @@ def test_a_search_with_another_number_of_leaves_is_refused(checkpoint: Path) -> 
         rollouts(["7*8=?\n"] * 4, _Trainer(model, tokenizer))
 
 
+def test_the_chat_template_is_given_what_the_trainer_says(checkpoint: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed")
+    tokenizer = load_policy(checkpoint, dtype=torch.float32, device=torch.device("cpu")).tokenizer
+    tokenizer.chat_template = "{{ messages[0].content }}{% if twice %}{{ messages[0].content }}{% endif %}"
+    prompt = [{"role": "user", "content": "7*8=?"}]
+    encoded = example("trl_grpo").TreeRollouts._encode(prompt, _Trainer(None, tokenizer))
+    assert encoded == tokenizer.encode("7*8=?7*8=?")
+
+
 class _Trainer:
     """As much of a GRPOTrainer as a rollout function looks at."""
 
@@ -311,6 +327,9 @@ class _Trainer:
     class args:
         temperature, top_p, top_k, min_p, max_completion_length = 1.0, 1.0, None, None, 9
 
+    chat_template_kwargs: ClassVar[dict[str, Any]] = {"twice": True}
+
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self.model = model
         self.processing_class = tokenizer
+        self.eos_token_ids = [tokenizer.eos_token_id]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from kernel_cases import BACKENDS, forest
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.library import CustomOpDef, opcheck
 
 import ibtpo_kernels as K
@@ -157,6 +158,28 @@ def test_a_second_derivative_says_that_it_is_not_there() -> None:
 
     with pytest.raises(RuntimeError, match="cannot be differentiated again"):
         torch.func.grad(slope)(torch.randn(3))
+
+
+def test_a_tangent_is_refused_and_not_dropped() -> None:
+    x, weight, end = torch.randn(3, 8), torch.randn(8, 8), torch.full((3,), 3, dtype=torch.int32)
+    index, angles = torch.arange(3), torch.randn(3, 4)
+    calls: dict[str, Callable[[Tensor], object]] = {
+        "rms_norm": lambda x: K.rms_norm(x, weight[0], eps=1e-6),
+        "add_rms_norm": lambda x: K.add_rms_norm(x, x, weight[0], eps=1e-6),
+        "silu_mul": lambda x: K.silu_mul(x, x),
+        "rope": lambda x: K.rope(x[:, None], angles, angles),
+        "tree_attention": lambda x: K.tree_attention(x[:, None], x[:, None], x[:, None], end),
+        "linear_logprob": lambda x: K.linear_logprob(x, weight, index, index),
+        "policy_head": lambda x: K.policy_head(x, weight, index, index, lambda logprob, *_: logprob.sum()),
+        "batch_invariant_linear": lambda x: K.batch_invariant_linear(x, weight),
+    }
+    for name, call in calls.items():
+        for mode in (torch.no_grad, torch.enable_grad):
+            with mode(), forward_ad.dual_level():
+                call(x)
+                with pytest.raises(NotImplementedError, match="jvp"):
+                    call(forward_ad.make_dual(x, torch.ones_like(x)))
+                    pytest.fail(f"{name} dropped the tangent")
 
 
 def test_fake_tensors_have_shapes_without_memory() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from ibtpo_engine import (
     save_adapter,
     save_model,
 )
+from ibtpo_engine.adapter_folder import is_adapter_folder
 from ibtpo_engine.lora import TARGETS, LoRALinear, is_adapter
 
 PROMPT = prompt_of(40)
@@ -255,16 +258,64 @@ def test_peft_loads_what_we_save_and_we_what_it_saves(base: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize(
+    ("settings", "targets"),
+    [
+        ({"target_modules": "all-linear"}, TARGETS),  # stored as whole paths in a model this small
+        ({"target_modules": r".*\.(q|v)_proj"}, ("q_proj", "v_proj")),
+        ({"target_modules": ["mlp.up_proj", "self_attn.q_proj"]}, ("q_proj", "up_proj")),
+        ({"target_modules": ["o_proj"], "init_lora_weights": "orthogonal", "lora_dropout": 0.5}, ("o_proj",)),
+        ({"target_modules": ["k_proj"], "use_rslora": True}, ("k_proj",)),
+    ],
+    ids=["all-linear", "pattern", "paths", "orthogonal", "rslora"],
+)
+def test_adapters_that_peft_makes_run_alike(
+    base: Path, tmp_path: Path, settings: dict[str, Any], targets: tuple[str, ...]
+) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(r=4, lora_alpha=12, **settings)
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    randomise(torch.nn.ParameterList([p for p in theirs.parameters() if p.requires_grad]), 3, scale=0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = load_model(base)
+    load_adapter(ours, tmp_path / "theirs")
+    assert ours.adapters is not None and ours.adapters.config.targets == targets
+    with torch.no_grad():
+        wanted = theirs(torch.tensor([PROMPT])).logits[0]
+    assert (path_logits(ours, PROMPT) - wanted).abs().max() < 1e-4
+
+
+def test_a_config_beside_an_adapter_makes_it_no_model(base: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    with_adapter(base, folder)
+    shutil.copy(base / "config.json", folder)
+    assert is_adapter_folder(folder)
+    shutil.copy(base / "model.safetensors", folder)  # as of a model merged into the folder of its adapter
+    assert not is_adapter_folder(folder)
+
+
+def test_an_adapter_in_a_pickle_is_named_and_not_opened(base: Path, tmp_path: Path) -> None:
+    with_adapter(base, tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(CheckpointError, match=r"not found. Found adapter_model.bin: convert it to safetensors"):
+        load_adapter(load_model(base), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
     ("fields", "part"),
     [
         ({"use_dora": True}, "use_dora"),
-        ({"use_rslora": True}, "use_rslora"),
         ({"bias": "all"}, "bias"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
         ({"target_modules": ".*q_proj"}, r"target_modules"),
+        ({"target_modules": "("}, r"target_modules"),
+        ({"target_modules": None}, r"target_modules"),
+        ({"target_modules": []}, "targets"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights.*merge_and_unload"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights"),
         ({"r": 0}, "rank=0"),
         ({"r": None}, "r and lora_alpha"),
         ({"r": 5}, "shape"),

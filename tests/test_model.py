@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,20 @@ def test_packed_forward_of_a_tree_equals_the_forward_of_each_path_alone() -> Non
         assert (rows - alone).abs().max() < 1e-12
         compared += len(rows)
     assert compared == len(packed) > 100
+
+
+def test_a_block_computed_again_is_on_the_backend_it_was_on() -> None:
+    """In whatever thread the backward pass runs: with tensors on a GPU not in the caller's, whose choice it was."""
+    model = tiny_model().requires_grad_()
+    tokens, end = torch.arange(10), torch.full((10,), 10, dtype=torch.int32)
+    gradients = []
+    for checkpointing in (False, True):
+        with K.backend("reference"):
+            loss = model.packed(tokens, tokens, end, checkpointing=checkpointing).square().sum()
+            with ThreadPoolExecutor(1) as pool:
+                found = pool.submit(torch.autograd.grad, loss, list(model.parameters()), allow_unused=True).result()
+        gradients.append([grad for grad in found if grad is not None])
+    assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
 
 
 def test_the_engine_draws_what_one_forward_pass_over_the_path_would() -> None:

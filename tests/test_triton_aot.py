@@ -10,15 +10,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from itertools import starmap
 
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not available on this platform")
 
+import torch
 import triton
-from triton_aot import SHARED_LIMIT, Built, compiled
-from triton_launches import calls
+from triton_aot import SHARED_LIMIT, Built, compiled, launches
+from triton_launches import attention, behind, calls, draw, given, logprob, product, small
 
 FULL = os.environ.get("IBTPO_AOT") == "full"
 CAPABILITIES = (100, 90, 80, 120) if FULL else (100, 90, 80)  # those that take longest first
@@ -70,3 +72,21 @@ def test_kernels_fit_the_machine() -> None:
     assert len(kernels) == 22 * len(CAPABILITIES), sorted(kernels)
     complaints = list(filter(None, starmap(complaint, (launch for launch in found if launch[3] is not None))))
     assert not complaints, "\n".join(complaints)
+
+
+def test_any_number_of_rows_takes_the_same_binaries() -> None:
+    """Or a run, whose batches are of all sizes, would compile each kernel several times."""
+    half = torch.bfloat16
+    for call in (
+        partial(attention, 64, half),
+        partial(logprob, half, None),
+        partial(product, half),
+        partial(draw, half, 0.9),
+        partial(given, half),
+        partial(small, half),
+    ):
+        found = [[launch.key for launch in launches(partial(call, rows=rows), 9)] for rows in (64, 1, 67)]
+        assert found[0] == found[1] == found[2], call
+    for few, many in ((1, 16), (64, 67)):  # a path of one split has no partial results
+        first, second = ([launch.key for launch in launches(partial(behind, n, half), 9)] for n in (few, many))
+        assert first == second, (few, many)

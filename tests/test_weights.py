@@ -13,10 +13,23 @@ import torch
 from allocations import Allocations
 from engine_helpers import assert_idle, node_on, prompt_of, randomise, same, save_checkpoint, tiny_model
 from torch import nn
+from transformers import PreTrainedModel
 
 from ibtpo.config import OptimConfig
 from ibtpo.optim import MasterAdamW
-from ibtpo_engine import Engine, LoRA, Model, Node, Sampling, Shadow, StaleWeights, Tree, borrow, load_model
+from ibtpo_engine import (
+    CheckpointError,
+    Engine,
+    LoRA,
+    Model,
+    Node,
+    Sampling,
+    Shadow,
+    StaleWeights,
+    Tree,
+    borrow,
+    load_model,
+)
 from ibtpo_engine.weights import SAMPLES, WeightWatch
 
 PROMPT = prompt_of(70)
@@ -272,6 +285,61 @@ def test_what_is_frozen_stays_frozen_when_it_is_borrowed(tmp_path: Path) -> None
         assert ours.pop(name) is parameter
         assert parameter.requires_grad == any(parameter is one for one in trained)
     assert not ours
+
+
+def _with_a_wide_norm(model: PreTrainedModel) -> nn.Module:
+    model.bfloat16().model.norm.float()
+    return model
+
+
+def _offloaded(model: PreTrainedModel) -> nn.Module:
+    model.model.norm.to("meta")
+    return model
+
+
+def _with_a_head_of_its_own(model: PreTrainedModel) -> nn.Module:
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    return model
+
+
+def _with_a_value_head(model: PreTrainedModel) -> nn.Module:
+    model.add_module("v_head", nn.Linear(48, 1))
+    return model
+
+
+def _with_a_tensor_of_a_kind(model: PreTrainedModel) -> nn.Module:
+    """As DTensor is, or a quantized weight: not in memory what its shape says."""
+    model.model.layers[1].mlp.up_proj.weight.__class__ = type("DTensor", (nn.Parameter,), {})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (torch.compile, ("OptimizedModule is not supported", "keep_torch_compile=False")),
+        (nn.DataParallel, ("DataParallel is not supported", "without what compiles, wraps or splits it")),
+        (_with_a_wide_norm, ("model.norm.weight is a Parameter [48] of torch.float32", "bfloat16 in memory on cpu")),
+        (_with_a_head_of_its_own, ("lm_head.weight is one too many", "config.tie_word_embeddings")),
+        (_with_a_value_head, ("v_head.bias is one too many", "heads of your own")),
+        (_with_a_tensor_of_a_kind, ("model.layers.1.mlp.up_proj.weight is a DTensor",)),
+        (_offloaded, ("model.norm.weight is a Parameter [48]", "on meta", "in memory")),
+    ],
+    ids=["compiled", "wrapped", "types", "untied", "value head", "split", "offloaded"],
+)
+def test_a_model_that_cannot_be_borrowed_is_refused(
+    tmp_path: Path, change: Callable[[PreTrainedModel], nn.Module], parts: tuple[str, ...]
+) -> None:
+    changed = change(save_checkpoint(tmp_path, "qwen2", tie_word_embeddings=True))
+    with pytest.raises(CheckpointError) as error:
+        borrow(changed)  # type: ignore[arg-type]
+    for part in ("borrow: ", *parts):
+        assert part in str(error.value)
+
+
+def test_a_model_compiled_in_place_is_borrowed(tmp_path: Path) -> None:
+    theirs = save_checkpoint(tmp_path, "qwen2")
+    theirs.compile()
+    assert borrow(theirs).head is theirs.lm_head.weight
 
 
 def test_every_parameter_is_sampled_whatever_its_strides() -> None:

@@ -98,7 +98,8 @@ def _specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[t
     for parameter in launch.kernel.params:
         value = launch.arguments[parameter.name]
         at = (parameter.num,)
-        if parameter.is_constexpr or value is None or (value is not True and type(value) is int and value == 1):
+        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
             types[parameter.name], constants[at] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             types[parameter.name] = "*" + TYPES[value.dtype]

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import test_kernels_attention as attention_tests
 import test_kernels_decode as decode_tests
+import test_kernels_guards as guard_tests
 import test_kernels_linear as linear_tests
 import test_kernels_logprob as logprob_tests
 import test_kernels_policy_head as head_tests
@@ -509,3 +510,8 @@ def test_keys_are_streamed_through_descriptors_where_each_head_has_memory_of_its
     keys = torch.randn(40, 2, 32)
     for x, streams in ((keys, True), (keys[:, :1].expand(-1, 2, -1), False), (keys[:1].expand(40, -1, -1), False)):
         assert blocks.streamed(keys, x, 32, tiles)[2] is streams
+
+
+@pytest.mark.parametrize("op", guard_tests.OPS)
+def test_defaults_of_torch_do_not_matter(op: str) -> None:
+    guard_tests.test_defaults_of_torch_do_not_matter(op, "triton")

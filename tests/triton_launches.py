@@ -33,11 +33,11 @@ SOME = {
 }
 
 
-def attention(head_dim: int, dtype: torch.dtype) -> None:
+def attention(head_dim: int, dtype: torch.dtype, rows: int = 64) -> None:
     """Four query heads on two key/value heads, forward and backward."""
-    q = torch.zeros(64, 4, head_dim, dtype=dtype, requires_grad=True)
-    k = torch.zeros(64, 2, head_dim, dtype=dtype, requires_grad=True)
-    tree_attention(q, k, k, torch.full((64,), 64, dtype=torch.int32), 0.1).sum().backward()
+    q = torch.zeros(rows, 4, head_dim, dtype=dtype, requires_grad=True)
+    k = torch.zeros(rows, 2, head_dim, dtype=dtype, requires_grad=True)
+    tree_attention(q, k, k, torch.full((rows,), rows, dtype=torch.int32), 0.1).sum().backward()
 
 
 def decode(head_dim: int, dtype: torch.dtype, *, shared: bool) -> None:
@@ -55,44 +55,53 @@ def decode(head_dim: int, dtype: torch.dtype, *, shared: bool) -> None:
     tree_decode(torch.zeros(count, 4, head_dim, dtype=dtype), pages, pages, plan, 0.1)
 
 
-def logprob(dtype: torch.dtype, cap: float | None) -> None:
-    hidden, weight = (torch.zeros(n, 64, dtype=dtype, requires_grad=True) for n in (32, 5003))
-    rows = torch.arange(32)
-    out = linear_logprob(hidden, weight, rows, rows, 0.7, cap)
+def behind(pages: int, dtype: torch.dtype) -> None:
+    """One query behind so many pages, which are all there are."""
+    table, row = torch.arange(pages, dtype=torch.int32)[None], torch.zeros(1, dtype=torch.int32)
+    lengths = torch.full((1,), 16 * pages, dtype=torch.int32)
+    items = torch.from_numpy(plan_items(table.numpy(), row.numpy(), lengths.numpy(), 16))
+    cache = torch.zeros(pages, 16, 2, 64, dtype=dtype)
+    tree_decode(torch.zeros(1, 4, 64, dtype=dtype), cache, cache, DecodePlan(table, row, lengths, items, 16), 0.1)
+
+
+def logprob(dtype: torch.dtype, cap: float | None, rows: int = 32) -> None:
+    hidden, weight = (torch.zeros(n, 64, dtype=dtype, requires_grad=True) for n in (rows, 5003))
+    index = torch.arange(rows)
+    out = linear_logprob(hidden, weight, index, index, 0.7, cap)
     (out[0].sum() + out[1].sum()).backward()
 
 
-def product(dtype: torch.dtype) -> None:
-    x, weight = torch.zeros(64, 1024, dtype=dtype), torch.zeros(512, 1024, dtype=dtype)
+def product(dtype: torch.dtype, rows: int = 64) -> None:
+    x, weight = torch.zeros(rows, 1024, dtype=dtype), torch.zeros(512, 1024, dtype=dtype)
     batch_invariant_linear(x, weight, None)
     batch_invariant_linear(x, weight, weight[:, 0])
 
 
-def draw(dtype: torch.dtype, top_p: float) -> None:
+def draw(dtype: torch.dtype, top_p: float, rows: int = 4) -> None:
     """A vocabulary of 151,936; the row that was never sampled then looks like one without a distribution."""
     try:
-        sample(torch.zeros(4, 151936, dtype=dtype), torch.zeros(4, 2, dtype=torch.int64), 0.7, top_p, 0, 0.0)
+        sample(torch.zeros(rows, 151936, dtype=dtype), torch.zeros(rows, 2, dtype=torch.int64), 0.7, top_p, 0, 0.0)
     except (ValueError, RuntimeError):
         return
 
 
-def given(dtype: torch.dtype) -> None:
+def given(dtype: torch.dtype, rows: int = 4) -> None:
     """What was never computed looks like a row without a distribution or not, by chance."""
-    index = torch.arange(4)
+    index = torch.arange(rows)
     try:
-        sampled_logprob(torch.zeros(4, 151936, dtype=dtype), index, index, 0.7)
+        sampled_logprob(torch.zeros(rows, 151936, dtype=dtype), index, index, 0.7)
     except (ValueError, RuntimeError):
         return
 
 
-def small(dtype: torch.dtype) -> None:
-    x = torch.zeros(64, 16, 128, dtype=dtype, requires_grad=True)
-    k = torch.zeros(64, 8, 128, dtype=dtype)
-    cos = torch.zeros(64, 64)
-    pages, slots = torch.zeros(8, 16, 8, 128, dtype=dtype), torch.arange(64)
+def small(dtype: torch.dtype, rows: int = 64) -> None:
+    x = torch.zeros(rows, 16, 128, dtype=dtype, requires_grad=True)
+    k = torch.zeros(rows, 8, 128, dtype=dtype)
+    cos = torch.zeros(rows, 64)
+    pages, slots = torch.zeros(8, 16, 8, 128, dtype=dtype), torch.arange(rows)
     weight = torch.ones(128, dtype=dtype, requires_grad=True)
     rms_norm(x, weight, 1e-6).sum().backward()
-    wide = torch.zeros(64, 4096, dtype=dtype, requires_grad=True)
+    wide = torch.zeros(rows, 4096, dtype=dtype, requires_grad=True)
     rms_norm(wide, torch.ones(4096, dtype=dtype), 1e-6).sum().backward()
     normed, total = add_rms_norm(wide, wide, torch.ones(4096, dtype=dtype), 1e-6)
     (normed.sum() + total.sum()).backward()

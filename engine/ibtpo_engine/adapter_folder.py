@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from ibtpo_engine.checkpoint import INDEX, SINGLE
 from ibtpo_engine.errors import CheckpointError
 from ibtpo_engine.lora import TARGETS, LoRA, is_adapter
 from ibtpo_engine.model import Model
@@ -18,8 +21,8 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # what PEFT puts before every name
 
 _PLAIN: dict[str, tuple[object, ...]] = {  # fields of PEFT that change the result, and the values that do not
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva", None),  # others change the base's weights
     "use_dora": (False, None),
-    "use_rslora": (False, None),
     "use_qalora": (False, None),
     "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
@@ -35,10 +38,14 @@ _PLAIN: dict[str, tuple[object, ...]] = {  # fields of PEFT that change the resu
     "alora_invocation_tokens": ([], None),
 }
 
+_MERGE = "merge it into its base with PEFT (merge_and_unload) and give the folder that the merged model is saved to"
+
 
 def is_adapter_folder(folder: Path | str) -> bool:
-    """Does a folder hold an adapter, and no model of its own?"""
-    return (Path(folder) / CONFIG).is_file() and not (Path(folder) / "config.json").exists()
+    """Does a folder hold an adapter, and no model of its own? Some trainers write the base's config.json beside one."""
+    folder = Path(folder)
+    is_model = (folder / "config.json").exists() and any((folder / name).exists() for name in (INDEX, SINGLE))
+    return (folder / CONFIG).is_file() and not is_model
 
 
 def save_adapter(model: Model, folder: Path | str, *, base: str) -> None:
@@ -91,13 +98,16 @@ def load_adapter(model: Model, folder: Path | str) -> None:
     """
     folder = Path(folder)
     config = adapter_config(folder)
-    file = WeightFile(folder / WEIGHTS)
+    file = _weights(folder)
     model.add_adapters(config)
     parameters = {PREFIX + name: p for name, p in model.named_parameters() if is_adapter(name)}
     missing, unexpected = sorted(parameters.keys() - file.names()), sorted(set(file.names()) - parameters.keys())
     if missing or unexpected:
         what = f"{missing[0]!r} is missing" if missing else f"unexpected tensor {unexpected[0]!r}"
-        raise CheckpointError(f"{file.path}: {what}. Does the adapter belong to another model than this one?")
+        raise CheckpointError(
+            f"{file.path}: {what}. Does the adapter belong to another model than this one? Only {', '.join(TARGETS)}, "
+            f"each in every layer, may be adapted; else {_MERGE}."
+        )
     for name, parameter in parameters.items():
         if file.shape(name) != tuple(parameter.shape):
             raise CheckpointError(
@@ -123,6 +133,15 @@ def base_of(folder: Path | str) -> str:
     return base
 
 
+def _weights(folder: Path) -> WeightFile:
+    path = folder / WEIGHTS
+    if not path.exists():
+        pickled = path.with_suffix(".bin")
+        hint = f" Found {pickled.name}: convert it to safetensors (loading pickles runs code)."
+        raise CheckpointError(f"{path}: not found.{hint if pickled.exists() else ' Save the adapter again.'}")
+    return WeightFile(path)
+
+
 def _json(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     try:
@@ -134,11 +153,30 @@ def _json(folder: Path) -> dict[str, Any]:
     return raw
 
 
+def _adapted(weights: WeightFile, targets: object, source: Path) -> set[str]:
+    """The last names of the modules that there are weights for; `targets` must name them all, or PEFT would not."""
+    if isinstance(targets, list):
+        pattern = rf"(.*\.)?({'|'.join(re.escape(str(target)) for target in targets)})"
+    else:
+        pattern = ".*" if targets == "all-linear" else str(targets)
+    modules = {name.removeprefix(PREFIX).partition(".lora_A.")[0] for name in weights.names() if ".lora_A." in name}
+    try:
+        left_out = sorted(module for module in modules if not re.fullmatch(pattern, module))
+    except re.error:
+        left_out = sorted(modules)
+    if left_out:
+        raise CheckpointError(
+            f"{source}: target_modules = {targets!r} does not name {left_out[0]}, which has an adapter."
+        )
+    return {module.rpartition(".")[2] for module in modules}
+
+
 def adapter_config(folder: Path | str) -> LoRA:
     """The adapters that an adapter folder describes.
 
     Raises:
-        CheckpointError: adapter_config.json cannot be read, or asks for more than plain LoRA.
+        CheckpointError: adapter_config.json cannot be read, or asks for more than plain LoRA; or it names its targets
+            by a pattern, which only the weights resolve, and they cannot be read.
     """
     folder = Path(folder)
     raw, path = _json(folder), folder / CONFIG
@@ -146,14 +184,17 @@ def adapter_config(folder: Path | str) -> LoRA:
         raise CheckpointError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported; LORA is.")
     for name, plain in _PLAIN.items():
         if raw.get(name) not in plain:
-            raise CheckpointError(f"{path}: {name} = {raw[name]!r} is not supported; only plain LoRA is.")
+            raise CheckpointError(
+                f"{path}: {name} = {raw[name]!r} is not supported; only plain LoRA is. Else {_MERGE}."
+            )
     targets = raw.get("target_modules")
-    if targets == "all-linear":
-        targets = list(TARGETS)
-    names = tuple(name for name in TARGETS if isinstance(targets, list) and name in targets)
-    if not isinstance(targets, list) or len(names) < len(targets):
-        raise CheckpointError(f"{path}: target_modules = {targets!r} must be a list of some of {', '.join(TARGETS)}.")
+    if not isinstance(targets, list) or not all(name in TARGETS for name in targets):  # a pattern, or whole paths
+        targets = _adapted(_weights(folder), targets, path)
+    names = tuple(name for name in TARGETS if name in targets)
     try:
-        return LoRA(rank=int(raw["r"]), alpha=float(raw["lora_alpha"]), targets=names)
+        rank, alpha = int(raw["r"]), float(raw["lora_alpha"])
+        if raw.get("use_rslora"):  # PEFT then scales by alpha / sqrt(rank), ours is alpha / rank
+            alpha *= math.sqrt(rank)
+        return LoRA(rank=rank, alpha=alpha, targets=names)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: r and lora_alpha must be positive numbers ({error}).") from None

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import Parameter
 
 from ibtpo_engine.errors import CheckpointError
 from ibtpo_engine.model import Model
-from ibtpo_engine.model_config import ModelConfig
+from ibtpo_engine.model_config import ARCHITECTURES, ModelConfig
 from ibtpo_engine.weight_file import WeightFile
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_PICKLED = (".bin", ".pt", ".pth")
+_OTHERS = (*_PICKLED, ".safetensors", ".distcp", ".gguf")  # weights as other tools write them, or shards without index
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 
 
@@ -44,27 +49,41 @@ def load_model(folder: Path | str, *, dtype: torch.dtype = torch.float32, device
         model = Model(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     state: dict[str, Tensor] = {}
-    for name, file in _find(folder, expected, config).items():  # all headers fit: now the data, file by file
-        state[name] = torch.empty(expected[name], dtype=dtype, device=device)
-        file.read(name, state[name])
+    for stored, file in _find(folder, expected, config).items():  # all headers fit: now the data, file by file
+        name = _parameter(stored, config)
+        if name not in state:
+            state[name] = torch.empty(expected[name], dtype=dtype, device=device)
+            file.read(stored, state[name])
+        elif not file.holds(stored, state[name]):  # a tied matrix, written twice
+            raise CheckpointError(
+                f"{folder}: {HEAD} and {EMBEDDING} differ, but config.json ties them. If the head was trained on its "
+                'own, set "tie_word_embeddings": false there; else remove the head from the weights.'
+            )
     model.load_state_dict(state, assign=True)
     return model
 
 
+def _parameter(stored: str, config: ModelConfig) -> str:
+    """The parameter that a stored tensor is: a tied matrix may lie there under either name, or under both."""
+    return EMBEDDING if stored == HEAD and config.tie_embeddings else stored
+
+
 def _find(folder: Path, expected: dict[str, tuple[int, ...]], config: ModelConfig) -> dict[str, WeightFile]:
-    """The file each parameter lies in, in the order to read them; only headers are looked at."""
+    """The file each stored tensor lies in, in the order to read them; only headers are looked at."""
     found: dict[str, WeightFile] = {}
     for file in map(WeightFile, _weight_files(folder)):
         for name in file.names():
-            if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and config.tie_embeddings):
+            if name.endswith("rotary_emb.inv_freq"):
                 continue
-            if name not in expected:
+            shape = expected.get(_parameter(name, config))
+            if shape is None:
                 raise CheckpointError(
-                    f"{file.path}: unexpected tensor {name!r}; config.json describes a {config.architecture}."
+                    f"{file.path}: unexpected tensor {name!r}; config.json describes a {config.architecture}, whose "
+                    f"tensors are named like {EMBEDDING!r}. Save the plain model, without what wraps or is added to it."
                 )
-            if file.shape(name) != expected[name]:
+            if file.shape(name) != shape:
                 raise CheckpointError(
-                    f"{file.path}: {name} has shape {file.shape(name)}, config.json asks for {expected[name]}. "
+                    f"{file.path}: {name} has shape {file.shape(name)}, config.json asks for {shape}. "
                     "The weights and config.json do not belong together."
                 )
             if name in found:
@@ -73,16 +92,15 @@ def _find(folder: Path, expected: dict[str, tuple[int, ...]], config: ModelConfi
                 )
             file.dtype(name)
             found[name] = file
-    missing = sorted(set(expected) - set(found))
+    missing = sorted(set(expected) - {_parameter(name, config) for name in found})
     if missing:
-        raise CheckpointError(
-            f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}. Is a shard missing?"
-        )
+        why = 'Is it tied, "tie_word_embeddings": true in config.json?' if missing == [HEAD] else "Is a shard missing?"
+        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}. {why}")
     return found
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
+    index, single = folder / INDEX, folder / SINGLE
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -91,20 +109,30 @@ def _weight_files(folder: Path) -> list[Path]:
             files = []
         if not files:
             raise CheckpointError(f"{index}: not a safetensors index. Download the file again.")
-        for path in files:
-            if not path.exists():
-                raise CheckpointError(f"{path}: not found, but {INDEX} names it. Download the missing shard.")
+        gone = [path for path in files if not path.exists()]
+        if single.exists() and single not in files:
+            if gone:  # `transformers` leaves the index there when it saves into one file what was in several
+                return [single]
+            raise CheckpointError(
+                f"{folder}: there are weights in {SINGLE}, and others in the shards that {INDEX} names. Delete those "
+                "that are not meant (transformers would take the single file)."
+            )
+        if gone:
+            raise CheckpointError(f"{gone[0]}: not found, but {INDEX} names it. Download the missing shard.")
         return files
-    if (folder / SINGLE).exists():
-        return [folder / SINGLE]
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth"))
-    hint = f" Found {others[0]}: convert it to safetensors (loading pickles runs code)." if others else ""
+    if single.exists():
+        return [single]
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in _OTHERS)
+    pickled = bool(others) and Path(others[0]).suffix in _PICKLED
+    remedy = "convert it to safetensors (loading pickles runs code)" if pickled else "save the model by save_pretrained"
+    hint = f" Found {others[0]}: {remedy}." if others else ""
     raise CheckpointError(f"{folder}: neither {SINGLE} nor {INDEX} is there.{hint}")
 
 
 def save_model(model: Model, tokenizer: PreTrainedTokenizerBase | None, folder: Path | str) -> None:
     """Write a folder that `transformers` loads: config.json, model.safetensors and the tokenizer's files.
 
+    Weights that lie there, single or sharded, are replaced.
     Not atomic: write into a temporary folder and rename it (see `RunFolder.checkpoint`).
 
     Raises:
@@ -119,6 +147,8 @@ def save_model(model: Model, tokenizer: PreTrainedTokenizerBase | None, folder: 
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / SINGLE, metadata={"format": "pt"})
+    for stale in (folder / INDEX, *folder.glob("model-*-of-*.safetensors")):  # would be taken for other weights
+        stale.unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
@@ -126,16 +156,43 @@ def save_model(model: Model, tokenizer: PreTrainedTokenizerBase | None, folder: 
 def borrow(model: PreTrainedModel) -> Model:
     """An engine's view of a model of `transformers`: the very same parameters, nothing is copied.
 
+    What is borrowed are the parameters, not the code: forward hooks, and modules put in others' places, are not run.
+
     Raises:
-        CheckpointError: it is no architecture that the engine runs (see `load_model`).
+        CheckpointError: it is no architecture that the engine runs (see `load_model`), it is compiled, wrapped, split,
+            offloaded or of several types, or has other parameters than its configuration says.
     """
+    kind = type(model).__name__
+    if kind not in ARCHITECTURES:
+        raise CheckpointError(
+            f"borrow: {kind} is not supported, plain {', '.join(ARCHITECTURES)} are. Give the whole model itself, "
+            "without what compiles, wraps or splits it (accelerate: unwrap_model(model, keep_torch_compile=False); "
+            "PEFT: merge_and_unload())."
+        )
     with torch.device("meta"):
-        ours = Model(ModelConfig.from_dict(model.config.to_dict() | {"architectures": [type(model).__name__]}))
+        ours = Model(ModelConfig.from_dict(model.config.to_dict() | {"architectures": [kind]}))
     theirs = dict(model.named_parameters())  # a tied head is named once, as the embedding
+    _check_borrowed(theirs, dict(ours.named_parameters()), kind)
     for name, parameter in ours.named_parameters():  # load_state_dict does to theirs what it finds here
-        parameter.requires_grad_(name not in theirs or theirs[name].requires_grad)
+        parameter.requires_grad_(theirs[name].requires_grad)
     ours.load_state_dict(theirs, assign=True)
     return ours
+
+
+def _check_borrowed(theirs: dict[str, Parameter], wanted: dict[str, Parameter], kind: str) -> None:
+    if odd := theirs.keys() ^ wanted.keys():
+        raise CheckpointError(
+            f"borrow: parameter {min(odd)} is {'missing' if min(odd) in wanted else 'one too many'} for this {kind}. "
+            "Merge adapters, take off heads of your own, and set config.tie_word_embeddings as the weights are."
+        )
+    first = next(iter(theirs.values()))
+    for name, found in theirs.items():
+        needed = (Parameter, first.dtype, first.device, wanted[name].shape)
+        if found.is_meta or (type(found), found.dtype, found.device, found.shape) != needed:
+            raise CheckpointError(
+                f"borrow: {name} is a {type(found).__name__} {list(found.shape)} of {found.dtype} on {found.device}; "
+                f"it must be a Parameter {list(needed[3])} of {first.dtype} in memory on {first.device}, as all are"
+            )
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
@@ -152,9 +209,12 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
+        remedy = "Download tokenizer.json and tokenizer_config.json again."
+        if "tokenizer.json" not in present and find_spec("sentencepiece") is None:  # transformers asks for tiktoken
+            remedy = "Without tokenizer.json it takes sentencepiece: pip install sentencepiece."
         raise CheckpointError(
             f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {str(error).partition(chr(10))[0]}). "
-            "Download tokenizer.json and tokenizer_config.json again."
+            f"{remedy}"
         ) from None
     if tokenizer.eos_token_id is None:
         raise CheckpointError(

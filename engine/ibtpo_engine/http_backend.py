@@ -9,7 +9,7 @@ import ssl
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, get_args
@@ -22,6 +22,7 @@ from ibtpo_engine.sampling import Sampling
 
 _TEMPORARY = {408, 425, 429, 500, 502, 503, 504}  # worth another try
 _LONGEST_WAIT = 60.0  # seconds between two tries, whatever the server asks for
+_GLANCE = 0.1  # seconds between two looks at whether the answer is still wanted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +96,6 @@ class HttpBackend:
         self.server = server
         self._pool = ThreadPoolExecutor(server.max_requests, thread_name_prefix="completions")
         self._closed = threading.Event()
-        self._sockets: set[socket.socket] = set()  # of requests under way
         self._tls = ssl.create_default_context() if server.url.startswith("https") else None
 
     def extend(
@@ -113,28 +113,31 @@ class HttpBackend:
         seeds: Sequence[Sequence[int]],
         cancelled: threading.Event,
     ) -> list[list[Completion]]:
-        """The same; once `cancelled` is set no request is sent any more, those that wait for their turn included."""
+        """The same; once `cancelled` is set no request is sent any more, and those under way are cut off."""
         if self._closed.is_set():
             raise BackendError(f"{self.server.url}: the backend is closed; make a new one")
         together = self.server.siblings == "together"
         asked = [[(seed, n) for seed in row[:1]] if together else [(seed, 1) for seed in row] for row in seeds]
+        call = _Call(cancelled, self._closed)
         futures = [
-            [self._pool.submit(self._complete, prefix, count, sampling, seed, cancelled) for seed, count in row]
+            [self._pool.submit(self._complete, prefix, count, sampling, seed, call) for seed, count in row]
             for prefix, row in zip(prefixes, asked, strict=True)
         ]
+        requests = [future for row in futures for future in row]
         try:
+            while wait(requests, _GLANCE, FIRST_EXCEPTION).not_done:
+                call.check(self.server.url)
+                for future in [future for future in requests if future.done()]:
+                    future.result()  # raises what it failed with
             return [[completion for future in row for completion in future.result()] for row in futures]
-        except BaseException:
-            for future in [future for row in futures for future in row]:
+        finally:
+            call.cut()
+            for future in requests:
                 future.cancel()
-            raise
 
     def close(self) -> None:
         """Send nothing more and cut requests under way off; closing twice is fine."""
         self._closed.set()
-        for connected in list(self._sockets):
-            with suppress(OSError):  # it has just ended
-                socket.socket.shutdown(connected, socket.SHUT_RDWR)  # past TLS: its reader, on another thread, wakes up
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def __enter__(self) -> Self:
@@ -143,13 +146,11 @@ class HttpBackend:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _complete(
-        self, prefix: Sequence[int], n: int, sampling: Sampling, seed: int, cancelled: threading.Event
-    ) -> list[Completion]:
+    def _complete(self, prefix: Sequence[int], n: int, sampling: Sampling, seed: int, call: _Call) -> list[Completion]:
         body = json.dumps(request_body(self.server.model, prefix, n, sampling, seed)).encode()
-        return read_completions(self._post(body, cancelled), prefix, n, sampling, self.server.logprobs)
+        return read_completions(self._post(body, call), prefix, n, sampling, self.server.logprobs)
 
-    def _post(self, body: bytes, cancelled: threading.Event) -> Any:
+    def _post(self, body: bytes, call: _Call) -> Any:
         """The parsed answer, after as many tries as it takes.
 
         Raises:
@@ -157,11 +158,10 @@ class HttpBackend:
         """
         server, problem = self.server, ""
         for attempt in range(server.retries + 1):
-            if cancelled.is_set() or self._closed.is_set():
-                raise BackendError(f"{server.url}: the backend was closed, or the call left, before a request was sent")
-            wait = server.backoff * 2 ** min(attempt, 32)
+            call.check(server.url)
+            pause = server.backoff * 2 ** min(attempt, 32)
             try:
-                status, asked_to_wait, text = self._send(body)
+                status, asked_to_wait, text = self._send(body, call)
                 if status == 200:
                     return _parsed(text)
             except (OSError, http.client.HTTPException) as error:  # refused, reset, timed out, cut off half-way
@@ -170,22 +170,15 @@ class HttpBackend:
                 problem = f"HTTP {status}: {_message(text)}"
                 if status not in _TEMPORARY:
                     raise BackendError(f"{server.url}: {problem}; the request will not get better, correct it")
-                wait = wait if asked_to_wait is None else asked_to_wait
+                pause = pause if asked_to_wait is None else asked_to_wait
             if attempt < server.retries:
-                self._wait(min(wait, _LONGEST_WAIT), cancelled)
+                call.rest(min(pause, _LONGEST_WAIT))
         raise BackendError(
             f"{server.url}: {problem}, {server.retries + 1} times in a row; is the server up, and is timeout="
             f"{server.timeout:g} s long enough for {server.max_requests} requests at a time?"
         )
 
-    def _wait(self, seconds: float, cancelled: threading.Event) -> None:
-        """So long, or until the answer is no longer wanted: others may want the request's place."""
-        end = time.monotonic() + seconds
-        while not cancelled.is_set() and (left := end - time.monotonic()) > 0:
-            if self._closed.wait(min(left, 0.1)):
-                return
-
-    def _send(self, body: bytes) -> tuple[int, float | None, bytes]:
+    def _send(self, body: bytes, call: _Call) -> tuple[int, float | None, bytes]:
         """Post once: (status, seconds the server asks to wait, body)."""
         parts = urlsplit(self.server.url)
         assert parts.hostname is not None
@@ -201,15 +194,46 @@ class HttpBackend:
         with closing(connection):
             connection.connect()
             connected = connection.sock  # the connection forgets it before a response that closes it is read
-            self._sockets.add(connected)
+            call.sockets.add(connected)
             try:
-                if self._closed.is_set():  # since it was looked at: whoever closed may not have seen this one
-                    raise ConnectionAbortedError("the backend was closed")
+                if call.is_over:  # since it was looked at: `cut` may not have seen this one
+                    raise ConnectionAbortedError("nobody waits for the answer")
                 connection.request("POST", parts.path.rstrip("/") + "/completions", body, headers)
                 response = connection.getresponse()
                 return response.status, _seconds(response.getheader("Retry-After")), response.read()
             finally:
-                self._sockets.discard(connected)
+                call.sockets.discard(connected)
+
+
+class _Call:
+    """One `extend` and its requests under way; over as soon as one of the events is set."""
+
+    def __init__(self, *ends: threading.Event) -> None:
+        self.ends = ends
+        self.sockets: set[socket.socket] = set()
+        self._is_cut = False
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_cut or any(end.is_set() for end in self.ends)
+
+    def check(self, url: str) -> None:
+        """Raises `BackendError` once nobody waits for the answers."""
+        if self.is_over:
+            raise BackendError(f"{url}: the backend was closed, or the call left, before its answers had come")
+
+    def cut(self) -> None:
+        """Cut off what is under way: nobody waits for it."""
+        self._is_cut = True
+        for connected in list(self.sockets):
+            with suppress(OSError):  # it has just ended
+                socket.socket.shutdown(connected, socket.SHUT_RDWR)  # past TLS: its reader, on another thread, wakes up
+
+    def rest(self, seconds: float) -> None:
+        """Wait so long, or until the call is over: others may want the request's place."""
+        end = time.monotonic() + seconds
+        while not self.is_over and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, _GLANCE))
 
 
 def _parsed(text: bytes) -> Any:

@@ -78,7 +78,7 @@ class LoRALinear(nn.Linear):
         self.adapters = adapters
         rank, weight = adapters.config.rank, linear.weight
         bound = 1.0 / math.sqrt(inner)  # kaiming_uniform_ with a = sqrt(5), the default of PEFT too
-        down = (2.0 * torch.rand((rank, inner), generator=generator) - 1.0) * bound
+        down = (2.0 * torch.rand((rank, inner), dtype=torch.float32, generator=generator, device="cpu") - 1.0) * bound
         self.lora_A = _holder(down.to(device=weight.device, dtype=weight.dtype))
         self.lora_B = _holder(weight.new_zeros((outer, rank), requires_grad=False))
 
@@ -107,7 +107,7 @@ def adapt_layers(model: nn.Module, config: LoRA, seed: int) -> Adapters:
         seed: decides the initial A.
     """
     adapters = Adapters(config)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
     model.requires_grad_(False)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):

@@ -7,8 +7,8 @@ Parameter names are Hugging Face's, so a checkpoint loads by name and the engine
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from ibtpo_engine.model_config import ModelConfig
 from ibtpo_engine.pages import PAGE
 from ibtpo_engine.parity import PackedAttend, Parity, Project, by_depth, check_parity, plain_project, project_for
 from ibtpo_kernels import rms_norm, rope, silu_mul, tree_attention
+from ibtpo_kernels.dispatch import same_choice
 
 
 class Attend(Protocol):
@@ -186,7 +187,9 @@ class Model(nn.Module):
         x_NH = F.embedding(tokens, self.model.embed_tokens.weight)
         for block in self.model.layers:
             if checkpointing:  # no random numbers in a block, so none to keep
-                x_NH = checkpoint(block, x_NH, attend, project, use_reentrant=False, preserve_rng_state=False)
+                x_NH = checkpoint(
+                    block, x_NH, attend, project, use_reentrant=False, preserve_rng_state=False, context_fn=_as_now
+                )
             else:
                 x_NH = block(x_NH, attend, project)
         out: Tensor = self.model.norm(x_NH)
@@ -246,13 +249,19 @@ class Model(nn.Module):
             self.adapters.on = before
 
 
+def _as_now() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Contexts of a block's forward pass and of its second one: on the same backend."""
+    return nullcontext(), same_choice()
+
+
 def initialise(model: Model, seed: int) -> Model:
     """Fresh weights: matrices and embeddings normal with deviation 0.02, norms 1, biases 0; reproducible by `seed`."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
+    drawn: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "generator": generator}
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+                parameter.copy_(torch.randn(parameter.shape, **drawn) * 0.02)
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
                 parameter.zero_()

@@ -125,8 +125,9 @@ class ModelConfig:
         """
         if not isinstance(raw, dict):
             raise CheckpointError(f"{source}: holds a {type(raw).__name__}, not an object. Download the file again.")
-        names = raw.get("architectures") or []
-        name = names[0] if names else raw.get("model_type", "none named")
+        kind, names = raw.get("model_type", "none named"), raw.get("architectures")
+        by_kind = {kind: name for name, kind in ARCHITECTURES.items()}
+        name = names[0] if names else by_kind.get(kind, kind)  # `transformers` goes by the type as well
         architecture = ARCHITECTURES.get(name)
         if architecture is None:
             raise CheckpointError(
@@ -176,15 +177,27 @@ def _refuse_unsupported(raw: dict[str, Any], architecture: str, source: str) -> 
     """Raise for features that would silently give wrong results."""
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{source}: hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is.")
-    layer_types = set(raw.get("layer_types") or ["full_attention"])
-    windowed = architecture == "mistral" and raw.get("sliding_window", "absent") is not None  # where absent, it is 4096
-    if windowed or raw.get("use_sliding_window") or layer_types != {"full_attention"}:
+    if raw.get("is_causal") is False:
+        raise CheckpointError(f"{source}: is_causal = false (an embedding model's) is not supported; decoders are.")
+    if _is_windowed(raw, architecture, source):
         raise CheckpointError(
             f"{source}: sliding-window attention is not supported; every layer must see the whole path "
             '(in a config.json of Mistral: "sliding_window": null).'
         )
     if raw.get("quantization_config"):
         raise CheckpointError(f"{source}: quantized weights are not supported; use the bf16 or fp32 checkpoint.")
+
+
+def _is_windowed(raw: dict[str, Any], architecture: str, source: str) -> bool:
+    """Does any layer see a window only? As `transformers` reads the fields, with its defaults."""
+    has_window = raw.get("sliding_window", 4096) is not None
+    if architecture == "mistral":
+        return has_window
+    if types := raw.get("layer_types"):
+        return set(types) != {"full_attention"}
+    first = _number(raw, "max_window_layers", 28, source)
+    has_any = has_window and bool(raw.get("use_sliding_window"))
+    return has_any and first < _number(raw, "num_hidden_layers", None, source)
 
 
 def _number(fields: dict[str, Any], name: str, default: float | None, source: str) -> float:
@@ -202,16 +215,27 @@ def _rope(raw: dict[str, Any], source: str) -> RopeConfig:
     """Both spellings: `rope_parameters` (transformers 5) and `rope_theta` + `rope_scaling` (before)."""
     settings: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(raw.get(name) or {}, dict):
+        given = raw.get(name) or {}
+        if not isinstance(given, dict):
             raise CheckpointError(f"{source}: {name} = {raw[name]!r} must be an object.")
-        settings |= raw.get(name) or {}
+        if "type" in given:  # the older spelling of the older field
+            given = {"rope_type": given["type"]} | given
+        if any(settings.get(field, value) != value for field, value in given.items()):
+            raise CheckpointError(
+                f"{source}: rope_scaling and rope_parameters contradict each other. Put what is meant into "
+                'rope_parameters, "rope_theta" included, and remove rope_scaling (transformers would go by it alone).'
+            )
+        settings |= given
     if nested := [name for name, value in settings.items() if isinstance(value, dict)]:
         raise CheckpointError(f"{source}: rope settings of their own for {nested} are not supported.")
-    kind = settings.get("rope_type", settings.get("type", "default"))
+    kind = settings.get("rope_type", "default")
     settings.setdefault("rope_theta", raw.get("rope_theta"))
     settings.setdefault("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if kind not in ("default", "linear", "llama3"):
-        raise CheckpointError(f"{source}: rope type {kind!r} is not supported; default, linear and llama3 are.")
+        raise CheckpointError(
+            f"{source}: rope type {kind!r} is not supported; default, linear and llama3 are. If it was added to reach "
+            "contexts longer than the model was trained on, as model cards of Qwen say, remove it."
+        )
 
     if settings.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise CheckpointError(

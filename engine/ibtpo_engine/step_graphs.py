@@ -16,6 +16,7 @@ survive every update in place; where a parameter, the pool or the page table lie
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,10 +43,10 @@ class _Bucket:
         self, model: Model, pool: PagePool, logits: Callable[[Tensor], Tensor], plan: ReplayPlan, parity: Parity
     ) -> None:
         size, device = plan.room.queries, model.device
-        pinned = device.type == "cuda"
+        host: dict[str, Any] = {"device": "cpu", "pin_memory": device.type == "cuda"}
         self.plan = plan
-        self.rows = torch.zeros(4, size, dtype=torch.int64, pin_memory=pinned)  # token, pos, address, stream
-        self.settings = torch.zeros(4, size, pin_memory=pinned)  # temperature, top_p, top_k, min_p
+        self.rows = torch.zeros(4, size, dtype=torch.int64, **host)  # token, pos, address, stream
+        self.settings = torch.zeros(4, size, dtype=torch.float32, **host)  # temperature, top_p, top_k, min_p
         self.replay: Step | None = None
         self._rows, self._settings = self.rows.to(device), self.settings.to(device)
         self._out = torch.zeros(4, size, dtype=torch.float64, device=device)  # token, logprob, logprob_raw, entropy

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import mmap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +76,25 @@ class WeightFile:
         Raises:
             CheckpointError: a value is NaN, or Inf, or becomes so in the type of `target`.
         """
+        for source, part in self._chunks(name, target):
+            part.copy_(source)
+            if not bool(part.isfinite().all()):
+                self._refuse(name, source, target.dtype)
+
+    def holds(self, name: str, tensor: Tensor) -> bool:
+        """Would `read` leave a tensor as it is?"""
+        return all(torch.equal(part, source.to(part)) for source, part in self._chunks(name, tensor))
+
+    def _chunks(self, name: str, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pieces of a tensor in the file [n], each with the place [n] in `tensor` that it belongs in."""
         stored = self.dtype(name)
         begin, end = (self._data + offset for offset in self._header[name]["data_offsets"])
-        flat = target.view(-1)
+        flat = tensor.view(-1)
         with self.path.open("rb") as file:
             for start in range(begin, end, CHUNK):
                 source = _mapped(file.fileno(), start, min(start + CHUNK, end), stored)
                 first = (start - begin) // stored.itemsize
-                part = flat[first : first + len(source)]
-                part.copy_(source)
-                if not bool(part.isfinite().all()):
-                    self._refuse(name, source, target.dtype)
+                yield source, flat[first : first + len(source)]
 
     def _refuse(self, name: str, source: Tensor, dtype: torch.dtype) -> None:
         if bool(source.isfinite().all()):

@@ -39,6 +39,8 @@ class EvalArguments:
     """Evaluate on every prompt of the data file, none held out, trained on, or left out by a run's filters."""
     json: Path | None = None
     """Also write the numbers to this file."""
+    quiet: bool = False
+    """Show no progress, only the result."""
     run: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
 
     def resolve(self) -> TrainConfig:
@@ -79,9 +81,10 @@ def run(arguments: list[str], console: Console) -> int:
         from ibtpo.evaluation.run import print_evaluation, run_evaluation
         from ibtpo.setup import open_model
 
-    folder, policy, task = open_model(config, console)
+    how = RunConsole(quiet=parsed.quiet)
+    folder, policy, task = open_model(config, how)
     with closing(task):
-        evaluation, summary = run_evaluation(config, folder, policy, task, RunConsole())
+        evaluation, summary = run_evaluation(config, folder, policy, task, how)
     print_evaluation(evaluation, summary, console)
     if parsed.json is not None:
         with writing(parsed.json):

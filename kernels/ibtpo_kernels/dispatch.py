@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ibtpo_kernels import cpu, reference
+from ibtpo_kernels.gradients import forward_mode
 
 BACKENDS = ("reference", "cpu", "triton", "flashinfer")
 _REMEDY = "install ibtpo with a C++17 compiler at hand (make setup)"
@@ -42,11 +43,25 @@ def backend(name: str) -> Iterator[None]:
         ValueError: `name` is unknown, or not available here; the message says what is missing.
     """
     _require(name)
+    with _choice(name):
+        yield
+
+
+@contextmanager
+def _choice(name: str | None) -> Iterator[None]:
     token = _chosen.set(name)
     try:
         yield
     finally:
         _chosen.reset(token)
+
+
+def same_choice() -> AbstractContextManager[None]:
+    """Inside, whenever and in whatever thread that is, ops run as they would here.
+
+    For what is computed again in a backward pass: that of tensors on a GPU runs in a thread of its own.
+    """
+    return _choice(_chosen.get())
 
 
 def _require(name: str) -> None:
@@ -111,7 +126,7 @@ def direct() -> cpu.DirectOps | None:
 
 def direct_forward() -> cpu.DirectOps | None:
     """As `direct`, for an op that has a gradient: None where one may be asked for, or torch.compile looks on."""
-    return None if torch.is_grad_enabled() or torch.compiler.is_compiling() else direct()
+    return None if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_mode() else direct()
 
 
 @cache

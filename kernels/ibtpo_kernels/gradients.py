@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Norm = Callable[[Tensor, Tensor, float], Tensor]  # x, weight, eps -> normed
 AddNorm = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]  # x, residual, weight, eps -> normed, sum
@@ -17,9 +18,14 @@ Gate = Callable[[Tensor, Tensor], Tensor]  # gate, up -> silu(gate) * up
 GateBackward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # gate, up, d_out -> d_gate, d_up
 
 
+def forward_mode() -> bool:
+    """Whether tangents may be carried along; kernels have none, and `torch.autograd.Function` says so."""
+    return forward_ad._current_level >= 0
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether a gradient may be asked for of what is computed from these."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return forward_mode() or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
 
 
 class _RMSNorm(torch.autograd.Function):

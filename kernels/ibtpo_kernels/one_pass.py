@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ibtpo_kernels.gradients import needs_grad
 from ibtpo_kernels.logits import Grads, Head, LogitOps, without_autocast, work_dtype
 from ibtpo_kernels.logprob import Products, part, spans, tile_shape
 
@@ -60,7 +61,7 @@ def policy_head(
     chunking: Chunking,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, logprob [E], entropy [T]) as in `ibtpo_kernels.policy_head`; autograd through the first."""
-    if not torch.is_grad_enabled():
+    if not needs_grad(hidden, weight):
         hidden, weight = hidden.detach(), weight.detach()
     head = Head(hidden, weight, rows, targets, temperature, softcap)
     value, logprob, entropy = _PolicyHead.apply(*head, loss, chunking)  # type: ignore[no-untyped-call]

@@ -32,7 +32,7 @@ CHUNK = tl.constexpr(128)  # key blocks whose kind is looked at together
 NEVER = tl.constexpr(2147483647)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def block_ends(end_ptr, low_ptr, high_ptr, num_tokens, BLOCK: tl.constexpr):
     """low[b], high[b] = min and max of end over key block b."""
     block = tl.program_id(0)
@@ -115,8 +115,7 @@ def products_of_rows(
 
 def ends_of(end: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """(low, high), int32 [ceil(N / block)]: the mask, as the forward and dQ kernels read it."""
-    bounds = end.new_empty(2, triton.cdiv(len(end), block))
-    low, high = bounds[0], bounds[1]
+    low, high = (end.new_empty(triton.cdiv(len(end), block)) for _ in range(2))
     block_ends[(len(low),)](end, low, high, len(end), BLOCK=block, num_warps=1)
     return low, high
 

@@ -1,4 +1,9 @@
-"""What every wrapper around a Triton kernel needs."""
+"""What every wrapper around a Triton kernel needs.
+
+Triton makes a binary for each type of a kernel's arguments, and others for integers that are 1 or divide by 16 and for
+addresses that do not. What changes from call to call is kept out of that (`do_not_specialize`), or a run would compile
+each kernel again and again in its first steps: rows, tokens and edges are any number.
+"""
 
 from __future__ import annotations
 

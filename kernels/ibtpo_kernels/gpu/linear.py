@@ -23,7 +23,7 @@ from ibtpo_kernels.gpu.launch import dot_precision, on_device
 _BLOCK_K = 64
 
 
-@triton.jit(do_not_specialize=["num_rows"])  # one binary for every number of rows
+@triton.jit(do_not_specialize=["num_rows"])
 def product(
     x_ptr, weight_ptr, bias_ptr, out_ptr, num_rows, num_cols, depth, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

@@ -66,7 +66,7 @@ def _slope(z, inv_temperature, cap, CAPPED: tl.constexpr):
     return slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "first"])
 def row_stats(
     z_ptr, stats_ptr, num_cols, num_rows, first, inv_temperature, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -96,7 +96,7 @@ def row_stats(
     tl.store(at + 2 * num_rows, log_total - tl.sum(mean, 0) / row_total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_edges", "num_rows", "first", "stop"])
 def edge_logprob(
     z_ptr, stats_ptr, rows_ptr, targets_ptr, out_ptr, num_edges, num_cols, num_rows, first, stop, inv_temperature, cap,
     CAPPED: tl.constexpr, BLOCK: tl.constexpr,
@@ -122,7 +122,7 @@ def _dense(z, top, log_total, entropy, grad_rows, grad_entropy):
     return tl.where(p > 0.0, -p * (grad_rows + grad_entropy * (log_p + entropy)), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "first"])
 def logit_grad(
     z_ptr, dz_ptr, stats_ptr, starts_ptr, grads_ptr, row_grads_ptr, grad_entropy_ptr, num_cols, num_rows, first,
     inv_temperature, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr, EDGES: tl.constexpr,
@@ -148,7 +148,7 @@ def logit_grad(
         tl.store(dz_ptr + row * num_cols + cols, dz.to(dz_ptr.dtype.element_ty), mask=cols < num_cols)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_edges", "num_rows", "first", "stop"])
 def edge_grad(
     z_ptr, dz_ptr, stats_ptr, rows_ptr, targets_ptr, grads_ptr, row_grads_ptr, grad_entropy_ptr, num_edges, num_cols,
     num_rows, first, stop, inv_temperature, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr,
@@ -269,8 +269,8 @@ def _chunk_grad(z: Tensor, head: Head, stats: Tensor, edges: _Edges, grad_entrop
 @in_own_types
 def _forward(head: Head) -> tuple[Tensor, Tensor]:
     """(logprob [E], NaN of a row that does not exist; stats [3, T])."""
-    logprob = torch.full((head.num_edges,), float("nan"), device=head.hidden.device)
-    stats = torch.empty(3, head.num_rows, device=head.hidden.device)
+    logprob = torch.full((head.num_edges,), float("nan"), dtype=torch.float32, device=head.hidden.device)
+    stats = torch.empty(3, head.num_rows, dtype=torch.float32, device=head.hidden.device)
     for first, stop in _chunks(head):
         _chunk_stats(_product(head.hidden[first:stop], head.weight), head, stats, logprob, first)
     return logprob, stats
@@ -371,8 +371,8 @@ class _Chunk:
 
     def __init__(self, head: Head) -> None:
         self.head = head
-        self.logprob = torch.full((head.num_edges,), float("nan"), device=head.hidden.device)
-        self.stats = torch.empty(3, head.num_rows, device=head.hidden.device)
+        self.logprob = torch.full((head.num_edges,), float("nan"), dtype=torch.float32, device=head.hidden.device)
+        self.stats = torch.empty(3, head.num_rows, dtype=torch.float32, device=head.hidden.device)
         self.logits = _product(head.hidden, head.weight)
         if head.num_rows:
             _chunk_stats(self.logits, head, self.stats, self.logprob, 0)

@@ -32,7 +32,7 @@ def _normed(x, weight, eps, SIZE: tl.constexpr):
     return (y.to(tl.float32) * weight.to(tl.float32)[None, :]).to(weight.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def norm_forward(
     x_ptr, residual_ptr, weight_ptr, out_ptr, total_ptr, num_rows, eps,
     SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
@@ -50,7 +50,7 @@ def norm_forward(
     tl.store(out_ptr + at, _normed(x, weight, eps, SIZE), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def norm_backward(
     x_ptr, weight_ptr, d_out_ptr, d_total_ptr, dx_ptr, partial_ptr, num_rows, eps,
     SIZE: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
@@ -106,7 +106,7 @@ def _norm_backward(
     size = x.shape[-1]
     num_rows, shape = x.numel() // size, _tile(size)
     programs = min(_PARTIALS, triton.cdiv(num_rows, shape["ROWS"]))
-    partial = torch.empty(programs, size, device=x.device)
+    partial = torch.empty(programs, size, dtype=torch.float32, device=x.device)
     d_total = None if d_total is None else d_total.contiguous()
     with on_device(x):
         norm_backward[(programs,)](

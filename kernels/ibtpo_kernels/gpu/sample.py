@@ -61,7 +61,7 @@ def _order(z):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def block_sums(
     logits_ptr, tops_ptr, sums_ptr, temperature_ptr, stride_row, stride_parameter, num_cols, num_blocks, num_rows,
     BLOCK: tl.constexpr,
@@ -207,7 +207,7 @@ def _masses(tops, shift, inverse, masses_ptr, at, inside):
     return tl.where(tops == float("-inf"), 0.0, masses * tl.exp(shift * inverse))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["logprob_ptr", "raw_ptr", "entropy_ptr"])
 def draw(
     logits_ptr, keys_ptr, tops_ptr, sums_ptr, temperature_ptr, top_p_ptr, top_k_ptr, log_min_p_ptr, token_ptr,
     logprob_ptr, raw_ptr, entropy_ptr, stride_row, stride_temperature, stride_top_p, stride_top_k, stride_min_p,
@@ -258,7 +258,7 @@ def draw(
         tl.store(entropy_ptr + row, (tl.log(total) - mean).to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=["logprob_ptr", "raw_ptr"])
 def score(
     logits_ptr, rows_ptr, targets_ptr, tops_ptr, sums_ptr, temperature_ptr, logprob_ptr, raw_ptr, stride_row,
     num_blocks, num_rows, BLOCKS: tl.constexpr,
@@ -355,7 +355,7 @@ def sample(
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     num_rows, num_cols = logits.shape
     token = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
-    logprob, logprob_raw, entropy = torch.empty(3, num_rows, device=logits.device).unbind()
+    logprob, logprob_raw, entropy = torch.empty(3, num_rows, dtype=torch.float32, device=logits.device).unbind()
     if not num_rows:
         return token, logprob, logprob_raw, entropy
     num_blocks = triton.cdiv(num_cols, _BLOCK)

@@ -89,7 +89,7 @@ def _forward_pass(
     return acc, total, top
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def forward(
     q_ptr, k_ptr, v_ptr, end_ptr, low_ptr, high_ptr, out_ptr, lse_ptr, num_tokens, scale_log2,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_on, stride_oh,

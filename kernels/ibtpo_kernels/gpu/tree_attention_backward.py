@@ -33,8 +33,10 @@ from ibtpo_kernels.gpu.blocks import (
 )
 from ibtpo_kernels.gpu.launch import LOG2_E, dot_precision, on_device
 
+Stats = tuple[Tensor, Tensor]  # (lse, delta), each [Hq, N]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=["num_tokens"])
 def row_products(
     out_ptr, d_out_ptr, delta_ptr, num_tokens, stride_on, stride_oh, stride_dn, stride_dh,
     HEAD: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr,
@@ -105,7 +107,7 @@ def _keys_step(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def backward_keys(
     q_ptr, k_ptr, v_ptr, end_ptr, d_out_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, num_tokens, scale, scale_log2,
     stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_dn, stride_dh, stride_gn, stride_gh,
@@ -201,7 +203,7 @@ def _queries_pass(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def backward_queries(
     q_ptr, k_ptr, v_ptr, end_ptr, low_ptr, high_ptr, d_out_ptr, lse_ptr, delta_ptr, dq_ptr, num_tokens, scale,
     scale_log2, stride_qn, stride_qh, stride_kn, stride_kh, stride_vn, stride_vh, stride_dn, stride_dh,
@@ -238,7 +240,7 @@ def backward_queries(
     tl.store(at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None] & (dims < HEAD)[None, :])
 
 
-def _backward_keys(q: Tensor, k: Tensor, v: Tensor, end: Tensor, d_out: Tensor, stats: Tensor, scale: float) -> Tensor:
+def _backward_keys(q: Tensor, k: Tensor, v: Tensor, end: Tensor, d_out: Tensor, stats: Stats, scale: float) -> Tensor:
     """(dK, dV) stacked, [2, N, Hkv, D]."""
     num_tokens, num_heads, head_dim = q.shape
     grads = torch.empty(2, *k.shape, dtype=k.dtype, device=k.device)
@@ -254,7 +256,7 @@ def _backward_keys(q: Tensor, k: Tensor, v: Tensor, end: Tensor, d_out: Tensor, 
 
 
 def _backward_queries(
-    q: Tensor, k: Tensor, v: Tensor, end: Tensor, d_out: Tensor, stats: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, end: Tensor, d_out: Tensor, stats: Stats, scale: float
 ) -> Tensor:
     """dQ, [N, Hq, D]."""
     num_tokens, num_heads, head_dim = q.shape
@@ -292,7 +294,7 @@ def gradients(
     wants_kv: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dq, dk, dv); lse [Hq, N] in base 2, as the forward left it."""
-    stats = torch.stack((lse, torch.empty_like(lse)))
+    stats = lse, torch.empty_like(lse)
     dq, dk, dv = None, None, None
     with on_device(q):
         _row_products(out, d_out, stats[1])

@@ -8,9 +8,10 @@
 pages, and leaves (top, total, acc) a row; `merge` folds each row's partial results from the last split to the first.
 Where no path is longer than a split there is nothing to merge and `partials` writes the output.
 
-Two tile heights share one launch: 16 rows for what is private, 64 (32 for heads of 256) for what is shared. Within one
-height a result does not depend on the batch, bit for bit; a query that moves from one height to the other keeps its
-result to rounding. A `uniform` plan has the low one for all.
+Two tile heights share one launch: 16 rows for what is private, 64 (32 for heads of 256) for what is shared. A launch
+with high tiles has more warps, which add a row up in another order. A query that moves from one height to the other, or
+is joined by the first high tile, keeps its result to rounding; else a result does not depend on the batch, bit for bit.
+A `uniform` plan has low tiles alone.
 
 A page that a query needs and that the table or the cache lacks is never read: it makes that query's output NaN.
 """
@@ -41,18 +42,21 @@ def _fold(top, total, acc, other_top, other_total, other_acc):
 
 @triton.jit
 def _split(
-    q, q_at, inside, lengths, table_ptr, k_ptr, v_ptr, num_pages, begin, stop, stride_slot, scale_log2,
+    q, q_at, inside, lengths, table_ptr, k_ptr, v_ptr, num_pages, begin, stop, in_table, stride_slot, scale_log2,
     HEAD: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(top, total, acc) of keys [begin, stop) of one path. If STEP < DIM, q is read again, STEP numbers at a time."""
+    """(top, total, acc) of keys [begin, stop) of one path, of which its row of the table has the first `in_table`.
+
+    If STEP < DIM, q is read again, STEP numbers at a time.
+    """
     dims = tl.arange(0, DIM)
     acc = tl.zeros([BLOCK_M, DIM], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for j0 in range(begin, stop, BLOCK_N):
         keys = j0 + tl.arange(0, BLOCK_N)
-        page = tl.load(table_ptr + keys // PAGE, mask=keys < stop, other=-1)
+        page = tl.load(table_ptr + keys // PAGE, mask=keys < min(stop, in_table), other=-1)
         there = (page >= 0) & (page < num_pages)
         at = (page.to(tl.int64) * PAGE + keys % PAGE) * stride_slot
         mask = there[:, None] & (dims < HEAD)[None, :]
@@ -105,7 +109,7 @@ def _item(
         begin = (split + count - 1 - back) * SPLIT
         part_top, part_total, part_acc = _split(
             q, q_at, inside, lengths, table_ptr, k_ptr, v_ptr, num_pages, begin, min(begin + SPLIT, longest),
-            stride_slot, scale_log2, HEAD, DIM, STEP, PAGE, BLOCK_M, BLOCK_N, PRECISION,
+            table_width * PAGE, stride_slot, scale_log2, HEAD, DIM, STEP, PAGE, BLOCK_M, BLOCK_N, PRECISION,
         )  # fmt: skip
         top, total, keep, take = _fold(part_top, part_total, part_acc, top, total, acc)
         acc = part_acc * keep[:, None] + acc * take[:, None]
@@ -122,7 +126,7 @@ def _item(
         tl.store(sums_ptr + row * 2 + 1, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pages", "table_width"])
 def partials(
     q_ptr, k_ptr, v_ptr, table_ptr, rows_ptr, lengths_ptr, items_ptr, first_slot_ptr, acc_ptr, sums_ptr, out_ptr,
     num_heads, num_pages, table_width, stride_qb, stride_qh, stride_slot, scale_log2,
@@ -171,7 +175,7 @@ def _check_pages(plan: DecodePlan, num_pages: int) -> None:
     """The error that a GPU cannot raise without waiting for the device; there the output is NaN instead."""
     needed = -(-plan.lengths // plan.page_size)
     table = plan.page_table[plan.rows.long()]
-    columns = torch.arange(table.shape[1], dtype=needed.dtype)
+    columns = torch.arange(table.shape[1], dtype=needed.dtype, device=table.device)
     bad = ((columns < needed[:, None]) & ((table < 0) | (table >= num_pages))).any(-1) | (needed > table.shape[1])
     if bad.any():
         b = int(bad.nonzero()[0])
