@@ -71,7 +71,3 @@ def _says_what_to_do(error: Exception) -> bool:
     from ibtpo_engine import EngineError
 
     return isinstance(error, EngineError | GraderError | NonFinite)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 LIST_FLAGS = ("--reward", "--jsonl.data-fields", "--jsonl.chat-template-options")
 
 
-def join_repeated(arguments: Sequence[str], flags: Sequence[str] = LIST_FLAGS) -> list[str]:
+def join_repeated(arguments: Sequence[str]) -> list[str]:
     """``--reward a --reward b`` as ``--reward a b``: the parser would keep the last one alone."""
     found: dict[str, list[str]] = {}
     others: list[str] = []
@@ -15,7 +15,7 @@ def join_repeated(arguments: Sequence[str], flags: Sequence[str] = LIST_FLAGS) -
     for word in arguments:
         name, equals, value = word.partition("=")
         name = name.replace("_", "-")
-        if name in flags:
+        if name in LIST_FLAGS:
             current = found.setdefault(name, [])
             current += [value] if equals else []
         elif current is not None and not word.startswith("-"):

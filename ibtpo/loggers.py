@@ -9,7 +9,8 @@ import importlib
 import importlib.util
 import secrets
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -97,29 +98,34 @@ class Loggers:
     def __init__(self, makers: Mapping[str, Callable[[], Logger]]) -> None:
         self._open: dict[str, Logger] = {}
         for name, make in makers.items():
-            self._try(name, lambda name=name, make=make: self._open.__setitem__(name, make()))  # type: ignore[misc]
+            with self._dropping(name):
+                self._open[name] = make()
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
         """Hand the known values to every logger that still works."""
         known = {name: value for name, value in values.items() if value is not None}
         for name, logger in list(self._open.items()):
-            self._try(name, lambda logger=logger: logger.log(step, known))  # type: ignore[misc]
+            with self._dropping(name):
+                logger.log(step, known)
 
     def close(self) -> None:
         """Close them all."""
         for name, logger in list(self._open.items()):
-            self._try(name, logger.close)
+            with self._dropping(name):
+                logger.close()
         self._open.clear()
 
-    def _try(self, name: str, act: Callable[[], object]) -> None:
+    @contextmanager
+    def _dropping(self, name: str) -> Iterator[None]:
+        """Do without a logger that raises in the block."""
         try:
-            act()
+            yield
         except Exception as error:  # whatever a foreign logger raises; the run matters more
             self._open.pop(name, None)
             warnings.warn(
                 f"logging to {name} stopped ({type(error).__name__}: {error}); metrics.jsonl has everything",
                 RuntimeWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
 

@@ -25,33 +25,6 @@ LARGEST_EXPONENT = 20.0
 """exp() is taken of at most this: a larger ratio is broken whatever its exact value. Beyond it no gradient flows."""
 
 
-def policy_loss(
-    logprob: Tensor,
-    entropy: Tensor,
-    batch: MicroBatch,
-    config: LossConfig,
-    reference_logprob: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of one micro-batch, its share of the optimizer step's mean.
-
-    Args:
-        logprob: [E], log-probs of ``batch.targets`` under the policy being trained.
-        entropy: [T], entropy in nats at ``batch.rows``.
-        batch: weights and old log-probs.
-        config: clip range, weights of the KL penalty and of the entropy terms.
-        reference_logprob: [E], log-probs under the frozen reference.
-
-    Returns:
-        the loss (scalar, differentiable) and detached metrics: scalar sums, to be combined by `summarize`.
-
-    Raises:
-        ValueError: ``config.kl_coef`` > 0 without `reference_logprob`.
-    """
-    loss = policy_objective(logprob, entropy, batch, config, reference_logprob)
-    metrics = policy_metrics(logprob.detach(), entropy.detach(), batch, config, reference_logprob)
-    return loss, metrics | {"loss": loss.detach()}
-
-
 def policy_objective(
     logprob: Tensor,
     entropy: Tensor,
@@ -61,17 +34,19 @@ def policy_objective(
     edges: Tensor | slice = slice(None),
     rows: Tensor | slice = slice(None),
 ) -> Tensor:
-    """The loss of some edges and rows of a micro-batch: a sum, so that `policy_head` can ask for it part by part.
+    """The loss of a micro-batch, or of some of its edges and rows: a sum, which `policy_head` asks for part by part.
 
     Args:
         logprob: [e], log-probs of ``batch.targets[edges]`` under the policy being trained.
-        entropy: [t], entropies at ``batch.rows[rows]``.
-        batch, config, reference_logprob: as in `policy_loss`, of the whole micro-batch.
-        edges: which of its edges.
-        rows: which of its rows.
+        entropy: [t], entropies in nats at ``batch.rows[rows]``.
+        batch: weights and old log-probs, of the whole micro-batch.
+        config: clip range, weights of the KL penalty and of the entropy terms.
+        reference_logprob: [E], log-probs under the frozen reference.
+        edges: which of its edges; by default all.
+        rows: which of its rows; by default all.
 
     Returns:
-        scalar, differentiable.
+        scalar, differentiable; of all edges and rows, the micro-batch's share of the optimizer step's mean.
 
     Raises:
         ValueError: ``config.kl_coef`` > 0 without `reference_logprob`.
@@ -82,7 +57,7 @@ def policy_objective(
     loss = -gained.sum()
     if config.kl_coef > 0:
         if reference_logprob is None:
-            raise ValueError(f"policy_loss: kl_coef={config.kl_coef} needs reference_logprob")
+            raise ValueError(f"policy_objective: kl_coef={config.kl_coef} needs reference_logprob")
         loss = loss + config.kl_coef * (batch.weight[edges] * _k3(reference_logprob[edges] - logprob)).sum()
     if config.entropy_coef > 0 or config.entropy_advantage_coef > 0:
         loss = loss - (_entropy_weight(batch, config)[rows] * entropy).sum()
@@ -108,8 +83,8 @@ def policy_metrics(
     """What is logged of a micro-batch beside its loss: scalar sums, to be combined by `summarize`.
 
     Args:
-        logprob, entropy: as in `policy_loss`, detached.
-        batch, config, reference_logprob: as in `policy_loss`.
+        logprob, entropy: [E] and [T], as in `policy_objective`, detached.
+        batch, config, reference_logprob: as there.
     """
     gap, weight = logprob - batch.old_logprob, batch.weight
     ratio = torch.exp(gap.clamp(max=LARGEST_EXPONENT))

@@ -178,7 +178,10 @@ def _round_up(count: int, unit: int) -> int:
 
 
 def _largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """The largest low + n _STEP below `high` that fits; `low`, or `high` if that is less, if none does."""
+    """The largest of low, low + _STEP, low + 2 _STEP, ... that fits, by bisection; `low` if none does.
+
+    Never more than `high`.
+    """
     first, last = 0, max(high - low, 0) // _STEP
     while first < last:
         middle = (first + last + 1) // 2

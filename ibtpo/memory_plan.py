@@ -115,6 +115,11 @@ class Processes:
     mode: Mode = "ddp"
     sharing: int = 1
 
+    @property
+    def split(self) -> int:
+        """Over how many of them masters, optimizer state and gradients are divided."""
+        return self.count if self.mode == "fsdp" else 1
+
 
 ONE = Processes()
 """A run in one process."""
@@ -140,33 +145,35 @@ def _dtype(config: TrainConfig) -> torch.dtype:
     return dtype
 
 
-def trained_shapes(shape: ModelConfig, config: TrainConfig) -> dict[str, torch.Size]:
-    """The parameters that a run trains, of one decoder layer and of none."""
+def _one_layer(shape: ModelConfig, config: TrainConfig) -> Model:
+    """The run's model with its adapters, without memory and with one decoder layer."""
     lora = adapters_of(config)
     with torch.device("meta"):
         model = Model(replace(shape, num_layers=1))
         if lora is not None:
             model.add_adapters(lora)
+    return model
+
+
+def trained_shapes(shape: ModelConfig, config: TrainConfig) -> dict[str, torch.Size]:
+    """The parameters that a run trains, of one decoder layer and of none."""
+    model = _one_layer(shape, config)
     return {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _sizes(shape: ModelConfig, config: TrainConfig) -> _Sizes:
-    with torch.device("meta"):
-        model = Model(replace(shape, num_layers=1))
-    layer = dict(model.model.layers[0].named_parameters())
-    in_layer = [parameter.numel() for parameter in layer.values()]
-    with_one = [parameter.numel() for parameter in model.parameters()]
-    more = shape.num_layers - 1
-    total, one = sum(with_one) + more * sum(in_layer), sum(in_layer)
-    outside = sum(with_one) - one
-    lora = adapters_of(config)
-    if lora is None:
-        return _Sizes(total, total, max(with_one), _small(with_one) + more * _small(in_layer), one, outside)
-    names = [f"{name}.weight" for name in lora.targets]
-    sides = [size for name, p in layer.items() if name.partition(".")[2] in names for size in p.shape]
-    adapters = [lora.rank * size for size in sides]
-    trained = sum(adapters) * shape.num_layers
-    return _Sizes(total + trained, trained, max(adapters), _small(adapters) * shape.num_layers, sum(adapters), 0)
+    model, more = _one_layer(shape, config), shape.num_layers - 1
+    in_layer = list(model.model.layers.parameters())
+    layer = [parameter.numel() for parameter in in_layer if parameter.requires_grad]
+    with_one = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    return _Sizes(
+        parameters=sum(p.numel() for p in model.parameters()) + more * sum(p.numel() for p in in_layer),
+        trained=sum(with_one) + more * sum(layer),
+        largest=max(with_one),
+        trained_small=_small(with_one) + more * _small(layer),
+        layer=sum(layer),
+        outside=sum(with_one) - sum(layer),
+    )
 
 
 def _small(counts: list[int]) -> int:
@@ -245,43 +252,61 @@ def plan_memory(
         free: bytes that the process may have; by default its share of what is free now.
         processes: how the run is spread.
     """
-    split = processes.count if processes.mode == "fsdp" else 1
-    size, on_cpu = _dtype(config).itemsize, device.type == "cpu"
-    count, tokens = _sizes(shape, config), largest_micro_batch(config)
-    eight, rows = config.optim.state == "8bit", _most_rows(config, processes)
-    large = count.trained - count.trained_small
-    process = host_memory() + _LATER if on_cpu else 0
-    pool = bytes_per_token(shape, _dtype(config)) * pages_for(config.engine.kv_tokens) * PAGE
-    moments = 8 * count.trained_small + large * 2 + large // 32 if eight else 8 * count.trained
-    parts = {
-        "process": process,
-        "weights": size * count.parameters,
-        "master weights": -(-4 * count.trained // split) if size < 4 or split > 1 else 0,
-        "optimizer state": -(-moments // split),
-        "gradients": -(-4 * count.trained // split),
-        "gathered layers": size * (2 * count.layer + count.outside) if split > 1 else 0,
-        "KV pool": pool,
-        "CUDA graphs": _step_workspace(shape, config, rows, rows) if config.engine.cuda_graphs else 0,
-        "activations": activation_bytes(shape, config, tokens),
-        "log-prob workspace": _loss_workspace(shape, config, tokens, on_cpu),
-        "reference model": size * count.parameters if _copies_reference(config) else 0,
-    }
-    kept = sum(parts[name] for name in ("process", "weights", "master weights", "optimizer state", "reference model"))
-    backward = size * count.trained if split == 1 else 2 * parts["gathered layers"] + parts["gradients"]
-    backward += parts["activations"]
-    backward += max(parts["log-prob workspace"], _layer_workspace(shape, config, tokens))
-    step = parts["gradients"] + (20 * -(-count.largest // split) if eight and on_cpu else 0)
-    step += size * count.trained if on_cpu and size < 4 and split == 1 else 0
-    if processes.count > 1:  # gradients are summed, or weights put together, a piece at a time
-        step += min(4 * count.trained, max(BUCKET_BYTES, 4 * count.largest))
-    pool += parts["CUDA graphs"]  # which are released with it
-    phases = {"sampling": kept + pool + _step_workspace(shape, config, rows, config.engine.prefill_tokens)}
-    updates = {"backward pass": kept + backward, "optimizer step": kept + step}
+    on_cpu, count = device.type == "cpu", _sizes(shape, config)
+    parts = _parts(config, shape, processes, count, on_cpu)
+    sampling, updates = _phases(config, shape, processes, count, parts, on_cpu)
+    pool = parts["KV pool"] + parts["CUDA graphs"]  # which are released with it
     room = free if free is not None else free_memory(device) // processes.sharing + (host_memory() if on_cpu else 0)
     release = config.engine.release == "always"
     if config.engine.release == "auto":
         largest = max(updates.values())
         freely = not (on_cpu or config.engine.cuda_graphs)  # graphs would have to be captured anew
-        release = freely or (max(largest, *phases.values()) <= room < largest + pool)
-    phases |= {name: need + (0 if release else pool) for name, need in updates.items()}
-    return MemoryPlan(parts, phases, room, tokens, release, device.type)
+        release = freely or (max(largest, sampling) <= room < largest + pool)
+    kept = 0 if release else pool
+    phases = {"sampling": sampling} | {name: need + kept for name, need in updates.items()}
+    return MemoryPlan(parts, phases, room, largest_micro_batch(config), release, device.type)
+
+
+def _parts(
+    config: TrainConfig, shape: ModelConfig, processes: Processes, count: _Sizes, on_cpu: bool
+) -> dict[str, int]:
+    """The module's table; what there is only in a phase, at its largest."""
+    size, tokens = _dtype(config).itemsize, largest_micro_batch(config)
+    rows, split = _most_rows(config, processes), processes.split
+    large = count.trained - count.trained_small
+    eight = config.optim.state == "8bit"
+    moments = 8 * count.trained_small + large * 2 + large // 32 if eight else 8 * count.trained
+    return {
+        "process": host_memory() + _LATER if on_cpu else 0,
+        "weights": size * count.parameters,
+        "master weights": -(-4 * count.trained // split) if size < 4 or split > 1 else 0,
+        "optimizer state": -(-moments // split),
+        "gradients": -(-4 * count.trained // split),
+        "gathered layers": size * (2 * count.layer + count.outside) if split > 1 else 0,
+        "KV pool": bytes_per_token(shape, _dtype(config)) * pages_for(config.engine.kv_tokens) * PAGE,
+        "CUDA graphs": _step_workspace(shape, config, rows, rows) if config.engine.cuda_graphs else 0,
+        "activations": activation_bytes(shape, config, tokens),
+        "log-prob workspace": _loss_workspace(shape, config, tokens, on_cpu),
+        "reference model": size * count.parameters if _copies_reference(config) else 0,
+    }
+
+
+def _phases(
+    config: TrainConfig, shape: ModelConfig, processes: Processes, count: _Sizes, parts: Mapping[str, int], on_cpu: bool
+) -> tuple[int, dict[str, int]]:
+    """What meets while sampling, pool included; and in each phase of an update, without the pool."""
+    size, split = _dtype(config).itemsize, processes.split
+    kept = sum(parts[name] for name in ("process", "weights", "master weights", "optimizer state", "reference model"))
+    sampling = kept + parts["KV pool"] + parts["CUDA graphs"]
+    sampling += _step_workspace(shape, config, _most_rows(config, processes), config.engine.prefill_tokens)
+    backward = size * count.trained if split == 1 else 2 * parts["gathered layers"] + parts["gradients"]
+    backward += parts["activations"]
+    backward += max(parts["log-prob workspace"], _layer_workspace(shape, config, largest_micro_batch(config)))
+    step = parts["gradients"]
+    if config.optim.state == "8bit" and on_cpu:
+        step += 20 * -(-count.largest // split)
+    if on_cpu and size < 4 and split == 1:  # malloc keeps the 16-bit gradients
+        step += size * count.trained
+    if processes.count > 1:  # gradients are summed, or weights put together, a piece at a time
+        step += min(4 * count.trained, max(BUCKET_BYTES, 4 * count.largest))
+    return sampling, {"backward pass": kept + backward, "optimizer step": kept + step}

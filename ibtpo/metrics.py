@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Doubles = npt.NDArray[np.float64]
 
 RIGHT = 0.5  # a trajectory with a reward above this counts as right where something must be right or wrong
+_TAIL = 0.025  # on either side of a 95 % interval
 _DEPTH_BINS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, None))
 
 
@@ -277,61 +278,57 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
     return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
 
 
-def bootstrap_interval(
-    per_prompt: npt.ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of the mean of [P] values, resampling prompts; NaNs where there are none."""
+def pass_rates(rewards: npt.ArrayLike, k: int) -> list[float]:
+    """[P, n] rewards -> each prompt's unbiased pass@k."""
+    array = np.asarray(rewards, np.float64)
+    return [pass_at_k(array.shape[1], int((row > RIGHT).sum()), k) for row in array]
+
+
+def bootstrap_interval(per_prompt: npt.ArrayLike, *, resamples: int = 2000) -> tuple[float, float]:
+    """95 % percentile interval of the mean of [P] values, resampling prompts; NaNs where there are none."""
     values = np.asarray(per_prompt, np.float64)
     if values.size == 0:
         return math.nan, math.nan
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     counts = rng.multinomial(values.size, np.full(values.size, 1.0 / values.size), size=resamples)
-    low, high = np.quantile(counts @ values / values.size, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(counts @ values / values.size, [_TAIL, 1 - _TAIL])
     return float(low), float(high)
 
 
-def accuracy_interval(per_prompt: npt.ArrayLike, *, level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def accuracy_interval(per_prompt: npt.ArrayLike) -> tuple[float, float]:
     """As `bootstrap_interval`, of [P] values in [0, 1]; also where all are equal, and no resampling differs.
 
-    There, as many prompts may be unlike those seen as leave a chance of (1 - level) / 2 to draw none of them, and their
-    values may be anything: for 0 or 1 this is the interval of Clopper and Pearson for none, or all, of P.
+    There, as many prompts may be unlike those seen as leave a chance of 2.5 % to draw none of them, and their values
+    may be anything: for 0 or 1 this is the interval of Clopper and Pearson for none, or all, of P.
     """
     values = np.asarray(per_prompt, np.float64)
     if values.size == 0 or np.ptp(values) > 1e-9:
-        return bootstrap_interval(values, level=level, seed=seed)
-    alike = ((1 - level) / 2) ** (1 / values.size)
+        return bootstrap_interval(values)
+    alike = _TAIL ** (1 / values.size)
     value = min(max(float(values[0]), 0.0), 1.0)
     return value * alike, 1 - (1 - value) * alike
 
 
 def evaluation_metrics(
-    sampled: npt.ArrayLike,
-    greedy: npt.ArrayLike,
-    *,
-    majority: npt.ArrayLike | None = None,
-    seed: int = 0,
-    k: int | None = None,
+    sampled: npt.ArrayLike, greedy: npt.ArrayLike, *, majority: npt.ArrayLike | None = None
 ) -> dict[str, float]:
     """The accuracies of an evaluation with their intervals, under the names of the log.
 
     Args:
-        sampled: [P, n] rewards of n independent samples a prompt.
+        sampled: [P, k] rewards of k independent samples a prompt.
         greedy: [P] rewards of the greedy completions.
         majority: [P] maj@k of the prompts, if their answers are known.
-        seed: of the bootstrap.
-        k: of pass@k, at most n; by default n.
     """
     rewards = np.asarray(sampled, np.float64)
-    num_samples = rewards.shape[1]
-    passed = [pass_at_k(num_samples, int((row > RIGHT).sum()), k or num_samples) for row in rewards]
-    values = {"eval_prompts": float(len(rewards)), "eval_samples": float(num_samples)}
-    accuracies: dict[str, npt.ArrayLike | None]
-    accuracies = {"eval_avg": avg_at_k(rewards), "eval_pass": passed, "eval_maj": majority, "eval_greedy": greedy}
+    num_prompts, k = rewards.shape
+    accuracies: dict[str, npt.ArrayLike] = {"eval_avg": avg_at_k(rewards), "eval_pass": pass_rates(rewards, k)}
+    if majority is not None:
+        accuracies["eval_maj"] = majority
+    accuracies["eval_greedy"] = greedy
+    values = {"eval_prompts": float(num_prompts), "eval_samples": float(k)}
     for name, per_prompt in accuracies.items():
-        if per_prompt is None:
-            continue
         values[name] = float(np.mean(np.asarray(per_prompt, np.float64)))
-        values[f"{name}_low"], values[f"{name}_high"] = accuracy_interval(per_prompt, seed=seed)
+        values[f"{name}_low"], values[f"{name}_high"] = accuracy_interval(per_prompt)
     return values
 
 

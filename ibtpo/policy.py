@@ -32,11 +32,6 @@ from ibtpo_engine.lora import TARGETS
 _ADAPTED = {"all": TARGETS, "attention": TARGETS[:4], "mlp": TARGETS[4:]}
 
 
-def adapted_projections(config: LoRAConfig) -> tuple[str, ...]:
-    """Names of the projections that adapters are put on."""
-    return _ADAPTED[config.targets]
-
-
 def adapters_of(config: TrainConfig) -> LoRA | None:
     """The adapters that a run trains: those it asks for or, from an adapter folder on, those there; None: the weights.
 
@@ -55,7 +50,7 @@ def may_adapt(config: TrainConfig) -> bool:
 
 
 def _asked_for(config: LoRAConfig) -> LoRA:
-    return LoRA(rank=config.rank, alpha=config.alpha, targets=adapted_projections(config))
+    return LoRA(rank=config.rank, alpha=config.alpha, targets=_ADAPTED[config.targets])
 
 
 @dataclass(frozen=True)

@@ -79,14 +79,12 @@ def summarize_rows(rows: Sequence[Row]) -> Summary:
     ks = [int(row["eval_samples"]) if _finite(row.get("eval_samples")) else 0 for row in evaluations]
     k = (ks[-1] if ks else 0) or "k"
     begin = before if ks and ks[0] == ks[-1] else None  # a resumed run may draw more: pass@2 tells nothing of pass@64
-    accuracies = [
-        Accuracy(name.format(k=k), meaning.format(k=k), _estimate(first, key), _estimate(after, key))
-        for key, name, meaning in _ACCURACIES
-        for first in [begin if "{k}" in name else before]
-    ]
-    return Summary(
-        [a for a in accuracies if a.before or a.after], _amounts(rows), max((r["step"] for r in rows), default=0)
-    )
+    accuracies = []
+    for key, name, meaning in _ACCURACIES:
+        first, last = _estimate(begin if "{k}" in name else before, key), _estimate(after, key)
+        if first is not None or last is not None:
+            accuracies.append(Accuracy(name.format(k=k), meaning.format(k=k), first, last))
+    return Summary(accuracies, _amounts(rows), max((row["step"] for row in rows), default=0))
 
 
 def _amounts(rows: Sequence[Row]) -> list[tuple[str, str, str]]:

@@ -22,10 +22,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ibtpo.config import SearchConfig
-from ibtpo_engine.token_texts import Decodes, TokenTexts
+from ibtpo_engine.arrays import Ints
+from ibtpo_engine.token_texts import Decodes, TokenTexts, boundaries
 from ibtpo_engine.tree import Node
-
-Ints = npt.NDArray[np.int32]
 
 
 class StepSplitter:
@@ -70,25 +69,15 @@ class StepSplitter:
         if self.step_tokens is not None:
             return list(range(self.step_tokens, len(ids), self.step_tokens))
         head = "".join(map(self.text, np.asarray(context).tolist()))
-        pieces = list(map(self._texts.__getitem__, ids))
+        pieces = [self._texts[token] for token in ids]
         ends = list(accumulate(map(len, pieces), initial=len(head)))  # ends[i]: characters before token i
-        at = [bisect_left(ends, end) for end in self._boundaries(head + "".join(pieces)) if end > len(head)]
+        text = head + "".join(pieces)
+        at = [bisect_left(ends, end) for end in boundaries(text, self.separator) if end > len(head)]
         return [offset for offset in dict.fromkeys(at) if offset < len(ids)]
 
     def text(self, token: int) -> str:
         """What this token adds to a text."""
         return self._texts[token]
-
-    def _boundaries(self, text: str) -> list[int]:
-        """Character positions just past each separator that neither touches nor overlaps one before it."""
-        size, ends, last = len(self.separator), [], -len(self.separator) - 1
-        found = text.find(self.separator)
-        while found >= 0:
-            if found > last + size:
-                ends.append(found + size)
-            last = found
-            found = text.find(self.separator, found + 1)
-        return ends
 
 
 def _moved(offsets: Sequence[int], ids: Sequence[int], share: float) -> list[int]:

@@ -18,11 +18,11 @@ from ibtpo.checkpoints import latest_checkpoint
 from ibtpo.config import TrainConfig
 from ibtpo.disk import RunFolderError, flush_tree, no_space, write_atomically
 from ibtpo.distributed import ALONE, Group, Mode, make_grower, make_learner
+from ibtpo.dynamic_sampling import grow_mixed
 from ibtpo.evaluation import evaluate
 from ibtpo.grow import Grower
 from ibtpo.memory_plan import MemoryPlan
 from ibtpo.metrics import tree_metrics
-from ibtpo.mixed import grow_mixed
 from ibtpo.model_card import CARD, model_card, save_generation_config
 from ibtpo.optim import NonFinite, OtherForm
 from ibtpo.policy import Policy, load_policy
@@ -200,9 +200,7 @@ class Trainer:
                 self.policy,
                 task,
                 self.grower,
-                self.engine,
                 self.sampling,
-                problem=self.task.train_problem,
                 on_update=on_update,
                 agreed=lambda excess: self.group.gather(excess, "compare their warm starts")[0],
             )

@@ -22,7 +22,7 @@ from ibtpo.grow import Grower
 from ibtpo.optim import MasterAdamW
 from ibtpo.policy import Policy
 from ibtpo.tasks import Problem, TeachableTask
-from ibtpo_engine import Engine, Sampling
+from ibtpo_engine import Sampling
 from ibtpo_engine.generate import independent
 from ibtpo_kernels import linear_logprob
 
@@ -54,7 +54,6 @@ def warm_start(
     config: WarmStartConfig,
     *,
     seed: int,
-    problem: Callable[[int], Problem],
     on_update: Callable[[WarmStart], None],
     pass_share: Callable[[], float] = lambda: math.inf,
     agreed: Callable[[float], float] = lambda excess: excess,
@@ -63,10 +62,9 @@ def warm_start(
 
     Args:
         policy: trained in place.
-        task: draws the worked solutions.
+        task: draws the worked solutions; update u of batch size b uses its training problems [u*b, (u+1)*b).
         config: when to end, batch size, learning rate.
         seed: of the teacher's draws.
-        problem: the problem of an index; update u of batch size b uses indices [u*b, (u+1)*b).
         on_update: called after each update.
         pass_share: measures the policy's pass rate as a share of the teacher's (`PassShare`); asked every `CHECK_EVERY`
             updates once the loss is low enough. By default the loss alone decides.
@@ -82,7 +80,7 @@ def warm_start(
     recent: deque[float] = deque(maxlen=WINDOW)
     while True:
         first = schedule.updates * config.batch_size
-        problems = [problem(index) for index in range(first, first + config.batch_size)]
+        problems = [task.train_problem(index) for index in range(first, first + config.batch_size)]
         solutions = [task.worked_solution(p, rng) for p in problems]
         texts = [(str(p.prompt), s.text) for p, s in zip(problems, solutions, strict=True)]
         loss, num_tokens = supervised_loss(policy, texts)
@@ -134,27 +132,24 @@ def warm_start_of(
     policy: Policy,
     task: TeachableTask,
     grower: Grower,
-    engine: Engine,
     sampling: Sampling,
     *,
-    problem: Callable[[int], Problem],
     on_update: Callable[[WarmStart], None],
     agreed: Callable[[float], float] = lambda excess: excess,
 ) -> WarmStart:
-    """The warm start a run begins with: `warm_start` on its task's training problems, ended by loss and `PassShare`."""
+    """The warm start a run begins with: `warm_start`, ended by loss and `PassShare`."""
     first = config.warm_start.max_updates * config.warm_start.batch_size
-    unseen = [problem(first + index) for index in range(CHECK_PROMPTS)]
+    unseen = [task.train_problem(first + index) for index in range(CHECK_PROMPTS)]
     end = warm_start(
         policy,
         task,
         config.warm_start,
         seed=config.seed,
-        problem=problem,
         on_update=on_update,
-        pass_share=PassShare(engine, grower, task, sampling, unseen, config.seed),
+        pass_share=PassShare(grower, task, sampling, unseen, config.seed),
         agreed=agreed,
     )
-    engine.weights_changed()
+    grower.engine.weights_changed()
     return end
 
 
@@ -164,8 +159,7 @@ class PassShare:
     The prompts and the random numbers are the same in every measurement.
 
     Args:
-        engine: samples from the policy.
-        grower: of that engine; grades.
+        grower: samples from the policy, and grades.
         task: whose teacher to compare with.
         sampling: how the run will sample.
         problems: `CHECK_PROMPTS` of them.
@@ -173,15 +167,9 @@ class PassShare:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        grower: Grower,
-        task: TeachableTask,
-        sampling: Sampling,
-        problems: Sequence[Problem],
-        seed: int,
+        self, grower: Grower, task: TeachableTask, sampling: Sampling, problems: Sequence[Problem], seed: int
     ) -> None:
-        self._engine, self._grower, self._sampling, self._problems = engine, grower, sampling, problems
+        self._grower, self._sampling, self._problems = grower, sampling, problems
         rng = np.random.default_rng([seed, 2])
         draws = [(p, task.worked_solution(p, rng).text) for p in problems for _ in range(CHECK_SAMPLES)]
         grades = [grower.task.grade(p, text, False) for p, text in draws]
@@ -190,7 +178,7 @@ class PassShare:
 
     def __call__(self) -> float:
         """Measure, with the weights as they are now."""
-        self._engine.weights_changed()
+        self._grower.engine.weights_changed()
         keys = [-1 - index for index in range(len(self._problems))]
         trees, _ = self._grower.grow(self._problems, keys, independent(CHECK_SAMPLES), self._sampling)
         rewards = [leaf.reward or 0.0 for tree in trees for leaf in tree.leaves()]

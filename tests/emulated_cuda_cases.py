@@ -233,7 +233,7 @@ TINY = [
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     """Trains on plain ops, with rewards that differ; resumes, and returns the rows of all steps."""
     monkeypatch.setattr(DataTask, "grade", lambda self, problem, text, finished: float(sum(map(ord, text)) % 2))
-    monkeypatch.setattr(dispatch, "_triton", lambda: None)
+    monkeypatch.setattr(dispatch, "triton_kernels", lambda: None)
     model = save_checkpoint(tmp_path / "model", tied=True, context=64)
     data = save_additions(tmp_path / "rows.jsonl")
 

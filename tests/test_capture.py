@@ -43,7 +43,7 @@ def test_a_gpu_before_ampere_runs_plain_torch(
 ) -> None:
     kernels, device = ModuleType("triton"), torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(dispatch, "_triton", lambda: kernels)
+    monkeypatch.setattr(dispatch, "triton_kernels", lambda: kernels)
     monkeypatch.setattr(dispatch, "_too_old", dispatch._too_old.__wrapped__)
     dispatch._say_missing.cache_clear()
     assert dispatch.active_backend(device) == ("triton" if serves else "reference")

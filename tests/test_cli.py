@@ -73,7 +73,7 @@ def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_runs_as_a_module_and_ends_quietly_when_the_pipe_is_closed() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = f"{sys.executable} -m ibtpo.cli train --help | head -n 1"
+    command = f"{sys.executable} -m ibtpo train --help | head -n 1"
     done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, timeout=60)
     assert done.stdout.startswith("usage: ibtpo train")
     assert "Traceback" not in done.stderr

@@ -192,7 +192,7 @@ def test_a_backend_that_crashes_is_broken_and_the_report_goes_on(monkeypatch: py
     def crash() -> None:
         raise OSError("libtriton.so: wrong ELF class")
 
-    monkeypatch.setattr(dispatch, "_triton", crash)
+    monkeypatch.setattr(dispatch, "triton_kernels", crash)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = {finding.name: finding for finding in examine(kernels=False)}
     assert found["triton"].status == "broken"

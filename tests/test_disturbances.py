@@ -319,6 +319,16 @@ def test_what_is_no_search_is_told_what_one_is(search: Any, said: str) -> None:
     assert_idle(engine)
 
 
+@pytest.mark.parametrize("given", [tuple, iter, dict.fromkeys])
+def test_branches_may_be_asked_for_in_any_collection(given: Callable[[list[Node]], Any]) -> None:
+    def search(tree: Tree) -> Growth:
+        tree.notes["received"] = yield given(tree.root.fork(3))
+
+    engine = Engine(MODEL, kv_tokens=4000)
+    [(_, tree)] = engine.run(search, [prompt_of(4)], Sampling(max_tokens=4))
+    assert tree.notes["received"] == tree.leaves() and len(tree.leaves()) == 3
+
+
 def test_an_error_of_run_names_the_prompt() -> None:
     engine = Engine(MODEL, kv_tokens=4000)
     with pytest.raises(ValueError, match="outside the vocabulary") as caught:

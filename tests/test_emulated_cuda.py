@@ -34,7 +34,7 @@ def _train_on_gpus(collective: str, *arguments: object) -> int:
     import emulated_gpus  # where Triton is missing it cannot be imported
 
     emulated_gpus.install()
-    dispatch._triton = lambda: None  # type: ignore[assignment]
+    dispatch.triton_kernels = lambda: None  # type: ignore[assignment]
     code = train(*arguments, "--device", "cuda")
     assert collective in emulated_gpus.collectives
     return code

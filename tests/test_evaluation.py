@@ -26,7 +26,8 @@ from ibtpo.config_io import dump_yaml
 from ibtpo.disk import RunFolderError
 from ibtpo.evaluation import Completion, sample_completions, summarize
 from ibtpo.evaluation.folder import EvaluationFolder
-from ibtpo.evaluation.statistics import MOST_SAMPLES, ks_up_to, majority_at, pass_rates
+from ibtpo.evaluation.statistics import MOST_SAMPLES, ks_up_to, majority_at
+from ibtpo.metrics import pass_rates
 from ibtpo.policy import built_in_policy
 from ibtpo.stopping import StopRequest
 
@@ -250,7 +251,7 @@ def test_a_killed_evaluation_goes_on_and_gives_the_same_numbers(built_in: Path, 
     rest = [*FLAGS, "--samples", "6", "--limit", "60", "--engine.max-branches", "6", "--digits.grade", "last"]
     assert run("--model", built_in, *rest, "--out", tmp_path / "whole") == 0
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "ibtpo.cli", "eval", "--model", str(built_in), *rest, "--out", str(out)]
+    command = [sys.executable, "-m", "ibtpo", "eval", "--model", str(built_in), *rest, "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60

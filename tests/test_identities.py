@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from losses import policy_loss
 from trees import (
     VOCABULARY,
     TinyModel,
@@ -23,7 +24,6 @@ from trees import (
 from ibtpo.advantage import advantage
 from ibtpo.config import AdvantageConfig, IBConfig, LossConfig, SearchConfig
 from ibtpo.ib import IBEstimates
-from ibtpo.loss import policy_loss
 from ibtpo.pack import pack
 from ibtpo.search import make_search
 from ibtpo.studies.table_policy import TablePolicy

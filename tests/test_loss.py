@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from losses import policy_loss
 from torch import Tensor
 
 from ibtpo.config import LossConfig
-from ibtpo.loss import policy_loss, summarize
+from ibtpo.loss import summarize
 from ibtpo.pack import MicroBatch
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
+from losses import policy_loss
 from rich.console import Console
 from test_loss import batch_of
 from torch import Tensor
@@ -26,9 +27,9 @@ from ibtpo.config import (
     SearchConfig,
 )
 from ibtpo.config_io import base_config, merge
+from ibtpo.dynamic_sampling import grow_mixed
 from ibtpo.grow import Grower
-from ibtpo.loss import policy_loss, summarize
-from ibtpo.mixed import grow_mixed
+from ibtpo.loss import summarize
 from ibtpo.pack import MicroBatch
 from ibtpo.policy import built_in_policy
 from ibtpo.presets import PRESET_NOTES, PRESETS

@@ -32,7 +32,7 @@ from ibtpo.config import (
 from ibtpo.memory_fit import check_memory, fitting_flags
 from ibtpo.memory_plan import GIB, Processes, activation_bytes, largest_micro_batch, plan_memory
 from ibtpo.optim import MasterAdamW
-from ibtpo.policy import adapted_projections
+from ibtpo.policy import adapters_of
 from ibtpo.pool_bound import least_pool, pool_warning
 from ibtpo.search import make_search
 from ibtpo.setup import find_nonfinite, longest_prompt
@@ -41,7 +41,6 @@ from ibtpo.train import train
 from ibtpo.update import frozen_copy
 from ibtpo_engine import (
     Engine,
-    LoRA,
     Model,
     ModelConfig,
     OutOfPages,
@@ -75,8 +74,8 @@ def shape_of(architecture: str = "Qwen3ForCausalLM", **fields: object) -> ModelC
 
 def model_of(shape: ModelConfig, config: TrainConfig) -> Model:
     model = initialise(Model(shape), 0).to(getattr(torch, config.dtype))
-    if config.lora.rank:
-        model.add_adapters(LoRA(rank=config.lora.rank, targets=adapted_projections(config.lora)))
+    if (lora := adapters_of(config)) is not None:
+        model.add_adapters(lora)
     return model
 
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from losses import policy_loss
 from trees import VOCABULARY, TinyModel, chain, estimate, gradients, log_probs, random_trajectories, unpacked_loss
 
 from ibtpo.advantage import NodeAdvantage, advantage
 from ibtpo.config import AdvantageConfig, LossConfig
-from ibtpo.loss import policy_loss, summarize
+from ibtpo.loss import summarize
 from ibtpo.pack import MicroBatch, pack
 from ibtpo_engine.model import Model, initialise
 from ibtpo_engine.model_config import ModelConfig

@@ -14,7 +14,7 @@ from engine_helpers import assert_idle, check_every_step, expected_tokens, promp
 
 from ibtpo.steps import StepSplitter
 from ibtpo_engine import Boundary, Budget, Engine, Model, Node, Sampling, Tree
-from ibtpo_engine.slots import Ints
+from ibtpo_engine.arrays import Ints
 
 PROMPT = prompt_of(37)
 SAMPLING = Sampling(max_tokens=45, stop_tokens=(2,))

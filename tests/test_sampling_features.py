@@ -173,10 +173,16 @@ def test_branches_at_the_same_depth_below_different_leaves_have_streams_of_their
 @pytest.mark.parametrize(
     "field",
     [
+        {"temperature": -1.0},
         {"temperature": math.inf},
         {"temperature": math.nan},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
         {"top_k": 1 << 31},
         {"top_k": 2.5},
+        {"min_p": 1.5},
+        {"max_tokens": 0},
         {"max_tokens": 5.5},
         {"stop_tokens": 2},
         {"stop_tokens": (None,)},

@@ -39,7 +39,7 @@ def test_killed_study_goes_on_where_it_was(tmp_path: Path, capsys: pytest.Captur
     file, out = tmp_path / "tiny.yaml", tmp_path / "out"
     file.write_text(TINY)
     arguments = ["study", str(file), "--out", str(out), "--jobs", "1", *FLAGS]
-    process = subprocess.Popen([sys.executable, "-m", "ibtpo.cli", *arguments], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "ibtpo", *arguments], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while len(list(out.glob("cells/train-*/spec.json"))) < 1 and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -482,7 +482,7 @@ def test_a_second_process_on_a_running_run_is_refused_and_does_no_harm(
     def finish(trainer: Trainer, *arguments: Any) -> None:
         original(trainer, *arguments)
         if trainer.state.step == 3:
-            command = [sys.executable, "-m", "ibtpo.cli", "train", "--resume", str(folder)]
+            command = [sys.executable, "-m", "ibtpo", "train", "--resume", str(folder)]
             others.append(subprocess.run(command, capture_output=True, text=True, check=False))
 
     monkeypatch.setattr(Trainer, "_finish_step", finish)
@@ -557,7 +557,7 @@ def test_a_closed_terminal_stops_the_run_with_a_checkpoint_unless_told_otherwise
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
 
-    command = [sys.executable, "-m", "ibtpo.cli", "train", *map(str, adder), "--out", str(folder)]
+    command = [sys.executable, "-m", "ibtpo", "train", *map(str, adder), "--out", str(folder)]
     process = subprocess.Popen(
         [*command, "--sampled-tokens", budget],
         stdin=terminal,

@@ -26,7 +26,6 @@ from ibtpo.tasks.digit_chain import (
     DigitChain,
     all_facts,
     char_tokenizer,
-    facts_of,
     imperfect_teacher,
     parse_prompt,
     result,
@@ -57,7 +56,7 @@ def test_facts_are_left_to_right_and_modulo_ten() -> None:
     assert len(set(all_facts())) == 240
     for a, operation, b in all_facts():
         assert result((a, operation, b)) == eval(f"({a}{operation}{b}) % 10")
-    assert facts_of(parse_prompt("3-9*2=?\n")) == [(3, "-", 9), (4, "*", 2)]
+    assert right_solution(parse_prompt("3-9*2=?\n")) == "3-9=4\n4*2=8\n8."
 
 
 @pytest.mark.parametrize("ops", [(1, 1), (2, 2), (8, 12)])
@@ -114,16 +113,14 @@ def test_strict_grades_the_derivation_and_last_the_final_digit() -> None:
     assert last.grade(problem, "11.", False) == 0.0
 
 
-def test_exact_value_is_the_share_of_right_derivations() -> None:
+def test_the_teacher_is_right_as_often_as_its_facts_are_together() -> None:
     task, rng = DigitChain(DigitChainConfig(min_ops=3, max_ops=3, teacher_exponent=1.0), 4), np.random.default_rng(0)
     problem = task.eval_problems(1)[0]
-    exact = task.exact_value(problem, 0, lambda fact: 1 - task.teacher[fact].rate)
+    steps = right_solution(problem).splitlines()[:-1]  # "7*8=6", ...
+    exact = math.prod(1 - task.teacher[int(step[0]), step[1], int(step[2])].rate for step in steps)
     sampled = np.mean([task.grade(problem, task.worked_solution(problem, rng).text, False) for _ in range(6000)])
-    assert 0.05 < exact < 0.95
+    assert len(steps) == 3 and 0.05 < exact < 0.95
     assert sampled == pytest.approx(exact, abs=0.025)
-    assert task.exact_value(problem, 3, lambda fact: 0.0) == 1.0
-    with pytest.raises(ValueError, match="strict"):
-        DigitChain(DigitChainConfig(grade="last"), 0).exact_value(problem, 0, lambda fact: 1.0)
 
 
 @given(st.text(SYMBOLS, max_size=40))

@@ -226,7 +226,7 @@ def test_interrupted_warm_start_begins_anew(
 
 
 def _start_process(*arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "ibtpo.cli", "train", *map(str, arguments)]
+    command = [sys.executable, "-m", "ibtpo", "train", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 

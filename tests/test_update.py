@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 from engine_helpers import tiny_model
+from losses import policy_loss
 from trees import VOCABULARY, chain, estimate, random_trajectories
 
 from ibtpo.config import AdvantageConfig, LossConfig, OptimConfig, SamplingConfig, TrainConfig
-from ibtpo.loss import policy_loss
 from ibtpo.optim import MasterAdamW
 from ibtpo.update import Updater, edge_logprob, frozen_copy
 from ibtpo_engine import Model

@@ -58,7 +58,7 @@ def test_policy_comes_near_its_teacher() -> None:
     policy = built_in_policy(0, dtype=torch.float32, device=torch.device("cpu"))
     config = WarmStartConfig(excess=0.3, decay_updates=20, max_updates=400, batch_size=32)
     seen: list[WarmStart] = []
-    end = warm_start(policy, task, config, seed=0, problem=task.train_problem, on_update=seen.append)
+    end = warm_start(policy, task, config, seed=0, on_update=seen.append)
     assert end == seen[-1]
     assert WINDOW + config.decay_updates < end.updates == end.total == len(seen) < config.max_updates
     assert 0.0 < end.excess < config.excess < seen[10].excess
@@ -81,10 +81,9 @@ def test_pass_share_compares_policy_and_teacher() -> None:
     config = base_config(task=None, preset="grpo", file=None, run=None)
     task = DigitChain(DigitChainConfig(min_ops=1, max_ops=1), 0)
     policy = built_in_policy(0, dtype=torch.float32, device=torch.device("cpu"))
-    engine = make_engine(config, policy)
-    grower = Grower(engine, task, policy.tokenizer, config.jsonl)
+    grower = Grower(make_engine(config, policy), task, policy.tokenizer, config.jsonl)
     problems = [task.train_problem(index) for index in range(8)]
-    share = PassShare(engine, grower, task, Sampling(max_tokens=8, stop_tokens=policy.stops), problems, 0)
+    share = PassShare(grower, task, Sampling(max_tokens=8, stop_tokens=policy.stops), problems, 0)
     assert 0.5 < share._teacher <= 1.0  # one operation, mean error rate .18
     assert share() == 0.0
 

@@ -14,11 +14,12 @@ from typing import Protocol, runtime_checkable
 
 import numpy.typing as npt
 
+from ibtpo_engine.arrays import Floats, Ints
 from ibtpo_engine.engine import Engine
 from ibtpo_engine.growing import Reward, Search
 from ibtpo_engine.randomness import mix
 from ibtpo_engine.sampling import Sampling
-from ibtpo_engine.tree import Floats, Ints, Tree
+from ibtpo_engine.tree import Tree
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,6 +101,9 @@ class TreeEngine(Protocol):
         keys: Iterable[int] | None = None,
     ) -> Iterator[tuple[int, Tree]]:
         """Grow a tree on every prompt; as `Engine.run`."""
+
+    def weights_changed(self) -> None:
+        """What is sampled from here on comes from other weights."""
 
 
 class EngineBackend:

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from ibtpo_engine.arrays import Ints
 from ibtpo_engine.features import Features
 from ibtpo_engine.pages import KV, PAGE
 from ibtpo_engine.runner import Rows
 from ibtpo_engine.sampling import Sampling
-from ibtpo_engine.slots import Ints, Outputs
+from ibtpo_engine.slots import Outputs
 from ibtpo_engine.tree import Node
 
 
@@ -62,10 +63,11 @@ class Fill:
         return self.start + len(self.tokens) - (self.branch is not None)
 
     def chunk(self, budget: int) -> Chunk:
-        """The rows to run in this step, at most `budget`."""
+        """The rows to run in this step, at most `budget`; of a node computed to its end the last one, for its state."""
         if self.computed < self.end:
             return Chunk(self, self.computed, min(self.end, self.computed + budget))
-        return Chunk(self, self.end - 1, self.end - 1 + min(budget, self.branch is None))
+        rows = 1 if self.branch is None and budget > 0 else 0
+        return Chunk(self, self.end - 1, self.end - 1 + rows)
 
     def reached(self, depth: int) -> None:
         """Keys and values are there up to `depth`."""

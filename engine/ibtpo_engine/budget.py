@@ -99,14 +99,14 @@ def _shared_out(tree: Tree, nodes: list[Node], reserved: Mapping[Node, int]) -> 
     """Depth each node may reach by the tree's budget alone."""
     budget = tree.budget
     assert budget is not None
-    spans = [(node, reserved.get(node, node.end)) for node in tree.root.subtree()]
+    ends = _ends(tree, reserved)
     depth = dict.fromkeys(nodes, 1 << 30)
     if budget.tokens is not None:
-        used = sum(end - node.start for node, end in spans) - tree.prompt_len
+        used = _tokens_used(tree, ends)
         for node, share in zip(nodes, _shares("tokens", budget.tokens, used, len(nodes)), strict=True):
             depth[node] = node.start + share
     if budget.pages is not None:
-        used = sum(_pages(node, end) for node, end in spans)
+        used = _pages_used(ends)
         for node, share in zip(nodes, _shares("pages", budget.pages, used, len(nodes)), strict=True):
             depth[node] = min(depth[node], (node.start // PAGE + share + _shares_page(node)) * PAGE)
     return depth
@@ -121,15 +121,27 @@ def check_room(node: Node, lengths: list[int], reserved: Mapping[Node, int]) -> 
     tree = node.tree
     if tree.budget is None:
         return
-    there = [(other, reserved.get(other, other.end)) for other in tree.root.subtree()]
-    tokens = sum(end - other.start for other, end in there) - tree.prompt_len
-    pages = sum(_pages(other, end) for other, end in there)
+    ends, pages = _ends(tree, reserved), sum(pages_for(node.end + n) - node.end // PAGE for n in lengths)
     for name, bound, used, more in (
-        ("tokens", tree.budget.tokens, tokens, sum(lengths)),
-        ("pages", tree.budget.pages, pages, sum(pages_for(node.end + n) - node.end // PAGE for n in lengths)),
+        ("tokens", tree.budget.tokens, _tokens_used(tree, ends), sum(lengths)),
+        ("pages", tree.budget.pages, _pages_used(ends), pages),
     ):
         if bound is not None and used + more > bound:
             raise _spent(name, bound, used, f"{more} {name}")
+
+
+def _ends(tree: Tree, reserved: Mapping[Node, int]) -> dict[Node, int]:
+    """Where each node of the tree ends, or may end if it is still growing."""
+    return {node: reserved.get(node, node.end) for node in tree.root.subtree()}
+
+
+def _tokens_used(tree: Tree, ends: Mapping[Node, int]) -> int:
+    """Tokens below the prompt."""
+    return sum(end - node.start for node, end in ends.items()) - tree.prompt_len
+
+
+def _pages_used(ends: Mapping[Node, int]) -> int:
+    return sum(_pages(node, end) for node, end in ends.items())
 
 
 def _shares(name: str, bound: int, used: int, n: int) -> list[int]:

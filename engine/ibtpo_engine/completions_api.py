@@ -16,10 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ibtpo_engine.arrays import Floats, Ints
 from ibtpo_engine.backends import Completion
 from ibtpo_engine.errors import BackendError
 from ibtpo_engine.sampling import Sampling
-from ibtpo_engine.tree import Floats, Ints
 
 LogprobKind = Literal["raw", "scaled", "sampled"]
 """What a server's log-probs are: of the model itself (vLLM's default); after division by the temperature, but before

@@ -25,7 +25,6 @@ from ibtpo_engine.memory import tokens_in_share
 from ibtpo_engine.model import Model
 from ibtpo_engine.pages import PAGE, PagePool, pages_for
 from ibtpo_engine.parity import Parity, check_parity
-from ibtpo_engine.pause import Pauses
 from ibtpo_engine.randomness import seeded_stream
 from ibtpo_engine.runner import Runner
 from ibtpo_engine.sampling import Sampling
@@ -34,6 +33,7 @@ from ibtpo_engine.shadow import Shadow
 from ibtpo_engine.stops import Decode
 from ibtpo_engine.threads import threads_for
 from ibtpo_engine.tree import Node, Tree
+from ibtpo_engine.watch import Pauses
 from ibtpo_engine.weights import WeightWatch
 
 

@@ -8,15 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
+from ibtpo_engine.arrays import Ints, Longs
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.shaping import Shape
 from ibtpo_engine.stops import Decode, StopWatch
 from ibtpo_engine.tree import Node
-
-Ints = npt.NDArray[np.int32]
-SlotIds = npt.NDArray[np.int64]
 
 STOP = 1  # index into slots.FINISH
 
@@ -59,14 +56,14 @@ class FeatureTable:
     """The features of the branches that have any, by slot."""
 
     by_slot: dict[int, Features] = field(default_factory=dict)
-    _all: SlotIds | None = None
-    _parts: tuple[SlotIds, SlotIds] | None = None
+    _all: Longs | None = None
+    _parts: tuple[Longs, Longs] | None = None
     _shaped: tuple[int, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.by_slot)
 
-    def split(self, slots: SlotIds, length: Ints) -> tuple[SlotIds, SlotIds]:
+    def split(self, slots: Longs, length: Ints) -> tuple[Longs, Longs]:
         """(plain, shaped): the slots whose next logits are sampled as they are, and the others.
 
         The same arrays are returned as long as they hold the same slots, so that plans made for them are kept.
@@ -85,9 +82,7 @@ class FeatureTable:
             return None
         return features.shape
 
-    def follow(
-        self, slots: SlotIds, code: SlotIds, length: Ints, last_token: list[int]
-    ) -> list[tuple[int, BaseException]]:
+    def follow(self, slots: Longs, code: Longs, length: Ints, last_token: list[int]) -> list[tuple[int, BaseException]]:
         """Look for stop strings after a token was recorded in each slot; writes the `code` of those that end.
 
         Returns:

@@ -12,24 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ibtpo_engine.arrays import Floats, Ints
 from ibtpo_engine.branches import Branch, Fill
 from ibtpo_engine.randomness import mix
+from ibtpo_engine.runner import Runner
 from ibtpo_engine.sampling import Sampling
-from ibtpo_engine.slots import Ints, Outputs, Slots
+from ibtpo_engine.slots import Outputs, Slots
 from ibtpo_engine.tree import Node
 from ibtpo_kernels import linear_logprob, sample, sampled_logprob
-
-if TYPE_CHECKING:
-    from ibtpo_engine.runner import Runner
-
-Floats = npt.NDArray[np.float32]
 
 _GIVEN = -2  # with the tokens of a suffix at the place of a fork's ordinal: 64 mixed bits, so no fork's
 

@@ -102,11 +102,9 @@ class Growing:
         try:
             asked = go(self.generator)
         except StopIteration:
-            self._drop_untold()
             self._end()
         except (BudgetSpent, NoTokenAllowed) as error:
             self.tree.ended_by = error
-            self._drop_untold()
             self._end()
         else:
             if self.tree.closed:
@@ -141,9 +139,11 @@ class Growing:
         self._gate = asked if isinstance(asked, Future) else None
         if isinstance(asked, Future):
             asked = Ahead([], [])
-        if not isinstance(asked, list | Ahead) and (isinstance(asked, Node | str) or not isinstance(asked, Iterable)):
-            raise TypeError(f"a search yields a list of nodes, an Ahead or a future; this one yielded {asked!r}")
-        asked = asked if isinstance(asked, Ahead) else Ahead(asked, asked)
+        elif not isinstance(asked, Ahead):
+            if isinstance(asked, Node | str) or not isinstance(asked, Iterable):
+                raise TypeError(f"a search yields a list of nodes, an Ahead or a future; this one yielded {asked!r}")
+            nodes = list(asked)  # once: it may be an iterator
+            asked = Ahead(nodes, nodes)
         failed = (self._failed.pop(node) for node in asked.until if node in self._failed)
         self._error = self._error or next(failed, None)  # one may be left where the budget refused what came with it
         self.nodes, self._until = list(asked.extend), [node for node in asked.until if not node.dropped]
@@ -156,19 +156,16 @@ class Growing:
         self._waits_for = self._under_way.intersection(self._until)
         self.submitted = False
 
-    def _drop_untold(self) -> None:
-        """Cut off what ended before the search was told: whether it had would depend on the batch."""
-        if not self.tree.closed:
-            for node in self._untold:
-                if not (node.in_flight or node.dropped or node.children):
-                    node.drop()
-
     def _check_grades(self) -> None:
         if self._not_graded is not None:
             raise self._not_graded
 
     def _end(self) -> None:
+        """End the search; what ended before it was told leaves the tree: whether it had would depend on the batch."""
         assert self.generator is not None
+        for node in self._untold if not self.tree.closed else ():
+            if not (node.in_flight or node.dropped or node.children):
+                node.drop()
         self._check_grades()
         self.generator.close()
         self.nodes, self._until, self._waits_for, self._gate, self.done = [], [], set(), None, True

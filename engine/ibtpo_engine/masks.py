@@ -21,9 +21,9 @@ from typing import Protocol, Self, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
+from ibtpo_engine.arrays import Ints
 from ibtpo_engine.tree import Node
 
-Ints = npt.NDArray[np.int32]
 PrefixMask = Callable[[Ints], npt.ArrayLike]
 
 

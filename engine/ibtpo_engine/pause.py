@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from ibtpo_engine.errors import BranchFailed
-from ibtpo_engine.token_texts import Decodes, TokenTexts
-
-if TYPE_CHECKING:
-    from ibtpo_engine.branches import Branch
-    from ibtpo_engine.scheduler import Scheduler
-    from ibtpo_engine.tree import Node
-
-Ints = npt.NDArray[np.int32]
+from ibtpo_engine.arrays import Ints
+from ibtpo_engine.token_texts import Decodes, TokenTexts, boundaries
 
 Pause = Callable[[Ints, int], bool]
 """Called after each token of a branch with (tokens, new): int32 [n], read-only, the whole path from the prompt's first
@@ -59,91 +50,12 @@ class Boundary:
                 break
             before.append(self._texts[int(token)])
             size += len(before[-1])
-        head = "".join(reversed(before))
-        return self._completes(head, self._texts[int(tokens[-1])]) and not self._in_block(tokens)
-
-    def _completes(self, head: str, text: str) -> bool:
-        whole = head + text
-        for separator in self.separators:
-            at = whole.find(separator, max(len(head) - len(separator) + 1, 0))
-            while at >= 0:
-                run = whole.find(separator, max(at - len(separator), 0), at + len(separator) - 1)
-                if run < 0:  # none before it that it touches or overlaps
-                    return True
-                at = whole.find(separator, at + 1)
-        return False
+        text = "".join(reversed([self._texts[int(tokens[-1])], *before]))
+        completes = any(end > size for separator in self.separators for end in boundaries(text, separator))
+        return completes and not self._in_block(tokens)
 
     def _in_block(self, tokens: Ints) -> bool:
         if self.block is None:
             return False
         opened, closed = (np.flatnonzero(tokens == token) for token in self.block)
         return len(opened) > 0 and (len(closed) == 0 or bool(opened[-1] > closed[-1]))
-
-
-class Watch:
-    """One branch whose tokens are looked at as they come.
-
-    Attributes:
-        branch: the one that is followed.
-        depth: the tokens at depths [branch.node.start, depth) have been seen.
-    """
-
-    def __init__(self, branch: Branch) -> None:
-        self.branch = branch
-        self.depth = branch.node.start
-
-    def fresh(self, scheduler: Scheduler) -> int:
-        """Depth one past the last token sampled, if the branch is running and has new ones; else `depth`."""
-        branch = self.branch
-        if not scheduler.is_running(branch):
-            return self.depth  # preempted or being filled: what it had sampled comes back unchanged
-        return max(int(scheduler.slots.length[branch.slot]), self.depth)
-
-
-class _Asked(Watch):
-    """A branch with a predicate, and its path in a buffer so that a step copies one token and not the path."""
-
-    def __init__(self, branch: Branch, pause: Pause) -> None:
-        super().__init__(branch)
-        self.pause = pause
-        self.path: Ints = np.empty(branch.limit, np.int32)
-        assert branch.node.parent is not None
-        self.path[: self.depth] = branch.node.parent.prefix()
-
-    def wants_to_pause(self, scheduler: Scheduler) -> bool:
-        now, start = self.fresh(scheduler), self.branch.node.start
-        if now == self.depth:
-            return False
-        sampled = scheduler.slots.tokens[self.branch.slot]
-        self.path[self.depth : now] = sampled[self.depth - start : now - start]
-        self.depth = now
-        tokens = self.path[:now]
-        tokens.flags.writeable = False
-        return bool(self.pause(tokens, now - start))
-
-
-class Pauses:
-    """The branches under way that have a predicate; an engine asks it after each step."""
-
-    def __init__(self, scheduler: Scheduler) -> None:
-        self.scheduler = scheduler
-        self._asked: list[_Asked] = []
-
-    def __len__(self) -> int:
-        return len(self._asked)
-
-    def add(self, branch: Branch, pause: Pause) -> None:
-        """Ask `pause` after each token of a branch just submitted."""
-        self._asked.append(_Asked(branch, pause))
-
-    def due(self, version: int) -> list[Node]:
-        """Pause the branches that want to; those whose predicate raises are added to the scheduler's `failures`."""
-        self._asked = [asked for asked in self._asked if asked.branch.node.in_flight]
-        paused = []
-        for asked in self._asked:
-            try:
-                if asked.branch.node.in_flight and asked.wants_to_pause(self.scheduler):
-                    paused.append(self.scheduler.end(asked.branch, None, version))
-            except Exception as error:
-                self.scheduler.failures.append(BranchFailed(asked.branch.node, error))
-        return paused

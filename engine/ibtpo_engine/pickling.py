@@ -49,7 +49,8 @@ def fill_tree(tree: Tree, state: dict[str, Any]) -> None:
             setattr(node, name, value)
     for node, parent in zip(nodes, state["parents"], strict=True):
         node.tree, node.parent, node.children, node.dropped = tree, None, [], False
-        node.in_flight, node.kv, node.mask = False, None, None
+        for name, value in _OF_THE_ENGINE.items():
+            setattr(node, name, value)
         if parent >= 0:
             node.parent = nodes[parent]
             node.parent.children.append(node)  # depth first keeps the order of siblings

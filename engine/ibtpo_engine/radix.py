@@ -9,11 +9,9 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
-import numpy.typing as npt
 
+from ibtpo_engine.arrays import Ints
 from ibtpo_engine.pages import PAGE, PagePool
-
-Ints = npt.NDArray[np.int32]
 
 
 class Entry:

@@ -17,15 +17,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from ibtpo_engine.arrays import Longs
 from ibtpo_engine.branches import Branch, Fill
 from ibtpo_engine.cache import PageCache
 from ibtpo_engine.pages import KV
 from ibtpo_engine.slots import Outputs, Slots
 from ibtpo_engine.tree import Node
-
-SlotIds = npt.NDArray[np.int64]
 
 
 @dataclass
@@ -68,7 +66,7 @@ class Roster:
         self.lacking: list[Branch] | None = None
         self.counters = Counters()
         self._order: list[tuple[tuple[int, ...], int]] = []  # (place, slot) of the running, sorted
-        self._running_slots: SlotIds | None = None  # the slots of _order; None when it changed
+        self._running_slots: Longs | None = None  # the slots of _order; None when it changed
         self._tickets = 0
 
     @property
@@ -77,7 +75,7 @@ class Roster:
         filling = sum(len(fill.children) + (fill.branch is not None) for fill in self.fills.values())
         return len(self.waiting) + len(self.running) + filling
 
-    def running_slots(self) -> SlotIds:
+    def running_slots(self) -> Longs:
         """Slots of the running branches, siblings side by side; the same array until a branch joins or leaves."""
         if self._running_slots is None:
             self._running_slots = np.fromiter((slot for _, slot in self._order), np.int64, len(self._order))

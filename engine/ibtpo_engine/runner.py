@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ibtpo_engine.arrays import Ints, Longs
 from ibtpo_engine.capture import Capture
 from ibtpo_engine.model import Model
 from ibtpo_engine.native import native_decoder
@@ -49,10 +49,10 @@ class Rows:
         row: int32 [T], the page-table row of its path.
     """
 
-    tokens: npt.NDArray[np.int64]
-    pos: npt.NDArray[np.int64]
-    address: npt.NDArray[np.int64]
-    row: npt.NDArray[np.int32]
+    tokens: Longs
+    pos: Longs
+    address: Longs
+    row: Ints
 
     def followed_by(self, others: Rows) -> Rows:
         """These rows, then others."""
@@ -73,10 +73,10 @@ class Runner:
         self.pool = pool
         self.parity: Parity = parity
         self._plan: DecodePlan | None = None
-        self._planned: npt.NDArray[np.int32] = np.empty(0, np.int32)  # the rows it is for
+        self._planned: Ints = np.empty(0, np.int32)  # the rows it is for
         self._decoder: Decoder | None = None
         self._step: DecodeStep | None = None
-        self._chosen: npt.NDArray[np.int64] | None = None  # what the step was told to run
+        self._chosen: Longs | None = None  # what the step was told to run
         self.graphs: StepGraphs | None = None
         if capture is not None:
             from ibtpo_engine.step_graphs import StepGraphs  # not where Triton is missing
@@ -140,7 +140,7 @@ class Runner:
         if self._decoder is not None:
             self._decoder.announce(num_rows)
 
-    def decode(self, slots: Slots, chosen: npt.NDArray[np.int64], most: int = 1) -> tuple[int, Events]:
+    def decode(self, slots: Slots, chosen: Longs, most: int = 1) -> tuple[int, Events]:
         """Run the last token of each slot chosen and record the next one, in one native call or one replayed graph.
 
         Args:

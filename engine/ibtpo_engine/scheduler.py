@@ -16,12 +16,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from ibtpo_engine.arrays import Longs
 from ibtpo_engine.branches import Branch, Chunk, Fill, chunk_rows
 from ibtpo_engine.cache import PageCache, is_computed
 from ibtpo_engine.errors import BranchFailed
 from ibtpo_engine.given import record_scores
 from ibtpo_engine.pages import PAGE, pages_for
-from ibtpo_engine.roster import Roster, SlotIds
+from ibtpo_engine.roster import Roster
 from ibtpo_engine.runner import Rows, Runner
 from ibtpo_engine.slots import FINISH, LACKS_PAGE, Slots
 from ibtpo_engine.tree import Node
@@ -48,7 +49,7 @@ class Scheduler(Roster):
         self.max_branches = max_branches
         self.fill_tokens = fill_tokens
         self.failures: list[BranchFailed] = []  # of branches whose step was taken; whoever reads them takes them out
-        self._planned: SlotIds | None = None  # the running slots that the runner's plan is for
+        self._planned: Longs | None = None  # the running slots that the runner's plan is for
 
     # ---- what the engine calls -------------------------------------------------------------------------------
 
@@ -202,7 +203,7 @@ class Scheduler(Roster):
 
     # ---- one step --------------------------------------------------------------------------------------------
 
-    def _decoding_slots(self) -> SlotIds:
+    def _decoding_slots(self) -> Longs:
         slots = self.running_slots()
         if slots is not self._planned:
             self._planned = slots
@@ -254,7 +255,7 @@ class Scheduler(Roster):
         self.lacking = [branch for branch, code in coded if code == LACKS_PAGE]
         return self._end_all([(branch, code) for branch, code in coded if code != LACKS_PAGE], version)
 
-    def _decode_apart(self, decoding: SlotIds, version: int) -> list[Node]:
+    def _decode_apart(self, decoding: Longs, version: int) -> list[Node]:
         """The same where some branches have features: those with shaped logits are run apart, the others natively.
 
         Nothing is recorded before every row was run, so that an error leaves all the branches at the same place.
@@ -285,7 +286,7 @@ class Scheduler(Roster):
             chunks.append(chunk)
         return chunks
 
-    def _forward(self, decoding: SlotIds, chunks: list[Chunk]) -> torch.Tensor | None:
+    def _forward(self, decoding: Longs, chunks: list[Chunk]) -> torch.Tensor | None:
         """Hidden states of the decode rows, then of each chunk; None if there is no row."""
         tokens, pos, address = self.slots.next_rows(decoding)
         rows = Rows(tokens.astype(np.int64), pos.astype(np.int64), address, decoding.astype(np.int32))
@@ -346,9 +347,7 @@ class Scheduler(Roster):
                 started.append(branch)
         return started
 
-    def _sample(
-        self, decoding: SlotIds, hidden: torch.Tensor | None, started: list[Branch], version: int
-    ) -> list[Node]:
+    def _sample(self, decoding: Longs, hidden: torch.Tensor | None, started: list[Branch], version: int) -> list[Node]:
         """Draw a token for every decoding and every just started branch."""
         slots, chosen, num_decoding = self.slots, decoding, len(decoding)
         states = [] if hidden is None else [hidden[:num_decoding]]
@@ -371,7 +370,7 @@ class Scheduler(Roster):
         self.counters.sampled += len(chosen)
         return self._settle(chosen, code, started, version)
 
-    def _settle(self, chosen: SlotIds, code: SlotIds, started: list[Branch], version: int) -> list[Node]:
+    def _settle(self, chosen: Longs, code: Longs, started: list[Branch], version: int) -> list[Node]:
         """Let started branches join the running ones, then take out those that finished."""
         for branch in started:
             self._join(branch)

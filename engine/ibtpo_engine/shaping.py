@@ -8,18 +8,15 @@ those of the model.
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ibtpo_engine.arrays import Ints
 from ibtpo_engine.errors import BranchFailed, NoTokenAllowed
 from ibtpo_engine.masks import MaskCursor
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.tree import Node
 from ibtpo_kernels import sample, sampled_logprob
-
-Ints = npt.NDArray[np.int32]
 
 
 class Shape:

@@ -8,14 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ibtpo_engine.arrays import Floats, Ints, Longs
 from ibtpo_engine.features import Features, FeatureTable
 from ibtpo_engine.pages import PAGE
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.shaping import sample_shaped
 from ibtpo_kernels import DecodePlanner
-
-Ints = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.float32]
 
 Number = TypeVar("Number", np.int32, np.int64, np.float32)
 Outputs = tuple[Ints, Floats, Floats, Floats]  # tokens, logprob, logprob_raw, entropy of one branch, each [n]
@@ -33,7 +31,7 @@ class Slots:
         [ancestors )[sampled here: out_tokens  )               most it may reach
 
     Attributes:
-        table: int32 [num, max_pages], page ids of the path; -1 past them. Written by `set_pages` and `add_page` alone.
+        table: int32 [num, max_pages], page ids of the path; -1 past them. Written by `take` and `add_page` alone.
         planner: plans steps over the table; it is told of each write.
         start, length, limit: int32 [num], depths as drawn above.
         before: int32 [num], the token at depth start - 1: while length == start, the next row is once more this one,
@@ -55,12 +53,12 @@ class Slots:
         self.length: Ints = np.zeros(num, np.int32)
         self.limit: Ints = np.zeros(num, np.int32)
         self.before: Ints = np.zeros(num, np.int32)
-        self.stream: npt.NDArray[np.int64] = np.zeros(num, np.int64)
+        self.stream: Longs = np.zeros(num, np.int64)
         self.temperature: Floats = np.ones(num, np.float32)
         self.top_p: Floats = np.ones(num, np.float32)
         self.top_k: Ints = np.zeros(num, np.int32)
         self.min_p: Floats = np.zeros(num, np.float32)
-        self.stops: npt.NDArray[np.int64] = np.full((num, 1), -1, np.int64)
+        self.stops: Longs = np.full((num, 1), -1, np.int64)
         self.tokens: Ints = np.zeros((num, 64), np.int32)
         self.logprob: Floats = np.zeros((num, 64), np.float32)
         self.logprob_raw: Floats = np.zeros((num, 64), np.float32)
@@ -76,14 +74,10 @@ class Slots:
     def take(self, pages: list[int]) -> int:
         """Reserve a slot whose path has these pages."""
         slot = self._free.pop()
-        self.set_pages(slot, pages)
-        return slot
-
-    def set_pages(self, slot: int, pages: list[int]) -> None:
-        """Write the page-table row."""
         self.table[slot, : len(pages)] = pages
         self.table[slot, len(pages) :] = -1
         self.planner.rewrote(slot)
+        return slot
 
     def add_page(self, slot: int, column: int, page: int) -> None:
         """Put a page at the end of the slot's path."""
@@ -127,7 +121,7 @@ class Slots:
             for name in self.OUTPUTS:
                 setattr(self, name, _widen(getattr(self, name), width, fill=0))
 
-    def next_rows(self, slots: npt.NDArray[np.int64]) -> tuple[Ints, Ints, npt.NDArray[np.int64]]:
+    def next_rows(self, slots: Longs) -> tuple[Ints, Ints, Longs]:
         """What the next decode row of each slot is.
 
         Returns:
@@ -146,12 +140,12 @@ class Slots:
         tokens, *floats = (getattr(self, name)[slot, :n].copy() for name in self.OUTPUTS)
         return (tokens, *floats)
 
-    def follow(self, slots: npt.NDArray[np.int64], code: npt.NDArray[np.int64]) -> list[tuple[int, BaseException]]:
+    def follow(self, slots: Longs, code: Longs) -> list[tuple[int, BaseException]]:
         """After `record`: see `FeatureTable.follow`."""
         last = self.tokens[slots, self.length[slots] - self.start[slots] - 1]
         return self.features.follow(slots, code, self.length, last.tolist())
 
-    def draw(self, slots: npt.NDArray[np.int64], logits: torch.Tensor) -> tuple[npt.NDArray[Any], ...]:
+    def draw(self, slots: Longs, logits: torch.Tensor) -> tuple[npt.NDArray[Any], ...]:
         """Sample the next token of each slot from its logits [len(slots), V]; returns what `record` takes."""
         shapes = []
         for i, slot in enumerate(slots.tolist()) if self.features else ():
@@ -174,9 +168,7 @@ class Slots:
             getattr(self, name)[slot, : len(values)] = values
         self.length[slot] = self.start[slot] + len(outputs[0])
 
-    def record(
-        self, slots: npt.NDArray[np.int64], token: Ints, logprob: Floats, logprob_raw: Floats, entropy: Floats
-    ) -> npt.NDArray[np.int64]:
+    def record(self, slots: Longs, token: Ints, logprob: Floats, logprob_raw: Floats, entropy: Floats) -> Longs:
         """Append one sampled token to each slot.
 
         Returns:

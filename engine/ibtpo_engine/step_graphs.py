@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ibtpo_engine.arrays import Longs
 from ibtpo_engine.capture import Capture, Step
 from ibtpo_engine.model import Model
 from ibtpo_engine.paged_attention import PagedAttention
@@ -112,7 +113,7 @@ class StepGraphs:
         """Drop the graphs, with their memory: what they read (the page table, say) is written no more."""
         self._bucket, self._buckets = None, {}
 
-    def forget_moved(self) -> None:
+    def _forget_moved(self) -> None:
         """Drop the graphs if a parameter or the pool lies elsewhere than when they were captured."""
         adapters = self._model.adapters
         places = [p.data_ptr() for p in self._model.parameters()]
@@ -121,9 +122,9 @@ class StepGraphs:
             self._seen = seen
             self.forget()
 
-    def choose(self, slots: Slots, chosen: npt.NDArray[np.int64]) -> None:
+    def choose(self, slots: Slots, chosen: Longs) -> None:
         """Say which branches the next steps are for."""
-        self.forget_moved()
+        self._forget_moved()
         lengths = torch.from_numpy(slots.length[chosen])
         rows = torch.from_numpy(chosen.astype(np.int32))
         plan = slots.planner.plan(rows, lengths, uniform=self._heads.uniform)
@@ -150,7 +151,7 @@ class StepGraphs:
         self._buckets[room] = bucket  # the last in order is the one used last
         return bucket
 
-    def decode(self, slots: Slots, chosen: npt.NDArray[np.int64]) -> Events:
+    def decode(self, slots: Slots, chosen: Longs) -> Events:
         """Run the last token of each branch chosen and record the next one.
 
         Returns:

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from ibtpo_engine.pause import Watch
-from ibtpo_engine.slots import Ints, Slots
-
-if TYPE_CHECKING:
-    from ibtpo_engine.branches import Branch
-    from ibtpo_engine.scheduler import Scheduler
-    from ibtpo_engine.tree import Node
-
-Floats = npt.NDArray[np.float32]
+from ibtpo_engine.arrays import Floats, Ints
+from ibtpo_engine.branches import Branch
+from ibtpo_engine.scheduler import Scheduler
+from ibtpo_engine.slots import Slots
+from ibtpo_engine.tree import Node
+from ibtpo_engine.watch import Watch
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What single tokens add to a text."""
+"""What single tokens add to a text, and where separators divide it."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ class TokenTexts(dict[int, str]):
         twice = str(self._tokenizer.decode([token, token], **options))  # sentencepiece drops the first token's space
         text = self[token] = twice[len(once) :] if twice.startswith(once) else once
         return text
+
+
+def boundaries(text: str, separator: str) -> list[int]:
+    """Positions just past each separator of a text that neither touches nor overlaps one before it."""
+    ends, last = [], -len(separator) - 1
+    found = text.find(separator)
+    while found >= 0:
+        if found > last + len(separator):
+            ends.append(found + len(separator))
+        last = found
+        found = text.find(separator, found + 1)
+    return ends

@@ -22,14 +22,11 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from ibtpo_engine.arrays import Floats, Ints
 from ibtpo_engine.budget import Budget, check_nodes
 from ibtpo_engine.export import PackedTree, pack_tree
 from ibtpo_engine.pickling import fill_tree, reduce_node, reduce_tree
 from ibtpo_engine.randomness import mix
-
-Ints = npt.NDArray[np.int32]
-Floats = npt.NDArray[np.float32]
-
 
 _NO_TOKENS: Ints = np.empty(0, np.int32)  # of nodes that are pending: one for all
 _NO_NUMBERS: Floats = np.empty(0, np.float32)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ibtpo.evaluation.sampling import Completion, sample_completions
-from ibtpo.evaluation.statistics import estimate, ks_up_to, majority_rates, pass_rates
+from ibtpo.evaluation.statistics import estimate, ks_up_to, majority_rates
 from ibtpo.grow import Grower
-from ibtpo.metrics import avg_at_k, evaluation_metrics
+from ibtpo.metrics import avg_at_k, evaluation_metrics, pass_rates
 from ibtpo.report import Estimate
 from ibtpo.tasks import Problem
 from ibtpo_engine import Sampling, Tree

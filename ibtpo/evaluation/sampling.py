@@ -78,10 +78,13 @@ def sample_completions(
 
 
 def _key(index: int) -> int:
-    return -1 - index  # never a training tree's key
+    """The key of a problem's tree, which is never a training tree's."""
+    return -1 - index
 
 
-_index = _key  # its own inverse
+def _index(key: int) -> int:
+    """The index of the problem whose tree has this key."""
+    return -1 - key
 
 
 def _chains(missing: dict[int, list[bool]]) -> Search:

@@ -22,7 +22,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from ibtpo.metrics import RIGHT, accuracy_interval, pass_at_k
+from ibtpo.metrics import accuracy_interval
 from ibtpo.report import Estimate
 from ibtpo.sections.eval import MOST_SAMPLES
 
@@ -38,12 +38,6 @@ def estimate(per_prompt: npt.ArrayLike) -> Estimate:
     """Mean over prompts with its 95 % interval."""
     values = np.asarray(per_prompt, np.float64)
     return Estimate(float(values.mean()), *accuracy_interval(values))
-
-
-def pass_rates(rewards: npt.ArrayLike, k: int) -> list[float]:
-    """[P, n] rewards -> each prompt's unbiased pass@k."""
-    array = np.asarray(rewards, np.float64)
-    return [pass_at_k(array.shape[1], int((row > RIGHT).sum()), k) for row in array]
 
 
 def majority_rates(

@@ -14,8 +14,9 @@ from math import nan
 
 from ibtpo.config import IBConfig, SearchConfig
 from ibtpo.searches.base import branch, prepare, random_numbers
-from ibtpo.steps import Ints, Splitter
+from ibtpo.steps import Splitter
 from ibtpo_engine import Growth
+from ibtpo_engine.arrays import Ints
 from ibtpo_engine.tree import Tree
 
 

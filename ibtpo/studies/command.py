@@ -15,11 +15,10 @@ from ibtpo.disk import write_atomically
 from ibtpo.printable import one_line
 from ibtpo.stopping import Interrupted
 from ibtpo.studies.figures import AVAILABLE, MISSING, draw_figures
-from ibtpo.studies.folders import CELLS, ERROR
-from ibtpo.studies.matrix import Cell, Study, load_study, refuse_settings_of_study, with_policies
+from ibtpo.studies.matrix import Cell, Study, load_study, refuse_settings_of_study
 from ibtpo.studies.page import write_page
 from ibtpo.studies.results import collect
-from ibtpo.studies.run import Failure, is_done, run_cells
+from ibtpo.studies.run import Failure, failures, is_done, run_cells
 from ibtpo.studies.tables import csv_text, markdown_text, rich_tables
 from ibtpo.validation import check_range
 
@@ -55,11 +54,11 @@ def run_study(parsed: StudyArguments, command: str, console: Console) -> int:
             run_cells(parsed.out, cells, jobs, console)
         except Interrupted as stop:
             stopped = stop
-    failures = _failures(parsed.out, cells)
-    _report(plan, cells, parsed.out, failures, command, console)
+    failed = failures(parsed.out, cells)
+    _report(plan, cells, parsed.out, failed, command, console)
     if stopped is not None:
         raise stopped
-    return 1 if failures else 0
+    return 1 if failed else 0
 
 
 def _changes(parsed: StudyArguments) -> dict[str, Any]:
@@ -76,19 +75,8 @@ def _changes(parsed: StudyArguments) -> dict[str, Any]:
     return changes
 
 
-def _failures(out: Path, cells: Sequence[Cell]) -> list[Failure]:
-    """What the folders say about cells that were begun and have no result."""
-    unfinished = [cell for cell in with_policies(cells) if not is_done(out, cell)]
-    paths = [out / CELLS / cell.id / ERROR for cell in unfinished]
-    return [
-        Failure(cell, path.read_text(encoding="utf-8"))
-        for cell, path in zip(unfinished, paths, strict=True)
-        if path.is_file()
-    ]
-
-
 def _report(
-    plan: Study, cells: Sequence[Cell], out: Path, failures: Sequence[Failure], command: str, console: Console
+    plan: Study, cells: Sequence[Cell], out: Path, failed: Sequence[Failure], command: str, console: Console
 ) -> None:
     results = collect(plan, cells, out)
     folder = out / plan.name
@@ -103,10 +91,10 @@ def _report(
         notes.append(f"no figures: {one_line(error)}; the tables are complete")
     for note in notes:
         console.print(note, highlight=False, markup=False)
-    page = write_page(results, folder, figures, failures, command, notes)
+    page = write_page(results, folder, figures, failed, command, notes)
     for table in rich_tables(results, console.width):
         console.print(table)
-    for failure in failures:
+    for failure in failed:
         console.print(f"failed: {failure.cell.id}: {failure.message}", highlight=False, markup=False, style="red")
     if results.missing:
         console.print(f"{len(results.missing)} cells have no result yet", highlight=False)

@@ -72,15 +72,13 @@ def _start(config: TrainConfig, folder: Path) -> Result:
     task = make_task(config)
     if not isinstance(task, TeachableTask):
         raise ValueError(f"model: the built-in policy cannot learn task {task.name}; give a checkpoint with model: DIR")
-    engine = make_engine(config, policy)
-    grower = Grower(engine, task, policy.tokenizer, config.jsonl)
-    sampling = make_sampling(config, policy)
+    grower = Grower(make_engine(config, policy), task, policy.tokenizer, config.jsonl)
 
     def on_update(state: WarmStart) -> None:
         if state.updates % 50 == 0:
             print(f"update {state.updates}, loss {state.loss:.3f}", flush=True)
 
-    end = warm_start_of(config, policy, task, grower, engine, sampling, problem=task.train_problem, on_update=on_update)
+    end = warm_start_of(config, policy, task, grower, make_sampling(config, policy), on_update=on_update)
     policy.save(folder / POLICY)
     return {"updates": end.updates, "excess": end.excess, "seconds": time.perf_counter() - begin}
 

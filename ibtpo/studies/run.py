@@ -39,8 +39,21 @@ def is_done(out: Path, cell: Cell) -> bool:
     return (out / CELLS / cell.id / RESULT).is_file()
 
 
-def run_cells(out: Path, cells: Sequence[Cell], jobs: int, console: Console) -> list[Failure]:
+def failures(out: Path, cells: Sequence[Cell]) -> list[Failure]:
+    """What the folders say about cells that were begun and have no result."""
+    undone = [cell for cell in with_policies(cells) if not is_done(out, cell)]
+    paths = [out / CELLS / cell.id / ERROR for cell in undone]
+    return [
+        Failure(cell, path.read_text(encoding="utf-8"))
+        for cell, path in zip(undone, paths, strict=True)
+        if path.is_file()
+    ]
+
+
+def run_cells(out: Path, cells: Sequence[Cell], jobs: int, console: Console) -> None:
     """Run what is not done yet, and the policies it begins with, each cell in a process of its own.
+
+    What fails leaves the reason in its folder.
 
     Raises:
         ValueError: another study is at work in this folder.
@@ -60,7 +73,6 @@ def run_cells(out: Path, cells: Sequence[Cell], jobs: int, console: Console) -> 
                 time.sleep(_POLL_SECONDS)
         finally:
             processes.kill()
-    return list(processes.failures.values())
 
 
 @dataclass
@@ -73,7 +85,7 @@ class _Processes:
     console: Console
     tracker: Tracker
     under_way: dict[str, tuple[Cell, subprocess.Popen[bytes]]] = field(default_factory=dict)
-    failures: dict[str, Failure] = field(default_factory=dict)
+    failed: set[str] = field(default_factory=set)
 
     def begin(self) -> None:
         """Begin the cells that can begin; those whose policy has failed fail with it."""
@@ -84,9 +96,9 @@ class _Processes:
             if above is None or is_done(self.out, above):
                 self.waiting.remove(cell)
                 self.under_way[cell.id] = (cell, _begin(self.out, cell))
-            elif above.id in self.failures:
+            elif above.id in self.failed:
                 self.waiting.remove(cell)
-                self.failures[cell.id] = Failure(cell, f"not begun: {above.id} failed")
+                self.failed.add(cell.id)
                 self.tracker.advance(1)
 
     def collect(self) -> None:
@@ -96,9 +108,10 @@ class _Processes:
             cell, process = self.under_way.pop(name)
             _close(process)
             if not is_done(self.out, cell):
-                failure = self.failures[name] = Failure(cell, _message(self.out / CELLS / name, process.returncode))
-                self.console.print(f"failed: {name}: {failure.message}", highlight=False, markup=False)
-            self.tracker.advance(1, f"{name} ({len(self.failures)} failed)" if self.failures else name)
+                self.failed.add(name)
+                message = _message(self.out / CELLS / name, process.returncode)
+                self.console.print(f"failed: {name}: {message}", highlight=False, markup=False)
+            self.tracker.advance(1, f"{name} ({len(self.failed)} failed)" if self.failed else name)
 
     def kill(self) -> None:
         """End the cells under way."""

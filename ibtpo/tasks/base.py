@@ -73,7 +73,7 @@ class WorkedSolution(NamedTuple):
 
 
 @runtime_checkable
-class TeachableTask(Protocol):
+class TeachableTask(Task, Protocol):
     """A task that can show how it is done: what the warm start of the built-in policy learns from."""
 
     def worked_solution(self, problem: Problem, rng: np.random.Generator) -> WorkedSolution:

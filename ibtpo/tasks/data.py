@@ -23,10 +23,9 @@ from ibtpo.tasks.base import Problem, seeded
 from ibtpo.tasks.grades import RewardGrades
 from ibtpo.tasks.layouts import Layout, choose_layout, get_field, has_field, read_example, read_problem
 from ibtpo.tasks.rows import Rows, fail, open_rows
+from ibtpo_engine.arrays import Longs
 
 _SPLIT, _ORDER = range(2)  # streams of random numbers
-
-Ints = npt.NDArray[np.int64]
 
 
 class DataTask(RewardGrades):
@@ -134,9 +133,9 @@ class DataTask(RewardGrades):
     def _amounts(self) -> str:
         return f"{self._file.rows.path}: {len(self._train):,} rows to train on, {len(self._eval):,} prompts held out"
 
-    def _wanted(self, file: _File, rows: Ints, wanted: Callable[[Problem], bool]) -> Ints:
+    def _wanted(self, file: _File, rows: Longs, wanted: Callable[[Problem], bool]) -> Longs:
         mask = np.fromiter((wanted(file.problem(int(i), self._examples)) for i in rows), bool, len(rows))
-        chosen: Ints = rows[mask]
+        chosen: Longs = rows[mask]
         return chosen
 
 
@@ -168,7 +167,7 @@ class _File:
             kept = first
         if not kept.any():
             raise ValueError(f"{path}: no row passes the filters; widen jsonl.min_pass_rate and jsonl.max_pass_rate")
-        self._kept: Ints = np.flatnonzero(kept)
+        self._kept: Longs = np.flatnonzero(kept)
         self.prompts = prompts[kept]
         self.digest = hashlib.blake2b(self.prompts.tobytes() + answers[kept].tobytes()).hexdigest()
 
@@ -221,12 +220,12 @@ def _check_rate(value: object, field: str, where: str) -> float:
     return float(value)
 
 
-def _first_of_each(values: npt.NDArray[np.uint64]) -> Ints:
+def _first_of_each(values: npt.NDArray[np.uint64]) -> Longs:
     """Where each different value appears first, in order."""
     return np.sort(np.unique(values, return_index=True)[1])
 
 
-def _divide(file: _File, config: JsonlConfig, seed: int) -> tuple[Ints, Ints]:
+def _divide(file: _File, config: JsonlConfig, seed: int) -> tuple[Longs, Longs]:
     """Rows to train on, and the first row of each held-out prompt, in random order."""
     first = _first_of_each(file.prompts)  # one row a prompt
     path, number = file.rows.path, len(first)

@@ -126,19 +126,6 @@ class DigitChain:
 
         return WorkedSolution(_work(problem, answer), logprob)
 
-    def exact_value(self, problem: Problem, steps_done: int, fact_probability: Callable[[Fact], float]) -> float:
-        """V(s): probability that a derivation with `steps_done` right steps is finished right (strict grading).
-
-        Args:
-            fact_probability: probability that the policy gets a fact right, independently at each step.
-
-        Raises:
-            ValueError: grading is "last", where a right end does not need right steps.
-        """
-        if self.config.grade != "strict":
-            raise ValueError(f'exact_value: digits.grade is {self.config.grade!r}; it is known for "strict" alone')
-        return float(np.prod([fact_probability(fact) for fact in facts_of(problem)[steps_done:]]))
-
     def close(self) -> None:
         """Nothing runs in the background."""
 
@@ -182,15 +169,6 @@ def parse_prompt(prompt: str) -> Problem:
     if not re.fullmatch(r"\d([-+*][2-9])+=\?\n", prompt):
         raise ValueError(f'prompt {prompt!r} is not a digit, operations with operands 2 to 9, and "=?" with a newline')
     return make_problem(int(prompt[0]), [(o, int(b)) for o, b in re.findall(r"([-+*])(\d)", prompt[1:])])
-
-
-def facts_of(problem: Problem) -> list[Fact]:
-    """The facts of the right derivation, in order."""
-    value, facts = problem.data["start"], []
-    for operation, b in problem.data["chain"]:
-        facts.append((value, operation, b))
-        value = result(facts[-1])
-    return facts
 
 
 def right_solution(problem: Problem) -> str:

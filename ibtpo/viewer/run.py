@@ -137,15 +137,11 @@ class RunView:
         except OSError:
             return None
 
-    def config(self) -> dict[str, Any]:
-        """The run's configuration; empty where the file cannot be read."""
-        try:
-            return load_yaml(self.path / CONFIG)
-        except (OSError, ValueError):
-            return {}
-
     def _description(self) -> dict[str, Any]:
-        config = self.config()
+        try:
+            config = load_yaml(self.path / CONFIG)
+        except (OSError, ValueError):
+            config = {}
         return {
             "name": self.name,
             "facts": describe_run(config),

@@ -3,8 +3,8 @@
 from ibtpo_kernels.by_depth import DepthLayout, plan_by_depth, tree_attention_by_depth, with_value_of
 from ibtpo_kernels.decoder import Decoder, DecodeStep, Events, LayerWeights, can_borrow
 from ibtpo_kernels.dispatch import active_backend, backend, has_compiled
-from ibtpo_kernels.fastest import fastest_linear
-from ibtpo_kernels.linear import ours_is_faster, torch_is_slow
+from ibtpo_kernels.fastest import fastest_linear, ours_is_faster
+from ibtpo_kernels.linear import torch_is_slow
 from ibtpo_kernels.ops import (
     add_rms_norm,
     append_kv,

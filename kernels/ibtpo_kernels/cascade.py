@@ -38,7 +38,7 @@ class Level:
     last_page_len: Tensor
 
 
-Node = tuple[int, int, int, int]  # queries [begin, end) read pages [first, last) of the path of query `begin`
+Request = tuple[int, int, int, int]  # queries [begin, end) read pages [first, last) of the path of query `begin`
 
 
 def levels(
@@ -54,7 +54,7 @@ def levels(
     whole = np.maximum(lengths - 1, 0) // page_size  # pages that a query is past
     covered = np.zeros(num_queries, np.int64)  # leading pages of each path that a level above has
     depth = np.zeros(num_queries, np.int64)
-    shared: list[list[Node]] = [[] for _ in range(max_levels - 1)]
+    shared: list[list[Request]] = [[] for _ in range(max_levels - 1)]
     for begin, end, _, last in items[items[:, 1] - items[:, 0] > 1].tolist():  # depth first, so outer ones come first
         first, stop, level = int(covered[begin]), min(last, int(whole[begin:end].min())), int(depth[begin])
         if stop > first and level < max_levels - 1:
@@ -67,28 +67,29 @@ def levels(
         raise ValueError(f"tree_decode: query {b} of length {lengths[b]} needs a page that table row {rows[b]} lacks")
     own = [(b, b + 1, int(covered[b]), int(pages[b])) for b in range(num_queries)]
     last_page_len = lengths - np.maximum(pages - 1, 0) * page_size
-    found = [_level(_filled(nodes, num_queries), page_table, rows, page_size) for nodes in shared if nodes]
+    found = [_level(_filled(requests, num_queries), page_table, rows, page_size) for requests in shared if requests]
     return [*found, _level(own, page_table, rows, last_page_len)]
 
 
-def _filled(nodes: list[Node], num_queries: int) -> list[Node]:
-    """With a request without pages for the queries between nodes: a level has every query."""
+def _filled(requests: list[Request], num_queries: int) -> list[Request]:
+    """With one without pages for the queries between them: a level has every query."""
     result, at = [], 0
-    for node in [*nodes, (num_queries, num_queries, 0, 0)]:
-        if node[0] > at:
-            result.append((at, node[0], 0, 0))
-        if node[1] > node[0]:
-            result.append(node)
-        at = node[1]
+    for begin, end, first, last in requests:
+        if begin > at:
+            result.append((at, begin, 0, 0))
+        result.append((begin, end, first, last))
+        at = end
+    if num_queries > at:
+        result.append((at, num_queries, 0, 0))
     return result
 
 
-def _level(nodes: list[Node], page_table: Ints, rows: Ints, last_page_len: Ints | int) -> Level:
-    counts = np.array([last - first for _, _, first, last in nodes], np.int32)
-    pages = [page_table[rows[begin], first:last] for begin, _, first, last in nodes]
+def _level(requests: list[Request], page_table: Ints, rows: Ints, last_page_len: Ints | int) -> Level:
+    counts = np.array([last - first for _, _, first, last in requests], np.int32)
+    pages = [page_table[rows[begin], first:last] for begin, _, first, last in requests]
     filled = np.where(counts > 0, last_page_len, 0)
     return Level(
-        qo_indptr=_ints([0, *(end for _, end, _, _ in nodes)]),
+        qo_indptr=_ints([0, *(end for _, end, _, _ in requests)]),
         kv_indptr=_ints(np.r_[0, np.cumsum(counts)]),
         kv_indices=_ints(np.concatenate(pages) if pages else []),
         last_page_len=_ints(filled),

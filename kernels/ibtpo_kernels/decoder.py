@@ -62,7 +62,10 @@ class LayerWeights:
 
 
 class Branches(Protocol):
-    """Running branches as arrays of one entry, or row, a branch; see `ibtpo_engine.slots.Slots`."""
+    """Running branches as arrays of one entry, or row, a branch; see `ibtpo_engine.slots.Slots`.
+
+    In the order of `Branches` in kernels.h.
+    """
 
     table: Ints
     start: Ints
@@ -81,11 +84,7 @@ class Branches(Protocol):
     entropy: Floats
 
 
-_BRANCH_FIELDS = (
-    "start", "limit", "before", "length", "stream", "stops", "temperature", "top_p", "min_p", "top_k",
-    "tokens", "logprob", "logprob_raw", "entropy",
-)  # fmt: skip
-
+_BRANCH_FIELDS = tuple(Branches.__annotations__)[1:]  # without the table, which is not one of the struct
 
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 

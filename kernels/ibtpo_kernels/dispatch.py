@@ -70,7 +70,7 @@ def _require(name: str) -> None:
     if name == "cpu" and not has_compiled():
         raise ValueError(f"backend 'cpu': the compiled module is missing; {_REMEDY}")
     if name == "triton":
-        if _triton() is None:
+        if triton_kernels() is None:
             raise ValueError("backend 'triton': Triton is missing; install ibtpo[gpu] (Linux), or use 'reference'")
         if not torch.cuda.is_available() and not _interprets():
             raise ValueError(f"backend 'triton': there is no CUDA device; {_INTERPRET}, or use 'reference'")
@@ -82,7 +82,7 @@ def _require(name: str) -> None:
 
 
 @cache
-def _triton() -> ModuleType | None:
+def triton_kernels() -> ModuleType | None:
     """The Triton kernels; None where Triton is not installed. Imported when first asked for."""
     try:
         import_module("triton")
@@ -109,7 +109,7 @@ def active_backend(device: torch.device | str) -> str:
     if chosen is not None:
         return chosen
     device = torch.device(device)
-    if device.type == "cuda" and _triton() is not None and not _too_old(device):
+    if device.type == "cuda" and triton_kernels() is not None and not _too_old(device):
         return "triton"
     return "cpu" if device.type == "cpu" and has_compiled() else "reference"
 
@@ -176,7 +176,7 @@ def _on_gpu(x: Tensor) -> ModuleType:
         adapter = import_module("ibtpo_kernels.flashinfer_backend")
         if x.dtype in adapter.SERVED:
             return adapter
-    kernels = _triton()
+    kernels = triton_kernels()
     if kernels is None:
         _say_missing("Triton kernels", "install ibtpo[gpu] (Linux)")
     elif x.is_cuda and _too_old(x.device):

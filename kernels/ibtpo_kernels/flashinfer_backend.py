@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ibtpo_kernels import reference
 from ibtpo_kernels.cascade import Level, levels
+from ibtpo_kernels.dispatch import triton_kernels
 from ibtpo_kernels.plan import DecodePlan
 
 SERVED = (torch.float16, torch.bfloat16)
@@ -29,11 +30,7 @@ _WORKSPACE_BYTES = 128 << 20  # FlashInfer's own advice
 
 def fallback() -> Any:
     """The Triton kernels, or the reference where Triton is missing."""
-    try:
-        import_module("triton")
-    except ImportError:
-        return reference
-    return import_module("ibtpo_kernels.gpu")
+    return triton_kernels() or reference
 
 
 def __getattr__(name: str) -> Any:

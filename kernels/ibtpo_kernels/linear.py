@@ -1,4 +1,4 @@
-"""The gradient that the batch-invariant products of all compiled backends share, and where torch's own are slow."""
+"""The gradient that the batch-invariant products of all compiled backends share, and where torch's bfloat16 is slow."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from torch import Tensor
 
 from ibtpo_kernels.gradients import needs_grad
 from ibtpo_kernels.logits import without_autocast
-
-MOST_ROWS = 128  # of a float32 product that ours is faster at; a task of it takes as many
-LEAST_WEIGHTS = 1 << 18  # ... and numbers its weight has at least
 
 Product = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]  # dense x, weight, bias -> x weight^T + bias
 
@@ -37,33 +34,6 @@ def torch_is_slow(x: Tensor) -> bool:
     So it is with bfloat16 on x86 with neither AVX-512 nor AVX-NE-CONVERT.
     """
     return x.dtype is torch.bfloat16 and x.is_cpu and _bf16_is_slow()
-
-
-def ours_is_faster(x: Tensor, weight: Tensor) -> bool:
-    """Whether `batch_invariant_linear` on the CPU takes less time than torch for x [..., K] and weight [N, K].
-
-    So it does in bfloat16 where torch is slow at that, and in float32 with several threads for a few rows of a large
-    weight, as a decode step has them: more than `MOST_ROWS` are torch's, and so is a single one but on AVX2. Measured
-    on two cores.
-    """
-    if torch_is_slow(x):
-        return True
-    return (
-        x.dtype is torch.float32
-        and x.is_cpu
-        and weight.numel() >= LEAST_WEIGHTS
-        and x.shape[:-1].numel() <= MOST_ROWS
-        and torch.get_num_threads() > 1
-        and not torch.is_autocast_enabled("cpu")
-        and x.shape[:-1].numel() >= _least_rows()
-    )
-
-
-def _least_rows() -> int:
-    """The kernels of AVX2 alone do not lay the weight down, which is most of the work for one row."""
-    from ibtpo_kernels.cpu import native
-
-    return 1 if native is not None and native.isa() == "v3" else 2
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

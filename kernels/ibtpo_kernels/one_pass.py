@@ -43,7 +43,7 @@ class Chunk(Protocol):
         """Write the rows' d_hidden [t, H]; write (if `begins`) or add to d_weight [V, H]. The logits are used up."""
 
 
-class Engine(NamedTuple):
+class Chunking(NamedTuple):
     """How a backend makes chunks."""
 
     chunk: Callable[[Head], Chunk]
@@ -58,20 +58,20 @@ def policy_head(
     loss: Loss,
     temperature: float,
     softcap: float | None,
-    engine: Engine,
+    chunking: Chunking,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, logprob [E], entropy [T]) as in `ibtpo_kernels.policy_head`; autograd through the first."""
     if not needs_grad(hidden, weight):
         hidden, weight = hidden.detach(), weight.detach()
     head = Head(hidden, weight, rows, targets, temperature, softcap)
-    value, logprob, entropy = _PolicyHead.apply(*head, loss, engine)  # type: ignore[no-untyped-call]
+    value, logprob, entropy = _PolicyHead.apply(*head, loss, chunking)  # type: ignore[no-untyped-call]
     return value, logprob, entropy
 
 
 class _PolicyHead(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *fields, loss, engine = args
+        *fields, loss, chunking = args
         head = Head(*fields)
         wide = work_dtype(head.hidden.dtype)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -79,11 +79,11 @@ class _PolicyHead(torch.autograd.Function):
         value = head.hidden.new_zeros((), dtype=wide)
         logprob = head.hidden.new_empty(head.num_edges, dtype=wide)
         entropy = head.hidden.new_empty(head.num_rows, dtype=wide)
-        size = engine.chunk_rows(head)
+        size = chunking.chunk_rows(head)
         d_weight = _weight_sum(head, wide, size) if wants_weight else None
         for rows, edges, local in _split(head, size):
             with without_autocast(head.hidden):
-                chunk = engine.chunk(local)
+                chunk = chunking.chunk(local)
             of_chunk, grads = _evaluate(loss, chunk, edges, rows, wants_hidden or wants_weight)
             value += of_chunk
             logprob[edges], entropy[rows] = chunk.logprob, chunk.entropy
@@ -158,9 +158,9 @@ def gpu_chunk_rows(num_cols: int, element_size: int, budget: int = GPU_CHUNK_BYT
     return max(rows // 128 * 128, _CHUNK_ROWS)
 
 
-def tiled(ops: LogitOps) -> Engine:
+def tiled(ops: LogitOps) -> Chunking:
     """Chunks made of tiles: see `logprob` for the tiles and `logits` for the passes."""
-    return Engine(lambda head: _TiledChunk(head, ops), lambda head: chunk_rows(head.num_cols))
+    return Chunking(lambda head: _TiledChunk(head, ops), lambda head: chunk_rows(head.num_cols))
 
 
 class _TiledChunk:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ibtpo_kernels import checks, reference
+from ibtpo_kernels import checks
 from ibtpo_kernels.dispatch import implementation
 from ibtpo_kernels.ops import batch_invariant_linear
 
@@ -36,8 +36,7 @@ def sampled_logprob(
             distribution (NaN or inf logits).
     """
     checks.sampled_logprob(logits, rows, targets, temperature)
-    by = getattr(implementation(logits), "sampled_logprob", reference.sampled_logprob)
-    found: tuple[Tensor, Tensor] = by(logits, rows, targets, temperature)
+    found: tuple[Tensor, Tensor] = implementation(logits).sampled_logprob(logits, rows, targets, temperature)
     return found
 
 

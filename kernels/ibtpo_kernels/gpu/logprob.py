@@ -395,7 +395,7 @@ class _Chunk:
             torch.mm(dz.t(), self.head.hidden, out=d_weight)
 
 
-_HEAD = one_pass.Engine(_Chunk, lambda head: _chunk_rows(head.num_cols, head.hidden.element_size()))
+_HEAD = one_pass.Chunking(_Chunk, lambda head: _chunk_rows(head.num_cols, head.hidden.element_size()))
 
 
 def policy_head(

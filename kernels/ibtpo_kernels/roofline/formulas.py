@@ -28,11 +28,6 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(self.flops + other.flops, self.bytes + other.bytes)
 
-    @property
-    def intensity(self) -> float:
-        """Operations a byte; 0 where nothing is moved."""
-        return self.flops / self.bytes if self.bytes else 0.0
-
 
 NOTHING = Work(0, 0)
 """The work of a plan, which is bookkeeping: only its time is of interest."""

@@ -30,9 +30,9 @@ def chain(tokens: int) -> Tensor:
     return ends([(-1, tokens)])
 
 
-def documents(tokens: int, count: int = 8) -> Tensor:
-    """`count` trajectories of equal length that share nothing."""
-    return ends([(-1, tokens // count)] * count)
+def documents(tokens: int) -> Tensor:
+    """Eight trajectories of equal length that share nothing."""
+    return ends([(-1, tokens // 8)] * 8)
 
 
 def fan(prefix: int, branches: int, suffix: int) -> Tensor:
@@ -50,9 +50,9 @@ def _complete(levels: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.concatenate(([size], below + 1, below + 1 + len(below)))
 
 
-def binary(tokens: int, levels: int = 16) -> Tensor:
-    """The first `tokens` nodes, depth first, of complete binary trees of `levels` one-token levels."""
-    tree = _complete(levels)
+def binary(tokens: int) -> Tensor:
+    """The first `tokens` nodes, depth first, of complete binary trees of 16 one-token levels."""
+    tree = _complete(16)
     copies = -(-tokens // len(tree))
     every = np.concatenate([tree + i * len(tree) for i in range(copies)])[:tokens]
     return torch.from_numpy(np.minimum(every, tokens).astype(np.int32))
