@@ -125,8 +125,8 @@ class ModelConfig:
         """
         if not isinstance(raw, dict):
             raise CheckpointError(f"{source}: holds a {type(raw).__name__}, not an object. Download the file again.")
-        kind, names = raw.get("model_type", "none named"), raw.get("architectures")
         names, kind = raw.get("architectures"), str(raw.get("model_type"))
+        by_kind = {kind: name for name, kind in ARCHITECTURES.items()}
         name = names[0] if names else by_kind.get(kind, kind)  # `transformers` goes by the type as well
         architecture = ARCHITECTURES.get(name)
         if architecture is None:
