@@ -173,8 +173,7 @@ class EngineCore:
         if growth is not None:
             growth.tree_closed()
         self._failed = {node: error for node, error in self._failed.items() if node.tree is not tree}
-        for leaf in tree.leaves() or [tree.root]:
-            self.cache.remember(leaf)
+        self.cache.remember(tree)
         self.cache.forget(tree)
         if self._trees.pop(tree.ordinal, None) is not None:
             self._prompt_pages -= pages_for(tree.prompt_len)
