@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from engine_helpers import assert_idle, check_every_step, expected_tokens, grow, prompt_of, same, tiny_model
+from engine_helpers import assert_idle, check_every_step, expected_tokens, grow, prompt_of, same, tiny_model, work
 
 from ibtpo_engine import Budget, BudgetSpent, Engine, Event, IntegrityError, Model, Node, Sampling, Tree
 from ibtpo_engine import memory as engine_memory
@@ -170,6 +170,22 @@ def test_what_a_search_asked_for_can_be_aborted_before_there_is_room_for_it(mode
     assert aborted and all(node.dropped and node not in node.parent.children for node in aborted if node.parent)
     assert sorted(received) == [0] * len(aborted) + [1] * (4 - len(aborted))
     assert_idle(engine)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_branch_aborted_alone_costs_the_same_among_few_and_many(model: Model, keep: bool) -> None:
+    def each(count: int) -> float:
+        engine = Engine(model, kv_tokens=8192, max_branches=count // 2)
+        nodes = engine.tree(PROMPT).root.fork(count)
+        engine._submit(nodes, SAMPLING)
+        engine._step()
+        engine._step()
+        spent = work(lambda: [engine.abort([node], keep=keep) for node in nodes])
+        assert not engine.scheduler.num_branches
+        engine.check_integrity()
+        return spent / count
+
+    assert each(128) < 1.2 * each(32)
 
 
 # ---- budgets -------------------------------------------------------------------------------------------------
@@ -370,6 +386,7 @@ BREAKAGES: dict[str, Callable[[Engine, Tree], object]] = {
     "is computed to": lambda engine, tree: setattr(tree.leaves()[0].kv, "computed", 400),
     "draw the same": lambda engine, tree: setattr(tree.root.children[0], "stream", tree.root.children[1].stream),
     "in flight": lambda engine, tree: setattr(tree.root.fork()[0], "in_flight", True),
+    "known by their nodes": lambda engine, tree: engine.scheduler.branches.clear(),
     "miscounted": lambda engine, tree: engine.scheduler.slots._free.pop(),
     "out of order": lambda engine, tree: engine.scheduler.waiting.reverse(),
     "other pages": lambda engine, tree: engine.scheduler.slots.table.fill(0),

@@ -199,7 +199,7 @@ class EngineCore:
 
     def _reserved(self) -> dict[Node, int]:
         """Depths that branches may reach: of those under way, and of those whose end their search has not been told."""
-        depths = {branch.node: branch.limit for branch in self.scheduler.under_way()}
+        depths = {node: branch.limit for node, branch in self.scheduler.branches.items()}
         for searches in self._searches:
             for growth in searches.growing.values():
                 depths |= growth.reserved

@@ -77,11 +77,13 @@ def _check_index(index: RadixIndex) -> None:
 
 
 def _check_branches(nodes: list[Node], scheduler: Scheduler) -> None:
-    slots, branches = scheduler.slots, scheduler.under_way()
-    places = Counter(id(branch.node) for branch in branches)
+    slots, fills = scheduler.slots, scheduler.fills.values()
+    filling = [branch for fill in fills for branch in [*fill.children, fill.branch] if branch is not None]
+    places = Counter(branch.node for branch in [*scheduler.waiting, *filling, *scheduler.running.values()])
     _require(all(n == 1 for n in places.values()), "a branch is in two places of the scheduler")
-    in_flight = {id(node) for node in nodes if node.in_flight}
+    in_flight = {node for node in nodes if node.in_flight}
     _require(in_flight == set(places), f"{len(in_flight)} nodes are in flight, {len(places)} branches under way")
+    _require(in_flight == set(scheduler.branches), f"{len(scheduler.branches)} branches are known by their nodes")
     tickets = [branch.ticket for branch in scheduler.waiting]
     _require(tickets == sorted(tickets), f"the waiting branches are out of order: tickets {tickets[:8]}")
     used = [*scheduler.running, *(fill.slot for fill in scheduler.fills.values())]
