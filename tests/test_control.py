@@ -259,6 +259,16 @@ def test_a_node_budget_refuses_forks_and_cuts_nothing(model: Model) -> None:
             Budget(**{name: 0})
 
 
+def test_what_a_budget_asks_costs_the_same_on_a_small_and_a_large_tree(model: Model) -> None:
+    def fork(leaves: int) -> int:
+        engine = Engine(model, kv_tokens=8192)
+        tree = engine.tree(PROMPT, budget=Budget(tokens=1000, nodes=1000, pages=1000))
+        engine.extend(tree.root.fork(leaves), Sampling(max_tokens=3))
+        return work(lambda: engine.extend(tree.root.fork(), Sampling(max_tokens=1)))
+
+    assert fork(128) < 1.2 * fork(32)
+
+
 def test_a_search_out_of_budget_ends_and_the_others_go_on(model: Model) -> None:
     def search(tree: Tree) -> Iterator[list[Node]]:
         for _ in range(100):
@@ -386,6 +396,7 @@ BREAKAGES: dict[str, Callable[[Engine, Tree], object]] = {
     "is computed to": lambda engine, tree: setattr(tree.leaves()[0].kv, "computed", 400),
     "draw the same": lambda engine, tree: setattr(tree.root.children[0], "stream", tree.root.children[1].stream),
     "in flight": lambda engine, tree: setattr(tree.root.fork()[0], "in_flight", True),
+    "a tree counts": lambda engine, tree: setattr(tree.used, "pages", 99),
     "known by their nodes": lambda engine, tree: engine.scheduler.branches.clear(),
     "miscounted": lambda engine, tree: engine.scheduler.slots._free.pop(),
     "out of order": lambda engine, tree: engine.scheduler.waiting.reverse(),

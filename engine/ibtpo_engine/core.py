@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ibtpo_engine.branches import Branch
-from ibtpo_engine.budget import Budget, within_budgets
+from ibtpo_engine.budget import Budget, Used, within_budgets
 from ibtpo_engine.cache import PageCache
 from ibtpo_engine.capture import Capture, capture_for
 from ibtpo_engine.errors import BranchFailed, EngineError, OutOfPages, StaleWeights
@@ -197,13 +197,11 @@ class EngineCore:
                 self._pauses.add(branch, sampling.pause)
         return branches
 
-    def _reserved(self) -> dict[Node, int]:
-        """Depths that branches may reach: of those under way, and of those whose end their search has not been told."""
-        depths = {node: branch.limit for node, branch in self.scheduler.branches.items()}
-        for searches in self._searches:
-            for growth in searches.growing.values():
-                depths |= growth.reserved
-        return depths
+    def _reserved(self, tree: Tree) -> dict[Node, int]:
+        """Depths that branches may reach: those under way, and those whose end the tree's search has not been told."""
+        growth = self._growth_of(tree)
+        depths = {node: branch.limit for node, branch in self.scheduler.branches.items() if node.tree is tree}
+        return depths if growth is None else depths | growth.reserved
 
     def _step(self, most: int = 1) -> None:
         """At most so many scheduler steps; what finished is reported to its search, whoever is calling.
@@ -286,6 +284,7 @@ class EngineCore:
                     node.abandon()
                     if growth is not None:
                         growth.lost(node)
+            tree.used = Used(tree.root.subtree())
         counters, index = self.scheduler.counters, self.cache.index
         self.cache.pool.free_all()
         self.scheduler.runner.forget()
