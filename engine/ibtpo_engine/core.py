@@ -324,7 +324,7 @@ class EngineCore:
         oldest = self.scheduler.waiting[0].node.tree
         growing = [growth for searches in self._searches for growth in searches.growing.values()]
         trees = [growth.tree for growth in growing if growth.tree is not oldest]
-        holders = [tree for tree in trees if self.cache.owned_by(tree)]
+        holders = [tree for tree in trees if tree.root.kv is not None]  # without it nothing below has any
         if not holders:
             raise self._out_of_pages()
         self.cache.forget(max(holders, key=lambda tree: tree.ordinal))
