@@ -72,7 +72,7 @@ def sample_completions(
 
         try:
             asked = [problems[_index(key)] for key in missing]
-            grower.grow(asked, list(missing), _chains(missing), how, tree_done, on_leaf=collector)
+            grower.grow(asked, list(missing), _chains(missing), how, tree_done, on_leaf=collector, keep=False)
         finally:
             collector.hand_on()
         collector.hand_on(wait=True)
