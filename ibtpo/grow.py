@@ -77,6 +77,7 @@ class Grower:
         on_tree: Callable[[Tree], None] = lambda tree: None,
         *,
         on_leaf: OnLeaf = ignore_leaf,
+        keep: bool = True,
     ) -> tuple[list[Tree], float]:
         """Grow a tree on every problem.
 
@@ -86,6 +87,7 @@ class Grower:
             search, sampling: how.
             on_tree: called as trees are done, in any order.
             on_leaf: called with tree, leaf, completion and its reward (or its future) as trajectories end.
+            keep: return the trees; otherwise none of them stays in memory.
 
         Returns:
             the trees in the order of the problems, each leaf with its reward; seconds spent in grading.
@@ -104,7 +106,7 @@ class Grower:
         waited = self.engine.seconds_waiting
         trees: list[Tree | None] = [None] * len(problems)
         for index, tree in self.engine.run(search, prompts, sampling, reward=grading, keys=keys):
-            trees[index] = tree
+            trees[index] = tree if keep else None
             on_tree(tree)
             if self.should_stop():
                 raise Interrupted

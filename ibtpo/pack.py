@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any, Self
 
 import numpy as np
@@ -157,7 +157,7 @@ def _divide(packed: PackedTree, edges: Longs, budget: int) -> list[Longs]:
     if _needed(packed, edges).sum() <= budget:
         return [edges]
     node = packed.node[packed.edge_token[edges]]
-    parts = [edges[(begin <= node) & (node < end)] for begin, end in pairwise(_cut(packed, budget))]
+    parts = np.split(edges, np.searchsorted(node, _cut(packed, budget)[1:-1]))  # edges lie in packed order
     return [part for part in parts if len(part) > 0]
 
 
@@ -204,17 +204,20 @@ def _cut(packed: PackedTree, budget: int) -> list[int]:
     """Bounds of runs of nodes that fit the budget with the context above them, with the least context copied.
 
     In depth-first order, whatever lies above any node of a run lies in the run or above its first node, so a run costs
-    ``start of its first node + sum of its lengths``. A run may exceed the budget only where one path in it does.
+    ``start of its first node + sum of its lengths``. A run may exceed the budget only where one path in it does: where
+    it is a single path, for any other costs more than the longest in it.
     """
     start = np.array([node.start for node in packed.nodes])
     length = np.array([len(node) for node in packed.nodes])
+    before = np.concatenate([[0], np.cumsum(length)])
+    forks = np.append(np.flatnonzero(start[1:] != (start + length)[:-1]) + 1, len(start))  # no child of the node before
     copied = np.full(len(start) + 1, np.inf)  # least context copied for nodes [0, i)
     copied[0] = 0
     origin = np.zeros(len(start) + 1, np.int64)
     for i in range(len(start)):
-        size = start[i] + np.cumsum(length[i:])
-        longest_path = np.maximum.accumulate(start[i:] + length[i:])
-        ends = i + 1 + np.flatnonzero(size <= np.maximum(budget, longest_path))
+        fits = np.searchsorted(before, before[i] + budget - start[i], "right") - 1
+        path = forks[np.searchsorted(forks, i, "right")]
+        ends = np.arange(i + 1, max(fits, path) + 1)
         better = ends[copied[i] + start[i] < copied[ends]]
         copied[better] = copied[i] + start[i]
         origin[better] = i

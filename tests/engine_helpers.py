@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -178,6 +180,25 @@ def assert_idle(engine: Engine) -> None:
     assert not (scheduler.waiting or scheduler.running or scheduler.fills)
     assert free_pages(engine) == engine.cache.pool.num_pages
     assert scheduler.slots.num_free == len(scheduler.slots.table)
+
+
+def work(call: Callable[[], object]) -> int:
+    """How many instructions of Python a call takes; what C does is not seen."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal count
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        count += event == "opcode"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return count
 
 
 def check_every_step(engine: Engine) -> list[int]:

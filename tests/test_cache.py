@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from engine_helpers import prompt_of, tiny_model
+from engine_helpers import prompt_of, tiny_model, work
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
@@ -113,7 +113,8 @@ def test_only_whole_pages_are_found() -> None:
     pool = make_pool(4)
     index = RadixIndex(pool)
     pages = pool.allocate(3)
-    assert index.insert(np.arange(40, dtype=np.int32), pages) == 2
+    index.insert(np.arange(40, dtype=np.int32), pages)
+    assert index.num_entries == 2
     for length, found in ((15, 0), (16, 1), (31, 1), (32, 2), (40, 2), (60, 2)):
         matched = index.match(np.arange(length, dtype=np.int32))
         assert matched == pages[:found]
@@ -141,13 +142,15 @@ def test_using_a_prefix_makes_it_recent(use: str) -> None:
     index = RadixIndex(pool)
     for symbol in (1, 2):
         pages = pool.allocate(1)
-        assert index.insert(tokens_of((symbol,)), pages) == 1
+        index.insert(tokens_of((symbol,)), pages)
+        assert index.num_entries == symbol
         pool.release(pages)
     if use == "match":
         pool.release(index.match(tokens_of((1,))))
     else:
         pages = pool.allocate(1)
-        assert index.insert(tokens_of((1,)), pages) == 0
+        index.insert(tokens_of((1,)), pages)
+        assert index.num_entries == 2
         pool.release(pages)
     assert pool.num_free == 2
     assert index.evict(1) == 1
@@ -214,7 +217,9 @@ class CacheMachine(RuleBasedStateMachine):
                 self.pool.allocate(missing)
             return
         found += self.pool.allocate(missing)
-        assert self.index.insert(tokens_of(path), found) == missing
+        entries = self.index.num_entries
+        self.index.insert(tokens_of(path), found)
+        assert self.index.num_entries == entries + missing
         self.clock += 1
         for depth, page in enumerate(found, 1):
             self.cached[path[:depth]] = (page, self.clock)
@@ -275,6 +280,28 @@ def test_a_fork_copies_at_most_one_page_and_shares_the_rest() -> None:
             assert engine.stats()["copied"] - before == 4 * copied
             assert now - used == pages_for(length) + 4
             engine.check_integrity()
+
+
+def test_a_closed_tree_is_remembered_node_by_node() -> None:
+    """Not path by path: below a long prompt, and below each other, branches cost their own tokens."""
+
+    def closing(forks: int) -> float:
+        engine = Engine(tiny_model(), kv_tokens=8192)
+        tree = engine.tree(prompt_of(8 * forks))
+        [leaf] = engine.extend(tree.root.fork(), Sampling(max_tokens=forks))
+        below = [leaf.path()[1].fork(at=at)[0] for at in range(forks - 1, 0, -1)]
+        for node in below:
+            engine.extend([node], Sampling(max_tokens=node.start + 1 - tree.prompt_len))
+        paths = [node.prefix() for node in tree.leaves()]
+        spent = work(tree.close)
+        for path in paths:
+            pages = engine.cache.index.match(path)
+            assert len(pages) == (len(path) - 1) // PAGE
+            engine.cache.pool.release(pages)
+        engine.check_integrity()
+        return spent / forks
+
+    assert closing(48) < 1.2 * closing(12)
 
 
 def test_what_a_closed_tree_computed_is_found_by_content_and_can_be_evicted() -> None:

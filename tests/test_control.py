@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from engine_helpers import assert_idle, check_every_step, expected_tokens, grow, prompt_of, same, tiny_model
+from engine_helpers import assert_idle, check_every_step, expected_tokens, grow, prompt_of, same, tiny_model, work
 
 from ibtpo_engine import Budget, BudgetSpent, Engine, Event, IntegrityError, Model, Node, Sampling, Tree
 from ibtpo_engine import memory as engine_memory
@@ -172,6 +172,22 @@ def test_what_a_search_asked_for_can_be_aborted_before_there_is_room_for_it(mode
     assert_idle(engine)
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_branch_aborted_alone_costs_the_same_among_few_and_many(model: Model, keep: bool) -> None:
+    def each(count: int) -> float:
+        engine = Engine(model, kv_tokens=8192, max_branches=count // 2)
+        nodes = engine.tree(PROMPT).root.fork(count)
+        engine._submit(nodes, SAMPLING)
+        engine._step()
+        engine._step()
+        spent = work(lambda: [engine.abort([node], keep=keep) for node in nodes])
+        assert not engine.scheduler.num_branches
+        engine.check_integrity()
+        return spent / count
+
+    assert each(128) < 1.2 * each(32)
+
+
 # ---- budgets -------------------------------------------------------------------------------------------------
 
 
@@ -241,6 +257,16 @@ def test_a_node_budget_refuses_forks_and_cuts_nothing(model: Model) -> None:
     for name in ("tokens", "nodes", "pages"):
         with pytest.raises(ValueError, match=f"Budget.{name}: 0"):
             Budget(**{name: 0})
+
+
+def test_what_a_budget_asks_costs_the_same_on_a_small_and_a_large_tree(model: Model) -> None:
+    def fork(leaves: int) -> int:
+        engine = Engine(model, kv_tokens=8192)
+        tree = engine.tree(PROMPT, budget=Budget(tokens=1000, nodes=1000, pages=1000))
+        engine.extend(tree.root.fork(leaves), Sampling(max_tokens=3))
+        return work(lambda: engine.extend(tree.root.fork(), Sampling(max_tokens=1)))
+
+    assert fork(128) < 1.2 * fork(32)
 
 
 def test_a_search_out_of_budget_ends_and_the_others_go_on(model: Model) -> None:
@@ -370,6 +396,8 @@ BREAKAGES: dict[str, Callable[[Engine, Tree], object]] = {
     "is computed to": lambda engine, tree: setattr(tree.leaves()[0].kv, "computed", 400),
     "draw the same": lambda engine, tree: setattr(tree.root.children[0], "stream", tree.root.children[1].stream),
     "in flight": lambda engine, tree: setattr(tree.root.fork()[0], "in_flight", True),
+    "a tree counts": lambda engine, tree: setattr(tree.used, "pages", 99),
+    "known by their nodes": lambda engine, tree: engine.scheduler.branches.clear(),
     "miscounted": lambda engine, tree: engine.scheduler.slots._free.pop(),
     "out of order": lambda engine, tree: engine.scheduler.waiting.reverse(),
     "other pages": lambda engine, tree: engine.scheduler.slots.table.fill(0),

@@ -194,7 +194,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.seen["trees run"] += len(trees)
 
     @precondition(lambda self: self.paths)
-    @rule(which=anything, every=st.integers(2, 7), abort_after=st.integers(1, 30), keep=st.booleans())
+    @rule(which=anything, every=st.integers(2, 7), abort_after=st.integers(1, 12), keep=st.booleans())
     def stream(self, which: int, every: int, abort_after: int, keep: bool) -> None:
         """Two forks that pause now and then, told of as they come; perhaps one is aborted, and what paused goes on."""
         base = self.pick(which)

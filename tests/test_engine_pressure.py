@@ -15,6 +15,7 @@ import torch
 from engine_helpers import assert_idle, expected_tokens, prompt_of, same, tiny_model
 
 from ibtpo_engine import Engine, Model, Node, OutOfPages, Sampling, Tree
+from ibtpo_engine.cache import PageCache
 
 SAMPLING = Sampling(max_tokens=40, stop_tokens=(2,))
 PROMPTS = [prompt_of(24 + i % 9, seed=i) for i in range(8)]
@@ -91,6 +92,18 @@ def test_a_long_prompt_gets_its_pages_although_many_short_ones_came_later(model:
         assert node.tokens.tolist() == expected_tokens(model, node, SAMPLING).tolist()
     assert engine.stats()["evicted_pages"] > 0
     assert_idle(engine)
+
+
+def test_no_tree_is_walked_to_find_one_that_holds_pages(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    walked: list[Tree] = []
+    forgotten: list[Tree] = []
+    owned_by, forget = PageCache.owned_by, PageCache.forget
+    monkeypatch.setattr(PageCache, "owned_by", lambda cache, tree: walked.append(tree) or owned_by(cache, tree))
+    monkeypatch.setattr(PageCache, "forget", lambda cache, tree: forgotten.append(tree) or forget(cache, tree))
+    engine = Engine(model, kv_tokens=16 * 22)
+    assert len(list(engine.run(two_rounds, PROMPTS, SAMPLING))) == 8
+    assert len(forgotten) > 8, "some trees gave their pages up before they were closed"
+    assert not walked
 
 
 def out_of_pages(call: Callable[[], object]) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import save_additions, save_checkpoint
+from engine_helpers import work
 from rich.console import Console
 
 from ibtpo.cli import main
@@ -26,10 +28,13 @@ from ibtpo.config_io import dump_yaml
 from ibtpo.disk import RunFolderError
 from ibtpo.evaluation import Completion, sample_completions, summarize
 from ibtpo.evaluation.folder import EvaluationFolder
+from ibtpo.evaluation.sampling import _Collector
 from ibtpo.evaluation.statistics import MOST_SAMPLES, ks_up_to, majority_at
 from ibtpo.metrics import pass_rates
 from ibtpo.policy import built_in_policy
 from ibtpo.stopping import StopRequest
+from ibtpo.tasks import Problem
+from ibtpo_engine import Tree
 
 FLAGS = ["--digits.min-ops", "1", "--digits.max-ops", "2", "--sampling.max-tokens", "14"]
 
@@ -474,3 +479,21 @@ def test_another_file_than_the_runs_is_read_in_its_own_layout(
     assert "layout" not in capsys.readouterr().out
     assert run(*command, "--data", test, "--layout", "gsm8k") == 2
     assert 'field "question" is missing' in capsys.readouterr().err
+
+
+def test_a_completion_costs_the_same_however_many_wait_for_their_reward() -> None:
+    """Also one whose grading ends last of all; each is handed on once."""
+    task: Any = type("Task", (), {"extract": lambda self, problem, text: None})()
+
+    def each(count: int) -> float:
+        tree, kept, rewards = Tree([3], key=-1), [], [Future[float]() for _ in range(count)]
+        collector = _Collector(task, [Problem("1+1", "2")], range(count), kept.append)
+        leaves = tree.root.fork(count)
+        spent = work(lambda: [collector(tree, leaf, "2", reward) for leaf, reward in zip(leaves, rewards, strict=True)])
+        for reward in reversed(rewards):
+            reward.set_result(1.0)
+            spent += work(collector.hand_on)
+        assert [completion.sample for completion in kept] == [*reversed(range(count))]
+        return spent / count
+
+    assert each(128) < 1.2 * each(16)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
+import weakref
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -226,6 +228,24 @@ def test_truncated_samples_of_an_evaluation_are_wrong_and_do_not_vote(tmp_path: 
     for completion in found:
         right = completion.finish == "stop"
         assert (completion.reward, completion.answer) == ((1.0, completion.text) if right else (0.0, None))
+
+
+def test_an_evaluation_keeps_no_tree_whose_completions_are_graded(tmp_path: Path) -> None:
+    policy = load_policy(save_checkpoint(tmp_path, context=64), dtype=torch.float32, device=torch.device("cpu"))
+    engine = Engine(policy.model, kv_tokens=2000, max_branches=4)
+    grower = Grower(engine, _Always(), policy.tokenizer, JsonlConfig())
+    alive, most = weakref.WeakSet[Tree](), 0
+
+    def done(tree: Tree) -> None:
+        nonlocal most
+        alive.add(tree)
+        gc.collect()
+        most = max(most, len(alive))
+
+    found: list[Completion] = []
+    sample_completions(grower, [Problem("1+1", "2")] * 32, Sampling(max_tokens=4), 2, found.append, on_prompt=done)
+    assert len(found) == 32 * 3
+    assert most < 12
 
 
 # ---- the real reasoning-gym ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -15,7 +16,7 @@ from trees import VOCABULARY, TinyModel, chain, estimate, gradients, log_probs, 
 from ibtpo.advantage import NodeAdvantage, advantage
 from ibtpo.config import AdvantageConfig, LossConfig
 from ibtpo.loss import summarize
-from ibtpo.pack import MicroBatch, pack
+from ibtpo.pack import MicroBatch, _cut, pack
 from ibtpo_engine.model import Model, initialise
 from ibtpo_engine.model_config import ModelConfig
 from ibtpo_engine.tree import Node, Tree
@@ -226,6 +227,26 @@ def test_a_trajectory_longer_than_the_budget_is_one_micro_batch():
     result = advantage(tree.export(), estimate(tree, trajectories), AdvantageConfig())
     sizes = [len(batch) for batch in pack([result], LossConfig(), micro_batch_tokens=8, max_tokens=40)]
     assert sorted(sizes) == [2, 30]  # 1 + 30 and 1 + 2 tokens, less the last of each
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_runs_of_nodes_are_those_that_fit_or_are_one_path(seed):
+    """By the definition, which looks at every run of every tree: cut at every budget, the least context is copied."""
+    packed = random_trajectories(Random(seed), leaves=9)[0].export()
+    start, length = (np.array([value(node) for node in packed.nodes]) for value in (lambda node: node.start, len))
+    for budget in range(2, 40, 3):
+        copied = {0: 0}
+        for end in range(1, len(start) + 1):
+            runs = [
+                begin
+                for begin in range(end)
+                if start[begin] + length[begin:end].sum() <= max(budget, (start + length)[begin:end].max())
+            ]
+            copied[end] = min(copied[begin] + start[begin] for begin in runs)
+        cuts = _cut(packed, budget)
+        assert start[cuts[:-1]].sum() == copied[len(start)]
+        for begin, end in pairwise(cuts):
+            assert start[begin] + length[begin:end].sum() <= max(budget, (start + length)[begin:end].max())
 
 
 def test_a_cut_copies_as_little_context_as_it_can():

@@ -8,7 +8,7 @@ same tokens in any batch and any pool. What a branch leaves over goes to the nex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -55,6 +55,29 @@ class Limit(NamedTuple):
     finish: str = "length"
 
 
+class Used:
+    """What a tree holds, counted as it grows and is cut back, so that nobody has to walk it.
+
+    Args:
+        nodes: those that are there already.
+
+    Attributes:
+        nodes: pending ones and the prompt's included.
+        tokens: the prompt's included.
+        pages: those that nodes with tokens touch, whether or not keys and values are there.
+    """
+
+    def __init__(self, nodes: Sequence[Node] = ()) -> None:
+        self.nodes, self.tokens, self.pages = len(nodes), 0, 0
+        for node in nodes:
+            self.add_tokens(node)
+
+    def add_tokens(self, node: Node, sign: int = 1) -> None:
+        """A node was filled (or, with sign -1, is dropped). Cutting it later changes neither sum."""
+        self.tokens += sign * len(node)
+        self.pages += sign * _pages(node, node.end)
+
+
 def check_nodes(tree: Tree, more: int) -> None:
     """Refuse `more` nodes that the tree's budget does not hold.
 
@@ -63,7 +86,7 @@ def check_nodes(tree: Tree, more: int) -> None:
     """
     if tree.budget is None or tree.budget.nodes is None:
         return
-    there = sum(node.stream != tree.root.stream for node in tree.root.subtree())
+    there = tree.used.nodes - len(tree.prompt.path())
     if there + more > tree.budget.nodes:
         raise BudgetSpent(
             f"{more} nodes more than the {there} of the tree exceed Budget.nodes={tree.budget.nodes}; drop a branch or "
@@ -71,12 +94,12 @@ def check_nodes(tree: Tree, more: int) -> None:
         )
 
 
-def within_budgets(limits: dict[Node, int], reserved: Callable[[], Mapping[Node, int]]) -> dict[Node, Limit]:
+def within_budgets(limits: dict[Node, int], reserved: Callable[[Tree], Mapping[Node, int]]) -> dict[Node, Limit]:
     """Shorten the limits (depths) of branches submitted together to their trees' budgets.
 
     Args:
         limits: depth each node could reach if there were no budget.
-        reserved: tells, if there is a budget, the depths that branches submitted before may reach: spoken for.
+        reserved: tells the depths that branches of a tree submitted before may reach: spoken for.
 
     Raises:
         BudgetSpent: a tree cannot give each of its branches one token.
@@ -86,12 +109,10 @@ def within_budgets(limits: dict[Node, int], reserved: Callable[[], Mapping[Node,
     for node in limits:
         if node.tree.budget is not None:
             by_tree.setdefault(node.tree, []).append(node)
-    if by_tree:
-        ends = reserved()
-        for tree, nodes in by_tree.items():
-            for node, depth in _shared_out(tree, nodes, ends).items():
-                if depth < limits[node]:
-                    found[node] = Limit(depth=depth, finish="budget")
+    for tree, nodes in by_tree.items():
+        for node, depth in _shared_out(tree, nodes, reserved(tree)).items():
+            if depth < limits[node]:
+                found[node] = Limit(depth=depth, finish="budget")
     return found
 
 
@@ -99,17 +120,22 @@ def _shared_out(tree: Tree, nodes: list[Node], reserved: Mapping[Node, int]) -> 
     """Depth each node may reach by the tree's budget alone."""
     budget = tree.budget
     assert budget is not None
-    ends = _ends(tree, reserved)
+    tokens, pages = _taken(tree, reserved)
     depth = dict.fromkeys(nodes, 1 << 30)
     if budget.tokens is not None:
-        used = _tokens_used(tree, ends)
-        for node, share in zip(nodes, _shares("tokens", budget.tokens, used, len(nodes)), strict=True):
+        for node, share in zip(nodes, _shares("tokens", budget.tokens, tokens, len(nodes)), strict=True):
             depth[node] = node.start + share
     if budget.pages is not None:
-        used = _pages_used(ends)
-        for node, share in zip(nodes, _shares("pages", budget.pages, used, len(nodes)), strict=True):
+        for node, share in zip(nodes, _shares("pages", budget.pages, pages, len(nodes)), strict=True):
             depth[node] = min(depth[node], (node.start // PAGE + share + _shares_page(node)) * PAGE)
     return depth
+
+
+def _taken(tree: Tree, reserved: Mapping[Node, int]) -> tuple[int, int]:
+    """Tokens below the prompt, and pages, of what is there and of what is spoken for."""
+    ahead = [(node, end) for node, end in reserved.items() if not node.dropped]
+    tokens = tree.used.tokens - tree.prompt_len + sum(end - node.end for node, end in ahead)
+    return tokens, tree.used.pages + sum(_pages(node, end) - _pages(node, node.end) for node, end in ahead)
 
 
 def check_room(node: Node, lengths: list[int], reserved: Mapping[Node, int]) -> None:
@@ -121,27 +147,13 @@ def check_room(node: Node, lengths: list[int], reserved: Mapping[Node, int]) -> 
     tree = node.tree
     if tree.budget is None:
         return
-    ends, pages = _ends(tree, reserved), sum(pages_for(node.end + n) - node.end // PAGE for n in lengths)
+    tokens, pages = _taken(tree, reserved)
     for name, bound, used, more in (
-        ("tokens", tree.budget.tokens, _tokens_used(tree, ends), sum(lengths)),
-        ("pages", tree.budget.pages, _pages_used(ends), pages),
+        ("tokens", tree.budget.tokens, tokens, sum(lengths)),
+        ("pages", tree.budget.pages, pages, sum(pages_for(node.end + n) - node.end // PAGE for n in lengths)),
     ):
         if bound is not None and used + more > bound:
             raise _spent(name, bound, used, f"{more} {name}")
-
-
-def _ends(tree: Tree, reserved: Mapping[Node, int]) -> dict[Node, int]:
-    """Where each node of the tree ends, or may end if it is still growing."""
-    return {node: reserved.get(node, node.end) for node in tree.root.subtree()}
-
-
-def _tokens_used(tree: Tree, ends: Mapping[Node, int]) -> int:
-    """Tokens below the prompt."""
-    return sum(end - node.start for node, end in ends.items()) - tree.prompt_len
-
-
-def _pages_used(ends: Mapping[Node, int]) -> int:
-    return sum(_pages(node, end) for node, end in ends.items())
 
 
 def _shares(name: str, bound: int, used: int, n: int) -> list[int]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from ibtpo_engine.pages import KV, PAGE, PagePool, pages_for
-from ibtpo_engine.radix import RadixIndex
+from ibtpo_engine.radix import Entry, RadixIndex
 from ibtpo_engine.tree import Node, Tree
+
+Ints = npt.NDArray[np.int32]
 
 
 class PageCache:
@@ -79,16 +84,18 @@ class PageCache:
             pages[ancestor.kv.first :] = ancestor.kv.pages
         return pages
 
-    def remember(self, node: Node) -> None:
-        """Let the index find the path to `node`, as far as it is computed."""
-        path = node.path()
-        computed = next((n.kv.computed if n.kv else n.start for n in path if not is_computed(n)), node.end)
-        pages: list[int] = []
-        for ancestor in path:
-            if ancestor.kv is None or ancestor.start >= computed:
-                break
-            pages[ancestor.kv.first :] = ancestor.kv.pages
-        self.index.insert(node.prefix()[:computed], pages)
+    def remember(self, tree: Tree) -> None:
+        """Let the index find every path of a tree, as far as it is computed."""
+        nodes: list[tuple[Node, Ints, Entry | None]] = [(tree.root, tree.root.tokens[:0], None)]
+        while nodes:
+            node, rest, above = nodes.pop()  # the tokens between the last whole page above the node and it; that page
+            if node.kv is None:
+                continue
+            tokens = np.concatenate([rest, node.tokens])[: node.kv.computed - node.kv.first * PAGE]
+            below = self.index.insert(tokens, node.kv.pages, above)
+            if is_computed(node):
+                rest = tokens[len(tokens) // PAGE * PAGE :]
+                nodes += [(child, rest, below) for child in node.children]
 
     def forget(self, tree: Tree) -> None:
         """Give back every page of a tree; its tokens stay."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ibtpo_engine.branches import Branch
-from ibtpo_engine.budget import Budget, within_budgets
+from ibtpo_engine.budget import Budget, Used, within_budgets
 from ibtpo_engine.cache import PageCache
 from ibtpo_engine.capture import Capture, capture_for
 from ibtpo_engine.errors import BranchFailed, EngineError, OutOfPages, StaleWeights
@@ -173,8 +173,7 @@ class EngineCore:
         if growth is not None:
             growth.tree_closed()
         self._failed = {node: error for node, error in self._failed.items() if node.tree is not tree}
-        for leaf in tree.leaves() or [tree.root]:
-            self.cache.remember(leaf)
+        self.cache.remember(tree)
         self.cache.forget(tree)
         if self._trees.pop(tree.ordinal, None) is not None:
             self._prompt_pages -= pages_for(tree.prompt_len)
@@ -198,13 +197,11 @@ class EngineCore:
                 self._pauses.add(branch, sampling.pause)
         return branches
 
-    def _reserved(self) -> dict[Node, int]:
-        """Depths that branches may reach: of those under way, and of those whose end their search has not been told."""
-        depths = {branch.node: branch.limit for branch in self.scheduler.under_way()}
-        for searches in self._searches:
-            for growth in searches.growing.values():
-                depths |= growth.reserved
-        return depths
+    def _reserved(self, tree: Tree) -> dict[Node, int]:
+        """Depths that branches may reach: those under way, and those whose end the tree's search has not been told."""
+        growth = self._growth_of(tree)
+        depths = {node: branch.limit for node, branch in self.scheduler.branches.items() if node.tree is tree}
+        return depths if growth is None else depths | growth.reserved
 
     def _step(self, most: int = 1) -> None:
         """At most so many scheduler steps; what finished is reported to its search, whoever is calling.
@@ -287,6 +284,7 @@ class EngineCore:
                     node.abandon()
                     if growth is not None:
                         growth.lost(node)
+            tree.used = Used(tree.root.subtree())
         counters, index = self.scheduler.counters, self.cache.index
         self.cache.pool.free_all()
         self.scheduler.runner.forget()
@@ -326,7 +324,7 @@ class EngineCore:
         oldest = self.scheduler.waiting[0].node.tree
         growing = [growth for searches in self._searches for growth in searches.growing.values()]
         trees = [growth.tree for growth in growing if growth.tree is not oldest]
-        holders = [tree for tree in trees if self.cache.owned_by(tree)]
+        holders = [tree for tree in trees if tree.root.kv is not None]  # without it nothing below has any
         if not holders:
             raise self._out_of_pages()
         self.cache.forget(max(holders, key=lambda tree: tree.ordinal))

@@ -169,7 +169,7 @@ class Engine(EngineCore):
         tokens = check_suffixes(node, suffixes, vocabulary=config.vocab_size, context=config.max_positions)
         if keep:
             check_nodes(node.tree, len(tokens))
-            check_room(node, [len(suffix) for suffix in tokens], self._reserved())
+            check_room(node, [len(suffix) for suffix in tokens], self._reserved(node.tree))
         children = attach(node, tokens)
         for child, suffix in zip(children, tokens, strict=True):
             self.scheduler.submit(given_branch(child, suffix))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from ibtpo_engine.budget import Used
 from ibtpo_engine.errors import IntegrityError
 from ibtpo_engine.pages import KV, PAGE
 from ibtpo_engine.radix import RadixIndex
@@ -18,14 +19,17 @@ def check_engine(trees: Iterable[Tree], scheduler: Scheduler) -> None:
     """Raise unless every book of an engine agrees with every other.
 
     Pages: references equal owners (nodes of open trees, branches, index), the free list holds the others, each once.
-    Nodes: spans follow each other, keys and values cover what they claim. Index: linked both ways, whole pages, no page
-    twice. Scheduler: a slot is free or used, page-table rows name the pages of their paths, a branch is in one place.
+    Trees: what they hold was counted right. Nodes: spans follow each other, keys and values cover what they claim.
+    Index: linked both ways, whole pages, no page twice. Scheduler: a slot is free or used, page-table rows name the
+    pages of their paths, a branch is in one place.
 
     Raises:
         IntegrityError: what is wrong, and where.
     """
-    nodes = [node for tree in trees for node in tree.root.subtree()]
+    subtrees = [tree.root.subtree() for tree in trees]
+    nodes = [node for subtree in subtrees for node in subtree]
     held = [node.kv for node in nodes if node.kv is not None] + scheduler.held()
+    _check_used(subtrees)
     _check_nodes(nodes)
     _check_pages(held, scheduler)
     _check_index(scheduler.cache.index)
@@ -44,6 +48,12 @@ def _check_pages(held: list[KV], scheduler: Scheduler) -> None:
         np.add.at(owned, pages, 1)
     pool.check_integrity(owned)
     _require(bool(pool.layers) or not owned.any(), "pages are owned although the pool's memory is released")
+
+
+def _check_used(subtrees: list[list[Node]]) -> None:
+    for nodes in subtrees:
+        counted, there = vars(nodes[0].tree.used), vars(Used(nodes))
+        _require(counted == there, f"a tree counts {counted} and has {there}")
 
 
 def _check_nodes(nodes: list[Node]) -> None:
@@ -77,11 +87,13 @@ def _check_index(index: RadixIndex) -> None:
 
 
 def _check_branches(nodes: list[Node], scheduler: Scheduler) -> None:
-    slots, branches = scheduler.slots, scheduler.under_way()
-    places = Counter(id(branch.node) for branch in branches)
+    slots, fills = scheduler.slots, scheduler.fills.values()
+    filling = [branch for fill in fills for branch in [*fill.children, fill.branch] if branch is not None]
+    places = Counter(branch.node for branch in [*scheduler.waiting, *filling, *scheduler.running.values()])
     _require(all(n == 1 for n in places.values()), "a branch is in two places of the scheduler")
-    in_flight = {id(node) for node in nodes if node.in_flight}
+    in_flight = {node for node in nodes if node.in_flight}
     _require(in_flight == set(places), f"{len(in_flight)} nodes are in flight, {len(places)} branches under way")
+    _require(in_flight == set(scheduler.branches), f"{len(scheduler.branches)} branches are known by their nodes")
     tickets = [branch.ticket for branch in scheduler.waiting]
     _require(tickets == sorted(tickets), f"the waiting branches are out of order: tickets {tickets[:8]}")
     used = [*scheduler.running, *(fill.slot for fill in scheduler.fills.values())]

@@ -58,28 +58,29 @@ class RadixIndex:
         self.hits += len(pages) * PAGE
         return pages
 
-    def insert(self, tokens: Ints, pages: list[int]) -> int:
+    def insert(self, tokens: Ints, pages: list[int], below: Entry | None = None) -> Entry:
         """Remember the whole pages of `tokens`; where an entry exists already, it stays.
 
         Args:
-            tokens: int32 [n], a path from its root.
+            tokens: int32 [n], a path from its root, or what follows the path to `below`.
             pages: its page table, at least n // PAGE long.
+            below: what the last call returned, or one before it of which nothing else was used since.
 
         Returns:
-            Number of pages newly referenced.
+            The entry of the last whole page.
         """
-        self._clock += 1
-        entry, added = self._root, 0
+        if below is None:
+            self._clock += 1
+        entry = below or self._root
         for key, page in zip(_keys(tokens), pages, strict=False):
             child = entry.children.get(key)
             if child is None:
                 child = entry.children[key] = Entry(entry, key, page, self._clock)
                 self._pool.share([page])
-                added += 1
+                self.num_entries += 1
             child.used = self._clock
             entry = child
-        self.num_entries += added
-        return added
+        return entry
 
     def evictable(self) -> int:
         """Pages that eviction can free: those of entries with nothing pinned at or below them."""

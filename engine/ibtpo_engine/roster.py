@@ -13,7 +13,7 @@ filled, or as the preempted branch whose own tokens are filled again.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +51,7 @@ class Roster:
         slots: rows of the arrays that a step reads, one a running branch or a fill.
 
     Attributes:
+        branches: all of them, by node.
         waiting: by ticket.
         running: by slot.
         fills: by id of the node, or of the branch that was preempted.
@@ -60,6 +61,7 @@ class Roster:
     def __init__(self, cache: PageCache, slots: Slots) -> None:
         self.cache = cache
         self.slots = slots
+        self.branches: dict[Node, Branch] = {}
         self.waiting: list[Branch] = []
         self.running: dict[int, Branch] = {}
         self.fills: dict[int, Fill] = {}
@@ -72,19 +74,13 @@ class Roster:
     @property
     def num_branches(self) -> int:
         """Branches submitted and not yet finished."""
-        filling = sum(len(fill.children) + (fill.branch is not None) for fill in self.fills.values())
-        return len(self.waiting) + len(self.running) + filling
+        return len(self.branches)
 
     def running_slots(self) -> Longs:
         """Slots of the running branches, siblings side by side; the same array until a branch joins or leaves."""
         if self._running_slots is None:
             self._running_slots = np.fromiter((slot for _, slot in self._order), np.int64, len(self._order))
         return self._running_slots
-
-    def under_way(self) -> list[Branch]:
-        """Every branch submitted and not yet ended."""
-        filling = [branch for fill in self.fills.values() for branch in [*fill.children, fill.branch] if branch]
-        return [*self.waiting, *filling, *self.running.values()]
 
     def is_running(self, branch: Branch) -> bool:
         """Is it being decoded, neither waiting nor being filled?"""
@@ -100,29 +96,25 @@ class Roster:
         """Queue a branch whose node is pending; returns it."""
         branch.node.in_flight = True
         branch.ticket = self._tickets
+        self.branches[branch.node] = branch
         self.waiting.append(branch)
         self._tickets += 1
         return branch
 
     def cancel(self, nodes: Iterable[Node]) -> None:
         """Forget pending nodes: their branches end unfinished and the nodes leave their trees."""
-        doomed = {id(node) for node in nodes if node.in_flight}
-        if not doomed:
-            return
-        for branch in [branch for branch in self.running.values() if id(branch.node) in doomed]:
-            self._leave(branch)
+        for branch in self._doomed(nodes):
+            fill = self.fills.get(id(branch.node.parent))
+            if self.is_running(branch):
+                self._leave(branch)
+            elif id(branch) in self.fills:
+                self._drop_fill(id(branch))
+            elif fill is not None and branch in fill.children:
+                fill.children.remove(branch)
+            else:
+                self._stop_waiting(branch)
             self._abandon(branch)
-        for key, fill in list(self.fills.items()):
-            if fill.branch is not None and id(fill.branch.node) in doomed:
-                self._drop_fill(key)
-                self._abandon(fill.branch)
-            for child in [child for child in fill.children if id(child.node) in doomed]:
-                fill.children.remove(child)
-                self._abandon(child)
         self._drop_idle_fills()
-        for branch in [branch for branch in self.waiting if id(branch.node) in doomed]:
-            self.waiting.remove(branch)
-            self._abandon(branch)
 
     def truncate(self, nodes: Iterable[Node], version: int) -> list[Node]:
         """End branches where they are, with "abort"; one that has sampled nothing stays under way.
@@ -132,9 +124,8 @@ class Roster:
         Returns:
             The nodes that ended.
         """
-        doomed = {id(node) for node in nodes if node.in_flight}
         ended = []
-        for branch in [branch for branch in self.under_way() if id(branch.node) in doomed]:
+        for branch in self._doomed(nodes):
             if self.is_running(branch) and self.slots.length[branch.slot] > branch.node.start:
                 ended.append(self.end(branch, "abort", version))
                 continue
@@ -142,11 +133,16 @@ class Roster:
                 self.fills.pop(id(branch))
                 self._wait_again(branch)
             if branch.kept is not None and not branch.is_given:
-                self.waiting.remove(branch)
+                self._stop_waiting(branch)
                 ended.append(branch.node.fill(*branch.kept, finish="abort", version=branch.sampled_by(version)))
                 branch.node.in_flight = False
+                del self.branches[branch.node]
         self._drop_idle_fills()
         return ended
+
+    def _doomed(self, nodes: Iterable[Node]) -> Iterator[Branch]:
+        """The branches of those nodes that are still under way when it is their turn."""
+        return (self.branches[node] for node in nodes if node.in_flight)
 
     def _drop_idle_fills(self) -> None:
         """Drop fills that no branch belongs to, after some were taken away: one that still waits begins it anew."""
@@ -217,6 +213,11 @@ class Roster:
             branch.kv = None
         bisect.insort(self.waiting, branch, key=lambda waiting: waiting.ticket)
 
+    def _stop_waiting(self, branch: Branch) -> None:
+        place = bisect.bisect_left(self.waiting, branch.ticket, key=lambda waiting: waiting.ticket)
+        assert self.waiting[place] is branch, "a branch is not where it was left"
+        del self.waiting[place]
+
     def _drop_fill(self, key: int) -> Fill:
         fill = self.fills.pop(key)
         if fill.branch is None:
@@ -229,6 +230,7 @@ class Roster:
         if branch.kv is not None:
             branch.kv.release()
         branch.node.abandon()
+        del self.branches[branch.node]
 
     def end(self, branch: Branch, finish: str | None, version: int) -> Node:
         """End a running branch where it is; the node gets its tokens and its pages."""
@@ -236,4 +238,5 @@ class Roster:
         if branch.features is not None:
             branch.features.leave(branch.node)
         branch.node.kv, branch.node.in_flight = branch.kv, False
+        del self.branches[branch.node]
         return branch.node

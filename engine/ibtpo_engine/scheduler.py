@@ -332,7 +332,7 @@ class Scheduler(Roster):
                 fill.kv.hidden = state
                 ready += self._drop_fill(id(fill.node)).children
                 if fill.node.parent is None:
-                    self.cache.remember(fill.node)
+                    self.cache.remember(fill.node.tree)
         return scored
 
     def _start(self, ready: list[Branch]) -> list[Branch]:

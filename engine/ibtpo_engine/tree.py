@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ibtpo_engine.arrays import Floats, Ints
-from ibtpo_engine.budget import Budget, check_nodes
+from ibtpo_engine.budget import Budget, Used, check_nodes
 from ibtpo_engine.export import PackedTree, pack_tree
 from ibtpo_engine.pickling import fill_tree, reduce_node, reduce_tree
 from ibtpo_engine.randomness import mix
@@ -63,6 +63,7 @@ class Node:
         self.birth = (start, -1)  # (depth of the fork, how many began there before); names the stream
         self.forks: dict[int, int] = {}  # depth -> how many forks of this stream began there
         self.serial = tree._next_serial()
+        tree.used.nodes += 1
         self.tokens: Ints = _NO_TOKENS
         self.logprob: Floats = _NO_NUMBERS
         self.logprob_raw: Floats = _NO_NUMBERS
@@ -271,6 +272,7 @@ class Node:
         self.finish = finish
         self.stopped_by = int(self.tokens[-1]) if finish == "stop" else None
         self.version = version
+        self.tree.used.add_tokens(self)
         return self
 
     def drop(self) -> None:
@@ -285,7 +287,9 @@ class Node:
         if any(node.in_flight for node in below):
             raise ValueError(f"drop: a branch below {self!r} is being extended; wait until it has finished")
         self.parent.children.remove(self)
+        self.tree.used.nodes -= len(below)
         for node in below:
+            self.tree.used.add_tokens(node, -1)
             node.dropped = True
             if node.kv is not None:
                 node.kv.release()
@@ -296,6 +300,7 @@ class Node:
         assert self.parent is not None
         self.in_flight, self.dropped = False, True
         self.parent.children.remove(self)
+        self.tree.used.nodes -= 1
 
 
 class Tree:
@@ -311,6 +316,7 @@ class Tree:
 
     Attributes:
         closed: have its pages been given back?
+        used: what it holds, as far as a budget may bound it.
         ended_by: the error that ended its search before its time, where that was the tree's own: `BudgetSpent`,
             `NoTokenAllowed`; else None.
     """
@@ -335,6 +341,7 @@ class Tree:
         self.key = key
         self.ordinal = ordinal
         self.budget = budget
+        self.used = Used()
         self._serials = 0
         self._on_close = on_close
         self.closed = False
@@ -368,7 +375,7 @@ class Tree:
     @property
     def num_sampled(self) -> int:
         """Tokens sampled in this tree: every token but the prompt's, each counted once."""
-        return sum(len(node) for node in self.nodes()) - self.prompt_len
+        return self.used.tokens - self.prompt_len
 
     def export(self) -> PackedTree:
         """The tree in the layout the trainer and the kernels share (see `PackedTree`)."""

@@ -31,10 +31,12 @@ class SharedGrower(Grower):
         on_tree: Callable[[Tree], None] = lambda tree: None,
         *,
         on_leaf: OnLeaf = ignore_leaf,
+        keep: bool = True,
     ) -> tuple[list[Tree], float]:
         """As `Grower.grow`: all trees, in the order of the problems; the seconds are the slowest process's.
 
-        `on_leaf` and `on_tree` are called for the trees of the others, too, once these have arrived.
+        `on_leaf` and `on_tree` are called for the trees of the others, too, once these have arrived. So all trees are
+        kept until then, whatever `keep` says.
 
         Raises:
             Interrupted: `should_stop` said so in any process.

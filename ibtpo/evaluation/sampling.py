@@ -6,7 +6,8 @@ from collections.abc import Callable, Generator, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import NamedTuple
+from queue import SimpleQueue
+from typing import Any, NamedTuple
 
 from ibtpo.grow import Grower
 from ibtpo.metrics import is_truncated
@@ -71,7 +72,7 @@ def sample_completions(
 
         try:
             asked = [problems[_index(key)] for key in missing]
-            grower.grow(asked, list(missing), _chains(missing), how, tree_done, on_leaf=collector)
+            grower.grow(asked, list(missing), _chains(missing), how, tree_done, on_leaf=collector, keep=False)
         finally:
             collector.hand_on()
         collector.hand_on(wait=True)
@@ -112,7 +113,8 @@ class _Collector:
         keep: Callable[[Completion], object],
     ) -> None:
         self._task, self._problems, self._wanted, self._keep = task, problems, wanted, keep
-        self._waiting: list[tuple[Completion, Future[float] | None, Future[str | None] | None]] = []
+        self._num_waiting = 0
+        self._graded: SimpleQueue[tuple[Completion, Future[float] | None, Future[str | None] | None]] = SimpleQueue()
 
     def __call__(self, tree: Tree, leaf: Node, text: str, reward: float | Future[float]) -> None:
         index = _index(tree.key)
@@ -127,18 +129,25 @@ class _Collector:
             tokens=leaf.end - tree.prompt_len,
         )
         later = (reward if isinstance(reward, Future) else None, answer if isinstance(answer, Future) else None)
-        self._waiting.append((completion, *later))
+        self._num_waiting += 1
+        _when_done([future for future in later if future is not None], lambda: self._graded.put((completion, *later)))
         self.hand_on()
 
     def hand_on(self, *, wait: bool = False) -> None:
         """Hand on what is complete; with `wait`, all of it."""
-        waiting, self._waiting = self._waiting, []
-        for completion, reward, answer in waiting:
-            if not wait and any(future is not None and not future.done() for future in (reward, answer)):
-                self._waiting.append((completion, reward, answer))
-                continue
+        while self._num_waiting and (wait or not self._graded.empty()):
+            completion, reward, answer = self._graded.get()
+            self._num_waiting -= 1
             if reward is not None:
                 completion = completion._replace(reward=reward.result())
             if answer is not None:
                 completion = completion._replace(answer=answer.result())
             self._keep(completion)
+
+
+def _when_done(futures: Sequence[Future[Any]], call: Callable[[], object]) -> None:
+    """Call once all of these are done, in whatever thread the last one is; at once if there are none."""
+    if futures:
+        futures[0].add_done_callback(lambda _: _when_done(futures[1:], call))
+    else:
+        call()
