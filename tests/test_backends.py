@@ -25,8 +25,8 @@ from ibtpo_engine import (
     Node,
     Sampling,
     Tree,
-    backend_engine,
 )
+from ibtpo_engine.growing import Searches
 
 # ---- the same trees ------------------------------------------------------------------------------------------
 
@@ -141,7 +141,7 @@ def test_a_grade_that_has_come_keeps_no_processor_busy_while_branches_are_under_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Between two answers there is nothing to do: one look a call, however long the last one takes."""
-    local, waits, wait = EngineBackend(engine()), [], backend_engine.wait
+    local, waits, wait = EngineBackend(engine()), [], Searches.wait
 
     class SlowOnes:
         def extend(self, prefixes: Sequence[Sequence[int]], n: int, **options: Any) -> list[list[Completion]]:
@@ -153,11 +153,11 @@ def test_a_grade_that_has_come_keeps_no_processor_busy_while_branches_are_under_
         graded.set_result(1.0)
         return graded
 
-    def counted(*args: Any, **options: Any) -> Any:
-        waits.append(args)
-        return wait(*args, **options)
+    def counted(searches: Searches) -> None:
+        waits.append(searches)
+        wait(searches)
 
-    monkeypatch.setattr(backend_engine, "wait", counted)
+    monkeypatch.setattr(Searches, "wait", counted)
     [(_, tree)] = BackendEngine(SlowOnes()).run(forks, PROMPTS[:1], SAMPLING, reward=reward)
     assert [leaf.reward for leaf in tree.leaves()] == [1.0] * 8
     assert len(waits) <= 4

@@ -12,10 +12,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine_helpers import assert_idle, expected_tokens, prompt_of, same, tiny_model
+from engine_helpers import assert_idle, expected_tokens, prompt_of, same, tiny_model, work
 
 from ibtpo_engine import Engine, Model, Node, OutOfPages, Sampling, Tree
 from ibtpo_engine.cache import PageCache
+from ibtpo_engine.growing import Searches
 
 SAMPLING = Sampling(max_tokens=40, stop_tokens=(2,))
 PROMPTS = [prompt_of(24 + i % 9, seed=i) for i in range(8)]
@@ -473,6 +474,38 @@ def _grade_late(late: list[Future[float]]) -> None:
             time.sleep(0.001)
         time.sleep(0.002)
         late[i].set_result(1.0)
+
+
+def test_a_reward_that_comes_costs_the_same_however_many_are_awaited(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All branches end before the first reward comes; then they come one by one."""
+    wait = Searches.wait
+
+    def spent(num_trees: int) -> float:
+        engine, late = Engine(model, kv_tokens=16 * 600, max_branches=32), list[Future[float]]()
+
+        def reward(tree: Tree, leaf: Node) -> Future[float]:
+            late.append(Future())
+            return late[-1]
+
+        def grade_one(searches: Searches) -> None:
+            late.pop(0).set_result(1.0)
+            wait(searches)
+
+        def search(tree: Tree) -> Iterator[list[Node]]:
+            yield tree.root.fork(4)
+
+        monkeypatch.setattr(Searches, "wait", grade_one)
+        prompts = [prompt_of(20, seed=i) for i in range(num_trees)]
+        trees: list[Tree] = []
+        run = engine.run(search, prompts, Sampling(max_tokens=2), reward=reward)
+        count = work(lambda: trees.extend(tree for _, tree in run))
+        assert [leaf.reward for tree in trees for leaf in tree.leaves()] == [1.0] * 4 * num_trees
+        return count / num_trees
+
+    few, many = spent(16), spent(64)
+    assert many < 1.2 * few
 
 
 def test_trees_interleave_in_one_stream(model: Model) -> None:

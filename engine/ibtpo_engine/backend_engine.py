@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from threading import Event
 
@@ -167,7 +167,9 @@ class BackendEngine:
 
         def submit(growth: Growing) -> None:
             for call in self._calls(growth.nodes, sampling):
-                calls[pool.submit(call.make, self.backend, left)] = call
+                answer = pool.submit(call.make, self.backend, left)
+                calls[answer] = call
+                answer.add_done_callback(lambda _: searches.wake())
 
         def has_room() -> bool:
             return len(calls) < self.max_calls
@@ -191,7 +193,8 @@ class BackendEngine:
     def _await(self, calls: dict[Answer, _Call], searches: Searches) -> None:
         """Wait until a call or a reward has arrived; fill the nodes that were answered and have them graded."""
         begin = time.perf_counter()
-        wait([*calls, *searches.awaited()], return_when=FIRST_COMPLETED)
+        if not any(answer.done() for answer in calls):
+            searches.wait()
         if not calls:
             self.seconds_waiting += time.perf_counter() - begin
         for answer in [answer for answer in calls if answer.done()]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, wait
 
 import numpy.typing as npt
 
@@ -261,16 +260,15 @@ class Engine(EngineCore):
     def _advance(self, searches: Searches) -> None:
         """Steps of the scheduler, or, if every tree waits for rewards or other futures, wait for the first."""
         self._report_ended()
-        futures = searches.awaited()
         if self.scheduler.num_branches:
-            self._step(1 if futures else MOST_STEPS)
-        elif searches.any_ready():
+            self._step(1 if searches.await_futures() else MOST_STEPS)
+        elif searches.any_ready() or searches.holds_back:
             return
-        elif futures:
+        elif searches.await_futures():
             begin = time.perf_counter()
-            wait(futures, return_when=FIRST_COMPLETED)
+            searches.wait()
             self.seconds_waiting += time.perf_counter() - begin
-        elif not searches.holds_back:
+        else:
             raise EngineError("searches wait for branches that are gone, as after an interrupt; begin the run again")
 
     def _submit_round(self, growth: Growing, sampling: Sampling) -> None:

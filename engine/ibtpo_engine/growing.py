@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any
 
 import numpy.typing as npt
@@ -39,6 +40,56 @@ Reward = Callable[[Tree, Node], "float | Future[Any] | None"]
 or the future's once that is done. None grades nothing."""
 
 
+class Stirred:
+    """Those searches of a run that may have become ready, so that nobody has to look at all of them.
+
+    Attributes:
+        growths: by the ordinal of their tree.
+        awaiting: those that wait for a future; it stirs them up itself, from whatever thread it is done on.
+    """
+
+    def __init__(self) -> None:
+        self.growths: dict[int, Growing] = {}
+        self.awaiting: dict[int, Growing] = {}
+        self._done: SimpleQueue[Growing | None] = SimpleQueue()
+
+    def add(self, growth: Growing) -> None:
+        """It may have become ready."""
+        self.growths[growth.tree.ordinal] = growth
+
+    def expect(self, growth: Growing, future: Future[Any]) -> None:
+        """It may have become ready once the future is done."""
+        self.awaiting[growth.tree.ordinal] = growth
+        future.add_done_callback(lambda _: self._done.put(growth))
+
+    def is_ready(self, growth: Growing) -> bool:
+        """Can it go on?"""
+        ready = growth.is_ready()
+        if not growth.awaits_futures():
+            self.awaiting.pop(growth.tree.ordinal, None)
+        return ready
+
+    def forget(self, growth: Growing) -> None:
+        """It has ended, whatever it still awaits."""
+        self.growths.pop(growth.tree.ordinal, None)
+        self.awaiting.pop(growth.tree.ordinal, None)
+
+    def look(self) -> None:
+        """Add those whose futures are done."""
+        while not self._done.empty():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until a future is done, or `wake`."""
+        growth = self._done.get()
+        if growth is not None and not growth.done:
+            self.add(growth)
+
+    def wake(self) -> None:
+        """End a `wait`, or the next one; from any thread."""
+        self._done.put(None)
+
+
 class Growing:
     """A search under way: its generator, what it waits for, and the rewards on their way.
 
@@ -47,13 +98,11 @@ class Growing:
         submitted: has the engine been told of them?
         turns: how often it asked.
         rewards: of branches that ended; futures are here until they have been read.
-        stirred: it puts itself in here when it may have become ready.
+        stirred: told when it may have become ready.
         reserved: with a budget, the depth each branch may reach whose end the search has not been told yet.
     """
 
-    def __init__(
-        self, index: int, tree: Tree, search: Search, reward: Reward | None, stirred: dict[int, Growing]
-    ) -> None:
+    def __init__(self, index: int, tree: Tree, search: Search, reward: Reward | None, stirred: Stirred) -> None:
         self.index = index
         self.tree = tree
         self.search = search
@@ -138,6 +187,7 @@ class Growing:
     def _take(self, asked: Sequence[Node] | Ahead | Future[Any]) -> None:
         self._gate = asked if isinstance(asked, Future) else None
         if isinstance(asked, Future):
+            self.stirred.expect(self, asked)
             asked = Ahead([], [])
         elif not isinstance(asked, Ahead):
             if isinstance(asked, Node | str) or not isinstance(asked, Iterable):
@@ -174,11 +224,11 @@ class Growing:
     def told(self) -> None:
         """The engine knows of what was asked for."""
         self.submitted = True
-        self.stirred[self.tree.ordinal] = self
+        self.stirred.add(self)
 
     def tree_closed(self) -> None:
         """Its tree was closed, by whomever: the search ends."""
-        self.stirred[self.tree.ordinal] = self
+        self.stirred.add(self)
 
     def finished(self, node: Node) -> None:
         """A branch ended: grade it, unless it only paused.
@@ -196,6 +246,7 @@ class Growing:
             return
         if isinstance(graded, Future):
             self.rewards[node] = graded
+            self.stirred.expect(self, graded)
         else:
             node.reward = graded
 
@@ -218,19 +269,17 @@ class Growing:
     def _leaves(self, node: Node) -> None:
         self._under_way.discard(node)
         self._waits_for.discard(node)
-        self.stirred[self.tree.ordinal] = self
+        self.stirred.add(self)
 
-    def awaited(self) -> list[Future[Any]]:
-        """What it waits for besides branches: rewards, and the future it asked for."""
-        if self.tree.closed:
-            return []
-        return [*self.rewards.values(), *([] if self._gate is None else [self._gate])]
+    def awaits_futures(self) -> bool:
+        """Does it wait for rewards, or for the future it asked for? Those that `is_ready` has not seen done yet."""
+        return not self.tree.closed and (bool(self.rewards) or not (self._gate is None or self._gate.done()))
 
     def is_ready(self) -> bool:
         """Is all that the search asked for submitted, and all that it waits for finished and graded?"""
         if self.tree.closed or self._error is not None or self._not_graded is not None:
             return self.submitted
-        for node in [node for node, future in self.rewards.items() if future.done()]:  # or it would still be awaited
+        for node in [node for node, future in self.rewards.items() if future.done()]:
             reward = self.rewards.pop(node).result()
             node.reward = reward if reward is None else float(reward)
         if self._waits_for or not self.submitted or not (self._gate is None or self._gate.done()):
@@ -263,7 +312,7 @@ class Searches:
         submit: Callable[[Growing], None],
     ) -> None:
         self.growing: dict[int, Growing] = {}
-        self._stirred: dict[int, Growing] = {}  # of these, the only ones that can have become ready
+        self._stirred = Stirred()
         self._held: list[Growing] = []  # have asked for branches that are not submitted yet
         self._search = search
         self._reward = reward
@@ -313,11 +362,20 @@ class Searches:
 
     def any_ready(self) -> bool:
         """Can any of them go on?"""
-        return any(growth.is_ready() for growth in self._stirred.values())
+        self._stirred.look()
+        return any(map(self._stirred.is_ready, self._stirred.growths.values()))
 
-    def awaited(self) -> list[Future[Any]]:
-        """What they wait for besides branches."""
-        return [future for growth in self._stirred.values() for future in growth.awaited()]
+    def await_futures(self) -> bool:
+        """Does any of them wait for a future?"""
+        return bool(self._stirred.awaiting)
+
+    def wait(self) -> None:
+        """Until one of these futures is done, or `wake`."""
+        self._stirred.wait()
+
+    def wake(self) -> None:
+        """End a `wait`, or the next one; from any thread."""
+        self._stirred.wake()
 
     def resume(self, has_room: Callable[[], bool], breadth: int) -> Iterator[tuple[int, Tree]]:
         """Hand what is finished and graded to those that can go on; yield the trees whose search has ended.
@@ -330,15 +388,14 @@ class Searches:
             has_room: is there room for more branches? If not, what was asked for is submitted another time.
             breadth: most trees that may be under way for that; at 0 no tree is opened here, and nobody is kept waiting.
         """
-        stirred = [self._stirred[ordinal] for ordinal in sorted(self._stirred)]
-        self._stirred.clear()
-        ready = [growth for growth in stirred if growth.is_ready()]
-        self._stirred.update((growth.tree.ordinal, growth) for growth in stirred if growth.awaited())
-        for growth in ready:
+        self._stirred.look()
+        stirred = [growth for _, growth in sorted(self._stirred.growths.items())]
+        self._stirred.growths.clear()
+        for growth in [growth for growth in stirred if self._stirred.is_ready(growth)]:
             growth.ask()
             if growth.done:
                 self.growing.pop(growth.tree.ordinal)
-                self._stirred.pop(growth.tree.ordinal, None)
+                self._stirred.forget(growth)
                 growth.tree.close()
                 yield growth.index, growth.tree
             else:
@@ -357,5 +414,5 @@ class Searches:
                     closing.callback(growth.generator.close)
                 closing.callback(growth.tree.close)
             self.growing = {}
-            self._stirred.clear()
+            self._stirred = Stirred()
             self._held = []
