@@ -73,6 +73,18 @@ def test_an_exported_page_opens_from_a_file(tmp_path: Path, browser: Browser) ->
     assert texts(browser, ".prompts .count") == ["6 trees"]
 
 
+@pytest.mark.parametrize("width", [1500, 700, 320])
+def test_a_narrow_window_needs_no_scrolling_sideways(tmp_path: Path, browser: Browser, width: int) -> None:
+    run = make_run(tmp_path / "run", steps=30, trees=1)
+    browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+    try:
+        for tab in ("overview", "curves"):
+            browser.open(f"{export_page([run], tmp_path / 'page.html', trees=1).as_uri()}#{tab}")
+            assert browser.run("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+    finally:
+        browser.call("Emulation.clearDeviceMetricsOverride")
+
+
 def test_boxes_never_meet_and_the_keyboard_walks_them(tmp_path: Path, browser: Browser) -> None:
     run = make_run(tmp_path / "run", steps=1, trees=1)
     open_trees(browser, export_page([run], tmp_path / "page.html", trees=1).as_uri(), 7)
