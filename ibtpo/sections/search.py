@@ -37,7 +37,7 @@ class SearchConfig:
     branch_at_root: bool = True
     """May the prompt itself be branched again?"""
     separator: str = "\n\n"
-    """Text that ends a step; the token that completes it belongs to the step it ends."""
+    """Text that ends a step; the token that completes it belongs to that step. A newline in the shell: $'\\n'."""
     step_tokens: int | None = None
     """If set, steps are runs of this many tokens and `separator` is ignored."""
     boundary_noise: float = 0.0
@@ -61,6 +61,11 @@ class SearchConfig:
             check_range("search.step_tokens", self.step_tokens, low=1)
         elif not self.separator:
             raise ValueError('search.separator: "" must be at least one character, or set search.step_tokens')
+        elif self.separator.replace(r"\n", "") == "":
+            raise ValueError(
+                f"search.separator: {self.separator} is a backslash and the letter n, not a newline; write "
+                f"$'{self.separator}' in the shell and \"{self.separator}\" in YAML"
+            )
 
     @property
     def is_guided(self) -> bool:
