@@ -155,6 +155,15 @@ def test_sample_prints_a_tree_of_the_built_in_task(built_in: Path, capsys: pytes
     assert {"round 0", "round 1", "round 2"} <= {f"round {line.split('round ')[1][0]}" for line in leaves}
 
 
+def test_only_branches_of_a_sampled_tree_are_indented(built_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """However many steps a trajectory has."""
+    flags = ["--preset", "grpo", "--search.step-tokens", "1", "--sampling.max-tokens", "40"]
+    assert main(["sample", "--model", str(built_in), *flags]) == 0
+    steps = [line for line in capsys.readouterr().out.splitlines() if "round 0" in line]
+    assert len(steps) > 40
+    assert {len(line) - len(line.lstrip("│├└─ ")) for line in steps} == {4}
+
+
 @pytest.mark.parametrize(
     ("rewards", "text"),
     [
