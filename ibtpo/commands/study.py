@@ -40,7 +40,7 @@ class StudyArguments:
     eval_prompts: int | None = None
     """Held-out prompts of every evaluation; by default 192, or what the study says."""
     config: Path | None = None
-    """YAML file with settings for all cells, as for `ibtpo train`; a model and data of your own, for one."""
+    """YAML file with settings for all cells, as for `ibtpo train`; such as a model and data of your own."""
     report_only: bool = False
     """Make table, figures and page from the cells that are done."""
 

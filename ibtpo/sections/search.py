@@ -27,13 +27,13 @@ class SearchConfig:
     segment_tokens: int = 512
     """Length of a segment, the step of `treepo`."""
     deepest_share: float = 0.875
-    """Share of `sampling.max_tokens` from which on `eptree` begins no branches."""
+    """`eptree` begins no branches beyond this share of `sampling.max_tokens`."""
     value_rollouts: int = 9
     """K, rollouts of `vineppo` that tell the value of a step; they are sampled, not trained on."""
     lookahead: int = 1
     """Rounds of `ibtree` and `random-tree` under way at once; 1 (paper): a round knows the outcome of all before."""
     redraws: int = 0
-    """Times a training step draws further prompts for groups whose rewards are all equal (DAPO); 0 takes what comes."""
+    """Times a training step draws further prompts for groups whose rewards are all equal (DAPO); 0: never."""
     branch_at_root: bool = True
     """May the prompt itself be branched again?"""
     separator: str = "\n\n"
