@@ -168,6 +168,11 @@ def test_two_runs_lie_side_by_side(tmp_path: Path, browser: Browser) -> None:
     assert texts(browser, ".count") == ["6 trees"]
     browser.run("location.hash = 'overview'")
     browser.wait("!document.querySelector('.charts').closest('section').hidden")
+    dots = "map((node) => getComputedStyle(node, '::before').backgroundColor)"
+    of_the_top, of_the_results = (
+        browser.run(f"[...document.querySelectorAll('{place} .runname')].{dots}") for place in (".names", ".results")
+    )
+    assert of_the_top == of_the_results and len(set(of_the_top)) == 2
     browser.run("document.querySelector('.charts').scrollIntoView()")
     browser.wait("document.querySelectorAll('.key span').length > 0")
     assert {"first", "second"} <= set(texts(browser, ".charts .key span"))
