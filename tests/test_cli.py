@@ -243,7 +243,7 @@ def test_eval_of_a_run_agrees_with_what_the_run_logged(tmp_path: Path, capsys: p
 
 def test_eval_looks_for_a_place_to_write_before_it_begins(built_in: Path, tmp_path: Path, refused: Refusal) -> None:
     message = refused("--model", built_in, "--json", tmp_path / "no" / "values.json", command="eval")
-    assert f"json: {tmp_path / 'no'} is no folder" in message
+    assert f"json: {tmp_path / 'no'} is not a folder" in message
     assert f"json: {tmp_path} is a folder" in refused("--model", built_in, "--json", tmp_path, command="eval")
 
 
@@ -289,9 +289,9 @@ def test_eval_and_sample_need_a_model(command: str, tmp_path: Path, refused: Ref
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("hello", "is not a digit, operations with operands 2 to 9"),
-        ("7*1=?", "is not a digit, operations"),
-        ("", "is not a digit, operations"),
+        ("hello", 'is not of the form "7*8-5=?": a digit, operations with operands 2 to 9'),
+        ("7*1=?", "is not of the form"),
+        ("", "is not of the form"),
     ],
 )
 def test_sample_refuses_prompts_the_built_in_policy_cannot_read(

@@ -60,7 +60,7 @@ class EvalArguments:
             changes.setdefault("prompts", sys.maxsize)
             config = replace(config, jsonl=replace(config.jsonl, eval_fraction=1.0, eval_count=None, eval_data=None))
         if self.json is not None and not self.json.parent.is_dir():
-            raise ValueError(f"json: {self.json.parent} is no folder; make it, or name another file")
+            raise ValueError(f"json: {self.json.parent} is not a folder; make it, or name another file")
         if self.json is not None and self.json.is_dir():
             raise ValueError(f"json: {self.json} is a folder; name a file")
         if self.json is not None:
