@@ -25,8 +25,8 @@ from ibtpo.validation import check_range
 class EvalArguments:
     """Measure accuracy from independent rollouts: avg@k, pass@k, maj@k and greedy, with 95 % intervals over prompts.
 
-    On the held-out prompts of the task (of a run's own, where --model is one), or with --whole on all rows of a file.
-    With --out every completion is kept, and the same command goes on where it was stopped.
+    The prompts are the task's held-out ones (those of the run, if --model is one) or, with --whole, all rows of a file.
+    With --out every completion is kept, and the same command continues where it was stopped.
     """
 
     config: Path | None = None
