@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     if arguments[0] not in COMMANDS:
-        print(f"ibtpo: {arguments[0]!r} is not a command\n\n{USAGE}", end="", file=sys.stderr)
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"ibtpo: {arguments[0]!r} is not a command{hint}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     try:
         with loading():
