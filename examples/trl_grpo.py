@@ -105,8 +105,10 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="checkpoint folder (Qwen3, Qwen2 or Llama, dense)")
     parser.add_argument("--output", default="runs/trl_grpo", help="where TRL puts its files")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("problems", nargs="+")
+    parser.add_argument("problems", nargs="+", help="two or more")
     args = parser.parse_args()
+    if len(args.problems) < 2:  # TRL drops a last batch that is not full, and would train on nothing
+        parser.error("a batch of 16 completions, 8 a prompt, takes two problems")
     rollouts = TreeRollouts()
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -14,15 +15,15 @@ from ibtpo.stopping import Interrupted
 COMMANDS = ("train", "eval", "sample", "presets", "study", "view", "config", "doctor", "completion")
 USAGE = """usage: ibtpo {train,eval,sample,presets,study,view,config,doctor,completion} [--help] [flags]
 
-  train    grow trees, score them, train on them; `ibtpo train` alone runs the built-in task
-  eval     accuracy of a checkpoint or run: avg@k, pass@k, maj@k, greedy; resumable
-  sample   grow one tree and print it
-  presets  the methods --preset knows: what each is, where it comes from, what it sets
-  study    methods x seeds at an equal budget: the paper's tables, with intervals, curves and a page
-  view     look at a run in the browser, or at two: curves, prompts, trees
-  config   print the settings that a command would use, or --explain every one
-  doctor   what is installed, what works here, and each kernel against its reference
-  completion   print a script that completes commands and flags in bash, zsh or fish
+  train       grow trees, score them, train on them; `ibtpo train` alone runs the built-in task
+  eval        accuracy of a checkpoint or run: avg@k, pass@k, maj@k, greedy; resumable
+  sample      grow one tree and print it
+  presets     the methods --preset knows: what each is, where it comes from, what it sets
+  study       methods x seeds at an equal budget: the paper's tables, with intervals, curves and a page
+  view        look at a run in the browser, or at two: curves, prompts, trees
+  config      print the settings that a command would use, or --explain every one
+  doctor      what is installed, what works here, and each kernel against its reference
+  completion  print a script that completes commands and flags in bash, zsh or fish
 
 `ibtpo COMMAND --help` lists every flag with its default. Settings may also come from a YAML file (--config FILE),
 with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
@@ -40,7 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     if arguments[0] not in COMMANDS:
-        print(f"ibtpo: {arguments[0]!r} is not a command\n\n{USAGE}", end="", file=sys.stderr)
+        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        print(f"ibtpo: {arguments[0]!r} is not a command{hint}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     try:
         with loading():

@@ -55,11 +55,11 @@ class TrainConfig:
     data: Path | None = None
     """Prompts and answers: JSONL, Parquet, or a folder of datasets' save_to_disk; sets the task to jsonl."""
     layout: Literal["auto", "plain", "gsm8k", "math", "dapo", "aime"] = "auto"
-    """How the data file is written: which fields, where the answer stands, the prompt's template; auto: as it looks."""
+    """Which fields of the data file hold prompt and answer, and how; auto: the first rows decide."""
     reward: tuple[str, ...] = ()
     """NAME[:WEIGHT] ...: math, exact, format, regex=PATTERN, package.module:function; by default the task's own."""
     out: Path | None = None
-    """Run folder to create; by default runs/<task>-<preset>-<date and time>. Of `ibtpo eval`: where completions go."""
+    """Run folder to create; by default runs/<task>-<preset>-<date and time>. For `ibtpo eval`: where completions go."""
     resume: Path | None = None
     """Run folder to continue from its last checkpoint."""
     seed: int = 0
@@ -73,13 +73,13 @@ class TrainConfig:
     distributed: Literal["auto", "ddp", "fsdp"] = "auto"
     """Under torchrun. ddp: a whole copy in every process; fsdp: shares of one; auto: ddp if that fits."""
     distributed_timeout: float = 1800.0
-    """Seconds that the processes of a run wait for the last of them, before it is named and the run ends."""
+    """Seconds that the processes of a run wait for the slowest one; then the run ends and names it."""
     sampled_tokens: int = 600_000
     """Training ends when this many tokens have been sampled."""
     prompts_per_step: int = 24
-    """Prompts (trees) a training step."""
+    """Prompts (trees) in a training step."""
     mini_batches: int = 2
-    """Optimizer steps the trees of a training step are divided over."""
+    """Optimizer steps in a training step; its trees are divided over them."""
     micro_batch_tokens: int = 16_384
     """Most packed tokens in one forward and backward; larger trees are split at nodes, the gradient is the same."""
     gradient_checkpointing: bool = False

@@ -114,9 +114,24 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
+class _Dumper(yaml.SafeDumper):
+    r"""Texts that hold a newline stand between quotes, in one line: "\n\n"."""
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None),
+)
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Fields in their order as YAML, a field a line."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
+
+
 def dump_yaml(config: TrainConfig) -> str:
     """A configuration as the text of a YAML file that `load_yaml` and `merge` take back."""
-    return yaml.safe_dump(plain(asdict(config)), sort_keys=False, allow_unicode=True)
+    return to_yaml(plain(asdict(config)))
 
 
 def base_config(

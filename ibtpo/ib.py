@@ -39,8 +39,8 @@ def step_probability(logprob: npt.NDArray[np.floating[Any]], kind: str) -> float
     values: list[float] = logprob.tolist()
     if math.isnan(sum(values)):
         raise ValueError(
-            "step_probability: the log-probs sampled with are NaN; a server that returns raw ones knows them only at "
-            "temperature 1 with nothing cut: sample so, or have it return those of the distribution sampled from"
+            "step_probability: log-probs under the distribution sampled from are NaN; a server that returns raw ones "
+            "gives these only at temperature 1 without top-p, top-k and min-p: sample so, or have it return these"
         )
     if kind == "geometric":
         return math.exp(sum(values) / len(values))

@@ -87,8 +87,8 @@ def _check_split(config: TrainConfig, shape: ModelConfig, processes: int) -> Non
     cut = _cut_parameter(config, shape, processes)
     if cut is not None:
         raise ValueError(
-            f"distributed: fsdp cannot split the optimizer's state in {config.optim.state} of {cut[0]} {list(cut[1])} "
-            f"over {processes} processes: a block of 256 numbers would be cut; use another number of them, "
+            f"distributed: fsdp cannot split the {config.optim.state} optimizer state of {cut[0]} {list(cut[1])} over "
+            f"{processes} processes, since that would cut a block of 256 numbers; use another number of processes, "
             "--optim.state float32, or --distributed ddp"
         )
 

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import GenerationConfig
 
 from ibtpo.config import TrainConfig
-from ibtpo.config_io import flat, plain
+from ibtpo.config_io import flat, plain, to_yaml
 from ibtpo.environment import environment
 from ibtpo.policy import Policy, base_folder
 from ibtpo.presets import PRESETS
@@ -91,10 +90,11 @@ def model_card(
         "seed": str(config.seed),
         "made by": f"ibtpo {environment()['ibtpo']}",
     }
-    lines = ["---", yaml.safe_dump(header, sort_keys=False).rstrip(), "---", "", f"# {title}", "", "| | |", "|---|---|"]
+    lines = ["---", to_yaml(header).rstrip(), "---", "", f"# {title}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {_in_cell(value)} |" for name, value in facts.items()]
     lines += ["", "## Held-out accuracy", "", *_accuracy(row for row in rows if row["step"] <= step), ""]
-    prompt = '"7*8-5=?\\n"' if config.model == "built-in" else '"..."'
+    operations = "7*8-5+3*9+4-2*6+8"[: 2 * config.digits.min_ops + 1]  # as many as the policy has learned to work
+    prompt = f'"{operations}=?\\n"' if config.model == "built-in" else '"..."'
     if chat:
         message = 'tokenizer.apply_chat_template([{"role": "user", "content": "..."}]'
         options = parse_options(config.jsonl.chat_template_options)
@@ -159,7 +159,7 @@ def _interval(row: Mapping[str, Any], name: str) -> str:
 
 def _settings(config: TrainConfig) -> str:
     """What differs from the defaults."""
-    return yaml.safe_dump(_changed(config, TrainConfig()) or {}, sort_keys=False, allow_unicode=True).rstrip()
+    return to_yaml(_changed(config, TrainConfig()) or {}).rstrip()
 
 
 def _changed(config: Any, default: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ibtpo.setup import make_engine, make_sampling, open_model
 from ibtpo.steps import step_splitter
 from ibtpo.tasks import DigitChain, Grades, Problem, RewardGrades, Task
 from ibtpo.tasks.digit_chain import parse_prompt
-from ibtpo_engine import Tree
+from ibtpo_engine import Node, Tree
 
 
 def print_tree(config: TrainConfig, console: Console, *, prompt: str | None, answer: str | None, index: int) -> None:
@@ -73,18 +73,26 @@ def _grades_of(config: TrainConfig) -> RewardGrades:
 
 
 def _outline(tree: Tree, policy: Policy, problem: Problem) -> Outline:
-    """The tree as indented text."""
+    """The tree as indented text: a line a step, and further to the right where the search branched."""
     estimates = tree.notes["ib"]
     prompt = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
     outline = Outline(f"[bold]{escape(printable(prompt.strip()))}[/]  value {estimates.value(tree.root):.2f}")
-    places = {tree.root: outline}
-    for node in tree.nodes()[1:]:
+
+    def line(node: Node) -> str:
         text = escape(repr(str(policy.tokenizer.decode(node.tokens.tolist())))[1:-1])
         notes = f"round {node.notes['round']}  pi {estimates.eta2(node):.2f}  value {estimates.value(node):.2f}"
         if node.children:
             notes += f"  J {estimates.score(node):+.2f}"
         mark = "" if node.reward is None else "  [green]right[/]" if node.reward > RIGHT else "  [red]wrong[/]"
-        parent = node.parent
-        assert parent is not None
-        places[node] = places[parent].add(f"{text}  [dim]{notes}[/]{mark}")
+        return f"{text}  [dim]{notes}[/]{mark}"
+
+    below = [(child, outline) for child in reversed(tree.root.children)]
+    while below:
+        node, place = below.pop()
+        lines = [line(node)]
+        while len(node.children) == 1:  # steps in a row stand below each other, not ever further to the right
+            [node] = node.children
+            lines.append(line(node))
+        place = place.add("\n".join(lines))
+        below += [(child, place) for child in reversed(node.children)]
     return outline

@@ -87,7 +87,7 @@ class Policy:
         elif self.model.adapters.config != wanted:
             raise ValueError(
                 f"lora: {wanted} is asked for, but the model's folder has {self.model.adapters.config}; "
-                "set lora.rank, lora.alpha and lora.targets alike, or lora.rank to 0"
+                "give lora.rank, lora.alpha and lora.targets these values, or set lora.rank to 0"
             )
 
 

@@ -73,8 +73,8 @@ def track(console: Console, description: str, total: int) -> Iterator[Tracker]:
         BarColumn(bar_width=None),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
-        TextColumn("[dim]left"),
         TimeRemainingColumn(),
+        TextColumn("[dim]left"),
     )
     with _Bar(*columns, console=console) as bar:
         yield Tracker(console, description, total, bar)

@@ -21,22 +21,22 @@ from ibtpo.policy import base_folder
 from ibtpo.run_format import CONFIG, check_run
 from ibtpo_engine.adapter_folder import is_adapter_folder
 
-_OTHER, _HELD_OUT = "the problems would be others", "held-out problems would be trained on"
+_OTHER, _HELD_OUT = "since the problems would not be the same", "since held-out problems would be trained on"
 FIXED = {
-    "model": "the checkpoint holds the weights, the KL reference is the model the run began with (it may only move)",
-    "dtype": "weights and optimizer state are saved in it",
-    "seed": "problems, samples and what is held out hang on it",
+    "model": "since the checkpoint has the weights, and the KL reference is the model it began with (which may move)",
+    "dtype": "since weights and optimizer state are saved in it",
+    "seed": "since problems, samples and what is held out depend on it",
     **dict.fromkeys(("task", "data", "layout", "digits"), _OTHER),
     **{f"jsonl.{name}": _OTHER for name in ("prompt_field", "answer_field", "data_fields", "template")},
     **{f"jsonl.{name}": _OTHER for name in ("system_prompt", "few_shot", "chat_template", "max_prompt_tokens")},
     "jsonl.chat_template_options": _OTHER,
     **{f"jsonl.{name}": _OTHER for name in ("pass_rate_field", "min_pass_rate", "max_pass_rate", "duplicates")},
     **{f"jsonl.{name}": _HELD_OUT for name in ("eval_fraction", "eval_count", "eval_data")},
-    **dict.fromkeys(("reward", "jsonl.grade"), "rewards before and after would not mean the same"),
-    "optim.state": "the optimizer is saved in this form",
-    "lora": "the adapters and their optimizer state have this shape",
-    "warm_start": "it is over",
-    "out": "a run goes on where it is",
+    **dict.fromkeys(("reward", "jsonl.grade"), "since rewards before and after could not be compared"),
+    "optim.state": "since the optimizer is saved in this form",
+    "lora": "since the adapters and their optimizer state have this shape",
+    "warm_start": "since it is over",
+    "out": "since a run is continued in its own folder",
 }
 """Fields, and sections, that a resumed run must leave alone, each with the reason."""
 

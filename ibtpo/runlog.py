@@ -122,7 +122,7 @@ class RunFolder:
             lock = _take_lock(path)
         except OSError as error:
             raise RunFolderError(
-                f"resume: {path} cannot be written ({error.strerror}); make it writable, or copy it to where it is"
+                f"resume: {path} cannot be written ({error.strerror}); make it writable, or resume a copy that is"
             ) from error
         try:
             for folder in (path, path / CHECKPOINTS, path / TREE_FOLDER, *(c.path for c in checkpoints(path))):

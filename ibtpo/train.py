@@ -140,8 +140,8 @@ def _model(config: TrainConfig, console: Console, group: Group) -> str:
         if config.needs_reference and config.resume is None and path.parent.name == CHECKPOINTS:
             say(
                 console,
-                f"the run needs {path} to its end, as the reference policy, also to be resumed; if the run that wrote "
-                "it goes on and may delete it, give a copy",
+                f"the run needs {path} as the reference policy until it ends, and to be resumed; if the run that wrote "
+                "that checkpoint goes on and may delete it, use a copy",
             )
     return group.gather(model, "choose the model")[0]
 

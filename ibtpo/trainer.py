@@ -167,7 +167,7 @@ class Trainer:
         if state.problems not in (None, problems):
             raise ValueError(
                 f"resume: {self.config.data} or what goes with it has changed (it had {state.problems}, now "
-                f"{problems}), the problems would be others; put it back as it was, or start a new run from the "
+                f"{problems}), so the problems would not be the same; restore it, or start a new run from the "
                 f"weights with --model {last.path}"
             )
         self.state = replace(state, problems=problems)

@@ -68,7 +68,7 @@ def test_usage_names_the_commands(arguments: list[str], code: int, capsys: pytes
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
-    assert "'trian' is not a command" in capsys.readouterr().err
+    assert "'trian' is not a command; did you mean train?" in capsys.readouterr().err
 
 
 def test_runs_as_a_module_and_ends_quietly_when_the_pipe_is_closed() -> None:
@@ -155,6 +155,15 @@ def test_sample_prints_a_tree_of_the_built_in_task(built_in: Path, capsys: pytes
     assert {"round 0", "round 1", "round 2"} <= {f"round {line.split('round ')[1][0]}" for line in leaves}
 
 
+def test_only_branches_of_a_sampled_tree_are_indented(built_in: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """However many steps a trajectory has."""
+    flags = ["--preset", "grpo", "--search.step-tokens", "1", "--sampling.max-tokens", "40"]
+    assert main(["sample", "--model", str(built_in), *flags]) == 0
+    steps = [line for line in capsys.readouterr().out.splitlines() if "round 0" in line]
+    assert len(steps) > 40
+    assert {len(line) - len(line.lstrip("│├└─ ")) for line in steps} == {4}
+
+
 @pytest.mark.parametrize(
     ("rewards", "text"),
     [
@@ -237,7 +246,7 @@ def test_eval_of_a_run_agrees_with_what_the_run_logged(tmp_path: Path, capsys: p
 
 def test_eval_looks_for_a_place_to_write_before_it_begins(built_in: Path, tmp_path: Path, refused: Refusal) -> None:
     message = refused("--model", built_in, "--json", tmp_path / "no" / "values.json", command="eval")
-    assert f"json: {tmp_path / 'no'} is no folder" in message
+    assert f"json: {tmp_path / 'no'} is not a folder" in message
     assert f"json: {tmp_path} is a folder" in refused("--model", built_in, "--json", tmp_path, command="eval")
 
 
@@ -283,9 +292,9 @@ def test_eval_and_sample_need_a_model(command: str, tmp_path: Path, refused: Ref
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("hello", "is not a digit, operations with operands 2 to 9"),
-        ("7*1=?", "is not a digit, operations"),
-        ("", "is not a digit, operations"),
+        ("hello", 'is not of the form "7*8-5=?": a digit, operations with operands 2 to 9'),
+        ("7*1=?", "is not of the form"),
+        ("", "is not of the form"),
     ],
 )
 def test_sample_refuses_prompts_the_built_in_policy_cannot_read(

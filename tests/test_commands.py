@@ -257,6 +257,7 @@ def test_config_prints_yaml_that_gives_the_same_configuration(
     assert (changes["task"], changes["data"], changes["reward"]) == ("jsonl", "rows.jsonl", ["math"])
     assert (changes["search"]["rounds"], changes["optim"]["lr"]) == (3, 3e-5)
     assert dump_yaml(merge(TrainConfig(), changes, source="printed")) == printed
+    assert '\n  separator: "\\n\\n"\n' in printed
     file.write_text(printed, "utf-8")
     assert main(["config", "--config", str(file)]) == 0
     assert capsys.readouterr().out == printed

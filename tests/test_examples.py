@@ -293,6 +293,15 @@ def test_the_grpo_example_runs(
     assert re.fullmatch(r"4 trees, \d+ tokens sampled by the engine", lines[-1])
 
 
+def test_the_grpo_example_asks_for_a_full_batch(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed")
+    with pytest.raises(SystemExit):
+        printed("trl_grpo", monkeypatch, capsys, "--model", str(checkpoint), "7*8-5=?")
+    assert "takes two problems" in capsys.readouterr().err
+
+
 def test_a_search_with_another_number_of_leaves_is_refused(checkpoint: Path) -> None:
     pytest.importorskip("trl", reason="TRL is not installed")
     trl_grpo = example("trl_grpo")

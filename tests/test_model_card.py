@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import ibtpo.environment
 from ibtpo.checkpoints import checkpoints, damage
 from ibtpo.cli import main
-from ibtpo.config import AdvantageConfig, JsonlConfig, SearchConfig, TrainConfig
+from ibtpo.config import AdvantageConfig, DigitChainConfig, JsonlConfig, SearchConfig, TrainConfig
 from ibtpo.environment import ENVIRONMENT
 from ibtpo.metrics import evaluation_metrics
 from ibtpo.model_card import CARD, method, model_card
@@ -68,6 +68,12 @@ def test_the_card_shows_the_options_of_the_chat_template() -> None:
     config = TrainConfig(jsonl=JsonlConfig(chat_template_options=("enable_thinking=false",)))
     card = model_card(config, step=0, sampled_tokens=0, rows=[], chat=True)
     assert "add_generation_prompt=True, tokenize=False, enable_thinking=False)" in card
+
+
+@pytest.mark.parametrize(("min_ops", "prompt"), [(8, "7*8-5+3*9+4-2*6+8=?"), (2, "7*8-5=?")])
+def test_the_built_in_policy_is_asked_what_it_has_learned(min_ops: int, prompt: str) -> None:
+    card = model_card(TrainConfig(digits=DigitChainConfig(min_ops=min_ops)), step=0, sampled_tokens=0, rows=[])
+    assert f'tokenizer("{prompt}\\n"' in card
 
 
 def test_the_card_says_how_the_folder_loads(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -43,6 +44,8 @@ def test_a_terminal_gets_a_bar_with_the_figures() -> None:
     with track(Console(file=out, force_terminal=True, width=100), "Training", 10) as tracker:
         tracker.advance(5, step_note(3, VALUES))
     assert "50%" in out.getvalue() and "step 3  reward (iid) 0.250" in out.getvalue()
+    words = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue())
+    assert re.search(r"50% 0:00:00 (-:--:--|0:00:0\d) left", words)  # what passed; what is left, and so named
 
 
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:

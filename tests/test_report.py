@@ -274,8 +274,8 @@ def test_the_command_exports_and_refuses_what_it_cannot_show(
     assert main(["view", str(run), str(run), "--export", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").stat().st_size > 50_000
     for arguments, message in (
-        ([tmp_path], "is not a run folder"), ([run, run, run], "give one, or two"), ([run, "--port", "70000"], "65535"),
-        ([run, "--export", tmp_path / "no" / "page.html"], "is no folder"), ([], "give one"),
+        ([tmp_path], "is not a run folder"), ([run, run, run], "give one run"), ([run, "--port", "70000"], "65535"),
+        ([run, "--export", tmp_path / "no" / "page.html"], "is not a folder"), ([], "give one"),
         ([run, "--export", tmp_path], f"is a folder; name a file in it, such as {tmp_path}/page.html"),
     ):  # fmt: skip
         assert main(["view", *map(str, arguments)]) == 2

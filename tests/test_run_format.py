@@ -189,7 +189,7 @@ def test_a_run_begins_with_the_newest_intact_checkpoint_of_another(
     assert main(["train", *map(str, ["--model", run, *rest, "--out", tmp_path / "a"])]) == 0
     printed = capsys.readouterr().out
     assert f"model: {before.path}, the newest checkpoint of the run" in printed and f"{last.path} is damaged" in printed
-    needed = f"the run needs {before.path} to its end, as the reference policy"
+    needed = f"the run needs {before.path} as the reference policy until it ends"
     assert needed in printed
     assert load_yaml(tmp_path / "a" / "config.yaml")["model"] == str(before.path)
     assert main(["train", *map(str, ["--model", before.path, *rest, "--out", tmp_path / "b"])]) == 0

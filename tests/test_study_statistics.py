@@ -13,12 +13,12 @@ from rich.console import Console
 from trees import chain
 
 from ibtpo.commands.study import run as run_study
-from ibtpo.studies import command
+from ibtpo.studies import command, figures
 from ibtpo.studies.figures import draw_figures
 from ibtpo.studies.folders import CELLS
 from ibtpo.studies.matrix import Cell, Study, load_study
 from ibtpo.studies.measure import recursive_value, tree_numbers
-from ibtpo.studies.results import collect, read_curve, train_numbers
+from ibtpo.studies.results import Curve, collect, read_curve, train_numbers
 from ibtpo.studies.statistics import area_under, paired_difference, seed_mean
 from ibtpo.studies.tables import csv_text, markdown_text, rich_tables, sections
 from ibtpo_engine.tree import Tree
@@ -232,6 +232,18 @@ def test_any_name_of_a_task_is_one_of_a_figure(tmp_path: Path) -> None:
     ends = ["-a-b", "-a-b_1", "_2"]
     assert [name for name in names if name.startswith("curves-tokens")] == [f"curves-tokens{end}.svg" for end in ends]
     assert all((out / name).stat().st_size > 200 for name in names)
+
+
+def test_many_curves_can_be_told_apart() -> None:
+    """By colour and dashes; and bands do not hide them."""
+    pytest.importorskip("matplotlib")
+    curve = Curve(tokens=[0.0, 60.0], seconds=[0.0, 2.0], values={"eval_avg": [0.1, 0.5]})
+    for count, bands in ((6, 6), (7, 2), (20, 2)):
+        names = ["grpo", "ib-tpo", *map(str, range(count - 2))]
+        figure = figures._panels({name: {0: curve, 1: curve} for name in names}, (("eval_avg", ""),), "tokens", "")
+        [plot] = figure.axes
+        assert len(plot.collections) == bands
+        assert len({(line.get_color(), line.get_linestyle()) for line in plot.lines}) == count
 
 
 def test_figures_that_fail_cost_no_table(

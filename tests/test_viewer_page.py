@@ -73,6 +73,18 @@ def test_an_exported_page_opens_from_a_file(tmp_path: Path, browser: Browser) ->
     assert texts(browser, ".prompts .count") == ["6 trees"]
 
 
+@pytest.mark.parametrize("width", [1500, 700, 320])
+def test_a_narrow_window_needs_no_scrolling_sideways(tmp_path: Path, browser: Browser, width: int) -> None:
+    run = make_run(tmp_path / "run", steps=30, trees=1)
+    browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+    try:
+        for tab in ("overview", "curves"):
+            browser.open(f"{export_page([run], tmp_path / 'page.html', trees=1).as_uri()}#{tab}")
+            assert browser.run("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+    finally:
+        browser.call("Emulation.clearDeviceMetricsOverride")
+
+
 def test_boxes_never_meet_and_the_keyboard_walks_them(tmp_path: Path, browser: Browser) -> None:
     run = make_run(tmp_path / "run", steps=1, trees=1)
     open_trees(browser, export_page([run], tmp_path / "page.html", trees=1).as_uri(), 7)
@@ -156,6 +168,11 @@ def test_two_runs_lie_side_by_side(tmp_path: Path, browser: Browser) -> None:
     assert texts(browser, ".count") == ["6 trees"]
     browser.run("location.hash = 'overview'")
     browser.wait("!document.querySelector('.charts').closest('section').hidden")
+    dots = "map((node) => getComputedStyle(node, '::before').backgroundColor)"
+    of_the_top, of_the_results = (
+        browser.run(f"[...document.querySelectorAll('{place} .runname')].{dots}") for place in (".names", ".results")
+    )
+    assert of_the_top == of_the_results and len(set(of_the_top)) == 2
     browser.run("document.querySelector('.charts').scrollIntoView()")
     browser.wait("document.querySelectorAll('.key span').length > 0")
     assert {"first", "second"} <= set(texts(browser, ".charts .key span"))

@@ -120,8 +120,8 @@ class MaskCursor:
         if answer.dtype == np.bool_:
             if answer.shape != (vocabulary,):
                 raise ValueError(
-                    f"Sampling.allowed: a boolean mask of shape {answer.shape}, expected ({vocabulary},), one entry a "
-                    "token id of the model's (padded) vocabulary; or return token ids"
+                    f"Sampling.allowed: a boolean mask of shape {answer.shape}, expected ({vocabulary},), one entry "
+                    "for each token id of the model's (padded) vocabulary; or return token ids"
                 )
             return answer
         if answer.size == 0:

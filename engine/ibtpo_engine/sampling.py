@@ -57,8 +57,8 @@ class Sampling:
         stops = self.stop_tokens if isinstance(self.stop_tokens, Iterable) else (None,)
         if not all(isinstance(token, Integral) and -(1 << 63) <= token < 1 << 63 for token in stops):
             raise ValueError(
-                f"Sampling.stop_tokens: {self.stop_tokens!r} must be a tuple of token ids; of a tokenizer that has no "
-                "end token leave it empty"
+                f"Sampling.stop_tokens: {self.stop_tokens!r} must be a tuple of token ids; leave it empty for a "
+                "tokenizer without an end token"
             )
         object.__setattr__(self, "stop_tokens", tuple(map(int, stops)))  # of a list or a set, too
         if not 0 <= self.temperature < math.inf:

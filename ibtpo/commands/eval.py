@@ -25,8 +25,8 @@ from ibtpo.validation import check_range
 class EvalArguments:
     """Measure accuracy from independent rollouts: avg@k, pass@k, maj@k and greedy, with 95 % intervals over prompts.
 
-    On the held-out prompts of the task (of a run's own, where --model is one), or with --whole on all rows of a file.
-    With --out every completion is kept, and the same command goes on where it was stopped.
+    The prompts are the task's held-out ones (those of the run, if --model is one) or, with --whole, all rows of a file.
+    With --out every completion is kept, and the same command continues where it was stopped.
     """
 
     config: Path | None = None
@@ -62,7 +62,7 @@ class EvalArguments:
             changes.setdefault("prompts", sys.maxsize)
             config = replace(config, jsonl=replace(config.jsonl, eval_fraction=1.0, eval_count=None, eval_data=None))
         if self.json is not None and not self.json.parent.is_dir():
-            raise ValueError(f"json: {self.json.parent} is no folder; make it, or name another file")
+            raise ValueError(f"json: {self.json.parent} is not a folder; make it, or name another file")
         if self.json is not None and self.json.is_dir():
             raise ValueError(f"json: {self.json} is a folder; name a file")
         if self.json is not None:

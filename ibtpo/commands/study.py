@@ -18,8 +18,8 @@ from ibtpo.loading import loading
 class StudyArguments:
     """Re-run one of the paper's tables: methods x seeds at an equal budget of sampled tokens.
 
-    Each cell is a process of its own on one thread. A cell that is done is not run again, also not by another study in
-    the same folder; whatever ends the command loses only the cells under way. Failed ones are tried again.
+    Each cell is a process of its own on one thread. A cell that is done is not run again, not even by another study in
+    the same folder. If the command is stopped, only the cells under way are lost. Failed ones are tried again.
     """
 
     name: Annotated[str, tyro.conf.Positional]
@@ -28,7 +28,7 @@ class StudyArguments:
     seeds: int = 5
     """How many; each seed has its own task, starting policy and random numbers, shared by all variants."""
     first_seed: int = 0
-    """The seeds are this and those after it: what was picked on some seeds is to be judged on others."""
+    """First of the seeds. Judge a choice on other seeds than those it was made on."""
     jobs: int | None = None
     """Processes at a time; by default one a core."""
     out: Path = Path("runs/studies")
@@ -40,7 +40,7 @@ class StudyArguments:
     eval_prompts: int | None = None
     """Held-out prompts of every evaluation; by default 192, or what the study says."""
     config: Path | None = None
-    """YAML file with settings for all cells, as for `ibtpo train`; a model and data of your own, for one."""
+    """YAML file with settings for all cells, as for `ibtpo train`, such as a model and data of your own."""
     report_only: bool = False
     """Make table, figures and page from the cells that are done."""
 

@@ -35,7 +35,7 @@ def run(arguments: list[str], console: Console) -> int:
     """Run the command; Ctrl-C ends it. Returns the exit code."""
     parsed = parse_alone(ViewArguments, "ibtpo view", arguments)
     if not 1 <= len(parsed.runs) <= 2:
-        raise ValueError(f"runs: {len(parsed.runs)} folders; give one, or two to compare")
+        raise ValueError(f"runs: {len(parsed.runs)} folders given; give one run folder, or two to compare")
     if parsed.port is not None and not 0 <= parsed.port <= 65535:
         raise ValueError(f"port: {parsed.port} must be between 0 and 65535")
     if parsed.trees < 0:
@@ -46,7 +46,7 @@ def run(arguments: list[str], console: Console) -> int:
                 f"export: {parsed.export} is a folder; name a file in it, such as {parsed.export}/page.html"
             )
         if not parsed.export.absolute().parent.is_dir():
-            raise ValueError(f"export: {parsed.export.parent} is no folder; make it, or name another file")
+            raise ValueError(f"export: {parsed.export.parent} is not a folder; make it, or name another file")
         page = export_page(parsed.runs, parsed.export, trees=parsed.trees)
         say(console, f"page: {page}")
         return 0

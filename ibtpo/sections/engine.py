@@ -21,8 +21,8 @@ class EngineConfig:
     cuda_graphs: bool = False
     """Capture decode steps as CUDA graphs; on a GPU only."""
     release: Literal["auto", "always", "never"] = "auto"
-    """Hand the pool's memory back while the policy is updated; auto: where the run does not fit else, and on a GPU
-    unless CUDA graphs would have to be captured anew."""
+    """Release the pool's memory while the policy is updated; auto: if the run would not fit otherwise, and on a GPU
+    unless CUDA graphs would have to be captured again."""
 
     def __post_init__(self) -> None:
         check_choices(self, "engine.")

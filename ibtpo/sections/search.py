@@ -27,17 +27,17 @@ class SearchConfig:
     segment_tokens: int = 512
     """Length of a segment, the step of `treepo`."""
     deepest_share: float = 0.875
-    """Share of `sampling.max_tokens` from which on `eptree` begins no branches."""
+    """`eptree` begins no branches beyond this share of `sampling.max_tokens`."""
     value_rollouts: int = 9
     """K, rollouts of `vineppo` that tell the value of a step; they are sampled, not trained on."""
     lookahead: int = 1
     """Rounds of `ibtree` and `random-tree` under way at once; 1 (paper): a round knows the outcome of all before."""
     redraws: int = 0
-    """Times a training step draws further prompts for groups whose rewards are all equal (DAPO); 0 takes what comes."""
+    """Times a training step draws further prompts for groups whose rewards are all equal (DAPO); 0: never."""
     branch_at_root: bool = True
     """May the prompt itself be branched again?"""
     separator: str = "\n\n"
-    """Text that ends a step; the token that completes it belongs to the step it ends."""
+    """Text that ends a step; the token that completes it belongs to that step. A newline in the shell: $'\\n'."""
     step_tokens: int | None = None
     """If set, steps are runs of this many tokens and `separator` is ignored."""
     boundary_noise: float = 0.0
@@ -61,6 +61,11 @@ class SearchConfig:
             check_range("search.step_tokens", self.step_tokens, low=1)
         elif not self.separator:
             raise ValueError('search.separator: "" must be at least one character, or set search.step_tokens')
+        elif self.separator.replace(r"\n", "") == "":
+            raise ValueError(
+                f"search.separator: {self.separator} is a backslash and the letter n, not a newline; write "
+                f"$'{self.separator}' in the shell and \"{self.separator}\" in YAML"
+            )
 
     @property
     def is_guided(self) -> bool:

@@ -14,9 +14,9 @@ class WarmStartConfig:
     excess: float = 0.06
     """Loss above the teacher's own entropy, in nats a token, at or below which the learning rate may begin to fall."""
     pass_share: float = 0.4
-    """Sampled pass rate, as a share of the teacher's own, that it waits for too; 0 leaves it to the loss alone."""
+    """Sampled pass rate, as a share of the teacher's own, that must be reached too; 0: the loss alone decides."""
     decay_updates: int = 100
-    """Updates over which it falls, along a cosine, to a tenth; the warm start ends there."""
+    """Updates over which the learning rate falls to a tenth, along a cosine; the warm start ends there."""
     max_updates: int = 1200
     """Updates at most, the decay included, whatever was measured."""
     batch_size: int = 64

@@ -33,6 +33,8 @@ _DIAGNOSTICS = (
     ("sampler_entropy", "entropy, nats a token"),
 )
 _HIGHLIGHT = {"grpo": "#1c2126", "ib-tpo": "#c2560c"}
+_COLORS = ("C0", "C2", "C3", "C4", "C6", "C7", "C8", "C9")  # without those close to the highlights
+_MOST_BANDS = 6  # of more curves only the highlighted have one: many bands hide the curves
 
 
 def draw_figures(results: Results, folder: Path) -> list[Path]:
@@ -94,7 +96,8 @@ def _panels(curves: Mapping[str, Mapping[int, Curve]], panels: Sequence[tuple[st
         if metric in ("cov_eta1_eta2", "ib_score"):
             plot.axhline(0, color="#8b949c", linewidth=0.8)
         for index, (variant, by_seed) in enumerate(curves.items()):
-            _line(plot, variant, index, [_xy(curve, metric, axis) for curve in by_seed.values()])
+            band = len(curves) <= _MOST_BANDS or variant in _HIGHLIGHT
+            _line(plot, variant, index, [_xy(curve, metric, axis) for curve in by_seed.values()], band=band)
     handles, names = figure.axes[0].get_legend_handles_labels()
     legend = figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=9)
     heading = figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
@@ -111,12 +114,12 @@ def _xy(curve: Curve, metric: str, axis: str) -> tuple[list[float], list[float]]
     return (curve.tokens if axis == "tokens" else curve.seconds), values
 
 
-def _line(plot: Any, variant: str, index: int, runs: Sequence[tuple[list[float], list[float]]]) -> None:
+def _line(plot: Any, variant: str, index: int, runs: Sequence[tuple[list[float], list[float]]], *, band: bool) -> None:
     x, mean, error = mean_curve(runs)
-    color = _HIGHLIGHT.get(variant, f"C{index % 10}")
-    style = "-" if variant in _HIGHLIGHT or index < 10 else "--"
+    color = _HIGHLIGHT.get(variant, _COLORS[index % len(_COLORS)])
+    style = "-" if variant in _HIGHLIGHT else ("-", "--", ":")[index // len(_COLORS) % 3]
     plot.plot(x, mean, style, color=color, label=variant, linewidth=2.0 if variant in _HIGHLIGHT else 1.3)
-    if len(runs) > 1:
+    if band and len(runs) > 1:
         plot.fill_between(x, mean - error, mean + error, color=color, alpha=0.15, linewidth=0)
 
 

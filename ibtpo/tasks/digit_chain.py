@@ -167,7 +167,9 @@ def parse_prompt(prompt: str) -> Problem:
         ValueError: the text is not such a prompt.
     """
     if not re.fullmatch(r"\d([-+*][2-9])+=\?\n", prompt):
-        raise ValueError(f'prompt {prompt!r} is not a digit, operations with operands 2 to 9, and "=?" with a newline')
+        raise ValueError(
+            f'prompt {prompt!r} is not of the form "7*8-5=?": a digit, operations with operands 2 to 9, and =?'
+        )
     return make_problem(int(prompt[0]), [(o, int(b)) for o, b in re.findall(r"([-+*])(\d)", prompt[1:])])
 
 

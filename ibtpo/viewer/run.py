@@ -12,9 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ibtpo.config_io import load_yaml
+from ibtpo.config_io import load_yaml, to_yaml
 from ibtpo.report import describe_run, summarize_rows
 from ibtpo.run_format import CONFIG, check_run
 from ibtpo.runlog import METRICS, TREES
@@ -145,7 +143,7 @@ class RunView:
         return {
             "name": self.name,
             "facts": describe_run(config),
-            "config": yaml.safe_dump(config, sort_keys=False),
+            "config": to_yaml(config),
             "budget": config.get("sampled_tokens"),
         }
 

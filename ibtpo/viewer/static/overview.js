@@ -38,7 +38,7 @@ class Overview {
   }
 
   refresh() {
-    this.result.replaceChildren(...this.runs.map((run) => summaryCard(run, this.runs.length > 1)));
+    this.result.replaceChildren(...this.runs.map((run, i) => summaryCard(run, i, this.runs.length > 1)));
     this.configs.forEach((node, i) => { node.textContent = visible(this.runs[i].config); });
     for (const chart of this.charts) chart.node.hidden = chart.empty;
     redraw();
@@ -47,7 +47,7 @@ class Overview {
 
 const percent = (value) => (100 * value).toFixed(1);
 
-function summaryCard(run, named) {
+function summaryCard(run, index, named) {
   const { accuracies, amounts, steps } = run.summary ?? { accuracies: [], amounts: [], steps: 0 };
   const cell = (side, e) => el("td", { class: side }, ...(e ? [el("span", { class: "big", text: percent(e.value) }), el("span", { class: "range", text: `${percent(e.low)} to ${percent(e.high)}` })] : [el("span", { class: "range", text: "not evaluated" })]));
   const rows = accuracies.map((row) => {
@@ -56,8 +56,8 @@ function summaryCard(run, named) {
       el("td", {}, gain === null ? null : el("span", { class: gain >= 0 ? "gain" : "loss", text: (gain >= 0 ? "+" : "\u2212") + percent(Math.abs(gain)) })),
       el("td", { class: "stripcell" }, strip(row)));
   });
-  return el("article", {},
-    named ? el("h3", { class: "runname", text: visible(run.name) }) : null,
+  return el("article", { class: `run${index}` },
+    named ? el("h3", { class: `runname run${index}`, text: visible(run.name) }) : null,
     el("ul", { class: "facts" }, ...[...(run.facts ?? []), `${steps} training step${steps === 1 ? "" : "s"}`].map((text) => el("li", { text: visible(text) }))),
     rows.length ? el("div", { class: "card result" }, el("table", {}, el("thead", {}, el("tr", {}, ...["Held-out accuracy, %", "before", "after", "change", "95 % intervals over prompts"].map((text) => el("th", { text })))), el("tbody", {}, ...rows))) : null,
     amounts.length ? el("dl", { class: "amounts" }, ...amounts.map(([name, value, note]) => el("div", { class: "card" }, el("dt", { text: name }), el("dd", { class: "value", text: value }), el("dd", { class: "note", text: note })))) : null);

@@ -163,7 +163,7 @@ class TreeView {
   }
 }
 
-/** Rounds in few characters: 1–3·5. */
+/** Rounds in few characters: 1–3,5. */
 function spans(rounds) {
   const parts = [];
   for (const round of rounds) {
@@ -171,7 +171,7 @@ function spans(rounds) {
     if (last && round === last[1] + 1) last[1] = round;
     else parts.push([round, round]);
   }
-  return parts.map(([a, b]) => (a === b ? a : `${a}–${b}`)).join("·");
+  return parts.map(([a, b]) => (a === b ? a : `${a}–${b}`)).join(",");
 }
 
 /** Right: a disc with a tick; wrong: a square with a cross; cut off: a triangle; in between: a diamond. */
