@@ -459,7 +459,7 @@ def test_fsdp_refuses_what_it_cannot_split() -> None:
     eight = replace(CONFIG, distributed="fsdp", optim=OptimConfig(state="8bit"))
     assert check_memory(eight, shape, CPU, twins)[0] == "fsdp"  # its matrices are small enough for float32
     odd = tiny_model(vocabulary=90, hidden=64).config
-    said = r"8bit of model.embed_tokens.weight \[90, 64\] over 2 processes: .* --optim.state float32"
+    said = r"8bit optimizer state of model.embed_tokens.weight \[90, 64\] over 2 processes, .* --optim.state float32"
     with pytest.raises(ValueError, match=said):
         check_memory(eight, odd, CPU, twins)
     assert check_memory(replace(eight, distributed="auto"), odd, CPU, twins)[0] == "ddp"
