@@ -67,6 +67,7 @@ GROUPS: tuple[Group, ...] = (
             Metric("confidence", "probability", "eta2 = pi(s), mean over all steps."),
             Metric("sampler_entropy", "nats", "Next-token entropy at temperature 1, mean over sampled tokens."),
             Metric("response_length", "tokens", "Sampled tokens of a trajectory, mean."),
+            Metric("response_steps", "steps", "Steps of a trajectory, mean; 1 where the search cuts none."),
             Metric("truncated_share", "share", "Trajectories not ended by a stop token: limit, budget or abort."),
             Metric("branch_depth", "steps", "Depth at which later rounds' branches begin, mean; 0 is the prompt."),
             *(_depth_metric(low, high) for low, high in _DEPTH_BINS),
@@ -202,6 +203,9 @@ def tree_metrics(trees: Sequence[Tree]) -> dict[str, float]:
         "eff_rate": _mean(float(len(set(group)) > 1) for group in groups),
         "sampler_entropy": _mean(h for tree in trees for node in _sampled(tree) for h in node.entropy.tolist()),
         "response_length": _mean(map(float, lengths)),
+        "response_steps": _mean(
+            float(sum(node.start >= prompt_len for node in leaf.path())) for leaf, prompt_len in leaves
+        ),
         "truncated_share": _mean(float(is_truncated(leaf)) for leaf, _ in leaves),
     }
     values |= _estimate_metrics(trees) | _depth_metrics(trees)

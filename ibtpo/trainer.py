@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ibtpo.checkpoints import latest_checkpoint
 from ibtpo.config import TrainConfig
+from ibtpo.console import say
 from ibtpo.disk import RunFolderError, flush_tree, no_space, write_atomically
 from ibtpo.distributed import ALONE, Group, Mode, make_grower, make_learner
 from ibtpo.dynamic_sampling import grow_mixed
@@ -286,6 +287,7 @@ class Trainer:
             "step_seconds": end - begin,
             "tokens_per_second": values["tokens_sampled"] / (sampled - begin - reward_seconds),
         }
+        self._warn_of_chains(values)
         self._finish_step(values, trees, problems)
         tracker.advance(int(values["tokens_sampled"]), step_note(self.state.step, values))
 
@@ -305,6 +307,18 @@ class Trainer:
             self._checkpoint()
         self._evaluate_if_due()
         self.on_step(state.step)
+
+    def _warn_of_chains(self, values: dict[str, float]) -> None:
+        """Say so if what ends a step occurs nowhere in the first trees: then only the prompt can be branched."""
+        search = self.config.search
+        if self.state.step == 0 and search.is_guided and values["response_steps"] == 1.0:
+            found = f"{search.separator!r} (search.separator)" if search.step_tokens is None else "search.step_tokens"
+            say(
+                self.console,
+                f"warning: no trajectory of the first step has a second reasoning step, since {found} ends none; trees "
+                "can branch at the prompt only. Look at the texts in `ibtpo view`, and name what stands between steps",
+                style="yellow",
+            )
 
     @contextmanager
     def _pool_released(self) -> Iterator[None]:

@@ -329,7 +329,7 @@ def test_tree_metrics_of_a_tree_worked_out_by_hand() -> None:
     assert values["eff_rate"] == 1.0
     assert (values["prompts"], values["trajectories"]) == (1, 3)
     assert (values["tokens_sampled"], values["trajectory_tokens"]) == (5, 3 + 1 + 2)
-    assert values["response_length"] == 2.0
+    assert (values["response_length"], values["response_steps"]) == (2.0, pytest.approx(5 / 3))
     assert values["truncated_share"] == pytest.approx(1 / 3)
     assert values["sampler_entropy"] == pytest.approx(0.3)
     assert values["confidence"] == pytest.approx(0.5)

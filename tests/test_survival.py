@@ -83,6 +83,21 @@ def _stop_after_step(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(Trainer, "_finish_step", finish)
 
 
+def test_a_run_in_whose_texts_no_step_ends_says_so(
+    adder: list[object], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _train(*adder, "--out", tmp_path / "chains") == 0
+    assert (
+        r"no trajectory of the first step has a second reasoning step, since '\n\n' (search.separator) ends none"
+        in (capsys.readouterr().out)
+    )
+    assert _train(*adder, "--out", tmp_path / "steps", "--search.step-tokens", "1") == 0
+    assert "ends none" not in capsys.readouterr().out
+    assert (
+        step_rows(tmp_path / "chains")[0]["response_steps"] == 1.0 < step_rows(tmp_path / "steps")[0]["response_steps"]
+    )
+
+
 # ---- NaN and Inf -------------------------------------------------------------------------------------------------
 
 

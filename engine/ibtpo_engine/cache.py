@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from ibtpo_engine.arrays import Ints
 from ibtpo_engine.pages import KV, PAGE, PagePool, pages_for
 from ibtpo_engine.radix import Entry, RadixIndex
 from ibtpo_engine.tree import Node, Tree
-
-Ints = npt.NDArray[np.int32]
 
 
 class PageCache:
