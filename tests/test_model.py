@@ -286,7 +286,7 @@ def test_a_block_computed_again_is_on_the_backend_it_was_on() -> None:
             with ThreadPoolExecutor(1) as pool:
                 found = pool.submit(torch.autograd.grad, loss, list(model.parameters()), allow_unused=True).result()
         gradients.append([grad for grad in found if grad is not None])
-    assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
+    torch.testing.assert_close(gradients[0], gradients[1])  # torch's sums depend on how many threads that thread has
 
 
 def test_the_engine_draws_what_one_forward_pass_over_the_path_would() -> None:
