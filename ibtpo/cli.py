@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -11,6 +10,7 @@ from ibtpo.console import Output
 from ibtpo.loading import loading
 from ibtpo.printable import printable
 from ibtpo.stopping import Interrupted
+from ibtpo.validation import did_you_mean
 
 COMMANDS = ("train", "eval", "sample", "presets", "study", "view", "config", "doctor", "completion")
 USAGE = """usage: ibtpo {train,eval,sample,presets,study,view,config,doctor,completion} [--help] [flags]
@@ -41,9 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE, end="")
         return 0 if arguments else 2
     if arguments[0] not in COMMANDS:
-        near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        print(f"ibtpo: {arguments[0]!r} is not a command{hint}\n\n{USAGE}", end="", file=sys.stderr)
+        said = f"{arguments[0]!r} is not a command; {did_you_mean(arguments[0], COMMANDS)}".rstrip("; ")
+        print(f"ibtpo: {said}\n\n{USAGE}", end="", file=sys.stderr)
         return 2
     try:
         with loading():

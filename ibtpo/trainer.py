@@ -311,7 +311,7 @@ class Trainer:
     def _warn_of_chains(self, values: dict[str, float]) -> None:
         """Say so if what ends a step occurs nowhere in the first trees: then only the prompt can be branched."""
         search = self.config.search
-        if self.state.step == 0 and search.is_guided and values["response_steps"] == 1.0:
+        if self.state.step == 0 and search.is_guided and values.get("response_steps") == 1.0:
             found = f"{search.separator!r} (search.separator)" if search.step_tokens is None else "search.step_tokens"
             say(
                 self.console,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -66,9 +66,13 @@ def check_choices(settings: object, section: str = "") -> None:
         check_choice(f"{section}{name}", getattr(settings, name), choices)
 
 
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """A question about an unknown name, with a space behind it: is it the nearest known one? Empty if none is near."""
+    nearest = difflib.get_close_matches(name, known, n=1)
+    return f'did you mean "{nearest[0]}"? ' if nearest else ""
+
+
 def suggest(name: str, known: Sequence[str]) -> str:
     """The end of an error message about an unknown name: the nearest known one, and all of them where they are few."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    guess = f'did you mean "{nearest[0]}"? ' if nearest else ""
     shown = ", ".join(known) if len(known) <= 12 else f"{len(known)} names, from {known[0]} to {known[-1]}"
-    return f"{guess}known: {shown}"
+    return f"{did_you_mean(name, known)}known: {shown}"

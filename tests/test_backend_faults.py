@@ -360,6 +360,19 @@ def test_closing_cuts_a_request_under_way_off(server: Server) -> None:
     closed.set()
 
 
+def test_closing_as_the_last_request_under_way_ends_is_said_to_those_that_waited(server: Server) -> None:
+    backend = connect(server, max_requests=1)
+
+    def last_one(handler: Handler, body: dict[str, Any]) -> None:
+        answer = handler.complete(body)
+        backend.close()
+        handler.answer(200, answer)
+
+    server.faults[:] = [last_one]
+    with pytest.raises(BackendError, match="closed"):
+        backend.extend([[3, 4], [5, 6]], 1, sampling=SAMPLING, seeds=[[0], [0]])
+
+
 def test_a_run_left_early_or_by_an_error_closes_searches_and_trees(server: Server) -> None:
     closed: list[Tree] = []
 

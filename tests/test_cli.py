@@ -68,7 +68,7 @@ def test_usage_names_the_commands(arguments: list[str], code: int, capsys: pytes
 
 def test_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trian"]) == 2
-    assert "'trian' is not a command; did you mean train?" in capsys.readouterr().err
+    assert 'is not a command; did you mean "train"?' in capsys.readouterr().err
 
 
 def test_runs_as_a_module_and_ends_quietly_when_the_pipe_is_closed() -> None:
