@@ -3,10 +3,9 @@
 .venv/bin/python bench/bookkeeping.py [--steps N] [--out FOLDER]
 
 The built-in policy, so the smallest model there is: for any other the share is smaller. Steps are those in which every
-branch decodes, page boundaries included. Branches that began in one step, behind prompts of one length, begin their
-pages together, and a native call runs up to there; with prompts of `PAGE` lengths some branch begins a page in nearly
-every step, and a native call runs hardly more than that. Writes bookkeeping.csv: seconds a step and its native part
-(medians), and the engine's share of the time of all steps.
+branch decodes, page boundaries included: branches that began in one step, behind prompts of one length, begin their
+pages together; with prompts of `PAGE` lengths some branch begins one in nearly every step. Writes bookkeeping.csv:
+seconds a step and its native part (medians), and the engine's share of the time of all steps.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import time
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from ibtpo.policy import built_in_policy
 from ibtpo_engine import Engine, Sampling
 from ibtpo_engine.engine import MOST_STEPS
 from ibtpo_engine.pages import PAGE
-from ibtpo_kernels import DecodeStep
+from ibtpo_kernels import DecodeRun, DecodeStep
 from ibtpo_kernels.roofline.machine import here
 
 PROMPT, NEW = 64, 96
@@ -48,10 +48,10 @@ def measure(branches: int, siblings: int, steps: int, shortest: int) -> tuple[li
     whole, native = [], []
     run = DecodeStep.run
 
-    def timed(step: DecodeStep, most: int) -> tuple[int, np.ndarray]:
+    def timed(step: DecodeStep, most: int, **more: Any) -> DecodeRun:
         begin = time.perf_counter()
-        done = run(step, most)
-        native.extend([(time.perf_counter() - begin) / done[0]] * done[0])
+        done = run(step, most, **more)
+        native.extend([(time.perf_counter() - begin) / done.steps] * done.steps)
         return done
 
     DecodeStep.run = timed  # type: ignore[method-assign]

@@ -36,13 +36,15 @@ def is_native(engine: Engine) -> bool:
     return engine.scheduler.runner.is_native
 
 
-def grow(model: Model, *, batch: int, prefill_tokens: int = 2048, only: int | None = None) -> list[Node]:
-    """The branches of `batch` trees of different prompts; with `only`, of that tree alone."""
-    engine = Engine(model, kv_tokens=batch * 160, prefill_tokens=prefill_tokens)
-    trees = [engine.tree(prompt_of(5 + 3 * i % 40, seed=i), key=i) for i in range(batch) if only is None or i == only]
-    nodes = engine.extend([node for tree in trees for node in tree.root.fork(2)], SAMPLING)
-    for tree in trees:
-        tree.close()
+def grow(
+    model: Model, *, batch: int, prefill_tokens: int = 2048, only: int | None = None, kv_tokens: int = 160
+) -> list[Node]:
+    """The branches of `batch` trees of different prompts, with so many `kv_tokens` each; with `only`, of that tree."""
+    engine = Engine(model, kv_tokens=batch * kv_tokens, prefill_tokens=prefill_tokens)
+    keys = range(batch) if only is None else [only]
+    prompts = [prompt_of(5 + 3 * i % 40, seed=i) for i in keys]
+    nodes = [node for nodes in engine.generate(prompts, SAMPLING, n=2, keys=keys) for node in nodes]
+    engine.check_integrity()
     return nodes
 
 
@@ -200,26 +202,34 @@ def test_logits_without_a_distribution_leave_the_branch_as_it_was() -> None:
     tree.close()
 
 
-def test_steps_run_ahead_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And no call ends without a reason: an event, or the most steps that were allowed."""
+@pytest.mark.parametrize("batch, kv_tokens", [(1, 160), (12, 160), (12, 60)], ids=["few", "many", "short of pages"])
+def test_steps_run_ahead_give_the_same_bits(batch: int, kv_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no call ends without a reason: enough branches ended, one lacks a page, or all steps allowed were run."""
     model = tiny_model()
-    calls: list[tuple[int, int, bool]] = []  # steps allowed and run, and whether there was an event
+    calls: list[tuple[int, int, K.DecodeRun]] = []  # steps allowed, branches, what was done
     run = K.DecodeStep.run
 
-    def watched(step: K.DecodeStep, most: int = 1) -> tuple[int, K.Events]:
-        steps, events = run(step, most)
-        calls.append((most, steps, bool(events)))
-        return steps, events
+    def watched(step: K.DecodeStep, most: int = 1, *, most_ended: int = 0, spare: Any = None) -> K.DecodeRun:
+        done = run(step, most, most_ended=most_ended, spare=spare)
+        ended, lacking = [code for _, code in done.events if code != 3], 3 in dict(done.events).values()
+        assert most_ended == (len(step._chosen) // 8 if most > 1 else 0)
+        assert done.steps == most or len(ended) > most_ended or lacking or len(ended) == len(step._chosen)
+        assert len(done.paged) == len(spare) or not lacking
+        calls.append((most, len(step._chosen), done))
+        return done
 
     monkeypatch.setattr(K.DecodeStep, "run", watched)
-    together = grow(model, batch=3)
-    assert all(steps == most or event for most, steps, event in calls)
-    assert max(steps for _, steps, _ in calls) > 1
-    by_many, rows = len(calls), sum(steps for _, steps, _ in calls)
+    together = grow(model, batch=batch, kv_tokens=kv_tokens)
+    runs = [done for _, _, done in calls]
+    assert max(done.steps for done in runs) > 1 and any(done.paged for done in runs)
+    assert any(done.rows < done.steps * count for _, count, done in calls) == (batch > 1), "steps without who had ended"
+    assert any(3 in dict(done.events).values() for done in runs) == (kv_tokens < 160)
+    rows = sum(done.rows for done in runs)
     calls.clear()
     monkeypatch.setattr(engine_module, "MOST_STEPS", 1)
-    equal(grow(model, batch=3), together)
-    assert len(calls) == rows > by_many
+    equal(grow(model, batch=batch), together)
+    assert {done.steps for _, _, done in calls} == {1} and len(calls) > len(runs)
+    assert kv_tokens < 160 or sum(done.rows for _, _, done in calls) == rows
 
 
 def test_what_fails_in_a_later_step_of_a_call_is_raised_by_the_next() -> None:

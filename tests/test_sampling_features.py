@@ -14,7 +14,7 @@ from engine_helpers import VOCABULARY, assert_idle, prompt_of, same
 from shaped_sampling import BIAS, KINDS, PROMPT, check, engine_on, grow_all
 
 from ibtpo_engine import Node, Sampling, Tree, native
-from ibtpo_kernels import Events, has_compiled
+from ibtpo_kernels import DecodeRun, has_compiled
 
 
 def test_every_kind_in_one_batch_is_what_full_logits_say(how: str) -> None:
@@ -106,9 +106,9 @@ def test_plain_branches_stay_native_beside_others(monkeypatch: pytest.MonkeyPatc
     ran: list[list[int]] = []
     decode = engine.scheduler.runner.decode
 
-    def watched(slots: Any, chosen: npt.NDArray[np.int64], *most: int) -> tuple[int, Events]:
+    def watched(slots: Any, chosen: npt.NDArray[np.int64], *most: int, **more: Any) -> DecodeRun:
         ran.append(sorted(id(engine.scheduler.running[slot].node) for slot in chosen.tolist()))
-        return decode(slots, chosen, *most)
+        return decode(slots, chosen, *most, **more)
 
     monkeypatch.setattr(engine.scheduler.runner, "decode", watched)
     tree = engine.tree(PROMPT)

@@ -25,8 +25,8 @@ from ibtpo_kernels import (
     DecodePlan,
     DecodePlanner,
     Decoder,
+    DecodeRun,
     DecodeStep,
-    Events,
     active_backend,
     batch_invariant_linear,
     fastest_linear,
@@ -140,21 +140,19 @@ class Runner:
         if self._decoder is not None:
             self._decoder.announce(num_rows)
 
-    def decode(self, slots: Slots, chosen: Longs, most: int = 1) -> tuple[int, Events]:
+    def decode(
+        self, slots: Slots, chosen: Longs, most: int = 1, *, most_ended: int = 0, spare: Ints | None = None
+    ) -> DecodeRun:
         """Run the last token of each slot chosen and record the next one, in one native call or one replayed graph.
 
-        Args:
-            most: steps; the native decoder alone runs more than one, and none behind one with an event.
-
-        Returns:
-            steps run, and the events of the last one. Only where `has_step`.
+        Only where `has_step`. The native decoder alone runs more than one step and gives pages: see `DecodeStep.run`.
         """
         if not self.is_native:
             assert self.graphs is not None
             if self._chosen is not chosen:
                 self.graphs.choose(slots, chosen)
                 self._chosen = chosen
-            return 1, self.graphs.decode(slots, chosen)
+            return DecodeRun(1, len(chosen), self.graphs.decode(slots, chosen), [])
         assert self._decoder is not None
         if self._step is None or not self._step.is_current(self.pool.keys, self.pool.values):
             self._step, self._chosen = self._decoder.record(slots, self.pool.keys, self.pool.values), None
@@ -163,4 +161,4 @@ class Runner:
             plan = slots.planner.plan(torch.from_numpy(chosen.astype(np.int32)), lengths)
             self._step.choose(chosen, plan.items)
             self._chosen = chosen
-        return self._step.run(most)
+        return self._step.run(most, most_ended=most_ended, spare=spare)

@@ -28,6 +28,7 @@ from ibtpo_engine.slots import FINISH, LACKS_PAGE, Slots
 from ibtpo_engine.tree import Node
 
 FILL_SLOTS = 64  # most nodes filled in one step
+ENDED_SHARE = 8  # a call of several steps goes on until more than one in so many of its branches has ended
 
 
 class Scheduler(Roster):
@@ -66,7 +67,7 @@ class Scheduler(Roster):
         return bool(self.running) and not waits and self.runner.is_native
 
     def step(self, version: int, most: int = 1) -> list[Node] | None:
-        """Run one forward pass and sample; up to `most` in one call, as long as there is nothing to do in between.
+        """Run one forward pass and sample; up to `most` in one call, as long as few branches end.
 
         Returns:
             The nodes that finished, filled with their tokens and marked with `version`; None if nothing could be run
@@ -239,7 +240,7 @@ class Scheduler(Roster):
         branch.kv.pages.append(page)
 
     def _decode(self, version: int, most: int) -> list[Node]:
-        """Steps of nothing but decode rows, in one call: until a branch ends or needs a page, at most `most`."""
+        """At most so many steps of nothing but decode rows, in one call; pages that are free are given under way."""
         self.runner.announce(len(self.running))
         self._grow()
         decoding = self._decoding_slots()
@@ -247,11 +248,20 @@ class Scheduler(Roster):
             return []
         if self.slots.features:
             return self._decode_apart(decoding, version)
-        steps, events = self.runner.decode(self.slots, decoding, most)
-        self.counters.steps += steps
-        self.counters.computed += steps * len(decoding)
-        self.counters.sampled += steps * len(decoding)
-        coded = [(self.running[self._order[place][1]], code) for place, code in events]
+        pool, paged = self.cache.pool, []
+        spare = pool.allocate(min(len(decoding), pool.num_free)) if most > 1 and self.runner.is_native else []
+        try:
+            most_ended = len(decoding) // ENDED_SHARE if most > 1 else 0
+            run = self.runner.decode(self.slots, decoding, most, most_ended=most_ended, spare=np.array(spare, np.int32))
+            paged = run.paged
+        finally:
+            pool.release(spare[len(paged) :][::-1])
+        for place, page in zip(paged, spare, strict=False):
+            self.running[int(decoding[place])].kv.pages.append(page)  # type: ignore[union-attr]
+        self.counters.steps += run.steps
+        self.counters.computed += run.rows
+        self.counters.sampled += run.rows
+        coded = [(self.running[int(decoding[place])], code) for place, code in run.events]
         self.lacking = [branch for branch, code in coded if code == LACKS_PAGE]
         return self._end_all([(branch, code) for branch, code in coded if code != LACKS_PAGE], version)
 
@@ -267,8 +277,7 @@ class Scheduler(Roster):
         drawn = None if hidden is None else slots.draw(shaped, self.runner.logits(hidden))
         code = np.zeros(len(plain), np.int64)
         if len(plain):
-            _, events = self.runner.decode(slots, plain)
-            for place, what in events:
+            for place, what in self.runner.decode(slots, plain).events:
                 code[place] = what if what != LACKS_PAGE else 0
             self.counters.steps += hidden is None
             self.counters.computed += len(plain)

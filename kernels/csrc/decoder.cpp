@@ -308,7 +308,7 @@ INLINE int64_t record(const Branches& b, const DecoderRows& r, const Drawn& draw
   for (int64_t i = 0; i < b.num_stops; ++i)
     if (b.stops[s * b.num_stops + i] == token) return 1;
   if (b.length[s] >= b.limit[s]) return 2;
-  return r.page_table[s * r.table_width + last / r.page_size] < 0 ? 3 : 0;
+  return r.page_table[s * r.table_width + last / r.page_size] < 0 ? kLacksPage : 0;
 }
 
 }  // namespace

@@ -135,7 +135,8 @@ struct Decoder {
 struct DecoderRows {
   int64_t num_pages, page_size, table_rows, table_width, num_rows, num_items;
   float *k_pages, *v_pages;             // [num_layers, num_pages, page_size, Hkv, D]
-  const int32_t *page_table, *items;    // [R, P], [I, 4]
+  int32_t* page_table;                  // [R, P]
+  const int32_t* items;                 // [I, 4]
   const int32_t *rows, *lengths;        // [T], lengths = pos + 1
   const int64_t *tokens, *pos, *slots;  // [T]; slots as in RopeAppend
   float* out;                           // [T, H], hidden states after the final norm
@@ -152,6 +153,8 @@ struct Branches {
   int32_t* tokens;                           // [S, width]: what was sampled, and of it
   float *logprob, *logprob_raw, *entropy;    // [S, width]
 };
+
+constexpr int64_t kLacksPage = 3;  // code of a branch that goes on to a depth that has no page yet
 
 // Functions returning int64_t give -1, or the index of the first query, token or row that is in error.
 struct Kernels {
@@ -173,8 +176,7 @@ struct Kernels {
   void (*linear_bf16)(const Linear<bf16>&);
   int64_t (*decoder_forward)(const Decoder&, const DecoderRows&);
   // One token for each of the branches chosen [B], whose last one is run first. code [B]: 0 goes on, 1 stop token,
-  // 2 length, 3 goes on to a depth that has no page yet. An error T + t: row t has no distribution; nothing is
-  // recorded.
+  // 2 length, or kLacksPage. An error T + t: row t has no distribution; nothing is recorded.
   int64_t (*decoder_step)(const Decoder&, DecoderRows, const Branches&, const int64_t* chosen, int64_t* code);
   // A step of so many rows follows in a moment: wakes the threads it will want.
   void (*decoder_announce)(const Decoder&, int64_t num_rows);

@@ -15,6 +15,7 @@
 #include <cstring>
 #include <vector>
 
+#include "decode_run.h"
 #include "direct.h"
 #include "kernels.h"
 #include "plan.h"
@@ -272,30 +273,23 @@ NB_MODULE(_cpu, m) {
       },
       release);
 
-  // Step after step until a branch needs looking after, or `most` were run. Returns (n, [(t, code[t]), ...]) after n
-  // steps, code[t] not 0, or (0, error) if the first failed; the error of a later one is met again by the next call.
+  // Returns (steps, rows, [(place, code), ...], [place, ...]) as in DecodeRun, or the error of the first step; that of
+  // a later one is met again by the next call.
   m.def("decoder_steps",
         [](Address decoder, Address pool, Address branches, Address chosen, int64_t count, Address items,
-           int64_t num_items, Address code, int64_t most) -> nb::object {
-          DecoderRows rows = *at<DecoderRows>(pool);
-          rows.num_rows = count;
-          rows.items = at<int32_t>(items);
-          rows.num_items = num_items;
-          int64_t *codes = at<int64_t>(code), done = 0, failed = -1;
-          const auto is_event = [](int64_t c) { return c != 0; };
+           int64_t num_items, int64_t most_steps, int64_t most_ended, Address spare, int64_t num_spare) -> nb::object {
+          DecodeRun run;
           {
             const nb::gil_scoped_release released;
-            do {
-              failed = active->decoder_step(*at<Decoder>(decoder), rows, *at<Branches>(branches), at<int64_t>(chosen),
-                                            codes);
-              done += failed < 0;
-            } while (failed < 0 && done < most && std::none_of(codes, codes + count, is_event));
+            run = run_steps(*active, *at<Decoder>(decoder), *at<DecoderRows>(pool), *at<Branches>(branches),
+                            {at<int64_t>(chosen), count, at<PlanItem>(items), num_items},
+                            {most_steps, most_ended, at<int32_t>(spare), num_spare});
           }
-          if (done == 0) return nb::make_tuple(0, failed);
-          nb::list events;
-          for (int64_t t = 0; t < count; ++t)
-            if (is_event(codes[t])) events.append(nb::make_tuple(t, codes[t]));
-          return nb::make_tuple(done, events);
+          if (run.steps == 0) return nb::cast(run.failed);
+          nb::list events, paged;
+          for (const auto& [place, code] : run.events) events.append(nb::make_tuple(place, code));
+          for (const int64_t place : run.paged) paged.append(place);
+          return nb::make_tuple(run.steps, run.rows, events, paged);
         });
 
   m.def("decoder_announce",

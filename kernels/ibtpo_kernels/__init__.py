@@ -1,7 +1,7 @@
 """Kernels for reasoning trees: attention over packed trees, decode over shared pages, fused log-prob and sampling."""
 
 from ibtpo_kernels.by_depth import DepthLayout, plan_by_depth, tree_attention_by_depth, with_value_of
-from ibtpo_kernels.decoder import Decoder, DecodeStep, Events, LayerWeights, can_borrow
+from ibtpo_kernels.decoder import Decoder, DecodeRun, DecodeStep, Events, LayerWeights, can_borrow
 from ibtpo_kernels.dispatch import active_backend, backend, has_compiled
 from ibtpo_kernels.fastest import fastest_linear, ours_is_faster
 from ibtpo_kernels.linear import torch_is_slow
@@ -27,6 +27,7 @@ from ibtpo_kernels.sampled import linear_sampled_logprob, sampled_logprob
 __all__ = [
     "DecodePlan",
     "DecodePlanner",
+    "DecodeRun",
     "DecodeStep",
     "Decoder",
     "DepthLayout",

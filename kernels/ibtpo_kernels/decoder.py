@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,22 @@ Events = list[tuple[int, int]]
 
 Code 1: it drew a stop token; 2: it reached its limit; 3: it goes on to a depth that has no page yet.
 """
+
+
+class DecodeRun(NamedTuple):
+    """What a run of decode steps did.
+
+    Attributes:
+        steps: how many.
+        rows: tokens run and sampled in all of them.
+        events: of the branches that ended under way, and of those that lack a page after the last step.
+        paged: the places of branches that were given the pages they lacked, in the order of the pages.
+    """
+
+    steps: int
+    rows: int
+    events: Events
+    paged: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,30 +254,27 @@ class DecodeStep:
         """
         items = items.contiguous()
         self._chosen, self._items = chosen, items
-        self._code = np.zeros(len(chosen), np.int64)
-        self._call = (
-            *self._addresses, chosen.ctypes.data, len(chosen), items.data_ptr(), len(items), self._code.ctypes.data,
-        )  # fmt: skip
+        self._call = (*self._addresses, chosen.ctypes.data, len(chosen), items.data_ptr(), len(items))
 
-    def run(self, most: int = 1) -> tuple[int, Events]:
+    def run(self, most: int = 1, *, most_ended: int = 0, spare: Ints | None = None) -> DecodeRun:
         """Run the last token of each branch chosen and sample the next one, with its log-probs and entropy.
 
         Args:
-            most: steps, at least 1; the run ends earlier, with the first event.
-
-        Returns:
-            steps run, and the events of the last one.
+            most: steps, at least 1; the run ends earlier with the first branch that lacks a page.
+            most_ended: branches that may end before the run does; the steps behind an end are without that branch.
+            spare: pages nobody owns, for branches that lack one under way: written into the table, one after another.
 
         Raises:
             ValueError: a branch has NaN or inf logits, or lacks a page, in the first step; then nothing is recorded.
                 A later step that fails records nothing either, and is what the next run begins with.
         """
-        steps, result = native.decoder_steps(*self._call, most)
-        if steps:
-            return steps, result
+        pages = (0, 0) if spare is None else (spare.ctypes.data, len(spare))
+        result = native.decoder_steps(*self._call, most, most_ended, *pages)
+        if isinstance(result, tuple):
+            return DecodeRun(*result)
         failed: int = result
-        if failed >= len(self._code):
-            raise ValueError(f"sample: row {failed - len(self._code)} has no distribution (NaN or inf logits)")
+        if failed >= len(self._chosen):
+            raise ValueError(f"sample: row {failed - len(self._chosen)} has no distribution (NaN or inf logits)")
         raise ValueError(
             f"DecodeStep: branch {int(self._chosen[failed])} lacks a page, or its last token is out of range"
         )
