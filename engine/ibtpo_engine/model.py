@@ -238,7 +238,8 @@ class Model(nn.Module):
         """
         if self.adapters is not None:
             raise ValueError(f"this model has adapters already ({self.adapters.config}); load it anew for others")
-        self.adapters = adapt_layers(self, config, seed)
+        self.adapters = Adapters(config)
+        adapt_layers(self, self.adapters, seed)
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
