@@ -49,9 +49,10 @@ def greedy(engine: Engine) -> list[Node]:
         ("qwen2", torch.float64, {"target_modules": list(TARGETS)}),
         ("qwen3", torch.float32, {"target_modules": "all-linear", "use_rslora": True}),
         ("llama", torch.float32, {"target_modules": r".*\.(gate|up)_proj", "lora_alpha": 7}),
+        ("qwen2", torch.float32, {"target_modules": "all-linear", "exclude_modules": ["k_proj"]}),
         ("qwen2", torch.float32, {"lora_dropout": 0.5, "init_lora_weights": "pissa", "bias": "all"}),
     ],
-    ids=["some", "all, float64", "rslora", "pattern", "dropout, pissa, bias"],
+    ids=["some", "all, float64", "rslora", "pattern", "all but one", "dropout, pissa, bias"],
 )
 def test_log_probs_and_greedy_tokens_equal_those_of_the_peft_model(
     family: str, dtype: torch.dtype, settings: dict[str, Any], tmp_path: Path
@@ -91,6 +92,18 @@ def test_an_update_is_noticed_and_sampled_with_once_it_is_announced(tmp_path: Pa
     path = [*PROMPT, *after[0].tokens.tolist()]
     logprob = logits_of(theirs, path).log_softmax(-1)[range(39, 69), after[0].tokens].numpy()
     np.testing.assert_allclose(after[0].logprob_raw, logprob, rtol=0, atol=1e-4)
+
+
+def test_a_packed_forward_gives_the_peft_model_its_gradients(tmp_path: Path) -> None:
+    """Trees can be trained through the borrowed view: the parameters are one."""
+    theirs = with_lora(tmp_path)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    tokens, n = torch.tensor(PROMPT), len(PROMPT)
+    ours = borrow(theirs)
+    hidden = ours.packed(tokens, torch.arange(n), torch.full((n,), n, dtype=torch.int32))
+    losses = [logits.log_softmax(-1)[:, 7].sum() for logits in (hidden @ ours.head.T, theirs(tokens[None]).logits[0])]
+    for own, its in zip(*(torch.autograd.grad(loss, trained) for loss in losses), strict=True):
+        torch.testing.assert_close(own, its, rtol=1e-3, atol=1e-4 * float(its.abs().max()))
 
 
 def test_every_matrix_of_the_adapter_is_watched(tmp_path: Path) -> None:

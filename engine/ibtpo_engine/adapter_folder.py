@@ -35,7 +35,6 @@ _PLAIN: dict[str, tuple[object, ...]] = {  # fields of PEFT that change the resu
     "layers_to_transform": ([], None),
     "layer_replication": ([], None),
     "target_parameters": ([], None),
-    "exclude_modules": ([], None),
     "alora_invocation_tokens": ([], None),
 }
 
