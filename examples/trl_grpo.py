@@ -8,6 +8,7 @@ python examples/trl_grpo.py --model CHECKPOINT_FOLDER --steps 20 "7*8-5=?" "3+9*
 """
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
@@ -22,9 +23,21 @@ from ibtpo.tasks.digit_chain import parse_prompt, right_solution
 from ibtpo_engine import Engine, Growth, Node, Sampling, Search, Tree, borrow, load_tokenizer
 from ibtpo_engine.generate import independent
 
+_NAMES = {  # settings of `generate`, and what they are called in `Sampling`
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "max_new_tokens": "max_tokens",
+    "min_new_tokens": "min_tokens",
+    "eos_token_id": "stop_tokens",
+    "suppress_tokens": "logit_bias",
+}
+_ALLOWED = {"repetition_penalty": 1.0, "do_sample": True}  # others of them, with which nothing is sampled differently
+
 
 class TreeRollouts:
-    """A `rollout_func`.
+    """A `rollout_func`; the trainer's model may be one of PEFT with a LoRA adapter.
 
     Args:
         search: number of completions -> a search whose trees have that many leaves.
@@ -78,15 +91,24 @@ class TreeRollouts:
 
     @staticmethod
     def _sampling(trainer: GRPOTrainer) -> Sampling:
+        """What TRL would have `generate` do: what `generation_kwargs` says goes before the trainer's own settings."""
         args = trainer.args
-        return Sampling(
-            temperature=args.temperature,
-            top_p=args.top_p,
-            top_k=args.top_k or 0,
-            min_p=args.min_p or 0.0,
-            max_tokens=args.max_completion_length,
-            stop_tokens=tuple(trainer.eos_token_ids),  # the tokenizer's, and those of the model's generation config
-        )
+        given = {
+            "temperature": args.temperature,
+            "top_p": args.top_p,
+            "top_k": args.top_k,
+            "min_p": args.min_p,
+            "repetition_penalty": args.repetition_penalty,
+            "max_new_tokens": args.max_completion_length,
+            "eos_token_id": trainer.eos_token_ids,  # the tokenizer's, and those of the model's generation config
+        } | (args.generation_kwargs or {})
+        given = {name: value for name, value in given.items() if value is not None}
+        if odd := {name: value for name, value in given.items() if name not in _NAMES and value != _ALLOWED.get(name)}:
+            raise ValueError(f"GRPOConfig: the engine does not sample with {odd}; it knows {', '.join(_NAMES)}")
+        options = {_NAMES[name]: value for name, value in given.items() if name in _NAMES}
+        stops, forbidden = options["stop_tokens"], options.pop("logit_bias", ())
+        options["stop_tokens"] = (stops,) if isinstance(stops, int) else tuple(stops)
+        return Sampling(**options, logit_bias=dict.fromkeys(forbidden, -math.inf))
 
 
 def _logprobs(leaf: Node) -> Iterator[Any]:
@@ -100,11 +122,19 @@ def reward(prompts: list[str], completions: list[str], **fields: Any) -> list[fl
     return [sum(map(str.__eq__, c, r)) / len(r) for c, r in zip(completions, right, strict=True)]
 
 
+def lora(rank: int) -> Any:
+    """An adapter on every projection."""
+    from peft import LoraConfig  # here, for it is not needed without
+
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="checkpoint folder (Qwen3, Qwen2 or Llama, dense)")
     parser.add_argument("--output", default="runs/trl_grpo", help="where TRL puts its files")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rank", type=int, default=0, help="train a LoRA adapter (needs: pip install peft)")
     parser.add_argument("problems", nargs="+", help="two or more")
     args = parser.parse_args()
     if len(args.problems) < 2:  # TRL drops a last batch that is not full, and would train on nothing
@@ -116,6 +146,7 @@ def main() -> None:
         reward_funcs=reward,
         train_dataset=Dataset.from_list([{"prompt": problem + "\n"} for problem in args.problems]),
         rollout_func=rollouts,
+        peft_config=lora(args.rank) if args.rank else None,
         args=GRPOConfig(
             output_dir=args.output,
             max_steps=args.steps,

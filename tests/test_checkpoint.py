@@ -24,6 +24,7 @@ from ibtpo_engine import (
 )
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +283,10 @@ def test_weights_that_are_not_finite(folder: Path, value: float) -> None:
         ({"layer_types": ["full_attention", "sliding_attention"]}, ("sliding-window",)),
         ({"quantization_config": {"quant_method": "gptq"}}, ("quantized", "bf16 or fp32")),
         ({"hidden_act": "gelu"}, ("hidden_act", "gelu", "silu")),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ("rope type", "yarn", "llama3", "remove it")),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 4.0}}, ("rope type", "longrope", "yarn", "remove it")),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ("yarn", "original_max_position", "missing")),
+        ({"rope_parameters": YARN | {"mscale": "wide"}}, ("mscale", "wide")),
+        ({"rope_parameters": YARN | {"attention_factor": -1.0}}, ("attention_factor", "-1")),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}, ("rope type", "dynamic")),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, ("factor", "0")),
         ({"rope_parameters": {"rope_type": "linear"}}, ("linear", "factor", "missing")),

@@ -218,10 +218,19 @@ def two_then_forks(n: int) -> Any:
     return search
 
 
-@pytest.mark.parametrize("search", [None, two_then_forks], ids=["chains", "tree"])
-def test_grpo_trainer_trains_on_what_the_engine_samples(search: Any, checkpoint: Path, tmp_path: Path) -> None:
-    """Each prompt is one tree; ids and log-probs are those of the trainer's own model at that very update."""
+@pytest.mark.parametrize(
+    ("search", "rank"), [(None, 0), (two_then_forks, 0), (two_then_forks, 2)], ids=["chains", "tree", "adapter"]
+)
+def test_grpo_trainer_trains_on_what_the_engine_samples(
+    search: Any, rank: int, checkpoint: Path, tmp_path: Path
+) -> None:
+    """Each prompt is one tree; ids and log-probs are those of the trainer's own model at that very update.
+
+    For the reference of its KL penalty TRL switches the adapter off; when it samples again, it is on.
+    """
     pytest.importorskip("trl", reason="TRL is not installed")
+    if rank:
+        pytest.importorskip("peft", reason="PEFT is not installed")
     trl_grpo, trl = example("trl_grpo"), importlib.import_module("trl")
     from datasets import Dataset  # comes with TRL
     from transformers import AutoModelForCausalLM
@@ -232,7 +241,7 @@ def test_grpo_trainer_trains_on_what_the_engine_samples(search: Any, checkpoint:
     def watched(prompts: list[str], trainer: Any) -> dict[str, Any]:
         result = rollouts(prompts, trainer)
         seen.append(prompts)
-        weights.append(trainer.model.get_input_embeddings().weight.detach().clone())
+        weights.append([p for p in trainer.model.parameters() if p.requires_grad][-1].detach().clone())
         rows = zip(result["prompt_ids"], result["completion_ids"], result["logprobs"], strict=True)
         for prompt, completion, logprobs in rows:
             assert len(completion) == len(logprobs) > 0
@@ -255,6 +264,7 @@ def test_grpo_trainer_trains_on_what_the_engine_samples(search: Any, checkpoint:
         reward_funcs=trl_grpo.reward,
         train_dataset=Dataset.from_list([{"prompt": problem + "\n"} for problem in PROBLEMS]),
         rollout_func=watched,
+        peft_config=trl_grpo.lora(rank) if rank else None,
         args=trl.GRPOConfig(
             output_dir=str(tmp_path),
             max_steps=3,
@@ -263,6 +273,7 @@ def test_grpo_trainer_trains_on_what_the_engine_samples(search: Any, checkpoint:
             max_completion_length=12,
             temperature=0.8,
             learning_rate=1e-3,
+            beta=0.1 if rank else 0.0,
             report_to=[],
             save_strategy="no",
             disable_tqdm=True,
@@ -279,16 +290,16 @@ def test_grpo_trainer_trains_on_what_the_engine_samples(search: Any, checkpoint:
     assert equals in ends
     assert max(differences) < 2e-5
     assert not any(torch.equal(a, b) for a, b in pairwise(weights))
-    ours = dict(rollouts.engine.model.named_parameters())
-    assert all(ours[name] is parameter for name, parameter in trainer.model.named_parameters())
+    assert set(map(id, rollouts.engine.model.parameters())) == set(map(id, trainer.model.parameters()))
     assert_idle(rollouts.engine)
 
 
+@pytest.mark.parametrize("rank", [0, 2])
 def test_the_grpo_example_runs(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rank: int, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("trl", reason="TRL is not installed")
-    flags = ["--model", str(checkpoint), "--output", str(tmp_path), "--steps", "2"]
+    flags = ["--model", str(checkpoint), "--output", str(tmp_path), "--steps", "2", "--rank", str(rank)]
     lines = printed("trl_grpo", monkeypatch, capsys, *flags, *PROBLEMS)
     assert re.fullmatch(r"4 trees, \d+ tokens sampled by the engine", lines[-1])
 
@@ -300,6 +311,41 @@ def test_the_grpo_example_asks_for_a_full_batch(
     with pytest.raises(SystemExit):
         printed("trl_grpo", monkeypatch, capsys, "--model", str(checkpoint), "7*8-5=?")
     assert "takes two problems" in capsys.readouterr().err
+
+
+def test_completions_are_sampled_as_the_trainer_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    """TRL's own `GenerationConfig`, made of the same settings, is the witness."""
+    pytest.importorskip("trl", reason="TRL is not installed")
+    trl_grpo, trl = example("trl_grpo"), importlib.import_module("trl")
+    from datasets import Dataset  # comes with TRL
+    from transformers import AutoModelForCausalLM
+
+    def sampling(**settings: Any) -> tuple[Sampling, Any]:
+        trainer = trl.GRPOTrainer(
+            model=AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
+            processing_class=load_policy(checkpoint, dtype=torch.float32, device=torch.device("cpu")).tokenizer,
+            reward_funcs=trl_grpo.reward,
+            train_dataset=Dataset.from_list([{"prompt": "7*8=?"}] * 8),
+            args=trl.GRPOConfig(output_dir=str(tmp_path), report_to=[], bf16=False, use_cpu=True, **settings),
+        )
+        return trl_grpo.TreeRollouts._sampling(trainer), trainer.generation_config
+
+    ours, theirs = sampling(
+        temperature=0.8, top_k=7, top_p=0.9, max_completion_length=33, repetition_penalty=1.0,
+        generation_kwargs={"min_p": 0.1, "top_k": 5, "min_new_tokens": 2, "suppress_tokens": [4, 6], "do_sample": True},
+    )  # fmt: skip
+    assert (ours.temperature, ours.top_p, ours.top_k, ours.min_p) == (0.8, 0.9, 5, 0.1)
+    assert (ours.temperature, ours.top_p) == (theirs.temperature, theirs.top_p)
+    assert (ours.top_k, ours.min_p) == (theirs.top_k, theirs.min_p)
+    assert (ours.min_tokens, ours.max_tokens) == (theirs.min_new_tokens, theirs.max_new_tokens) == (2, 33)
+    assert list(ours.stop_tokens) == theirs.eos_token_id
+    assert ours.logit_bias == dict.fromkeys(theirs.suppress_tokens, -np.inf)
+    assert sampling(generation_kwargs={"max_new_tokens": 4, "eos_token_id": 3})[0] == Sampling(
+        max_tokens=4, stop_tokens=(3,)
+    )
+    for refused in ({"repetition_penalty": 1.05}, {"generation_kwargs": {"num_beams": 4}}):
+        with pytest.raises(ValueError, match=r"does not sample with \{'(repetition_penalty': 1.05|num_beams': 4)\}"):
+            sampling(**refused)
 
 
 def test_a_search_with_another_number_of_leaves_is_refused(checkpoint: Path) -> None:
@@ -335,6 +381,7 @@ class _Trainer:
 
     class args:
         temperature, top_p, top_k, min_p, max_completion_length = 1.0, 1.0, None, None, 9
+        repetition_penalty, generation_kwargs = 1.0, None
 
     chat_template_kwargs: ClassVar[dict[str, Any]] = {"twice": True}
 

@@ -263,10 +263,11 @@ def test_peft_loads_what_we_save_and_we_what_it_saves(base: Path, tmp_path: Path
         ({"target_modules": "all-linear"}, TARGETS),  # stored as whole paths in a model this small
         ({"target_modules": r".*\.(q|v)_proj"}, ("q_proj", "v_proj")),
         ({"target_modules": ["mlp.up_proj", "self_attn.q_proj"]}, ("q_proj", "up_proj")),
+        ({"target_modules": "all-linear", "exclude_modules": ["o_proj"]}, tuple(t for t in TARGETS if t != "o_proj")),
         ({"target_modules": ["o_proj"], "init_lora_weights": "orthogonal", "lora_dropout": 0.5}, ("o_proj",)),
         ({"target_modules": ["k_proj"], "use_rslora": True}, ("k_proj",)),
     ],
-    ids=["all-linear", "pattern", "paths", "orthogonal", "rslora"],
+    ids=["all-linear", "pattern", "paths", "all but one", "orthogonal", "rslora"],
 )
 def test_adapters_that_peft_makes_run_alike(
     base: Path, tmp_path: Path, settings: dict[str, Any], targets: tuple[str, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.5}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3-head24-tied": ("qwen3", {"head_dim": 24, "tie_word_embeddings": True}),
@@ -53,6 +55,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral-full-attention": ("mistral", {"sliding_window": None, "head_dim": 24}),
     "mistral-tied": ("mistral", {"sliding_window": None, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}),
     "qwen2-linear-rope": ("qwen2", {"rope_parameters": LINEAR}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
+    "qwen3-yarn-mscale": ("qwen3", {"head_dim": 24, "rope_parameters": YARN | {"mscale": 2.0, "mscale_all_dim": 0.5}}),
+    "llama-yarn-own-length": ("llama", {"rope_parameters": YARN | {"attention_factor": 0.8, "truncate": False}}),
 }
 
 
@@ -229,16 +234,52 @@ def test_where_torch_is_slow_in_bf16_no_layer_is_left_to_it(monkeypatch: pytest.
 )
 def test_rotation_frequencies_equal_transformers(settings: dict[str, Any], head_dim: int) -> None:
     """To two roundings of fp32."""
+    _compare_frequencies(settings, head_dim)
+
+
+QWEN_YARN = YARN | {"rope_theta": 1e6, "original_max_position_embeddings": 32_768}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("changed", "length"),
+    [
+        ({}, 1 + 0.1 * math.log(4)),
+        ({"factor": 1.0}, 1.0),
+        ({"factor": 2.5, "beta_fast": 40.0, "beta_slow": 0.7}, 1 + 0.1 * math.log(2.5)),
+        ({"truncate": False}, 1 + 0.1 * math.log(4)),
+        ({"attention_factor": 1.5, "mscale": 2.0, "mscale_all_dim": 3.0}, 1.5),
+        ({"mscale": 2.0, "mscale_all_dim": 0.5}, (1 + 0.2 * math.log(4)) / (1 + 0.05 * math.log(4))),
+        ({"mscale": 2.0}, 1 + 0.1 * math.log(4)),
+        ({"beta_fast": 2.0, "beta_slow": 2.0, "truncate": False}, 1 + 0.1 * math.log(4)),
+        ({"original_max_position_embeddings": 16}, 1 + 0.1 * math.log(4)),  # no wave is so short that it is kept
+    ],
+)
+def test_yarn_equals_transformers(changed: dict[str, Any], length: float, head_dim: int) -> None:
+    """Frequencies to two roundings of fp32; cosines and sines far past the original context to those of the angle."""
+    ours, theirs = _compare_frequencies(QWEN_YARN | changed, head_dim)
+    assert math.isclose(ours.config.rope.attention_factor, length, rel_tol=1e-15)
+    assert math.isclose(theirs.attention_scaling, length, rel_tol=1e-15)
+    pos = torch.tensor([0, 1, 17, 32_767, 100_000])
+    wanted = theirs(torch.zeros(1), pos[None])
+    for part, own in zip(wanted, ours.rotation(pos), strict=True):
+        torch.testing.assert_close(own, part[0, :, : head_dim // 2], rtol=0, atol=2 * 100_000 * 3e-7)
+        assert own.abs().max() > 0.9 * length
+
+
+def _compare_frequencies(settings: dict[str, Any], head_dim: int) -> tuple[Model, LlamaRotaryEmbedding]:
     shape = {"hidden_size": 4 * head_dim, "num_attention_heads": 4, "num_hidden_layers": 1, "intermediate_size": 8}
     config = LlamaConfig(vocab_size=8, head_dim=head_dim, rope_parameters=dict(settings), **shape)
-    theirs = LlamaRotaryEmbedding(config).inv_freq
+    rotary = LlamaRotaryEmbedding(config)
+    theirs = rotary.inv_freq
     raw = shape | {"architectures": ["LlamaForCausalLM"], "vocab_size": 8, "rope_parameters": settings}
     ours = ModelConfig.from_dict(raw).rope.inverse_frequencies(head_dim)
     assert ours.dtype == theirs.dtype == torch.float32
     torch.testing.assert_close(ours, theirs, rtol=3e-7, atol=0)
-    if settings["rope_type"] != "default":
+    if settings.get("factor", 1.0) != 1.0:
         plain = ModelConfig.from_dict(raw | {"rope_parameters": {"rope_theta": settings["rope_theta"]}})
         assert not torch.equal(ours, plain.rope.inverse_frequencies(head_dim))
+    return Model(ModelConfig.from_dict(raw)), rotary
 
 
 def test_old_and_new_spelling_of_rope_give_the_same_model(tmp_path: Path) -> None:
@@ -251,6 +292,21 @@ def test_old_and_new_spelling_of_rope_give_the_same_model(tmp_path: Path) -> Non
     old = ModelConfig.from_dict(raw)
     assert new.rope.kind == "llama3"
     assert old.rope == new.rope
+
+
+def test_yarn_reaches_as_far_as_it_stretches(tmp_path: Path) -> None:
+    """Model cards of Qwen say to add `rope_scaling` and leave `max_position_embeddings` where it is."""
+    theirs = save_checkpoint(tmp_path, "qwen2", max_position_embeddings=40, rope_parameters=YARN)
+    model = load_model(tmp_path)
+    assert model.config.max_positions == 4 * 32
+    theirs.generation_config.eos_token_id = None
+    prompt = prompt_of(60)
+    wanted = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=68, pad_token_id=0)[0, 60:]
+    assert Engine(model, kv_tokens=1024).scheduler.runner.is_native == K.has_compiled()
+    assert _greedy(Engine(model, kv_tokens=1024), prompt, 100) == wanted.tolist()
+    save_model(model, None, tmp_path / "saved")
+    again = ModelConfig.from_folder(tmp_path / "saved")
+    assert again.rope == model.config.rope and again.rope.kind == "yarn"
 
 
 def test_packed_forward_of_a_tree_equals_the_forward_of_each_path_alone() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 
 import numpy as np
@@ -18,7 +19,7 @@ from engine_helpers import prompt_of, tiny_model
 from gpu_only import DEVICE, ON_GPU
 
 import ibtpo_kernels as K
-from ibtpo_engine import Engine, Model, Node, Sampling, Tree
+from ibtpo_engine import Engine, LoRA, Model, Node, Sampling, Tree
 from ibtpo_engine import native as native_module
 from ibtpo_engine.capture import Step, capture_for
 from ibtpo_engine.step_graphs import MOST_GRAPHS, StepGraphs, rounded_up
@@ -125,6 +126,19 @@ def test_graphs_outlive_updates_in_place_and_nothing_else(model: Model) -> None:
     moved = grow_little(engine)
     assert graphs_of(engine).captured > captured, "a parameter lies elsewhere"
     assert_same(moved, plainly(grow_little, model))
+
+
+def test_graphs_do_not_outlive_the_scale_of_adapters(model: Model) -> None:
+    """It is a number in them, as the switch decides what they compute."""
+    model.add_adapters(LoRA(rank=2))
+    adapters, engine = model.adapters, engine_of(model, graphs=True)
+    assert adapters is not None
+    grow_little(engine)
+    captured = graphs_of(engine).captured
+    adapters.config = replace(adapters.config, alpha=2 * adapters.config.alpha)
+    engine.weights_changed()
+    grow_little(engine)
+    assert graphs_of(engine).captured > captured
 
 
 def test_graphs_do_not_outlive_the_pool(model: Model) -> None:

@@ -3,8 +3,9 @@
 from ibtpo_engine.adapter_folder import load_adapter, save_adapter
 from ibtpo_engine.backend_engine import BackendEngine
 from ibtpo_engine.backends import Backend, Completion, EngineBackend, TreeEngine
+from ibtpo_engine.borrowed import borrow
 from ibtpo_engine.budget import Budget
-from ibtpo_engine.checkpoint import borrow, load_model, load_tokenizer, save_model, stop_tokens
+from ibtpo_engine.checkpoint import load_model, load_tokenizer, save_model, stop_tokens
 from ibtpo_engine.engine import Engine
 from ibtpo_engine.errors import (
     BackendError,

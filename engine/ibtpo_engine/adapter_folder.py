@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ _PLAIN: dict[str, tuple[object, ...]] = {  # fields of PEFT that change the resu
     "layers_to_transform": ([], None),
     "layer_replication": ([], None),
     "target_parameters": ([], None),
-    "exclude_modules": ([], None),
     "alora_invocation_tokens": ([], None),
 }
+
+_OF_THE_BASE = ("init_lora_weights", "bias")  # of those, what is about the base's own weights
 
 _MERGE = "merge it into its base with PEFT (merge_and_unload) and give the folder that the merged model is saved to"
 
@@ -118,6 +120,20 @@ def load_adapter(model: Model, folder: Path | str) -> None:
             file.read(name, parameter)
 
 
+def check_plain(raw: Mapping[str, Any], source: str, remedy: str, *, in_memory: bool = False) -> None:
+    """Raise CheckpointError unless PEFT's fields describe plain LoRA.
+
+    Args:
+        raw: the fields.
+        source: where they are from, for the message.
+        remedy: what else to do, for the message.
+        in_memory: is the base that they belong on the one at hand, whatever was done to its weights?
+    """
+    for name, plain in _PLAIN.items():
+        if raw.get(name) not in plain and not (in_memory and name in _OF_THE_BASE):
+            raise CheckpointError(f"{source}: {name} = {raw[name]!r} is not supported; plain LoRA is. Else {remedy}.")
+
+
 def base_of(folder: Path | str) -> str:
     """The checkpoint folder that an adapter folder says it belongs on.
 
@@ -182,11 +198,7 @@ def adapter_config(folder: Path | str) -> LoRA:
     raw, path = _json(folder), folder / CONFIG
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported; LORA is.")
-    for name, plain in _PLAIN.items():
-        if raw.get(name) not in plain:
-            raise CheckpointError(
-                f"{path}: {name} = {raw[name]!r} is not supported; only plain LoRA is. Else {_MERGE}."
-            )
+    check_plain(raw, str(path), _MERGE)
     targets = raw.get("target_modules")
     if not isinstance(targets, list) or not all(name in TARGETS for name in targets):  # a pattern, or whole paths
         targets = _adapted(_weights(folder), targets, path)

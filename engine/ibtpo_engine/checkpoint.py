@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import Parameter
 
 from ibtpo_engine.errors import CheckpointError
 from ibtpo_engine.model import Model
-from ibtpo_engine.model_config import ARCHITECTURES, ModelConfig
+from ibtpo_engine.model_config import ModelConfig
 from ibtpo_engine.weight_file import WeightFile
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -151,48 +150,6 @@ def save_model(model: Model, tokenizer: PreTrainedTokenizerBase | None, folder: 
         stale.unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def borrow(model: PreTrainedModel) -> Model:
-    """An engine's view of a model of `transformers`: the very same parameters, nothing is copied.
-
-    What is borrowed are the parameters, not the code: forward hooks, and modules put in others' places, are not run.
-
-    Raises:
-        CheckpointError: it is no architecture that the engine runs (see `load_model`), it is compiled, wrapped, split,
-            offloaded or of several types, or has other parameters than its configuration says.
-    """
-    kind = type(model).__name__
-    if kind not in ARCHITECTURES:
-        raise CheckpointError(
-            f"borrow: {kind} is not supported, plain {', '.join(ARCHITECTURES)} are. Give the whole model itself, "
-            "without what compiles, wraps or splits it (accelerate: unwrap_model(model, keep_torch_compile=False); "
-            "PEFT: merge_and_unload())."
-        )
-    with torch.device("meta"):
-        ours = Model(ModelConfig.from_dict(model.config.to_dict() | {"architectures": [kind]}))
-    theirs = dict(model.named_parameters())  # a tied head is named once, as the embedding
-    _check_borrowed(theirs, dict(ours.named_parameters()), kind)
-    for name, parameter in ours.named_parameters():  # load_state_dict does to theirs what it finds here
-        parameter.requires_grad_(theirs[name].requires_grad)
-    ours.load_state_dict(theirs, assign=True)
-    return ours
-
-
-def _check_borrowed(theirs: dict[str, Parameter], wanted: dict[str, Parameter], kind: str) -> None:
-    if odd := theirs.keys() ^ wanted.keys():
-        raise CheckpointError(
-            f"borrow: parameter {min(odd)} is {'missing' if min(odd) in wanted else 'one too many'} for this {kind}. "
-            "Merge adapters, take off heads of your own, and set config.tie_word_embeddings as the weights are."
-        )
-    first = next(iter(theirs.values()))
-    for name, found in theirs.items():
-        needed = (Parameter, first.dtype, first.device, wanted[name].shape)
-        if found.is_meta or (type(found), found.dtype, found.device, found.shape) != needed:
-            raise CheckpointError(
-                f"borrow: {name} is a {type(found).__name__} {list(found.shape)} of {found.dtype} on {found.device}; "
-                f"it must be a Parameter {list(needed[3])} of {first.dtype} in memory on {first.device}, as all are"
-            )
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:

@@ -54,12 +54,21 @@ class Adapters:
 
     Attributes:
         config: rank, weight and places.
-        on: whether they take part in a forward pass.
+        on: the switch.
     """
 
     def __init__(self, config: LoRA) -> None:
         self.config = config
         self.on = True
+
+    @property
+    def in_use(self) -> bool:
+        """Do they take part in a forward pass now?"""
+        return self.on
+
+    def state(self) -> object:
+        """What decides how a forward pass applies them, to be compared."""
+        return self.in_use, self.config
 
 
 class LoRALinear(nn.Linear):
@@ -84,10 +93,11 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = fastest_linear(x, self.weight, self.bias)
-        if not self.adapters.on:
+        if not self.adapters.in_use:
             return y
-        low = fastest_linear(fastest_linear(x, self.lora_A.weight), self.lora_B.weight)
-        return y + self.adapters.config.scale * low
+        down, up = self.lora_A.weight, self.lora_B.weight
+        low = fastest_linear(fastest_linear(x.to(down.dtype), down), up)  # PEFT's may be fp32 in a bf16 model
+        return (y + self.adapters.config.scale * low).to(y.dtype)
 
 
 def _holder(weight: Tensor) -> nn.Linear:
@@ -98,22 +108,20 @@ def _holder(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def adapt_layers(model: nn.Module, config: LoRA, seed: int) -> Adapters:
-    """Put an adapter on every projection that `config` names; freeze everything else.
+def adapt_layers(model: nn.Module, adapters: Adapters, seed: int) -> None:
+    """Put an adapter on every projection that their configuration names; freeze everything else.
 
     Args:
         model: its linear layers are replaced; parameters keep identity and names.
-        config: which adapters.
+        adapters: which.
         seed: decides the initial A.
     """
-    adapters = Adapters(config)
     generator = torch.Generator(device="cpu").manual_seed(seed)
     model.requires_grad_(False)
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if name in config.targets and isinstance(child, nn.Linear):
+            if name in adapters.config.targets and isinstance(child, nn.Linear):
                 setattr(parent, name, LoRALinear(child, adapters, generator))
-    return adapters
 
 
 def is_adapter(name: str) -> bool:

@@ -172,13 +172,17 @@ class Model(nn.Module):
         return self.model.norm.weight.dtype
 
     def rotation(self, pos: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions int [N] -> (cos, sin), each [N, D/2]: float32, or float64 for a float64 model."""
+        """Positions int [N] -> (cos, sin), each [N, D/2]: float32, or float64 for a float64 model.
+
+        With yarn both are multiplied by its attention factor.
+        """
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         if self._frequencies is None or self._frequencies.device != pos.device or self._frequencies.dtype != wide:
             frequencies = self.config.rope.inverse_frequencies(self.config.head_dim)
             self._frequencies = frequencies.to(device=pos.device, dtype=wide)
         angles = pos.to(wide)[:, None] * self._frequencies
-        return angles.cos(), angles.sin()
+        cos, sin, factor = angles.cos(), angles.sin(), self.config.rope.attention_factor
+        return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
     def forward(
         self, tokens: Tensor, attend: Attend, project: Project = plain_project, checkpointing: bool = False
@@ -234,7 +238,8 @@ class Model(nn.Module):
         """
         if self.adapters is not None:
             raise ValueError(f"this model has adapters already ({self.adapters.config}); load it anew for others")
-        self.adapters = adapt_layers(self, config, seed)
+        self.adapters = Adapters(config)
+        adapt_layers(self, self.adapters, seed)
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:

@@ -26,19 +26,26 @@ class RopeConfig:
 
     Attributes:
         theta: base of the frequencies.
-        kind: "default" stretches nothing, "linear" all positions by `factor`, "llama3" those of long waves.
+        kind: "default" stretches nothing, "linear" all positions by `factor`, "llama3" and "yarn" those of long waves.
         factor: how far.
         low_freq_factor, high_freq_factor: llama3: waves of fewer turns within the original context than the first are
             stretched, of more than the second kept.
-        original_positions: llama3: that context, in tokens.
+        beta_slow, beta_fast: yarn: the same two bounds.
+        truncate: yarn: are the bounds rounded outwards, to whole frequencies?
+        original_positions: llama3, yarn: that context, in tokens.
+        attention_factor: yarn: rotated queries and keys are this many times as long.
     """
 
     theta: float = 10_000.0
-    kind: Literal["default", "linear", "llama3"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    beta_slow: float = 1.0
+    beta_fast: float = 32.0
+    truncate: bool = True
     original_positions: int = 8192
+    attention_factor: float = 1.0
 
     def inverse_frequencies(self, head_dim: int) -> torch.Tensor:
         """float32 [head_dim / 2], radians a position, highest frequency first."""
@@ -48,6 +55,8 @@ class RopeConfig:
             return inverse / self.factor
         if self.kind == "llama3":
             return self._llama3(inverse)
+        if self.kind == "yarn":
+            return self._yarn(inverse, head_dim)
         return inverse
 
     def _llama3(self, inverse: torch.Tensor) -> torch.Tensor:
@@ -55,6 +64,21 @@ class RopeConfig:
         turns = self.original_positions * inverse / (2 * math.pi)  # full turns within the original context
         keep = ((turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)).clamp(0.0, 1.0)
         return keep * inverse + (1.0 - keep) * inverse / self.factor
+
+    def _yarn(self, inverse: torch.Tensor, head_dim: int) -> torch.Tensor:
+        """YaRN (Peng et al., arXiv 2309.00071): as Llama 3.1 does, but interpolated along the frequencies' indices."""
+
+        def index(turns: float) -> float:
+            """Where the wave lies, between indices, that makes so many turns within the original context."""
+            return head_dim * math.log(self.original_positions / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
+
+        low, high = index(self.beta_fast), index(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, head_dim - 1)
+        high += 0.001 if low == high else 0.0  # as `transformers` does, lest it divide by 0
+        stretch = ((torch.arange(len(inverse), dtype=torch.float32) - low) / (high - low)).clamp(0.0, 1.0)
+        return (1.0 - stretch) * inverse + stretch * inverse / self.factor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +88,7 @@ class ModelConfig:
     Attributes:
         vocab_size, hidden_size, intermediate_size: V, H, and the width inside an MLP.
         num_layers, num_heads, num_kv_heads, head_dim: decoder layers; Hq, Hkv, D of their attention.
-        max_positions: longest path in tokens.
+        max_positions: longest path in tokens; of yarn at least the original context, stretched.
         rms_eps: added under the root of every norm.
         tie_embeddings: is the head the embedding?
         qkv_bias, out_bias, mlp_bias: which projections have biases.
@@ -141,7 +165,8 @@ class ModelConfig:
                 raise CheckpointError(f"{source}: {name} = {value} must be at least 1.")
             return value
 
-        hidden_size, num_heads = size("hidden_size"), size("num_attention_heads")
+        hidden_size, num_heads, rope = size("hidden_size"), size("num_attention_heads"), _rope(raw, source)
+        stretched = int(rope.factor * rope.original_positions) if rope.kind == "yarn" else 0  # model cards add it alone
         bias = architecture != "mistral" and bool(raw.get("attention_bias", False))
         config = cls(
             architecture=architecture,  # type: ignore[arg-type]
@@ -152,13 +177,13 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=size("num_key_value_heads", num_heads),
             head_dim=size("head_dim", 128 if architecture == "qwen3" else hidden_size // num_heads),
-            max_positions=size("max_position_embeddings", 32_768),
+            max_positions=max(size("max_position_embeddings", 32_768), stretched),
             rms_eps=_number(raw, "rms_norm_eps", 1e-6, source),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=architecture == "qwen2" or bias,
             out_bias=architecture != "qwen2" and bias,
             mlp_bias=architecture == "llama" and bool(raw.get("mlp_bias", False)),
-            rope=_rope(raw, source),
+            rope=rope,
             raw=raw,
         )
         config._validate(source)
@@ -231,12 +256,11 @@ def _rope(raw: dict[str, Any], source: str) -> RopeConfig:
     kind = settings.get("rope_type", "default")
     settings.setdefault("rope_theta", raw.get("rope_theta"))
     settings.setdefault("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if kind not in ("default", "linear", "llama3"):
+    if kind not in ("default", "linear", "llama3", "yarn"):
         raise CheckpointError(
-            f"{source}: rope type {kind!r} is not supported; default, linear and llama3 are. If it was added to reach "
-            "contexts longer than the model was trained on, as model cards of Qwen say, remove it."
+            f"{source}: rope type {kind!r} is not supported; default, linear, llama3 and yarn are. If it was added to "
+            "reach contexts longer than the model was trained on, remove it."
         )
-
     if settings.get("partial_rotary_factor") not in (None, 1, 1.0):
         raise CheckpointError(
             f"{source}: partial_rotary_factor = {settings['partial_rotary_factor']!r} is not supported; "
@@ -245,6 +269,7 @@ def _rope(raw: dict[str, Any], source: str) -> RopeConfig:
     needs: dict[str, tuple[str, ...]] = {  # transformers has no defaults for these either
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        "yarn": ("factor", "original_max_position_embeddings"),
     }
     for name in needs.get(kind, ()):
         _number(settings, name, None, f"{source}: rope type {kind!r}")
@@ -255,11 +280,26 @@ def _rope(raw: dict[str, Any], source: str) -> RopeConfig:
             raise CheckpointError(f"{source}: {name} = {value} must be above 0.")
         return value
 
+    factor = positive("factor", 1.0)
+    length = positive("attention_factor", _yarn_length(settings, factor, source)) if kind == "yarn" else 1.0
     return RopeConfig(
         theta=positive("rope_theta", 10_000.0),
         kind=kind,
-        factor=positive("factor", 1.0),
+        factor=factor,
         low_freq_factor=positive("low_freq_factor", 1.0),
         high_freq_factor=positive("high_freq_factor", 4.0),
+        beta_slow=positive("beta_slow", 1.0),
+        beta_fast=positive("beta_fast", 32.0),
+        truncate=bool(settings.get("truncate", True)),
         original_positions=int(positive("original_max_position_embeddings", 8192)),
+        attention_factor=length,
     )
+
+
+def _yarn_length(settings: dict[str, Any], factor: float, source: str) -> float:
+    """How much longer YaRN makes rotated queries and keys, where the settings leave it open."""
+    above, below = (_number(settings, name, 0.0, source) for name in ("mscale", "mscale_all_dim"))
+    if not (above and below):  # one without the other counts for nothing
+        above, below = 1.0, 0.0
+    grown = 0.1 * math.log(max(factor, 1.0))
+    return (above * grown + 1.0) / (below * grown + 1.0)

@@ -117,7 +117,7 @@ class StepGraphs:
         """Drop the graphs if a parameter or the pool lies elsewhere than when they were captured."""
         adapters = self._model.adapters
         places = [p.data_ptr() for p in self._model.parameters()]
-        seen = (places, adapters is not None and adapters.on, self._pool.keys.data_ptr())
+        seen = (places, adapters and adapters.state(), self._pool.keys.data_ptr())
         if seen != self._seen:
             self._seen = seen
             self.forget()

@@ -63,7 +63,7 @@ class WeightWatch:
     def _read_stamp(self) -> tuple[object, ...]:
         parameters = self._parameters
         versions = sum(0 if p.is_inference() else p._version for p in parameters)  # inference tensors keep none
-        switches = [model.adapters and (model.adapters.on, model.adapters.config) for model in self._models]
+        switches = [model.adapters and model.adapters.state() for model in self._models]
         return (versions, *switches, *(p.data_ptr() for p in parameters))
 
     def _read_bits(self) -> Tensor:
