@@ -50,6 +50,12 @@ _IN_LATEX = str.maketrans(
 _LABEL = re.compile(r"(####|[^\W\d_]:\**)(?=[-+]?\d)")  # Answer:34
 _GROUPED = re.compile(r"(?<![\w.,])[1-9]\d{0,2}(?:(?:\\[,;: ]|[^\S\n]|~)\d{3})+(?![\w/])")  # 10\,000 and 10 000
 _FULL_STOP = re.compile(r"(?<=[\d})])\.(?=\s*\})")  # \boxed{34.}
+_HOUR = re.compile(r"(?<=\d):00(?![\d:])")  # 11:00, which is no ratio
+# \{x \mid x > 1\} and \{x \in \mathbb{R} : x > 1\}
+_SET_OF = re.compile(
+    r"(?:\\left)?\\\{\s*(?:[A-Za-z]|\([A-Za-z],\s*[A-Za-z]\))\s*(?:\\in\s*\\mathbb\s*\{?[A-Z]\}?\s*)?(?:\\mid|\\vert|\||:)"
+    r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*?)(?:\\right)?\\\}"
+)
 _ROOT = re.compile(r"√\s*(?:(\d+(?:\.\d+)?|[A-Za-z])|\(([^()]*)\)|\{([^{}]*)\})")
 _RAISED = re.compile(r"[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _MIXED = re.compile(r"(?<![\w.,/^])(\d+)\s+([1-9]\d*)/([1-9]\d*)(?![\w/]|\.\d)")  # 3 1/2
@@ -226,6 +232,7 @@ def _in_latex(text: str) -> str:
     """A text with roots, powers and numbers as math-verify reads them: 90°, ½, √2, x², 3 1/2, 10 000, 1.5e3."""
     text = _FULL_STOP.sub("", _LABEL.sub(r"\1 ", text.translate(_IN_LATEX)))
     text = _GROUPED.sub(lambda number: re.sub(r"\D", "", number[0]), text)
+    text = _SET_OF.sub(r"\1", _HOUR.sub("", text))
     text = text.replace("~", " ").replace(r"\varnothing", r"\emptyset")
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2] or root[3]}}}", text)
     text = _RAISED.sub(
