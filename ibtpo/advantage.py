@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ibtpo.advantages.tree_grpo import tree_grpo
+from ibtpo.advantages.tree_grpo import deviation, tree_grpo
 from ibtpo.advantages.treepo import treepo, whiten
 from ibtpo.advantages.treerl import treerl
 from ibtpo.advantages.vineppo import vineppo
@@ -117,8 +117,8 @@ def advantage(
         raise ValueError("advantage: the tree has no finished trajectory")
     rewards = np.array([leaf.reward for leaf in leaves], np.float64)
     uniform = bool(rewards.min() == rewards.max())
-    ddof = 1 if config.std == "sample" else 0
-    scale = math.inf if uniform else rewards.std(ddof=ddof) + config.std_eps
+    ddof = {"population": 0, "sample": 1, "none": None}[config.std]
+    scale = math.inf if uniform else deviation(rewards, eps=config.std_eps, ddof=ddof)
     values = np.array([estimates.value(node) for node in packed.nodes])
     a_gl = (values - values[0]) / scale
     a_ib = _local(packed, estimates, config, reference_logprob)

@@ -54,7 +54,7 @@ class TrainConfig:
     """digit-chain, jsonl (set by --data), or reasoning-gym:NAME."""
     data: Path | None = None
     """Prompts and answers: JSONL, Parquet, or a folder of datasets' save_to_disk; sets the task to jsonl."""
-    layout: Literal["auto", "plain", "gsm8k", "math", "dapo", "aime"] = "auto"
+    layout: Literal["auto", "plain", "gsm8k", "math", "dapo", "aime", "boxed"] = "auto"
     """Which fields of the data file hold prompt and answer, and how; auto: the first rows decide."""
     reward: tuple[str, ...] = ()
     """NAME[:WEIGHT] ...: math, exact, format, regex=PATTERN, package.module:function; by default the task's own."""

@@ -45,7 +45,16 @@ _IN_LATEX = str.maketrans(
         c: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", c).split("\N{FRACTION SLASH}"))
         for c in "¼½¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
     }
-    | {"°": r"^{\circ}", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne "}
+    | {"°": r"^{\circ}", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∅": r"\emptyset ", "：": ": "}
+)
+_LABEL = re.compile(r"(####|[^\W\d_]:\**)(?=[-+]?\d)")  # Answer:34
+_GROUPED = re.compile(r"(?<![\w.,])[1-9]\d{0,2}(?:(?:\\[,;: ]|[^\S\n]|~)\d{3})+(?![\w/])")  # 10\,000 and 10 000
+_FULL_STOP = re.compile(r"(?<=[\d})])\.(?=\s*\})")  # \boxed{34.}
+_HOUR = re.compile(r"(?<=\d):00(?![\d:])")  # 11:00, which is no ratio
+# \{x \mid x > 1\} and \{x \in \mathbb{R} : x > 1\}
+_SET_OF = re.compile(
+    r"(?:\\left)?\\\{\s*(?:[A-Za-z]|\([A-Za-z],\s*[A-Za-z]\))\s*(?:\\in\s*\\mathbb\s*\{?[A-Z]\}?\s*)?(?:\\mid|\\vert|\||:)"
+    r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*?)(?:\\right)?\\\}"
 )
 _ROOT = re.compile(r"√\s*(?:(\d+(?:\.\d+)?|[A-Za-z])|\(([^()]*)\)|\{([^{}]*)\})")
 _RAISED = re.compile(r"[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
@@ -181,7 +190,7 @@ def math_equal(answer: str, completion: str) -> float:
     """
     math_verify = importlib.import_module("math_verify")
     marked = bool(_BOX.search(answer) or _FORMULA.search(answer))
-    bare = rf"\boxed{{{_in_latex(answer)}}}"
+    bare = _in_latex(rf"\boxed{{{answer}}}")
     gold = math_verify.parse(final_boxes(answer) if marked else bare, parsing_timeout=None)
     found = math_verify.parse(final_boxes(completion), parsing_timeout=None)
     return float(math_verify.verify(gold, found, timeout_seconds=None))
@@ -220,8 +229,11 @@ def final_boxes(completion: str) -> str:
 
 
 def _in_latex(text: str) -> str:
-    """A text with roots, powers, fractions and numbers as math-verify reads them: 90°, ½, √2, x², 3 1/2, 1.5e3."""
-    text = text.translate(_IN_LATEX)
+    """A text with roots, powers and numbers as math-verify reads them: 90°, ½, √2, x², 3 1/2, 10 000, 1.5e3."""
+    text = _FULL_STOP.sub("", _LABEL.sub(r"\1 ", text.translate(_IN_LATEX)))
+    text = _GROUPED.sub(lambda number: re.sub(r"\D", "", number[0]), text)
+    text = _SET_OF.sub(r"\1", _HOUR.sub("", text))
+    text = text.replace("~", " ").replace(r"\varnothing", r"\emptyset")
     text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2] or root[3]}}}", text)
     text = _RAISED.sub(
         lambda power: "^{" + unicodedata.normalize("NFKC", power[0]).replace("\N{MINUS SIGN}", "-") + "}", text

@@ -75,10 +75,12 @@ def test_standard_deviations():
     sample = of(kind="grpo", std_eps=0.0, std="sample")
     assert population.a_trajectory[0] == pytest.approx((2 / 3) / (math.sqrt(2) / 3 + 0.5))
     assert sample.a_trajectory[0] == pytest.approx((2 / 3) / math.sqrt(1 / 3))  # (4/9 + 1/9 + 1/9) / (3 - 1) = 1/3
+    assert of(kind="grpo", std="none").a_trajectory == pytest.approx([2 / 3, -1 / 3, -1 / 3])
+    assert of(std="none").a_gl == pytest.approx([0, 1 / 6, 2 / 3, -1 / 3, -1 / 3])
 
 
 @pytest.mark.parametrize("reward", [0.0, 1.0])
-@pytest.mark.parametrize("std", ["population", "sample"])
+@pytest.mark.parametrize("std", ["population", "sample", "none"])
 def test_groups_of_equal_rewards(reward, std):
     assert of((reward,) * 3, std=std).skipped
     alone = of((reward,) * 3, std=std, uniform_groups="ib_only")

@@ -28,6 +28,7 @@ ROWS: dict[str, tuple[dict[str, Any], Any, str]] = {  # layout -> row, prompt, a
     ),
     "dapo": (VERL | {"data_source": "math_dapo", "ability": "MATH"}, VERL["prompt"], "34"),
     "aime": ({"ID": "2024-I-1", "Problem": "Find n.", "Solution": "...", "Answer": 73}, "Find n.", "73"),
+    "boxed": ({"problem": "Find y.", "answer": r"\sqrt{2}", "solution": "..."}, "Find y.", r"\sqrt{2}"),
     "plain": ({"prompt": "1+1", "answer": 2}, "1+1", "2"),
 }
 
@@ -47,7 +48,7 @@ def test_every_layout_is_read_by_name_and_by_its_fields(tmp_path: Path, name: st
     row, prompt, answer = ROWS[name]
     task = opened(write(tmp_path / "d.jsonl", [row]), name if told else "auto", **ALL)
     [problem] = task.eval_problems(9)
-    shown = BOXED.replace("{prompt}", prompt) if name in ("gsm8k", "math", "aime") else prompt
+    shown = BOXED.replace("{prompt}", prompt) if name in ("gsm8k", "math", "aime", "boxed") else prompt
     assert (problem.prompt, problem.answer) == (shown, answer)
     assert any(f"layout {name}" in note for note in task.notes) == (not told and name != "plain")
 
@@ -70,7 +71,29 @@ def test_a_file_of_integers_and_fractions_is_not_taken_for_aime(tmp_path: Path) 
     rows = [{"problem": "a", "answer": "7"}, {"problem": "b", "answer": "1/2"}]
     task = opened(write(tmp_path / "d.jsonl", rows), **ALL)
     assert [p.answer for p in task.eval_problems(2)] == ["7", "1/2"]
-    assert 'prompts are read from the field "problem"' in task.notes[0]
+    assert "layout boxed" in task.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [
+        ({"id": 0, "question": "q", "answer": "3159.0"}, "3159.0"),
+        ({"question": "q", "final_answer": r"\infty", "difficulty": 5.0}, r"\infty"),
+        ({"prompt": "q", "solution": "34", "reward_model": {"ground_truth": "34"}}, "34"),
+    ],
+)
+def test_the_instruction_can_be_had_whatever_the_fields_are(tmp_path: Path, row: dict[str, Any], answer: str) -> None:
+    task = opened(write(tmp_path / "d.jsonl", [row]), "boxed", **ALL)
+    [problem] = task.eval_problems(9)
+    assert (problem.prompt, problem.answer) == (BOXED.replace("{prompt}", "q"), answer)
+    assert 'prompts are read from the field "' in task.notes[0]
+
+
+def test_fields_of_a_published_set_may_be_numbers(tmp_path: Path) -> None:
+    row = {"0": {"from": "human", "value": "q"}, "1": {"from": "assistant", "ground_truth": {"value": "5"}}}
+    fields = {"prompt_field": "0.value", "answer_field": "1.ground_truth.value"}
+    [problem] = opened(write(tmp_path / "d.jsonl", [row]), "boxed", **fields, **ALL).eval_problems(9)
+    assert (problem.prompt, problem.answer) == (BOXED.replace("{prompt}", "q"), "5")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +120,14 @@ def test_aime_is_read_from_other_fields_and_without_degrees(tmp_path: Path) -> N
 def test_the_rows_of_the_page_are_read_as_it_says(tmp_path: Path) -> None:
     page = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\*\*(\w+)\*\*: .*?^```json\n(.*?)\n```", page, flags=re.DOTALL | re.MULTILINE)
-    answers = {"plain": "4", "gsm8k": "1005", "math": r"\frac{1}{2}", "dapo": "34", "aime": "343"}
+    answers = {
+        "plain": "4",
+        "gsm8k": "1005",
+        "math": r"\frac{1}{2}",
+        "dapo": "34",
+        "aime": "343",
+        "boxed": r"\frac{1}{2}",
+    }
     assert [name for name, _ in shown] == list(answers)
     for name, row in shown:
         (tmp_path / "d.jsonl").write_text(row + "\n", encoding="utf-8")

@@ -100,6 +100,9 @@ def math() -> Iterator[Grader]:
         ("(1,2)", r"\boxed{(2, 1)}", 0.0),
         (r"2\sqrt{3}", r"\boxed{\sqrt{12}}", 1.0),
         ("12", "thinking\n\nfinal answer: 12", 1.0),
+        ("34", "So it is done.\nAnswer:34", 1.0),
+        ("-34", "**Final answer:**-34.", 1.0),
+        ("34", "34\n####34", 1.0),
         ("12", "", 0.0),
         ("Paris", r"\boxed{Paris}", 1.0),
         ("Paris", r"\boxed{London}", 0.0),
@@ -304,7 +307,10 @@ def test_a_reward_may_take_whatever_it_likes_and_be_written_in_c() -> None:
     [
         ("90°", "90"), ("½", "0.5"), ("3½", "3.5"), ("3 1/2", "7/2"), ("√2", r"\sqrt{2}"), ("2√(x+1)", r"2\sqrt{x+1}"),
         ("x²", "x^2"), ("10⁻³", "0.001"), ("１２", "12"), ("1.5e3", "1500"), ("1e-5", "0.00001"),
-        ("[0, ∞)", r"[0, \infty)"), ("x ≤ 3", r"x \le 3"),
+        ("[0, ∞)", r"[0, \infty)"), ("x ≤ 3", r"x \le 3"), (r"10\,000", "10000"), ("10 000.5", "10000.5"),
+        (r"\{x \mid x > 1\}", "x > 1"), (r"\left\{x \in \mathbb{R} : x \ne \frac{1}{2}\right\}", r"x \ne \frac{1}{2}"),
+        (r"\{(x, y) | x + y = 1\}", "x + y = 1"), ("11:00", "11"), ("34.", "34"), (r"72~\text{cm}", "72"),
+        (r"\varnothing", r"\emptyset"), ("∅", r"\{\}"),
     ],
 )  # fmt: skip
 def test_what_people_write_is_what_latex_says(reference: str, answer: str) -> None:
@@ -312,8 +318,13 @@ def test_what_people_write_is_what_latex_says(reference: str, answer: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("reference", "answer"), [("3 1/2", "3/2"), ("x²", "2x"), ("1e3", "13"), ("√2", "2"), ("1 000/3", "1"), ("½", "12")]
-)
+    ("reference", "answer"),
+    [
+        ("3 1/2", "3/2"), ("x²", "2x"), ("1e3", "13"), ("√2", "2"), ("1 000/3", "1"), ("½", "12"),
+        (r"10\,000", "0"), ("10 00", "1000"), ("5 12 000", "512000"), ("11:00", "10:00"),
+        (r"\{x \mid x > 1\}", "1"), (r"\{x \mid -1 < x < 3\}", r"\{x \mid -1 < x < 4\}"),
+    ],
+)  # fmt: skip
 def test_and_nothing_else(reference: str, answer: str) -> None:
     assert math_equal(reference, rf"\boxed{{{answer}}}") == math_equal(answer, rf"\boxed{{{reference}}}") == 0
 

@@ -317,6 +317,7 @@ def test_tree_grpo_by_hand() -> None:
     right, wrong = 1 / root, -root
     by_hand = [right + root, wrong - 1 / root, wrong - 1 / root, right, right, right]
     assert tree_grpo(rewards, groups, eps=0.0, ddof=0) == pytest.approx(by_hand)
+    assert tree_grpo(rewards, groups, eps=0.0, ddof=None) == pytest.approx([1, -1, -1, 1 / 3, 1 / 3, 1 / 3])
 
 
 def test_tree_grpo_reads_the_trees_off_the_leaves() -> None:

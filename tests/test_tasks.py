@@ -264,6 +264,7 @@ def test_jsonl_reads_messages_blank_lines_numbers_and_a_byte_order_mark(tmp_path
         (b"\n \n", r"the file is empty"),
         (b'{"prompt": "a", "answer": "b"}\n{"prompt": "a"', r"line 2: malformed JSON at column"),
         (b'[{"prompt": "a", "answer": "b"}]\n', r"one JSON array, not an object a line; convert it"),
+        (b'[\n  [{"from": "human", "value": "a"}]\n]\n', r"one JSON array, not an object a line; convert it"),
         (b'["a", "b"]\n', r"line 1: expected an object, found a list"),
         (b"\x1f\x8b\x08", r"a compressed file; unpack it"),
         (b"PAR1", r"a Parquet file; give it a name that ends in .parquet"),

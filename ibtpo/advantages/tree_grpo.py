@@ -14,14 +14,14 @@ Doubles = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
 
-def tree_grpo(rewards: Doubles, groups: Longs, *, eps: float, ddof: int) -> Doubles:
+def tree_grpo(rewards: Doubles, groups: Longs, *, eps: float, ddof: int | None) -> Doubles:
     """float64 [G].
 
     Args:
         rewards: [G].
         groups: [G], the tree each trajectory belongs to.
         eps: added to the deviations.
-        ddof: 0 or 1, what is taken off the count in a deviation.
+        ddof: 0 or 1, what is taken off the count in a deviation; None: nothing is divided by one.
     """
     inside = np.zeros(len(rewards))
     for group in np.unique(groups):
@@ -29,9 +29,14 @@ def tree_grpo(rewards: Doubles, groups: Longs, *, eps: float, ddof: int) -> Doub
     return inside + z_score(rewards, eps=eps, ddof=ddof)
 
 
-def z_score(rewards: Doubles, *, eps: float, ddof: int) -> Doubles:
+def z_score(rewards: Doubles, *, eps: float, ddof: int | None) -> Doubles:
     """(R - mean)/(std + eps); 0 where all are equal."""
     if rewards.min() == rewards.max():
         return np.zeros(len(rewards))
-    scores: Doubles = (rewards - rewards.mean()) / (rewards.std(ddof=ddof) + eps)
+    scores: Doubles = (rewards - rewards.mean()) / deviation(rewards, eps=eps, ddof=ddof)
     return scores
+
+
+def deviation(rewards: Doubles, *, eps: float, ddof: int | None) -> float:
+    """std + eps, what a distance to the mean is divided by; 1 without `ddof`."""
+    return 1.0 if ddof is None else float(rewards.std(ddof=ddof)) + eps

@@ -20,8 +20,8 @@ class AdvantageConfig:
     """Policy whose step probability scales A_IB: the one that sampled, or the frozen reference."""
     uniform_groups: Literal["skip", "ib_only"] = "skip"
     """Groups whose rewards are all equal: left out, or trained on A_IB alone (other kinds: on 0)."""
-    std: Literal["population", "sample"] = "population"
-    """Denominator of the group's reward deviation: G or G - 1."""
+    std: Literal["population", "sample", "none"] = "population"
+    """Denominator of the group's reward deviation: G or G - 1; none: rewards are not divided by it (Dr. GRPO)."""
     std_eps: float = 1e-6
     """Added to that deviation."""
 

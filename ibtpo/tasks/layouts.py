@@ -6,6 +6,7 @@ r"""Layouts of data files: which fields hold prompt and answer, and how the publ
 ``math``    ``problem``, ``solution``                        MATH, MATH-500: the last ``\boxed{}`` of the solution
 ``dapo``    ``prompt``, ``reward_model.ground_truth``        DAPO-Math-17K and verl: the prompt is a list of messages
 ``aime``    ``problem``, ``answer``                          AIME: the answer is an integer from 0 to 999
+``boxed``   ``problem``, ``answer``                          DeepScaleR, Big-Math, NuminaMath-1.5: any final answer
 ==========  ===============================================  =====================================================
 """
 
@@ -65,6 +66,7 @@ LAYOUTS: dict[str, Layout] = {
         Layout("math", "problem", "solution", boxed, r"a solution with its answer in \boxed{}", BOXED),
         Layout("dapo", "prompt", "reward_model.ground_truth"),
         Layout("aime", "problem", "answer", _integer, "an integer from 0 to 999", BOXED),
+        Layout("boxed", "problem", "answer", template=BOXED),
     )
 }
 _PROMPTS = ("prompt", "question", "problem", "instruction", "input", "messages")
@@ -80,14 +82,17 @@ def choose_layout(name: str, rows: Rows, config: JsonlConfig) -> tuple[Layout, s
     first = rows[0]
     layout = LAYOUTS[name] if name != "auto" else _detect([rows[i] for i in range(min(len(rows), _LOOKED_AT))])
     note = f"{rows.path}: layout {layout.name}, read from its fields; --layout names another" if name == "auto" else ""
-    if layout.name == "plain" and name == "auto":
-        prompt = config.prompt_field or _first(first, _PROMPTS) or layout.prompt_field
+    if layout.name == "boxed" or (layout.name == "plain" and name == "auto"):
+        prompt = config.prompt_field or _first(first, (layout.prompt_field, *_PROMPTS)) or layout.prompt_field
         answer = config.answer_field or _first(first, _ANSWERS) or layout.answer_field
         usual = (prompt, answer) == (layout.prompt_field, layout.answer_field)
-        note = "" if usual or (config.prompt_field and config.answer_field) else (
-            f'{rows.path}: prompts are read from the field "{prompt}", answers from "{answer}"; '
-            "jsonl.prompt_field and jsonl.answer_field name others"
-        )  # fmt: skip
+        if not (usual or (config.prompt_field and config.answer_field)):
+            note = (
+                f'{rows.path}: prompts are read from the field "{prompt}", answers from "{answer}"; '
+                "jsonl.prompt_field and jsonl.answer_field name others"
+            )
+        elif layout.name == "plain":
+            note = ""
         if note and prompt == "instruction" and "input" in first:
             note += '; the field "input" is not shown, docs/data.md says how to join it to the prompt'
         layout = replace(layout, prompt_field=prompt, answer_field=answer)
@@ -112,6 +117,8 @@ def _detect(rows: Sequence[Mapping[str, Any]]) -> Layout:
         return LAYOUTS["aime"]
     if all_have("problem") and all_have("solution", boxed, _NEARLY_ALL):
         return LAYOUTS["math"]
+    if all_have("problem") and all_have("answer") and not all_have("prompt"):
+        return LAYOUTS["boxed"]
     return LAYOUTS["plain"]
 
 
@@ -163,7 +170,8 @@ def read_problem(layout: Layout, row: Mapping[str, Any], where: str, config: Jso
     text = _check_answer(get_field(row, field, "answer_field", where), field, where)
     answer = layout.read_answer(text)
     if not answer:
-        fail(where, f'field "{field}" is not {layout.answer_form}', "mend the row, or choose another --layout")
+        remedy = "mend or remove the row, or choose another --layout"
+        fail(where, f'field "{field}" is not {layout.answer_form}', remedy)
     data = {name: get_field(row, name, "data_fields", where) for name in config.data_fields}
     return Problem(_in_template(prompt, layout.template), answer, data | {"where": where})
 

@@ -112,7 +112,7 @@ def _check_kind(path: Path) -> None:
     if path.suffix in (".csv", ".tsv"):
         separator = ', sep="\\t"' if path.suffix == ".tsv" else ""
         raise ValueError(f"{path}: a table, not JSONL; convert it: {save.format('csv', separator)}")
-    if text.startswith(b"[") and text[1:].lstrip().startswith(b"{"):
+    if text.startswith(b"[") and text[1:].lstrip().startswith((b"{", b"[")):
         raise ValueError(f"{path}: one JSON array, not an object a line; convert it: {save.format('json', '')}")
 
 
