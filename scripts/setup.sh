@@ -40,11 +40,12 @@ find_python() {
 
 has_gpu() { [[ -e /dev/nvidia0 ]] || { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }; }
 
-# True where pip is already configured with a folder that offers torch's CPU build.
+# True where pip is already configured with a folder that offers torch's CPU build for this Python.
 has_local_cpu_torch() {
-  local folder
+  local folder tag
+  tag=$("$VENV/bin/python" -c 'import sys; print("cp%d%d" % sys.version_info[:2])')
   for folder in ${PIP_FIND_LINKS:-} $("$VENV/bin/pip" config get global.find-links 2>/dev/null || true); do
-    compgen -G "${folder#file://}/torch-*+cpu*.whl" >/dev/null && return 0
+    compgen -G "${folder#file://}/torch-*+cpu-$tag-*.whl" >/dev/null && return 0
   done
   return 1
 }
