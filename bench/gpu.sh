@@ -15,7 +15,7 @@
 # PYTHON (default python3) needs torch >= 2.10, triton >= 3.6 and transformers >= 5 (with which come rich and pyyaml); the
 # tests need pytest and hypothesis. Seconds of each stage: INSTALL_SECONDS, TESTS_SECONDS, SANITIZE_SECONDS, BENCH_SECONDS.
 # BENCH_ARGS goes to `python -m ibtpo_kernels.roofline`, which then has all the time of the benchmarks.
-# DEVICE=cpu tries the script itself where there is no GPU: tests in Triton's interpreter, a quick benchmark of the CPU.
+# DEVICE=cpu tries the script itself where there is no GPU: tests on an emulated one, a quick benchmark of the CPU.
 set -uo pipefail
 
 readonly STAGES=(install tests sanitize bench)
@@ -124,7 +124,10 @@ run_pytest() { # run_pytest NAME SECONDS COMMAND...: pytest behind COMMAND, juni
 stage_tests() {
   local tests=(tests/test_step_graphs.py tests/test_gpu_parity.py tests/test_gpu.py tests/test_kernels_flashinfer.py)
   local prefix=(env) options=(-rs)
-  [[ $DEVICE == cpu ]] && prefix=(env TRITON_INTERPRET=1)
+  if [[ $DEVICE == cpu ]]; then
+    prefix=(env TRITON_INTERPRET=1 PYTHONPATH="tests${PYTHONPATH:+:$PYTHONPATH}")
+    options+=(-p emulated_cuda)
+  fi
   # Most of the time goes to compiling some hundred kernels, each on one core.
   [[ $DEVICE == cuda ]] && has_module xdist && options+=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
   run_pytest tests "$TESTS_SECONDS" "${prefix[@]}" "$PYTHON" -m pytest "${tests[@]}" "${options[@]}"

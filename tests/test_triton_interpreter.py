@@ -1,6 +1,6 @@
-"""Runs `triton_interpreter_cases.py`, `test_gpu.py`, `test_gpu_parity.py` and `test_step_graphs.py` in a process of its
-own: TRITON_INTERPRET must be set before Triton is imported, and the rest of the suite must not see it. Also what is
-said of a backend that cannot run."""
+"""Runs `triton_interpreter_cases.py`, and the tests that need a GPU on an emulated one, in processes of their own:
+TRITON_INTERPRET must be set before Triton is imported, and the rest of the suite must not see it. Also what is said of
+a backend that cannot run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ import ibtpo_kernels as K
 HERE = Path(__file__).parent
 
 
-TOGETHER = (("triton_interpreter_cases.py", "test_step_graphs.py"), ("test_gpu.py", "test_gpu_parity.py"))
+TOGETHER = (
+    ("triton_interpreter_cases.py",),
+    ("-p", "emulated_cuda", "test_gpu.py", "test_gpu_parity.py", "test_step_graphs.py"),
+)
 """What runs in one process: two at a time, as an interpreted kernel has one thread, and they take minutes."""
 
 
@@ -32,10 +35,11 @@ def test_the_interpreted_kernels_match_the_reference(tmp_path: Path) -> None:
             "-x",
             "-p",
             "no:cacheprovider",
-            *(str(HERE / name) for name in names),
+            *(str(HERE / name) if name.endswith(".py") else name for name in names),
         ]
         with (tmp_path / f"{number}.txt").open("wb") as out:
-            environment = {**os.environ, "TRITON_INTERPRET": "1"}
+            path = os.pathsep.join(filter(None, (str(HERE), os.environ.get("PYTHONPATH"))))
+            environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
             processes.append(subprocess.Popen(command, cwd=HERE.parent, env=environment, stdout=out, stderr=out))
     codes = [process.wait() for process in processes]
     for number, code in enumerate(codes):
