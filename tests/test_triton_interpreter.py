@@ -1,6 +1,6 @@
 """Runs `triton_interpreter_cases.py`, and the tests that need a GPU on an emulated one, in processes of their own:
 TRITON_INTERPRET must be set before Triton is imported, and the rest of the suite must not see it. Also what is said of
-a backend that cannot run."""
+a backend that cannot run, and what ends a process that has lost its GPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
 
@@ -60,6 +61,23 @@ def test_a_backend_that_cannot_run_says_what_is_missing() -> None:
             ValueError, match="backend 'triton': (Triton is missing|there is no CUDA device; set TRITON_)"
         ):
             K.backend("triton").__enter__()
+
+
+def test_a_process_that_lost_its_gpu_runs_no_more_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every one would fail, with a message that has nothing to do with it."""
+
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    conftest.pytest_runtest_logfinish("test_fine")
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    with pytest.raises(
+        pytest.exit.Exception, match="lost to this process since test_it: CUDA error: an illegal memory"
+    ):
+        conftest.pytest_runtest_logfinish("test_it")
 
 
 def test_importing_the_kernels_does_not_import_triton() -> None:
