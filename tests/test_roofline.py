@@ -6,6 +6,7 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,21 @@ def test_whoever_fails_only_while_timed_is_dropped_with_the_reason() -> None:
     results = {r.contender.who: r for r in runner.run(problem_with(late), CPU, Budget(0.001, most=5))}
     assert results["ibtpo"].timing and results["late"].timing is None
     assert results["late"].reason == "MemoryError: no room"
+
+
+def takes_long(seconds: float) -> Contender:
+    def prepare(inputs: Inputs) -> Any:
+        time.sleep(seconds)
+        return lambda: doubled(inputs)
+
+    return Contender("slow", lambda: prepare)
+
+
+def test_past_the_limit_no_contender_is_begun() -> None:
+    """Whoever is ready by then is timed."""
+    problem = problem_with(takes_long(0.2), Contender("late", lambda: in_pass(doubled, "forward")))
+    results = runner.run(problem, CPU, Budget(0.001, most=5), until=time.monotonic() + 0.2)
+    assert [result.contender.who for result in results if result.timing] == ["ibtpo", "slow"]
 
 
 def limits() -> Roofs:
@@ -271,6 +287,21 @@ def test_an_interrupted_run_keeps_what_was_measured(
     assert "not reached: double stops float32 forward" in out and "double  16  fp32 forward" in out
     assert [row["shape"] for row in rows.read(tmp_path / "roofline_cpu.csv") if row["op"] == "double"] == ["16"]
     assert (tmp_path / "roofline_cpu.png").exists()
+
+
+def test_interrupted_while_a_contender_compiles_whoever_was_ready_is_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, briefly: None
+) -> None:
+    def interrupted(_: Inputs) -> Any:
+        raise KeyboardInterrupt
+
+    compiles = problem_with(FAILING[0], Contender("compiles", lambda: interrupted), FAILING[-1])
+    monkeypatch.setattr(cli, "problems", lambda *_, **__: [compiles, problem_with()])
+    assert run_cli("--device", "cpu", "--seconds", "0.001", "--out", tmp_path) == 130
+    out = capsys.readouterr().out
+    assert all(f"not reached: double 16 float32 forward{who}" in out for who in (": compiles", ": half", "\n"))
+    found = [row["who"] for row in rows.read(tmp_path / "roofline_cpu.csv") if row["op"] == "double"]
+    assert found == ["ibtpo", "right"]
 
 
 def test_a_run_out_of_time_names_what_is_left(
