@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -336,6 +337,27 @@ def test_wrong_options_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run_cli("--ops", "nonesuch")
     assert "tree_decode" in capsys.readouterr().err
+
+
+# bench/engine_peers.py
+
+
+def test_rows_of_the_engine_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured before a crash, which gives no notice on a GPU, is there."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    engine_peers = import_module("engine_peers")
+    written = []
+
+    def crashes(_: Any) -> Any:
+        for x in (1, 2):
+            yield import_module("rows").Row("case", x, "engine", 10, Timing(2.0, 1.0, 3.0, 5))
+            with (tmp_path / "engine_peers.csv").open(newline="") as file:
+                written.append([(row["x"], row["tokens_per_s"]) for row in csv.DictReader(file)])
+
+    monkeypatch.setitem(engine_peers.CASES, "decode", crashes)
+    monkeypatch.setattr(sys, "argv", ["engine_peers.py", "decode", "--out", str(tmp_path)])
+    engine_peers.main()
+    assert written == [[("1", "5")], [("1", "5"), ("2", "5")]]
 
 
 # bench/gpu.sh
