@@ -305,6 +305,22 @@ def test_interrupted_while_a_contender_compiles_whoever_was_ready_is_timed(
     assert found == ["ibtpo", "right"]
 
 
+@pytest.mark.parametrize("timing", [False, True], ids=["ready", "timed"])
+def test_a_lost_device_ends_the_run_and_the_report_says_who_lost_it(
+    timing: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, briefly: None
+) -> None:
+    def lost(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(runner, "interleave" if timing else "_free", lost)
+    astray = problem_with(FAILING[0], Contender("astray", lambda: lambda _: lost), FAILING[-1])
+    monkeypatch.setattr(cli, "problems", lambda *_, **__: [astray, replace(astray, op="next")])
+    assert run_cli("--device", "cpu", "--seconds", "0.001", "--out", tmp_path) != 0
+    out = capsys.readouterr().out
+    assert "astray: not measured: RuntimeError: CUDA error: an illegal memory access" in out
+    assert "right: not measured: the device was lost" in out and "not reached: next 16" in out
+
+
 def test_a_run_out_of_time_names_what_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, briefly: None
 ) -> None:

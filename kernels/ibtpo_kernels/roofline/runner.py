@@ -36,7 +36,7 @@ class _Ready:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C while contenders were made ready; `results` are of those that were by then."""
+    """Ctrl-C, or a device lost to a kernel that went astray; `results` are of whoever was ready by then."""
 
     def __init__(self, results: list[Result]) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def run(
     ready is timed. Those without a result were not reached.
 
     Raises:
-        Interrupted: by Ctrl-C; whoever was ready was timed before.
+        Interrupted: by Ctrl-C, after whoever was ready was timed; or the device answers every call with an error.
     """
     clock = clock or clock_for(device, host_work=problem.which == "plan")
     try:
@@ -67,17 +67,25 @@ def run(
     except Exception as error:  # out of memory
         return [Result(contender, None, _reason(error)) for contender in problem.contenders]
     found: list[_Ready | Result] = []
-    interrupted = False
+    timed: dict[str, Result] = {}
+    stop: BaseException | None = None
     with problem.context():
         try:
             for contender in _make_ready(problem, sets, budget, clock, until):
                 found.append(contender)
-        except KeyboardInterrupt:
-            interrupted = True
-        timed = _time([x for x in found if isinstance(x, _Ready)], clock)
-    results = [timed[x.contender.who] if isinstance(x, _Ready) else x for x in found]
-    if interrupted:
-        raise Interrupted(results)
+        except (KeyboardInterrupt, RuntimeError) as error:
+            stop = error
+        try:
+            if not isinstance(stop, RuntimeError):
+                timed = _time([x for x in found if isinstance(x, _Ready)], clock)
+        except RuntimeError as error:  # not a contender's, but the clock's
+            stop = error
+    lost = "the device was lost"
+    results = [
+        timed.get(x.contender.who, Result(x.contender, None, lost)) if isinstance(x, _Ready) else x for x in found
+    ]
+    if stop:
+        raise Interrupted(results) from stop
     del sets, found
     _free(device)
     return results
@@ -110,9 +118,9 @@ def _make_ready(
             found = _ready(problem, contender, prepare, reference, sets, budget, clock)
         except Exception as error:  # a peer may raise anything
             found = Result(contender, None, _reason(error))
+        yield found
         if isinstance(found, Result) and sets[0].leaves:  # not in the handler, where the error keeps tensors alive
             _free(sets[0].leaves[0].device)
-        yield found
 
 
 def _load(contender: Contender) -> Prepare | Result:
