@@ -20,6 +20,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,9 +31,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 DEVICE = torch.device("cuda", 0)
-CAPABILITY = (8, 0)  # its kernels need no tensor descriptors
+CAPABILITY = (9, 0)
 MEMORY = 1 << 30
 PROPERTIES = SimpleNamespace(name="Emulated CUDA", L2_cache_size=1 << 16, multi_processor_count=2, total_memory=MEMORY)
 
@@ -139,6 +141,8 @@ def on_device(x: Tensor) -> Cuda:
 
 def on_host(x: Any) -> Any:
     """The same memory, as the host's; anything else as it is."""
+    if isinstance(x, TensorDescriptor):
+        return replace(x, base=on_host(x.base))
     if not isinstance(x, Cuda):
         return x
     with torch._C._DisableTorchDispatch():
@@ -331,7 +335,8 @@ def launch_on_device(launch: Callable[..., None]) -> Callable[..., None]:
     """The launch of an interpreted kernel, on tensors of the device alone."""
 
     def launched(self: Any, *args: Any, **kwargs: Any) -> None:
-        if any(isinstance(x, Tensor) and not isinstance(x, Cuda) for x in (*args, *kwargs.values())):
+        given = (x.base if isinstance(x, TensorDescriptor) else x for x in (*args, *kwargs.values()))
+        if any(isinstance(x, Tensor) and not isinstance(x, Cuda) for x in given):
             raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
         places, named = tree_map(on_host, args), tree_map(on_host, kwargs)
 
