@@ -163,7 +163,7 @@ roofline() { # roofline SECONDS [OPTION...]
 }
 
 stage_bench() {
-  local share=$((BENCH_SECONDS / 9)) failed=0
+  local share=$((BENCH_SECONDS / 10)) failed=0
   if [[ $DEVICE == cpu ]]; then
     roofline "$BENCH_SECONDS" --quick
     return
@@ -171,7 +171,7 @@ stage_bench() {
     roofline "$BENCH_SECONDS"
     return
   fi
-  within "$((3 * share))" "$PYTHON" bench/engine_peers.py graphs --out "$OUT" --repetitions 3 || (($? == 124)) || failed=1
+  within "$((4 * share))" "$PYTHON" bench/engine_peers.py graphs --out "$OUT" --repetitions 3 || (($? == 124)) || failed=1
   roofline "$share" --ops tree_decode plan_decode || failed=1
   roofline "$((2 * share))" --ops linear_logprob policy_head || failed=1
   roofline "$share" --ops sample rms_norm add_rms_norm silu_mul rope append_kv rope_append || failed=1
