@@ -115,6 +115,7 @@ def main() -> None:
     policy = built_in_policy(0, dtype=torch.float32, device=torch.device("cpu"))
     rows = [row for name in options.curves or CURVES for row in CURVES[name](policy, options.repetitions)]
     write(options.out / "engine_curves.csv", rows)
+    print(f"wrote {options.out / 'engine_curves.csv'}")
     plot(rows, options.out / "engine_curves.png")
 
 

@@ -288,13 +288,11 @@ def main() -> None:
     options = parser.parse_args()
     rows: list[Row] = []
     device = torch.device("cuda" if options.cases == ["graphs"] else "cpu")
-    try:
-        for name in options.cases or ("decode", "shared", "trees"):
-            for row in CASES[name](options):
-                rows.append(row)
-    finally:  # also of Ctrl-C, and of a limit on the time
-        if rows:
-            write(options.out / "engine_peers.csv", rows, device)
+    for name in options.cases or ("decode", "shared", "trees"):
+        for row in CASES[name](options):
+            rows.append(row)
+            write(options.out / "engine_peers.csv", rows, device)  # at once: whatever ends this, it has been measured
+    print(f"wrote {options.out / 'engine_peers.csv'}")
 
 
 if __name__ == "__main__":

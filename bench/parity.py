@@ -113,6 +113,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=30, metavar="N")
     options = parser.parse_args()
     write(options.out / "parity.csv", list(measure(options.repetitions)))
+    print(f"wrote {options.out / 'parity.csv'}")
 
 
 if __name__ == "__main__":

@@ -105,11 +105,12 @@ def write(path: Path, rows: list[Row], device: torch.device = CPU) -> None:
         with path.open(newline="", encoding="utf-8") as file:
             kept = [old for old in csv.DictReader(file) if old["case"] not in cases]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
+    part = path.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(fresh[0]))
         writer.writeheader()
         writer.writerows([*kept, *fresh])
-    print(f"wrote {path}")
+    part.replace(path)
 
 
 def append(path: Path, values: Mapping[str, object]) -> None:

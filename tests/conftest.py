@@ -43,6 +43,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid: str) -> None:
+    """A kernel that went astray fails whatever its process asks of the GPU from then on: go no further in this one.
+
+    xdist names the test and starts another process; without it what has been run is reported.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"the GPU is lost to this process since {nodeid}: {error}", returncode=1)
+
+
 @pytest.fixture(autouse=True)
 def _reproducible() -> None:
     torch.set_num_threads(1)

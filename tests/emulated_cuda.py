@@ -17,8 +17,11 @@ does.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,10 +31,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_leaves, tree_map
 from triton.runtime import interpreter
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 DEVICE = torch.device("cuda", 0)
-CAPABILITY = (8, 0)  # its kernels need no tensor descriptors
+CAPABILITY = (9, 0)
 MEMORY = 1 << 30
+PROPERTIES = SimpleNamespace(name="Emulated CUDA", L2_cache_size=1 << 16, multi_processor_count=2, total_memory=MEMORY)
 
 _INDEXING = {"aten.index.Tensor", "aten.index_put.default", "aten.index_put_.default", "aten._index_put_impl_.default"}
 _WAITING = {
@@ -136,6 +141,8 @@ def on_device(x: Tensor) -> Cuda:
 
 def on_host(x: Any) -> Any:
     """The same memory, as the host's; anything else as it is."""
+    if isinstance(x, TensorDescriptor):
+        return replace(x, base=on_host(x.base))
     if not isinstance(x, Cuda):
         return x
     with torch._C._DisableTorchDispatch():
@@ -185,13 +192,27 @@ def check(name: str, args: Any, kwargs: Any) -> None:
         hosts = [x for x in hosts if all(x is not index for index in args[1])]  # indices alone may be the CPU's
     if any(host.dim() for host in hosts):
         raise RuntimeError(f"Expected all tensors to be on the same device, but found cuda:0 and cpu ({name})")
-    refuse_generators(leaves)
+    refuse_generators(leaves, "cuda")
 
 
-def refuse_generators(values: Any) -> None:
-    """All generators are the CPU's."""
-    if any(isinstance(value, torch.Generator) for value in values):
-        raise RuntimeError("Expected a 'cuda' device type for generator but found 'cpu'")
+class Generator(torch.Generator):
+    """Random numbers of either device, which are the CPU's; made by `torch.Generator` once this is a plugin."""
+
+    def __new__(cls, device: Any = "cpu") -> Generator:
+        made = super().__new__(cls, "cpu")
+        made.place = DEVICE if torch.device(device).type == "cuda" else torch.device("cpu")
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.place
+
+
+def refuse_generators(values: Any, wanted: str) -> None:
+    """Of the other device than the one wanted."""
+    for value in values:
+        if isinstance(value, torch.Generator) and (found := value.device.type) != wanted:
+            raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{found}'")
 
 
 def record(run: Callable[[], Any], out: Any) -> None:
@@ -218,6 +239,8 @@ class Devices(TorchFunctionMode):
             return self.moved(*args, **kwargs)
         if func is Tensor.cpu:
             return self.moved(*args, "cpu")
+        if func is Tensor.cuda:
+            return self.moved(*args, "cuda")
         if func in _constructors or func.__name__.startswith("new_") or func.__name__.endswith("_like"):
             return self.constructed(func, args, **kwargs)
         return func(*args, **kwargs)
@@ -241,6 +264,7 @@ class Devices(TorchFunctionMode):
 
     def constructed(self, func: Any, args: Any, *, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> Any:
         there = device is not None and torch.device(device).type == "cuda"
+        refuse_generators(kwargs.values(), "cuda" if there else "cpu")
         if not there:
             if device is not None:
                 kwargs["device"] = device
@@ -248,7 +272,6 @@ class Devices(TorchFunctionMode):
             if pin_memory:
                 _pinned[out.untyped_storage().data_ptr()] = out
             return on_host(out) if device is not None else out
-        refuse_generators(kwargs.values())
         if pin_memory:
             raise RuntimeError("Cannot pin 'torch.cuda.FloatTensor' only dense CPU tensors can be pinned")
         if func in (torch.tensor, torch.as_tensor):
@@ -290,11 +313,30 @@ class Stream:
         """It has run."""
 
 
+class Event:
+    """A time, which is the host's."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.is_timed = enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        wait("event")
+
+    def elapsed_time(self, end: Event) -> float:
+        if not (self.is_timed and end.is_timed):
+            raise ValueError("Both events must be created with argument 'enable_timing=True'.")
+        return 1e3 * (end.at - self.at)
+
+
 def launch_on_device(launch: Callable[..., None]) -> Callable[..., None]:
     """The launch of an interpreted kernel, on tensors of the device alone."""
 
     def launched(self: Any, *args: Any, **kwargs: Any) -> None:
-        if any(isinstance(x, Tensor) and not isinstance(x, Cuda) for x in (*args, *kwargs.values())):
+        given = (x.base if isinstance(x, TensorDescriptor) else x for x in (*args, *kwargs.values()))
+        if any(isinstance(x, Tensor) and not isinstance(x, Cuda) for x in given):
             raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
         places, named = tree_map(on_host, args), tree_map(on_host, kwargs)
 
@@ -321,7 +363,13 @@ def backward_on_device(backward: Callable[..., Any]) -> Callable[..., Any]:
 REPLACED = {
     "is_available": lambda: True,
     "device_count": lambda: 1,
+    "current_device": lambda: 0,
+    "set_device": lambda _: None,
     "device": lambda _: nullcontext(),
+    "get_device_name": lambda *_: PROPERTIES.name,
+    "get_device_properties": lambda *_: PROPERTIES,
+    "Event": Event,
+    "_sleep": lambda _: None,
     "Stream": Stream,
     "current_stream": lambda *_: Stream(),
     "stream": lambda _: nullcontext(),
@@ -335,6 +383,7 @@ REPLACED = {
     "memory_reserved": lambda *_: 0,
     "memory_allocated": lambda *_: 0,
     "max_memory_allocated": lambda *_: 0,
+    "reset_peak_memory_stats": lambda *_: None,
     "empty_cache": lambda: None,
 }
 """Of torch.cuda."""
@@ -345,6 +394,7 @@ def pytest_configure() -> None:
 
     for name, value in REPLACED.items():
         setattr(torch.cuda, name, value)
+    torch.Generator = Generator  # type: ignore[misc]
     for place in (torch.autograd, torch.autograd.graph):
         place._engine_run_backward = backward_on_device(place._engine_run_backward)  # type: ignore[attr-defined]
     interpreter.GridExecutor.__call__ = launch_on_device(interpreter.GridExecutor.__call__)

@@ -26,9 +26,12 @@ from ibtpo.checkpoints import checkpoints
 from ibtpo.cli import main
 from ibtpo.tasks.data import DataTask
 from ibtpo_engine import Engine, LoRA, Node, Sampling, initialise
-from ibtpo_engine.step_graphs import StepGraphs
 from ibtpo_kernels import dispatch
 from ibtpo_kernels.gpu import configs
+from ibtpo_kernels.roofline import cli, roofs, small
+from ibtpo_kernels.roofline.decode import plan_decode
+from ibtpo_kernels.roofline.rows import read
+from ibtpo_kernels.roofline.trees import DecodeTree
 
 CUDA = torch.device("cuda", 0)
 Train = Callable[..., list[dict[str, Any]]]
@@ -54,8 +57,9 @@ def test_devices_do_not_mix() -> None:
             mix()
     with pytest.raises(TypeError, match="can't convert cuda:0"):
         there.numpy()
-    with pytest.raises(RuntimeError, match="Expected a 'cuda' device type for generator"):
-        torch.rand(3, device="cuda", generator=torch.Generator())
+    for device, other in (("cuda", "cpu"), ("cpu", "cuda")):
+        with pytest.raises(RuntimeError, match=f"Expected a '{device}' device type for generator but found '{other}'"):
+            torch.rand(3, device=device, generator=torch.Generator(other))
     assert torch.equal((there * 2).cpu(), here * 2)
     assert here.copy_(there).device == here.device
 
@@ -144,38 +148,9 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_module("ibtpo_kernels.gpu.sample"), "_BLOCK", 64)
 
 
-def graphs_of(engine: Engine) -> StepGraphs:
-    graphs = engine.scheduler.runner.graphs
-    assert graphs is not None
-    return graphs
-
-
-def grow(engine: Engine, beside: int = 0) -> list[Node]:
-    """Two branches behind a prompt; another tree has the first pages if `beside`, its length, is given."""
-    if beside:
-        engine.extend(engine.tree(prompt_of(beside, seed=5), key=9).root.fork(), Sampling(max_tokens=1))
+def grow(engine: Engine) -> list[Node]:
+    """Two branches behind a prompt."""
     return engine.extend(engine.tree(prompt_of(7), key=0).root.fork(2), SAMPLING)
-
-
-@pytest.mark.usefixtures("_small_blocks")
-def test_captured_steps_sample_what_the_cpu_does() -> None:
-    """As captured, after an update in place, and on the slots of a reset."""
-    host = tiny_model(layers=1)
-    model = tiny_model(layers=1).to("cuda")
-    engine = Engine(model, kv_tokens=1024, cuda_graphs=True)
-    same(grow(engine), grow(Engine(host, kv_tokens=1024)))
-    graphs = graphs_of(engine)
-    once = graphs.captured
-    assert 0 < once < graphs.replayed
-    with torch.no_grad():
-        for parameter in (*model.parameters(), *host.parameters()):
-            parameter.mul_(1.05)
-    engine.weights_changed()
-    same(grow(engine), grow(Engine(host, kv_tokens=1024)))
-    assert graphs.captured == once, "the weights changed where they lie"
-    engine.reset()
-    same(grow(engine, beside=20), grow(Engine(host, kv_tokens=1024), beside=20))
-    assert graphs.captured > once, "the page table lies elsewhere"
 
 
 @pytest.mark.usefixtures("_small_blocks")
@@ -220,6 +195,27 @@ def test_a_plain_step_waits_four_times(monkeypatch: pytest.MonkeyPatch) -> None:
         engine.extend(engine.tree(prompt_of(7), key=0).root.fork(2), Sampling(max_tokens=tokens, temperature=0.8))
         counts.append(len(waits))
     assert counts[1] - counts[0] == 2 * 4
+
+
+def test_the_roofline_of_a_gpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Timed by events, on inputs drawn on the device, with rows that name it."""
+    bandwidth, product = roofs._bandwidth, roofs._product
+    monkeypatch.setattr(roofs, "_bandwidth", lambda device, _, kind: bandwidth(device, 1 << 12, kind))
+    monkeypatch.setattr(roofs, "_product", lambda device, _, dtype: product(device, 16, dtype))
+    found = [
+        small.append_kv(3, 1, 16, torch.float32),
+        plan_decode("B4", DecodeTree((1, 4), (32, 16)), (2, 1, 16), CUDA),
+    ]
+    monkeypatch.setattr(cli, "problems", lambda device, quick: found)
+    assert cli.main(["--device", "cuda", "--quick", "--seconds", "1e-9", "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path / "roofline_emulated_cuda.csv")
+    assert [row["who"] for row in rows if row["op"] == "append_kv" and row["median_us"]] == ["ibtpo", "index_copy_"]
+    assert {row["device"] for row in rows} == {"Emulated CUDA"}
+    assert (
+        "FlashInfer cascade: not measured: FlashInfer (flashinfer-python) is not installed" in capsys.readouterr().out
+    )
 
 
 TINY = [

@@ -1,4 +1,4 @@
-"""Imported by tests of Triton kernels: where there is neither CUDA nor Triton's interpreter it skips them."""
+"""Imported by tests that need a CUDA device, which `emulated_cuda` may emulate: where there is none it skips them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import os
 import pytest
 import torch
 
-ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DEVICE = torch.device("cuda")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # on the emulated device
+LARGE = (
+    not INTERPRETED and os.environ.get("IBTPO_SMALL") != "1"
+)  # small shapes only: under a checker that takes its time
 
-if not ON_GPU and os.environ.get("TRITON_INTERPRET") != "1":
+if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 pytest.importorskip("triton", reason="Triton is not installed: pip install 'ibtpo[gpu]'")

@@ -1,14 +1,14 @@
 """Every op on a GPU against the float64 reference on the same device, in float32, float16 and bfloat16.
 
-Needs CUDA (`bench/gpu.sh` runs it there). With TRITON_INTERPRET=1 the same tests run on the CPU in Triton's
-interpreter, at small shapes and without bfloat16, whose products the interpreter gets wrong: `test_triton_interpreter`
-does that wherever Triton is installed, so that this file is known to work before it meets a GPU.
+Needs CUDA (`bench/gpu.sh` runs it there). With `-p emulated_cuda` and TRITON_INTERPRET=1 the same tests run on the CPU
+in Triton's interpreter, at small shapes and without bfloat16, whose products the interpreter gets wrong:
+`test_triton_interpreter` does that wherever Triton is installed, so that this file is known to work before it meets a
+GPU.
 """
 
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,16 +18,15 @@ import test_kernels_decode as decode_tests
 import test_kernels_logprob as logprob_tests
 import test_kernels_sample as sample_tests
 import torch
-from gpu_only import DEVICE, ON_GPU
+from gpu_only import DEVICE, INTERPRETED, LARGE
 from kernel_cases import assert_within_budget, forest, paged, qkv
 from torch import Tensor
 
 import ibtpo_kernels as K
 
 pytestmark = pytest.mark.gpu
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]
-LARGE = ON_GPU and os.environ.get("IBTPO_SMALL") != "1"  # small shapes only: under a checker that takes its time
-REPEATS = 10 if ON_GPU else 2
+DTYPES = [torch.float32, torch.float16, *([] if INTERPRETED else [torch.bfloat16])]
+REPEATS = 10 if LARGE else 2
 FLOOR = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # a few roundings of the result
 
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -95,7 +94,7 @@ def test_tree_attention(shape: tuple[int, int, int, int], dtype: torch.dtype) ->
 
 @by_dtype
 def test_the_backward_of_attention_is_the_same_every_time(dtype: torch.dtype) -> None:
-    shape = (3001, 8, 2, 64) if ON_GPU else (50, 2, 1, 16)
+    shape = (3001, 8, 2, 64) if LARGE else (50, 2, 1, 16)
     inputs, end = [x.to(dtype) for x in qkv(*shape)], forest(shape[0])
     first, *others = (
         evaluate(lambda q, k, v: K.tree_attention(q, k, v, end), inputs, dtype, "triton") for _ in range(REPEATS)
@@ -133,7 +132,6 @@ def test_tree_decode(case: Any, dtype: torch.dtype) -> None:
     assert_within_budget(actual, plain, exact, floor=FLOOR[dtype])
 
 
-@pytest.mark.skipif(not ON_GPU, reason="graphs are captured on a GPU only")
 @by_dtype
 def test_a_graph_of_tree_decode_replays_after_lengths_grew(dtype: torch.dtype) -> None:
     """Captured once; then branches grow over a page and over many splits; their pages join the table in place."""
@@ -218,25 +216,22 @@ class Branches:
 @by_dtype
 def test_a_graph_of_a_decode_step_is_the_step(dtype: torch.dtype) -> None:
     """rope_append, tree_decode and sample, captured once and replayed while branches grow past pages and a split: bit
-    for bit what the same calls give one by one. (In the interpreter: twice one by one.)"""
-    steps = 20 if ON_GPU else 2
+    for bit what the same calls give one by one."""
+    steps = 2 if INTERPRETED else 20
     branches = Branches(dtype, steps)
     one_by_one = branches.run(branches.step, steps)
     assert int((one_by_one[0] != one_by_one[2]).sum()) > 0, "tokens change"
     branches.restart()
-    replay: Callable[[], object] = branches.step
-    if ON_GPU:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            branches.step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            branches.step()
-        branches.restart()
-        replay = graph.replay
-    for x, y in zip(branches.run(replay, steps), one_by_one, strict=True):
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        branches.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        branches.step()
+    branches.restart()
+    for x, y in zip(branches.run(graph.replay, steps), one_by_one, strict=True):
         assert torch.equal(x, y)
 
 
@@ -273,7 +268,7 @@ def test_linear_logprob(shape: tuple[int, int, int, int], dtype: torch.dtype) ->
 
 
 def test_the_backward_of_logprob_is_the_same_every_time() -> None:
-    inputs, rows, targets = logprob_problem((300, 900, 64, 5003) if ON_GPU else (20, 60, 16, 131))
+    inputs, rows, targets = logprob_problem((300, 900, 64, 5003) if LARGE else (20, 60, 16, 131))
     first, *others = (
         evaluate(lambda x, w: K.linear_logprob(x, w, rows, targets), inputs, DTYPES[-1], "triton")
         for _ in range(REPEATS)
@@ -281,7 +276,7 @@ def test_the_backward_of_logprob_is_the_same_every_time() -> None:
     assert all(torch.equal(x, y) for again in others for x, y in zip(first, again, strict=True))
 
 
-@pytest.mark.skipif(not ON_GPU, reason="needs a GPU of 16 GB")
+@pytest.mark.skipif(not LARGE, reason="needs a GPU of 16 GB")
 @pytest.mark.parametrize("frozen", ["", "weight", "hidden"])
 def test_logprob_of_a_large_vocabulary_needs_less_than_a_gibibyte(frozen: str) -> None:
     """Beside inputs, outputs and gradients, at 8,192 rows of 4,096 and a vocabulary of 151,936 in bfloat16."""
@@ -420,7 +415,7 @@ def test_batch_invariant_linear(shape: tuple[int, int, int], dtype: torch.dtype)
     x, weight = torch.randn(rows, inputs), torch.randn(outputs, inputs) * inputs**-0.5
     op: Any = K.batch_invariant_linear  # type: ignore[attr-defined]
     assert_op_within_budget(op, [x, weight, torch.randn(outputs)], dtype, torch.nn.functional.linear)
-    if ON_GPU:  # the interpreter's product is numpy's, whose rows know their place
+    if not INTERPRETED:  # its product is numpy's, whose rows know their place
         x, weight = x.to(dtype), weight.to(dtype)
         whole = op(x, weight)
         for chosen in (slice(0, 1), slice(rows // 2, rows), slice(rows - 1, rows)):
@@ -443,7 +438,7 @@ def test_batch_invariant_linear(shape: tuple[int, int, int], dtype: torch.dtype)
     ],
     ids=lambda test: test.__name__.removeprefix("test_"),
 )
-@pytest.mark.skipif(not ON_GPU, reason="triton_interpreter_cases has these")
+@pytest.mark.skipif(INTERPRETED, reason="triton_interpreter_cases has these")
 def test_holds_on_the_device_too(test: Any) -> None:
     test("triton")
 

@@ -14,20 +14,18 @@ import numpy as np
 import pytest
 import torch
 from engine_helpers import grow, prompt_of, tiny_model
-from gpu_only import DEVICE, ON_GPU
+from gpu_only import DEVICE, INTERPRETED, LARGE
 from kernel_cases import paged
 from test_parity import equal, trained_logprobs
-from test_step_graphs import run_again
 
 import ibtpo_kernels as K
 from ibtpo_engine import Engine, Model, Node, Sampling, Tree
-from ibtpo_engine.step_graphs import StepGraphs
 
 pytestmark = pytest.mark.gpu
-NEW = 40 if ON_GPU else 5
-PROMPT = prompt_of(70 if ON_GPU else 18)
+NEW = 40 if LARGE else 5
+PROMPT = prompt_of(70 if LARGE else 18)
 SAMPLING = Sampling(max_tokens=NEW, temperature=0.7)
-DTYPES = [torch.float32, *([torch.bfloat16] if ON_GPU else [])]
+DTYPES = [torch.float32, *([] if INTERPRETED else [torch.bfloat16])]
 
 
 def rows_apart(builder: Any, a: Any, b: Any, d: Any, precision: Any, exact: Any) -> Any:
@@ -40,7 +38,7 @@ def rows_apart(builder: Any, a: Any, b: Any, d: Any, precision: Any, exact: Any)
 
 @pytest.fixture(autouse=True)
 def _on_the_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if not ON_GPU:
+    if INTERPRETED:
         from triton.runtime.interpreter import InterpreterBuilder
 
         monkeypatch.setattr(InterpreterBuilder, "create_dot", rows_apart)
@@ -50,7 +48,7 @@ def _on_the_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(params=DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 def model(request: pytest.FixtureRequest) -> Model:
-    return tiny_model(hidden=104 if ON_GPU else 24, dtype=request.param).to(DEVICE)
+    return tiny_model(hidden=104 if LARGE else 24, dtype=request.param).to(DEVICE)
 
 
 def bitwise(model: Model, kv_tokens: int = 4096, **options: Any) -> Engine:
@@ -74,11 +72,11 @@ def test_cold_is_warm_is_chunked(model: Model) -> None:
 
 def test_alone_is_batched_and_preempted(model: Model) -> None:
     def search(tree: Tree) -> Iterator[list[Node]]:
-        yield tree.root.fork(3 if ON_GPU else 2)
+        yield tree.root.fork(3 if LARGE else 2)
 
-    prompts, new = [prompt_of(14, seed=i) for i in range(2)], 40 if ON_GPU else 4  # a second page from the third on
+    prompts, new = [prompt_of(14, seed=i) for i in range(2)], 40 if LARGE else 4  # a second page from the third on
     grown, preemptions = [], []
-    for pages, branches in ((200, 64), (17 if ON_GPU else 5, 64), (200, 1)):
+    for pages, branches in ((200, 64), (17 if LARGE else 5, 64), (200, 1)):
         engine = bitwise(model, 16 * pages, max_branches=branches)
         trees = dict(engine.run(search, prompts, Sampling(max_tokens=new)))
         grown.append([node for i in range(2) for node in trees[i].nodes()])
@@ -93,16 +91,14 @@ def test_captured_steps_are_plain_ones(model: Model) -> None:
         with engine.tree(PROMPT, key=3) as tree:
             return engine.extend(tree.root.fork(2), SAMPLING)
 
-    engine = bitwise(model, cuda_graphs=ON_GPU)
-    runner = engine.scheduler.runner
-    if not ON_GPU:
-        runner.graphs = StepGraphs(model, runner.pool, runner.logits, run_again, "bitwise")
+    engine = bitwise(model, cuda_graphs=True)
     equal(branches(engine), branches(bitwise(model)))
-    assert runner.graphs is not None
-    assert runner.graphs.replayed >= NEW - 1
+    graphs = engine.scheduler.runner.graphs
+    assert graphs is not None
+    assert graphs.replayed >= NEW - 1
 
 
-@pytest.mark.parametrize("temperature", [0.7, *([1.0] if ON_GPU else [])])
+@pytest.mark.parametrize("temperature", [0.7, *([1.0] if LARGE else [])])
 def test_the_trainer_finds_the_samplers_log_probs(model: Model, temperature: float) -> None:
     engine = bitwise(model)
     sampling = Sampling(max_tokens=NEW, temperature=temperature)
@@ -138,7 +134,7 @@ def test_a_given_token_of_a_row_without_a_distribution_is_refused() -> None:
     torch.testing.assert_close(fine, (expected, expected))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if ON_GPU else [])])
+@pytest.mark.parametrize("dtype", [torch.float16, *([] if INTERPRETED else [torch.bfloat16])])
 def test_a_uniform_plan_has_one_tile_for_all(dtype: torch.dtype) -> None:
     """A query among 40 that share its pages, and alone; the plain plan gives it another tile there."""
     from ibtpo_kernels.gpu import configs

@@ -6,8 +6,10 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,6 +134,21 @@ def test_whoever_fails_only_while_timed_is_dropped_with_the_reason() -> None:
     results = {r.contender.who: r for r in runner.run(problem_with(late), CPU, Budget(0.001, most=5))}
     assert results["ibtpo"].timing and results["late"].timing is None
     assert results["late"].reason == "MemoryError: no room"
+
+
+def takes_long(seconds: float) -> Contender:
+    def prepare(inputs: Inputs) -> Any:
+        time.sleep(seconds)
+        return lambda: doubled(inputs)
+
+    return Contender("slow", lambda: prepare)
+
+
+def test_past_the_limit_no_contender_is_begun() -> None:
+    """Whoever is ready by then is timed."""
+    problem = problem_with(takes_long(0.2), Contender("late", lambda: in_pass(doubled, "forward")))
+    results = runner.run(problem, CPU, Budget(0.001, most=5), until=time.monotonic() + 0.2)
+    assert [result.contender.who for result in results if result.timing] == ["ibtpo", "slow"]
 
 
 def limits() -> Roofs:
@@ -273,6 +290,37 @@ def test_an_interrupted_run_keeps_what_was_measured(
     assert (tmp_path / "roofline_cpu.png").exists()
 
 
+def test_interrupted_while_a_contender_compiles_whoever_was_ready_is_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, briefly: None
+) -> None:
+    def interrupted(_: Inputs) -> Any:
+        raise KeyboardInterrupt
+
+    compiles = problem_with(FAILING[0], Contender("compiles", lambda: interrupted), FAILING[-1])
+    monkeypatch.setattr(cli, "problems", lambda *_, **__: [compiles, problem_with()])
+    assert run_cli("--device", "cpu", "--seconds", "0.001", "--out", tmp_path) == 130
+    out = capsys.readouterr().out
+    assert all(f"not reached: double 16 float32 forward{who}" in out for who in (": compiles", ": half", "\n"))
+    found = [row["who"] for row in rows.read(tmp_path / "roofline_cpu.csv") if row["op"] == "double"]
+    assert found == ["ibtpo", "right"]
+
+
+@pytest.mark.parametrize("timing", [False, True], ids=["ready", "timed"])
+def test_a_lost_device_ends_the_run_and_the_report_says_who_lost_it(
+    timing: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, briefly: None
+) -> None:
+    def lost(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(runner, "interleave" if timing else "_free", lost)
+    astray = problem_with(FAILING[0], Contender("astray", lambda: lambda _: lost), FAILING[-1])
+    monkeypatch.setattr(cli, "problems", lambda *_, **__: [astray, replace(astray, op="next")])
+    assert run_cli("--device", "cpu", "--seconds", "0.001", "--out", tmp_path) != 0
+    out = capsys.readouterr().out
+    assert "astray: not measured: RuntimeError: CUDA error: an illegal memory access" in out
+    assert "right: not measured: the device was lost" in out and "not reached: next 16" in out
+
+
 def test_a_run_out_of_time_names_what_is_left(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, briefly: None
 ) -> None:
@@ -305,6 +353,27 @@ def test_wrong_options_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run_cli("--ops", "nonesuch")
     assert "tree_decode" in capsys.readouterr().err
+
+
+# bench/engine_peers.py
+
+
+def test_rows_of_the_engine_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured before a crash, which gives no notice on a GPU, is there."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    engine_peers = import_module("engine_peers")
+    written = []
+
+    def crashes(_: Any) -> Any:
+        for x in (1, 2):
+            yield import_module("rows").Row("case", x, "engine", 10, Timing(2.0, 1.0, 3.0, 5))
+            with (tmp_path / "engine_peers.csv").open(newline="") as file:
+                written.append([(row["x"], row["tokens_per_s"]) for row in csv.DictReader(file)])
+
+    monkeypatch.setitem(engine_peers.CASES, "decode", crashes)
+    monkeypatch.setattr(sys, "argv", ["engine_peers.py", "decode", "--out", str(tmp_path)])
+    engine_peers.main()
+    assert written == [[("1", "5")], [("1", "5"), ("2", "5")]]
 
 
 # bench/gpu.sh

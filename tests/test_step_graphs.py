@@ -1,12 +1,8 @@
-"""Captured decode steps, in an engine: on a GPU as CUDA graphs, in Triton's interpreter as steps run again.
-
-Needs CUDA or TRITON_INTERPRET=1, as `test_gpu.py` does. What the interpreter cannot show is the capture itself; that a
-step reads nothing but its buffers, and that these hold what they should, is the same in both.
-"""
+"""Captured decode steps, in an engine. Needs CUDA, or `emulated_cuda` as `test_gpu.py` does."""
 
 from __future__ import annotations
 
-import gc
+import copy
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from engine_helpers import prompt_of, tiny_model
-from gpu_only import DEVICE, ON_GPU
+from gpu_only import DEVICE, INTERPRETED
 
 import ibtpo_kernels as K
 from ibtpo_engine import Engine, LoRA, Model, Node, Sampling, Tree
 from ibtpo_engine import native as native_module
-from ibtpo_engine.capture import Step, capture_for
+from ibtpo_engine.capture import capture_for
 from ibtpo_engine.step_graphs import MOST_GRAPHS, StepGraphs, rounded_up
 from ibtpo_kernels.gpu import configs
 from ibtpo_kernels.gpu.replay import Heads, ReplayPlan, Room, work_for
@@ -42,22 +38,14 @@ def _on_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-def run_again(step: Step) -> Step:
-    """Stands in for the capture where there is no GPU."""
-    step()
-    return step
-
-
 @pytest.fixture
 def model() -> Model:
     return tiny_model().to(DEVICE)
 
 
 def engine_of(model: Model, *, graphs: bool, **options: int) -> Engine:
-    engine = Engine(model, **({"kv_tokens": 4096, "cuda_graphs": graphs and ON_GPU} | options))
+    engine = Engine(model, **({"kv_tokens": 4096, "cuda_graphs": graphs} | options))
     runner = engine.scheduler.runner
-    if graphs and not ON_GPU:
-        runner.graphs = StepGraphs(model, runner.pool, runner.logits, run_again)
     assert not runner.is_native
     assert runner.has_step == graphs
     return engine
@@ -72,9 +60,11 @@ def grow(engine: Engine) -> list[Tree]:
 
 
 def plainly(grow: Callable[[Engine], list[Tree]], model: Model) -> list[Tree]:
-    """The same without graphs; where there is no GPU on the compiled ops, which take less time."""
-    with K.backend("triton" if ON_GPU or not K.has_compiled() else "cpu"):
+    """The same without graphs; on an emulated device by the CPU, which takes less time."""
+    if not INTERPRETED:
         return grow(engine_of(model, graphs=False))
+    with K.backend("cpu" if K.has_compiled() else "reference"):
+        return grow(engine_of(copy.deepcopy(model).to("cpu"), graphs=False))
 
 
 def assert_same(ours: list[Tree], theirs: list[Tree]) -> None:
@@ -148,7 +138,6 @@ def test_graphs_do_not_outlive_the_pool(model: Model) -> None:
     occupied = engine.cache.pool._memory  # so that the pool's next place is another
     step = weakref.ref(next(iter(graphs_of(engine)._buckets.values())))
     engine.release()
-    gc.collect()  # the interpreter's stand-in for a graph refers to itself
     assert step() is None, "its buffers and its graph's memory are free during the update"
     captured = graphs_of(engine).captured
     assert_same(grow_little(engine), before)
@@ -228,8 +217,8 @@ def test_a_plan_without_room_is_refused() -> None:
             ReplayPlan(plan, small, heads).load(plan, work)
 
 
-@pytest.mark.skipif(ON_GPU, reason="says what is missing where there is no GPU")
-def test_without_a_gpu_graphs_are_refused(model: Model) -> None:
+def test_on_the_cpu_graphs_are_refused() -> None:
+    model = tiny_model()
     with pytest.raises(ValueError, match="cuda_graphs: the model is on cpu; move it to a GPU"):
         Engine(model, kv_tokens=64, cuda_graphs=True)
     with pytest.raises(ValueError, match="cuda_graphs"):

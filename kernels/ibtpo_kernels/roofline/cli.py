@@ -22,7 +22,7 @@ from ibtpo_kernels.roofline.machine import Machine, here
 from ibtpo_kernels.roofline.problem import Problem
 from ibtpo_kernels.roofline.roofs import Roofs
 from ibtpo_kernels.roofline.rows import Row, measured_on, read, roof_rows, rows_of, write
-from ibtpo_kernels.roofline.runner import run
+from ibtpo_kernels.roofline.runner import Interrupted, run
 from ibtpo_kernels.roofline.timing import Budget
 
 _DESCRIPTION = """Measure the machine's limits, then every op against its peers in the same run, taking turns.
@@ -30,7 +30,7 @@ Prints useful operations and bytes a second, the share of the limit that binds, 
 CSV and a plot. docs/benchmarks.md says how, and what each column means. Ctrl-C keeps what has been measured."""
 
 _SECONDS = """Time each contender for about so long, in 5 to 200 repetitions. Default: 1, with --quick 0.05."""
-_LIMIT = """Start no problem later than so many seconds after the start; what is left is named. Default: none."""
+_LIMIT = """Begin no problem and no contender after so many seconds; what is left is named. Default: none."""
 _OUT = """Where roofline_DEVICE.csv and .png go; rows of other problems that are there stay. Default: bench/results."""
 
 
@@ -116,20 +116,28 @@ def _measure(chosen: list[Problem], options: argparse.Namespace, device: torch.d
     write(csv_path, rows)
     seconds = options.seconds or (0.05 if options.quick else 1.0)
     budget = Budget(seconds, fewest=3 if options.quick else 5)
-    left, interrupted = list(chosen), False
+    until = start + (options.limit or math.inf)
+    left, skipped, interrupted = list(chosen), list[str](), False
     try:
         with _on_signals(signal.default_int_handler, signal.SIGTERM), _progress(console) as progress:
             task = progress.add_task("", total=len(chosen))
-            while left and not (options.limit and time.monotonic() - start > options.limit):
-                progress.update(task, description=str(left[0]))
-                rows += rows_of(left[0], run(left[0], device, budget), machine, limits)
-                left.pop(0)
-                write(csv_path, rows)
+            while left and not interrupted and time.monotonic() <= until:
+                problem = left[0]
+                progress.update(task, description=str(problem))
+                try:
+                    results = run(problem, device, budget, until=until)
+                except Interrupted as stop:
+                    results, interrupted = stop.results, True
+                if results:
+                    left.pop(0)
+                    skipped += [f"{problem}: {contender.who}" for contender in problem.contenders[len(results) :]]
+                    rows += rows_of(problem, results, machine, limits)
+                    write(csv_path, rows)
                 progress.advance(task)
     except KeyboardInterrupt:
         interrupted = True
     with _on_signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):  # it takes seconds, and the impatient want it
-        return _report(rows, left, machine, limits, csv_path, interrupted, console)
+        return _report(rows, [*skipped, *map(str, left)], machine, limits, csv_path, interrupted, console)
 
 
 @contextmanager
@@ -156,7 +164,7 @@ def _progress(console: Console) -> Progress:
 
 def _report(
     rows: list[Row],
-    left: list[Problem],
+    left: list[str],
     machine: Machine,
     limits: Roofs,
     csv_path: Path,
@@ -165,8 +173,8 @@ def _report(
 ) -> int:
     measured = [row for row in rows if row.op != "roof"]
     table.print_rows(console, measured)
-    for problem in left:
-        console.print(f"not reached: {problem}", markup=False)
+    for what in left:
+        console.print(f"not reached: {what}", markup=False)
     console.print(f"wrote {csv_path}", markup=False)
     drawn = measured_on(csv_path, machine)  # what was measured there before, too
     commits = ", ".join(dict.fromkeys(row.commit for row in drawn))

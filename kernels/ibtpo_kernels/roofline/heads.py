@@ -29,13 +29,13 @@ Sizes = tuple[int, int, int]  # rows, hidden, vocabulary
 
 _PEERS: tuple[tuple[str, Callable[[], LogProb], str], ...] = (
     ("eager", peers.eager, ""),
-    ("torch.compile", peers.torch_compile, ""),
     ("TRL chunked log-prob", peers.trl, ""),
     ("Liger scaled cross-entropy", peers.liger_scaled, "entropy in the inputs' dtype"),
     ("Liger scaled cross-entropy (torch loop)", peers.liger_scaled_fallback, "entropy in the inputs' dtype"),
     ("Liger cross-entropy", peers.liger_cross_entropy, "no entropy"),
     ("cut-cross-entropy", peers.cut_cross_entropy, "no entropy; small gradients left out"),
     ("verl kernel", peers.verl, ""),
+    ("torch.compile", peers.torch_compile, ""),  # last, as it takes longest to start
 )
 
 

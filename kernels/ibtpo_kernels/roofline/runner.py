@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +35,14 @@ class _Ready:
     repetitions: int
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, or a device lost to a kernel that went astray; `results` are of whoever was ready by then."""
+
+    def __init__(self, results: list[Result]) -> None:
+        super().__init__()
+        self.results = results
+
+
 def num_sets(working_set: int, cache: int) -> int:
     """Sets of inputs to rotate through, so that none is still in the cache when its turn comes; two at least."""
     needed = -(-3 * cache // max(working_set, 1)) + 1
@@ -40,17 +50,42 @@ def num_sets(working_set: int, cache: int) -> int:
     return max(2, min(needed, affordable, _MOST_SETS))
 
 
-def run(problem: Problem, device: torch.device, budget: Budget, clock: Clock | None = None) -> list[Result]:
-    """Measure a problem. Nothing that a contender does stops the others; what it did is in its result."""
+def run(
+    problem: Problem, device: torch.device, budget: Budget, clock: Clock | None = None, *, until: float = math.inf
+) -> list[Result]:
+    """Measure a problem. Nothing that a contender does stops the others; what it did is in its result.
+
+    Making one ready may compile for minutes: after `until`, of `time.monotonic`, none is begun any more, and whoever is
+    ready is timed. Those without a result were not reached.
+
+    Raises:
+        Interrupted: by Ctrl-C, after whoever was ready was timed; or the device answers every call with an error.
+    """
     clock = clock or clock_for(device, host_work=problem.which == "plan")
     try:
         sets = _draw(problem, device)
     except Exception as error:  # out of memory
         return [Result(contender, None, _reason(error)) for contender in problem.contenders]
+    found: list[_Ready | Result] = []
+    timed: dict[str, Result] = {}
+    stop: BaseException | None = None
     with problem.context():
-        found = _make_ready(problem, sets, budget, clock)
-        timed = _time([x for x in found if isinstance(x, _Ready)], clock)
-    results = [timed[x.contender.who] if isinstance(x, _Ready) else x for x in found]
+        try:
+            for contender in _make_ready(problem, sets, budget, clock, until):
+                found.append(contender)
+        except (KeyboardInterrupt, RuntimeError) as error:
+            stop = error
+        try:
+            if not isinstance(stop, RuntimeError):
+                timed = _time([x for x in found if isinstance(x, _Ready)], clock)
+        except RuntimeError as error:  # not a contender's, but the clock's
+            stop = error
+    lost = "the device was lost"
+    results = [
+        timed.get(x.contender.who, Result(x.contender, None, lost)) if isinstance(x, _Ready) else x for x in found
+    ]
+    if stop:
+        raise Interrupted(results) from stop
     del sets, found
     _free(device)
     return results
@@ -67,21 +102,25 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _make_ready(problem: Problem, sets: Sequence[Inputs], budget: Budget, clock: Clock) -> list[_Ready | Result]:
+def _make_ready(
+    problem: Problem, sets: Sequence[Inputs], budget: Budget, clock: Clock, until: float
+) -> Iterator[_Ready | Result]:
     loaded = [(contender, _load(contender)) for contender in problem.contenders]
     reference = next((prepare for c, prepare in loaded if c.kind == "ours" and not isinstance(prepare, Result)), None)
-    found: list[_Ready | Result] = []
     for contender, prepare in loaded:
+        if time.monotonic() > until:
+            return
         if isinstance(prepare, Result):
-            found.append(prepare)
+            yield prepare
             continue
+        found: _Ready | Result
         try:
-            found.append(_ready(problem, contender, prepare, reference, sets, budget, clock))
+            found = _ready(problem, contender, prepare, reference, sets, budget, clock)
         except Exception as error:  # a peer may raise anything
-            found.append(Result(contender, None, _reason(error)))
-        if isinstance(found[-1], Result) and sets[0].leaves:  # not in the handler, where the error keeps tensors alive
+            found = Result(contender, None, _reason(error))
+        yield found
+        if isinstance(found, Result) and sets[0].leaves:  # not in the handler, where the error keeps tensors alive
             _free(sets[0].leaves[0].device)
-    return found
 
 
 def _load(contender: Contender) -> Prepare | Result:
