@@ -135,6 +135,16 @@ def test_eviction_takes_whole_old_prefixes_before_newer_ones() -> None:
     assert len(index.match(tokens_of((4,)))) == 1
 
 
+def test_an_emptied_index_gives_no_more_whoever_owns_the_last_page() -> None:
+    pool = make_pool(2)
+    index = RadixIndex(pool)
+    first, last = pool.allocate(2)
+    index.insert(tokens_of((1,)), [first])
+    pool.release([first])
+    assert index.evict(2) == 1 and index.evict(2) == 0
+    assert pool.refs == [0, 1] and last == pool.num_pages - 1
+
+
 @pytest.mark.parametrize("use", ["match", "insert"])
 def test_using_a_prefix_makes_it_recent(use: str) -> None:
     """Found by a new tree, or remembered again by one that is closed; neither takes another page."""

@@ -16,7 +16,7 @@ from trees import chain, estimate, fill
 
 from ibtpo.advantage import NodeAdvantage, advantage, over_batch
 from ibtpo.advantages.tree_grpo import tree_grpo
-from ibtpo.advantages.treepo import whiten
+from ibtpo.advantages.treepo import treepo, whiten
 from ibtpo.cli import main
 from ibtpo.config import AdvantageConfig, IBConfig, LossConfig, SamplingConfig, SearchConfig, TrainConfig
 from ibtpo.metrics import tree_metrics
@@ -277,6 +277,13 @@ def test_treepo_by_hand() -> None:
     assert raw.a_trajectory == pytest.approx(
         [(1 / 2 + 2 / 3 * 2) / 3, (-1 / 2 - 2 / 3) / 3, (-1 / 2 - 2 / 3) / 3, 1 / 2]
     )
+
+
+def test_treepo_counts_a_group_for_its_own_trajectories_alone() -> None:
+    """Depth first: q with leaves {1, 0, 1}, a lone leaf, b with {0, 1} and its two leaves."""
+    begin, end = np.array([0, 0, 1, 1, 2]), np.array([3, 1, 3, 2, 3])
+    by_hand = [1 / 3, (-2 / 3 - 1 / 2) / 2, (1 / 3 + 1 / 2) / 2]
+    assert treepo(np.array([1.0, 0.0, 1.0]), begin, end) == pytest.approx(by_hand)
 
 
 def test_treepo_on_chains_is_the_distance_to_the_mean() -> None:
