@@ -189,6 +189,14 @@ def test_tree_grpo_grows_m_trees_of_k_leaves() -> None:
     assert SearchConfig(**budget).trajectories == 6  # type: ignore[arg-type]
 
 
+def test_tree_grpo_branches_a_node_more_than_once_where_there_are_too_few() -> None:
+    """Chains of one step have no place but the prompt to branch at."""
+    budget = {"initial_branches": 2, "nodes_per_round": 3, "rounds": 2}
+    tree = grow(method="tree-grpo", splitter=lambda tokens: [], **budget)
+    assert tree.root.children == tree.leaves() and len(tree.leaves()) == 2 * (1 + 3)
+    assert tree.notes["iid_leaves"] == tree.leaves()[:2]
+
+
 def test_tree_grpo_without_rounds_is_chains() -> None:
     tree = grow(method="tree-grpo", initial_branches=5, rounds=1)
     assert paths(tree) == paths(grow(method="independent", group_size=5))
@@ -212,6 +220,14 @@ def test_vineppo_values_are_means_of_rollouts_that_are_gone() -> None:
             assert node.notes["value"] == pytest.approx(right * mean ** (5 - node.end), abs=0.1)
         else:
             assert node.notes["value"] == node.reward
+
+
+def test_vineppo_values_every_step_of_chains_of_different_lengths() -> None:
+    cuts = iter([[], [1, 2, 3]])
+    tree = grow(method="vineppo", group_size=2, value_rollouts=2, splitter=lambda tokens: next(cuts))
+    assert [len(leaf.path()) for leaf in tree.leaves()] == [2, 5]
+    assert all("value" in node.notes for node in tree.nodes())
+    assert tree.notes["iid_leaves"] == tree.leaves()
 
 
 def test_vineppo_rollouts_have_no_weight_in_the_loss() -> None:
