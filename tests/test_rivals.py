@@ -184,6 +184,8 @@ def test_tree_grpo_grows_m_trees_of_k_leaves() -> None:
             assert len({leaf.notes["group"] for leaf in top.leaves()}) == 1
         reached |= {node.end - 1 for _, node, _ in tree.notes["branched"]}
     assert reached == {0, 1, 2, 3}
+    longer = grow(method="tree-grpo", initial_branches=2, nodes_per_round=2, rounds=6, branch_at_root=False)
+    assert [{leaf.notes["group"] for leaf in top.leaves()} for top in longer.root.children] == [{0}, {1}]
     closed = grow(**budget, branch_at_root=False)  # type: ignore[arg-type]
     assert len(closed.root.children) == 2
     assert SearchConfig(**budget).trajectories == 6  # type: ignore[arg-type]
@@ -192,9 +194,10 @@ def test_tree_grpo_grows_m_trees_of_k_leaves() -> None:
 def test_tree_grpo_branches_a_node_more_than_once_where_there_are_too_few() -> None:
     """Chains of one step have no place but the prompt to branch at."""
     budget = {"initial_branches": 2, "nodes_per_round": 3, "rounds": 2}
-    tree = grow(method="tree-grpo", splitter=lambda tokens: [], **budget)
-    assert tree.root.children == tree.leaves() and len(tree.leaves()) == 2 * (1 + 3)
-    assert tree.notes["iid_leaves"] == tree.leaves()[:2]
+    for at_root in (True, False):
+        tree = grow(method="tree-grpo", splitter=lambda tokens: [], branch_at_root=at_root, **budget)
+        assert tree.root.children == tree.leaves() and len(tree.leaves()) == 2 * (1 + 3)
+        assert tree.notes["iid_leaves"] == tree.leaves()[:2]
 
 
 def test_tree_grpo_without_rounds_is_chains() -> None:
