@@ -87,7 +87,6 @@ class IBEstimates:
 
     def __init__(self, tree: Tree, config: IBConfig) -> None:
         self.config = config
-        self.root = tree.root
         self._offset = 1.0 + 1.0 / config.beta
         self._ratio_below_zero = 1.0 if config.zero_parent == "one" else 0.0
         self._cells: dict[Node, _Cell] = {tree.root: _Cell(tree.root, None, math.nan)}

@@ -87,7 +87,7 @@ def policy_metrics(
         batch, config, reference_logprob: as there.
     """
     gap, weight = logprob - batch.old_logprob, batch.weight
-    ratio = torch.exp(gap.clamp(max=LARGEST_EXPONENT))
+    ratio = gap.exp()
     clipped = batch.positive_weight * (ratio > 1 + config.clip_high)  # of a shared token, one side alone may be
     clipped = clipped + batch.negative_weight * (ratio < 1 - config.clip_low)
     metrics = {

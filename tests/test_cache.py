@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from ibtpo_engine import Engine, IntegrityError, OutOfPages, Sampling
+from ibtpo_engine.cache import PageCache
 from ibtpo_engine.pages import KV, PAGE, PagePool, pages_for
 from ibtpo_engine.radix import RadixIndex
+from ibtpo_engine.tree import Tree
 
 Path = tuple[int, ...]  # one symbol a page
 
@@ -106,6 +108,14 @@ def test_cutting_a_kv_gives_each_half_the_pages_its_tokens_touch(length: int, st
     assert pool.num_free == 10
 
 
+def test_a_prompt_that_finds_no_room_takes_nothing_and_counts_no_hit() -> None:
+    cache = PageCache(make_pool(2))
+    found, _ = cache.pool.allocate(2)
+    cache.index.insert(tokens_of((1,)), [found])
+    assert cache.open_root(Tree(tokens_of((1, 2))).root) is None
+    assert cache.pool.refs == [2, 1] and cache.index.hits == 0
+
+
 # ---- radix index ---------------------------------------------------------------------------------------------
 
 
@@ -133,6 +143,16 @@ def test_eviction_takes_whole_old_prefixes_before_newer_ones() -> None:
     assert index.evict(3) == 3
     assert index.match(tokens_of((1,))) == []
     assert len(index.match(tokens_of((4,)))) == 1
+
+
+def test_an_emptied_index_gives_no_more_whoever_owns_the_last_page() -> None:
+    pool = make_pool(2)
+    index = RadixIndex(pool)
+    first, last = pool.allocate(2)
+    index.insert(tokens_of((1,)), [first])
+    pool.release([first])
+    assert index.evict(2) == 1 and index.evict(2) == 0
+    assert pool.refs == [0, 1] and last == pool.num_pages - 1
 
 
 @pytest.mark.parametrize("use", ["match", "insert"])

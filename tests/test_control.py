@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from engine_helpers import assert_idle, check_every_step, expected_tokens, grow, prompt_of, same, tiny_model, work
+from trees import fill
 
 from ibtpo_engine import Budget, BudgetSpent, Engine, Event, IntegrityError, Model, Node, Sampling, Tree
 from ibtpo_engine import memory as engine_memory
+from ibtpo_engine.budget import Limit, within_budgets
 from ibtpo_engine.slots import Slots
 
 PROMPT = prompt_of(37)
@@ -240,6 +242,15 @@ def test_a_page_budget_bounds_what_a_tree_owns(model: Model) -> None:
     assert max(sizes) == 9
     with pytest.raises(ValueError, match=r"leaves no room in Budget.pages=3"):
         engine.tree(PROMPT, budget=Budget(pages=3))
+
+
+def test_what_branches_under_way_may_reach_is_not_given_again() -> None:
+    tree = Tree(PROMPT, budget=Budget(tokens=10))
+    first, second, gone = tree.root.fork(3)
+    fill(gone, [3], reward=0.0).drop()
+    reserved = {first: tree.root.end + 6, gone: tree.root.end + 4}
+    found = within_budgets({second: 1000}, lambda tree: reserved)
+    assert found == {second: Limit(depth=tree.root.end + 4, finish="budget")}
 
 
 def test_a_node_budget_refuses_forks_and_cuts_nothing(model: Model) -> None:

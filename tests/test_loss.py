@@ -82,16 +82,17 @@ def test_kl_penalty_is_weighted_k3():
 
 def test_metrics_are_weighted_means_whatever_the_micro_batches():
     whole = batch_of([1.0, 1.0, 0.0], [0.0, 0.0, -1.0], [0.5, 0.25, 0.25], [-1.0, -2.0, -3.0])
-    ratio = [2.0, 1.0, 0.5]
+    ratio = [2.0, 1.0, 0.25]
     _, _, metrics = run(whole, ratio, NO_KL)
-    log2 = math.log(2)
+    log2, log4 = math.log(2), math.log(4)
     assert metrics["clip_fraction"] == pytest.approx(0.75)  # the first and the last
     assert metrics["entropy"] == pytest.approx(0.25 * 1 + 0.25 * 2)
-    assert metrics["kl_old_k1"] == pytest.approx(-(0.5 * log2 - 0.25 * log2))
-    assert metrics["kl_old_k3"] == pytest.approx(0.5 * (1 - log2) + 0.25 * (log2 - 0.5))
-    assert metrics["logprob_gap"] == pytest.approx(0.75 * log2) and metrics["logprob_gap_max"] == pytest.approx(log2)
+    assert metrics["kl_old_k1"] == pytest.approx(-(0.5 * log2 - 0.25 * log4))
+    assert metrics["kl_old_k3"] == pytest.approx(0.5 * (1 - log2) + 0.25 * (log4 - 0.75))
+    assert metrics["logprob_gap"] == pytest.approx(0.5 * log2 + 0.25 * log4)
+    assert metrics["logprob_gap_max"] == pytest.approx(log4)
     parts = []
-    for keep in ([0], [1, 2]):
+    for keep in ([0, 2], [1]):
         names = ("positive", "negative", "weight", "positive_weight", "negative_weight", "old_logprob", "edge_row")
         part = replace(whole, **{name: getattr(whole, name)[keep] for name in names})
         logprob = part.old_logprob + torch.tensor(ratio, dtype=torch.float64)[keep].log()

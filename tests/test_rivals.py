@@ -16,7 +16,7 @@ from trees import chain, estimate, fill
 
 from ibtpo.advantage import NodeAdvantage, advantage, over_batch
 from ibtpo.advantages.tree_grpo import tree_grpo
-from ibtpo.advantages.treepo import whiten
+from ibtpo.advantages.treepo import treepo, whiten
 from ibtpo.cli import main
 from ibtpo.config import AdvantageConfig, IBConfig, LossConfig, SamplingConfig, SearchConfig, TrainConfig
 from ibtpo.metrics import tree_metrics
@@ -184,9 +184,20 @@ def test_tree_grpo_grows_m_trees_of_k_leaves() -> None:
             assert len({leaf.notes["group"] for leaf in top.leaves()}) == 1
         reached |= {node.end - 1 for _, node, _ in tree.notes["branched"]}
     assert reached == {0, 1, 2, 3}
+    longer = grow(method="tree-grpo", initial_branches=2, nodes_per_round=2, rounds=6, branch_at_root=False)
+    assert [{leaf.notes["group"] for leaf in top.leaves()} for top in longer.root.children] == [{0}, {1}]
     closed = grow(**budget, branch_at_root=False)  # type: ignore[arg-type]
     assert len(closed.root.children) == 2
     assert SearchConfig(**budget).trajectories == 6  # type: ignore[arg-type]
+
+
+def test_tree_grpo_branches_a_node_more_than_once_where_there_are_too_few() -> None:
+    """Chains of one step have no place but the prompt to branch at."""
+    budget = {"initial_branches": 2, "nodes_per_round": 3, "rounds": 2}
+    for at_root in (True, False):
+        tree = grow(method="tree-grpo", splitter=lambda tokens: [], branch_at_root=at_root, **budget)
+        assert tree.root.children == tree.leaves() and len(tree.leaves()) == 2 * (1 + 3)
+        assert tree.notes["iid_leaves"] == tree.leaves()[:2]
 
 
 def test_tree_grpo_without_rounds_is_chains() -> None:
@@ -212,6 +223,14 @@ def test_vineppo_values_are_means_of_rollouts_that_are_gone() -> None:
             assert node.notes["value"] == pytest.approx(right * mean ** (5 - node.end), abs=0.1)
         else:
             assert node.notes["value"] == node.reward
+
+
+def test_vineppo_values_every_step_of_chains_of_different_lengths() -> None:
+    cuts = iter([[], [1, 2, 3]])
+    tree = grow(method="vineppo", group_size=2, value_rollouts=2, splitter=lambda tokens: next(cuts))
+    assert [len(leaf.path()) for leaf in tree.leaves()] == [2, 5]
+    assert all("value" in node.notes for node in tree.nodes())
+    assert tree.notes["iid_leaves"] == tree.leaves()
 
 
 def test_vineppo_rollouts_have_no_weight_in_the_loss() -> None:
@@ -277,6 +296,13 @@ def test_treepo_by_hand() -> None:
     assert raw.a_trajectory == pytest.approx(
         [(1 / 2 + 2 / 3 * 2) / 3, (-1 / 2 - 2 / 3) / 3, (-1 / 2 - 2 / 3) / 3, 1 / 2]
     )
+
+
+def test_treepo_counts_a_group_for_its_own_trajectories_alone() -> None:
+    """Depth first: q with leaves {1, 0, 1}, a lone leaf, b with {0, 1} and its two leaves."""
+    begin, end = np.array([0, 0, 1, 1, 2]), np.array([3, 1, 3, 2, 3])
+    by_hand = [1 / 3, (-2 / 3 - 1 / 2) / 2, (1 / 3 + 1 / 2) / 2]
+    assert treepo(np.array([1.0, 0.0, 1.0]), begin, end) == pytest.approx(by_hand)
 
 
 def test_treepo_on_chains_is_the_distance_to_the_mean() -> None:

@@ -206,8 +206,8 @@ def test_what_cannot_be_scored_is_refused(model: Model) -> None:
         ([], "at least one"),
         ([[1]], "flat"),
         ([0.5], "flat"),
-        ([VOCABULARY], "outside the vocabulary"),
-        ([-1], "outside the vocabulary"),
+        ([3, VOCABULARY], "outside the vocabulary"),
+        ([-1, 3], "outside the vocabulary"),
         ([3] * 476, "context of 512"),
     ):
         with pytest.raises(ValueError, match=why):

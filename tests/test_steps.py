@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trees import fill
 
-from ibtpo.steps import StepSplitter, split_steps
+from ibtpo.config import SearchConfig
+from ibtpo.steps import StepSplitter, split_steps, step_splitter
 from ibtpo_engine.tree import Tree
 
 
@@ -105,6 +106,19 @@ def test_split_steps_cuts_a_branch_top_down_and_keeps_the_leaf():
     assert steps[-1] is leaf and leaf.is_leaf and leaf.reward == 1.0
     assert leaf.path() == [tree.root, *steps]
     assert not any(step.is_leaf for step in steps[:-1])
+
+
+def test_a_separator_may_begin_several_nodes_above_the_branch():
+    tree = Tree(TOKENIZER.encode(["a", "<"]))
+    middle = fill(tree.root.fork()[0], TOKENIZER.encode(["/step"]))
+    leaf = fill(middle.fork()[0], TOKENIZER.encode([">", "a", "a"]), reward=1.0)
+    assert [len(step) for step in split_steps(leaf, StepSplitter(TOKENIZER, "</step>"))] == [1, 2]
+
+
+def test_a_search_is_given_the_splitter_of_its_settings():
+    splitter = step_splitter(TOKENIZER, SearchConfig(separator=" b", boundary_noise=0.5))
+    assert (splitter.separator, splitter.step_tokens, splitter.noise) == (" b", None, 0.5)
+    assert step_splitter(TOKENIZER, SearchConfig(step_tokens=3)).step_tokens == 3
 
 
 def test_a_predicate_works_in_place_of_a_splitter_and_is_checked():

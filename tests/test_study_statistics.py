@@ -51,7 +51,7 @@ def test_differences_are_taken_within_seeds() -> None:
 
 def test_area_is_the_mean_height_up_to_the_budget() -> None:
     """0 to 1 over 100 tokens, then flat: cut at 150 it is (50 + 50) / 150; a NaN is no point; the end is held."""
-    assert area_under([0, 50, 100, 200], [0.0, math.nan, 1.0, 1.0], 150) == pytest.approx(100 / 150)
+    assert area_under([0, 50, 100, 200, 300], [0.0, math.nan, 1.0, 1.0, 9.0], 150) == pytest.approx(100 / 150)
     assert area_under([0, 100], [0.0, 1.0], 200) == pytest.approx((50 + 100) / 200)
     assert math.isnan(area_under([0], [math.nan], 10))
 

@@ -351,8 +351,23 @@ def test_no_more_mini_batches_than_groups_that_are_kept() -> None:
 def test_every_mini_batch_is_one_optimizer_step(count: int, mini_batches: int, steps: int) -> None:
     model = _model()
     updater = _updater(model, _config(mini_batches=mini_batches))
-    values = updater.update(_trees(model, count=count))
+    trees = _trees(model, count=count)
+    values = updater.update(trees)
     assert values["optimizer_steps"] == steps == updater.optimizer.num_steps
+    assert values["tokens_trained"] == sum(len(tree.export()) - len(tree.leaves()) for tree in trees)  # each once
+    assert values["weight"] == pytest.approx(1.0)  # metrics are means over the mini-batches
+
+
+def test_a_mini_batch_whose_loss_is_nan_leaves_no_trace_in_the_next() -> None:
+    model, other = _model(), _model()
+    broken, sound = _trees(model, count=2)
+    broken.leaves()[0].logprob[:] = np.nan
+    updater = _updater(model, _config(mini_batches=2))
+    values = updater.update([broken, sound])
+    assert (values["optimizer_steps"], values["optimizer_steps_skipped"]) == (1, 1)
+    assert updater.nonfinite_in_a_row == 0
+    _updater(other, _config()).update([sound])
+    assert torch.equal(_flat(model), _flat(other))
 
 
 def test_pi_ref_reference_scales_by_the_reference_not_by_the_sampler() -> None:

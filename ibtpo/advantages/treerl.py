@@ -29,6 +29,6 @@ def treerl(packed: PackedTree, values: Doubles, leaves: npt.NDArray[np.int64]) -
     for i, node in enumerate(packed.nodes[1:], start=1):
         assert node.parent is not None
         above = index[node.parent]
-        fork[i] = fork[above] if above and leaves[above] == leaves[i] else above
+        fork[i] = fork[above] if leaves[above] == leaves[i] else above
     a: Doubles = ((values - values[0]) + (values - values[fork])) / np.sqrt(leaves)
     return a

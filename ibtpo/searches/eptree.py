@@ -26,7 +26,7 @@ from ibtpo_engine.tree import Node, Tree
 def eptree(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int) -> Growth:
     """EPTree(M, N, L, T) as `initial_branches`, `nodes_per_round`, `rounds` - 1, `branches_per_node`."""
     estimates = prepare(tree, ib)
-    deepest = max(int(config.deepest_share * max_tokens), 1)
+    deepest = int(config.deepest_share * max_tokens)
     leaves = yield from eptree_leaves(
         tree,
         m=config.initial_branches,

@@ -20,14 +20,13 @@ def tree_grpo(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter
     """(M, N, L) as `initial_branches`, `nodes_per_round`, `rounds` - 1; B, `branches_per_node`, is 1 in the paper."""
     estimates = prepare(tree, ib)
     rng = random_numbers(tree)
-    deepest = tree.prompt_len + max_tokens
     chains = yield from branch([tree.root], config.initial_branches, 0, estimates, splitter)
     tree.notes["iid_leaves"] = chains
     groups = [[chain] for chain in chains]
     for turn in range(1, config.rounds):
         picked = []
         for leaves in groups:
-            inner = dict.fromkeys(node for leaf in leaves for node in leaf.path()[:-1] if node.end < deepest)
+            inner = dict.fromkeys(node for leaf in leaves for node in leaf.path()[:-1])
             candidates = [node for node in inner if config.branch_at_root or node is not tree.root] or [tree.root]
             chosen = rng.sample(candidates, min(config.nodes_per_round, len(candidates)))
             picked += list(islice(cycle(chosen), config.nodes_per_round))  # too few candidates take turns

@@ -24,7 +24,6 @@ def treepo(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, m
     """A tree of width `group_size` whose steps are segments of `segment_tokens`; `splitter` is not asked."""
     estimates = prepare(tree, ib)
     rng = random_numbers(tree)
-    deepest = tree.prompt_len + max_tokens
 
     def segments(tokens: Ints) -> range:
         return range(config.segment_tokens, len(tokens), config.segment_tokens)
@@ -34,7 +33,7 @@ def treepo(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, m
     level, turn = list(tree.root.children), 0
     while (room := config.group_size - len(leaves)) > 0:
         turn += 1
-        under_way = [node for node in level if node.children and node.end < deepest]
+        under_way = [node for node in level if node.children]
         if under_way:
             picked = under_way if len(under_way) <= room else rng.sample(under_way, room)
         else:
