@@ -65,7 +65,7 @@ install_torch() {
 }
 
 install_build_tools() {
-  local tools=("scikit-build-core>=0.10" "nanobind>=2.2" ninja)
+  local tools=("scikit-build-core>=0.11" "nanobind>=2.2" ninja)
   command -v cmake >/dev/null || tools+=(cmake)
   step "installing the build tools" "$VENV/bin/pip" install "${tools[@]}"
 }

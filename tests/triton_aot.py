@@ -41,7 +41,7 @@ TYPES = {
     torch.uint8: "u8",
     torch.bool: "i1",
 }
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)

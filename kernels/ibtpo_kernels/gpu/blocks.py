@@ -27,6 +27,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ibtpo_kernels.gpu import configs
+from ibtpo_kernels.gpu.launch import FUSED
 
 CHUNK = tl.constexpr(128)  # key blocks whose kind is looked at together
 NEVER = tl.constexpr(2147483647)
@@ -116,7 +117,7 @@ def products_of_rows(
 def ends_of(end: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """(low, high), int32 [ceil(N / block)]: the mask, as the forward and dQ kernels read it."""
     low, high = (end.new_empty(triton.cdiv(len(end), block)) for _ in range(2))
-    block_ends[(len(low),)](end, low, high, len(end), BLOCK=block, num_warps=1)
+    block_ends[(len(low),)](end, low, high, len(end), BLOCK=block, **FUSED, num_warps=1)
     return low, high
 
 

@@ -12,6 +12,8 @@ from functools import cache
 
 import torch
 
+from ibtpo_kernels.gpu.launch import FUSED
+
 MAX_HEAD = 256  # heads are padded to 16, 32, 64, 128 or 256
 SPLIT = 256  # tokens a decode work item: the unit of the canonical reduction, so a constant of the results
 
@@ -34,7 +36,7 @@ class Tiles:
     @property
     def options(self) -> dict[str, int]:
         """Launch options of Triton."""
-        options = {"num_warps": self.warps, "num_stages": self.stages}
+        options = {"num_warps": self.warps, "num_stages": self.stages, **FUSED}
         return options | {"maxnreg": 255} if self.uncapped else options
 
 

@@ -14,6 +14,10 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634  # scores are kept in base 2: exp2 is one instruction
 
+# For every launch: a * b + c is one instruction, rounded once. Triton's default until 3.10, as 3.9 warns:
+# results would depend on the version, and kernels need more instructions.
+FUSED = {"enable_fp_fusion": True}
+
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it the one of x."""

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ibtpo_kernels import one_pass
-from ibtpo_kernels.gpu.launch import on_device
+from ibtpo_kernels.gpu.launch import FUSED, on_device
 from ibtpo_kernels.logits import Head, in_own_types
 
 _CHUNK_BYTES = one_pass.GPU_CHUNK_BYTES
@@ -241,11 +241,11 @@ def _sorted(head: Head, grads: Tensor) -> _Edges:
 def _chunk_stats(z: Tensor, head: Head, stats: Tensor, logprob: Tensor, first: int) -> None:
     """Stats of rows [first, first + len(z)) and log-prob of their edges."""
     shape = _shape(head)
-    row_stats[(len(z),)](z, stats, head.num_cols, head.num_rows, first, **shape, BLOCK=_BLOCK, num_warps=8)
+    row_stats[(len(z),)](z, stats, head.num_cols, head.num_rows, first, **shape, BLOCK=_BLOCK, **FUSED, num_warps=8)
     if head.num_edges:
         edge_logprob[(triton.cdiv(head.num_edges, _EDGES),)](
             z, stats, head.rows, head.targets, logprob, head.num_edges, head.num_cols, head.num_rows,
-            first, first + len(z), **shape, BLOCK=_EDGES, num_warps=4,
+            first, first + len(z), **shape, BLOCK=_EDGES, **FUSED, num_warps=4,
         )  # fmt: skip
 
 
@@ -256,12 +256,12 @@ def _chunk_grad(z: Tensor, head: Head, stats: Tensor, edges: _Edges, grad_entrop
     shape = _shape(head)
     logit_grad[(len(z),)](
         z, dz, stats, edges.starts, edges.grads, row_grads, grad_entropy, head.num_cols, head.num_rows, first,
-        **shape, BLOCK=_BLOCK, EDGES=_EDGES, num_warps=8,
+        **shape, BLOCK=_BLOCK, EDGES=_EDGES, **FUSED, num_warps=8,
     )  # fmt: skip
     if head.num_edges:
         edge_grad[(triton.cdiv(head.num_edges, _EDGES),)](
             z, dz, stats, edges.rows, edges.targets, edges.grads, row_grads, grad_entropy, head.num_edges,
-            head.num_cols, head.num_rows, first, first + len(z), **shape, BLOCK=_EDGES, num_warps=4,
+            head.num_cols, head.num_rows, first, first + len(z), **shape, BLOCK=_EDGES, **FUSED, num_warps=4,
         )  # fmt: skip
     return dz
 

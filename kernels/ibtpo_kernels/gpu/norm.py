@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ibtpo_kernels import gradients
-from ibtpo_kernels.gpu.launch import on_device
+from ibtpo_kernels.gpu.launch import FUSED, on_device
 
 _TILE = 4096  # elements a program of the norms
 _PARTIALS = 256  # programs of the norm's backward, each with its own partial sum of the weight's gradient
@@ -78,7 +78,7 @@ def norm_backward(
 def _tile(size: int) -> dict[str, int]:
     padded = triton.next_power_of_2(size)
     rows = max(1, _TILE // padded)
-    return {"SIZE": size, "PADDED": padded, "ROWS": rows, "num_warps": min(16, max(4, padded * rows // 1024))}
+    return {"SIZE": size, "PADDED": padded, "ROWS": rows, "num_warps": min(16, max(4, padded * rows // 1024)), **FUSED}
 
 
 def _norm_forward(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibtpo_kernels.gpu.launch import is_captured, on_device
+from ibtpo_kernels.gpu.launch import FUSED, is_captured, on_device
 from ibtpo_kernels.reference import log_of
 
 _BLOCK = 4096
@@ -318,7 +318,7 @@ def _block_sums(logits: Tensor, temperatures: Tensor, stride_temperature: int) -
     sums = torch.empty(3, num_rows, num_blocks, dtype=torch.float64, device=logits.device)
     block_sums[(num_rows, num_blocks)](
         logits, tops, sums, temperatures, logits.stride(0), stride_temperature, num_cols, num_blocks, num_rows,
-        BLOCK=_BLOCK, num_warps=8,
+        BLOCK=_BLOCK, **FUSED, num_warps=8,
     )  # fmt: skip
     return tops, sums
 
@@ -334,7 +334,8 @@ def sampled_logprob(logits: Tensor, rows: Tensor, targets: Tensor, temperature: 
         tops, sums = _block_sums(logits, temperatures, 0)
         score[(len(rows),)](
             logits, rows.contiguous(), targets.contiguous(), tops, sums, temperatures, logprob, logprob_raw,
-            logits.stride(0), tops.shape[1], len(logits), BLOCKS=triton.next_power_of_2(tops.shape[1]), num_warps=8,
+            logits.stride(0), tops.shape[1], len(logits), BLOCKS=triton.next_power_of_2(tops.shape[1]), **FUSED,
+            num_warps=8,
         )  # fmt: skip
     bad = logprob_raw.isnan()
     if bool(bad.any()):
@@ -369,7 +370,7 @@ def sample(
             logits, keys.contiguous(), tops, sums, temperatures, top_ps, top_ks, log_min_ps, token, logprob,
             logprob_raw, entropy, logits.stride(0), stride_temperature, stride_top_p, stride_top_k, stride_min_p,
             num_cols, num_blocks, num_rows, BLOCK=_BLOCK, BLOCKS=triton.next_power_of_2(num_blocks),
-            FILTERED=not _plain(top_p, top_k, min_p), num_warps=8, maxnreg=255,
+            FILTERED=not _plain(top_p, top_k, min_p), **FUSED, num_warps=8, maxnreg=255,
         )  # fmt: skip
     if not is_captured(logits):
         _raise_bad_row(token)

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ibtpo_kernels import gradients
-from ibtpo_kernels.gpu.launch import on_device, rows_dense
+from ibtpo_kernels.gpu.launch import FUSED, on_device, rows_dense
 
 
 @triton.jit
@@ -58,7 +58,8 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
         with on_device(x):
             rotate[(num_tokens,)](
                 x, cos, sin, out, x.stride(0), x.stride(1), direction, HEADS=num_heads, HALF=half,
-                HEADS_PADDED=triton.next_power_of_2(num_heads), HALF_PADDED=triton.next_power_of_2(half), num_warps=4,
+                HEADS_PADDED=triton.next_power_of_2(num_heads), HALF_PADDED=triton.next_power_of_2(half), **FUSED,
+                num_warps=4,
             )  # fmt: skip
     return out
 
@@ -102,7 +103,7 @@ def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Ten
             append[(num_tokens,)](
                 k, v, k_pages, v_pages, slots, k.stride(0), k.stride(1), v.stride(0), v.stride(1), num_slots,
                 HEADS=num_heads, DIM=head_dim, HEADS_PADDED=triton.next_power_of_2(num_heads),
-                DIM_PADDED=triton.next_power_of_2(head_dim), num_warps=4,
+                DIM_PADDED=triton.next_power_of_2(head_dim), **FUSED, num_warps=4,
             )  # fmt: skip
 
 
@@ -184,7 +185,7 @@ def rope_append(
                 q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), num_slots, eps, Q_HEADS=num_heads,
                 K_HEADS=k.shape[1], HALF=half, Q_PADDED=triton.next_power_of_2(num_heads),
                 K_PADDED=triton.next_power_of_2(k.shape[1]), HALF_PADDED=triton.next_power_of_2(half),
-                Q_NORM=q_weight is not None, K_NORM=k_weight is not None, num_warps=8,
+                Q_NORM=q_weight is not None, K_NORM=k_weight is not None, **FUSED, num_warps=8,
             )  # fmt: skip
     return out
 
@@ -236,7 +237,7 @@ def _gate_forward(gate: Tensor, up: Tensor) -> Tensor:
         grid, num_cols, block = _gate_shape(gate)
         (gate, stride_gate), (up, stride_up) = _rows(gate), _rows(up)
         with on_device(gate):
-            gate_forward[grid](gate, up, out, num_cols, stride_gate, stride_up, BLOCK=block, num_warps=4)
+            gate_forward[grid](gate, up, out, num_cols, stride_gate, stride_up, BLOCK=block, **FUSED, num_warps=4)
     return out
 
 
@@ -247,7 +248,8 @@ def _gate_backward(gate: Tensor, up: Tensor, d_out: Tensor) -> tuple[Tensor, Ten
         (gate, stride_gate), (up, stride_up) = _rows(gate), _rows(up)
         with on_device(gate):
             gate_backward[grid](
-                gate, up, d_out.contiguous(), d_gate, d_up, num_cols, stride_gate, stride_up, BLOCK=block, num_warps=4
+                gate, up, d_out.contiguous(), d_gate, d_up, num_cols, stride_gate, stride_up, BLOCK=block, **FUSED,
+                num_warps=4,
             )  # fmt: skip
     return d_gate, d_up
 

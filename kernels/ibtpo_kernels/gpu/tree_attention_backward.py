@@ -31,7 +31,7 @@ from ibtpo_kernels.gpu.blocks import (
     streamed,
     strides,
 )
-from ibtpo_kernels.gpu.launch import LOG2_E, dot_precision, on_device
+from ibtpo_kernels.gpu.launch import FUSED, LOG2_E, dot_precision, on_device
 
 Stats = tuple[Tensor, Tensor]  # (lse, delta), each [Hq, N]
 
@@ -277,7 +277,7 @@ def _row_products(out: Tensor, d_out: Tensor, delta: Tensor) -> None:
     num_tokens, num_heads, head_dim = out.shape
     row_products[(triton.cdiv(num_tokens, 64), num_heads)](
         out, d_out, delta, num_tokens, *strides(out, d_out), HEAD=head_dim, DIM=configs.padded(head_dim), BLOCK=64,
-        num_warps=4, maxnreg=255,
+        **FUSED, num_warps=4, maxnreg=255,
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from ibtpo_kernels import reference
 from ibtpo_kernels.gpu import configs
 from ibtpo_kernels.gpu.blocks import products_of_rows
-from ibtpo_kernels.gpu.launch import LOG2_E, dot_precision, on_device, rows_dense
+from ibtpo_kernels.gpu.launch import FUSED, LOG2_E, dot_precision, on_device, rows_dense
 from ibtpo_kernels.gpu.work import work_list
 from ibtpo_kernels.plan import DecodePlan
 
@@ -212,6 +212,6 @@ def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, s
         )  # fmt: skip
         if not work.is_direct:
             merge[(num_queries, num_heads)](
-                acc, sums, work.first_slot, out, num_heads, HEAD=head_dim, DIM=dim, num_warps=1
+                acc, sums, work.first_slot, out, num_heads, HEAD=head_dim, DIM=dim, **FUSED, num_warps=1
             )
     return out
