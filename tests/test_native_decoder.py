@@ -19,6 +19,7 @@ import ibtpo_kernels as K
 from ibtpo_engine import Engine, Growth, Model, Node, Sampling, Tree, load_model
 from ibtpo_engine import engine as engine_module
 from ibtpo_engine import native as native_module
+from ibtpo_engine.scheduler import ENDED_SHARE
 
 pytestmark = pytest.mark.skipif(not K.has_compiled(), reason="needs the compiled kernels")
 
@@ -212,7 +213,7 @@ def test_steps_run_ahead_give_the_same_bits(batch: int, kv_tokens: int, monkeypa
     def watched(step: K.DecodeStep, most: int = 1, *, most_ended: int = 0, spare: Any = None) -> K.DecodeRun:
         done = run(step, most, most_ended=most_ended, spare=spare)
         ended, lacking = [code for _, code in done.events if code != 3], 3 in dict(done.events).values()
-        assert most_ended == (len(step._chosen) // 8 if most > 1 else 0)
+        assert most_ended == (len(step._chosen) // ENDED_SHARE if most > 1 else 0)
         assert done.steps == most or len(ended) > most_ended or lacking or len(ended) == len(step._chosen)
         assert len(done.paged) == len(spare) or not lacking
         calls.append((most, len(step._chosen), done))

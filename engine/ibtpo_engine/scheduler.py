@@ -28,7 +28,7 @@ from ibtpo_engine.slots import FINISH, LACKS_PAGE, Slots
 from ibtpo_engine.tree import Node
 
 FILL_SLOTS = 64  # most nodes filled in one step
-ENDED_SHARE = 8  # a call of several steps goes on until more than one in so many of its branches has ended
+ENDED_SHARE = 4  # a call of several steps goes on until more than one in so many of its branches has ended
 
 
 class Scheduler(Roster):
