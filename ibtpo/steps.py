@@ -69,7 +69,7 @@ class StepSplitter:
         if self.step_tokens is not None:
             return list(range(self.step_tokens, len(ids), self.step_tokens))
         head = "".join(map(self.text, np.asarray(context).tolist()))
-        pieces = [self._texts[token] for token in ids]
+        pieces = list(map(self._texts.__getitem__, ids))
         ends = list(accumulate(map(len, pieces), initial=len(head)))  # ends[i]: characters before token i
         text = head + "".join(pieces)
         at = [bisect_left(ends, end) for end in boundaries(text, self.separator) if end > len(head)]
