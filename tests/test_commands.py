@@ -65,13 +65,15 @@ def test_self_check_covers_every_op_that_a_backend_implements() -> None:
 
 @compiled
 def test_a_wrong_kernel_is_broken(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    original = cpu.silu_mul
+    original, product = cpu.silu_mul, cpu.batch_invariant_linear
     monkeypatch.setattr(cpu, "direct", None)
+    monkeypatch.setattr(cpu, "batch_invariant_linear", lambda x, *rest: product(x, *rest) * (1 + 1e-7 * (len(x) == 7)))
     monkeypatch.setattr(cpu, "silu_mul", lambda gate, up: original(gate, up) * 1.001)
     monkeypatch.setattr(cpu, "rope", lambda *arguments: 1 / 0)
     assert main(["doctor", "--json"]) == 1
     found = [row for row in json.loads(capsys.readouterr().out) if row["status"] == "broken"]
-    assert {row["name"] for row in found} == {"silu_mul", "rope"}
+    assert {row["name"] for row in found} == {"silu_mul", "rope", "batch_invariant_linear"}
+    assert any("bits of float32" in row["text"] and "the bits differ" in row["text"] for row in found)
     assert any(row["name"] == "rope" and "failed: division by zero" in row["text"] for row in found)
     assert any(
         row["name"] == "silu_mul" and "float32, cpu: error 1.0e-03 (at most 1e-05)" in row["text"] for row in found

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ibtpo_kernels.dispatch import backend
-from ibtpo_kernels.ops import plan_decode
+from ibtpo_kernels.ops import batch_invariant_linear, plan_decode
 from ibtpo_kernels.roofline.catalog import problems
 from ibtpo_kernels.roofline.problem import Outputs, Problem, error_of, name_of
 from ibtpo_kernels.roofline.trees import DecodeTree
@@ -74,7 +74,8 @@ def self_check(name: str, device: torch.device | str) -> Iterator[Check]:
     groups: dict[tuple[str, torch.dtype], list[Problem]] = {}
     for problem in _small_problems():
         groups.setdefault((problem.op, problem.dtype), []).append(problem)
-    yield _of_planner(name, device)
+    yield _exact("plan_decode", "int32", lambda: _plans_alike(name, device))
+    yield _exact("batch_invariant_linear", "bits of float32", lambda: _rows_are_alone(name, device))
     for (op, dtype), group in groups.items():
         tolerance = TOLERANCE[dtype]
         try:
@@ -104,8 +105,15 @@ def _outputs(problem: Problem, name: str, device: torch.device) -> Outputs:
         return own.comparable(inputs, own.load()(inputs)())
 
 
-def _of_planner(name: str, device: torch.device) -> Check:
-    """The planner's items are integers: all alike, or not."""
+def _exact(op: str, dtype: str, holds: Callable[[], bool]) -> Check:
+    """Of something that is right to the last bit, or wrong."""
+    try:
+        return Check(op, dtype, 0.0, 0.0) if holds() else Check(op, dtype, float("inf"), 0.0, "the bits differ")
+    except Exception as failure:
+        return Check(op, dtype, float("inf"), 0.0, " ".join(str(failure).split()))
+
+
+def _plans_alike(name: str, device: torch.device) -> bool:
     tree = DecodeTree((1, 8), (64, 48))
     table = tree.page_table().to(device)
     rows = torch.arange(tree.branches, dtype=torch.int32, device=device)
@@ -115,8 +123,13 @@ def _of_planner(name: str, device: torch.device) -> Check:
         with backend(which):
             return plan_decode(table, rows, lengths).items
 
-    try:
-        error = 0.0 if torch.equal(items(name), items("reference")) else float("inf")
-    except Exception as failure:
-        return Check("plan_decode", "int32", float("inf"), 0.0, " ".join(str(failure).split()))
-    return Check("plan_decode", "int32", error, 0.0)
+    return torch.equal(items(name), items("reference"))
+
+
+def _rows_are_alone(name: str, device: torch.device) -> bool:
+    """Has a row the same bits alone and among others? Not if a compiler rounded in one loop and not in another."""
+    generator = torch.Generator(device).manual_seed(0)
+    x, weight = (torch.randn(rows, 256, generator=generator, device=device) for rows in (23, 96))
+    with backend(name):
+        alone = [batch_invariant_linear(row, weight) for row in x]
+        return all(torch.equal(batch_invariant_linear(x[:n], weight), torch.stack(alone[:n])) for n in range(1, 24))
