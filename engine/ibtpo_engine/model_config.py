@@ -166,7 +166,7 @@ class ModelConfig:
             return value
 
         hidden_size, num_heads, rope = size("hidden_size"), size("num_attention_heads"), _rope(raw, source)
-        stretched = int(rope.factor * rope.original_positions) if rope.kind == "yarn" else 0  # as `rope_scaling` implies
+        stretched = int(rope.factor * rope.original_positions) if rope.kind == "yarn" else 0  # cards leave the maximum
         bias = architecture != "mistral" and bool(raw.get("attention_bias", False))
         config = cls(
             architecture=architecture,  # type: ignore[arg-type]
