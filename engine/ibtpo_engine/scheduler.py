@@ -28,7 +28,7 @@ from ibtpo_engine.slots import FINISH, LACKS_PAGE, Slots
 from ibtpo_engine.tree import Node
 
 FILL_SLOTS = 64  # most nodes filled in one step
-ENDED_SHARE = 4  # a call of several steps goes on until more than a 1 / ENDED_SHARE of its branches have ended
+ENDED_SHARE = 4  # a call of several steps continues until more than 1 / ENDED_SHARE of its branches have ended
 
 
 class Scheduler(Roster):

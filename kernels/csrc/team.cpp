@@ -122,7 +122,7 @@ class Team {
   std::condition_variable wake_;
 };
 
-// The team of this process: a forked child has none of its parent's threads. Never freed, for its threads never end.
+// The team of this process: a forked child has none of its parent's threads. Never freed, since its threads never end.
 Team& team() {
   static std::atomic<Team*> current{nullptr};
   static std::atomic<pid_t> owner{0};
