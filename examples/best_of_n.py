@@ -1,7 +1,7 @@
-"""Best-of-n at every step, by a process reward: n candidates for the next step, of which the best is gone on from.
+"""Best-of-n at every step, by a process reward: sample n candidates for the next step and continue from the best.
 
-A step ends where the newline is sampled, so the process reward sees whole steps; the engine calls it as they finish,
-and it may return a future. The losers' keys and values are given back at once.
+A step ends when a newline is sampled, so the process reward sees whole steps; the engine calls it as they finish, and
+it may return a future. The keys and values of rejected candidates are freed at once.
 
 python examples/best_of_n.py [--model CHECKPOINT_FOLDER] [--n 8] "7*8-5=?" "3+9*4=?"
 """
@@ -17,7 +17,7 @@ from ibtpo_engine import Engine, Growth, Node, Sampling, Search, Tree
 
 
 def best_of_n(n: int, ends: tuple[int, ...], max_tokens: int) -> Search:
-    """A search that extends by the best of `n` steps until one ends with a token of `ends` or the path is full."""
+    """A search that appends the best of `n` steps until one ends with a token of `ends` or the path is full."""
 
     def search(tree: Tree) -> Growth:
         step = tree.root
@@ -34,7 +34,7 @@ def best_of_n(n: int, ends: tuple[int, ...], max_tokens: int) -> Search:
 
 
 def step_reward(step: str) -> float:
-    """1 for a right line, 0.5 for one of the right form, 0 for any other."""
+    """1 for a correct line, 0.5 for one of the right form, 0 for any other."""
     line = re.fullmatch(r"(\d)([-+*])(\d)=(\d)\n", step)
     if line is None:
         return 0.5 * bool(re.fullmatch(r"\d\.", step))

@@ -1,8 +1,8 @@
 """EPTree, the entropy-guided tree search of TreeRL (arXiv 2506.11902): branch where the policy was least sure.
 
-M chains from the prompt, then L rounds. In a round the N tokens below each chain with the largest surprisal, -log p of
-the token sampled, are picked, and T new continuations begin just before each: M*(1 + L*N*T) leaves, unless tokens to
-pick run short. The search is the one `ibtpo train --preset treerl` trains with; without rewards its growth is enough.
+M chains from the prompt, then L rounds. A round picks the N tokens below each chain with the largest surprisal, -log p
+of the token sampled, and starts T new continuations just before each: M*(1 + L*N*T) leaves, unless tokens to pick run
+short. This is the search of `ibtpo train --preset treerl`; without rewards only its growth is needed.
 
 python examples/eptree.py [--model CHECKPOINT_FOLDER] "7*8-5=?" "3+9*4=?"
 """

@@ -1,4 +1,4 @@
-"""Monte Carlo tree search over reasoning steps: UCT walks down, a trajectory is sampled from there, its reward goes up.
+"""Monte Carlo tree search over reasoning steps: descend by UCT, sample a trajectory, back up its reward.
 
 python examples/mcts.py [--model CHECKPOINT_FOLDER] "7*8-5=?" "3+9*4=?"
 """
@@ -15,18 +15,18 @@ from ibtpo_engine import Engine, Growth, Node, Sampling, Tree
 
 
 def uct(node: Node, weight: float = 1.4) -> float:
-    """Mean reward below a step, plus a bonus for having been tried little."""
+    """Mean reward below a step, plus a bonus for rarely tried steps."""
     rewards, tried = node.notes["rewards"], len(node.parent.notes["rewards"])
     return sum(rewards) / len(rewards) + weight * math.sqrt(math.log(tried) / len(rewards))
 
 
 def mcts(tree: Tree, splitter: StepSplitter, *, simulations: int = 32, width: int = 3) -> Growth:
-    """`simulations` rounds; below a step, `width` continuations are tried before UCT chooses among them."""
+    """`simulations` rounds; each step gets `width` continuations before UCT chooses among them."""
     for _ in range(simulations):
         node = tree.root
         while len(node.children) >= width:
             node = max(node.children, key=uct)
-        if node.finish is None:  # otherwise UCT came to the end of a trajectory, and it counts once more
+        if node.finish is None:  # otherwise UCT reached the end of a trajectory, which is counted once more
             [node] = yield node.fork()
             split_steps(node, splitter)
         for step in node.path():
@@ -43,7 +43,7 @@ def main() -> None:
     sampling, steps = Sampling(max_tokens=48, stop_tokens=policy.stops), StepSplitter(policy.tokenizer, "\n")
     prompts = [policy.tokenizer.encode(problem + "\n") for problem in args.problems]
 
-    def reward(tree: Tree, leaf: Node) -> float:  # share of the characters that agree with the right derivation
+    def reward(tree: Tree, leaf: Node) -> float:  # share of characters that agree with the correct derivation
         prompt, _, answer = policy.tokenizer.decode(leaf.prefix()).partition("\n")
         right = right_solution(parse_prompt(prompt + "\n"))
         return sum(map(str.__eq__, answer, right)) / len(right)

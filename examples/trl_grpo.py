@@ -1,8 +1,8 @@
 """The engine as the rollout backend of TRL's GRPOTrainer: sampling in this process, on the trainer's own parameters.
 
-TRL calls `rollout_func(prompts, trainer)` with every prompt `num_generations` times in a row and wants one completion
-for each. Equal neighbours are one tree here, so a prompt is computed once, and any search with as many leaves may take
-the place of independent chains. Every log-prob comes with the token, from the pass that sampled it.
+TRL calls `rollout_func(prompts, trainer)` with every prompt `num_generations` times in a row and expects one completion
+for each. Here equal neighbours are one tree, so a prompt is computed once, and any search with as many leaves can
+replace independent chains. Log-probs come from the pass that sampled the tokens.
 
 python examples/trl_grpo.py --model CHECKPOINT_FOLDER --steps 20 "7*8-5=?" "3+9*4=?"      (needs: pip install trl)
 """
@@ -23,7 +23,7 @@ from ibtpo.tasks.digit_chain import parse_prompt, right_solution
 from ibtpo_engine import Engine, Growth, Node, Sampling, Search, Tree, borrow, load_tokenizer
 from ibtpo_engine.generate import independent
 
-_NAMES = {  # settings of `generate`, and what they are called in `Sampling`
+_NAMES = {  # settings of `generate`, and their names in `Sampling`
     "temperature": "temperature",
     "top_p": "top_p",
     "top_k": "top_k",
@@ -33,7 +33,7 @@ _NAMES = {  # settings of `generate`, and what they are called in `Sampling`
     "eos_token_id": "stop_tokens",
     "suppress_tokens": "logit_bias",
 }
-_ALLOWED = {"repetition_penalty": 1.0, "do_sample": True}  # others of them, with which nothing is sampled differently
+_ALLOWED = {"repetition_penalty": 1.0, "do_sample": True}  # others, at values that have no effect
 
 
 class TreeRollouts:
@@ -58,9 +58,9 @@ class TreeRollouts:
         if self.engine is None:
             model = borrow(trainer.accelerator.unwrap_model(trainer.model))
             self.engine = Engine(model, kv_tokens=self.kv_tokens, seed=self.seed)
-        self.engine.weights_changed()  # the optimizer has written them since the last call
+        self.engine.weights_changed()  # by the optimizer, since the last call
         groups = [(prompt, len(list(same))) for prompt, same in groupby(prompts)]
-        first = self.num_trees + (trainer.accelerator.process_index << 40)  # keys: other ones in every process and call
+        first = self.num_trees + (trainer.accelerator.process_index << 40)  # keys are unique across processes and calls
         self.num_trees += len(groups)
         keys = range(first, first + len(groups))
 
@@ -69,7 +69,7 @@ class TreeRollouts:
 
         ids = [self._encode(prompt, trainer) for prompt, _ in groups]
         trees = dict(self.engine.run(search, ids, self._sampling(trainer), keys=keys))
-        self.engine.release()  # the update has the memory
+        self.engine.release()  # leaves the memory to the update
         rollouts: dict[str, list[Any]] = {"prompt_ids": [], "completion_ids": [], "logprobs": []}
         for i, (prompt, count) in enumerate(groups):
             leaves = trees[i].leaves()
@@ -91,7 +91,7 @@ class TreeRollouts:
 
     @staticmethod
     def _sampling(trainer: GRPOTrainer) -> Sampling:
-        """What TRL would have `generate` do: what `generation_kwargs` says goes before the trainer's own settings."""
+        """The settings TRL would give to `generate`: `generation_kwargs` take precedence over the trainer's own."""
         args = trainer.args
         given = {
             "temperature": args.temperature,
@@ -112,19 +112,19 @@ class TreeRollouts:
 
 
 def _logprobs(leaf: Node) -> Iterator[Any]:
-    """Of the tokens below the prompt, node by node, under the distribution sampled from."""
+    """Log-probs of the tokens below the prompt, node by node, under the distribution sampled from."""
     return (node.logprob for node in leaf.path() if node.start >= node.tree.prompt_len)
 
 
 def reward(prompts: list[str], completions: list[str], **fields: Any) -> list[float]:
-    """Share of the characters that agree with the right derivation."""
+    """Share of characters that agree with the correct derivation."""
     right = [right_solution(parse_prompt(prompt)) for prompt in prompts]
     return [sum(map(str.__eq__, c, r)) / len(r) for c, r in zip(completions, right, strict=True)]
 
 
 def lora(rank: int) -> Any:
     """An adapter on every projection."""
-    from peft import LoraConfig  # here, for it is not needed without
+    from peft import LoraConfig  # here, since it is optional
 
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=0, help="train a LoRA adapter (needs: pip install peft)")
     parser.add_argument("problems", nargs="+", help="two or more")
     args = parser.parse_args()
-    if len(args.problems) < 2:  # TRL drops a last batch that is not full, and would train on nothing
+    if len(args.problems) < 2:  # TRL drops an incomplete last batch, and would train on nothing
         parser.error("a batch of 16 completions, 8 a prompt, takes two problems")
     rollouts = TreeRollouts()
     trainer = GRPOTrainer(

@@ -1,4 +1,4 @@
-"""Adapter folders as PEFT has them: adapter_config.json and adapter_model.safetensors."""
+"""Adapter folders in PEFT's format: adapter_config.json and adapter_model.safetensors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _PLAIN: dict[str, tuple[object, ...]] = {  # fields of PEFT that change the resu
     "alora_invocation_tokens": ([], None),
 }
 
-_OF_THE_BASE = ("init_lora_weights", "bias")  # of those, what is about the base's own weights
+_OF_THE_BASE = ("init_lora_weights", "bias")  # those of them that concern the base's own weights
 
 _MERGE = "merge it into its base with PEFT (merge_and_unload) and give the folder that the merged model is saved to"
 
@@ -95,7 +95,7 @@ def load_adapter(model: Model, folder: Path | str) -> None:
 
     Raises:
         CheckpointError: a file is missing or damaged, asks for more than plain LoRA on attention and MLP projections,
-            or does not fit the model, which is then to be loaded anew.
+            or does not fit the model, which must be loaded anew after this.
         ValueError: the model has adapters already.
     """
     folder = Path(folder)
@@ -126,8 +126,8 @@ def check_plain(raw: Mapping[str, Any], source: str, remedy: str, *, in_memory: 
     Args:
         raw: the fields.
         source: where they are from, for the message.
-        remedy: what else to do, for the message.
-        in_memory: is the base that they belong on the one at hand, whatever was done to its weights?
+        remedy: what to do instead, for the message.
+        in_memory: is their base the model in memory, with any changes that they made to its weights?
     """
     for name, plain in _PLAIN.items():
         if raw.get(name) not in plain and not (in_memory and name in _OF_THE_BASE):
@@ -170,7 +170,7 @@ def _json(folder: Path) -> dict[str, Any]:
 
 
 def _adapted(weights: WeightFile, targets: object, source: Path) -> set[str]:
-    """The last names of the modules that there are weights for; `targets` must name them all, or PEFT would not."""
+    """The last names of the modules that have adapter weights; `targets` must match all of them, as for PEFT."""
     if isinstance(targets, list):
         pattern = rf"(.*\.)?({'|'.join(re.escape(str(target)) for target in targets)})"
     else:
@@ -191,8 +191,8 @@ def adapter_config(folder: Path | str) -> LoRA:
     """The adapters that an adapter folder describes.
 
     Raises:
-        CheckpointError: adapter_config.json cannot be read, or asks for more than plain LoRA; or it names its targets
-            by a pattern, which only the weights resolve, and they cannot be read.
+        CheckpointError: adapter_config.json cannot be read, or asks for more than plain LoRA; or it names targets by a
+            pattern, which only the weights resolve, and they cannot be read.
     """
     folder = Path(folder)
     raw, path = _json(folder), folder / CONFIG

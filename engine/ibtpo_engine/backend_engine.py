@@ -1,8 +1,8 @@
 """Trees and searches over a backend: the same `Tree`, `Node`, search and reward as with an `Engine`.
 
-A round of a search becomes calls of `Backend.extend`: siblings share a call, and so do parents that ask for equally
-many children of equal length. Calls of all trees run side by side on threads, while trees, searches and rewards stay on
-the caller's; so a tree waiting for its round holds nobody up, and a search needs no locks.
+A round of a search becomes calls of `Backend.extend`: siblings share a call, and so do parents with equally many
+children of equal length. Calls of all trees run side by side on threads, while trees, searches and rewards stay on the
+caller's thread. So a tree that waits for its round does not block others, and a search needs no locks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Call:
         return [node for family in self.families for node in family]
 
     def make(self, backend: Backend, cancelled: Event) -> list[list[Completion]]:
-        # A stream has 64 bits; the low 31 are a seed everywhere, whatever integer type a server keeps it in.
+        # A stream has 64 bits; its low 31 are a valid seed in any integer type that a server may use.
         seeds = [[node.stream & 0x7FFFFFFF for node in family] for family in self.families]
         parents = [family[0].parent for family in self.families]
         prefixes = [parent.prefix().tolist() for parent in parents if parent is not None]
@@ -58,8 +58,8 @@ class BackendEngine:
     Args:
         backend: samples; called from up to `max_calls` threads.
         seed: with a tree's key and a branch's place in the tree, decides the seed of every request.
-        max_calls: most calls of the backend under way; `run` opens trees until there are as many.
-        max_positions: the model's context in tokens; None where the backend is to say when it is full.
+        max_calls: most concurrent calls of the backend; `run` opens trees until there are as many.
+        max_positions: the model's context in tokens; None leaves it to the backend to report a full context.
         vocabulary: the model's number of token ids, `len(tokenizer)` or its padded size; None takes any id.
 
     Raises:
@@ -90,7 +90,7 @@ class BackendEngine:
         self._searches: list[Searches] = []  # of each `run` under way
 
     def tree(self, prompt: npt.ArrayLike, *, key: int | None = None) -> Tree:
-        """Open a tree on a prompt; as `Engine.tree`, but nothing is pinned anywhere.
+        """Open a tree on a prompt; as `Engine.tree`, but no pages are held.
 
         Raises:
             ValueError: the prompt is empty, or leaves no room in the context.
@@ -113,7 +113,7 @@ class BackendEngine:
         _abandon(tree.root.subtree())
 
     def weights_changed(self) -> None:
-        """The backend samples from other weights now: what is asked for from here on carries the next version."""
+        """The backend samples from other weights now: nodes asked for from here on get the next version."""
         self.version += 1
 
     def extend(self, nodes: Iterable[Node], sampling: Sampling) -> list[Node]:
@@ -154,8 +154,8 @@ class BackendEngine:
         """Grow a tree on every prompt, the rounds of all of them side by side; as `Engine.run`.
 
         Yields:
-            (index of the prompt, its tree) as the trees are done. `NoTokenAllowed` is raised in the one search, for all
-            branches of a call.
+            (index of the prompt, its tree) as the trees are done. `NoTokenAllowed` is raised only in the search
+            concerned, for all branches of a call.
 
         Raises:
             BackendError: the backend failed.
@@ -203,12 +203,12 @@ class BackendEngine:
                 _fail(call, error, searches)
                 continue
             for node in self._fill(call, answer):
-                growth = searches.growing.get(node.tree.ordinal)  # the reward of one before may have closed the tree
+                growth = searches.growing.get(node.tree.ordinal)  # an earlier node's reward may have closed the tree
                 if growth is not None:
                     growth.finished(node)
 
     def _calls(self, nodes: Sequence[Node], sampling: Sampling) -> list[_Call]:
-        """Sort nodes into calls and mark them as under way."""
+        """Sort nodes into calls and mark them as in flight."""
         if len(set(nodes)) < len(nodes):
             raise ValueError("a node is given twice; use node.fork(n=2) for two branches")
         if sampling.pause is not None:
@@ -273,7 +273,7 @@ class BackendEngine:
 
 
 def _fail(call: _Call, error: NoTokenAllowed, searches: Searches) -> None:
-    """Take the nodes of a call off their tree and tell its search; a call is of one search."""
+    """Take the nodes of a call, which is one search's, off their tree and tell the search."""
     growth = searches.growing.get(call.nodes[0].tree.ordinal)
     _abandon(call.nodes)
     if growth is not None:
@@ -284,7 +284,7 @@ def _fail(call: _Call, error: NoTokenAllowed, searches: Searches) -> None:
 
 
 def _abandon(nodes: Iterable[Node]) -> None:
-    """Take the nodes that are still under way off their trees."""
+    """Take the nodes that are still in flight off their trees."""
     for node in nodes:
         if node.in_flight:
             node.abandon()
@@ -294,7 +294,7 @@ def _check(completion: Completion, most: int, vocabulary: int | None) -> None:
     """Refuse a completion that no node can hold.
 
     Raises:
-        BackendError: its message names what is wrong with it.
+        BackendError: the message says what is wrong.
     """
     count = len(completion.tokens)
     if not 1 <= count <= most:

@@ -1,6 +1,6 @@
-"""What a search needs of whoever samples: the adapter protocol, and this engine behind it.
+"""The protocol between searches and samplers, and this engine as one of them.
 
-A backend continues lists of token ids. `BackendEngine` grows trees over any of them, so a search, a reward and all that
+A backend continues lists of token ids. `BackendEngine` grows trees over any backend, so searches, rewards and code that
 reads trees run unchanged whether the tokens come from this process or from a server.
 """
 
@@ -29,7 +29,7 @@ class Completion:
     Attributes:
         tokens: int32 [n >= 1]; a stop token is kept as the last one.
         logprob: float32 [n], log-probability under the distribution sampled from (temperature, top-p, top-k applied).
-        logprob_raw: float32 [n], log-probability under the model at temperature 1, nothing cut.
+        logprob_raw: float32 [n], log-probability under the model at temperature 1, without filters.
         entropy: float32 [n], entropy in nats of the model's full distribution at temperature 1.
         finish: "stop" (a token of `Sampling.stop_tokens`, or `stopped_by`) or "length".
         stopped_by: the stop string that ended it, if one did.
@@ -52,7 +52,7 @@ class Backend(Protocol):
         """Continue every prefix `n` times.
 
         Args:
-            prefixes: P lists of token ids, a prompt and what was sampled below it each.
+            prefixes: P lists of token ids, each a prompt and what was sampled below it.
             n: completions of each prefix.
             sampling: how; here `max_tokens` counts from the end of the prefix.
             seeds: [P][n], each in [0, 2^31); the same prefix, sampling and seed should give the same completion.
@@ -61,14 +61,14 @@ class Backend(Protocol):
             [P][n] completions in the order of the seeds.
 
         Raises:
-            BackendError: they cannot be had; the message names the remedy.
+            BackendError: the backend failed; the message names the remedy.
             ValueError: the backend does not know one of the sampling parameters.
         """
 
 
 @runtime_checkable
 class CancellableBackend(Backend, Protocol):
-    """A backend that can be told that nobody waits for what it was asked for any more."""
+    """A backend whose calls can be cancelled."""
 
     def extend_until(
         self,
@@ -79,14 +79,14 @@ class CancellableBackend(Backend, Protocol):
         seeds: Sequence[Sequence[int]],
         cancelled: threading.Event,
     ) -> list[list[Completion]]:
-        """As `extend`; once `cancelled` is set nothing more is begun, and what it raises then is told to nobody."""
+        """As `extend`; once `cancelled` is set it begins nothing more, and whatever it raises is ignored."""
 
 
 class TreeEngine(Protocol):
-    """What grows trees: an `Engine`, or a `BackendEngine`.
+    """Something that grows trees: an `Engine` or a `BackendEngine`.
 
     Attributes:
-        seconds_waiting: time with nothing to sample, for rewards.
+        seconds_waiting: time spent waiting for rewards with nothing to sample.
     """
 
     seconds_waiting: float
@@ -103,7 +103,7 @@ class TreeEngine(Protocol):
         """Grow a tree on every prompt; as `Engine.run`."""
 
     def weights_changed(self) -> None:
-        """What is sampled from here on comes from other weights."""
+        """Tokens sampled from here on come from other weights."""
 
 
 class EngineBackend:
@@ -123,7 +123,7 @@ class EngineBackend:
         """Continue every prefix `n` times, all in one batch; a seed is the key of a tree. As `Backend.extend`.
 
         Raises:
-            ValueError: also where `sampling` has a pause: a completion ends.
+            ValueError: also if `sampling` has a pause, since a completion cannot pause.
         """
         if sampling.pause is not None:
             raise ValueError("Sampling.pause: a backend's completion cannot pause; use Engine.extend")

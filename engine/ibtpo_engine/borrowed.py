@@ -1,4 +1,4 @@
-"""Models of `transformers` that are in memory already, with PEFT's adapters or without: their parameters are shared."""
+"""Models of `transformers` already in memory, with or without PEFT's adapters, whose parameters are shared."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _MERGE = "merge it into the model (merge_and_unload)"
 
 
 def borrow(model: PreTrainedModel | PeftModel) -> Model:
-    """An engine's view of a model of `transformers`: the very same parameters, nothing is copied.
+    """A model of `transformers` as an engine's model, with the same parameters; nothing is copied.
 
-    Those of a LoRA adapter of PEFT are shared, too, and PEFT's own switch acts on both: within its `disable_adapter()`
-    the base is sampled from. Dropout, of adapters too, is left out, as in evaluation.
+    A LoRA adapter of PEFT is shared, too, and PEFT's own switch acts on both: within `disable_adapter()` the engine
+    samples from the base. Dropout is left out, in adapters too, as in evaluation.
 
-    What is borrowed are the parameters, not the code: forward hooks, and modules put in others' places, are not run.
+    The parameters are borrowed, not the code: forward hooks and replaced modules are not run.
 
     Raises:
-        CheckpointError: it is no architecture that the engine runs (see `load_model`), it is compiled, wrapped, split,
-            offloaded or of several types, or has other parameters than its configuration says; or its adapters are
+        CheckpointError: the engine does not run its architecture (see `load_model`), it is compiled, wrapped, split,
+            offloaded or of several types, or its parameters are not those of its configuration; or its adapters are
             more than one plain LoRA on attention and MLP projections in every layer.
     """
     base: Any = getattr(model, "get_base_model", lambda: model)()
@@ -49,18 +49,18 @@ def borrow(model: PreTrainedModel | PeftModel) -> Model:
         ours.adapters = adapters
     theirs = _parameters_of(base, adapters)
     _check_borrowed(theirs, dict(ours.named_parameters()), kind)
-    for name, parameter in ours.named_parameters():  # load_state_dict does to theirs what it finds here
+    for name, parameter in ours.named_parameters():  # load_state_dict copies this flag to theirs
         parameter.requires_grad_(theirs[name].requires_grad)
     ours.load_state_dict(theirs, assign=True)
     return ours
 
 
 class PeftAdapters(Adapters):
-    """An adapter that lies in layers of PEFT, and is on only while PEFT has it on.
+    """An adapter in layers of PEFT; it is on only while PEFT has it on.
 
     Args:
-        config: what the adapter is.
-        name: what PEFT calls it.
+        config: rank, weight and places.
+        name: its name in PEFT.
         layers: PEFT's layers that have it.
     """
 
@@ -76,10 +76,10 @@ class PeftAdapters(Adapters):
         return self.on and not self._layers[0].disable_adapters
 
     def state(self) -> object:
-        """What decides how a forward pass applies them, to be compared.
+        """Everything that decides how a forward pass applies them, for comparison.
 
         Raises:
-            StaleWeights: PEFT would no longer apply this adapter, and no other, as it did when it was borrowed.
+            StaleWeights: PEFT no longer applies this adapter alone, in the way it did when it was borrowed.
         """
         off = self._layers[0].disable_adapters
         as_borrowed = ([self.name], self._scaling, off, False)
@@ -94,7 +94,7 @@ class PeftAdapters(Adapters):
 
 
 def _adapters_of(model: Any, base: nn.Module) -> PeftAdapters | None:
-    """The adapter that PEFT has active in a model; None of one without any."""
+    """The adapter that PEFT has active in a model; None if it has no adapters."""
     configs: dict[str, Any] = getattr(model, "peft_config", {})
     if not configs:
         return None
@@ -116,7 +116,7 @@ def _adapters_of(model: Any, base: nn.Module) -> PeftAdapters | None:
 
 
 def _lora(name: str, layers: dict[str, Any]) -> LoRA:
-    """What the adapter of this name is in PEFT's layers; they are given by their paths in the model."""
+    """The configuration of the adapter `name` in PEFT's layers, given by their paths in the model."""
     names = {path.rpartition(".")[2] for path in layers}
     if odd := names.difference(TARGETS):
         raise CheckpointError(f"borrow: {min(odd)} is adapted; only {', '.join(TARGETS)} may be. Else {_MERGE}")
@@ -127,7 +127,7 @@ def _lora(name: str, layers: dict[str, Any]) -> LoRA:
 
 
 def _parameters_of(base: nn.Module, adapters: PeftAdapters | None) -> dict[str, Parameter]:
-    """By the names that they have here; without those of other adapters than the one given."""
+    """The base's parameters, and those of the given adapter only, under the names that our models use."""
     parameters = dict(base.named_parameters())  # a tied head is named once, as the embedding
     if adapters is None:
         return parameters

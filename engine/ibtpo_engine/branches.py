@@ -1,4 +1,4 @@
-"""What the scheduler moves about: branches being sampled and known tokens being filled in."""
+"""The scheduler's units of work: branches being sampled and known tokens being filled in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ibtpo_engine.tree import Node
 
 @dataclass(eq=False)
 class Branch:
-    """A pending node being sampled; `kept` holds what a preempted one has sampled."""
+    """A pending node being sampled; `kept` holds what it had sampled when it was preempted."""
 
     node: Node
     sampling: Sampling
@@ -34,7 +34,7 @@ class Branch:
     is_given: bool = False  # are its tokens given (`kept` from the start) and only to be scored?
 
     def sampled_by(self, version: int) -> int:
-        """Version of the weights that its node is marked with, where it ends under `version`."""
+        """Version of the weights that its node is marked with if it ends under `version`."""
         return version if self.version is None else self.version
 
 
@@ -42,7 +42,7 @@ class Branch:
 class Fill:
     """Known tokens whose keys and values are computed next: a node's, or (`branch` given) a preempted branch's.
 
-    The node may be cut meanwhile, and is the lower half then; the fill goes on over both halves.
+    If the node is cut meanwhile, `node` is the lower half; the fill goes on over both halves.
     """
 
     kv: KV
@@ -63,7 +63,7 @@ class Fill:
         return self.start + len(self.tokens) - (self.branch is not None)
 
     def chunk(self, budget: int) -> Chunk:
-        """The rows to run in this step, at most `budget`; of a node computed to its end the last one, for its state."""
+        """The rows to run in this step, at most `budget`; of a computed node the last row, for its hidden state."""
         if self.computed < self.end:
             return Chunk(self, self.computed, min(self.end, self.computed + budget))
         rows = 1 if self.branch is None and budget > 0 else 0

@@ -1,9 +1,9 @@
-"""What one tree may take: tokens, nodes, pages.
+"""Budgets: how many tokens, nodes and pages one tree may take.
 
-A budget is shared out when branches are *submitted*, never while they run: n branches extended together each get an
-n-th of what is left and end with "budget" where their share ends. A branch counts with its whole share until whoever
-extended it is told that it ended. Who ran ahead of whom therefore decides nothing, and a tree with a budget holds the
-same tokens in any batch and any pool. What a branch leaves over goes to the next call.
+A budget is divided when branches are *submitted*, never while they run: n branches extended together each get an n-th
+of the rest and end with "budget" where their share ends. A branch counts with its whole share until its caller has
+received it. So the order in which branches run or finish decides nothing, and a tree with a budget holds the same
+tokens in any batch and any pool. The unused part of a share is available to the next call.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Budget:
 
     Attributes:
         tokens: most tokens below the prompt, each counted once; branches that reach their share end with "budget".
-        nodes: most nodes below the prompt, pending ones and those made by cutting included; a fork past it raises.
+        nodes: most nodes below the prompt, including pending ones and those made by cutting; a fork past it raises.
         pages: most pages of the pool, prompt included; branches that reach their share end with "budget".
 
     Raises:
@@ -48,7 +48,7 @@ class Limit(NamedTuple):
 
     Attributes:
         depth: one past the last position it may reach on its path.
-        finish: why it ends there: "length", or "budget" where the tree's budget is what ends it.
+        finish: why it ends there: "length", or "budget" if the tree's budget set the limit.
     """
 
     depth: int
@@ -56,15 +56,15 @@ class Limit(NamedTuple):
 
 
 class Used:
-    """What a tree holds, counted as it grows and is cut back, so that nobody has to walk it.
+    """What a tree holds, counted as it grows and shrinks, so that it need not be walked.
 
     Args:
         nodes: those that are there already.
 
     Attributes:
-        nodes: pending ones and the prompt's included.
-        tokens: the prompt's included.
-        pages: those that nodes with tokens touch, whether or not keys and values are there.
+        nodes: number of nodes, including pending ones and the prompt's.
+        tokens: number of tokens, including the prompt's.
+        pages: pages that nodes with tokens touch, whether or not keys and values are there.
     """
 
     def __init__(self, nodes: Sequence[Node] = ()) -> None:
@@ -73,13 +73,13 @@ class Used:
             self.add_tokens(node)
 
     def add_tokens(self, node: Node, sign: int = 1) -> None:
-        """A node was filled (or, with sign -1, is dropped). Cutting it later changes neither sum."""
+        """Count a node that was filled (or, with sign -1, is dropped). Cutting it later changes neither sum."""
         self.tokens += sign * len(node)
         self.pages += sign * _pages(node, node.end)
 
 
 def check_nodes(tree: Tree, more: int) -> None:
-    """Refuse `more` nodes that the tree's budget does not hold.
+    """Refuse `more` nodes if the tree's budget has no room for them.
 
     Raises:
         BudgetSpent: they would exceed `Budget.nodes`.
@@ -99,7 +99,7 @@ def within_budgets(limits: dict[Node, int], reserved: Callable[[Tree], Mapping[N
 
     Args:
         limits: depth each node could reach if there were no budget.
-        reserved: tells the depths that branches of a tree submitted before may reach: spoken for.
+        reserved: gives the depths that a tree's earlier branches may reach, which count as used.
 
     Raises:
         BudgetSpent: a tree cannot give each of its branches one token.
@@ -132,14 +132,14 @@ def _shared_out(tree: Tree, nodes: list[Node], reserved: Mapping[Node, int]) -> 
 
 
 def _taken(tree: Tree, reserved: Mapping[Node, int]) -> tuple[int, int]:
-    """Tokens below the prompt, and pages, of what is there and of what is spoken for."""
+    """Tokens below the prompt, and pages, that a tree holds or that are reserved."""
     ahead = [(node, end) for node, end in reserved.items() if not node.dropped]
     tokens = tree.used.tokens - tree.prompt_len + sum(end - node.end for node, end in ahead)
     return tokens, tree.used.pages + sum(_pages(node, end) - _pages(node, node.end) for node, end in ahead)
 
 
 def check_room(node: Node, lengths: list[int], reserved: Mapping[Node, int]) -> None:
-    """Refuse given suffixes of these lengths below a node that its tree's budget does not hold.
+    """Refuse given suffixes of these lengths below a node if its tree's budget has no room for them.
 
     Raises:
         BudgetSpent: they would exceed `Budget.tokens` or `Budget.pages`.
@@ -157,7 +157,7 @@ def check_room(node: Node, lengths: list[int], reserved: Mapping[Node, int]) -> 
 
 
 def _shares(name: str, bound: int, used: int, n: int) -> list[int]:
-    """What is left in `n` equal parts, the first ones larger by one where it does not divide."""
+    """The rest of a budget in `n` parts, equal or with the first ones larger by one."""
     left = bound - used
     if left < n:
         raise _spent(name, bound, used, f"{n} branches need {n} {name}")

@@ -1,4 +1,4 @@
-"""Pages and index together: where a path's keys and values are, and who may keep them."""
+"""Pages and index together: where a path's keys and values are, and which nodes own them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class PageCache:
 
     Attributes:
         pool: the pages.
-        index: finds prefixes by content; gives pages up when the pool runs short.
+        index: finds prefixes by content; evicts pages when the pool runs short.
     """
 
     def __init__(self, pool: PagePool) -> None:
@@ -24,7 +24,7 @@ class PageCache:
 
     @property
     def num_loose(self) -> int:
-        """Pages that are free or in the index; of the latter, those that open trees own too cannot be evicted."""
+        """Pages that are free or in the index; indexed pages that open trees own too cannot be evicted."""
         return self.pool.num_free + self.index.num_entries
 
     def take(self, n: int) -> list[int] | None:
@@ -37,9 +37,9 @@ class PageCache:
     def open(self, node: Node, upto: int) -> KV | None:
         """Pages for positions [node.start, upto) of `node`, whose parent must be computed to its end.
 
-        The page that straddles a fork is copied, so nobody writes into another's page. A node that goes on where its
-        parent stopped, the lower half of a cut or what was resumed, shares that page instead: its rows past the
-        parent's end are nobody else's. None if pages are short.
+        The page that straddles a fork is copied, so that no branch writes into another's page. A node that continues
+        its parent's branch (the lower half of a cut, or a resumed node) shares that page instead: no other node uses
+        its rows past the parent's end. None if pages are short.
         """
         parent, start = node.parent, node.start
         assert parent is not None
@@ -86,7 +86,7 @@ class PageCache:
         """Let the index find every path of a tree, as far as it is computed."""
         nodes: list[tuple[Node, Ints, Entry | None]] = [(tree.root, tree.root.tokens[:0], None)]
         while nodes:
-            node, rest, above = nodes.pop()  # the tokens between the last whole page above the node and it; that page
+            node, rest, above = nodes.pop()  # rest: tokens between the last whole page above the node, `above`, and it
             if node.kv is None:
                 continue
             tokens = np.concatenate([rest, node.tokens])[: node.kv.computed - node.kv.first * PAGE]

@@ -1,4 +1,4 @@
-"""What repeats a step on a GPU at the cost of one launch."""
+"""Capturing steps on a GPU, to repeat each at the cost of one launch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ibtpo_engine.model import Model
 
 Step = Callable[[], None]
 Capture = Callable[[Step], Step]
-"""Runs a step, any number of times, and returns what repeats it."""
+"""Runs a step, any number of times, and returns a function that repeats it."""
 
 
 def capture_for(model: Model) -> Capture:
-    """Captures steps of this model.
+    """The `Capture` for this model.
 
     Raises:
         ValueError: they cannot be captured.
@@ -32,20 +32,20 @@ def capture_for(model: Model) -> Capture:
 
 
 class CudaCapture:
-    """Captures steps; all share one pool of memory, as no two are replayed at a time.
+    """Captures steps as CUDA graphs, which share one memory pool, since only one is replayed at a time.
 
-    A pool ends with its last graph, and nothing can be captured into one that has ended: then another is begun.
+    A pool ends with its last graph, and nothing more can be captured into it: then a new one is begun.
 
-    All are captured on one stream: matrix libraries keep a workspace for each stream that they have met, and the one
-    that torch captures on otherwise lies on the first GPU that anything was captured on. Other threads, of a reward for
-    one, may use the GPU meanwhile.
+    All steps are captured on one stream of our own: matrix libraries keep a workspace for each stream they have seen,
+    and torch's default capture stream lies on the first GPU that anything was captured on. Other threads, such as a
+    reward's, may use the GPU meanwhile.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream: torch.cuda.Stream | None = None
         self._memory: Any = None
-        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()  # of this pool, as long as somebody replays them
+        self._graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()  # of this pool, while they are in use
 
     def __call__(self, step: Step) -> Step:
         with torch.cuda.device(self._device):
@@ -53,7 +53,7 @@ class CudaCapture:
                 self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
             current = torch.cuda.current_stream()
             self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):  # kernels are compiled and libraries set up outside of the capture
+            with torch.cuda.stream(self._stream):  # compiles kernels and initializes libraries outside of the capture
                 step()
             current.wait_stream(self._stream)
             if not self._graphs:

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _PICKLED = (".bin", ".pt", ".pth")
-_OTHERS = (*_PICKLED, ".safetensors", ".distcp", ".gguf")  # weights as other tools write them, or shards without index
+_OTHERS = (*_PICKLED, ".safetensors", ".distcp", ".gguf")  # weights of other tools, or shards without an index
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 
 
 def load_model(folder: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
     """Load a dense Qwen3, Qwen2/2.5, Llama or Mistral checkpoint, memory-mapped and shard by shard.
 
-    What it takes at most is the weights in `dtype` and one chunk of a file; all headers are checked before any data.
+    Peak memory is the weights in `dtype` and one chunk of a file; all headers are checked before any data is read.
 
     Args:
         folder: the checkpoint folder.
@@ -37,8 +37,8 @@ def load_model(folder: Path | str, *, dtype: torch.dtype = torch.float32, device
         device: where they go.
 
     Raises:
-        CheckpointError: a file is missing or truncated, a tensor is missing, unexpected, of the wrong shape, quantized,
-            or holds NaN or Inf, or what `dtype` cannot.
+        CheckpointError: a file is missing or truncated, or a tensor is missing, unexpected, of the wrong shape,
+            quantized, or holds NaN, Inf or values that `dtype` cannot represent.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -63,12 +63,12 @@ def load_model(folder: Path | str, *, dtype: torch.dtype = torch.float32, device
 
 
 def _parameter(stored: str, config: ModelConfig) -> str:
-    """The parameter that a stored tensor is: a tied matrix may lie there under either name, or under both."""
+    """The parameter that a stored tensor is for: a tied matrix may be stored under either name, or under both."""
     return EMBEDDING if stored == HEAD and config.tie_embeddings else stored
 
 
 def _find(folder: Path, expected: dict[str, tuple[int, ...]], config: ModelConfig) -> dict[str, WeightFile]:
-    """The file each stored tensor lies in, in the order to read them; only headers are looked at."""
+    """The file of each stored tensor, in the order to read them; only headers are read."""
     found: dict[str, WeightFile] = {}
     for file in map(WeightFile, _weight_files(folder)):
         for name in file.names():
@@ -110,7 +110,7 @@ def _weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{index}: not a safetensors index. Download the file again.")
         gone = [path for path in files if not path.exists()]
         if single.exists() and single not in files:
-            if gone:  # `transformers` leaves the index there when it saves into one file what was in several
+            if gone:  # `transformers` leaves an old index behind when it saves a sharded model as one file
                 return [single]
             raise CheckpointError(
                 f"{folder}: there are weights in {SINGLE}, and others in the shards that {INDEX} names. Delete those "
@@ -131,7 +131,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def save_model(model: Model, tokenizer: PreTrainedTokenizerBase | None, folder: Path | str) -> None:
     """Write a folder that `transformers` loads: config.json, model.safetensors and the tokenizer's files.
 
-    Weights that lie there, single or sharded, are replaced.
+    Existing weights in the folder, single or sharded, are replaced.
     Not atomic: write into a temporary folder and rename it (see `RunFolder.checkpoint`).
 
     Raises:
@@ -146,7 +146,7 @@ def save_model(model: Model, tokenizer: PreTrainedTokenizerBase | None, folder: 
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / SINGLE, metadata={"format": "pt"})
-    for stale in (folder / INDEX, *folder.glob("model-*-of-*.safetensors")):  # would be taken for other weights
+    for stale in (folder / INDEX, *folder.glob("model-*-of-*.safetensors")):  # else they would be read as other weights
         stale.unlink(missing_ok=True)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -158,7 +158,7 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: there is none, it cannot be read, or it names no end-of-sequence token.
     """
-    from transformers import AutoTokenizer  # here, for it takes its time
+    from transformers import AutoTokenizer  # here, because importing it is slow
 
     present = {path.name for path in Path(folder).glob("*")}
     if "tokenizer_config.json" not in present or not present & VOCABULARIES:  # transformers would make one up

@@ -1,11 +1,11 @@
-"""The text of the `/v1/completions` protocol: a request from `Sampling`, and `Completion`s from a response.
+"""The `/v1/completions` protocol: requests from `Sampling`, and `Completion`s from responses.
 
-vLLM and SGLang agree on it as far as it is used here. Two things in it have cost others a training run:
+vLLM and SGLang agree on the parts used here. Two pitfalls have ruined training runs elsewhere:
 
-- *Defaults.* A server fills what a request leaves out from the checkpoint's generation_config.json (a repetition
-  penalty of 1.05 for some Qwen), so every parameter that shapes the distribution is sent, the neutral ones too.
-- *Which log-prob.* Servers return different ones in the same field (`LogprobKind`); a number is only ever given the
-  name it deserves, and is NaN where it cannot be known.
+- *Defaults.* A server fills omitted parameters from the checkpoint's generation_config.json (a repetition penalty of
+  1.05 for some Qwen models), so every parameter that shapes the distribution is sent, even at its neutral value.
+- *Which log-prob.* Servers return different log-probs in the same field (`LogprobKind`). A value is stored under a name
+  only if it is that quantity; a quantity that cannot be known is NaN.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ibtpo_engine.errors import BackendError
 from ibtpo_engine.sampling import Sampling
 
 LogprobKind = Literal["raw", "scaled", "sampled"]
-"""What a server's log-probs are: of the model itself (vLLM's default); after division by the temperature, but before
-anything is cut (SGLang's default); of the distribution sampled from (vLLM's --logprobs-mode processed_logprobs)."""
+"""Which log-probs a server returns: of the model itself (vLLM's default); after division by the temperature, but before
+filters (SGLang's default); of the distribution sampled from (vLLM's --logprobs-mode processed_logprobs)."""
 
 _SENT = {"temperature", "top_p", "top_k", "min_p", "max_tokens", "stop_tokens"}
 _ENDS = {"stop": "stop", "length": "length"}
@@ -32,7 +32,7 @@ _ENDS = {"stop": "stop", "length": "length"}
 def request_body(
     model: str, prefix: Sequence[int], n: int, sampling: Sampling, seed: int
 ) -> dict[str, str | int | float | bool | list[int]]:
-    """What to post for `n` completions of `prefix`.
+    """The request for `n` completions of `prefix`.
 
     Raises:
         ValueError: `sampling` uses a parameter that the protocol does not know.
@@ -56,7 +56,7 @@ def request_body(
         "seed": seed,
         "logprobs": 1,
         "return_token_ids": True,
-        "ignore_eos": not sampling.stop_tokens,  # SGLang, told so, would ignore stop_token_ids too
+        "ignore_eos": not sampling.stop_tokens,  # with it, SGLang would ignore stop_token_ids too
         "stop_token_ids": list(sampling.stop_tokens),
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
@@ -70,7 +70,7 @@ def read_completions(
     """The `n` completions a server sent.
 
     Raises:
-        BackendError: something is missing or does not fit; the message says what, and what to do.
+        BackendError: the response is incomplete or inconsistent; the message says how, and what to do.
     """
     choices = response.get("choices") if isinstance(response, dict) else None
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices) or len(choices) != n:
@@ -104,7 +104,7 @@ def _completion(choice: dict[str, Any], prefix: list[int], sampling: Sampling, k
         )
     stops = np.isin(tokens, sampling.stop_tokens)
     if stops[-1:].any():
-        finish = "stop"  # SGLang calls it "length" where it is the last token that was asked for
+        finish = "stop"  # SGLang reports "length" if the stop token is the last one of max_tokens
     elif finish == "stop":
         raise BackendError(
             f"the server stopped after {tokens[-1:].tolist()}, which is not in stop_tokens={sampling.stop_tokens}: it "
@@ -160,11 +160,11 @@ def _logprobs(choice: dict[str, Any]) -> Floats:
 
 
 def _named(values: Floats, sampling: Sampling, kind: LogprobKind) -> tuple[Floats, Floats]:
-    """(logprob, logprob_raw) as far as the server's values are one, the other, or both."""
+    """(logprob, logprob_raw): each the server's values if they are that quantity, else NaN."""
     whole = sampling.top_p == 1 and sampling.top_k == 0 and sampling.min_p == 0
     plain = whole and sampling.temperature == 1
     nan = _unknown(len(values))
-    if sampling.temperature == 0:  # one token has probability 1; of what servers send here only vLLM's raw one is clear
+    if sampling.temperature == 0:  # one token has probability 1; only vLLM's raw log-prob is well-defined here
         return np.zeros_like(values), values if kind == "raw" else nan
     if kind == "raw":
         return (values if plain else nan), values
@@ -174,5 +174,5 @@ def _named(values: Floats, sampling: Sampling, kind: LogprobKind) -> tuple[Float
 
 
 def _unknown(count: int) -> Floats:
-    """float32 [count] of NaN: numbers that the server does not tell."""
+    """float32 [count] of NaN, for numbers that the server does not report."""
     return np.full(count, np.nan, np.float32)

@@ -1,4 +1,4 @@
-"""What an engine is made of: the pool, the open trees, the weights it watches, and one step over all of them."""
+"""The core of an engine: the pool, the open trees, the weights it watches, and one step over all of them."""
 
 from __future__ import annotations
 
@@ -82,15 +82,15 @@ class EngineCore:
         self.seed = seed
         self.decode = decode
         self.version = 0
-        self.seconds_waiting = 0.0  # with nothing to sample, for rewards
+        self.seconds_waiting = 0.0  # for rewards and other futures, with nothing to sample
         self.kv_tokens = pages_for(kv_tokens) * PAGE
         self.max_branches = max_branches
         self.prefill_tokens = prefill_tokens
         self._trees: dict[int, Tree] = {}  # open trees by ordinal
         self._searches: list[Searches] = []  # of each `run` under way
         self._stepping: int | None = None  # the thread in the middle of a step
-        self._failed: dict[Node, Exception] = {}  # what nodes failed with whose caller is not told yet
-        self._ended: deque[Node] = deque()  # whose searches are not told yet
+        self._failed: dict[Node, Exception] = {}  # errors of nodes whose caller is not told yet
+        self._ended: deque[Node] = deque()  # finished nodes whose searches are not told yet
         self._opened = 0
         self._prompt_pages = 0  # of all open trees
         self._weights = WeightWatch(self.model, *([self.shadow.masters] if self.shadow else []))
@@ -110,7 +110,7 @@ class EngineCore:
         self._begin(Runner(self.model, pool, self.parity, capture))
 
     def _begin(self, runner: Runner) -> None:
-        """With a pool whose pages are free, and nothing under way."""
+        """Start with a pool whose pages are all free, and nothing in progress."""
         self.cache = PageCache(runner.pool)
         self.scheduler = Scheduler(
             runner,
@@ -124,12 +124,12 @@ class EngineCore:
     # ---- trees -----------------------------------------------------------------------------------------------
 
     def tree(self, prompt: npt.ArrayLike, *, key: int | None = None, budget: Budget | None = None) -> Tree:
-        """Open a tree on a prompt; what it owns stays in the pool until it is closed.
+        """Open a tree on a prompt; its pages stay in the pool until it is closed.
 
         Args:
             prompt: int [n], token ids.
             key: names the tree's random numbers; by default its place in the order of opening.
-            budget: what the tree may take at most; other trees do not notice when it is spent.
+            budget: what the tree may take at most; spending it does not affect other trees.
 
         Raises:
             ValueError: the prompt is empty, has ids outside the vocabulary, or leaves no room in the context or budget.
@@ -198,16 +198,16 @@ class EngineCore:
         return branches
 
     def _reserved(self, tree: Tree) -> dict[Node, int]:
-        """Depths that branches may reach: those under way, and those whose end the tree's search has not been told."""
+        """Depths that a tree's branches may reach: those in progress, and those that its search has not received."""
         growth = self._growth_of(tree)
         depths = {node: branch.limit for node, branch in self.scheduler.branches.items() if node.tree is tree}
         return depths if growth is None else depths | growth.reserved
 
     def _step(self, most: int = 1) -> None:
-        """At most so many scheduler steps; what finished is reported to its search, whoever is calling.
+        """Run at most `most` scheduler steps; finished nodes are reported to their searches, whichever call steps.
 
-        A branch whose mask, pause or decoder raised is taken off its tree, and its search or `_raise_failed` told: the
-        other branches are none of its business.
+        A branch whose mask, pause or decoder raised is taken off its tree, and the error goes to its search or to
+        `_raise_failed`; other branches are not affected.
         """
         thread = get_ident()
         if self._stepping not in (None, thread):
@@ -230,13 +230,13 @@ class EngineCore:
             self._failed[failed.node] = failed.error
 
     def _raise_failed(self, nodes: Iterable[Node]) -> None:
-        """Raise what one of these nodes failed with, if one did."""
+        """Raise the error of one of these nodes, if one failed."""
         for node in nodes if self._failed else ():
             if node in self._failed:
                 raise self._failed.pop(node)
 
     def _take_steps(self, most: int) -> None:
-        if self.scheduler.is_plain:  # no torch in it: entering the mode would cost as much as all else about the step
+        if self.scheduler.is_plain:  # no torch in it: entering the modes would cost as much as the rest of the step
             finished: list[Node] | None = self.scheduler.step(self.version, most)
         else:
             with torch.inference_mode(), self._no_autocast(), self._threads():
@@ -245,7 +245,7 @@ class EngineCore:
         if finished is None:
             self._suspend_one()
             return
-        if self._pauses:  # before a reward is asked, which may take steps of its own: they look at each token
+        if self._pauses:  # they look at each token, so before a reward is called, which may take steps of its own
             finished = finished + self._pauses.due(self.version)
         while self.scheduler.failures:
             self._fail(self.scheduler.failures.pop(0))
@@ -259,7 +259,10 @@ class EngineCore:
             self.scheduler.cancel(nodes)
 
     def _give_up(self, leave: Callable[[], None], error: BaseException) -> None:
-        """A call ends with an error: `leave` takes what it began off the trees. An interrupt may come at any moment."""
+        """A call ends with an error: `leave` takes what it began off the trees.
+
+        An interrupt may come at any moment: after one the engine is checked, and reset if that fails.
+        """
         if isinstance(error, Exception | GeneratorExit):
             leave()
             return
@@ -271,10 +274,10 @@ class EngineCore:
             leave()
 
     def reset(self) -> None:
-        """Forget all keys and values and take everything under way off its tree; open trees keep their tokens.
+        """Forget all keys and values and take everything in progress off its tree; open trees keep their tokens.
 
-        What an interrupt (Ctrl-C) at the wrong moment left in disorder is in order again; the calls that sample do this
-        themselves where it is needed.
+        This repairs what an interrupt (Ctrl-C) at the wrong moment left inconsistent; calls that sample do so
+        themselves if needed.
         """
         for tree in self._trees.values():
             growth = self._growth_of(tree)
@@ -294,7 +297,7 @@ class EngineCore:
         self._prompt_pages = sum(pages_for(tree.prompt_len) for tree in self._trees.values())
 
     def _report_ended(self) -> None:
-        """Tell the searches what ended; also what a reward, by an interrupt or a call of its own, keeps from them."""
+        """Tell the searches what ended, even if a reward is interrupted or takes steps of its own meanwhile."""
         while self._ended:
             self._report(self._ended.popleft())
 
@@ -310,7 +313,7 @@ class EngineCore:
         return next((growth for growth in found if growth is not None), None)
 
     def _no_autocast(self) -> AbstractContextManager[None]:
-        """The caller's is none of the engine's business; where there is none, entering it would cost for nothing."""
+        """Turn the caller's autocast off; if it is not on, skip the cost of entering the context."""
         device = self.model.device.type
         return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
@@ -320,11 +323,11 @@ class EngineCore:
         return threads_for(2.0 * self._num_parameters * self.scheduler.num_rows)
 
     def _suspend_one(self) -> None:
-        """Pages are short: the youngest tree that a search grows gives its KV up; the oldest branch's stays."""
+        """Pages are short: drop the KV of the youngest tree that a search grows, except the oldest branch's tree."""
         oldest = self.scheduler.waiting[0].node.tree
         growing = [growth for searches in self._searches for growth in searches.growing.values()]
         trees = [growth.tree for growth in growing if growth.tree is not oldest]
-        holders = [tree for tree in trees if tree.root.kv is not None]  # without it nothing below has any
+        holders = [tree for tree in trees if tree.root.kv is not None]  # if the root has none, no node has
         if not holders:
             raise self._out_of_pages()
         self.cache.forget(max(holders, key=lambda tree: tree.ordinal))
@@ -343,7 +346,7 @@ class EngineCore:
     def weights_changed(self) -> None:
         """Tell the engine that the parameters were updated in place, or adapters switched on or off.
 
-        Cached keys and values of the old weights are given up; tokens and log-probs stay. What is grown further is
+        Cached keys and values of the old weights are dropped; tokens and log-probs stay. A tree that grows further is
         computed anew with the new weights.
 
         Raises:
@@ -380,7 +383,7 @@ class EngineCore:
         self.cache.pool.release_memory()
 
     def restore(self) -> None:
-        """Take the pool's memory now rather than at the next step, so that a lack of it shows here.
+        """Allocate the pool's memory now rather than at the next step, so that a lack of it shows here.
 
         Raises:
             torch.OutOfMemoryError or RuntimeError: torch's allocator cannot give it.
@@ -395,7 +398,7 @@ class EngineCore:
             self.cache.forget(tree)
 
     def stats(self) -> dict[str, int]:
-        """What was counted since the engine was made.
+        """Counts since the engine was made.
 
         Returns:
             "sampled" and "computed" tokens; "reused", tokens found in the index; "copied", positions that forks
@@ -409,9 +412,9 @@ class EngineCore:
         }
 
     def check_integrity(self) -> None:
-        """Check that all books of the engine agree: page references, free list, index, nodes, slots, branches.
+        """Check that the engine's data structures agree: page references, free list, index, nodes, slots, branches.
 
         Raises:
-            IntegrityError: what is wrong, and where.
+            IntegrityError: they do not; the message says what is wrong, and where.
         """
         check_engine(self._trees.values(), self.scheduler)

@@ -1,4 +1,4 @@
-"""The engine: trees in, sampled trees out, in this process, on the trainer's own parameters."""
+"""The engine: grows trees in this process, from the trainer's own parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ibtpo_engine.stream import Event, Follower
 from ibtpo_engine.tree import Node, Tree
 
 MOST_STEPS = 16
-"""Decode steps between two looks at what else there is to do; after as many every branch has begun a page."""
+"""Most decode steps in one call, between which nothing else is done; in 16 every branch begins a page."""
 
 
 class Engine(EngineCore):
@@ -55,9 +55,9 @@ class Engine(EngineCore):
         Raises:
             ValueError: a node is given twice, is not pending, was dropped, or its tree is closed or of another engine;
                 or `sampling` names a token outside the vocabulary, or stop strings without `decode`.
-            NoTokenAllowed: mask, bias and `min_tokens` together forbid a branch every token.
+            NoTokenAllowed: mask, bias and `min_tokens` together forbid every token to a branch.
             BudgetSpent: a tree cannot give each of its nodes one token; nothing is sampled.
-            OutOfPages: the pool is full of what open trees own; the nodes are taken off their trees again.
+            OutOfPages: the pages of open trees fill the pool; the nodes are taken off their trees again.
             StaleWeights: parameters changed since the last call without `weights_changed`.
         """
         nodes = list(nodes)
@@ -84,7 +84,7 @@ class Engine(EngineCore):
             keys: names of the random numbers, one a prompt: the same key gives the same trajectories again.
 
         Yields:
-            The `n` finished nodes of each prompt, in the order of the prompts, as soon as they and all before are done.
+            The `n` finished nodes of each prompt, in the order of the prompts, once they and all earlier ones are done.
 
         Raises:
             ValueError: n < 1, or as `run`.
@@ -93,13 +93,13 @@ class Engine(EngineCore):
         return in_order(self.run(independent(n), prompts, sampling, keys=keys))
 
     def stream(self, nodes: Iterable[Node], sampling: Sampling) -> Iterator[Event]:
-        """Sample as `extend` does, and tell of the tokens as they come.
+        """Sample as `extend` does, and yield the tokens as they come.
 
         Between two events the caller may do anything: abort branches, extend others, release the memory. Leaving the
-        loop takes the branches that are not done off their trees.
+        loop takes unfinished branches off their trees.
 
         Yields:
-            What is new of each branch after each step; the last event of each has `done` set.
+            The new tokens of each branch after each step; the last event of a branch has `done` set.
 
         Raises:
             As `extend`, once the iteration begins.
@@ -110,7 +110,7 @@ class Engine(EngineCore):
         try:
             while follower.watches:
                 self._check_weights()  # the caller had a turn
-                self._raise_failed(nodes)  # also what a step of others met
+                self._raise_failed(nodes)  # a step of another call may have failed one
                 if any(node.in_flight for node in nodes):
                     self._step()
                     self._raise_failed(nodes)
@@ -124,7 +124,7 @@ class Engine(EngineCore):
 
         Args:
             nodes: those that are not being extended (any more) are left as they are.
-            keep: keep what was sampled, as a node with `finish` "abort"; otherwise, and where nothing was sampled yet,
+            keep: keep what was sampled, as a node with `finish` "abort"; otherwise, or if nothing was sampled yet,
                 the node leaves its tree and gives its pages back.
         """
         nodes = [node for node in nodes if self._trees.get(node.tree.ordinal) is node.tree]
@@ -143,20 +143,20 @@ class Engine(EngineCore):
                 growth.lost(node)
 
     def score(self, below: Node | Tree, suffixes: Sequence[npt.ArrayLike], *, keep: bool = False) -> list[Score]:
-        """What the model says of given tokens after a prefix: nothing is sampled, the prefix is computed once.
+        """Log-probs and entropies of given tokens after a prefix, which is computed once; nothing is sampled.
 
         Args:
             below: the node whose end the suffixes follow; a tree stands for its prompt.
-            suffixes: int [n] each, n at least 1; computed side by side, in as many steps as `prefill_tokens` asks.
-            keep: leave each suffix on the tree, as a node with `finish` "scored"; otherwise no trace is left.
+            suffixes: int [n] each, n at least 1; computed side by side, in as many steps as `prefill_tokens` requires.
+            keep: leave each suffix on the tree, as a node with `finish` "scored"; otherwise the tree is left unchanged.
 
         Returns:
             One score a suffix, in order.
 
         Raises:
             ValueError: a suffix is not made of token ids or too long, or the node is pending, dropped, or not ours.
-            BudgetSpent: the tree's budget does not hold the suffixes that are to be kept.
-            EngineError: the tree was closed under way, or the engine reset.
+            BudgetSpent: the tree's budget has no room for suffixes that are to be kept.
+            EngineError: the tree was closed meanwhile, or the engine reset.
             OutOfPages, StaleWeights: as `extend`.
         """
         self._check_weights()
@@ -175,7 +175,7 @@ class Engine(EngineCore):
         try:
             while any(child.in_flight for child in children):
                 self._step()
-                for child in children if not keep else []:  # its pages may be what the next one waits for
+                for child in children if not keep else []:  # the next one may wait for its pages
                     if not (child.in_flight or child.dropped):
                         child.drop()
             if any(child.is_pending for child in children):
@@ -208,17 +208,17 @@ class Engine(EngineCore):
 
         Args:
             search: called with a tree, returns a generator that yields pending nodes and receives them finished. It may
-                yield a future, too, to go on once that is done: all trees are opened before any waits in vain.
+                also yield a future, to go on once that is done; meanwhile other trees are opened and grown.
             prompts: int [n] each.
             sampling: how branches are sampled.
-            reward: grades a finished leaf, None where it cannot; a future lets the other trees go on meanwhile. What it
-                or a search raises ends the run.
+            reward: grades a finished leaf, or returns None; a future lets the other trees go on meanwhile. An exception
+                of the reward or of a search ends the run.
             keys: names of the trees' random numbers, one a prompt.
-            budget: of each tree; `BudgetSpent`, like `NoTokenAllowed`, is raised in its search alone, which ends there
-                unless it is caught, and is what the tree was `ended_by`.
+            budget: of each tree; `BudgetSpent`, like `NoTokenAllowed`, is raised only in that tree's search. Unless
+                caught, it ends the search and becomes the tree's `ended_by`.
 
         Yields:
-            (index of the prompt, its tree) as the trees are done; a tree is closed by then, its tokens stay.
+            (index of the prompt, its tree) as the trees are done; the tree is closed by then, but keeps its tokens.
 
         Raises:
             OutOfPages: not even the oldest tree alone fits into the pool.
@@ -254,11 +254,11 @@ class Engine(EngineCore):
         return self.scheduler.num_branches < self.max_branches
 
     def _is_half_free(self) -> bool:
-        """Is at least half the pool left for trees to grow into? Of the index, open trees own at most their prompts."""
+        """Is at least half the pool left for trees to grow into? Of pages in the index, open trees own only prompts."""
         return 2 * (self.cache.num_loose - self._prompt_pages) >= self.cache.pool.num_pages
 
     def _advance(self, searches: Searches) -> None:
-        """Steps of the scheduler, or, if every tree waits for rewards or other futures, wait for the first."""
+        """Step the scheduler; if every tree waits for rewards or other futures, wait for the first instead."""
         self._report_ended()
         if self.scheduler.num_branches:
             self._step(1 if searches.await_futures() else MOST_STEPS)

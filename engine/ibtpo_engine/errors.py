@@ -13,7 +13,7 @@ class EngineError(RuntimeError):
 
 
 class OutOfPages(EngineError):
-    """The KV pool cannot hold what the live trees own plus what is asked for."""
+    """The KV pool cannot hold the open trees' pages plus those asked for."""
 
 
 class StaleWeights(EngineError):
@@ -21,11 +21,11 @@ class StaleWeights(EngineError):
 
 
 class NoTokenAllowed(EngineError):
-    """Mask, bias and `min_tokens` together forbid a branch every token."""
+    """Mask, bias and `min_tokens` together forbid every token to a branch."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint folder is missing something, damaged, or of an unknown architecture."""
+    """A checkpoint folder is incomplete, damaged, or of an unknown architecture."""
 
 
 class BackendError(EngineError):
@@ -33,15 +33,15 @@ class BackendError(EngineError):
 
 
 class BudgetSpent(EngineError):
-    """What is asked of a tree exceeds its budget."""
+    """A request exceeds a tree's budget."""
 
 
 class BranchFailed(EngineError):
-    """What a caller's mask, pause or decoder raised for one branch, on its way to whoever extends that branch.
+    """Carries an error of the caller's mask, pause or decoder for one branch to the call or search that extends it.
 
     Args:
         node: the branch's node.
-        error: what was raised.
+        error: the original error.
     """
 
     def __init__(self, node: Node, error: Exception) -> None:
@@ -50,4 +50,4 @@ class BranchFailed(EngineError):
 
 
 class IntegrityError(EngineError):
-    """The engine's own books disagree with each other: a bug in the engine, never the caller's doing."""
+    """The engine's data structures disagree with each other: a bug in the engine, never the caller's fault."""

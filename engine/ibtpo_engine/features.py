@@ -1,6 +1,6 @@
-"""What some branches need beyond a plain step: shaped logits before a token is drawn, stop strings sought after it.
+"""Features of some branches beyond a plain step: shaped logits before a token is drawn, stop strings sought after it.
 
-Branches without it are never looked at one by one, and a step without any such branch costs nothing more.
+Branches without features are never handled one by one, and a step without any such branch costs nothing more.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ STOP = 1  # index into slots.FINISH
 
 @dataclass(eq=False)
 class Features:
-    """One branch's: they stay with it when it is preempted."""
+    """The features of one branch, which keeps them when it is preempted."""
 
     shape: Shape | None = None
     watch: StopWatch | None = None
@@ -28,7 +28,7 @@ class Features:
     stopped_by: str | None = None
 
     def leave(self, node: Node) -> None:
-        """The branch has ended as this node: note what ended it, and where its mask is for the forks below."""
+        """The branch has ended as this node: store what ended it, and its mask's state for forks below it."""
         if self.stopped_by is not None:
             node.stopped_by = self.stopped_by
         if self.shape is not None:
@@ -36,7 +36,7 @@ class Features:
 
 
 def features_of(node: Node, sampling: Sampling, decode: Decode | None) -> Features | None:
-    """What a pending node needs; None if a plain step serves it.
+    """The features of a pending node's branch; None if a plain step serves it.
 
     Args:
         decode: token ids to text; must be given if there are stop strings.
@@ -64,9 +64,9 @@ class FeatureTable:
         return bool(self.by_slot)
 
     def split(self, slots: Longs, length: Ints) -> tuple[Longs, Longs]:
-        """(plain, shaped): the slots whose next logits are sampled as they are, and the others.
+        """(plain, shaped): the slots whose next logits are sampled unchanged, and the others.
 
-        The same arrays are returned as long as they hold the same slots, so that plans made for them are kept.
+        Returns the same array objects as long as they hold the same slots, so that plans made for them are kept.
         """
         shaped = tuple(slot for slot in slots.tolist() if self.shape(slot, int(length[slot])) is not None)
         if self._all is not slots or self._parts is None or self._shaped != shaped:
@@ -76,17 +76,17 @@ class FeatureTable:
         return self._parts
 
     def shape(self, slot: int, depth: int) -> Shape | None:
-        """What shapes the logits of the slot's token at `depth`."""
+        """The shape to apply to the logits of the slot's token at `depth`, or None."""
         features = self.by_slot.get(slot)
         if features is None or features.shape is None or features.shape.is_over(depth):
             return None
         return features.shape
 
     def follow(self, slots: Longs, code: Longs, length: Ints, last_token: list[int]) -> list[tuple[int, BaseException]]:
-        """Look for stop strings after a token was recorded in each slot; writes the `code` of those that end.
+        """Look for stop strings after a token was recorded in each slot; writes the `code` of slots that end.
 
         Returns:
-            (slot, what `decode` raised there): to be raised again once the step is accounted for.
+            (slot, exception of its `decode`), to be raised again once the step is accounted for.
         """
         errors: list[tuple[int, BaseException]] = []
         for i, slot in enumerate(slots.tolist()):

@@ -24,7 +24,7 @@ def independent(n: int) -> Callable[[Tree], Generator[Sequence[Node], list[Node]
 
 
 def in_order(trees: Iterator[tuple[int, Tree]]) -> Iterator[list[Node]]:
-    """The trajectories of each tree of `Engine.run`, in the order of the prompts: early ones wait for their turn."""
+    """The trajectories of each tree of `Engine.run`, in the order of the prompts."""
     early: dict[int, list[Node]] = {}
     turn = 0
     for index, tree in trees:

@@ -1,7 +1,7 @@
-"""Given tokens below a node: what the model says of them, without sampling.
+"""Scores of given tokens below a node, without sampling.
 
-A suffix that is scored is a branch that *has* its tokens: like a preempted one it is filled, a chunk at a time, in the
-same stream as everything else, and then it ends where a preempted one would go on::
+A suffix to be scored is a branch that already has its tokens: like a preempted branch it is filled, a chunk at a time,
+in the same steps as everything else; then it ends instead of going on::
 
     prefix, shared         suffix, own pages
     [0 ........ start)     [start ................. end)
@@ -27,16 +27,16 @@ from ibtpo_engine.slots import Outputs, Slots
 from ibtpo_engine.tree import Node
 from ibtpo_kernels import linear_logprob, sample, sampled_logprob
 
-_GIVEN = -2  # with the tokens of a suffix at the place of a fork's ordinal: 64 mixed bits, so no fork's
+_GIVEN = -2  # mixed with a suffix's tokens into 64 bits that stand for a fork's ordinal, and equal none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What the model says of one suffix.
+    """The score of one suffix.
 
     Attributes:
         tokens: int32 [n], the suffix.
-        logprob: float32 [n], log-probability of each token under the model at temperature 1, nothing cut.
+        logprob: float32 [n], log-probability of each token under the model at temperature 1, without filters.
         entropy: float32 [n], entropy in nats of the distribution that predicted each token.
         node: the node that holds the suffix, if it was kept.
     """
@@ -77,7 +77,7 @@ def check_suffixes(node: Node, suffixes: Sequence[npt.ArrayLike], *, vocabulary:
 
 
 def attach(node: Node, suffixes: Sequence[Ints]) -> list[Node]:
-    """Pending children for given tokens; they count as no forks, so what is forked later draws what it would have."""
+    """Pending children for given tokens; they do not count as forks, so later forks draw the same random numbers."""
     taken, children = {child.birth for child in node.children}, []
     for tokens in suffixes:
         birth = (node.end, mix(_GIVEN, *tokens.tolist()))
@@ -99,14 +99,14 @@ def given_branch(node: Node, tokens: Ints) -> Branch:
 
 
 def record_scores(slots: Slots, runner: Runner, fill: Fill, depths: Ints, hidden: Tensor | None) -> None:
-    """Write the log-probs and entropies that a chunk of a given branch decides into its slot.
+    """Write into its slot the log-probs and entropies that a chunk of a given branch yields.
 
     Args:
-        slots: where the branch has its slot.
+        slots: hold the branch's slot.
         runner: its model's head is used; with `parity="bitwise"` the numbers have the bits of sampled ones.
         fill: the branch's.
         depths: int32 [c], the rows just run.
-        hidden: [c, H], their final hidden states; None if there are none.
+        hidden: [c, H], their final hidden states; None if no rows were run.
     """
     branch = fill.branch
     assert branch is not None and branch.node.parent is not None

@@ -1,4 +1,4 @@
-"""A search under way, of which an engine grows any number side by side."""
+"""Searches in progress; an engine runs any number of them side by side."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ibtpo_engine.tree import Node, Tree
 
 @dataclass(frozen=True)
 class Ahead:
-    """What a search may yield that goes on before all its branches have ended: these, until those.
+    """What a search yields to go on before all its branches have ended.
 
-    What it is told, and when, follows from the tree alone: not from which branch ended first, so not from the batch.
-    So does what is left of its tree: branches that it has not received when it ends leave the tree, ended or not.
+    What the search receives, and when, depends on the tree alone: not on which branch ended first, so not on the batch.
+    The same holds for the final tree: branches that the search has not received when it ends are dropped, ended or not.
 
     Attributes:
         extend: pending nodes to be extended.
@@ -32,20 +32,20 @@ class Ahead:
 
 
 Growth = Generator["Sequence[Node] | Ahead | Future[Any]", list[Node], None]
-"""Yields branches to be extended and receives them finished; a future is waited for, and nothing is received for it."""
+"""Yields branches to be extended and receives them finished; yields a future to wait for it, and receives nothing."""
 Search = Callable[[Tree], Growth]
-"""Called once with each tree, whose prompt is all it has then; usually a generator function."""
+"""Called once with each tree, which has only its prompt then; usually a generator function."""
 Reward = Callable[[Tree, Node], "float | Future[Any] | None"]
-"""Called with (tree, node) of each branch that ended (a paused one has not); `Node.reward` becomes the number returned,
-or the future's once that is done. None grades nothing."""
+"""Called with (tree, node) of each branch that ended (not of a paused one); `Node.reward` becomes the number returned,
+or the future's once that is done. None leaves the node ungraded."""
 
 
 class Stirred:
-    """Those searches of a run that may have become ready, so that nobody has to look at all of them.
+    """The searches of a run that may have become ready, so that a step need not look at all of them.
 
     Attributes:
         growths: by the ordinal of their tree.
-        awaiting: those that wait for a future; it stirs them up itself, from whatever thread it is done on.
+        awaiting: those that wait for a future, whose callback adds them, on whatever thread it is done.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class Stirred:
         self.growths[growth.tree.ordinal] = growth
 
     def expect(self, growth: Growing, future: Future[Any]) -> None:
-        """It may have become ready once the future is done."""
+        """Add it once the future is done."""
         self.awaiting[growth.tree.ordinal] = growth
         future.add_done_callback(lambda _: self._done.put(growth))
 
@@ -70,7 +70,7 @@ class Stirred:
         return ready
 
     def forget(self, growth: Growing) -> None:
-        """It has ended, whatever it still awaits."""
+        """Remove a search that has ended, even if it still awaits futures."""
         self.growths.pop(growth.tree.ordinal, None)
         self.awaiting.pop(growth.tree.ordinal, None)
 
@@ -80,26 +80,26 @@ class Stirred:
             self.wait()
 
     def wait(self) -> None:
-        """Until a future is done, or `wake`."""
+        """Wait until a future is done or `wake` is called."""
         growth = self._done.get()
         if growth is not None and not growth.done:
             self.add(growth)
 
     def wake(self) -> None:
-        """End a `wait`, or the next one; from any thread."""
+        """End the current or the next `wait`; from any thread."""
         self._done.put(None)
 
 
 class Growing:
-    """A search under way: its generator, what it waits for, and the rewards on their way.
+    """A search in progress: its generator, what it waits for, and its outstanding rewards.
 
     Attributes:
-        nodes: what it asked for last, to be extended.
-        submitted: has the engine been told of them?
-        turns: how often it asked.
-        rewards: of branches that ended; futures are here until they have been read.
-        stirred: told when it may have become ready.
-        reserved: with a budget, the depth each branch may reach whose end the search has not been told yet.
+        nodes: the nodes it last asked to extend.
+        submitted: have they been submitted to the engine?
+        turns: how often it has asked.
+        rewards: futures of ended branches, until they have been read.
+        stirred: told when this search may have become ready.
+        reserved: with a budget, the depth each branch may reach that the search has not received yet.
     """
 
     def __init__(self, index: int, tree: Tree, search: Search, reward: Reward | None, stirred: Stirred) -> None:
@@ -116,16 +116,16 @@ class Growing:
         self.turns = 0
         self.submitted = True
         self._under_way: set[Node] = set()
-        self._untold: dict[Node, None] = {}  # asked for and not received yet
+        self._untold: dict[Node, None] = {}  # asked for and not received yet, in order
         self._until: list[Node] = []
         self._waits_for: set[Node] = set()  # those of `_until` that are under way
         self._gate: Future[Any] | None = None
-        self._failed: dict[Node, Exception] = {}  # what branches failed with that it does not wait for yet
-        self._error: Exception | None = None  # what the search is told instead of what it waits for
+        self._failed: dict[Node, Exception] = {}  # errors of branches that it does not wait for yet
+        self._error: Exception | None = None  # raised in the search at its next turn
         self._not_graded: BaseException | None = None  # what the reward raised: for the caller of `run`
 
     def ask(self) -> None:
-        """Send into the search what it waited for (it begins at the first call); take what it wants extended next."""
+        """Send the search what it waited for (the first call starts it) and take what it asks for next."""
         self._check_grades()
         self.turns += 1
         error, self._error = self._error, None
@@ -146,7 +146,7 @@ class Growing:
             self._resume(lambda generator: generator.send(self._until))
 
     def _resume(self, go: Callable[[Growth], Sequence[Node] | Ahead | Future[Any]]) -> None:
-        """Give the search its turn; it ends with its function, its tree, or an error that was its tree's alone."""
+        """Give the search its turn; it ends if it returns, its tree was closed, or its tree's own error escapes it."""
         assert self.generator is not None
         try:
             asked = go(self.generator)
@@ -162,7 +162,7 @@ class Growing:
                 self._take(asked)
 
     def refuse(self, error: BudgetSpent) -> None:
-        """The tree's budget does not hold the round asked for: tell the search, which ends or asks for less."""
+        """The tree's budget does not allow the round asked for: tell the search, which ends or asks for less."""
         assert self.generator is not None
         self._under_way.difference_update(self.nodes)
         for node in self.nodes:
@@ -170,7 +170,7 @@ class Growing:
         self._resume(lambda generator: generator.throw(error))
 
     def fail(self, node: Node, error: Exception) -> bool:
-        """A branch could not go on and is off the tree: its search is told once it waits for it.
+        """A branch failed and is off the tree: its search gets the error once it waits for the branch.
 
         Returns:
             False if the branch is not of this search.
@@ -195,7 +195,7 @@ class Growing:
             nodes = list(asked)  # once: it may be an iterator
             asked = Ahead(nodes, nodes)
         failed = (self._failed.pop(node) for node in asked.until if node in self._failed)
-        self._error = self._error or next(failed, None)  # one may be left where the budget refused what came with it
+        self._error = self._error or next(failed, None)  # one may be left from a round that the budget refused
         self.nodes, self._until = list(asked.extend), [node for node in asked.until if not node.dropped]
         if any(node.tree is not self.tree for node in [*self.nodes, *self._until]):
             raise ValueError("a search may yield nodes of its own tree only; use engine.extend for others")
@@ -211,7 +211,7 @@ class Growing:
             raise self._not_graded
 
     def _end(self) -> None:
-        """End the search; what ended before it was told leaves the tree: whether it had would depend on the batch."""
+        """End the search and drop ended branches it has not received: which have ended depends on the batch."""
         assert self.generator is not None
         for node in self._untold if not self.tree.closed else ():
             if not (node.in_flight or node.dropped or node.children):
@@ -222,19 +222,19 @@ class Growing:
         self.submitted = True
 
     def told(self) -> None:
-        """The engine knows of what was asked for."""
+        """What the search asked for has been submitted."""
         self.submitted = True
         self.stirred.add(self)
 
     def tree_closed(self) -> None:
-        """Its tree was closed, by whomever: the search ends."""
+        """Its tree was closed: the search ends at its next turn."""
         self.stirred.add(self)
 
     def finished(self, node: Node) -> None:
         """A branch ended: grade it, unless it only paused.
 
-        What the reward raises is kept for the next turn: the step may be that of another call. An interrupt goes to
-        that one, too.
+        An exception of the reward is kept for the next turn, since the step may belong to another call. An interrupt is
+        raised there, too.
         """
         self._leaves(node)
         try:
@@ -251,7 +251,7 @@ class Growing:
             node.reward = graded
 
     def lost(self, node: Node) -> None:
-        """A branch was aborted, or its tree closed, and is off the tree; the search does not hear of it."""
+        """A branch was aborted or its tree closed: it is off the tree, and the search is not told."""
         self.reserved.pop(node, None)
         if node in self._under_way:
             if node in self._waits_for:
@@ -259,7 +259,7 @@ class Growing:
             self._leaves(node)
 
     def withdraw(self, node: Node) -> bool:
-        """Take a branch off what was asked for, if it is not submitted yet; the search does not hear of it."""
+        """Remove a branch that was asked for but not submitted yet, without telling the search; False if it is none."""
         if self.submitted or node not in self.nodes:
             return False
         self.nodes.remove(node)
@@ -272,11 +272,11 @@ class Growing:
         self.stirred.add(self)
 
     def awaits_futures(self) -> bool:
-        """Does it wait for rewards, or for the future it asked for? Those that `is_ready` has not seen done yet."""
+        """Does it wait for rewards that `is_ready` has not read yet, or for the future it yielded?"""
         return not self.tree.closed and (bool(self.rewards) or not (self._gate is None or self._gate.done()))
 
     def is_ready(self) -> bool:
-        """Is all that the search asked for submitted, and all that it waits for finished and graded?"""
+        """Is everything the search asked for submitted, and everything it waits for finished and graded?"""
         if self.tree.closed or self._error is not None or self._not_graded is not None:
             return self.submitted
         for node in [node for node, future in self.rewards.items() if future.done()]:
@@ -294,12 +294,12 @@ class Searches:
         search: called with each tree.
         prompts: taken one by one, as there is room.
         keys: one a prompt, or None.
-        reward: grades what ends.
+        reward: grades branches that end.
         open_tree: opens a tree on (prompt, key).
-        submit: has the engine extend what a search asked for, `Growing.nodes`.
+        submit: submits what a search asked for, `Growing.nodes`, to the engine.
 
     Attributes:
-        growing: those under way, by the ordinal of their tree.
+        growing: searches in progress, by the ordinal of their tree.
     """
 
     def __init__(
@@ -313,7 +313,7 @@ class Searches:
     ) -> None:
         self.growing: dict[int, Growing] = {}
         self._stirred = Stirred()
-        self._held: list[Growing] = []  # have asked for branches that are not submitted yet
+        self._held: list[Growing] = []  # searches whose branches are not submitted yet
         self._search = search
         self._reward = reward
         self._waiting = iter(enumerate(prompts))
@@ -322,7 +322,7 @@ class Searches:
         self._submit = submit
 
     def open(self) -> bool:
-        """Begin on the next prompt; False if there is none.
+        """Start a search on the next prompt; False if there is none.
 
         Raises:
             ValueError: it has no key.
@@ -345,7 +345,7 @@ class Searches:
         return True
 
     def open_while(self, has_room: Callable[[], bool]) -> None:
-        """Begin on prompts as long as there is room, and in any case where nothing is under way."""
+        """Start searches as long as there is room, and at least one if none is in progress."""
         while not self.growing or has_room():
             if not self.open():
                 return
@@ -357,7 +357,7 @@ class Searches:
 
     @property
     def holds_back(self) -> bool:
-        """Have branches been asked for that are not submitted yet?"""
+        """Are there branches that were asked for and not submitted yet?"""
         return bool(self._held)
 
     def any_ready(self) -> bool:
@@ -370,23 +370,24 @@ class Searches:
         return bool(self._stirred.awaiting)
 
     def wait(self) -> None:
-        """Until one of these futures is done, or `wake`."""
+        """Wait until one of these futures is done or `wake` is called."""
         self._stirred.wait()
 
     def wake(self) -> None:
-        """End a `wait`, or the next one; from any thread."""
+        """End the current or the next `wait`; from any thread."""
         self._stirred.wake()
 
     def resume(self, has_room: Callable[[], bool], breadth: int) -> Iterator[tuple[int, Tree]]:
-        """Hand what is finished and graded to those that can go on; yield the trees whose search has ended.
+        """Resume the searches that can go on; yield the trees whose search has ended.
 
-        The first branches of a tree run side by side, its rounds one after another. If rounds went before new trees,
-        the last trees would be opened late and end alone, in small batches: new trees go first, then those with the
-        fewest rounds behind them.
+        A tree's rounds run one after another, each round's branches side by side. If rounds went before new trees, the
+        last trees would be opened late and finish alone, in small batches. So new trees go first, then the searches
+        with the fewest rounds so far.
 
         Args:
-            has_room: is there room for more branches? If not, what was asked for is submitted another time.
-            breadth: most trees that may be under way for that; at 0 no tree is opened here, and nobody is kept waiting.
+            has_room: is there room for more branches? If not, what was asked for is submitted later.
+            breadth: open new trees first while fewer than this are in progress; at 0, open none and submit every round
+                at once.
         """
         self._stirred.look()
         stirred = [growth for _, growth in sorted(self._stirred.growths.items())]
@@ -407,8 +408,8 @@ class Searches:
             self._tell(self._held.pop(0))
 
     def close(self) -> None:
-        """End those under way and close their trees."""
-        with ExitStack() as closing:  # calls them all, last first, whatever a search does about its end
+        """End the searches in progress and close their trees."""
+        with ExitStack() as closing:  # calls them all, last first, even if a search raises
             for growth in self.growing.values():
                 if growth.generator is not None:
                     closing.callback(growth.generator.close)

@@ -1,4 +1,4 @@
-"""A `/v1/completions` server (vLLM, SGLang, or anything that speaks like them) as a backend."""
+"""A `/v1/completions` server (vLLM, SGLang, or a compatible one) as a backend."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ibtpo_engine.sampling import Sampling
 
 _TEMPORARY = {408, 425, 429, 500, 502, 503, 504}  # worth another try
 _LONGEST_WAIT = 60.0  # seconds between two tries, whatever the server asks for
-_GLANCE = 0.1  # seconds between two looks at whether the answer is still wanted
+_GLANCE = 0.1  # seconds between two checks whether the call is over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +32,15 @@ class CompletionsServer:
     Attributes:
         url: its base address, such as "http://127.0.0.1:8000/v1".
         model: the name it serves the model under.
-        api_key: sent as a bearer token where given.
-        logprobs: what its log-probs are of: "raw", "scaled" or "sampled" (see `LogprobKind`).
-        siblings: "apart" sends a request a completion, each with its own seed, right for every server; "together" sends
-            one request with `n`, for servers that tell the n apart themselves (vLLM adds 0, 1, ... to the seed).
-        timeout: seconds without a byte from the server after which a try has failed; a response comes in one piece, so
-            it must be longer than the longest generation.
-        retries: tries after the first, where the server cannot be reached, times out or says it is busy.
+        api_key: sent as a bearer token if given.
+        logprobs: which log-probs it returns: "raw", "scaled" or "sampled" (see `LogprobKind`).
+        siblings: "apart" sends a request a completion, each with its own seed, and works with every server; "together"
+            sends one request with `n`, for servers that vary the seed themselves (vLLM adds 0, 1, ... to it).
+        timeout: seconds without a byte from the server after which a try fails; a response comes in one piece, so this
+            must exceed the longest generation.
+        retries: tries after the first, if the server cannot be reached, times out or says it is busy.
         backoff: seconds before the second try; doubled for every further one, or what the server asks for.
-        max_requests: most requests under way.
+        max_requests: most concurrent requests.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -73,11 +73,11 @@ class CompletionsServer:
 
 
 def _is_base_address(url: str) -> bool:
-    """Can requests be posted below it, with nothing of it left out?"""
+    """Can requests be posted below this URL, using every part of it?"""
     try:
         parts = urlsplit(url)
         known = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # a port that is no number of one
+    except ValueError:  # an invalid port
         return False
     return bool(known) and parts.path.isascii() and " " not in parts.netloc + parts.path and not parts.query
 
@@ -85,8 +85,8 @@ def _is_base_address(url: str) -> bool:
 class HttpBackend:
     """Samples on a server; as `Backend`.
 
-    Log-probs are named by what the server is said to return, entropy is unknown (NaN): a search that needs it needs an
-    `Engine`, or can use surprisal, ``-logprob_raw``, instead. A request that is tried again carries the same seed.
+    Log-probs are stored according to `CompletionsServer.logprobs`; entropy is unknown (NaN), so a search that needs it
+    must use an `Engine`, or surprisal, ``-logprob_raw``, instead. A request that is tried again carries the same seed.
 
     Args:
         server: where it is.
@@ -113,7 +113,7 @@ class HttpBackend:
         seeds: Sequence[Sequence[int]],
         cancelled: threading.Event,
     ) -> list[list[Completion]]:
-        """The same; once `cancelled` is set no request is sent any more, and those under way are cut off."""
+        """The same; once `cancelled` is set no further request is sent, and open ones are cut off."""
         if self._closed.is_set():
             raise BackendError(f"{self.server.url}: the backend is closed; make a new one")
         together = self.server.siblings == "together"
@@ -136,7 +136,7 @@ class HttpBackend:
                 future.cancel()
 
     def close(self) -> None:
-        """Send nothing more and cut requests under way off; closing twice is fine."""
+        """Send nothing more and cut open requests off; closing twice is allowed."""
         self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
@@ -151,7 +151,7 @@ class HttpBackend:
         return read_completions(self._post(body, call), prefix, n, sampling, self.server.logprobs)
 
     def _post(self, body: bytes, call: _Call) -> Any:
-        """The parsed answer, after as many tries as it takes.
+        """The parsed answer, after retries if needed.
 
         Raises:
             BackendError: the server refused, or failed every time.
@@ -193,10 +193,10 @@ class HttpBackend:
             connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=self.server.timeout)
         with closing(connection):
             connection.connect()
-            connected = connection.sock  # the connection forgets it before a response that closes it is read
+            connected = connection.sock  # if the server closes, the connection drops it before the body is read
             call.sockets.add(connected)
             try:
-                if call.is_over:  # since it was looked at: `cut` may not have seen this one
+                if call.is_over:  # meanwhile: `cut` may have missed this socket
                     raise ConnectionAbortedError("nobody waits for the answer")
                 connection.request("POST", parts.path.rstrip("/") + "/completions", body, headers)
                 response = connection.getresponse()
@@ -206,7 +206,7 @@ class HttpBackend:
 
 
 class _Call:
-    """One `extend` and its requests under way; over as soon as one of the events is set."""
+    """One `extend` and its open requests; over as soon as one of the events is set."""
 
     def __init__(self, *ends: threading.Event) -> None:
         self.ends = ends
@@ -218,19 +218,19 @@ class _Call:
         return self._is_cut or any(end.is_set() for end in self.ends)
 
     def check(self, url: str) -> None:
-        """Raises `BackendError` once nobody waits for the answers."""
+        """Raise `BackendError` if the call is over."""
         if self.is_over:
             raise BackendError(f"{url}: the backend was closed, or the call left, before its answers had come")
 
     def cut(self) -> None:
-        """Cut off what is under way: nobody waits for it."""
+        """End the call and cut off its open requests."""
         self._is_cut = True
         for connected in list(self.sockets):
-            with suppress(OSError):  # it has just ended
-                socket.socket.shutdown(connected, socket.SHUT_RDWR)  # past TLS: its reader, on another thread, wakes up
+            with suppress(OSError):  # it may have just ended
+                socket.socket.shutdown(connected, socket.SHUT_RDWR)  # below TLS: wakes its reader on another thread
 
     def rest(self, seconds: float) -> None:
-        """Wait so long, or until the call is over: others may want the request's place."""
+        """Wait so long, or until the call is over, to free the thread for other requests."""
         end = time.monotonic() + seconds
         while not self.is_over and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, _GLANCE))
@@ -242,12 +242,12 @@ def _parsed(text: bytes) -> Any:
     except (ValueError, RecursionError) as error:
         ends = isinstance(error, json.JSONDecodeError) and (error.pos >= len(error.doc) or "Unterminated" in error.msg)
         if ends or (text.lstrip().startswith(b"{") and not text.rstrip().endswith(b"}")):
-            raise http.client.IncompleteRead(text) from None  # where no length was sent, a lost connection is the end
+            raise http.client.IncompleteRead(text) from None  # without a length, a lost connection looks like the end
         raise BackendError(f"the server's answer is not JSON: {text[:80]!r}; is this a completions server?") from None
 
 
 def _message(text: bytes) -> str:
-    """What an error response says: the message inside the usual JSON, or its beginning."""
+    """The message of an error response: that inside the usual JSON, or the beginning of the text."""
     try:
         said = json.loads(text)
         said = said.get("error", said)
@@ -257,7 +257,7 @@ def _message(text: bytes) -> str:
 
 
 def _seconds(header: str | None) -> float | None:
-    """The value of Retry-After where it is a number of seconds, not a date."""
+    """The value of Retry-After if it is a number of seconds, not a date."""
     try:
         return max(float(header), 0.0) if header is not None else None
     except ValueError:

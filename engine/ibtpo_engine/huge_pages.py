@@ -1,4 +1,4 @@
-"""Memory of the CPU backed by pages of 2 MiB instead of 4 KiB."""
+"""CPU memory backed by pages of 2 MiB instead of 4 KiB."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _ADVICE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has it
 
 
 def prefer_huge_pages(memory: Tensor) -> None:
-    """Ask for huge pages under a tensor that nothing was written to yet; on other devices and systems nothing happens.
+    """Ask for huge pages under a tensor that was not written to yet; on other devices and systems do nothing.
 
-    A step reads keys and values from all over a pool, and the processor need not look up so often where they are: 4 %
-    less time a token in a pool of 384 MiB (docs/log.md).
+    A step reads keys and values from all over a pool, and huge pages save TLB misses: 4 % less time a token in a pool
+    of 384 MiB (docs/log.md).
 
     Args:
-        memory: contiguous; what of it fills no huge page stays on small ones.
+        memory: contiguous; parts that do not fill a huge page stay on small ones.
     """
     if _ADVICE is None or not memory.is_cpu:
         return

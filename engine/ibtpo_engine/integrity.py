@@ -1,4 +1,4 @@
-"""A look through all the engine's books; for tests, and for whoever suspects them."""
+"""A check of all the engine's data structures against each other, for tests and debugging."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from ibtpo_engine.tree import Node, Tree
 
 
 def check_engine(trees: Iterable[Tree], scheduler: Scheduler) -> None:
-    """Raise unless every book of an engine agrees with every other.
+    """Raise unless the data structures of an engine agree with each other.
 
     Pages: references equal owners (nodes of open trees, branches, index), the free list holds the others, each once.
-    Trees: what they hold was counted right. Nodes: spans follow each other, keys and values cover what they claim.
+    Trees: `used` is right. Nodes: spans follow each other, keys and values cover what `computed` says.
     Index: linked both ways, whole pages, no page twice. Scheduler: a slot is free or used, page-table rows name the
     pages of their paths, a branch is in one place.
 
     Raises:
-        IntegrityError: what is wrong, and where.
+        IntegrityError: they do not; the message says what is wrong, and where.
     """
     subtrees = [tree.root.subtree() for tree in trees]
     nodes = [node for subtree in subtrees for node in subtree]

@@ -1,4 +1,4 @@
-"""Which nodes may be extended, and how far; alike on an engine and over a backend."""
+"""Which nodes may be extended, and how far, on an engine or over a backend."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def depth_limit(node: Node, trees: Mapping[int, Tree], max_tokens: int, context:
     """Depth a pending node may reach.
 
     Args:
-        trees: the engine's open ones, by ordinal.
+        trees: the engine's open trees, by ordinal.
         max_tokens: most tokens below the prompt.
-        context: positions of the model, if they are known.
+        context: positions of the model, if known.
 
     Raises:
         ValueError: it cannot be extended.

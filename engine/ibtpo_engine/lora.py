@@ -1,6 +1,6 @@
 """Low-rank adapters beside frozen weights: y = W x + b + (alpha / rank) B (A x) (Hu et al., arXiv 2106.09685).
 
-The weights are never merged, so the policy without its adapters, the reference of a KL penalty, costs no second copy.
+The weights are never merged, so the policy without adapters, the reference of a KL penalty, needs no second copy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """What a model's adapters are.
+    """Configuration of a model's adapters.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -30,7 +30,7 @@ class LoRA:
     rank: int = 16
     """Columns of B and rows of A."""
     alpha: float = 32.0
-    """The product B A counts alpha / rank times."""
+    """The product B A is multiplied by alpha / rank."""
     targets: tuple[str, ...] = TARGETS
     """Names of the projections adapted, in every layer."""
 
@@ -45,12 +45,12 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """What the product B A is multiplied with."""
+        """The factor of the product B A."""
         return self.alpha / self.rank
 
 
 class Adapters:
-    """The adapters of one model: what they are, and the switch that they share.
+    """The adapters of one model: their configuration and shared switch.
 
     Attributes:
         config: rank, weight and places.
@@ -67,7 +67,7 @@ class Adapters:
         return self.on
 
     def state(self) -> object:
-        """What decides how a forward pass applies them, to be compared."""
+        """Everything that decides how a forward pass applies them, for comparison."""
         return self.in_use, self.config
 
 
@@ -77,7 +77,7 @@ class LoRALinear(nn.Linear):
     Args:
         linear: its weight and bias are taken over, not copied.
         adapters: configuration and switch.
-        generator: draws A, uniform as in a fresh linear layer; B is 0, so that the adapted layer begins as `linear`.
+        generator: draws A, uniform as in a new linear layer; B is 0, so that the layer initially equals `linear`.
     """
 
     def __init__(self, linear: nn.Linear, adapters: Adapters, generator: torch.Generator) -> None:
@@ -101,7 +101,7 @@ class LoRALinear(nn.Linear):
 
 
 def _holder(weight: Tensor) -> nn.Linear:
-    """A module with this weight, so that it is called lora_A.weight, as PEFT calls it."""
+    """A module that holds this weight, so that its name is lora_A.weight, as in PEFT."""
     outer, inner = weight.shape
     linear = nn.Linear(inner, outer, bias=False, device="meta")
     linear.weight = nn.Parameter(weight)
@@ -109,11 +109,11 @@ def _holder(weight: Tensor) -> nn.Linear:
 
 
 def adapt_layers(model: nn.Module, adapters: Adapters, seed: int) -> None:
-    """Put an adapter on every projection that their configuration names; freeze everything else.
+    """Put an adapter on every projection that the configuration names; freeze everything else.
 
     Args:
         model: its linear layers are replaced; parameters keep identity and names.
-        adapters: which.
+        adapters: configuration and switch.
         seed: decides the initial A.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)

@@ -5,12 +5,12 @@ Two forms. The simple one is a function of everything before the token; it is ca
     def digits_only(prefix):  # int32 [n], prompt included
         return DIGIT_IDS      # or a boolean array [V]
 
-The other keeps a state per branch, so that a token costs what the grammar costs and not the length of the path::
+The other keeps a state per branch, so that the cost of a token depends on the grammar, not on the path's length::
 
-    mask.begin(prompt) -> state          once a branch, unless a state of its path is known
-    state.allowed()    -> ids or bool    once a token; must change nothing: it may be asked again
-    state.advance(t)                     the branch went on by token t
-    state.copy()       -> state          a fork goes on from here; neither may see what the other does
+    mask.begin(prompt) -> state          once a branch, unless a state on its path is known
+    state.allowed()    -> ids or bool    once a token; must not change the state, as it may be called again
+    state.advance(t)                     the branch continued with token t
+    state.copy()       -> state          for a fork; changes of either must not show in the other
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ PrefixMask = Callable[[Ints], npt.ArrayLike]
 
 
 class MaskState(Protocol):
-    """Where one branch is in its grammar."""
+    """The state of one branch in its grammar."""
 
     def allowed(self) -> npt.ArrayLike:
-        """Token ids, or bool [V]: what may come next. Must not change the state: it may be asked again."""
+        """Token ids, or bool [V], that may come next. Must not change the state, as it may be called again."""
 
     def advance(self, token: int) -> None:
-        """The branch went on by this token."""
+        """The branch continued with this token."""
 
     def copy(self) -> Self:
-        """The same place, for another branch: what either does later must not show in the other."""
+        """The same state for another branch; later changes of either must not show in the other."""
 
 
 @runtime_checkable
@@ -45,7 +45,7 @@ class TokenMask(Protocol):
     """A grammar, shared by all the branches that are sampled with it."""
 
     def begin(self, prompt: Ints) -> MaskState:
-        """The state before the first sampled token; int32 [n], the prompt, as far as the branch shares it."""
+        """The state before the first sampled token; `prompt` is int32 [n], the part of it that the branch shares."""
 
 
 class _Prefix:
@@ -72,13 +72,13 @@ class _Prefix:
 
 
 class MaskCursor:
-    """A mask's state on the path of one branch, and how far it was advanced.
+    """A mask's state on the path of one branch, and the depth to which it was advanced.
 
-    Tokens are handed to the state only when it is asked again, so nothing that it raises can come between a token and
-    its record::
+    Tokens are passed to the state only when it is asked for the next one, so that an error of the state cannot come
+    between sampling a token and recording it::
 
         0 ........... prompt ........... depth ............. the branch's next token
-        [ begin()    )[ advance()d      )[ still to be     )
+        [ begin()    )[ advance()d      )[ not yet         )
     """
 
     def __init__(self, mask: TokenMask | PrefixMask, state: MaskState, depth: int) -> None:
@@ -88,7 +88,7 @@ class MaskCursor:
 
     @classmethod
     def at(cls, node: Node, mask: TokenMask | PrefixMask) -> MaskCursor:
-        """The cursor of a pending node: a copy of the nearest one its path remembers, or a new one."""
+        """The cursor of a pending node: a copy of the nearest one on its path, or a new one."""
         path = node.path()[:-1]
         prefix = np.concatenate([ancestor.tokens for ancestor in path])
         if not isinstance(mask, TokenMask):
@@ -105,16 +105,16 @@ class MaskCursor:
         return cursor
 
     def advance(self, tokens: Ints) -> None:
-        """Hand on the tokens [n] that follow `depth`."""
+        """Pass on the tokens [n] that follow `depth`."""
         for token in tokens.tolist():
             self.state.advance(token)
             self.depth += 1
 
     def allowed(self, vocabulary: int) -> npt.NDArray[np.bool_]:
-        """bool [V], what may come next.
+        """bool [V], the tokens that may come next.
 
         Raises:
-            ValueError: the mask answered with another shape, or with ids outside the vocabulary.
+            ValueError: the mask returned another shape, or ids outside the vocabulary.
         """
         answer = np.asarray(self.state.allowed())
         if answer.dtype == np.bool_:

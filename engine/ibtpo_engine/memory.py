@@ -1,4 +1,4 @@
-"""How large a pool may be: a share of the memory that is free now."""
+"""The size of a pool as a share of the memory that is free now."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def tokens_in_share(model: Model, share: float) -> int:
 def free_memory(device: torch.device) -> int:
     """Bytes that can be allocated on `device` now.
 
-    On a GPU: what the driver has left and what torch's allocator holds unused. On a CPU: what the system can give
-    without swapping, or what is left of the process's control group if that is less.
+    On a GPU: what the driver has free plus what torch's allocator holds unused. On a CPU: what the system can give
+    without swapping, or what the limit of the process's control group leaves if that is less.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -51,7 +51,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _left_in_group(otherwise: int) -> int:
-    """What the limit of the process's control group leaves; `otherwise` where there is none."""
+    """What the limit of the process's control group leaves; `otherwise` if there is none."""
     try:
         most, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
     except OSError:

@@ -54,7 +54,7 @@ class QKNorm(Protocol):
 
 
 class PackedAttention:
-    """Tree attention inside one packed forest: query i sees key j <=> j <= i < end[j]; `attend` says in which order."""
+    """Tree attention in a packed forest: query i sees key j <=> j <= i < end[j]; `attend` replaces the fast kernel."""
 
     def __init__(self, end: Tensor, cos: Tensor, sin: Tensor, attend: PackedAttend | None = None) -> None:
         self.attend = attend or (lambda q, k, v: tree_attention(q, k, v, end))
@@ -68,7 +68,7 @@ class PackedAttention:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention; what attends to what is the caller's `attend`."""
+    """Grouped-query self-attention; the caller's `attend` decides which keys a query sees."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class Attention(nn.Module):
 
     @property
     def qk_norm(self) -> tuple[Tensor, Tensor, float]:
-        """Weights [D] of the queries' and the keys' norm, and their eps; only where `has_norms`."""
+        """Weights [D] of the queries' and the keys' norm, and their eps; only if `has_norms`."""
         return self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
 
     def forward(self, x_NH: Tensor, attend: Attend, project: Project = plain_project) -> Tensor:
@@ -144,7 +144,7 @@ class Model(nn.Module):
         config: its shape; parameters are created on torch's current default device and dtype.
 
     Attributes:
-        adapters: what `add_adapters` put on it; None on a model without.
+        adapters: those that `add_adapters` put on it, or None.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -163,12 +163,12 @@ class Model(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The parameters' device."""
         return self.model.norm.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the parameters are stored and computed in."""
+        """The parameters' type."""
         return self.model.norm.weight.dtype
 
     def rotation(self, pos: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +190,7 @@ class Model(nn.Module):
         """int64 [N] -> hidden states after the final norm, [N, H]; `project` runs every linear layer but the head."""
         x_NH = F.embedding(tokens, self.model.embed_tokens.weight)
         for block in self.model.layers:
-            if checkpointing:  # no random numbers in a block, so none to keep
+            if checkpointing:  # a block draws no random numbers, so no state to preserve
                 x_NH = checkpoint(
                     block, x_NH, attend, project, use_reentrant=False, preserve_rng_state=False, context_fn=_as_now
                 )
@@ -208,8 +208,8 @@ class Model(nn.Module):
             tokens: int64 [N], trees in depth-first pre-order.
             pos: int [N], depth of each token on its path.
             end: int32 [N], exclusive end of each token's subtree.
-            parity: "bitwise" gives the bits of an `Engine(parity="bitwise")`, however its rows came about.
-            checkpointing: keep only what enters each block, and run the block again in the backward pass; the
+            parity: "bitwise" gives the bits of an `Engine(parity="bitwise")`, whether it prefilled or decoded a row.
+            checkpointing: keep only the input of each block, and run the block again in the backward pass; the
                 gradients are the same.
 
         Returns:
@@ -225,7 +225,7 @@ class Model(nn.Module):
         return hidden
 
     def add_adapters(self, config: LoRA, *, seed: int = 0) -> None:
-        """Put low-rank adapters beside the projections and freeze everything else; the model's output stays at first.
+        """Put low-rank adapters beside the projections and freeze everything else; the output does not change yet.
 
         Make engines and optimizers afterwards.
 
@@ -243,7 +243,7 @@ class Model(nn.Module):
 
     @contextmanager
     def adapters_off(self) -> Iterator[None]:
-        """The model without its adapters until the block ends: the policy they started from. Nothing without any."""
+        """The model without its adapters, the policy they started from, until the block ends; no effect without any."""
         if self.adapters is None:
             yield
             return
@@ -255,12 +255,12 @@ class Model(nn.Module):
 
 
 def _as_now() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of a block's forward pass and of its second one: on the same backend."""
+    """Contexts of a block's forward pass and of its recomputation, which uses the same backend."""
     return nullcontext(), same_choice()
 
 
 def initialise(model: Model, seed: int) -> Model:
-    """Fresh weights: matrices and embeddings normal with deviation 0.02, norms 1, biases 0; reproducible by `seed`."""
+    """New weights: matrices and embeddings normal with deviation 0.02, norms 1, biases 0; reproducible by `seed`."""
     generator = torch.Generator(device="cpu").manual_seed(seed)
     drawn: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "generator": generator}
     with torch.no_grad():

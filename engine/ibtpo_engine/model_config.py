@@ -1,4 +1,4 @@
-"""What a Hugging Face ``config.json`` says about a dense Qwen3, Qwen2/2.5, Llama or Mistral model."""
+"""The shape of a dense Qwen3, Qwen2/2.5, Llama or Mistral model, from a Hugging Face ``config.json``."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class RopeConfig:
 
     Attributes:
         theta: base of the frequencies.
-        kind: "default" stretches nothing, "linear" all positions by `factor`, "llama3" and "yarn" those of long waves.
-        factor: how far.
-        low_freq_factor, high_freq_factor: llama3: waves of fewer turns within the original context than the first are
-            stretched, of more than the second kept.
+        kind: "default" stretches nothing, "linear" every wavelength by `factor`, "llama3" and "yarn" only long ones.
+        factor: by which wavelengths are stretched.
+        low_freq_factor, high_freq_factor: llama3: waves with fewer turns within the original context than the first
+            are stretched, those with more than the second kept.
         beta_slow, beta_fast: yarn: the same two bounds.
-        truncate: yarn: are the bounds rounded outwards, to whole frequencies?
-        original_positions: llama3, yarn: that context, in tokens.
-        attention_factor: yarn: rotated queries and keys are this many times as long.
+        truncate: yarn: are the bounds rounded outwards, to whole frequency indices?
+        original_positions: llama3, yarn: the original context, in tokens.
+        attention_factor: yarn: factor of rotated queries and keys.
     """
 
     theta: float = 10_000.0
@@ -69,14 +69,14 @@ class RopeConfig:
         """YaRN (Peng et al., arXiv 2309.00071): as Llama 3.1 does, but interpolated along the frequencies' indices."""
 
         def index(turns: float) -> float:
-            """Where the wave lies, between indices, that makes so many turns within the original context."""
+            """The fractional index of the wave that makes so many turns within the original context."""
             return head_dim * math.log(self.original_positions / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
         low, high = index(self.beta_fast), index(self.beta_slow)
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, head_dim - 1)
-        high += 0.001 if low == high else 0.0  # as `transformers` does, lest it divide by 0
+        high += 0.001 if low == high else 0.0  # avoids dividing by 0, as in `transformers`
         stretch = ((torch.arange(len(inverse), dtype=torch.float32) - low) / (high - low)).clamp(0.0, 1.0)
         return (1.0 - stretch) * inverse + stretch * inverse / self.factor
 
@@ -88,11 +88,11 @@ class ModelConfig:
     Attributes:
         vocab_size, hidden_size, intermediate_size: V, H, and the width inside an MLP.
         num_layers, num_heads, num_kv_heads, head_dim: decoder layers; Hq, Hkv, D of their attention.
-        max_positions: longest path in tokens; of yarn at least the original context, stretched.
+        max_positions: longest path in tokens; with yarn at least `factor` times the original context.
         rms_eps: added under the root of every norm.
         tie_embeddings: is the head the embedding?
         qkv_bias, out_bias, mlp_bias: which projections have biases.
-        rope: how positions turn queries and keys.
+        rope: the rotary embedding.
         raw: the original JSON, so that saving loses nothing.
     """
 
@@ -142,7 +142,7 @@ class ModelConfig:
 
         Args:
             raw: what config.json holds.
-            source: where it is from, for messages.
+            source: its origin, for messages.
 
         Raises:
             CheckpointError: a field is missing or wrong, or it describes a model we do not run.
@@ -151,7 +151,7 @@ class ModelConfig:
             raise CheckpointError(f"{source}: holds a {type(raw).__name__}, not an object. Download the file again.")
         names, kind = raw.get("architectures"), str(raw.get("model_type"))
         by_kind = {kind: name for name, kind in ARCHITECTURES.items()}
-        name = names[0] if names else by_kind.get(kind, kind)  # `transformers` goes by the type as well
+        name = names[0] if names else by_kind.get(kind, kind)  # as `transformers` falls back to the type
         architecture = ARCHITECTURES.get(name)
         if architecture is None:
             raise CheckpointError(
@@ -166,7 +166,7 @@ class ModelConfig:
             return value
 
         hidden_size, num_heads, rope = size("hidden_size"), size("num_attention_heads"), _rope(raw, source)
-        stretched = int(rope.factor * rope.original_positions) if rope.kind == "yarn" else 0  # model cards add it alone
+        stretched = int(rope.factor * rope.original_positions) if rope.kind == "yarn" else 0  # cards leave the maximum
         bias = architecture != "mistral" and bool(raw.get("attention_bias", False))
         config = cls(
             architecture=architecture,  # type: ignore[arg-type]
@@ -199,7 +199,7 @@ class ModelConfig:
 
 
 def _refuse_unsupported(raw: dict[str, Any], architecture: str, source: str) -> None:
-    """Raise for features that would silently give wrong results."""
+    """Raise for features whose neglect would silently give wrong results."""
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{source}: hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is.")
     if raw.get("is_causal") is False:
@@ -214,7 +214,7 @@ def _refuse_unsupported(raw: dict[str, Any], architecture: str, source: str) -> 
 
 
 def _is_windowed(raw: dict[str, Any], architecture: str, source: str) -> bool:
-    """Does any layer see a window only? As `transformers` reads the fields, with its defaults."""
+    """Does any layer use a sliding window? Reads the fields as `transformers` does, with its defaults."""
     has_window = raw.get("sliding_window", 4096) is not None
     if architecture == "mistral":
         return has_window
@@ -297,9 +297,9 @@ def _rope(raw: dict[str, Any], source: str) -> RopeConfig:
 
 
 def _yarn_length(settings: dict[str, Any], factor: float, source: str) -> float:
-    """How much longer YaRN makes rotated queries and keys, where the settings leave it open."""
+    """YaRN's factor of rotated queries and keys, if the settings give no attention_factor."""
     above, below = (_number(settings, name, 0.0, source) for name in ("mscale", "mscale_all_dim"))
-    if not (above and below):  # one without the other counts for nothing
+    if not (above and below):  # one without the other is ignored
         above, below = 1.0, 0.0
     grown = 0.1 * math.log(max(factor, 1.0))
     return (above * grown + 1.0) / (below * grown + 1.0)

@@ -12,21 +12,21 @@ from ibtpo_engine.model import Decoder as Layers
 from ibtpo_kernels import Decoder, LayerWeights, can_borrow, has_compiled
 
 MOST_BYTES = 16 << 20
-"""Weights of a model that the native decoder runs. A few rows run on one thread there: in a larger model their products
-are worth a second one, and take so long that the calls do not matter."""
+"""Largest weights of a model that the native decoder runs. It runs a few rows on one thread; in a larger model their
+products would profit from a second one, and take so long that the cost of calls does not matter."""
 
 _KNOWN = (Model, Layers, nn.ModuleList, Block, Attention, MLP, RMSNorm, nn.Linear, nn.Embedding)
 
 
 def native_decoder(model: Model, *, max_positions: int) -> Decoder | None:
-    """The model as one native call, borrowing its weights; None where only torch can run it.
+    """The model as one native call, borrowing its weights; None if it must run in torch.
 
-    That is: another dtype than float32, another device than the CPU, a model that is not small, no compiled kernels, or
-    a module that was replaced or given a hook.
+    That is the case for a dtype other than float32, a device other than the CPU, a model that is not small, missing
+    compiled kernels, or a module that was replaced or given a hook.
 
     Args:
         model: as `Model` builds it.
-        max_positions: no row lies deeper.
+        max_positions: positions of all rows are below this.
     """
     if not has_compiled() or not all(map(_is_plain, model.modules())):
         return None
@@ -50,7 +50,7 @@ def native_decoder(model: Model, *, max_positions: int) -> Decoder | None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Is its forward the one we know?"""
+    """Is its forward pass known?"""
     return type(module) in _KNOWN and not (module._forward_hooks or module._forward_pre_hooks)
 
 

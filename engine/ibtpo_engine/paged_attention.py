@@ -1,4 +1,4 @@
-"""Attention of rows that live in the page pool."""
+"""Attention of rows over the page pool."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ibtpo_kernels import DecodePlan, active_backend, append_kv, rope, rope_appe
 class PagedAttention:
     """Attention of a batch of rows over the pool; appends the rows' own keys and values first.
 
-    With a `uniform` plan the kernels are those of the training forward pass, one by one, where the fused one sums a
-    head's norm in another order: in Triton.
+    In Triton the fused kernel sums a head's norm in another order than the separate kernels of the training forward
+    pass; a `uniform` plan there uses the separate ones.
     """
 
     def __init__(self, pool: PagePool, plan: DecodePlan, address: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -11,10 +11,10 @@ touch, from the page of its first token to the page of its last::
     head                   [p2       |p3 )              p3 is shared by both halves (two references)
     tail                             [p3     )
 
-A node that resumes a paused one, or the tail of a cut computed anew, shares the page that straddles its start too: the
-rows past the parent's end are its alone. So every page a node owns is complete from its first row up to what the node
-has computed, and a path's page table is read off by walking up: each node answers for the page indices from its own
-first page on.
+A node that resumes a paused one, or the tail of a cut computed anew, shares the page that straddles its start too: it
+alone uses the rows past its parent's end. So every page that a node owns is complete from its first row up to what the
+node has computed, and walking a path from the root gives its page table: each node overrides the page indices from its
+own first page on.
 """
 
 from __future__ import annotations
@@ -87,13 +87,13 @@ class PagePool:
             del self._memory, self.keys, self.values, self._bytes
 
     def free_all(self) -> None:
-        """Take every page from whoever owns it."""
-        self.refs = [0] * self.num_pages  # a list: pages are counted one by one
+        """Make every page free, whatever its references."""
+        self.refs = [0] * self.num_pages  # a list: entries are read and written one by one
         self._free = list(range(self.num_pages - 1, -1, -1))
 
     @property
     def num_free(self) -> int:
-        """Pages nobody owns."""
+        """Pages without an owner."""
         return len(self._free)
 
     def allocate(self, n: int) -> list[int]:
@@ -127,15 +127,15 @@ class PagePool:
                 self._free.append(page)
 
     def copy(self, source: int, target: int, rows: int) -> None:
-        """Copy a whole page (rows past what is computed travel along unread); `rows` is what counts as copied."""
+        """Copy a whole page, of which `rows` rows are valid and count as copied."""
         self._bytes[:, :, target] = self._bytes[:, :, source]
         self.copied += rows
 
     def check_integrity(self, owned: npt.NDArray[np.int64]) -> None:
-        """Check that `owned`, owners of each page as the caller finds them, explains every reference and free page.
+        """Check reference counts and free list against `owned` [num_pages], the owners that the caller found.
 
         Raises:
-            IntegrityError: it does not; the first such page is named.
+            IntegrityError: they differ; the first such page is named.
         """
         for page in np.flatnonzero(np.asarray(self.refs) != owned)[:1]:
             raise IntegrityError(f"page {page}: {self.refs[page]} references counted, {owned[page]} owners found")
@@ -151,8 +151,8 @@ class KV:
         first: index, on the path, of the first page owned (start depth // PAGE).
         pages: ids of the owned pages, consecutive on the path.
         computed: depth up to which keys and values are valid: [0, computed) may be read.
-        hidden: [H] final hidden state of the node's last token, if known: what its children's first tokens are
-            sampled from.
+        hidden: [H] final hidden state of the node's last token, if known; its children's first tokens are sampled
+            from it.
     """
 
     __slots__ = ("computed", "first", "hidden", "pages", "pool")

@@ -1,15 +1,15 @@
-"""Log-probs that are the same to the bit wherever they come from: `parity="bitwise"`.
+"""Log-probs with the same bits wherever they are computed: `parity="bitwise"`.
 
-A row of numbers goes through the model in many companies: alone in a decode step, with siblings, in a prefilled chunk,
-again after a preemption, and packed with whole trees for training. With "fast" each is summed as is fastest there, and
-they differ by rounding. With "bitwise" every sum has one order, of the row's own numbers:
+A row goes through the model in many batches: alone in a decode step, with siblings, in a prefilled chunk, again after a
+preemption, and packed with whole trees for training. With "fast", each of these uses the fastest order of sums, and the
+results differ by rounding. With "bitwise", every sum has one order and only the row's own terms:
 
     products       `batch_invariant_linear`, the head included
     attention      page by page in the order of depth: `tree_decode`, in training `tree_attention_by_depth`
     log-prob       of one row of logits, by the arithmetic of `sample`
 
-The rest (norms, rotation, gate, sums of two) goes row by row anyway. A trainer then finds the very log-probs that the
-engine sampled with, and no ratio of the two is off. What this costs is in the documentation.
+The rest (norms, rotation, gate, sums of two) goes row by row anyway. The trainer then computes exactly the log-probs
+that the engine sampled with, so their ratio is 1. docs/engine.md says what this costs.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def check_parity(
     Args:
         parity: "fast" promises nothing.
         dtype, device: of the model.
-        projections: its linear layers, as far as they are known.
+        projections: its linear layers, as far as known.
 
     Raises:
-        ValueError: `parity` is unknown, or bits are not equal by design on this device, type or backend, or in one of
+        ValueError: `parity` is unknown, or equal bits are not guaranteed on this device, type or backend, or in one of
             the layers.
     """
     if parity == "fast":
@@ -71,7 +71,7 @@ def check_parity(
 
 
 def plain_project(layer: nn.Module, x: Tensor) -> Tensor:
-    """A projection as the module itself does it, or where our product is faster the same by that."""
+    """A projection by the module itself, or by our product if that is faster."""
     if _is_plain(layer) and ours_is_faster(x, layer.weight):
         return fastest_linear(x, layer.weight, layer.bias)
     out: Tensor = layer(x)
@@ -82,7 +82,7 @@ def exact_project(layer: nn.Module, x: Tensor) -> Tensor:
     """A projection each row of which has the same bits in any batch.
 
     Raises:
-        ValueError: the module is not a plain linear layer, so that nothing is known of its sums.
+        ValueError: the module is not a plain linear layer, so the order of its sums is unknown.
     """
     linear = _checked(layer)
     return batch_invariant_linear(x, linear.weight, linear.bias)
@@ -115,7 +115,7 @@ def by_depth(end: Tensor, *, page_size: int) -> PackedAttend:
 def sampler_logprob(
     hidden: Tensor, head: Tensor, rows: Tensor, targets: Tensor, *, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """The log-probs that a `parity="bitwise"` engine reports of these tokens, nothing cut; no autograd.
+    """The log-probs that a `parity="bitwise"` engine reports of these tokens, without filters; no autograd.
 
     Args:
         hidden: [T, H], from `Model.packed(..., parity="bitwise")`.

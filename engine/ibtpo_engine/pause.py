@@ -1,4 +1,4 @@
-"""Pausing: a branch stops where a predicate over its tokens says so, unfinished, and can be resumed or forked there."""
+"""Pausing: a branch stops, unfinished, when a predicate over its tokens is true; it can be resumed or forked there."""
 
 from __future__ import annotations
 
@@ -11,20 +11,19 @@ from ibtpo_engine.token_texts import Decodes, TokenTexts, boundaries
 
 Pause = Callable[[Ints, int], bool]
 """Called after each token of a branch with (tokens, new): int32 [n], read-only, the whole path from the prompt's first
-token to the one just sampled, and how many of them this branch has sampled. True pauses the branch there. Must depend
-on nothing else, or tokens depend on it."""
+token to the one just sampled, and how many of them this branch has sampled. True pauses the branch there. The result
+must depend on nothing else; otherwise the sampled tokens would, too."""
 
 
 class Boundary:
-    """True at the token whose text completes a separator; on token ids, so nothing is tokenised anew.
+    """True at the token whose text completes a separator; works on token ids, so nothing is tokenised anew.
 
     Tokenizers merge separators (``.\\n\\n`` may be one token) and split them (``\\n`` ``\\n``): both count, as does a
-    token that holds text past one. Separators that touch or overlap (``\\n\\n\\n\\n``) are one boundary, at the first.
+    token with text after one. Separators that touch or overlap (``\\n\\n\\n\\n``) are one boundary, at the first.
 
     Args:
         tokenizer: gives the text of a token; each id is decoded once, when it is first seen.
-        separators: texts that end a step. Their characters must not be spread over tokens of single bytes (true of
-            ASCII).
+        separators: texts that end a step. None of their characters may be split over several tokens (true of ASCII).
         block: ids of the tokens that open and close a block without boundaries, such as ``<think>`` and ``</think>``;
             the prompt may have opened it.
 
@@ -45,8 +44,8 @@ class Boundary:
     def __call__(self, tokens: Ints, new: int) -> bool:
         """Does the last of `tokens` complete a separator outside a block?"""
         before, size = [], 0
-        for token in tokens[-2::-1]:  # not as a list: of a long path only the end is looked at
-            if size >= 2 * self._longest:  # one that touches a separator before it needs as much again
+        for token in tokens[-2::-1]:  # not as a list, since only the end of a long path is read
+            if size >= 2 * self._longest:  # enough to see a separator that touches an earlier one
                 break
             before.append(self._texts[int(token)])
             size += len(before[-1])

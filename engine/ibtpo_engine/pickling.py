@@ -1,8 +1,8 @@
-"""Trees as bytes and back, flat.
+"""Pickling of trees without recursion.
 
-Nodes point at their parents and children; pickled as they are, a deep tree would overflow the stack. So a tree is
-pickled as the numbers of its nodes, of which empty ones are made, and then as what they hold, their arrays joined; a
-node is pickled as its tree and its number. What a search left in `notes` travels along, whatever nodes it names.
+Nodes refer to their parents and children; pickled naively, a deep tree would overflow the stack. So a tree is pickled
+as the serial numbers of its nodes, from which empty nodes are made, followed by their contents with arrays joined. A
+node is pickled as its tree and its number. `notes` are included and may refer to nodes.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 _ARRAYS = ("tokens", "logprob", "logprob_raw", "entropy")
 _OF_THE_ENGINE = {"in_flight": False, "kv": None, "mask": None}
 _REBUILT = {"children", "dropped", "parent", "tree"}
-_MADE = "_made"  # where a tree just read keeps its nodes by number
+_MADE = "_made"  # attribute of an unpickled tree: its nodes by number
 
 
 def reduce_tree(tree: Tree) -> tuple[Any, ...]:
-    """What pickle is told of a tree; a copy is closed, and belongs to no engine."""
+    """`Tree.__reduce__`; the copy is closed and belongs to no engine."""
     nodes = tree.root.subtree()
     number = {node: i for i, node in enumerate(nodes)}
     plain = [name for name in type(tree.root).__slots__ if name not in {*_ARRAYS, *_OF_THE_ENGINE, *_REBUILT}]
@@ -37,7 +37,7 @@ def reduce_tree(tree: Tree) -> tuple[Any, ...]:
 
 
 def fill_tree(tree: Tree, state: dict[str, Any]) -> None:
-    """Give a tree that `_blank_tree` made what `reduce_tree` found."""
+    """Fill a tree made by `_blank_tree` with the state from `reduce_tree`."""
     vars(tree).update(state["tree"], _on_close=None, closed=True)
     nodes: list[Node] = list(vars(tree)[_MADE].values())
     bounds = np.cumsum(state["lengths"])[:-1]
@@ -58,7 +58,7 @@ def fill_tree(tree: Tree, state: dict[str, Any]) -> None:
 
 
 def reduce_node(node: Node) -> tuple[Any, ...]:
-    """What pickle is told of a node; of one that was dropped, what it holds itself."""
+    """`Node.__reduce__`; a dropped node is pickled alone, with its own contents."""
     if node.dropped:
         state = {name: getattr(node, name) for name in node.__slots__} | _OF_THE_ENGINE
         return copyreg.__newobj__, (type(node),), (None, state)  # type: ignore[attr-defined]

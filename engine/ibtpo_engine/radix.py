@@ -1,7 +1,7 @@
 """The radix index: finds cached prefixes by content.
 
 A trie over token ids with one page of tokens an edge. The index holds one reference on every page in it; a page that
-a live tree owns too has a second and cannot be evicted.
+an open tree owns too has more and cannot be evicted.
 """
 
 from __future__ import annotations
@@ -59,12 +59,12 @@ class RadixIndex:
         return pages
 
     def insert(self, tokens: Ints, pages: list[int], below: Entry | None = None) -> Entry:
-        """Remember the whole pages of `tokens`; where an entry exists already, it stays.
+        """Remember the whole pages of `tokens`; existing entries stay.
 
         Args:
-            tokens: int32 [n], a path from its root, or what follows the path to `below`.
+            tokens: int32 [n], a path from its root, or the continuation of the path to `below`.
             pages: its page table, at least n // PAGE long.
-            below: what the last call returned, or one before it of which nothing else was used since.
+            below: an entry that an earlier call returned, since which only further calls of this walk have been made.
 
         Returns:
             The entry of the last whole page.
@@ -83,9 +83,9 @@ class RadixIndex:
         return entry
 
     def evictable(self) -> int:
-        """Pages that eviction can free: those of entries with nothing pinned at or below them."""
+        """Pages that eviction can free: those of entries with no pinned page at or below them."""
         pinned: set[Entry | None] = set()
-        for entry in reversed(self._entries()):  # those below an entry before the entry itself
+        for entry in reversed(self._entries()):  # children before parents
             if entry in pinned or self._pool.refs[entry.page] > 1:
                 pinned |= {entry, entry.parent}
         return self.num_entries - len(pinned - {self._root})
@@ -100,7 +100,7 @@ class RadixIndex:
             self._remove(entry)
             freed += 1
             parent = entry.parent
-            if parent is not None and parent is not self._root and self._is_loose(parent):  # it ends a prefix now
+            if parent is not None and parent is not self._root and self._is_loose(parent):  # a leaf now
                 heapq.heappush(leaves, (parent.used, i, parent))
         self.evicted += freed
         return freed
@@ -109,7 +109,7 @@ class RadixIndex:
         return not entry.children and self._pool.refs[entry.page] == 1
 
     def clear(self) -> None:
-        """Forget everything (the keys and values became stale)."""
+        """Forget everything, for example when keys and values became stale."""
         for entry in self._entries():
             self._pool.release([entry.page])
         self._root.children.clear()

@@ -1,8 +1,8 @@
-"""Names for random numbers, so that no sample depends on who shared its batch.
+"""Names for random numbers, so that no sample depends on the other branches of its batch.
 
 Every branch has a 64-bit *stream*: a hash of (seed, tree key) at the root and of (parent's stream, depth of the
-fork, how many forks began there before) below. A token's random number is Philox(stream, position). Hence siblings
-differ, batch mates and pool sizes do not matter, and a replay is exact.
+fork, number of earlier forks there) below. A token's random number is Philox(stream, position). Hence siblings
+differ, batch and pool size do not matter, and a replay is exact.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 _MASK = (1 << 64) - 1
-_SEEDED = -2  # at the place of a tree's key and -1, which names its root
+_SEEDED = -2  # hashed with a branch's own seed in place of (tree key, -1), which names a root
 
 
 def _splitmix(x: int) -> int:
@@ -26,8 +26,8 @@ def seeded_stream(seed: int, births: Iterable[tuple[int, int]]) -> int:
 
     Args:
         seed: any integer.
-        births: (depth of the fork, how many began there before) of each stream on the branch's path, from the top;
-            siblings differ by it, and branches below different leaves.
+        births: (depth of the fork, number of earlier forks there) of each stream on the branch's path, from the top;
+            they distinguish siblings, and branches below different leaves.
     """
     stream = mix(seed, _SEEDED)
     for depth, ordinal in births:

@@ -1,4 +1,4 @@
-"""Where every branch is, and how it gets from one place to the next.
+"""The state of every branch, and the moves from one state to the next.
 
 ::
 
@@ -6,8 +6,8 @@
        ^                            |
        +------(out of pages)--------+   preempted: tokens kept, pages given back, filled again later
 
-On the way from waiting to running a branch may belong to a fill: as one of the children that start once a node is
-filled, or as the preempted branch whose own tokens are filled again.
+Between waiting and running, a branch may belong to a fill: as one of the children that start once a node is filled, or
+as the preempted branch whose own tokens are filled again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Counters:
     Attributes:
         sampled: tokens drawn.
         computed: rows run through the model, recomputed ones included.
-        preemptions: branches that gave their pages back under way.
+        preemptions: times that a running branch gave its pages back.
         steps: forward passes.
     """
 
@@ -55,7 +55,7 @@ class Roster:
         waiting: by ticket.
         running: by slot.
         fills: by id of the node, or of the branch that was preempted.
-        lacking: running branches without the page their next row begins; None where that is to be looked up.
+        lacking: running branches that lack the page their next row begins; None if that must be looked up.
     """
 
     def __init__(self, cache: PageCache, slots: Slots) -> None:
@@ -87,7 +87,7 @@ class Roster:
         return self.running.get(branch.slot) is branch
 
     def held(self) -> list[KV]:
-        """Every KV that belongs to a branch under way rather than to a node."""
+        """Every KV that belongs to a branch in progress rather than to a node."""
         return [branch.kv for branch in self.running.values() if branch.kv] + [
             fill.kv for fill in self.fills.values() if fill.branch is not None
         ]
@@ -102,7 +102,7 @@ class Roster:
         return branch
 
     def cancel(self, nodes: Iterable[Node]) -> None:
-        """Forget pending nodes: their branches end unfinished and the nodes leave their trees."""
+        """Cancel the branches of these nodes: they end unfinished and the nodes leave their trees."""
         for branch in self._doomed(nodes):
             fill = self.fills.get(id(branch.node.parent))
             if self.is_running(branch):
@@ -117,9 +117,9 @@ class Roster:
         self._drop_idle_fills()
 
     def truncate(self, nodes: Iterable[Node], version: int) -> list[Node]:
-        """End branches where they are, with "abort"; one that has sampled nothing stays under way.
+        """End branches where they are, with "abort"; a branch that has sampled nothing continues.
 
-        Keys and values are kept where the branch was being decoded, and computed again when asked for otherwise.
+        Keys and values are kept if the branch was being decoded, otherwise computed again when needed.
 
         Returns:
             The nodes that ended.
@@ -141,16 +141,16 @@ class Roster:
         return ended
 
     def _doomed(self, nodes: Iterable[Node]) -> Iterator[Branch]:
-        """The branches of those nodes that are still under way when it is their turn."""
+        """The branches of these nodes that are in flight, checked as each is reached."""
         return (self.branches[node] for node in nodes if node.in_flight)
 
     def _drop_idle_fills(self) -> None:
-        """Drop fills that no branch belongs to, after some were taken away: one that still waits begins it anew."""
+        """Drop fills that no branch belongs to any more; a branch that still waits for one begins it anew."""
         for key in [key for key, fill in self.fills.items() if fill.branch is None and not fill.children]:
             self._drop_fill(key)
 
     def preempt_all(self) -> None:
-        """Stop everything under way; keys and values are given back, tokens kept and filled again later."""
+        """Preempt everything in progress: give keys and values back, keep tokens and fill them again later."""
         for branch in list(self.running.values()):
             self._preempt(branch)
         for key in list(self.fills):
@@ -184,7 +184,7 @@ class Roster:
         self._running_slots = None
 
     def _leave(self, branch: Branch) -> Outputs:
-        """Take a branch out of the running ones; returns what it sampled and marks what is computed."""
+        """Remove a branch from the running ones; returns what it sampled and records how far its KV is computed."""
         assert branch.kv is not None
         outputs = self.slots.outputs(branch.slot)
         branch.kv.computed = int(self.slots.length[branch.slot]) - 1
@@ -202,7 +202,7 @@ class Roster:
         self._wait_again(branch)
 
     def _wait_again(self, branch: Branch) -> None:
-        """Back among those that wait, by age, without slot and pages."""
+        """Put a branch back among the waiting ones, by age, without slot and pages."""
         if branch.slot >= 0:  # it was being filled, or about to start
             outputs = self.slots.outputs(branch.slot)
             branch.kept = outputs if len(outputs[0]) else None

@@ -1,7 +1,7 @@
-"""One forward pass of the model over rows that live in the page pool.
+"""One forward pass of the model over rows of the page pool.
 
-A row is one token of one path: its id, its position, the pool slot its key and value go to (-1: they are there
-already), and how much of its path it sees. Decoding, prefill in chunks, and recomputing a single token are all rows.
+A row is one token of one path: its id, its position, the pool slot for its key and value (-1: they are there already),
+and the page-table row of its path. Decoding, chunked prefill and recomputing a single token all use rows.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Rows:
     Attributes:
         tokens: int64 [T].
         pos: int64 [T], depth of each token on its path.
-        address: int64 [T], page * PAGE + offset its key and value are written to; -1 writes nothing.
+        address: int64 [T], page * PAGE + offset for its key and value; -1 writes nothing.
         row: int32 [T], the page-table row of its path.
     """
 
@@ -63,8 +63,8 @@ class Rows:
 class Runner:
     """Runs rows; keeps the attention plan while the set of rows stays the same.
 
-    A model that `native_decoder` accepts is run by it, any other as the module it is. The native decoder is bitwise as
-    it is; the module is asked for it by `parity`. With `capture` the module's decode steps are captured and replayed
+    A model that `native_decoder` accepts runs there, any other as a torch module. The native decoder is always bitwise,
+    the module only with `parity="bitwise"`. With `capture` the module's decode steps are captured and replayed
     (`step_graphs`, which needs Triton).
     """
 
@@ -73,30 +73,30 @@ class Runner:
         self.pool = pool
         self.parity: Parity = parity
         self._plan: DecodePlan | None = None
-        self._planned: Ints = np.empty(0, np.int32)  # the rows it is for
+        self._planned: Ints = np.empty(0, np.int32)  # the rows that _plan is for
         self._decoder: Decoder | None = None
         self._step: DecodeStep | None = None
-        self._chosen: Longs | None = None  # what the step was told to run
+        self._chosen: Longs | None = None  # the slots that the step or graph runs
         self.graphs: StepGraphs | None = None
         if capture is not None:
-            from ibtpo_engine.step_graphs import StepGraphs  # not where Triton is missing
+            from ibtpo_engine.step_graphs import StepGraphs  # needs Triton
 
             self.graphs = StepGraphs(model, pool, self.logits, capture, parity)
         self.weights_changed()
 
     def invalidate(self) -> None:
-        """The rows changed in kind: plan anew at the next `forward` or `decode`."""
+        """The set of rows changed: plan anew at the next `forward` or `decode`."""
         self._plan = self._chosen = None
 
     def forget(self) -> None:
-        """Drop what steps were recorded or captured with: slots or pool are about to be others."""
+        """Drop recorded and captured steps: slots or pool are about to be replaced."""
         self._step = None
         if self.graphs is not None:
             self.graphs.forget()
         self.invalidate()
 
     def weights_changed(self) -> None:
-        """Parameters may lie elsewhere now."""
+        """Rebuild the native decoder: parameters changed and may have moved."""
         self._decoder = native_decoder(self.model, max_positions=(self.pool.num_pages + 1) * PAGE)
         self._step = None
 
@@ -107,11 +107,11 @@ class Runner:
 
     @property
     def has_step(self) -> bool:
-        """Whether `decode` can run a step of nothing but decode rows."""
+        """Whether `decode` can run a step that has only decode rows."""
         return self.is_native or self.graphs is not None
 
     def forward(self, rows: Rows, planner: DecodePlanner) -> Tensor:
-        """Hidden states [T, H] of `rows`, whose paths' pages are in the table of `planner`."""
+        """Hidden states [T, H] of `rows`; the table of `planner` holds the pages of their paths."""
         device = self.model.device
         tokens, pos, address = torch.from_numpy(np.stack([rows.tokens, rows.pos, rows.address])).to(device)
         if self._plan is None or not np.array_equal(self._planned, rows.row):
@@ -130,13 +130,13 @@ class Runner:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[T, H] -> [T, V], float32 or (bitwise) the model's type; summed as by `decode` where that is native."""
+        """[T, H] -> [T, V], float32 or (bitwise) the model's type; with the bits of `decode` if that is native."""
         if self.is_native or self.parity == "bitwise":
             return batch_invariant_linear(hidden, self.model.head)
         return fastest_linear(hidden, self.model.head).float()
 
     def announce(self, num_rows: int) -> None:
-        """Say that a `decode` of so many rows follows in a moment, where somebody can use the time."""
+        """Announce a `decode` of so many rows, so that the native decoder's threads wake up meanwhile."""
         if self._decoder is not None:
             self._decoder.announce(num_rows)
 
@@ -145,7 +145,7 @@ class Runner:
     ) -> DecodeRun:
         """Run the last token of each slot chosen and record the next one, in one native call or one replayed graph.
 
-        Only where `has_step`. The native decoder alone runs more than one step and gives pages: see `DecodeStep.run`.
+        Requires `has_step`. Only the native decoder runs several steps and hands out pages: see `DecodeStep.run`.
         """
         if not self.is_native:
             assert self.graphs is not None

@@ -1,4 +1,4 @@
-"""How a branch is sampled."""
+"""Sampling parameters."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ class Sampling:
         temperature: logits are divided by it; 0 takes the most likely token.
         top_p: the smallest set of most likely tokens with at least this probability is kept; 1 keeps all.
         top_k: number of most likely tokens kept (before top_p); 0 keeps all.
-        min_p: of those, tokens less than this many times as likely as the most likely one are dropped; 0 drops none.
+        min_p: tokens with less than this fraction of the most likely token's probability are dropped; 0 drops none.
         max_tokens: most tokens on a path below the prompt; a branch that reaches it finishes with "length".
-        min_tokens: fewest tokens on a path below the prompt, the stop token included: until then stop tokens are not
-            sampled and stop strings are passed over.
+        min_tokens: fewest tokens on a path below the prompt, including the stop token: until then stop tokens are not
+            sampled and stop strings are ignored.
         stop_tokens: token ids that end a branch; the stop token is kept as its last token.
-        stop: strings that end a branch at the token that completes one, which is kept; sought in the text below the
-            prompt, wherever tokens and forks cut it. Needs `Engine(decode=...)`.
+        stop: strings that end a branch; the token that completes one is kept. Sought in the text below the prompt,
+            across tokens and forks. Needs `Engine(decode=...)`.
         logit_bias: {token id: bias} added to the model's logits, before temperature; -inf forbids a token.
-        allowed: which tokens may come next, asked once a token; a function of the path or a `TokenMask` (a grammar).
-        seed: names the random numbers in place of the engine's seed and the tree's key; branches still differ by
+        allowed: the tokens that may come next, asked once a token; a function of the path or a `TokenMask` (a grammar).
+        seed: replaces the engine's seed and the tree's key in naming the random numbers; branches still differ by
             their place in the tree.
         pause: asked after each token; True stops the branch there without finishing it (`finish` stays None), to be
-            resumed or forked. See `Pause` for its arguments, `Boundary` for one that knows separators.
+            resumed or forked. See `Pause` for its arguments, `Boundary` for pausing at separators.
 
     Raises:
         ValueError: a value is out of range; the message names it.
@@ -60,7 +60,7 @@ class Sampling:
                 f"Sampling.stop_tokens: {self.stop_tokens!r} must be a tuple of token ids; leave it empty for a "
                 "tokenizer without an end token"
             )
-        object.__setattr__(self, "stop_tokens", tuple(map(int, stops)))  # of a list or a set, too
+        object.__setattr__(self, "stop_tokens", tuple(map(int, stops)))  # accepts a list or a set, too
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"Sampling.temperature: {self.temperature} must be at least 0, and finite")
         if not 0 < self.top_p <= 1:
@@ -80,19 +80,19 @@ class Sampling:
                 raise ValueError(f"Sampling.logit_bias: {bias} of token {token} must be finite, or -inf to forbid it")
         if self.allowed is not None and not (isinstance(self.allowed, TokenMask) or callable(self.allowed)):
             raise ValueError(f"Sampling.allowed: {self.allowed!r} is neither a TokenMask (has begin) nor a function")
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # a copy: the caller's may change
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # a copy, since the caller may change its own
 
     @property
     def shapes_logits(self) -> bool:
-        """Whether logits are changed, for some tokens at least, before they are sampled."""
+        """Whether the logits of some tokens at least are changed before sampling."""
         return bool(self.logit_bias) or self.allowed is not None or bool(self.min_tokens and self.stop_tokens)
 
     def length_to_stop(self, prompt_len: int) -> int:
-        """Length of the path, prompt included, from which on a stop may end it."""
+        """Length of the path, including the prompt, from which on a stop may end it."""
         return prompt_len + self.min_tokens if self.min_tokens else 0
 
     def check_serves(self, vocabulary: int, *, has_decode: bool) -> None:
-        """Raise ValueError if an engine with this vocabulary, with or without a decoder of tokens, cannot do it."""
+        """Raise ValueError if an engine with this vocabulary, with or without `decode`, cannot sample like this."""
         for token in self.logit_bias:
             if not 0 <= token < vocabulary:
                 raise ValueError(f"Sampling.logit_bias: token id {token} lies outside the vocabulary [0, {vocabulary})")

@@ -3,12 +3,12 @@
 Every step runs one forward pass over two kinds of rows and then samples one token for every running branch:
 
 - *decode* rows: the last token of each running branch, in depth-first order so that siblings are neighbours;
-- *fill* rows: tokens that are known but have no keys and values yet (a prompt, a preempted branch, a node whose KV was
-  dropped), a chunk at a time; or the last token of a node whose final hidden state several children want.
+- *fill* rows: known tokens without keys and values (a prompt, a preempted branch, a node whose KV was dropped), a chunk
+  at a time; or the last token of a node whose final hidden state several children need.
 
 A branch waits until every node above it is filled. Its first token is sampled from its parent's final hidden state,
-which is computed once and shared by all the children; where that is not known and nobody else wants it, the branch
-runs at once, and its first decode row is once more the parent's last token.
+which is computed once and shared by all the children. If that state is unknown and no other child needs it, the branch
+runs at once, and its first decode row repeats the parent's last token.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ibtpo_engine.slots import FINISH, LACKS_PAGE, Slots
 from ibtpo_engine.tree import Node
 
 FILL_SLOTS = 64  # most nodes filled in one step
-ENDED_SHARE = 4  # a call of several steps goes on until more than one in so many of its branches has ended
+ENDED_SHARE = 4  # a call of several steps continues until more than 1 / ENDED_SHARE of its branches have ended
 
 
 class Scheduler(Roster):
@@ -49,7 +49,7 @@ class Scheduler(Roster):
         self.runner = runner
         self.max_branches = max_branches
         self.fill_tokens = fill_tokens
-        self.failures: list[BranchFailed] = []  # of branches whose step was taken; whoever reads them takes them out
+        self.failures: list[BranchFailed] = []  # of the steps taken; the reader removes them
         self._planned: Longs | None = None  # the running slots that the runner's plan is for
 
     # ---- what the engine calls -------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ class Scheduler(Roster):
         return bool(self.running) and not waits and self.runner.is_native
 
     def step(self, version: int, most: int = 1) -> list[Node] | None:
-        """Run one forward pass and sample; up to `most` in one call, as long as few branches end.
+        """Run one forward pass and sample; up to `most` passes in one call, as long as few branches end.
 
         Returns:
             The nodes that finished, filled with their tokens and marked with `version`; None if nothing could be run
@@ -86,14 +86,14 @@ class Scheduler(Roster):
             if hidden is None and not (started or scored or self.running):
                 return None
             return scored + self._sample(decoding, hidden, started, version)
-        except BaseException:  # an interrupt, or logits that are NaN: whoever was about to start waits again
+        except BaseException:  # an interrupt, or logits that are NaN: branches about to start wait again
             for branch in ready:
                 if branch.node.in_flight and branch not in self.waiting and not self.is_running(branch):
                     self._wait_again(branch)
             raise
 
     def pages_wanted(self) -> int:
-        """Pages the oldest waiting branch needs to get on: what an error about a full pool should name."""
+        """Pages the oldest waiting branch needs to go on, for the error about a full pool."""
         branch = self.waiting[0]
         node = self._blocker(branch)
         if node is not None:
@@ -106,8 +106,8 @@ class Scheduler(Roster):
     def _admit(self, ready: list[Branch]) -> None:
         """Look at the oldest waiting branches: begin the fills they need; add to `ready` those that can start at once.
 
-        Pages go strictly by age: once a branch has to wait for pages, no younger one is given any. Otherwise a
-        younger one could take what was just freed for it, again and again.
+        Pages go strictly by age: once a branch has to wait for pages, no younger one gets any. Otherwise younger ones
+        could take the pages freed for it again and again.
         """
         if not self.waiting:
             return
@@ -153,7 +153,7 @@ class Scheduler(Roster):
         assert parent is not None
         if is_computed(parent):  # then so is everything above it
             if parent.kv.hidden is not None or (branch.kept is not None and not branch.is_given):
-                return None  # asked of every branch in every step: siblings are looked at only where that decides
+                return None  # before looking at siblings: this runs for every waiting branch in every step
             others = any(child.in_flight for child in parent.children if child is not branch.node)
             return parent if branch.is_given or others else None
         while parent.parent is not None and not is_computed(parent.parent):
@@ -161,7 +161,7 @@ class Scheduler(Roster):
         return parent
 
     def _must_wait(self, node: Node, filling_prompts: set[bytes]) -> bool:
-        """May a node not be filled yet, for another reason than pages?"""
+        """Must filling a node wait, for another reason than pages?"""
         if id(node) in self.fills:
             return False
         if self.slots.num_free <= self.max_branches - len(self.running):  # keep slots for the branches
@@ -169,7 +169,7 @@ class Scheduler(Roster):
         if node.parent is None:
             prompt = node.tokens.tobytes()
             if node.kv is None and prompt in filling_prompts:
-                return True  # the same prompt is under way: find it in the index afterwards
+                return True  # the same prompt is being filled: it will be found in the index afterwards
             filling_prompts.add(prompt)
         return False
 
@@ -190,7 +190,7 @@ class Scheduler(Roster):
         return node.kv is not None
 
     def _fill_branch(self, branch: Branch) -> bool:
-        """Begin to fill what a preempted branch had sampled; with a page more, so that it gets on for sure."""
+        """Begin to fill what a preempted branch had sampled; with room for one more token, to ensure progress."""
         assert branch.kept is not None
         start, tokens = branch.node.start, branch.kept[0]
         kv = self.cache.open(branch.node, min(start + len(tokens) + 1, branch.limit))
@@ -214,8 +214,8 @@ class Scheduler(Roster):
     def _grow(self) -> None:
         """Give every running branch whose next row begins a page that page; preempt the youngest if pages are short."""
         lacking, pool = self._lacking_branches(), self.cache.pool
-        self.lacking = None  # until a step has said who lacks one then
-        if len(lacking) <= pool.num_free:  # as nearly always
+        self.lacking = None  # looked up again unless the next step reports it
+        if len(lacking) <= pool.num_free:  # nearly always
             for branch, page in zip(lacking, pool.allocate(len(lacking)), strict=True):
                 self._give_page(branch, page)
             lacking = []
@@ -240,7 +240,7 @@ class Scheduler(Roster):
         branch.kv.pages.append(page)
 
     def _decode(self, version: int, most: int) -> list[Node]:
-        """At most so many steps of nothing but decode rows, in one call; pages that are free are given under way."""
+        """Run at most `most` steps of decode rows only, in one call, which may hand out free pages as it goes."""
         self.runner.announce(len(self.running))
         self._grow()
         decoding = self._decoding_slots()
@@ -266,9 +266,9 @@ class Scheduler(Roster):
         return self._end_all([(branch, code) for branch, code in coded if code != LACKS_PAGE], version)
 
     def _decode_apart(self, decoding: Longs, version: int) -> list[Node]:
-        """The same where some branches have features: those with shaped logits are run apart, the others natively.
+        """As `_decode`, one step, if branches have features: those with shaped logits run in torch, others natively.
 
-        Nothing is recorded before every row was run, so that an error leaves all the branches at the same place.
+        Rows in torch run and draw before any token is recorded, so that an error leaves all branches in the same place.
         """
         slots = self.slots
         plain, shaped = slots.features.split(decoding, slots.length)
@@ -315,7 +315,7 @@ class Scheduler(Roster):
     def _complete(
         self, num_decoding: int, chunks: list[Chunk], hidden: torch.Tensor | None, ready: list[Branch], version: int
     ) -> list[Node]:
-        """Account for the chunks just run; adds the children of full nodes to `ready`, returns what is scored."""
+        """Account for the chunks just run; adds the children of filled nodes to `ready`, returns the scored nodes."""
         row, scored, filled = num_decoding, [], []
         for chunk in chunks:
             fill = chunk.fill
@@ -345,7 +345,7 @@ class Scheduler(Roster):
         return scored
 
     def _start(self, ready: list[Branch]) -> list[Branch]:
-        """Give each branch a slot and the page its first token will lie on; those without a page wait again."""
+        """Give each branch a slot and the page for its first token; those that get no page wait again."""
         started = []
         for branch in ready:
             kv = branch.kv or self.cache.open(branch.node, branch.node.start + 1)
@@ -380,7 +380,7 @@ class Scheduler(Roster):
         return self._settle(chosen, code, started, version)
 
     def _settle(self, chosen: Longs, code: Longs, started: list[Branch], version: int) -> list[Node]:
-        """Let started branches join the running ones, then take out those that finished."""
+        """Let started branches join the running ones, then remove those that finished."""
         for branch in started:
             self._join(branch)
         errors = self.slots.follow(chosen, code) if self.slots.features else []

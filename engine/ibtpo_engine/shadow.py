@@ -1,4 +1,4 @@
-"""A model in fewer bits beside its fp32 masters, refreshed in place."""
+"""A lower-precision copy of a model beside its fp32 masters, refreshed in place."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ibtpo_engine.model import Model
 class Shadow:
     """A copy of a model in another type, for a trainer that keeps its weights in fp32 and samples in bf16.
 
-    Give it to `Engine` in the model's place: ``engine.weights_changed()`` then refreshes it, and an update of the
-    masters without that call is noticed. Nothing is allocated after it was made: a refresh converts straight into
-    the copy's memory, whose addresses stay.
+    Give it to `Engine` in place of the model: ``engine.weights_changed()`` then refreshes it, and an update of the
+    masters without that call is detected. A refresh allocates nothing: it converts directly into the copy's memory,
+    whose addresses stay.
 
     Args:
-        masters: what is trained; borrowed.
+        masters: the trained model; borrowed.
         dtype: of the copy.
 
     Attributes:
@@ -31,17 +31,17 @@ class Shadow:
         if not dtype.is_floating_point:
             raise ValueError(f"Shadow: dtype={dtype} must be a floating-point type, such as torch.bfloat16")
         self.masters = masters
-        converted = {  # what deepcopy finds here it does not copy: no second set of masters, not even for a moment
+        converted = {  # deepcopy uses these instead of copying: no second set of masters, not even temporarily
             id(p): nn.Parameter(p.detach().to(dtype, copy=True), requires_grad=False) for p in masters.parameters()
         }
-        switch = {id(masters.adapters): masters.adapters}  # one for both, and one configuration
+        switch = {id(masters.adapters): masters.adapters}  # both share one switch and configuration
         self.model: Model = copy.deepcopy(masters, converted | switch)
 
     def refresh(self) -> None:
-        """Round the masters as they are now into the copy.
+        """Round the current masters into the copy.
 
         Raises:
-            ValueError: parameters were added to the masters or taken away.
+            ValueError: parameters were added to the masters or removed.
         """
         masters, copies = dict(self.masters.named_parameters()), dict(self.model.named_parameters())
         if masters.keys() != copies.keys():
@@ -52,7 +52,7 @@ class Shadow:
 
 @torch.no_grad()
 def copy_weights(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    """Write each tensor of `source` into the one of the same name, in its type and place, unless it is the same one."""
+    """Copy each tensor of `source` into the one of the same name, unless they are the same tensor."""
     for name, tensor in target.items():
         if source[name] is not tensor:
             tensor.copy_(source[name])

@@ -1,9 +1,9 @@
-"""What is done to the logits of a branch before they are sampled: bias, then stop tokens forbidden, then the mask.
+"""Shaping the logits of a branch before sampling: the bias, then forbidden stop tokens, then the mask.
 
-    shaped[v] = logit[v] + bias[v];   -inf where v is a stop token and it is too early, or where the mask forbids v
+    shaped[v] = logit[v] + bias[v];   -inf if v is a stop token before min_tokens, or if the mask forbids v
 
-Temperature and the cuts come after. `logprob` is that of the shaped distribution; `logprob_raw` and `entropy` stay
-those of the model.
+Temperature and filters come after. `logprob` is that of the shaped distribution; `logprob_raw` and `entropy` stay those
+of the model.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Shape:
         self._ids = torch.tensor(list(sampling.logit_bias), dtype=torch.int64)
         self._bias = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32)
         self._stops = torch.tensor(sampling.stop_tokens, dtype=torch.int64)
-        self._may_stop_at = sampling.length_to_stop(node.tree.prompt_len) - 1  # depth of the first token that may
+        self._may_stop_at = sampling.length_to_stop(node.tree.prompt_len) - 1  # depth of the first token that may stop
         self._allowed = sampling.allowed
-        self.cursor: MaskCursor | None = None  # begun with the first token: what that raises is this branch's alone
+        self.cursor: MaskCursor | None = None  # made with the first token, so that its error concerns only this branch
 
     def is_over(self, depth: int) -> bool:
-        """Are logits from the token at `depth` on left as they are?"""
+        """Are logits left unchanged from the token at `depth` on?"""
         return self._allowed is None and len(self._ids) == 0 and (depth >= self._may_stop_at or len(self._stops) == 0)
 
     def apply(self, logits: Tensor, tokens: Ints) -> None:
@@ -48,8 +48,8 @@ class Shape:
             tokens: int32 [n], what the branch sampled so far.
 
         Raises:
-            NoTokenAllowed: nothing is left.
-            ValueError: the mask's answer is no mask.
+            NoTokenAllowed: every token is forbidden.
+            ValueError: the mask returned something that is no mask.
         """
         depth, vocabulary = self.node.start + len(tokens), len(logits)
         if len(self._ids):
@@ -80,7 +80,10 @@ def sample_shaped(
     top_k: Tensor,
     min_p: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`sample`, with the logits [B, V] of some rows shaped, in place: (row, its shape, tokens its branch sampled).
+    """`sample`, after shaping the logits [B, V] of some rows in place.
+
+    Args:
+        shapes: (row, its shape, the tokens its branch sampled) of each row to shape.
 
     Returns:
         token int64, logprob, logprob_raw, entropy float32, each [B]; see the top of this file.
@@ -96,7 +99,7 @@ def sample_shaped(
     token, logprob, logprob_raw, entropy = sample(
         logits, keys, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p
     )
-    if shapes:  # what the model says of a token may be shaped away: asked again, by the arithmetic of `sample`
+    if shapes:  # the model's own numbers, from its unshaped logits by the arithmetic of `sample`
         entropy[rows] = sample(model, keys[: len(rows)], temperature=0.0)[3]
         logprob_raw[rows] = sampled_logprob(model, torch.arange(len(rows), device=rows.device), token[rows])[1]
     return token, logprob, logprob_raw, entropy

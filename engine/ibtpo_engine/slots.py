@@ -19,7 +19,7 @@ Number = TypeVar("Number", np.int32, np.int64, np.float32)
 Outputs = tuple[Ints, Floats, Floats, Floats]  # tokens, logprob, logprob_raw, entropy of one branch, each [n]
 
 FINISH = (None, "stop", "length")
-LACKS_PAGE = 3  # code of a decode step beside those: the branch goes on, once it has another page
+LACKS_PAGE = 3  # a further code of a decode step: the branch goes on once it has another page
 
 
 class Slots:
@@ -34,13 +34,13 @@ class Slots:
         table: int32 [num, max_pages], page ids of the path; -1 past them. Written by `take` and `add_page` alone.
         planner: plans steps over the table; it is told of each write.
         start, length, limit: int32 [num], depths as drawn above.
-        before: int32 [num], the token at depth start - 1: while length == start, the next row is once more this one,
+        before: int32 [num], the token at depth start - 1: while length == start, the next row repeats this token,
             whose key and value are there.
         stream: int64 [num], names the branch's random numbers.
         temperature, top_p, min_p: float32 [num]; top_k: int32 [num].
         stops: int64 [num, S], stop tokens, padded with -1.
         features: what some of the branches need beyond a plain step.
-        tokens: int32 [num, width]; logprob, logprob_raw, entropy: float32 [num, width]: what was sampled.
+        tokens: int32 [num, width], sampled; logprob, logprob_raw, entropy: float32 [num, width], theirs.
     """
 
     OUTPUTS = ("tokens", "logprob", "logprob_raw", "entropy")
@@ -122,11 +122,11 @@ class Slots:
                 setattr(self, name, _widen(getattr(self, name), width, fill=0))
 
     def next_rows(self, slots: Longs) -> tuple[Ints, Ints, Longs]:
-        """What the next decode row of each slot is.
+        """The next decode row of each slot.
 
         Returns:
-            (token int32 [n], depth int32 [n], address int64 [n]: page * PAGE + offset its key and value go to; -1 for
-            the token ahead of a branch that has sampled nothing).
+            (token int32 [n], depth int32 [n], address int64 [n]: page * PAGE + offset of its key and value; -1 for the
+            token before a branch that has sampled nothing).
         """
         depth, start = self.length[slots] - 1, self.start[slots]
         begins = depth < start
@@ -154,7 +154,7 @@ class Slots:
                 shapes.append((i, shape, self.tokens[slot, : self.length[slot] - self.start[slot]]))
         whole = np.stack([self.stream[slots], self.length[slots], self.top_k[slots]])
         reals = np.stack([self.temperature[slots], self.top_p[slots], self.min_p[slots]]).astype(np.float64)
-        there = torch.from_numpy(np.concatenate([whole, reals.view(np.int64)])).to(logits.device)  # each copy waits
+        there = torch.from_numpy(np.concatenate([whole, reals.view(np.int64)])).to(logits.device)  # one copy
         temperature, top_p, min_p = there[3:].view(torch.float64)
         drawn = sample_shaped(
             logits, there[:2].T, shapes, temperature=temperature, top_p=top_p, top_k=there[2], min_p=min_p

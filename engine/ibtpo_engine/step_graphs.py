@@ -1,16 +1,16 @@
 """Decode steps on a GPU as captured CUDA graphs.
 
 A step launches some ten kernels a layer, most of which take less time than their launch; replayed as a graph they are
-one launch. What is captured reads and writes buffers that stay where they are::
+one launch. A captured step reads and writes buffers at fixed addresses::
 
     host      plan, temperatures ...             token, pos, address, stream        tokens, log-probs, entropy
                  | when branches begin or end       | every step                       ^
     device    plan, settings ---------------->  [ model -> logits -> sample ] ---------+
                                                   captured once a bucket, then replayed
 
-A bucket is a number of rows and the room of its plan, both rounded up. Rows that no branch uses are at position -1:
-they see nothing, write nothing, and nobody looks at what they sample. Weights are read where they lie, so graphs
-survive every update in place; where a parameter, the pool or the page table lies elsewhere now, all are captured anew.
+A bucket is a number of rows and the room of its plan, both rounded up. Unused rows are at position -1: they see
+nothing, write nothing, and what they sample is ignored. Weights are read in place, so graphs survive in-place updates;
+if a parameter, the pool or the page table has moved, all are captured anew.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ibtpo_engine.slots import LACKS_PAGE, Slots
 from ibtpo_kernels import DecodePlan, Events, sample
 from ibtpo_kernels.gpu.replay import Heads, ReplayPlan, Room, work_for
 
-MOST_GRAPHS = 48  # the one used longest ago is forgotten
+MOST_GRAPHS = 48  # beyond this, the least recently used one is dropped
 
 
 class _Bucket:
@@ -53,7 +53,7 @@ class _Bucket:
         self._model, self._pool, self._logits, self._project = model, pool, logits, project_for(parity)
 
     def step(self) -> None:
-        """What is captured."""
+        """The step that is captured."""
         token, pos, address, stream = self._rows.unbind()
         temperature, top_p, top_k, min_p = self._settings.unbind()
         plan = self.plan.plan
@@ -74,7 +74,7 @@ class _Bucket:
         (self._rows if values is self.rows else self._settings).copy_(values, non_blocking=True)
 
     def out(self, count: int) -> npt.NDArray[np.float64]:
-        """[4, count], what the last replay sampled; waits for it."""
+        """[4, count], the results of the last replay, for which this waits."""
         return self._out[:, :count].cpu().numpy()
 
 
@@ -88,7 +88,7 @@ class StepGraphs:
         parity: what is promised of the bits.
 
     Attributes:
-        captured, replayed: how often.
+        captured, replayed: counts.
     """
 
     def __init__(
@@ -106,15 +106,15 @@ class StepGraphs:
         uniform = parity == "bitwise"
         self._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim, model.dtype, uniform)
         self._buckets: dict[Room, _Bucket] = {}
-        self._bucket: _Bucket | None = None  # of the branches chosen
+        self._bucket: _Bucket | None = None  # for the branches chosen
         self._seen: object = None
 
     def forget(self) -> None:
-        """Drop the graphs, with their memory: what they read (the page table, say) is written no more."""
+        """Drop the graphs and their memory: something that they read, such as the page table, is being replaced."""
         self._bucket, self._buckets = None, {}
 
     def _forget_moved(self) -> None:
-        """Drop the graphs if a parameter or the pool lies elsewhere than when they were captured."""
+        """Drop the graphs if a parameter or the pool has moved, or adapters changed, since they were captured."""
         adapters = self._model.adapters
         places = [p.data_ptr() for p in self._model.parameters()]
         seen = (places, adapters and adapters.state(), self._pool.keys.data_ptr())
@@ -123,7 +123,7 @@ class StepGraphs:
             self.forget()
 
     def choose(self, slots: Slots, chosen: Longs) -> None:
-        """Say which branches the next steps are for."""
+        """Choose the branches of the next steps."""
         self._forget_moved()
         lengths = torch.from_numpy(slots.length[chosen])
         rows = torch.from_numpy(chosen.astype(np.int32))
@@ -148,14 +148,14 @@ class StepGraphs:
             bucket = _Bucket(self._model, self._pool, self._logits, plan, self._parity)
             if len(self._buckets) >= MOST_GRAPHS:
                 del self._buckets[next(iter(self._buckets))]
-        self._buckets[room] = bucket  # the last in order is the one used last
+        self._buckets[room] = bucket  # the dict is ordered by last use
         return bucket
 
     def decode(self, slots: Slots, chosen: Longs) -> Events:
         """Run the last token of each branch chosen and record the next one.
 
         Returns:
-            The branches to look after.
+            The branches that ended or lack a page.
 
         Raises:
             ValueError: a branch has NaN or inf logits; then nothing is recorded.
@@ -181,6 +181,6 @@ class StepGraphs:
 
 
 def rounded_up(count: int) -> int:
-    """Rows of the bucket for `count` branches: 1 to 8, then three bits of it, so at most a quarter is unused."""
+    """Rows of the bucket for `count` branches: rounded up to three significant bits, so under a quarter is unused."""
     step = 1 << max(count.bit_length() - 3, 0)
     return -(-count // step) * step

@@ -1,8 +1,8 @@
-"""Stop strings, found in the decoded text of a branch wherever its tokens are cut.
+"""Stop strings, found in the decoded text of a branch, across token boundaries.
 
-A token completes a stop string if the text with it holds an occurrence that reaches past the text without it. Text is
-compared character by character, because a token may change the one before: the bytes of a character that is split over
-several tokens decode to U+FFFD until the last of them is there. Only a window at the end of the path is decoded::
+A token completes a stop string if the text with it holds an occurrence that reaches past the text without it. Texts are
+compared character by character, because a token may change earlier text: a character split over several tokens decodes
+to U+FFFD until its last token is there. Only a window at the end of the path is decoded::
 
     0 ........................ window ....... prompt_len ....... the branch's next token
     [ too far back to matter  )[ context      )[ text in which stops are sought     )
@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 Decode = Callable[[list[int]], str]
 
-CONTEXT = 4  # tokens of the prompt decoded too: a first token is shown differently by some tokenizers
-MARGIN = 8  # characters at the start of a window that may be shown differently than within the whole text
+CONTEXT = 4  # tokens of the prompt decoded too: some tokenizers decode a first token differently
+MARGIN = 8  # characters at the start of a window that may differ from those of the whole text
 SHORT = 32  # tokens of a window not worth shortening
 
 
@@ -36,14 +36,14 @@ class StopWatch:
         self.decode = decode
         self.stops = stops
         self._text = ""
-        self._begun = False  # decoded only when asked: what `decode` raises is this branch's alone
+        self._begun = False  # `decode` runs with the first token, so that its error concerns only this branch
         self._longest = max(map(len, stops))
         begin = max(prompt_len - CONTEXT, 0)
         self._window: list[int] = prefix[begin:].tolist()
         self._num_context = prompt_len - begin
 
     def push(self, token: int) -> str | None:
-        """Append a token; returns the stop string it completes: of several, the one that ends first in the text."""
+        """Append a token; returns the stop string it completes, of several the one that ends first in the text."""
         if not self._begun:
             self._shorten()
             self._begun = True
@@ -65,7 +65,7 @@ class StopWatch:
         self._text = self.decode(self._window) if self._window else ""
 
     def _shorten(self) -> None:
-        """Drop what no stop string can reach; doubling the length until the next time keeps this off the average."""
+        """Drop tokens that no stop string can reach; doing so only at doubled lengths makes it cheap on average."""
         keep = SHORT // 2
         while keep < len(self._window) and len(self.decode(self._window[-keep:])) < self._longest + MARGIN:
             keep *= 2

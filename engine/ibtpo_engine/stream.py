@@ -1,4 +1,4 @@
-"""Tokens as they come: what `Engine.stream` yields."""
+"""Events of `Engine.stream`: tokens as they are sampled."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Event:
     Attributes:
         node: the branch's node; its own arrays are filled when the branch ends.
         start: depth of the first new token; the tokens of a branch's events follow each other without gap or overlap.
-        tokens: int32 [n], the new ones; empty where the branch ended without.
+        tokens: int32 [n], the new tokens; empty if the branch ended without any.
         logprob, logprob_raw, entropy: float32 [n], as on `Node`.
         done: is this the branch's last event?
-        finish: how it ended: as `Node.finish` (None: paused), "abort" for one that was taken off its tree; None while
-            it goes on.
+        finish: as `Node.finish` (None: paused) once the branch has ended, "abort" if it was taken off its tree; None
+            before that.
     """
 
     node: Node
@@ -47,7 +47,7 @@ class Follower:
         self.watches = [Watch(branch) for branch in branches]
 
     def events(self) -> Iterator[Event]:
-        """What is new since the last call; the caller of each may change anything before the next is looked for."""
+        """Events since the last call; between two of them the caller may change anything."""
         for watch in list(self.watches):
             if not watch.branch.node.in_flight:
                 self.watches.remove(watch)

@@ -1,4 +1,4 @@
-"""How many CPU threads a step is worth."""
+"""The number of CPU threads for a step."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ SMALL_STEP = 200_000_000
 
 @contextmanager
 def threads_for(flops: float) -> Iterator[None]:
-    """Run a small step on one thread, whatever torch is set to.
+    """Run a small step on one thread, whatever torch's setting.
 
-    Sharing out a region of 20 µs saves little on an idle machine, and on a busy one each region waits for a thread
-    that is not running: a decode step of the built-in policy then takes several times as long (docs/log.md).
+    Splitting a region of 20 µs saves little on an idle machine, and on a busy one each region waits for a thread that
+    is not running: a decode step of the built-in policy then takes several times as long (docs/log.md).
     """
     before = torch.get_num_threads()
     if flops >= SMALL_STEP or before == 1:

@@ -1,4 +1,4 @@
-"""What single tokens add to a text, and where separators divide it."""
+"""The text that a single token adds, and the places where separators divide a text."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any, Protocol
 
 
 class Decodes(Protocol):
-    """The one tokenizer method that is needed; transformers' tokenizers have it."""
+    """The tokenizer method needed here; transformers' tokenizers have it."""
 
     def decode(self, token_ids: Any, skip_special_tokens: bool = ..., **options: Any) -> Any:
         """The text of these ids."""
 
 
 class TokenTexts(dict[int, str]):
-    """The text that a token adds to a longer one, by id; each is decoded once, when it is first asked for.
+    """The text that a token adds to preceding text, by id; each id is decoded once, when first needed.
 
     Args:
         tokenizer: decodes them.
@@ -32,7 +32,7 @@ class TokenTexts(dict[int, str]):
 
 
 def boundaries(text: str, separator: str) -> list[int]:
-    """Positions just past each separator of a text that neither touches nor overlaps one before it."""
+    """Positions just past each separator of a text that neither touches nor overlaps an earlier one."""
     ends, last = [], -len(separator) - 1
     found = text.find(separator)
     while found >= 0:

@@ -1,7 +1,6 @@
-"""A tree of token segments: what is sampled, forked, split, scored and finally trained on.
+"""A tree of token segments, which is sampled, forked, split, scored and finally trained on.
 
-A node is a run of tokens below its parent. Its tokens never change once they are there; what changes is where the
-tree is cut into nodes::
+A node is a run of tokens below its parent. Tokens never change once sampled; only the cuts between nodes do::
 
     root [0 ........ 7)                     the prompt
       |- a [7 ............. 19)             a.fork(at=5) first cuts a in two at depth 12:
@@ -9,8 +8,8 @@ tree is cut into nodes::
                                                 |- a [12 .. 19)  the same object, now the tail (still the leaf)
                                                 |- b [12 ..      the fork, waiting to be extended
 
-So a handle on a leaf stays a handle on that leaf, and children always hang off a node's end. The tree holds no
-keys or values: the engine attaches its pages to ``node.kv`` and the tree only tells it when a node is split.
+So a reference to a leaf stays valid, and children always begin at a node's end. The tree holds no keys or values: the
+engine attaches its pages to ``node.kv``, which the tree splits and releases with the node.
 """
 
 from __future__ import annotations
@@ -38,15 +37,15 @@ class Node:
     Attributes:
         tokens: int32 [n], the tokens of this segment; empty until the node has been extended.
         logprob: float32 [n], log-probability under the distribution sampled from (temperature, top-p, top-k applied).
-        logprob_raw: float32 [n], log-probability under the model at temperature 1, nothing cut.
+        logprob_raw: float32 [n], log-probability under the model at temperature 1, without filters.
         entropy: float32 [n], entropy in nats of the model's full distribution at temperature 1.
             All three are zero on prompt tokens.
         start: depth of the first token on its path (its RoPE position); `end` is one past the last.
         finish: why sampling ended here: "stop", "length", "budget" (the tree's was spent), "abort" (cut short by the
             caller), "scored" (its tokens were given), or None for interior, paused, prompt and pending nodes.
         stopped_by: what ended it, if `finish` is "stop": the stop token's id, or the stop string; else None.
-        reward: what the reward function said of the trajectory ending here; None if not a graded leaf.
-        version: version of the weights that sampled the tokens; where they changed under way, of the first ones.
+        reward: the reward of the trajectory ending here; None if not a graded leaf.
+        version: version of the weights that sampled the tokens, or the first of them if the weights changed meanwhile.
     """
 
     __slots__ = (
@@ -60,7 +59,7 @@ class Node:
         self.children: list[Node] = []
         self.start = start
         self.stream = stream  # names the random numbers of this segment: see randomness.py
-        self.birth = (start, -1)  # (depth of the fork, how many began there before); names the stream
+        self.birth = (start, -1)  # (depth of the fork, how many forks began there before); names the stream
         self.forks: dict[int, int] = {}  # depth -> how many forks of this stream began there
         self.serial = tree._next_serial()
         tree.used.nodes += 1
@@ -75,14 +74,14 @@ class Node:
         self.in_flight = False  # is the engine extending it?
         self.dropped = False  # cut off its tree?
         self.kv: Any = None  # the engine's; opaque here
-        self.mask: Any = None  # the engine's: where the end of this node is in the grammar it was sampled with
+        self.mask: Any = None  # the engine's: state, at the end of this node, of the grammar it was sampled with
         self.notes: dict[str, Any] = {}  # the search's scratch space
 
     def __reduce__(self) -> tuple[Any, ...]:
         return reduce_node(self)
 
     def __copy__(self) -> Self:
-        return self  # a place in its tree, of which there is one; copy.deepcopy takes the tree along
+        return self  # a node is unique in its tree; copy.deepcopy copies the tree, too
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -95,7 +94,7 @@ class Node:
 
     @property
     def end(self) -> int:
-        """Depth one past the last token: the length of the path from the root's first token to here."""
+        """Depth one past the last token: the number of tokens from the root's first to here."""
         return self.start + len(self.tokens)
 
     @property
@@ -105,12 +104,12 @@ class Node:
 
     @property
     def continues_parent(self) -> bool:
-        """True where this node goes on with its parent's branch: the lower half of a cut, or what was resumed."""
+        """True if this node continues its parent's branch: the lower half of a cut, or a resumed node."""
         return self.parent is not None and self.parent.birth == self.birth
 
     @property
     def is_leaf(self) -> bool:
-        """True where a trajectory ends: sampled, with nothing sampled below."""
+        """True if a trajectory ends here: finished, with nothing sampled below."""
         return self.finish is not None and all(child.is_pending for child in self.children)
 
     def path(self) -> list[Node]:
@@ -123,9 +122,9 @@ class Node:
         return nodes[::-1]
 
     def births(self) -> list[tuple[int, int]]:
-        """(depth of the fork, how many began there before) of every branch that leads here: the place in the tree.
+        """(depth of the fork, number of earlier forks there) of every branch that leads here: the place in the tree.
 
-        The first depth is where what was sampled begins: the prompt's length, or less below a fork within the prompt.
+        The first depth is where sampling began: the prompt's length, or less below a fork within the prompt.
         """
         return [node.birth for node in self.path()[1:] if not node.continues_parent]
 
@@ -195,7 +194,7 @@ class Node:
     def fork(self, n: int = 1, at: int | None = None) -> list[Node]:
         """Begin `n` new branches that share everything before token `at` of this node (default: all of it).
 
-        Costs nothing but the nodes: whole pages are shared, and at most one page is copied when a branch is extended.
+        This only creates nodes: whole pages are shared, and at most one page is copied when a branch is extended.
 
         Returns:
             `n` pending nodes, to be given to `Engine.extend` (or yielded by a search).
@@ -216,16 +215,16 @@ class Node:
         return [base._branch() for _ in range(n)]
 
     def resume(self) -> Node:
-        """Go on below this node with the very random numbers its branch would have drawn next.
+        """Continue below this node with the random numbers that its branch would have drawn next.
 
         A branch that paused and was resumed holds the tokens of one that never paused: pausing is a `split` made early.
-        Any end of a branch can be resumed: one that ran into `max_tokens` goes on as if there had been more of them.
+        Any end of a branch can be resumed: one that reached `max_tokens` continues as if that had been larger.
 
         Returns:
             A pending node, to be given to `Engine.extend`.
 
         Raises:
-            ValueError: the node is the prompt, is pending, was dropped, or what follows it is there already.
+            ValueError: the node is the prompt, is pending, was dropped, or already has a continuation.
             BudgetSpent: the tree has all the nodes its budget allows.
         """
         if self.is_pending or self.dropped:
@@ -296,7 +295,7 @@ class Node:
                 node.kv = None
 
     def abandon(self) -> None:
-        """Take this node, which is being extended, off its tree unfinished; the engine calls this."""
+        """Take this node, which is being extended, off its tree; the engine calls this."""
         assert self.parent is not None
         self.in_flight, self.dropped = False, True
         self.parent.children.remove(self)
@@ -316,9 +315,8 @@ class Tree:
 
     Attributes:
         closed: have its pages been given back?
-        used: what it holds, as far as a budget may bound it.
-        ended_by: the error that ended its search before its time, where that was the tree's own: `BudgetSpent`,
-            `NoTokenAllowed`; else None.
+        used: the quantities it holds that a budget may bound.
+        ended_by: the error of this tree that ended its search early, `BudgetSpent` or `NoTokenAllowed`; else None.
     """
 
     def __init__(
@@ -361,7 +359,7 @@ class Tree:
         """The node that the prompt ends with: the root, or the lowest part of a prompt that was cut."""
         node = self.root
         while node.end < self.prompt_len:
-            node = node.children[0]  # what a cut left below comes first, and is never dropped
+            node = node.children[0]  # the lower half of a cut prompt comes first, and is never dropped
         return node
 
     def nodes(self) -> list[Node]:
@@ -369,7 +367,7 @@ class Tree:
         return list(self.root.walk())
 
     def leaves(self) -> list[Node]:
-        """Every finished trajectory's last node, depth first."""
+        """The last node of every finished trajectory, depth first."""
         return self.root.leaves()
 
     @property
@@ -382,15 +380,15 @@ class Tree:
         return pack_tree(self)
 
     def close(self) -> None:
-        """Give the tree's pages back; tokens and log-probs stay readable. Closing twice is fine.
+        """Give the tree's pages back; tokens and log-probs stay readable. Closing twice is allowed.
 
-        Branches that are being extended leave the tree, and a search that grows it ends there.
+        Branches that are being extended leave the tree, and a search that grows it ends.
         """
         if not self.closed:
             if self._on_close is not None:
                 self._on_close(self)
-            self.closed = True  # now: what was interrupted is closed again
-            self._on_close = None  # who keeps the tree keeps no engine, whose pool may be most of the memory
+            self.closed = True  # not earlier: if interrupted, closing can be repeated
+            self._on_close = None  # keeping the tree must not keep the engine, whose pool may be most of the memory
 
     def __reduce__(self) -> tuple[Any, ...]:
         return reduce_tree(self)

@@ -1,4 +1,4 @@
-"""Branches whose tokens are looked at as they come: to stream them, or to ask whether they are to pause."""
+"""Branches whose tokens are followed as they are sampled, to stream them or to ask whether to pause."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ibtpo_engine.tree import Node
 
 
 class Watch:
-    """One branch whose tokens are looked at as they come.
+    """One branch whose tokens are followed.
 
     Attributes:
-        branch: the one that is followed.
+        branch: the branch.
         depth: the tokens at depths [branch.node.start, depth) have been seen.
     """
 
@@ -28,12 +28,12 @@ class Watch:
         """Depth one past the last token sampled, if the branch is running and has new ones; else `depth`."""
         branch = self.branch
         if not scheduler.is_running(branch):
-            return self.depth  # preempted or being filled: what it had sampled comes back unchanged
+            return self.depth  # preempted or being filled: its tokens come back unchanged
         return max(int(scheduler.slots.length[branch.slot]), self.depth)
 
 
 class _Asked(Watch):
-    """A branch with a predicate, and its path in a buffer so that a step copies one token and not the path."""
+    """A branch with a predicate, and a buffer of its path, so that a step copies one token rather than the path."""
 
     def __init__(self, branch: Branch, pause: Pause) -> None:
         super().__init__(branch)
@@ -55,7 +55,7 @@ class _Asked(Watch):
 
 
 class Pauses:
-    """The branches under way that have a predicate; an engine asks it after each step."""
+    """The branches in flight that have a predicate; the engine calls `due` after each step."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler

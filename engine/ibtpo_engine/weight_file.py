@@ -1,8 +1,8 @@
 """One safetensors file, mapped into memory and copied out a chunk at a time.
 
-The file is ``8 bytes: length of the header | header, JSON: name -> type, shape, offsets | data``. A tensor is
-converted straight from the mapped file into where it is to lie, and the mapping is given up behind the copy: what
-loading takes beside the weights is one chunk. The weights do not live on in the file, which may be overwritten.
+The file is ``8 bytes: length of the header | header, JSON: name -> type, shape, offsets | data``. A tensor is converted
+from the mapped file directly into its destination, and each chunk is unmapped after its copy: besides the weights,
+loading takes the memory of one chunk. The weights do not depend on the file afterwards, so it may be overwritten.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class WeightFile:
         self._data = 8 + length
 
     def names(self) -> list[str]:
-        """Every tensor in the file, in the order it lies there."""
+        """Every tensor in the file, in the file's order."""
         return sorted(self._header, key=lambda name: int(self._header[name]["data_offsets"][0]))
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -60,7 +60,7 @@ class WeightFile:
         """The type a tensor is stored in.
 
         Raises:
-            CheckpointError: it is not one of the floating-point types weights come in.
+            CheckpointError: it is not a supported floating-point type.
         """
         kind = self._header[name]["dtype"]
         if kind not in _TYPES:
@@ -74,7 +74,7 @@ class WeightFile:
         """Convert a tensor into `target`, contiguous and of the same shape, on any device.
 
         Raises:
-            CheckpointError: a value is NaN, or Inf, or becomes so in the type of `target`.
+            CheckpointError: a value is NaN or Inf, or becomes Inf in the type of `target`.
         """
         for source, part in self._chunks(name, target):
             part.copy_(source)
@@ -82,11 +82,11 @@ class WeightFile:
                 self._refuse(name, source, target.dtype)
 
     def holds(self, name: str, tensor: Tensor) -> bool:
-        """Would `read` leave a tensor as it is?"""
+        """Would `read` leave a tensor unchanged?"""
         return all(torch.equal(part, source.to(part)) for source, part in self._chunks(name, tensor))
 
     def _chunks(self, name: str, tensor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pieces of a tensor in the file [n], each with the place [n] in `tensor` that it belongs in."""
+        """Chunks [n] of a tensor in the file, each with the part [n] of `tensor` that it belongs in."""
         stored = self.dtype(name)
         begin, end = (self._data + offset for offset in self._header[name]["data_offsets"])
         flat = tensor.view(-1)
@@ -105,10 +105,10 @@ class WeightFile:
 
 
 def _mapped(descriptor: int, start: int, end: int, dtype: torch.dtype) -> Tensor:
-    """Bytes [start, end) of a file as a tensor [n] that keeps its own mapping alive, and with it ends it."""
+    """Bytes [start, end) of a file as a tensor [n] that owns its mapping."""
     skipped = start % mmap.ALLOCATIONGRANULARITY  # mappings begin on a page
     mapping = mmap.mmap(descriptor, end - start + skipped, access=mmap.ACCESS_COPY, offset=start - skipped)
     raw = torch.frombuffer(mapping, dtype=torch.uint8, offset=skipped, count=end - start)
-    if raw.data_ptr() % dtype.itemsize:  # headers of any length are allowed, and then nothing is aligned
+    if raw.data_ptr() % dtype.itemsize:  # headers may have any length, so data may be unaligned
         raw = raw.clone()
     return raw.view(dtype)

@@ -1,16 +1,16 @@
 // Products of bfloat16 matrices on AMX, Intel's matrix registers: the product of tile.h, where IBTPO_AMX is defined.
 //
-// A tile register holds 16 rows of 64 bytes. One instruction adds to 16 x 16 sums of C what 16 rows of A and 16 columns
-// of B have along a step of the depth, at most 16 pairs: the even products of the step are summed in a chain of their
-// own, so are the odd ones, and C gets both. How a depth is cut into steps is therefore part of the result:
+// A tile register holds 16 rows of 64 bytes. One instruction adds the product of 16 rows of A and 16 columns of B, over
+// a step of at most 16 pairs of the depth, to 16 x 16 sums of C: it sums the even products of the step in one chain,
+// the odd ones in another, and adds both to C. How a depth is cut into steps therefore affects the result:
 //
 //     registers  0-3 C | 4 A, 5 B of a step of 16 pairs | 6 A, 7 B of a step of 8 pairs
 //
-// A depth is cut from the front into steps of 16 pairs; what is left is a step of 8, or of 16, filled up with zeros.
-// Neither the rows nor the columns beside it touch an element, and zeros appended to a step do not change it: it has
-// the same bits in any batch, and a chain over parts the same ones wherever it is interrupted between two parts.
+// A depth is cut from the front into steps of 16 pairs; the remainder is one step of 8 or 16, padded with zeros.
+// An element depends neither on other rows and columns nor on zeros appended to a step: it has the same bits in any
+// batch, and a chain cut between two parts has those of an uncut one.
 //
-// Whole tiles are read where they lie. What is no whole tile, and a transposed A, passes through a buffer of one tile.
+// Whole tiles are read in place; partial tiles and a transposed A are copied through a buffer of one tile.
 #pragma once
 
 #include "simd.h"
@@ -18,10 +18,10 @@
 namespace ibtpo::IBTPO_ISA {
 
 constexpr int64_t kTile = 16;    // rows of a tile, columns of C and B, and pairs of a whole step
-constexpr int64_t kFewRows = 4;  // that are not worth a tile
+constexpr int64_t kFewRows = 4;  // at most so many rows are not worth a tile
 
-// The registers keep their shapes until the end of the scope; every thread that multiplies needs one. `height`:
-// products have no more rows than this, or it is a whole tile; an instruction takes as long as A has rows.
+// Sets the shapes of the registers until the end of the scope; every thread that multiplies needs one. `height`: most
+// rows of a product, cut to a whole tile; an instruction's time grows with the rows of A.
 class MatrixRegisters {
  public:
   INLINE_MEMBER explicit MatrixRegisters(int64_t height = kTile) {
@@ -38,7 +38,7 @@ class MatrixRegisters {
   MatrixRegisters& operator=(const MatrixRegisters&) = delete;
 };
 
-// Own instructions, for GCC's intrinsics do not say that they read memory.
+// Inline assembly, since GCC's intrinsics do not say that they read memory.
 template <int Register>
 INLINE void load_tile(const void* from, int64_t row_bytes) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(row_bytes), "i"(Register) : "memory");
@@ -88,7 +88,7 @@ INLINE Vec gather_words(const Pair* p, int64_t count, int64_t stride) {
   return x;
 }
 
-// Rows [m, m + rows) and pairs [k, k + pairs) of A into a buffer, zeros where pairs are fewer than a tile's.
+// Copies rows [m, m + rows) and pairs [k, k + pairs) of A into a buffer, padding the pairs to a tile with zeros.
 INLINE void copy_a(TileBuffer& to, const StridedOf<Pair>& a, int64_t m, int64_t k, int64_t rows, int64_t pairs) {
   const Pair* from = a.a + m * a.row + k * a.col;
   if (a.row == 1 && a.col != 1) {  // transposed: a pair's rows lie side by side
@@ -165,8 +165,8 @@ INLINE void tile_row(float* c, int64_t ldc, int64_t rows, const StridedOf<Pair>&
   });
 }
 
-// What the tiles compute, bit for bit, in vectors: for a few rows, which would wait for a tile's loads and stores
-// longer than it takes to multiply them. (Numbers below 1e-38, which tiles take for zero, are not worth an exception.)
+// The same bits as the tiles, computed with vectors: for a few rows, loading and storing tiles takes longer than
+// multiplying. (Tiles take numbers below 1e-38 for zero; this does not.)
 template <int Rows, int Vecs, Into Mode>
 INLINE void few_rows(float* c, int64_t ldc, const StridedOf<Pair>& a, const PartsOf<Pair>& b, int64_t column,
                      int64_t depth) {

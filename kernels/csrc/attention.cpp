@@ -2,9 +2,9 @@
 //
 //   out_i = sum_j p_ij v_j,   p_ij = exp(s_ij - lse_i),   s_ij = scale q_i k_j
 //
-// A block of queries of one head walks over the key blocks that it sees, in ascending order, with a softmax that is
-// rescaled as its maximum grows. Blocks are independent of each other: the result does not depend on threads.
-// With bfloat16, weights are rounded for the product with v and summed as they are; all sums are float.
+// A block of queries of one head walks over the key blocks that it sees, in ascending order, with an online softmax.
+// Blocks are independent of each other, so the result does not depend on threads.
+// With bfloat16, weights are rounded for the product with v but not for their own sum; all sums are float.
 #include "tree_pack.h"
 
 namespace ibtpo::IBTPO_ISA {
@@ -53,8 +53,8 @@ class QueryBlock {
     }
   }
 
-  // Row r of the scores, keys [run.from, run.to), kept from column 0 on: from q k to exp(s - m), of type T in the same
-  // place. What the loops need is local: a store might change a member, for all that the compiler knows.
+  // Turns row r of the scores, keys [run.from, run.to) stored from column 0 on, from q k into exp(s - m) of type T, in
+  // place. Members are copied to locals, since for all the compiler knows a store might change them.
   template <bool All>
   INLINE_MEMBER void weigh(const Run& run, int64_t r, int64_t i, int64_t j) {
     float* const s = s_ + r * kBlock;
@@ -107,7 +107,7 @@ INLINE void forward(const TreeShape& shape, const TreeForward<T>& p) {
     [[maybe_unused]] const RegistersFor<T> registers;
     QueryBlock<T> block(lay, p);
 #pragma omp for collapse(2) schedule(dynamic)
-    for (int64_t i = lay.blocks.count - 1; i >= 0; --i)  // the last block of a tree sees most: begin there
+    for (int64_t i = lay.blocks.count - 1; i >= 0; --i)  // largest first: the last block of a tree sees most
       for (int64_t h = 0; h < shape.num_heads; ++h)
         block.run(keys + h / lay.group * head_words, values + h / lay.group * head_words, h, i);
   }

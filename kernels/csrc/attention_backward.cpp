@@ -12,14 +12,14 @@
 //   chunk 2  xx     xx      ##                   task writes. When all tasks are done, a key block's spills are added
 //   chunk 3  xx             xx  ##               to the result in ascending order of chunks.
 //
-// Every sum has one order, whatever the number of threads, and nobody waits for anybody. With bfloat16, p and dS are
+// Every sum has one order, whatever the number of threads, and no task waits for another. With bfloat16, p and dS are
 // rounded for the products they enter; all sums are float.
 #include "tree_pack.h"
 
 namespace ibtpo::IBTPO_ISA {
 namespace {
 
-constexpr int64_t kTasks = 32;          // wanted when one tree is big: what many cores share evenly
+constexpr int64_t kTasks = 32;          // tasks wanted for a big tree: enough for many cores to share evenly
 constexpr int64_t kTaskWork = 1 << 12;  // block pairs x heads of a group x head size: no task needs to be smaller
 
 // The chunks, and where the spills of each key block begin.
@@ -64,7 +64,7 @@ class Chunks {
   }
 };
 
-// Keys and values packed, and their gradients in float: per key/value head a block a key block, or a spill.
+// Packed keys and values, and their gradients in float: for each key/value head a block for each key block or spill.
 template <class T>
 struct Keys {
   INLINE_MEMBER Keys(const Layout<T>& lay, const Chunks& chunks)
@@ -96,7 +96,7 @@ struct Keys {
   const Scratch<float> dk, dv, dk_spill, dv_spill;
 };
 
-// Two neighbouring rows of p or dS, from a square of scores: in its place as words along the rows, the depth of dV, dK.
+// Stores two neighbouring rows of p or dS in place in a square of scores, as words along the rows: the depth of dV, dK.
 INLINE void keep(float* at, Vec even, Vec odd, float) {
   store(at, even);
   store(at + kBlock, odd);
@@ -222,7 +222,7 @@ class Worker {
   }
 
   // Rows r and r + 1 of both squares, columns [run.from, run.to): from q k and dO v to p and dS, zero in a row past the
-  // last query. What the loop needs is local: a store might change a member, for all that the compiler knows.
+  // last query. Members are copied to locals, since for all the compiler knows a store might change them.
   template <bool All>
   INLINE_MEMBER void weigh(const Run& run, int64_t r, int64_t g, int64_t i, int64_t j) {
     const int64_t from = run.from, to = run.to, row = slot(i, g) * kBlock + r;

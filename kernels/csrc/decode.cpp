@@ -2,13 +2,13 @@
 //
 //   out_b = sum_j softmax_j(scale q_b k_j) v_j   over slots j < lengths[b] of path rows[b].
 //
-// A task is a block of neighbouring queries and a range of key/value heads. It walks the plan's items; a page shared by
-// several of its queries is read, and its keys are transposed, once for all of them, head after head. Each query's
-// state (m, l, acc) is carried page by page in depth order: its sums never depend on which other queries share the
+// A task is a block of neighbouring queries and a range of key/value heads. Head after head, it walks the plan's items;
+// a page that several of its queries share is read and its keys are transposed once for all of them. Each query's
+// state (m, l, acc) is updated page by page in depth order: its sums never depend on which other queries share the
 // page.
 //
-// In bf16 the two products are of bf16 numbers (tile.h), the weights p rounded to bf16 for the second; all else is
-// float: scores, state and sums.
+// In bf16 both products take bf16 numbers (tile.h), for which the weights p are rounded; scores, state and sums are
+// float.
 #include "kernels.h"
 #include "threads.h"
 #include "tile.h"
@@ -19,7 +19,7 @@ namespace {
 constexpr int64_t kRows = 64;       // query rows (queries x group) of a task, at most
 constexpr int64_t kUsualPage = 16;  // slots of a page, nearly always
 constexpr int64_t kPages = 4;       // pages whose scores are computed together
-constexpr int64_t kFewRows = 4;     // up to as many, values are added up, and the next ones fetched, a page at a time
+constexpr int64_t kFewRows = 4;     // up to so many rows add values, and prefetch the next ones, a page at a time
 constexpr float kMinimum = -1e30f;  // "no maximum yet": finite, so that -inf - m stays -inf
 
 // A maximum that grows by less than this is kept: weights up to e^8 are harmless, rescaling is not free.
@@ -134,8 +134,8 @@ class Task {
     return most(0, least(p_.page_size, p_.lengths[b] - column * p_.page_size));
   }
 
-  // Pages [page_begin, page_end) for queries [begin, end), in runs of queries that are long enough to see them; then
-  // come those at `next`.
+  // Pages [page_begin, page_end) for queries [begin, end), in runs of queries that are long enough to see them. `next`:
+  // the pages after these, to be prefetched.
   INLINE_MEMBER int64_t walk(int64_t begin, int64_t end, int64_t page_begin, int64_t page_end, Ahead next) {
     for (int64_t column = page_begin; column < page_end; column += kPages) {
       const int64_t count = least(kPages, page_end - column);
@@ -203,8 +203,8 @@ class Task {
     return (page * p_.page_size * p_.num_kv_heads + head) * p_.head_dim;
   }
 
-  // Fetch into the second cache what will be wanted next, of the page `c` columns further. Not more than that, for the
-  // pages of all heads would not fit; and little at a time, for a processor stops where too many fetches are under way.
+  // Prefetch into L2 what is read next, of the page `c` columns further: only this head's part, since the pages of all
+  // heads would not fit, and little at a time, since a processor stalls when too many fetches are in flight.
   INLINE_MEMBER void foresee(const Ahead& ahead, int64_t c, const T* pages) const {
     const int64_t column = ahead.column + c, slots = visible(ahead.query, column);
     const int64_t first = slots > 0 ? page_begin(ahead.query, column, ahead.head) : -1;
@@ -212,7 +212,7 @@ class Task {
     prefetch<2>(pages + first, slots, p_.head_dim);
   }
 
-  // A head's slots lie Hkv * D apart, which the hardware does not foresee.
+  // A head's slots lie Hkv * D apart, a pattern that hardware does not prefetch.
   template <int Locality>
   INLINE_MEMBER void prefetch(const T* slot, int64_t slots, int64_t size) const {
     constexpr int64_t kLine = 64 / sizeof(T);
@@ -220,9 +220,9 @@ class Task {
       for (int64_t d = 0; d < size; d += kLine) __builtin_prefetch(slot + d, 0, Locality);
   }
 
-  // Scores of the run's page c become weights exp(score - m). Before a row's m grows, acc takes in the pages before c,
-  // weighed with the old m. Returns how many pages acc then holds. Vecs: vectors in a page, 0 if known at run time
-  // only.
+  // Turns scores of the run's page c into weights exp(score - m). Before a row's m grows, acc takes in the pages before
+  // c, weighted with the old m. Returns how many pages acc then holds. Vecs: vectors in a page, 0 if known only at run
+  // time.
   template <int Vecs>
   INLINE_MEMBER int64_t weigh(const Run<T>& run, int64_t taken, int64_t c) {
     const int64_t width = Vecs > 0 ? Vecs * kWidth : page_, ld = kPages * page_, group = group_;
@@ -264,8 +264,8 @@ class Task {
     return taken;
   }
 
-  // acc += weights * values over pages [from, to) of the run; slots beyond every query's length are never read, for
-  // they may hold anything, NaN included. Cut anywhere, the sum has the same bits (Into::kChain).
+  // acc += weights * values over pages [from, to) of the run. Slots beyond every query's length are never read: they
+  // may hold NaN. The sum has the same bits wherever it is cut (Into::kChain).
   INLINE_MEMBER void accumulate(const Run<T>& run, int64_t from, int64_t to) {
     const int64_t together = page_ == p_.page_size ? to - from : 1;  // pages whose weights lie next to each other
     const int64_t rows = (run.end - run.begin) * group_, ld = kPages * page_;
@@ -282,8 +282,7 @@ class Task {
   }
 
   // Where the values of `count` pages of the run begin, of which `depth` slots are used; returns the stride of a step.
-  // They are read where they lie, but for bf16 and for head sizes that are no whole number of vectors: those are
-  // copied.
+  // They are read in place, except for bf16 and head sizes that are no whole number of vectors, which are copied.
   INLINE_MEMBER int64_t gather(const Run<T>& run, int64_t c, int64_t count, int64_t depth, const Step** parts) const {
     const int64_t kv_stride = p_.num_kv_heads * p_.head_dim;
     for (int64_t i = 0; i < count; ++i) {
@@ -307,8 +306,8 @@ class Task {
   const Scratch<float> acc_, max_;
   const Scratch<Vec> sum_;
   const Scratch<Step> keys_, values_;
-  const Scratch<float> scores_;  // of float they become the weights
-  const Scratch<bf16> weights_;  // of bf16
+  const Scratch<float> scores_;  // if T is float, overwritten by the weights
+  const Scratch<bf16> weights_;  // if T is bf16
 };
 
 template <class T>
@@ -325,8 +324,8 @@ static int64_t decode(const Decode<T>& p) {
       return p.num_queries + i;
     unique += most(0, least(p.lengths[item.query_begin], item.page_end * p.page_size) - item.page_begin * p.page_size);
   }
-  // Cut by queries where little is shared, so that a page is read whole, all heads at once; keep queries that share
-  // together and cut by heads. Neither changes a bit of the result.
+  // Where little is shared, cut by queries, so that a page is read whole, all heads at once; else keep queries that
+  // share together and cut by heads. The result has the same bits either way.
   const int64_t group = p.num_heads / p.num_kv_heads, sharing = visible / most(1, unique);
   const int64_t block = most(1, least(kRows / group, 4 * most(1, sharing)));
   const int64_t blocks = (p.num_queries + block - 1) / block;

@@ -1,4 +1,4 @@
-// Step after step of running branches in one call; see `DecodeStep.run` of ibtpo_kernels/decoder.py.
+// Several decode steps in one call; see `DecodeStep.run` of ibtpo_kernels/decoder.py.
 #pragma once
 
 #include <algorithm>
@@ -13,9 +13,9 @@ namespace ibtpo {
 
 struct DecodeRun {
   int64_t steps = 0, rows = 0;
-  int64_t failed = -1;                              // of the step behind them, as of `Kernels::decoder_step`
+  int64_t failed = -1;                              // error of the step after these, as `Kernels::decoder_step` gives
   std::vector<std::pair<int64_t, int64_t>> events;  // (place among the branches chosen, code)
-  std::vector<int64_t> paged;                       // places that were given a page of `spare`, in its order
+  std::vector<int64_t> paged;                       // places that were given the pages of `spare`, in its order
 };
 
 // What a run may do before it has to end.
@@ -35,9 +35,9 @@ class Running {
 
   int64_t size() const { return static_cast<int64_t>(branches.size()); }
 
-  // Takes out those whose code is not 0; what a query reads does not change.
+  // Removes branches whose code is not 0, also from the plan's items; what the other queries read does not change.
   void drop(const std::vector<int64_t>& code) {
-    std::vector<int32_t> before(branches.size() + 1, 0);  // how many stay, of the first t
+    std::vector<int32_t> before(branches.size() + 1, 0);  // how many of the first t stay
     for (int64_t t = 0; t < size(); ++t) {
       before[t + 1] = before[t] + (code[t] == 0);
       if (code[t] != 0) continue;

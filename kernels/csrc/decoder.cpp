@@ -3,12 +3,11 @@
 //   x = embedding[token];   x += o(attend(rope(norm_h(q n)), rope(norm_h(k n)), v n)),   n = norm(x)
 //                           x += down(silu(gate n) * up n),                              n = norm(x)
 //
-// The kernels are those that Python calls one by one; what is saved is the calls, most of the time of a step of a small
-// model. The rows are cut into parts, which threads take one by one (team.h): through all layers where rows do not see
-// each other, else through what lies between writing one layer's keys and the next one's. Meanwhile the kernels start
-// no threads of their own, for a product of some microseconds is not worth one; but attention of rows too few to share
-// may. Every kernel gives a row the same bits in any batch, so neither the threads nor the other rows can be seen in a
-// result.
+// The kernels are those that Python calls one by one; this saves the calls, most of the time of a small model's step.
+// The rows are cut into parts, which threads take one by one (team.h): through all layers if rows do not see each
+// other, else from writing one layer's keys up to writing the next one's. Within a part, kernels start no threads: a
+// product of some microseconds is not worth one; only attention over rows too few to split may. Every kernel gives a
+// row the same bits in any batch, so a result depends neither on threads nor on other rows.
 #include "kernels.h"
 #include "simd.h"
 #include "team.h"
@@ -19,15 +18,15 @@ namespace {
 
 constexpr int64_t kThreadWork = 1 << 20;  // operations a thread should have
 constexpr int64_t kThreadRows = 4;        // rows it should have at least: each thread reads every weight
-constexpr int64_t kThreadParts = 4;       // parts a thread at most, of rows that do not see each other
-constexpr int64_t kPartRows = 16;         // rows of a part at least, before a thread has more than one
-constexpr int64_t kCachedRows = 64;       // rows of a part of rows that wait: what lies between them fits a cache
+constexpr int64_t kThreadParts = 4;       // most parts a thread, if rows do not see each other
+constexpr int64_t kPartRows = 16;         // a thread has several parts only if each has this many rows
+constexpr int64_t kCachedRows = 64;       // rows of a part if rows see each other: its activations fit a cache
 
 struct Item {
   int32_t query_begin, query_end, page_begin, page_end;
 };
 
-// Rows [begin, end), which one thread runs; from one layer to the next they leave what is in `x` and `q`.
+// Rows [begin, end), which one thread runs; only `x` and `q` are kept from one layer to the next.
 class Part {
  public:
   INLINE_MEMBER Part(const Decoder& d, const DecoderRows& r, float* q, int64_t begin, int64_t end,
@@ -63,7 +62,7 @@ class Part {
     }
   }
 
-  // What lies before the attention of layer l, of 0 ... num_layers: the rest of the layer before, and l's queries, keys
+  // Runs up to the attention of layer l in [0, num_layers]: attention and MLP of layer l - 1, then l's queries, keys
   // and values, which are written to the pages. Returns -1, or a row whose page is missing.
   INLINE_MEMBER int64_t advance(int64_t l) {
     int64_t failed = -1;
@@ -122,7 +121,7 @@ class Part {
   }
 
   INLINE_MEMBER int64_t rest(const DecoderLayer& w, int64_t layer) {
-    const auto scale = (float)(1.0 / __builtin_sqrt((double)d_.head_dim));  // to the bit as where Python asks for it
+    const auto scale = (float)(1.0 / __builtin_sqrt((double)d_.head_dim));  // the same bits as Python's
     set_threads(attention_threads_);
     const int64_t failed = kernels.tree_decode(
         {q_, pages(r_.k_pages, layer), pages(r_.v_pages, layer), r_.page_table, r_.rows + begin_, r_.lengths + begin_,
@@ -177,7 +176,7 @@ INLINE int64_t threads_for(const Decoder& d, int64_t num_rows, int64_t available
   return most(1, least(available, least(work / kThreadWork, num_rows / kThreadRows)));
 }
 
-// Rows in parts, of which run(part, begin, end) is called once for each; returns -1 or what is in error.
+// Calls run(begin, end) once for each part of the rows; `failed` becomes what one of them returned, or stays -1.
 template <class Run>
 struct Shared {
   const Run& run;
@@ -194,7 +193,7 @@ INLINE int64_t share_rows(int64_t num_rows, int64_t parts, int64_t threads, cons
   const int64_t available = max_threads();
   Shared<Run> shared{run, num_rows, parts, -1};
   const auto call = [](void* context, int64_t part) {
-    set_threads(1);  // within a part no kernel starts threads of its own
+    set_threads(1);  // within a part kernels start no threads
     (*static_cast<Shared<Run>*>(context))(part);
   };
   share_out(parts, threads, call, &shared);
@@ -202,8 +201,7 @@ INLINE int64_t share_rows(int64_t num_rows, int64_t parts, int64_t threads, cons
   return shared.failed;
 }
 
-// Rows of any paths: no part begins a layer before all have written the keys of the one before, for a row may see
-// another one's.
+// Rows that may see each other's keys: no part attends in a layer before all parts have written its keys.
 INLINE int64_t run_together(const Decoder& d, const DecoderRows& r) {
   const int64_t available = max_threads(), threads = threads_for(d, r.num_rows, available);
   const int64_t parts = most(threads, (r.num_rows + kCachedRows - 1) / kCachedRows);
@@ -216,8 +214,8 @@ INLINE int64_t run_together(const Decoder& d, const DecoderRows& r) {
   return failed;
 }
 
-// Rows that do not see each other, each part through all layers. then(part, begin, end) is called with its hidden
-// states done, and returns -1 or what is in error.
+// Rows that do not see each other: each part runs through all layers. then(part, begin, end) is called when its hidden
+// states are done, and returns -1 or the error.
 template <class Then>
 INLINE int64_t run_apart(const Decoder& d, const DecoderRows& r, const Then& then) {
   const int64_t available = max_threads(), threads = threads_for(d, r.num_rows, available);
@@ -238,7 +236,7 @@ struct Chosen {
     for (int64_t t = 0; t < r.num_rows; ++t) {
       const int64_t s = chosen[t], at = b.length[s] - 1;
       const int64_t page = at < r.table_width * r.page_size ? r.page_table[s * r.table_width + at / r.page_size] : -1;
-      const bool begins = at < b.start[s];  // nothing sampled yet: once more the token ahead, whose key is there
+      const bool begins = at < b.start[s];  // nothing sampled yet: rerun the token before, whose key is there
       tokens[t] = begins ? b.before[s] : b.tokens[s * b.width + at - b.start[s]];
       pos[t] = at;
       slots[t] = page < 0 ? -2 : begins ? -1 : page * r.page_size + at % r.page_size;

@@ -1,9 +1,9 @@
 // Ops that take tensors: what a decode step calls, without the Python that checks and unpacks arguments.
 //
-// A function here serves the calls that it understands in full: plain tensors on the CPU, of a type the kernels have,
-// whose shapes, strides and values are as the op demands. Of any other call it returns None, before anything is
-// written, and the caller goes the long way through checks.py and cpu.py, which can do it or says what is wrong. So
-// every condition that checks.py states is stated here too, and every message is there alone.
+// A function here serves the calls that it fully understands: plain tensors on the CPU, of a type the kernels have,
+// whose shapes, strides and values are as the op demands. For any other call it returns None, before writing anything,
+// and the caller takes the long way through checks.py and cpu.py, which compute the result or raise an error. So
+// every condition of checks.py is tested here too, but the messages are only there.
 #include "direct.h"
 
 #include <cmath>
@@ -190,7 +190,7 @@ object rope(handle x, handle cos, handle sin) {
   return out.object();
 }
 
-// Rows may lie apart in two dimensions, as in the halves of a fused gate-up projection.
+// 2-D inputs may have rows that lie apart, as in the halves of a fused gate-up projection.
 object silu_mul(handle gate, handle up) {
   const View g(gate), u(up);
   if (!served(g.kind()) || !same_shape(g, u) || g.num_dims() > kMaxDims) return nb::none();
@@ -206,7 +206,7 @@ object silu_mul(handle gate, handle up) {
   return out.object();
 }
 
-// A sampling parameter, one value a row: of a number, or of a tensor [B].
+// A sampling parameter, one value a row, from a number or a tensor [B].
 template <class T>
 class Column {
  public:
@@ -290,7 +290,7 @@ bool open(handle capsule, handle tensor, handle parameter) {
   return true;
 }
 
-// Every argument may be None: it is for the long way to say that it must not be.
+// Every argument may be None: the long way raises the error if it must not be.
 template <class... Args>
 void define(nb::module_& m, const char* name, object (*op)(Args...)) {
   m.def(name, op, (static_cast<void>(sizeof(Args)), nb::arg().none())...);
@@ -302,7 +302,7 @@ int64_t append(const Append& p) {
   for (int64_t t = 0; t < p.count; ++t)
     if (p.slots[t] < -1 || p.slots[t] >= p.num_slots) return t;
   for (int64_t t = 0; t < p.count; ++t) {
-    if (p.slots[t] < 0 || p.row_size == 0) continue;  // nothing to copy, perhaps from nowhere
+    if (p.slots[t] < 0 || p.row_size == 0) continue;  // k and v may be null if rows are empty
     std::memcpy(p.k_pages + p.slots[t] * p.row_size, p.k + t * p.k_stride, p.row_size);
     std::memcpy(p.v_pages + p.slots[t] * p.row_size, p.v + t * p.v_stride, p.row_size);
   }

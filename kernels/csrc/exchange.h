@@ -50,14 +50,14 @@ enum class Kind : int { other = 0, i32 = 0x020, i64 = 0x040, f32 = 0x220, f64 = 
 
 constexpr int64_t element_size(Kind kind) { return (static_cast<int>(kind) & 0xff) / 8; }
 
-// The table of torch.Tensor, and the types whose objects it understands; subclasses may mean something else.
+// The table of torch.Tensor, and the types that it serves; subclasses may give data another meaning.
 struct Exchange {
   const DLExchange* table = nullptr;
   PyObject *tensor = nullptr, *parameter = nullptr;
 };
 inline Exchange exchange;
 
-// What a tensor on the CPU looks like; of any other object the kind is `other`.
+// A view of a tensor on the CPU; any other object has kind `other`.
 class View {
  public:
   explicit View(nanobind::handle object) {
@@ -93,7 +93,7 @@ class View {
     return true;
   }
 
-  // Whether the last `dims` dimensions lie in memory as an array of their own.
+  // Whether the last `dims` dimensions are dense.
   bool dense(int dims) const {
     int64_t stride = 1;
     for (int i = array_.num_dims - 1; i >= array_.num_dims - dims; --i) {

@@ -2,7 +2,7 @@
 //
 // Every source that includes simd.h is compiled once per instruction set, each time into its own namespace
 // (IBTPO_ISA); module.cpp picks one table when the module is loaded. Those sources must not instantiate templates of
-// the standard library: the linker would keep one copy for all, perhaps the one with instructions this CPU lacks.
+// the standard library: the linker would keep one copy for all, perhaps one with instructions that this CPU lacks.
 //
 // Letters: N packed tokens, B queries, Hq/Hkv heads, D head size, V vocabulary. All arrays are dense and row-major
 // unless a stride is given; strides count floats.
@@ -96,10 +96,10 @@ struct Sample {
   int64_t num_rows, vocabulary;
   const double* min_p = nullptr;  // [B], or null: off
   const bf16* half_logits = nullptr;
-  const int64_t *rows = nullptr, *given = nullptr;  // [B], or null: the row of the logits, the token not to be drawn
+  const int64_t *rows = nullptr, *given = nullptr;  // [B], or null: rows of the logits, tokens given instead of drawn
 };
 
-// What stands between the matrix products, for activations and weights stored as T.
+// The ops between the matrix products, for activations and weights stored as T.
 template <class T>
 struct Pointwise {
   using Element = T;
@@ -131,7 +131,7 @@ struct Decoder {
   const DecoderLayer* layers;            // [num_layers]
 };
 
-// A page pool, and T rows to run over it: tokens of paths whose pages lie in row rows[t] of the page table.
+// A page pool and T rows to run over it; row rows[t] of the page table holds the pages of row t's path.
 struct DecoderRows {
   int64_t num_pages, page_size, table_rows, table_width, num_rows, num_items;
   float *k_pages, *v_pages;             // [num_layers, num_pages, page_size, Hkv, D]
@@ -142,21 +142,21 @@ struct DecoderRows {
   float* out;                           // [T, H], hidden states after the final norm
 };
 
-// Running branches as a structure of arrays, of which a step names B by index; see ibtpo_engine/slots.py.
+// Running branches as a structure of arrays; a step chooses B of them by index. See ibtpo_engine/slots.py.
 struct Branches {
   int64_t num_stops, width;
-  const int32_t *start, *limit, *before;  // [S]: depth of the first sampled token, depth to end at, token ahead of it
-  int32_t* length;                        // [S]: depth of the next token
-  const int64_t *stream, *stops;          // [S], [S, num_stops]
+  const int32_t *start, *limit, *before;     // [S]: depth of the first sampled token, depth to end at, token before it
+  int32_t* length;                           // [S]: depth of the next token
+  const int64_t *stream, *stops;             // [S], [S, num_stops]
   const float *temperature, *top_p, *min_p;  // [S]
   const int32_t* top_k;                      // [S]
-  int32_t* tokens;                           // [S, width]: what was sampled, and of it
+  int32_t* tokens;                           // [S, width]: what was sampled, with its
   float *logprob, *logprob_raw, *entropy;    // [S, width]
 };
 
-constexpr int64_t kLacksPage = 3;  // code of a branch that goes on to a depth that has no page yet
+constexpr int64_t kLacksPage = 3;  // code of a branch that continues but has no page for its next token yet
 
-// Functions returning int64_t give -1, or the index of the first query, token or row that is in error.
+// Functions returning int64_t give -1, or the index of the first query, token or row in error.
 struct Kernels {
   const char* isa;
   void (*tree_forward)(const TreeShape&, const TreeForward<float>&);
@@ -175,10 +175,10 @@ struct Kernels {
   void (*linear)(const Linear<float>&);
   void (*linear_bf16)(const Linear<bf16>&);
   int64_t (*decoder_forward)(const Decoder&, const DecoderRows&);
-  // One token for each of the branches chosen [B], whose last one is run first. code [B]: 0 goes on, 1 stop token,
-  // 2 length, or kLacksPage. An error T + t: row t has no distribution; nothing is recorded.
+  // Runs the last token of each branch chosen [B] and samples the next. code [B]: 0 goes on, 1 stop token, 2 length, or
+  // kLacksPage. An error T + t: row t has no distribution; nothing is recorded.
   int64_t (*decoder_step)(const Decoder&, DecoderRows, const Branches&, const int64_t* chosen, int64_t* code);
-  // A step of so many rows follows in a moment: wakes the threads it will want.
+  // A step of num_rows rows follows soon: wakes the threads it will use.
   void (*decoder_announce)(const Decoder&, int64_t num_rows);
 };
 

@@ -1,14 +1,13 @@
-// A matrix product whose rows do not know of each other.
+// A matrix product in which a row's result does not depend on the other rows.
 //
 //   out[m, n] = sum_k x[m, k] weight[n, k] + bias[n]
 //
 // The depth is cut into blocks of kDepth words (a float, or a pair of bfloat16: tile.h). A block is summed in one
-// chain, k ascending, and the sums of the blocks are added in ascending order. That is all of it, whatever the number
-// of rows, the tile an element is computed in and the thread that does it: a row's result has the same bits alone and
-// in any batch. A weight is used where it lies; kPanel of its rows are transposed a block at a time, into the L1 cache,
-// for as many rows of x as there are: for one row that is most of the work, for a hundred it is a few percent. On AVX2
-// few rows are multiplied with what is transposed in registers, which is laid down nowhere. The decoder, which
-// multiplies the same weights again and again, has them transposed once instead.
+// chain, k ascending, and the sums of the blocks are added in ascending order, whatever the number of rows, the tile
+// and the thread: a row's result has the same bits alone and in any batch. A weight is used in place; kPanel of its
+// rows are transposed a block at a time into the L1 cache, for all rows of x: for one row that is most of the work, for
+// a hundred a few percent. On AVX2, few rows are multiplied with squares transposed in registers, which are not stored.
+// The decoder, which multiplies by the same weights again and again, has them transposed once.
 #include <type_traits>
 
 #include "kernels.h"
@@ -22,17 +21,17 @@ namespace {
 constexpr int64_t kDepth = 128;                    // words of a block
 constexpr int64_t kRows = 128;                     // rows of a task; their sums are 32 KiB
 constexpr int64_t kParallelWork = 1 << 19;         // multiplications; below, starting threads costs more
-constexpr int64_t kFewRows = kWidth == 8 ? 8 : 0;  // at most these are few; of AVX-512 it was not measured
+constexpr int64_t kFewRows = kWidth == 8 ? 8 : 0;  // at most these are few; not measured on AVX-512
 constexpr int64_t kWidenRows = 8;                  // from as many on, widening the weight pays
 
-// Without instructions for pairs of bfloat16 each product takes them apart. Few rows and many are multiplied in float
-// instead, of factors taken apart once (few rows: as the weight is read): the same chain of sums, the odd number of a
-// pair first.
+// Without instructions for pairs of bfloat16, each product would take them apart. Few rows (kFewRows) and many
+// (kWidenRows) are multiplied in float instead, with factors widened once (few rows: as the weight is read): the same
+// chain of sums, the odd number of a pair first.
 template <class T>
 constexpr bool kWidens = kIsTakenApart<Word<T>>;
 
 struct Widened {
-  float *x, *weight;  // [kRows, 2 kDepth], [2 kDepth, kPanel], or few rows whole; null where nothing is widened
+  float *x, *weight;  // [kRows, 2 kDepth], [2 kDepth, kPanel], or few rows whole; null if nothing is widened
 };
 
 INLINE OddEven pairs_at(const Pair* p) { return take_apart(*reinterpret_cast<const IVecAt*>(p)); }
@@ -75,7 +74,7 @@ INLINE Vec add_word(Vec acc, const float* x, Vec w, const Pair*) {
 
 // sums = x weight^T for at most Rows rows of x, widened: squares of the weight are transposed in registers and used at
 // once, along the whole depth of a few columns, so that memory is read in long runs. Rows of bfloat16 are too short for
-// the processor to run ahead in sixteen of them at a time: the next columns, which lie behind these, are fetched here.
+// the hardware to prefetch sixteen of them at a time, so the next columns are prefetched here.
 template <int Rows, class W>
 INLINE void few_rows(float* sums, int64_t rows, const float* x, int64_t stride, const W* weight, int64_t depth,
                      int64_t cols) {
@@ -83,10 +82,10 @@ INLINE void few_rows(float* sums, int64_t rows, const float* x, int64_t stride, 
   constexpr int64_t kFloats = std::is_same_v<W, Pair> ? 2 : 1;  // of a word
   constexpr int64_t kLine = 64 / sizeof(W);
   const float* row[Rows];
-  for (int m = 0; m < Rows; ++m) row[m] = x + least(m, rows - 1) * stride;  // those that are missing repeat the last
+  for (int m = 0; m < Rows; ++m) row[m] = x + least(m, rows - 1) * stride;  // missing rows repeat the last
   for (int64_t n = 0; n < cols; n += kVecs * kWidth) {
     Vec total[Rows][kVecs];
-    [[maybe_unused]] const W* next = weight + (n + kVecs * kWidth) * depth;  // memory's own order, columns ahead
+    [[maybe_unused]] const W* next = weight + (n + kVecs * kWidth) * depth;  // the next columns, in memory order
     for (int64_t begin = 0; begin == 0 || begin < depth; begin += kDepth) {
       Vec acc[Rows][kVecs] = {};
       const auto add = [&](int64_t k, auto count) {
@@ -96,7 +95,7 @@ INLINE void few_rows(float* sums, int64_t rows, const float* x, int64_t stride, 
           Vec square[kWidth];
           load_transposed(square, reinterpret_cast<const float*>(weight + column * depth + k), depth, cols - column,
                           count);
-          if constexpr (kFloats == 2)  // of floats it gains nothing
+          if constexpr (kFloats == 2)  // gains nothing for floats
 #pragma GCC unroll 4
             for (int64_t i = 0; i < kWidth * kWidth; i += kLine, next += kLine) __builtin_prefetch(next, 0, 2);
 #pragma GCC unroll 16
@@ -131,7 +130,7 @@ INLINE void few_rows(float* sums, int64_t rows, const float* x, int64_t stride, 
   few_rows<8>(sums, rows, x, stride, weight, depth, cols);
 }
 
-// sums = x weight^T, the weight's block of a depth laid down transposed for all rows.
+// sums = x weight^T, each block of the weight transposed once for all rows.
 template <class T>
 INLINE void many_rows(float* sums, int64_t rows, const Word<T>* x, int64_t stride, const Linear<T>& p, int64_t column,
                       int64_t cols, Word<T>* block, const Widened& widened) {

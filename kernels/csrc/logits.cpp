@@ -8,8 +8,8 @@
 //     finish  (m, s, w) -> (m, l, H): l = log s, entropy H = l - w / s
 //     grad    dz = sum_e g_e [target_e = v] - p G - h p (log p + H),   u becomes du = dz (1 - tanh^2) / temperature
 //
-// A row is summed from left to right in segments, or, if it is short, number by number, whatever the number of threads;
-// edges in the order given.
+// A row is summed from left to right, in segments or, if it is short, number by number; edges are added in the order
+// given. Neither depends on the number of threads.
 #include "kernels.h"
 #include "simd.h"
 
@@ -17,8 +17,8 @@ namespace ibtpo::IBTPO_ISA {
 namespace {
 
 constexpr int64_t kParallelWork = 1 << 17;  // logits; below, starting threads costs more than it saves
-constexpr int64_t kShort = 64;              // logits of a row that is looked at beside others, a lane each
-constexpr int64_t kSegment = 1024;          // logits of a row looked at together: 4 KiB, read twice from the L1 cache
+constexpr int64_t kShort = 64;              // most logits of a row for which several rows take a lane each
+constexpr int64_t kSegment = 1024;          // logits of a row summed together: 4 KiB, read twice from the L1 cache
 constexpr float kLowest = -1e30f;           // stands in for -inf, whose product with probability 0 would be NaN
 constexpr float kInfinity = __builtin_inff();
 
@@ -128,8 +128,8 @@ INLINE void stats_row(const T* u, int64_t size, const S& shape, float& m, float&
   }
 }
 
-// The same for `rows` <= kWidth rows of `size` <= kShort logits that lie one after another, a lane a row: no lane is
-// reduced, which would take longer than all else. m, s and w are arrays.
+// The same for `rows` <= kWidth contiguous rows of `size` <= kShort logits, a lane a row: there are no reductions over
+// lanes, which would take longer than all else. m, s and w are arrays.
 template <class T, class S>
 INLINE void stats_short_rows(const T* u, int64_t rows, int64_t size, const S& shape, float* m, float* s, float* w) {
   Vec z[kShort], square[kWidth];
@@ -163,7 +163,7 @@ INLINE void grad_row(T* u, int64_t size, const S& shape, float m, float l, float
   const float offset = h * entropy + grad_row;
   const auto du = [&](Vec x) {
     Vec slope;
-    const Vec z = rounded_product(shape.logit(x, slope));  // as where m was found among them
+    const Vec z = rounded_product(shape.logit(x, slope));  // the same bits as when m was found
     const Vec log_p = max(splat(kLowest), z - m - l);
     return -exp(log_p) * (log_p * h + offset) * slope;
   };
@@ -172,7 +172,7 @@ INLINE void grad_row(T* u, int64_t size, const S& shape, float m, float l, float
   if (i < size) write_part(u + i, du(read_part(u + i, size - i)), size - i);
 }
 
-// Calls f(edge, its place in the tile) for the edges that point into the tile.
+// Calls f(edge, its offset in the tile) for the edges that point into the tile.
 template <class F>
 INLINE void for_edges(const LogitTile& tile, const LogitEdges& edges, F f) {
   for (int64_t e = 0; e < edges.count; ++e) {
@@ -205,7 +205,7 @@ void grad_tile(const LogitTile& tile, const LogitEdges& edges, const float* stat
                const float* grad_rows, const float* grad_entropy, const float* grads) {
   const Shape<Capped> shape(tile);
   T* u = static_cast<T*>(tile.u);
-  const Scratch<float> own(edges.count);  // what each edge adds, while u is still there
+  const Scratch<float> own(edges.count);  // what each edge adds, computed before u is overwritten
   for_edges(tile, edges, [&](int64_t e, int64_t at) {
     Vec slope;
     shape.logit(read_part(u + at, 1), slope);

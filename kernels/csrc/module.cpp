@@ -1,8 +1,8 @@
-// Python bindings: addresses and sizes in, nothing out but error positions.
+// Python bindings: addresses and sizes in, only error positions out.
 //
-// Arrays arrive as addresses (Tensor.data_ptr()): ibtpo_kernels/cpu.py has checked shapes, dtypes and strides, and an
-// address costs a tenth of a DLPack exchange, which a decode step of a small model would notice. Work that can be long
-// releases the GIL.
+// Arrays arrive as addresses (Tensor.data_ptr()), after ibtpo_kernels/cpu.py has checked shapes, dtypes and strides: an
+// address costs a tenth of nanobind's DLPack exchange, which matters in a decode step of a small model. Work that can
+// take long releases the GIL.
 #include <nanobind/nanobind.h>
 
 #if defined(IBTPO_AMX)
@@ -31,7 +31,7 @@ T* at(uintptr_t address) {
 }
 
 #if defined(IBTPO_AMX)
-// Whether the CPU multiplies bfloat16 tiles and Linux lets this process keep them; asks for it.
+// Whether the CPU has AMX for bfloat16 and Linux grants this process its registers, which this requests.
 bool has_amx() {
   unsigned eax, ebx, ecx, edx;
   constexpr unsigned kBits = 1u << 22 | 1u << 24;  // AMX-BF16, AMX-TILE
@@ -41,7 +41,7 @@ bool has_amx() {
 }
 #endif
 
-// The instruction sets that were built and that this CPU runs, best first.
+// The built instruction sets that this CPU runs, best first.
 std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> found;
 #if defined(IBTPO_X86)
@@ -58,7 +58,7 @@ std::vector<const Kernels*> runnable() {
   if (has_v4) found.push_back(&v4::kernels);
   if (has_v3) found.push_back(&v3::kernels);
 #if defined(IBTPO_EMULATE_AVX512)
-  if (!has_v4) found.push_back(&v4::kernels);  // built without its instructions: it runs anywhere, slowly
+  if (!has_v4) found.push_back(&v4::kernels);  // emulated: it runs on any CPU, slowly
 #endif
 #endif
   found.push_back(&baseline::kernels);
@@ -273,8 +273,8 @@ NB_MODULE(_cpu, m) {
       },
       release);
 
-  // Returns (steps, rows, [(place, code), ...], [place, ...]) as in DecodeRun, or the error of the first step; that of
-  // a later one is met again by the next call.
+  // Returns (steps, rows, [(place, code), ...], [place, ...]) as in DecodeRun, or the error of the first step; an error
+  // in a later step ends the run, and the next call meets it again.
   m.def("decoder_steps",
         [](Address decoder, Address pool, Address branches, Address chosen, int64_t count, Address items,
            int64_t num_items, int64_t most_steps, int64_t most_ended, Address spare, int64_t num_spare) -> nb::object {
@@ -311,8 +311,8 @@ NB_MODULE(_cpu, m) {
       },
       release);
 
-  // The log-probs that `sample` would report, had it drawn token given[e] from row rows[e] of the logits, nothing cut;
-  // token: [E], overwritten.
+  // The log-probs that `sample`, without filters, would report had it drawn token given[e] from row rows[e] of the
+  // logits; token: [E], overwritten.
   m.def(
       "sampled_logprob",
       [](Address logits, Address rows, Address given, double temperature, Address token, Address logprob,
@@ -326,7 +326,7 @@ NB_MODULE(_cpu, m) {
       },
       release);
 
-  // The first token whose subtree ends behind that of a token above it; -1 if there is none.
+  // The first token whose subtree extends past that of an ancestor; -1 if there is none.
   m.def("first_crossing", [](Address end, int64_t num_tokens) -> int64_t {
     std::vector<int32_t> above;
     for (int64_t i = 0; i < num_tokens; ++i) {
@@ -339,7 +339,7 @@ NB_MODULE(_cpu, m) {
   });
 
   // Writes at most 2 B items of four int32 to `items` and returns how many, or -1 - b where query b is out of range.
-  // state: the address of int32 [3, R] (see PlanState), or 0: compare every page.
+  // state: the address of int32 [3, R] (see PlanState), or 0 to compare every page.
   m.def(
       "plan_decode",
       [](Address page_table, Address rows, Address lengths, Address items, Address state, int64_t num_rows,

@@ -5,14 +5,14 @@
 
 namespace ibtpo::IBTPO_ISA {
 
-// What a store and a load of T leave of x.
+// x as it reads back after being stored as T.
 template <class T>
 INLINE Vec rounded(Vec x) {
   if constexpr (sizeof(T) == 4) return x;
   return (Vec)(round_bits(x) << 16);
 }
 
-// How much of a vector a step is about: all of it, or the first `count` elements, the others being zero.
+// How much of a vector a step uses: all of it, or the first `count` elements, the others being zero.
 struct Whole {};
 struct Part {
   int64_t count;

@@ -16,16 +16,17 @@ struct PlanItem {
   int32_t query_begin, query_end, page_begin, page_end;
 };
 
-// What is kept of each table row between plans, so that a plan compares pages only where something changed. Row r was
-// last followed by row next[r], which was last preceded by previous[next[r]]; shared[r] is how many leading columns the
-// two have in common: n where they differ in column n, -1 - n where column n was not there to be compared.
+// State of each table row, kept between plans so that a plan compares pages only where something changed. next[r] is
+// the row that last followed row r, previous[r] the one that last preceded it. Where both agree, shared[r] tells how
+// many leading columns r and next[r] have in common: n if they differ in column n, -1 - n if column n was not there to
+// be compared.
 struct PlanState {
   int32_t *next, *previous, *shared;  // [R] each; next and previous are -1 for a row whose pages were replaced
 };
 
-// The first column in [from, limit) in which two rows do not have the same page, else limit.
+// The first column in [from, limit) in which two rows do not have the same page, or limit.
 inline int64_t first_difference(const int32_t* ours, const int32_t* theirs, int64_t from, int64_t limit) {
-  constexpr int64_t kStep = 32;  // columns compared without a branch, so that the compiler makes vectors of them
+  constexpr int64_t kStep = 32;  // columns compared without a branch, so that the loop is vectorized
   for (; from + kStep <= limit; from += kStep) {
     int32_t differ = 0;
     for (int64_t i = 0; i < kStep; ++i) differ |= (ours[from + i] ^ theirs[from + i]) | (ours[from + i] & INT32_MIN);

@@ -2,8 +2,8 @@
 //
 //   w_v = exp((z_v - max z) / temperature) for kept v, else 0;   token = min { t : sum_{v <= t} w_v > u sum_v w_v }
 //
-// with all sums in double. Beside it the log-prob and entropy of the full softmax at temperature 1. A token may also be
-// given: then its log-probs are what they would be had it been drawn, to the bit.
+// with all sums in double, and the log-prob and entropy of the full softmax at temperature 1. If a token is given
+// instead of drawn, its log-probs have the bits that they would have had it been drawn.
 #include "kernels.h"
 #include "parts.h"
 #include "simd.h"
@@ -12,7 +12,7 @@ namespace ibtpo::IBTPO_ISA {
 namespace {
 
 constexpr int kDoubles = kWidth / 2;
-constexpr int64_t kChunk = 256;   // weights summed as one step of the cumulative sum
+constexpr int64_t kChunk = 256;   // weights in one step of the cumulative sum
 constexpr double kLowest = -1e4;  // stands in for -inf, whose product with its exp, 0, would be NaN
 constexpr int64_t kParallelWork = 1 << 15;
 
@@ -68,7 +68,7 @@ INLINE double uniform(int64_t stream, int64_t position) {
   return ((double)(c0 >> 5) * 67108864.0 + (double)(c1 >> 6)) * (1.0 / 9007199254740992.0);
 }
 
-// The largest finite-or--inf logit and its first index; -1 as index if the row holds NaN or +inf, or only -inf.
+// The largest logit and its first index; the index is -1 if the row holds NaN or +inf, or only -inf.
 struct Highest {
   float value;
   int64_t index;
@@ -154,7 +154,7 @@ INLINE double total_of(double* w, int64_t padded) {
   return reduce_add(sum);
 }
 
-// Zero all weights but those of the top_k likeliest tokens and, of them, of the shortest prefix with mass top_p.
+// Keeps the weights of the top_k likeliest tokens and, of these, of the shortest prefix with mass top_p; zeroes others.
 INLINE void keep(const float* z, double* w, int64_t size, int64_t padded, int64_t top_k, double top_p) {
   const bool all = top_k == 0 || top_k >= size;
   const int64_t limit = all ? size : top_k;
@@ -214,12 +214,12 @@ INLINE Draw draw(const double* w, int64_t padded, double u, double* sums) {
         if ((inside += w[i]) > target) token = i;
     cumulative += sums[c];
   }
-  if (token < 0)  // rounding left u * total at the very end: the last token that can be drawn
+  if (token < 0)  // by rounding, no sum exceeded u * total: take the last token that can be drawn
     for (token = padded - 1; w[token] == 0.0;) --token;
   return {token, w[token] / total};
 }
 
-// The logits of output r; bfloat16 ones are written to `row`.
+// The logits of output r; bfloat16 ones are widened into `row`.
 INLINE const float* logits_of(const Sample& p, int64_t r, float* row) {
   if (p.rows != nullptr) r = p.rows[r];
   if (p.half_logits == nullptr) return p.logits + r * p.vocabulary;

@@ -9,9 +9,9 @@ namespace {
 constexpr int64_t kLine = 64;
 
 #if defined(__SANITIZE_ADDRESS__)
-constexpr int64_t kKept = 0;  // every array from malloc, so that a step over its end is seen
+constexpr int64_t kKept = 0;  // every array from malloc, so that an overrun is detected
 #else
-constexpr int64_t kKept = 1 << 20;  // bytes a thread keeps; what does not fit comes from malloc
+constexpr int64_t kKept = 1 << 20;  // bytes a thread keeps; arrays that do not fit come from malloc
 #endif
 
 char* allocate(int64_t bytes) {

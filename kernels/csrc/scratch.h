@@ -1,8 +1,7 @@
 // Memory for the length of a scope, from a stack that each thread keeps.
 //
-// Kernels of microseconds ask for a dozen small arrays each. From malloc they cost more than they hold: it searches,
-// splits and merges, gives pages back to the system and takes them anew. What a thread keeps here is warm in its
-// caches.
+// A kernel of some microseconds needs a dozen small arrays. malloc is slow for these: it searches, splits and merges
+// blocks, and returns pages to the system only to take them again. The stack also stays warm in the thread's caches.
 #pragma once
 
 #include <cstdint>

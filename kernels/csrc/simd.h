@@ -1,7 +1,7 @@
-// Vectors of the widest kind the instruction set has, and the few functions on them that the kernels need.
+// The widest vectors of the instruction set, and the few functions on them that the kernels need.
 //
 // GCC and Clang vector extensions: +, *, comparisons and ?: work element by element. Everything is always inlined, so
-// nothing of this file exists as a symbol (see kernels.h).
+// this file defines no symbols (see kernels.h).
 #pragma once
 
 #include <cstddef>
@@ -38,7 +38,7 @@ constexpr int kWidth = 4;
 
 typedef float Vec __attribute__((vector_size(4 * kWidth)));
 typedef int32_t IVec __attribute__((vector_size(4 * kWidth)));
-typedef float VecAt __attribute__((vector_size(4 * kWidth), aligned(2), may_alias));  // anywhere in an array
+typedef float VecAt __attribute__((vector_size(4 * kWidth), aligned(2), may_alias));  // unaligned
 typedef int32_t IVecAt __attribute__((vector_size(4 * kWidth), aligned(2), may_alias));
 typedef uint32_t UVec __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t HalfAt __attribute__((vector_size(2 * kWidth), aligned(2), may_alias));  // bf16 bits
@@ -50,7 +50,7 @@ INLINE Vec splat(float x) { return x - Vec{}; }
 INLINE IVec isplat(int32_t x) { return x - IVec{}; }
 INLINE Vec max(Vec a, Vec b) { return a > b ? a : b; }
 
-// A product that is not to become part of a fused multiply-add: rounded as it would be in memory.
+// Keeps a product from being contracted into a fused multiply-add: it is rounded as it would be in memory.
 INLINE Vec rounded_product(Vec x) {
 #if defined(__x86_64__)
   asm("" : "+x"(x));
@@ -140,8 +140,8 @@ INLINE Vec zip_high(Vec a, Vec b) {
 #endif
 }
 
-// Transpose a kWidth x kWidth square: log2(kWidth) rounds of one perfect shuffle. The 8 lanes of AVX are two halves
-// that only a slow instruction crosses, so there the halves are transposed first and exchanged last.
+// Transpose a kWidth x kWidth square: log2(kWidth) rounds of one perfect shuffle. On AVX only slow instructions cross
+// the two halves of a vector, so there the halves are transposed first and exchanged last.
 INLINE void transpose(Vec (&x)[kWidth]) {
 #if IBTPO_WIDTH == 8
   Vec y[8];
@@ -204,7 +204,7 @@ INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1)
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Calls f(offset) for whole vectors of [0, size), then rest(offset) for what is left, element by element.
+// Calls f(offset) for whole vectors of [0, size), then rest(offset) for each remaining element.
 template <class Whole, class Rest>
 INLINE void for_each(int64_t size, Whole whole, Rest rest) {
   int64_t i = 0;
@@ -219,7 +219,7 @@ INLINE float dot(const float* a, const float* b, int64_t size) {
   return reduce_add(lanes) + tail;
 }
 
-// An array on a cache-line boundary, given back at the end of its scope; not initialised.
+// An uninitialised array on a cache-line boundary, freed at the end of its scope.
 template <class T>
 class Scratch {
  public:

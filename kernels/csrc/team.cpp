@@ -15,8 +15,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr auto kAwake = std::chrono::microseconds(200);  // longer than the caller takes between two steps
-constexpr int kLooks = 64;                               // between two glances at the clock
+constexpr auto kAwake = std::chrono::microseconds(200);  // longer than the caller's pause between two steps
+constexpr int kLooks = 64;                               // polls between two looks at the clock
 
 void pause() {
 #if defined(__x86_64__)
@@ -31,7 +31,7 @@ class Team {
   void run(int64_t parts, int64_t threads, void (*work)(void*, int64_t), void* context) {
     while (num_helpers_ < threads - 1 && start()) {
     }
-    next_.store(job_ << kPartBits | kNoPart);  // who still looks at the last job must not take the fields of this one
+    next_.store(job_ << kPartBits | kNoPart);  // a helper still looking at the last job must not use this one's fields
     work_.store(work, std::memory_order_release);
     context_.store(context, std::memory_order_release);
     parts_.store(parts, std::memory_order_release);
@@ -61,7 +61,8 @@ class Team {
     uint64_t next = next_.load();
     for (;;) {
       const auto part = static_cast<int64_t>(next & kNoPart);
-      // If one of these is of a later job than `next`, the exchange fails; if it succeeds, run() waits for this part.
+      // If one of these fields is a later job's than `next`, the exchange fails; if it succeeds, run() waits for this
+      // part.
       const auto work = work_.load(std::memory_order_acquire);
       void* const context = context_.load(std::memory_order_acquire);
       if (index >= threads_.load(std::memory_order_acquire) || part >= parts_.load(std::memory_order_acquire))
@@ -73,7 +74,7 @@ class Team {
     }
   }
 
-  // One more helper; false if the system has none to give: the others do the work.
+  // Starts one more helper; false if the system refuses: the others do the work.
   bool start() {
     try {
       std::thread([this, index = num_helpers_ + 1] { help(index); }).detach();
@@ -102,7 +103,7 @@ class Team {
 
   void wake() {
     {
-      const std::lock_guard<std::mutex> hold(mutex_);  // nobody is between looking and falling asleep
+      const std::lock_guard<std::mutex> hold(mutex_);  // no helper is between its last look and sleep
     }
     wake_.notify_all();
   }
@@ -121,7 +122,7 @@ class Team {
   std::condition_variable wake_;
 };
 
-// The team of this process: a forked child has none of its parent's threads. Never freed, for its threads never end.
+// The team of this process: a forked child has none of its parent's threads. Never freed, since its threads never end.
 Team& team() {
   static std::atomic<Team*> current{nullptr};
   static std::atomic<pid_t> owner{0};

@@ -1,20 +1,20 @@
-// Threads that share parts of one job, and for which nobody has to wait.
+// Threads that share the parts of a job, without waiting for threads that have no part.
 //
-// A parallel region of OpenMP ends when its last thread has come by, even one that found nothing to do; where another
-// process has the core, that is some milliseconds for a step of some hundred microseconds. Here parts go to whoever
-// asks for them, the caller too: it is held up by a helper only while that one is in the middle of a part.
+// An OpenMP parallel region ends when its last thread has arrived, even one with nothing left to do; if another process
+// has that thread's core, a step of some hundred microseconds takes milliseconds. Here the caller and its helpers take
+// parts one by one, and the caller waits only for parts that a helper has begun.
 #pragma once
 
 #include <cstdint>
 
 namespace ibtpo {
 
-// Calls work(context, part) once for each part in [0, parts), on at most `threads` threads, of which this is one;
-// returns when all are done. A second caller at the same time, from another thread, does its parts alone. A helper that
-// ran out of work keeps looking for more for a moment, then sleeps.
+// Calls work(context, part) once for each part in [0, parts), on at most `threads` threads, this one included; returns
+// when all are done. A concurrent caller on another thread does its parts alone. A helper without work polls for more
+// for a moment, then sleeps.
 void share_out(int64_t parts, int64_t threads, void (*work)(void* context, int64_t part), void* context);
 
-// A job comes in a moment: helpers that sleep wake up and look for it, while the caller still prepares it.
+// Announces a job: sleeping helpers wake up and look for it while the caller still prepares it.
 void rouse();
 
 }  // namespace ibtpo

@@ -21,8 +21,8 @@ INLINE int64_t team_size() { return 1; }
 INLINE int64_t thread_index() { return 0; }
 #endif
 
-// Calls f(i) for each i in [0, count), on several threads if `parallel`. If not, no region is opened: one of one thread
-// is not free either.
+// Calls f(i) for each i in [0, count), on several threads if `parallel`. If not, no region is opened, since even one of
+// one thread costs time.
 template <class F>
 INLINE void spread(int64_t count, bool parallel, const F& f) {
   if (parallel) {
@@ -33,7 +33,7 @@ INLINE void spread(int64_t count, bool parallel, const F& f) {
   }
 }
 
-// The same in as many ranges as there are threads: f(begin, end).
+// The same with a range for each thread: f(begin, end).
 template <class F>
 INLINE void spread_ranges(int64_t count, bool parallel, const F& f) {
   if (parallel) {

@@ -17,7 +17,7 @@ struct OddEven {
 };
 INLINE OddEven take_apart(IVec bits) { return {(Vec)(bits & -65536), (Vec)(bits << 16)}; }
 
-// A factor of a product, in a register: kWidth numbers, or kWidth pairs.
+// A factor of a product: kWidth numbers or kWidth pairs.
 #if defined(__AVX512BF16__)
 struct Pairs {
   IVec bits;
@@ -37,8 +37,8 @@ INLINE Pairs broadcast(const Pair* p) {
   return to_pairs(isplat(bits));
 }
 
-// acc + a b, of pairs acc + a_odd b_odd + a_even b_even, each product added with one rounding. AVX512_BF16 has one
-// instruction for it, which takes subnormal numbers for zero; apart from them the bits are the same.
+// acc + a b, for pairs acc + a_odd b_odd + a_even b_even, each product added with one rounding. AVX512_BF16 has one
+// instruction for this; it takes subnormals for zero, otherwise the bits are the same.
 INLINE Vec mul_add(Vec acc, Vec a, Vec b) { return acc + a * b; }
 INLINE Vec mul_add(Vec acc, const Pairs& a, const Pairs& b) {
 #if defined(__AVX512BF16__)
@@ -76,8 +76,8 @@ struct PartsOf {
 };
 using Parts = PartsOf<float>;
 
-// What becomes of C. In all three an element has one accumulator and k ascends, so its value does not depend on the
-// shape of the tile it is computed in.
+// How the product goes into C. In all three modes an element has one accumulator and k ascends, so its value does not
+// depend on the shape of the tile it is computed in.
 enum class Into {
   kStore,  // C = A B
   kAdd,    // C = C + (A B): a sum over many blocks is a sum of block sums, which rounds less than one long chain
@@ -119,7 +119,7 @@ INLINE void tile(float* c, int64_t ldc, StridedOf<T> a, PartsOf<T> b, int64_t co
 
 template <int Rows, Into Mode, class T>
 INLINE void row_panel(float* c, int64_t ldc, int64_t cols, StridedOf<T> a, PartsOf<T> b, int64_t depth) {
-  constexpr int kVecs = Rows >= 4 ? 2 : 4;  // few rows: more columns at once keep the multipliers busy
+  constexpr int kVecs = Rows >= 4 ? 2 : 4;  // few rows: more columns at once hide the latency of FMAs
   int64_t n = 0;
   for (; n + kVecs * kWidth <= cols; n += kVecs * kWidth) tile<Rows, kVecs, Mode>(c + n, ldc, a, b, n, depth);
   for (; n < cols; n += kWidth) tile<Rows, 1, Mode>(c + n, ldc, a, b, n, depth);
@@ -166,7 +166,7 @@ static void product(float* c, int64_t ldc, int64_t rows, int64_t cols, StridedOf
 
 namespace ibtpo::IBTPO_ISA {
 
-// What a matrix of T is read in along the depth of a product: a number, or a pair of bf16.
+// The word in which a matrix of T is read along the depth of a product: a number, or a pair of bf16.
 template <class T>
 struct WordOf;
 template <>
@@ -186,7 +186,7 @@ using Word = typename WordOf<T>::Type;
 template <class T>
 constexpr int64_t kPerWord = sizeof(Word<T>) / sizeof(T);
 
-// A thread that multiplies matrices of T holds one of these meanwhile.
+// A thread holds one of these while it multiplies matrices of T.
 template <class T>
 using RegistersFor = typename WordOf<T>::Registers;
 

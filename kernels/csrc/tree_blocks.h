@@ -2,9 +2,9 @@
 //
 // Query i sees key j <=> j <= i < end[j]. With `high` the largest end of key block j:
 //
-//   the query blocks that see j      [j, high / kBlock rounded up), all of them, for the queries in [j, high) do
-//   skip                             high <= begin of i: nothing of i lies below any key of j, and neither does it lie
-//                                    below any key of the blocks up to `high`, which are in the same subtrees
+//   the query blocks that see j      all of [j, high / kBlock rounded up): queries before `high` see the key it ends
+//   skip                             high <= begin of i: no query of i lies below a key of j, nor below a key of the
+//                                    blocks up to `high`, which are in the same subtrees
 //   no mask                          min(end of j) >= end of i, j < i: all of i lies below every key of j
 //   mask                             otherwise, and only the squares of kStrip x kStrip that hold a visible pair:
 //
@@ -26,7 +26,7 @@ constexpr int64_t kBlock = 32;
 constexpr int64_t kStrip = kWidth > 8 ? kWidth : 8;
 constexpr int64_t kStrips = kBlock / kStrip;
 
-// Tokens [begin, begin + size). In head-major scratch they are rows [begin, begin + kBlock).
+// Tokens [begin, begin + size). In head-major scratch a block is rows [begin, begin + kBlock).
 struct Block {
   int64_t begin, size;
   int64_t first;               // the block in which the tree of token `begin` begins: nothing before it is visible
@@ -34,7 +34,7 @@ struct Block {
   int64_t strip_end[kStrips];  // max_end of each strip, 0 where there is no token
 };
 
-// Rows [begin, end) of a product together have partners [from, to).
+// Rows [begin, end) of a product that share the column range [from, to).
 struct Run {
   int64_t begin, end, from, to;
 };
@@ -85,12 +85,12 @@ class Blocks {
   // One past the last query block that sees key block j.
   INLINE_MEMBER int64_t seen_until(int64_t j) const { return (block_[j].max_end + kBlock - 1) / kBlock; }
 
-  // The key block to try after j, which query block i sees or not.
+  // The key block to try after j, whether or not query block i sees j.
   INLINE_MEMBER int64_t next_key(int64_t i, int64_t j) const {
     return sees(i, j) ? j + 1 : most(j + 1, block_[j].max_end / kBlock);
   }
 
-  // Per strip of keys of block j the queries of block i that see one of them.
+  // For each strip of keys of block j, the queries of block i that see one of them.
   INLINE_MEMBER Runs key_runs(int64_t i, int64_t j) const {
     Runs runs;
     for (int64_t s = 0; s < kStrips; ++s) {
@@ -100,7 +100,7 @@ class Blocks {
     return runs;
   }
 
-  // Per strip of queries of block i the strips of keys of block j that hold a visible one.
+  // For each strip of queries of block i, the key strips of block j that hold a visible key.
   INLINE_MEMBER Runs query_runs(int64_t i, const Runs& key_runs) const {
     Runs runs;
     for (int64_t begin = 0; begin < block_[i].size; begin += kStrip) {
@@ -115,7 +115,7 @@ class Blocks {
     return runs;
   }
 
-  // A function of c: which of the keys c .. c + kWidth - 1 of block j token `query` sees.
+  // A function of c: the mask of keys c .. c + kWidth - 1 of block j that token `query` sees.
   INLINE_MEMBER auto visible_to(int64_t query, int64_t j) const {
     const int32_t *const ends = end_ + j * kBlock, i = (int32_t)query, last = i - (int32_t)block_[j].begin;
     return [=](int64_t c) { return (iota() + (int32_t)c <= last) & (load(ends + c) > i); };

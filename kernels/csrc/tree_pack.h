@@ -1,7 +1,7 @@
-// What the matrix products of tree attention read: [N, heads, D] arrays of float or bfloat16.
+// Operands of the matrix products of tree attention, from [N, heads, D] arrays of float or bfloat16.
 //
-// A factor is read in words along the depth of a product: one float, or a pair of bfloat16 numbers (tile.h). On the
-// left an array serves as it is, its rows heads * D apart. On the right a block is packed, in one of two forms:
+// A factor is read in words along the depth of a product: one float, or a pair of bfloat16 numbers (tile.h). The left
+// factor is read in place, its rows heads * D apart. The right one is a block packed in one of two forms:
 //
 //   columns  [D, kBlock]       each token is a column; for products over D:  q k^T, dO v^T
 //   rows     [kBlock, padded]  each token is a row; for sums over tokens:    p v, dS k, p^T dO, dS^T q
@@ -69,7 +69,7 @@ class Layout {
   const int64_t group;        // query heads a key/value head
   const int64_t padded;       // D rounded up to whole vectors
   const int64_t depth;        // words of D
-  const int64_t block_words;  // of a packed block: the columns, which are no fewer than the rows
+  const int64_t block_words;  // of a packed block in the larger form, columns
   const Blocks blocks;
   bool parallel;
 

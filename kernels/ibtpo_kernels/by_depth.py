@@ -1,7 +1,7 @@
-"""Attention over packed trees with each query's sum in the order of decode, so that it has the bits decode gives it.
+"""Attention over packed trees that sums in the order of decode, and so gives each query the bits of decode.
 
-`tree_attention` adds what a query sees up by blocks of the packed order, and so by how trees were packed; `tree_decode`
-by pages of its own path. Here packed keys and values are laid into pages, and `tree_decode` runs over those::
+`tree_attention` sums over blocks of the packed order, so its bits depend on the packing; `tree_decode` sums over pages
+of a query's own path. Here packed keys and values are copied into pages, and `tree_decode` runs over those::
 
     packed order    q q q q a a a b b          pages of 2, named by their last token on a path
     depth           0 1 2 3 4 5 6 4 5
@@ -9,7 +9,7 @@ by pages of its own path. Here packed keys and values are laid into pages, and `
     path of b       [0 1][2 3][7 8]            a page is shared by every path through its last token
 
 A page that a branch point cuts is copied for each path below it, as in the engine. The gradient is that of
-`tree_attention`, which is computed beside it; the values differ by rounding.
+`tree_attention`, which is computed as well; its values differ by rounding.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from ibtpo_kernels.plan import DecodePlan
 
 @dataclass(frozen=True, kw_only=True)
 class DepthLayout:
-    """Where the keys and values of a packed forest lie in pages.
+    """The layout of a packed forest's keys and values in pages.
 
     Attributes:
         end: int32 [N], as it was given.
-        tokens: int64 [P * page_size], the packed token in each slot; past the end of a path a repeated one, never seen.
+        tokens: int64 [P * page_size], the packed token in each slot; slots past the end of a path are never seen.
         plan: a query a packed token, in packed order.
     """
 
@@ -44,11 +44,11 @@ class DepthLayout:
 
 
 def plan_by_depth(end: Tensor, *, page_size: int = 16) -> DepthLayout:
-    """Lay a packed forest into pages: made once for a batch, used by every layer.
+    """Lay out a packed forest in pages, once for a batch and all its layers.
 
     Args:
         end: int32 [N], exclusive end of each token's subtree, as in `tree_attention`; read on the host.
-        page_size: slots a page, at least 1; the bits of a result depend on it, so take that of the engine's pool (16).
+        page_size: slots a page, at least 1; the bits of a result depend on it, so use that of the engine's pool (16).
 
     Raises:
         ValueError: `end` is no forest in depth-first order, or page_size is less than 1.
@@ -60,8 +60,8 @@ def plan_by_depth(end: Tensor, *, page_size: int = 16) -> DepthLayout:
     last = end.cpu().numpy()
     depth = _depth(last)
     table, slots = _pages(last, depth, page_size)
-    is_leaf = (last == np.arange(1, len(last) + 1)).astype(np.int64)  # torch.compile's numpy adds no truth values
-    rows = np.cumsum(is_leaf) - is_leaf  # the first leaf at or after a token lies below it
+    is_leaf = (last == np.arange(1, len(last) + 1)).astype(np.int64)  # torch.compile's numpy cannot sum booleans
+    rows = np.cumsum(is_leaf) - is_leaf  # the first leaf at or after a token is below it
     plan = plan_decode(
         torch.from_numpy(table).to(end.device),
         torch.from_numpy(rows.astype(np.int32)).to(end.device),
@@ -75,7 +75,7 @@ def plan_by_depth(end: Tensor, *, page_size: int = 16) -> DepthLayout:
 def tree_attention_by_depth(
     q: Tensor, k: Tensor, v: Tensor, layout: DepthLayout, *, scale: float | None = None
 ) -> Tensor:
-    """`tree_attention`, with the bits that `tree_decode` gives each query on its path in pages of the layout's size.
+    """`tree_attention`, with the bits of `tree_decode` for each query on its path, in pages of the layout's size.
 
     Args:
         q: [N, Hq, D]; k, v: [N, Hkv, D], tokens in depth-first pre-order.
@@ -105,7 +105,7 @@ def tree_attention_by_depth(
 
 
 def with_value_of(x: Tensor, value: Tensor) -> Tensor:
-    """The value of one tensor, to the bit, and the gradient of another that is the same but for rounding.
+    """The bits of `value` with the gradient of `x`, which equals it up to rounding.
 
     Args:
         x: differentiable; its value is not used.
@@ -126,10 +126,10 @@ class _WithValueOf(torch.autograd.Function):
 
 
 def _depth(end: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    """[N], how many tokens lie above each one: j counts for the tokens after it, up to end[j].
+    """[N], the number of ancestors of each token: j is one of the tokens in (j, end[j]).
 
     Raises:
-        ValueError: subtrees overlap without one holding the other, or `end` points nowhere.
+        ValueError: subtrees overlap without one containing the other, or `end` is out of range.
     """
     num, index = len(end), np.arange(len(end))
     if num and (end.min() < 1 or end.max() > num or (end <= index).any()):

@@ -1,16 +1,16 @@
-"""A decode plan in the words of FlashInfer's multi-level cascade: index arithmetic on the host, no GPU needed.
+"""A decode plan as input of FlashInfer's multi-level cascade: index arithmetic on the host, no GPU needed.
 
-A level is a batch of attentions that together have every query once. Request i is the queries [qo_indptr[i],
+A level is a batch of requests that together have every query once. Request i is the queries [qo_indptr[i],
 qo_indptr[i + 1]) over pages kv_indices[kv_indptr[i] : kv_indptr[i + 1]], of which the last holds last_page_len[i] keys.
-What the levels give is merged by log-sum-exp. The plan's items of several queries go to level 0, 1, ... by how deep
-they are nested, and what is left of each path goes to the last level::
+The results of the levels are merged by log-sum-exp. The plan's items with several queries go to level 0, 1, ... by
+nesting depth, and the rest of each path goes to the last level::
 
     query 0:  7 3 5       level 0   queries 0..2: page 7
     query 1:  7 3 9 2     level 1   queries 0..1: page 3,   query 2: nothing
     query 2:  7 4         level 2   query 0: page 5,  query 1: pages 9 2,  query 2: page 4
 
-A page is shared only if every query of the item is past it: a level has no mask. So the last token of a path is always
-on the last level, and no query with keys is without a finite log-sum-exp there.
+A page is shared only if every query of the item is past it, since a level has no mask. So the last token of a path is
+always on the last level, where every query with keys has a finite log-sum-exp.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 Ints = npt.NDArray[np.int32]
 
 MAX_LEVELS = 4
-"""Each level costs a launch and a merge; sharing nested deeper than this is left out: those pages are read by each."""
+"""Each level costs a launch and a merge; deeper nested sharing is ignored, so that each query reads those pages."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ Request = tuple[int, int, int, int]  # queries [begin, end) read pages [first, l
 def levels(
     items: Ints, page_table: Ints, rows: Ints, lengths: Ints, page_size: int, max_levels: int = MAX_LEVELS
 ) -> list[Level]:
-    """The levels of a plan: one where nothing is shared, else up to `max_levels`, the last without sharing.
+    """The levels of a plan: one if nothing is shared, else up to `max_levels`, the last without sharing.
 
     Args:
         items, page_table, rows, lengths, page_size: of a `DecodePlan`, on the host; `lengths` as they are now.
@@ -52,7 +52,7 @@ def levels(
     """
     num_queries = len(rows)
     whole = np.maximum(lengths - 1, 0) // page_size  # pages that a query is past
-    covered = np.zeros(num_queries, np.int64)  # leading pages of each path that a level above has
+    covered = np.zeros(num_queries, np.int64)  # leading pages of each path that earlier levels have
     depth = np.zeros(num_queries, np.int64)
     shared: list[list[Request]] = [[] for _ in range(max_levels - 1)]
     for begin, end, _, last in items[items[:, 1] - items[:, 0] > 1].tolist():  # depth first, so outer ones come first
@@ -72,7 +72,7 @@ def levels(
 
 
 def _filled(requests: list[Request], num_queries: int) -> list[Request]:
-    """With one without pages for the queries between them: a level has every query."""
+    """The requests, with empty ones for the queries between them, since a level must have every query."""
     result, at = [], 0
     for begin, end, first, last in requests:
         if begin > at:

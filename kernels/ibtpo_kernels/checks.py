@@ -1,7 +1,7 @@
-"""What every op demands of its arguments; each failure is a ValueError that names the argument and what it should be.
+"""Argument checks of every op; each failure is a ValueError that names the argument and what it should be.
 
-Shapes, dtypes and devices are checked always: a handful of integer comparisons. Values are checked where that costs
-O(N) on the CPU and no synchronisation on a GPU; on the decode path it is the kernels that check them, as they read.
+Shapes, dtypes and devices are always checked: a handful of integer comparisons. Values are checked if that costs O(N)
+on the CPU and no synchronisation on a GPU; on the decode path the kernels check them as they read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ibtpo_kernels.plan import DecodePlan
 
-_MOST = 1e300  # of a number that C++ is given as a double
+_MOST = 1e300  # largest number passed to C++ as a double
 
 
 def _fail(op: str, name: str, x: Tensor, expected: str) -> ValueError:
@@ -78,12 +78,12 @@ def _same_pages(op: str, k_pages: Tensor, v_pages: Tensor, like: Tensor, like_na
 
 
 def no_forest(crossing: int) -> str:
-    """What to say of a token whose subtree ends behind that of a token above it."""
+    """The message for a token whose subtree extends past that of an ancestor."""
     return f"end is no forest in depth-first order: the subtree of token {crossing} ends behind one that holds it"
 
 
 def first_crossing(end: Sequence[int]) -> int:
-    """The first token whose subtree ends behind that of a token above it; -1 if there is none."""
+    """The first token whose subtree extends past that of an ancestor; -1 if there is none."""
     above: list[int] = []
     for token, stop in enumerate(end):
         while above and above[-1] <= token:
@@ -227,7 +227,7 @@ def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> No
 def _edges(
     op: str, rows: Tensor, targets: Tensor, temperature: float, source: Tensor, source_name: str, vocabulary: int
 ) -> None:
-    """(row, target) pairs into the rows of `source`, under a temperature."""
+    """Check (row, target) pairs into the rows of `source`, and a temperature."""
     if rows.dim() != 1:
         raise _fail(op, "rows", rows, "torch.int64 [E]")
     _index(op, "rows", rows, tuple(rows.shape), torch.int64, source, source_name)
@@ -294,7 +294,7 @@ def _is_count(x: Any) -> Any:
 def _parameter(
     op: str, name: str, value: float | Tensor, logits: Tensor, valid: Callable[[Any], Any], expected: str
 ) -> None:
-    """A sampling parameter: one number, or one a row."""
+    """Check a sampling parameter: one number, or one a row."""
     if not isinstance(value, Tensor):
         if not isinstance(value, int | float) or abs(value) > _MOST or not valid(value):
             raise ValueError(f"{op}: {name}={value!r:.40} must be {expected}")
@@ -306,7 +306,7 @@ def _parameter(
 
 
 def named(what: str, tensors: Mapping[str, Tensor | None], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise unless each tensor there is has its shape."""
+    """Raise unless each tensor that is not None has its shape."""
     for name, x in tensors.items():
         if x is not None and x.shape != shapes[name]:
             raise ValueError(f"{what}: {name} is {list(x.shape)}; expected {list(shapes[name])}")

@@ -1,11 +1,11 @@
 """The ops on the compiled module `_cpu`, for float32 and bfloat16 tensors on the CPU.
 
-Arguments arrive checked (see `checks`). `_cpu` takes addresses and sizes: what is passed here must be dense, or its
-stride passed along; `_run` keeps it alive for the call. Nothing goes through torch.library, whose dispatch would cost
-more than a decode step of a small model.
+Arguments arrive checked (see `checks`). `_cpu` takes addresses and sizes: tensors must be dense, or their strides
+passed along; `_run` keeps them alive for the call. Nothing goes through torch.library, whose dispatch would cost more
+than a decode step of a small model.
 
-Torch is imported first on purpose: `_cpu` needs libgomp.so.1 and finds the one torch has loaded, so the process has
-one OpenMP runtime and torch.set_num_threads governs these kernels too.
+Torch is imported first on purpose: `_cpu` needs libgomp.so.1 and finds the one that torch has loaded, so the process
+has one OpenMP runtime and torch.set_num_threads governs these kernels too.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class DirectOps(Protocol):
 
 
 def _open_direct() -> DirectOps | None:
-    """None where this torch offers no C interface to its tensors."""
+    """The direct ops; None if this torch offers no C interface to its tensors."""
     interface = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if native is None or interface is None or not native.direct.open(interface, Tensor, torch.nn.Parameter):
         return None
@@ -65,8 +65,8 @@ def _address(x: Tensor) -> int:
 def _run(kernel: Callable[..., Any], *args: Any) -> Any:
     """Call a kernel with the addresses of tensors, 0 for None; a number that may be a tensor comes as a float.
 
-    They are taken here, where the tensors are arguments and stay for the call: torch.compile, which may break up the
-    caller, drops what it no longer names.
+    Addresses are taken here, where the tensors are arguments and live through the call: torch.compile may break up the
+    caller and drop tensors that it no longer names.
     """
     return kernel(*[_address(x) if isinstance(x, Tensor) else 0 if x is None else x for x in args])
 
@@ -80,7 +80,7 @@ def _angles(x: Tensor) -> Tensor:
 
 
 def _is_bf16(x: Tensor) -> bool:
-    """Whether a kernel shall run for bfloat16; its other element type is float32."""
+    """Whether to run a kernel for bfloat16; its other element type is float32."""
     return x.dtype is torch.bfloat16
 
 
@@ -125,7 +125,7 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -
         return tree_attention(q, k, v, end, scale)[..., :head_dim]
     q, k, v, end = _dense(q), _dense(k), _dense(v), _dense(end)
     crossing = _run(native.first_crossing, end, len(end))
-    if crossing >= 0:  # the kernels skip whole blocks by what they know of a forest
+    if crossing >= 0:  # the kernels skip blocks on the assumption of a forest
         raise ValueError(f"tree_attention: {checks.no_forest(crossing)}")
     if needs_grad(q, k, v):
         out: Tensor = _TreeAttention.apply(q, k, v, end, scale)  # type: ignore[no-untyped-call]
@@ -190,7 +190,7 @@ def _bad_slot(op: str, slots: Tensor, at: int, num_slots: int) -> ValueError:
 
 
 def _packed_rows(x: Tensor) -> Tensor:
-    """x [T, H, D] with each token's [H, D] dense; tokens may lie apart, as in a view of a fused qkv projection."""
+    """x [T, H, D] with each token's [H, D] dense; tokens may be strided, as in a view of a fused qkv projection."""
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
@@ -273,7 +273,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """Rows may lie apart in 2-D inputs, as in the halves of a fused gate-up projection."""
+    """Rows of 2-D inputs may be strided, as in the halves of a fused gate-up projection."""
     if gate.dim() != 2 or gate.stride(1) != 1 or up.stride(1) != 1:
         gate, up = _dense(gate), _dense(up)
     out = gate.new_empty(gate.shape)
@@ -308,7 +308,7 @@ def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 
 def _tile(u: Tensor, first_row: int, first_col: int, head: Head) -> tuple[Any, ...]:
-    """What `_cpu` is told of a tile of logits and of the edges."""
+    """The arguments of `_cpu` for a tile of logits and the edges."""
     return (
         u, *u.shape, first_row, first_col, 1.0 / float(head.temperature), float(head.softcap or 0.0), _is_bf16(u),
         head.rows, head.targets, head.num_edges,

@@ -1,9 +1,9 @@
-"""A whole decoder in one native call: for models so small that the calls cost more than the arithmetic.
+"""A whole decoder in one native call, for models so small that calls cost more than arithmetic.
 
-The counterpart, on the CPU, of a captured CUDA graph: what a step runs is written down once, as addresses of weights
-and sizes, and then run without Python between the kernels. Matrices are copied in the order that a product reads them
-in, so that a step of a few rows does not spend its time on transposing them: an update of the weights needs another
-`Decoder` (0.6 ms for the built-in policy).
+The counterpart, on the CPU, of a captured CUDA graph: what a step runs is recorded once, as addresses of weights and
+sizes, and then run without Python between the kernels. Matrices are copied in the order in which a product reads them,
+so that a step of a few rows does not spend its time on transposing: an update of the weights needs a new `Decoder`
+(0.6 ms for the built-in policy).
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ Longs = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 Events = list[tuple[int, int]]
-"""(place among the branches run, code) of those to look after.
+"""(place among the branches run, code) of those to attend to.
 
-Code 1: it drew a stop token; 2: it reached its limit; 3: it goes on to a depth that has no page yet.
+Code 1: it drew a stop token; 2: it reached its limit; 3: it continues but has no page for its next token.
 """
 
 
 class DecodeRun(NamedTuple):
-    """What a run of decode steps did.
+    """The outcome of a run of decode steps.
 
     Attributes:
-        steps: how many.
+        steps: their number.
         rows: tokens run and sampled in all of them.
-        events: of the branches that ended under way, and of those that lack a page after the last step.
-        paged: the places of branches that were given the pages they lacked, in the order of the pages.
+        events: of branches that ended during the run, and of those that lack a page after the last step.
+        paged: the places of branches that were given spare pages, in the order of the pages.
     """
 
     steps: int
@@ -78,7 +78,7 @@ class LayerWeights:
 
 
 class Branches(Protocol):
-    """Running branches as arrays of one entry, or row, a branch; see `ibtpo_engine.slots.Slots`.
+    """Running branches as arrays with an entry, or row, a branch; see `ibtpo_engine.slots.Slots`.
 
     In the order of `Branches` in kernels.h.
     """
@@ -100,13 +100,13 @@ class Branches(Protocol):
     entropy: Floats
 
 
-_BRANCH_FIELDS = tuple(Branches.__annotations__)[1:]  # without the table, which is not one of the struct
+_BRANCH_FIELDS = tuple(Branches.__annotations__)[1:]  # without the table, which is not in the struct
 
 _MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 def can_borrow(x: Tensor | None) -> bool:
-    """Whether the native decoder can read a weight."""
+    """Whether the native decoder can read a weight in place."""
     return x is None or (x.is_cpu and x.dtype is torch.float32 and x.is_contiguous())
 
 
@@ -114,7 +114,7 @@ class Decoder:
     """A dense decoder (Qwen3, Qwen2, Llama) over a page pool, float32 on the CPU, in one native call.
 
     A row's result has the same bits alone and in any batch, decoded and prefilled, on any number of threads. Matrices
-    are those of the moment it was made.
+    are copied when it is made; later changes to them are not seen.
 
     Args:
         layers: weights a layer.
@@ -124,8 +124,7 @@ class Decoder:
         eps: of every norm.
 
     Raises:
-        ValueError: there is no compiled module, a tensor is not a contiguous float32 one on the CPU, or has a wrong
-            shape.
+        ValueError: there is no compiled module, or a tensor is not contiguous float32 on the CPU or has a wrong shape.
     """
 
     def __init__(
@@ -154,7 +153,7 @@ class Decoder:
             checks.named(f"Decoder: layer {i}", vars(layer), shapes)
         weights = [_packed_layer(layer).tensors() for layer in layers]
         outer = [embedding, norm, _packed(head), cos, sin, torch.tensor([eps], dtype=torch.float32)]
-        self._kept = [x.detach() for row in (*weights, outer) for x in row if x is not None]  # what the addresses name
+        self._kept = [x.detach() for row in (*weights, outer) for x in row if x is not None]  # owners of the addresses
         self._pages_like = (len(layers), num_kv_heads, head_dim)
         self._layers = np.array([[_address(x) for x in row] for row in weights], np.int64)
         self._image = np.array(
@@ -176,7 +175,7 @@ class Decoder:
 
         Args:
             tokens, pos: int64 [T].
-            slots: int64 [T], where each row's key and value go, as in `append_kv`.
+            slots: int64 [T], the slots for each row's key and value, as in `append_kv`.
             plan: for these rows, its lengths pos + 1; its table [R, P] must be contiguous.
             k_pages, v_pages: contiguous [layers, num_pages, page_size, Hkv, D].
 
@@ -201,9 +200,9 @@ class Decoder:
         return out
 
     def announce(self, num_rows: int) -> None:
-        """Say that a step of so many rows follows in a moment: the threads it will want wake up meanwhile.
+        """Announce a step of so many rows, so that the threads it will use wake up meanwhile.
 
-        Never needed: a step whose threads are asleep begins alone, and they join when they are awake.
+        Optional: a step whose threads are asleep begins alone, and they join when they are awake.
         """
         native.decoder_announce(self._address, num_rows)
 
@@ -218,16 +217,16 @@ class Decoder:
 
 
 class DecodeStep:
-    """One token for each of a choice of branches, in place; made by `Decoder.record`.
+    """A step that samples one token for each of the chosen branches, in place; made by `Decoder.record`.
 
-    The arrays of the branches are borrowed like the weights: where one is replaced, record the step again.
+    The arrays of the branches are borrowed: if one is replaced, record the step again.
     """
 
     def __init__(self, decoder: Decoder, branches: Branches, k_pages: Tensor, v_pages: Tensor) -> None:
         self._decoder = decoder
         self._branches = branches
         self._arrays = [branches.table, *(getattr(branches, name) for name in _BRANCH_FIELDS)]
-        self._stops, self._tokens = branches.stops, branches.tokens  # the arrays that are replaced when they grow
+        self._stops, self._tokens = branches.stops, branches.tokens  # arrays that are replaced when they grow
         self._pages = (k_pages.data_ptr(), v_pages.data_ptr())  # not the tensors: the pool may be released
         table = branches.table
         self._pool = _rows_image(k_pages, v_pages, table.shape, table.ctypes.data, 0, 0, (0,) * 7)
@@ -237,7 +236,7 @@ class DecodeStep:
         self._addresses = (self._decoder._address, self._pool.ctypes.data, self._image.ctypes.data)
 
     def is_current(self, k_pages: Tensor, v_pages: Tensor) -> bool:
-        """Whether it still refers to the branches' arrays, and to this pool; asked before a run."""
+        """Whether it still refers to the branches' arrays and to this pool; check before a run."""
         now = self._branches
         return (
             self._stops is now.stops
@@ -246,11 +245,11 @@ class DecodeStep:
         )
 
     def choose(self, chosen: Longs, items: Tensor) -> None:
-        """Say which branches the next runs are for.
+        """Choose the branches of the next runs.
 
         Args:
             chosen: int64 [B], branches by index.
-            items: of a plan for these branches, whose rows of the table are their indices.
+            items: of a plan for these branches, with their indices as rows of the table.
         """
         items = items.contiguous()
         self._chosen, self._items = chosen, items
@@ -260,13 +259,13 @@ class DecodeStep:
         """Run the last token of each branch chosen and sample the next one, with its log-probs and entropy.
 
         Args:
-            most: steps, at least 1; the run ends earlier with the first branch that lacks a page.
-            most_ended: branches that may end before the run does; the steps behind an end are without that branch.
-            spare: pages nobody owns, for branches that lack one under way: written into the table, one after another.
+            most: most steps, at least 1; the run ends early once a branch lacks a page and no spare one is left.
+            most_ended: the run ends early once more branches than this have ended; later steps leave ended ones out.
+            spare: free pages for branches that come to lack one; written into the table in this order.
 
         Raises:
             ValueError: a branch has NaN or inf logits, or lacks a page, in the first step; then nothing is recorded.
-                A later step that fails records nothing either, and is what the next run begins with.
+                A later step that fails records nothing either, and the next run begins with it.
         """
         pages = (0, 0) if spare is None else (spare.ctypes.data, len(spare))
         result = native.decoder_steps(*self._call, most, most_ended, *pages)
@@ -292,7 +291,7 @@ def _packed_layer(layer: LayerWeights) -> LayerWeights:
 
 
 def _layer_shapes(hidden: int, inner: int, queries: int, keys: int, head_dim: int) -> dict[str, tuple[int, ...]]:
-    """What each field of `LayerWeights` has to be."""
+    """The shape of each field of `LayerWeights`."""
     matrices = {
         "q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries),
         "gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner),
@@ -310,7 +309,7 @@ def _rows_image(
     k_pages: Tensor, v_pages: Tensor, table_shape: tuple[int, ...], table: int, num_rows: int, num_items: int,
     rest: tuple[int, ...],
 ) -> Longs:  # fmt: skip
-    """`DecoderRows` of kernels.h; `rest` is what follows the page table."""
+    """`DecoderRows` of kernels.h; `rest` are the fields after the page table."""
     _, num_pages, page_size, _, _ = k_pages.shape
     pages = (k_pages.data_ptr(), v_pages.data_ptr())
     return np.array([num_pages, page_size, *table_shape, num_rows, num_items, *pages, table, *rest], np.int64)

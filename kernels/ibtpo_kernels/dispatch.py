@@ -1,4 +1,4 @@
-"""Which implementation runs an op: chosen by device, or by the caller with `backend`."""
+"""The choice of the implementation that runs an op: by device, or by the caller with `backend`."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def _choice(name: str | None) -> Iterator[None]:
 
 
 def same_choice() -> AbstractContextManager[None]:
-    """Inside, whenever and in whatever thread that is, ops run as they would here.
+    """A context in which ops run on the backend chosen here, whenever and in whatever thread it is entered.
 
-    For what is computed again in a backward pass: that of tensors on a GPU runs in a thread of its own.
+    For recomputation in a backward pass, which runs in a thread of its own for tensors on a GPU.
     """
     return _choice(_chosen.get())
 
@@ -83,7 +83,7 @@ def _require(name: str) -> None:
 
 @cache
 def triton_kernels() -> ModuleType | None:
-    """The Triton kernels; None where Triton is not installed. Imported when first asked for."""
+    """The Triton kernels, imported at first use; None if Triton is not installed."""
     try:
         import_module("triton")
     except ImportError:
@@ -93,7 +93,7 @@ def triton_kernels() -> ModuleType | None:
 
 @cache
 def _too_old(device: torch.device) -> bool:
-    """Whether this GPU is one that Triton and its kernels are not made for: one before sm_80."""
+    """Whether this GPU is too old for the Triton kernels: before sm_80."""
     return torch.cuda.get_device_capability(device) < (8, 0)
 
 
@@ -115,17 +115,17 @@ def active_backend(device: torch.device | str) -> str:
 
 
 def direct() -> cpu.DirectOps | None:
-    """The compiled ops that take tensors, where ops on the CPU run on "cpu"; else None.
+    """The compiled ops that take tensors, if ops on the CPU run on "cpu"; else None.
 
-    They return None for a call that they do not serve, having written nothing: it then goes through `checks` and
-    `implementation`, which serve it or say what is wrong.
+    They return None, having written nothing, for a call that they do not serve: it then goes through `checks` and
+    `implementation`, which serve it or raise an error.
     """
     chosen = _chosen.get()
     return cpu.direct if chosen is None or chosen == "cpu" else None
 
 
 def direct_forward() -> cpu.DirectOps | None:
-    """As `direct`, for an op that has a gradient: None where one may be asked for, or torch.compile looks on."""
+    """As `direct`, for an op with a gradient: None if one may be needed, or torch.compile is tracing."""
     return None if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_mode() else direct()
 
 
@@ -139,9 +139,9 @@ def _say_missing(kernels: str, remedy: str) -> None:
 
 
 def implementation(x: Tensor, also: tuple[torch.dtype, ...] = ()) -> ModuleType:
-    """The module whose functions run ops on `x`; asked on every decode step, so nothing here allocates.
+    """The module whose functions run ops on `x`; called in every decode step, so nothing here allocates.
 
-    `also`: dtypes that this op has on the CPU beside those that every op has.
+    `also`: dtypes that this op serves on the CPU besides those that every op serves.
     """
     chosen = _chosen.get()
     if chosen == "reference":

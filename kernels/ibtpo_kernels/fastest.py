@@ -1,4 +1,4 @@
-"""A linear layer by whoever is fast at it on this machine."""
+"""A linear layer by the fastest product on this machine."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ibtpo_kernels.dispatch import active_backend
 from ibtpo_kernels.linear import torch_is_slow
 from ibtpo_kernels.ops import batch_invariant_linear
 
-MOST_ROWS = 128  # of a float32 product that ours is faster at; a task of it takes as many
-LEAST_WEIGHTS = 1 << 18  # ... and numbers its weight has at least
+MOST_ROWS = 128  # most rows of a float32 product at which ours is faster: those of one task
+LEAST_WEIGHTS = 1 << 18  # ... and the fewest numbers of its weight
 
 
 def fastest_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, differentiable: torch's product, and where ours takes less time (`ours_is_faster`), ours.
+    """x @ weight.T + bias, differentiable: by our product if that takes less time (`ours_is_faster`), else torch's.
 
     Args:
         x: [..., K]; weight: [N, K]; bias: [N].
@@ -25,7 +25,7 @@ def fastest_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         [..., N] in the dtype of x.
 
     Raises:
-        ValueError or RuntimeError: shapes, dtypes or devices do not fit; of whoever multiplies.
+        ValueError or RuntimeError: shapes, dtypes or devices do not fit; raised by the product used.
     """
     if ours_is_faster(x, weight) and active_backend(x.device) == "cpu":
         return batch_invariant_linear(x, weight, bias)
@@ -35,9 +35,9 @@ def fastest_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 def ours_is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether `batch_invariant_linear` on the CPU takes less time than torch for x [..., K] and weight [N, K].
 
-    So it does in bfloat16 where torch is slow at that, and in float32 with several threads for a few rows of a large
-    weight, as a decode step has them: more than `MOST_ROWS` are torch's, and so is a single one but on AVX2. Measured
-    on two cores.
+    This holds in bfloat16 where torch is slow at it, and in float32 with several threads for a few rows and a large
+    weight, as in a decode step: torch is faster at more than `MOST_ROWS` rows and, except on AVX2, at a single one.
+    Measured on two cores.
     """
     if torch_is_slow(x):
         return True
@@ -53,5 +53,5 @@ def ours_is_faster(x: Tensor, weight: Tensor) -> bool:
 
 
 def _least_rows() -> int:
-    """The kernels of AVX2 alone do not lay the weight down, which is most of the work for one row."""
+    """1 on AVX2, where few rows need no transposed copy of the weight, else most of the work for one row; else 2."""
     return 1 if cpu.native is not None and cpu.native.isa() == "v3" else 2

@@ -1,12 +1,12 @@
 """Backend "flashinfer": `tree_decode` in float16 and bfloat16 by FlashInfer; every other op as on "triton".
 
-Where nothing is shared, its plain paged decode; else its multi-level cascade over the levels of `cascade`. Both plan on
-the host, from lengths that are fetched from the device, whenever lengths or pages have changed: this backend is for
-comparison and for GPUs that the Triton kernels do not suit, and cannot be captured in a CUDA graph. Its splits depend
-on the batch, so results do too, in the last bits.
+If nothing is shared it runs FlashInfer's plain paged decode, else its multi-level cascade over the levels of `cascade`.
+Both plan on the host, from lengths fetched from the device, whenever lengths or pages have changed, so this backend
+cannot be captured in a CUDA graph: it is for comparison and for GPUs that the Triton kernels do not suit. Its splits
+depend on the batch, so results do too, in the last bits.
 
-Sampling stays with Triton: FlashInfer draws from a generator of its own, which cannot give the tokens that a row's key
-stands for. FlashInfer compiles at the first call and needs nvcc and ninja for it.
+Sampling stays with Triton: FlashInfer draws from its own generator, which cannot reproduce the tokens of a row's key.
+FlashInfer compiles at the first call, which needs nvcc and ninja.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from ibtpo_kernels.plan import DecodePlan
 
 SERVED = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128, 256)
-_WORKSPACE_BYTES = 128 << 20  # FlashInfer's own advice
+_WORKSPACE_BYTES = 128 << 20  # as FlashInfer recommends
 
 
 def fallback() -> Any:
-    """The Triton kernels, or the reference where Triton is missing."""
+    """The Triton kernels, or the reference if Triton is missing."""
     return triton_kernels() or reference
 
 
 def __getattr__(name: str) -> Any:
-    """Every op that is not here."""
+    """Every other op, from `fallback`."""
     return getattr(fallback(), name)
 
 
 class _Wrappers:
     """FlashInfer's wrappers on one device, by number of levels, and what was planned last.
 
-    `run` plans only if the plan, its lengths, its pages or the shape of the heads are not those of the last call, so
-    the layers of a model plan once a step. Tensors made in inference mode do not tell whether they have changed: with
-    them every call plans.
+    `run` plans only if the plan, its lengths, its pages or the shape of the heads differ from the last call's, so
+    the layers of a model plan once a step. Tensors made in inference mode have no version counter: with them every call
+    plans.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The gradients that the small ops of all compiled backends share: each op is given the kernels to run."""
+"""Gradients of the small ops, shared by all compiled backends, which pass in their kernels."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ GateBackward = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # gate
 
 
 def forward_mode() -> bool:
-    """Whether tangents may be carried along; kernels have none, and `torch.autograd.Function` says so."""
+    """Whether forward mode is active; kernels do not support it, and `torch.autograd.Function` raises the error."""
     return forward_ad._current_level >= 0
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether a gradient may be asked for of what is computed from these."""
+    """Whether a result computed from these may need a gradient."""
     return forward_mode() or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
 
 

@@ -1,10 +1,9 @@
-"""The training ops as torch.library operators: for torch.compile, torch.func and fake tensors, which must not be asked
-for addresses.
+"""The training ops as torch.library operators, for torch.compile, torch.func and fake tensors, which have no addresses.
 
-`traced` says where they are needed. Elsewhere the ops run directly: an operator costs tens of microseconds a call, as
-long as a small op takes. Each operator has a fake implementation, which knows shapes alone, and a backward operator;
-both check their arguments and choose their backend when they run, not when they are traced. A backward computes again
-what its eager counterpart keeps, but for `linear_logprob`, which hands the row statistics on.
+`traced` tells when they are needed. Otherwise the ops run directly: an operator costs tens of microseconds a call, as
+much as a small op. Each operator has a fake implementation, which knows only shapes, and a backward operator; both
+check their arguments and choose their backend when they run, not when they are traced. A backward recomputes what its
+eager counterpart keeps, except that of `linear_logprob`, which gets the row statistics.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def traced(x: Tensor) -> bool:
 
 @contextmanager
 def _recording() -> Iterator[None]:
-    """Autograd as outside of an operator: below the dispatcher's autograd key nothing is recorded otherwise."""
+    """Autograd as outside of an operator; otherwise nothing is recorded below the dispatcher's autograd key."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in ("AutogradFunctionality", "ADInplaceOrView"):
         excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
@@ -129,7 +128,7 @@ def linear_logprob_backward(
     wants_hidden: bool,
     wants_weight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(d_hidden, d_weight); what is not wanted is not computed, and empty."""
+    """(d_hidden, d_weight); one that is not wanted is not computed, and empty."""
     d_hidden, d_weight = implementation(hidden, also=HALF).linear_logprob_grads(
         hidden,
         weight,
@@ -264,7 +263,7 @@ for operator, (setup, grad) in OPERATORS.items():
 
 @cache
 def _function(operator: CustomOpDef) -> type[torch.autograd.Function]:
-    """The operator for torch.func, whose transforms an operator's own autograd does not know."""
+    """The operator for torch.func, whose transforms do not work with an operator's own autograd."""
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -284,7 +283,7 @@ def _function(operator: CustomOpDef) -> type[torch.autograd.Function]:
 
 
 def call(operator: CustomOpDef, *args: Any) -> Any:
-    """The operator, under whatever traces or transforms its arguments."""
+    """Call the operator in a way that suits whatever traces or transforms its arguments."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _function(operator).apply(*args)  # type: ignore[no-untyped-call]
     return operator(*args)

@@ -1,4 +1,4 @@
-"""The gradient that the batch-invariant products of all compiled backends share, and where torch's bfloat16 is slow."""
+"""The gradient of batch-invariant products, shared by all compiled backends, and a test for slow bfloat16 in torch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Product = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]  # dense x, weight
 
 @cache
 def _bf16_is_slow() -> bool:
-    """Whether torch multiplies bfloat16 on this CPU in plain loops: where oneDNN asks for instructions it lacks.
+    """Whether torch multiplies bfloat16 on this CPU in plain loops, because it lacks the instructions oneDNN needs.
 
-    Of Arm nothing was measured.
+    Not measured on Arm.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
@@ -31,13 +31,13 @@ def _bf16_is_slow() -> bool:
 def torch_is_slow(x: Tensor) -> bool:
     """Whether torch's products of this type take several times as long here as in float32.
 
-    So it is with bfloat16 on x86 with neither AVX-512 nor AVX-NE-CONVERT.
+    This holds for bfloat16 on x86 with neither AVX-512 nor AVX-NE-CONVERT.
     """
     return x.dtype is torch.bfloat16 and x.is_cpu and _bf16_is_slow()
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, in float32 where torch is slow at it in their own type."""
+    """a @ b, in float32 if torch is slow at it in their own type."""
     with without_autocast(a):
         return (a.float() @ b.float()).to(a.dtype) if torch_is_slow(a) else a @ b
 

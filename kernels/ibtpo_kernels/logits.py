@@ -1,7 +1,7 @@
-"""The passes over a tile of logits that the chunked heads share, and their form in plain torch.
+"""The passes over a tile of logits that the chunked heads share, and their implementation in plain torch.
 
 A tile u [t, v] is rows [first_row, first_row + t) and columns [first_col, first_col + v) of hidden @ weight.T. Tiles of
-a row come from left to right; `stats` [3, T] carries (m, s, w) of each row from one to the next:
+a row are processed from left to right; `stats` [3, T] carries (m, s, w) of each row from one to the next:
 
     m = max z,   s = sum exp(z - m),   w = sum exp(z - m) (z - m)      `finish` makes (m, l, H) of it,
                                                                        l = log s, entropy H = l - w / s
@@ -24,7 +24,7 @@ _LOWEST = -1e30  # stands in for -inf, whose product with probability 0 would be
 
 
 class Head(NamedTuple):
-    """What turns hidden states into logits, and the (row, target) entries asked for; as in `linear_logprob`."""
+    """Hidden states, the head that makes logits of them, and the (row, target) entries wanted; as `linear_logprob`."""
 
     hidden: Tensor  # [T, H]
     weight: Tensor  # [V, H]
@@ -47,7 +47,7 @@ class Head(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients of a loss by what the head returned, dense, in the type of the sums."""
+    """Gradients of a loss with respect to the head's outputs, dense, in the type of the sums."""
 
     edges: Tensor  # [E], by logprob
     rows: Tensor  # [T], their sum over the edges of each row
@@ -66,16 +66,16 @@ class Grads(NamedTuple):
 
 
 class LogitOps(NamedTuple):
-    """The passes over a tile; a backend brings its own. Arguments after u: first_row, first_col."""
+    """The passes over a tile, one implementation a backend. Arguments after u: first_row, first_col."""
 
     stats: Callable[[Tensor, int, int, Head, Tensor, Tensor], None]  # head, stats, chosen [E]: adds a tile to both
     finish: Callable[[Head, Tensor, Tensor], None]  # head, stats, chosen: chosen becomes logprob
     grad: Callable[[Tensor, int, int, Head, Tensor, Grads], Tensor]  # head, stats, grads: du, may overwrite u
-    multiplies: Callable[[Tensor], bool]  # whether products of this 16-bit type are to stay in it
+    multiplies: Callable[[Tensor], bool]  # whether to multiply 16-bit tensors in their own type
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Products are in the types that they are given, whatever the caller's autocast says."""
+    """Turn the caller's autocast off, so that products keep the types of their operands."""
     device = x.device.type
     is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.autocast(device, enabled=False) if is_on else nullcontext()
@@ -95,7 +95,7 @@ def in_own_types(run: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What sums over rows and columns are kept in."""
+    """The type of sums over rows and columns."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -125,7 +125,7 @@ def _stats(u: Tensor, first_row: int, first_col: int, head: Head, stats: Tensor,
         carried[0], carried[1:] = -torch.inf, 0.0
     m, s, w = carried
     top = torch.maximum(m, z.amax(-1))
-    shift = (m - top).nan_to_num(nan=0.0).clamp_(min=_LOWEST)  # -inf - -inf where nothing finite was met
+    shift = (m - top).nan_to_num(nan=0.0).clamp_(min=_LOWEST)  # -inf - -inf if nothing finite came before
     shrink = shift.exp()
     x = (z - top.clamp(min=_LOWEST)[:, None]).clamp_(min=_LOWEST)
     e = x.exp()

@@ -14,12 +14,12 @@ edges of r, is
 Logits exist a tile at a time, rows by vocabulary, small enough to stay in the cache between the matrix product that
 makes it, the pass over it, and the products that use it:
 
-    forward     for each block of the vocabulary, for each block of rows     u = x W_b^T,  (m, s, w) of the rows go on
+    forward     for each block of the vocabulary, for each block of rows     u = x W_b^T,  updates (m, s, w) of the rows
     backward    the same tiles again                                         u -> du,  dx += du W_b,  dW_b += du^T x
 
-Forward keeps m, l and H ([T] each), and where all logits are one tile, as with a vocabulary of characters, that tile:
-so little memory is worth a product. m and l stay apart, for their sum would round away l where logits are large. A head
-of 16-bit numbers is widened a block at a time.
+Forward keeps m, l and H ([T] each). If all logits are one tile, as with a vocabulary of characters, it keeps that tile,
+too: its little memory saves a product. m and l are kept apart, since their sum would round l away for large logits. A
+head of 16-bit numbers is widened a block at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ibtpo_kernels.gradients import needs_grad
 from ibtpo_kernels.logits import TORCH_OPS, Grads, Head, LogitOps, in_own_types, work_dtype
 
 _TILE_ELEMENTS = 1 << 19  # logits alive at a time: 2 MiB in float32
-_TILE_ROWS, _TILE_COLS = 512, 256  # at least, where there are as many: below, matrix products lose speed
+_TILE_ROWS, _TILE_COLS = 512, 256  # least sizes, if there are as many: smaller matrix products are slower
 
 
 def linear_logprob(
@@ -62,7 +62,7 @@ def linear_logprob_stats(*fields: Any, ops: LogitOps = TORCH_OPS) -> tuple[Tenso
 
 
 def linear_logprob_grads(*given: Any, ops: LogitOps = TORCH_OPS) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of hidden and weight from `Head`'s fields, stats, two gradients and what is wanted, for `library`."""
+    """Gradients of hidden and weight from `Head`'s fields, stats, two gradients and two flags, for `library`."""
     *fields, stats, grad_logprob, grad_entropy, wants_hidden, wants_weight = given
     head = Head(*fields)
     return backward(head, stats, Grads.of(head, grad_logprob, grad_entropy), wants_hidden, wants_weight, ops)
@@ -92,7 +92,7 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def tile_shape(num_rows: int, num_cols: int) -> tuple[int, int]:
-    """Rows and columns of a tile: what does not exceed the budget by more than the least sizes ask for."""
+    """Rows and columns of a tile: within the budget, unless the least sizes exceed it."""
     rows = min(num_rows, max(_TILE_ROWS, _TILE_ELEMENTS // max(num_cols, 1)))
     return max(rows, 1), min(num_cols, max(_TILE_COLS, _TILE_ELEMENTS // max(rows, 1)))
 
@@ -104,12 +104,12 @@ def spans(total: int, size: int) -> Iterator[slice]:
 
 
 def part(x: Tensor, span: slice) -> Tensor:
-    """x[span]; x itself, which is cheaper, if that is all of it."""
+    """x[span], or, cheaper, x itself if that is all of it."""
     return x if span.start == 0 and span.stop == x.shape[0] else x[span]
 
 
 class Products:
-    """The matrix products of one call, their operands widened where the hardware does not multiply 16-bit numbers."""
+    """The matrix products of one call, with operands widened if the hardware does not multiply 16-bit numbers."""
 
     def __init__(self, head: Head, ops: LogitOps) -> None:
         self.wide = work_dtype(head.hidden.dtype)
@@ -171,7 +171,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of hidden and weight, each only if wanted: nothing is computed or allocated for the other.
 
-    `only`: the tile that all logits are, if it was kept; it stays as it is.
+    `only`: the tile of all logits, if it was kept; it is not changed.
     """
     products = Products(head, ops)
     num_rows, num_cols = head.num_rows, head.num_cols
@@ -196,7 +196,7 @@ def backward(
 
 
 def _total(d_block: Tensor, products: Products, at_once: bool) -> Tensor:
-    """Where a block of d_weight is added up: in place, but for 16-bit sums of several tiles."""
+    """The accumulator of a block of d_weight: the block itself, except for 16-bit sums of several tiles."""
     if d_block.dtype is products.wide or (at_once and d_block.dtype is products.dtype):
         return d_block
     return torch.empty(d_block.shape, dtype=products.wide, device=d_block.device)

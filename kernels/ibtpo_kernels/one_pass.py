@@ -1,11 +1,11 @@
-"""Forward and backward of a linear head in one pass, for a loss that is known once the log-probs are.
+"""Forward and backward of a linear head in one pass, for a loss that depends only on log-probs and entropies.
 
     linear_logprob, loss, backward       u = x W^T | then again u = x W^T, dx = du W, dW = du^T x            8 T H V
     policy_head                          u = x W^T, loss of these rows, dx = du W, dW = du^T x               6 T H V
 
-The loss is a sum over rows and edges, so it is taken apart by rows: of a chunk of rows the logits are made, the loss
-and its gradient by log-prob and entropy are found, and the gradients of hidden and weight are formed while these logits
-are alive. The backward of the scalar returned multiplies what was found by the gradient that arrives.
+The loss is a sum over rows and edges, so it can be computed by chunks of rows. For each chunk: make the logits, compute
+the loss and its gradient by log-prob and entropy, and form the gradients of hidden and weight while the logits are
+alive. The backward of the returned scalar multiplies these gradients by the incoming one.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ibtpo_kernels.logprob import Products, part, spans, tile_shape
 
 Selection = Tensor | slice
 Loss = Callable[[Tensor, Tensor, Selection, Selection], Tensor]
-"""(logprob [e], entropy [t], edges, rows) -> scalar; `edges` and `rows` say which of all E and T these are."""
+"""(logprob [e], entropy [t], edges, rows) -> scalar; `edges` and `rows` select these from all E and T."""
 
 _CHUNK_ELEMENTS = 1 << 24  # logits alive at a time: 64 MiB in float32
 _CHUNK_ROWS = 64  # at least
 
 GPU_CHUNK_BYTES = 768 << 20
-"""Logits in float32 and their gradient alive at a time in the Triton kernels: enough rows for a full-size product."""
+"""Logits in float32 and their gradient alive at a time in the Triton kernels: enough rows for an efficient product."""
 
 
 class Chunk(Protocol):
@@ -40,7 +40,7 @@ class Chunk(Protocol):
     def backward(
         self, by_logprob: Tensor, by_entropy: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None, begins: bool
     ) -> None:
-        """Write the rows' d_hidden [t, H]; write (if `begins`) or add to d_weight [V, H]. The logits are used up."""
+        """Write the rows' d_hidden [t, H]; write (if `begins`) or add to d_weight [V, H]. Overwrites the logits."""
 
 
 class Chunking(NamedTuple):
@@ -101,18 +101,18 @@ class _PolicyHead(torch.autograd.Function):
         found = ctx.saved_tensors
         if grad.is_cpu and grad.item() == 1.0:
             return *found, None, None, None, None, None, None
-        scale = grad if grad.dim() == 0 else grad.reshape(())  # of no dimension: x keeps its type, scale its digits
+        scale = grad if grad.dim() == 0 else grad.reshape(())  # 0-dimensional: x keeps its type, scale its digits
         return *(None if x is None else x * scale for x in found), None, None, None, None, None, None
 
 
 def _weight_sum(head: Head, wide: torch.dtype, chunk_rows: int) -> Tensor:
-    """d_weight, to be written by the first chunk; sums over several tiles or chunks are kept in float32."""
+    """An accumulator for d_weight, written by the first chunk; float32 if several tiles or chunks are summed."""
     at_once = head.num_rows <= min(chunk_rows, tile_shape(head.num_rows, head.num_cols)[0])
     return torch.empty_like(head.weight, dtype=head.weight.dtype if at_once else wide)
 
 
 def _split(head: Head, size: int) -> Iterator[tuple[slice, Selection, Head]]:
-    """(rows, edges, head of these) of each chunk; every edge falls into the chunk of its row. One chunk at least."""
+    """(rows, edges, head of these) of each chunk, at least one; every edge is in the chunk of its row."""
     num_rows = head.num_rows
     if num_rows <= size:
         yield slice(0, num_rows), slice(None), head
@@ -148,12 +148,12 @@ def _evaluate(
 
 
 def chunk_rows(num_cols: int) -> int:
-    """Rows of a chunk: as many as keep its logits within the limit."""
+    """Rows of a chunk: as many as the limit on its logits allows."""
     return max(_CHUNK_ROWS, _CHUNK_ELEMENTS // max(num_cols, 1))
 
 
 def gpu_chunk_rows(num_cols: int, element_size: int, budget: int = GPU_CHUNK_BYTES) -> int:
-    """The same of the Triton kernels: a multiple of the matrix product's tile."""
+    """The same for the Triton kernels: a multiple of the matrix product's tile."""
     rows = budget // ((4 + element_size) * max(num_cols, 1))
     return max(rows // 128 * 128, _CHUNK_ROWS)
 
@@ -186,7 +186,7 @@ class _TiledChunk:
         self, by_logprob: Tensor, by_entropy: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None, begins: bool
     ) -> None:
         products, grads = self.products, Grads.of(self.head, by_logprob, by_entropy)
-        total = None if d_hidden is None else d_hidden.to(products.wide)  # itself, or a wider one to add up in
+        total = None if d_hidden is None else d_hidden.to(products.wide)  # itself, or a wider accumulator
         for (cols, rows), u in zip(self.cuts, self.tiles, strict=True):
             du = self.ops.grad(u, rows.start, cols.start, self.head, self.stats, grads)
             if total is not None:

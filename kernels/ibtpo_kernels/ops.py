@@ -44,7 +44,7 @@ def plan_decode(
 ) -> DecodePlan:
     """Find which queries share which pages, so that `tree_decode` reads a shared page once.
 
-    Sharing is found between neighbours: give queries in depth-first order. Results never depend on what is found.
+    Sharing is found between neighbours, so give queries in depth-first order. Results never depend on what is found.
 
     Args:
         page_table: int32 [R, P], page ids of each row's path in depth order; -1 past a row's pages, never read.
@@ -54,8 +54,8 @@ def plan_decode(
         uniform: see `DecodePlan`.
 
     Returns:
-        A `DecodePlan` that refers to these tensors: `lengths` may grow in place, and pages may be added to the table
-        in place, without a new plan; a page that was there and is replaced needs one.
+        A `DecodePlan` that refers to these tensors: `lengths` may grow and pages be added to the table in place without
+        a new plan; replacing a page needs one.
 
     Raises:
         ValueError: a shape, dtype or device is wrong, a row lies outside the table, a length exceeds the table's width.
@@ -68,7 +68,7 @@ def plan_decode(
 def tree_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, *, scale: float | None = None) -> Tensor:
     """Attention of B queries, each against its own path of a paged cache; no autograd.
 
-    Each query meets its pages one by one in depth order, so its result does not depend on the rest of the batch; on a
+    Each query visits its pages one by one in depth order, so its result does not depend on the rest of the batch; on a
     GPU its last bits may, unless the plan is `uniform`.
 
     Args:
@@ -98,7 +98,7 @@ def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Ten
 
     Args:
         k, v: [T, Hkv, D]; k_pages, v_pages: contiguous [num_pages, page_size, Hkv, D].
-        slots: int64 [T], page * page_size + offset; -1 skips the row. A slot given twice keeps either row.
+        slots: int64 [T], page * page_size + offset; -1 skips the row. A slot given twice keeps one of its rows.
 
     Raises:
         ValueError: a shape, dtype or device is wrong, or a slot lies outside the cache.
@@ -134,7 +134,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
-    """What stands between two layers, in one pass: add to the residual stream, and norm the sum; differentiable.
+    """Add to the residual stream and norm the sum, in one pass; differentiable.
 
     Args:
         x, residual: [..., H]; weight: [H].
@@ -192,7 +192,7 @@ def rope_append(
     k_weight: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """What stands between the qkv projection and `tree_decode`, in one pass: norm, rotate, append; no autograd.
+    """Norm, rotate and append, between the qkv projection and `tree_decode`, in one pass; no autograd.
 
     Args:
         q: [T, Hq, D]; k, v: [T, Hkv, D]; cos, sin: float [T, D/2].
@@ -234,8 +234,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, where a row's result has the same bits alone and in any batch; differentiable.
 
-    The sum over K has one order, whatever the number of rows and threads; it differs between backends, dtypes and kinds
-    of processor. The backward is plain products, without that promise.
+    The sum over K has one order, whatever the number of rows and threads; it differs between backends, dtypes and
+    instruction sets. The backward uses plain products, without that promise.
 
     Args:
         x: [..., K]; weight: [N, K]; bias: [N].
@@ -246,7 +246,7 @@ def batch_invariant_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None
     Raises:
         ValueError: a shape, dtype or device is wrong.
 
-    Source: ours; that batch-dependent sums are what makes inference vary is from Thinking Machines Lab, "Defeating
+    Source: ours; the insight that batch-dependent sums make inference vary is from Thinking Machines Lab, "Defeating
     nondeterminism in LLM inference" (2025).
     """
     checks.batch_invariant_linear(x, weight, bias)
@@ -266,12 +266,12 @@ def linear_logprob(
     """Log-probs of (row, target) edges and the entropy of each row under the softmax of a linear head.
 
     The logits are z = u / temperature with u = hidden @ weight.T; with a soft-cap z = softcap * tanh(u / softcap) /
-    temperature: the cap comes first, as where a Gemma model caps its logits and a sampler divides by the temperature.
+    temperature: the cap comes first, as a Gemma model caps its logits before a sampler divides by the temperature.
 
     Args:
         hidden: [T, H]; weight: [V, H].
         rows, targets: int64 [E]; edge e asks for targets[e] under the distribution of row rows[e]. A row may have any
-            number of edges, also none.
+            number of edges, including none.
         temperature: above 0, finite.
         softcap: above 0, Gemma 2's `final_logit_softcapping`; None for no cap.
 
@@ -303,13 +303,13 @@ def policy_head(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A loss of log-probs and entropies, forward and backward in one pass over the logits: 6 T H V operations, not 8.
 
-    The same value and gradients as
+    Gives the same value and gradients as
 
         logprob, entropy = linear_logprob(hidden, weight, rows, targets, temperature=temperature, softcap=softcap)
         value = loss(logprob, entropy, slice(None), slice(None))
 
-    for a loss that is a sum over edges and rows. The rows are taken a chunk at a time, so that only one chunk's logits
-    exist; the gradients are formed then, and the scalar's backward multiplies them by the one that arrives.
+    for a loss that is a sum over edges and rows. Rows are processed a chunk at a time, so that only one chunk's logits
+    exist; the gradients are formed at once, and the scalar's backward multiplies them by the incoming one.
 
     Args:
         hidden, weight, rows, targets, temperature, softcap: as in `linear_logprob`.
@@ -344,8 +344,8 @@ def sample(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Draw one token a row; the random number is a function of the row's key alone.
 
-    Kept are the `top_k` most likely tokens (0: all), of those the shortest prefix, most likely first, that holds mass
-    `top_p` of theirs, and of those the ones at least `min_p` times as likely as the most likely token, which is to say
+    Filters keep the `top_k` most likely tokens (0: all), of those the shortest prefix, most likely first, with at least
+    `top_p` of their mass, and of those the ones at least `min_p` times as likely as the most likely token, that is
     z_v - max z >= temperature log(min_p). The token is the first, in vocabulary order, whose cumulative kept
     probability exceeds u times the total; u comes from Philox4x32-10 (see `philox`). All sums are in double.
 
@@ -374,5 +374,5 @@ def sample(
 
 
 def _scale(scale: float | None, q: Tensor) -> float:
-    """The default is 1 / sqrt(D), and 1 for what has no heads to speak of, which the checks look at next."""
+    """The default is 1 / sqrt(D), or 1 for a q without a head size, which the checks reject next."""
     return (q.shape[-1] if q.dim() and q.shape[-1] else 1) ** -0.5 if scale is None else scale

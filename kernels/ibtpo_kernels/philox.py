@@ -1,8 +1,7 @@
 """Philox4x32-10, the counter-based generator behind every sampled token.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). A number is a pure
-function of its name (stream, position): nothing is carried from draw to draw, so a sample cannot depend on the batch
-it was drawn in.
+function of its name (stream, position): no state is carried from draw to draw, so a sample cannot depend on its batch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which queries of a decode step share which pages.
 
 Queries come in depth-first order, so those that share a prefix are neighbours and the sharing is a tree of
-intervals. With three queries whose page tables read ::
+intervals. For example, with the page tables of three queries ::
 
     query 0:  7 3 5          items (query_begin, query_end, page_begin, page_end), P = 4 columns:
     query 1:  7 3 9 2          (0, 3, 0, 1)   page 7, read once for three queries
@@ -26,7 +26,7 @@ Item = tuple[int, int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
-    """What `tree_decode` walks; made by `plan_decode`.
+    """The work of `tree_decode`; made by `plan_decode`.
 
     Attributes:
         page_table: int32 [R, P], page ids of each row's path in depth order.
@@ -35,9 +35,9 @@ class DecodePlan:
         items: int32 [I, 4] = (query_begin, query_end, page_begin, page_end): queries [query_begin, query_end) all have
             the same pages in columns [page_begin, page_end). Each (query, page) is covered once, in depth order.
         page_size: slots a page.
-        on_host: (items, lengths) as they were planned, on the CPU; None: whoever wants them there asks the device.
+        on_host: (items, lengths) as planned, on the CPU; None: they must be fetched from the device if needed there.
         uniform: whether a query must be computed in one way however many share its pages, so that it has the same bits
-            in any batch. On a GPU that costs speed where many share; the CPU has no other way.
+            in any batch. On a GPU this is slower if many share; on the CPU every plan is uniform.
     """
 
     page_table: Tensor
@@ -49,7 +49,7 @@ class DecodePlan:
     uniform: bool = False
 
     def __post_init__(self) -> None:
-        """Kernels read these as they lie; checked once a plan, not once a layer."""
+        """Kernels read these unchecked; checked once a plan, not once a layer."""
         device = self.page_table.device
         for name, shape in (
             ("page_table", (-1, -1)),
@@ -69,9 +69,9 @@ class DecodePlan:
 def shared_columns(page_table: Ints, rows: Ints, lengths: Ints, page_size: int, state: Ints | None = None) -> list[int]:
     """For each pair of neighbouring queries, how many leading columns of the page table they share.
 
-    `state`, int32 [3, R], is what `DecodePlanner` keeps: row r was last followed by row next[r], which was last
-    preceded by previous[next[r]]; shared[r] columns of them are equal: n where they differ in column n, -1 - n where
-    column n was not there to be compared.
+    `state`, int32 [3, R] = (next, previous, shared), is kept by `DecodePlanner`: row next[r] last followed row r, and
+    row previous[r] last preceded it. Where both agree, shared[r] counts the equal leading columns of r and next[r]: n
+    if they differ in column n, -1 - n if column n was not there to be compared.
     """
     width = page_table.shape[1]
     num_pages = -(-lengths.astype(np.int64) // page_size)
@@ -100,7 +100,7 @@ def shared_columns(page_table: Ints, rows: Ints, lengths: Ints, page_size: int, 
 
 
 def plan_items(page_table: Ints, rows: Ints, lengths: Ints, page_size: int, state: Ints | None = None) -> Ints:
-    """int32 [I, 4], the items in depth-first order: the spec of the compiled planner."""
+    """int32 [I, 4], the items in depth-first order: the specification of the compiled planner."""
     width = page_table.shape[1]
     shared = shared_columns(page_table, rows, lengths, page_size, state)
     items: list[Item] = []

@@ -1,15 +1,15 @@
-"""Decode plans made again and again, each from what the last one knew.
+"""Incremental decode planning: each plan reuses comparisons of earlier ones.
 
 Comparing the pages of neighbouring queries is nearly all the work of a plan: O(B x pages of a path), 12 MB for 512
-branches behind 100,000 tokens. But a structural event touches few neighbours. With the number of leading pages that
+branches behind 100,000 tokens. But a structural event changes few neighbours. With the number of leading pages that
 neighbours share written between them ::
 
     rows       4 --6250-- 7 --6250-- 2 --0-- 9          a branch in row 5 is born after row 7
     rows       4 --6250-- 7 --?-- 5 --?-- 2 --0-- 9     two comparisons
     rows       4 --6250-- 7 --?-- 2 --0-- 9             it ends again: one
 
-The planner keeps these numbers by pair of rows. A path that gets pages is compared on only where it was its length that
-ended the comparison. Making the items of the numbers is O(B), some nanoseconds a branch, and is done anew.
+The planner keeps these numbers by pair of rows. When a path gets pages, its comparison is continued only if the path's
+length had ended it. The items are made anew from the numbers, in O(B), some nanoseconds a branch.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from ibtpo_kernels.plan import DecodePlan
 class DecodePlanner:
     """Plans the decode steps of branches whose pages are in one page table, comparing only what changed.
 
-    The table lies on the host and is written by its owner, who tells what was written: `rewrote` for a row whose path
-    is another now, `extended` for one that was given a page. Its plans equal those of `plan_decode`.
+    The table is on the host and written by its owner, who reports each write: `rewrote` for a row with a new path,
+    `extended` for a row that was given a page. The plans equal those of `plan_decode`.
 
-    For a GPU the planner keeps a copy of the table there, to which it sends what was written and no more. Its plans
-    refer to the copy. Between structural events lengths are bumped on the device, `plan.lengths.add_(1)`, perhaps in a
-    CUDA graph with the decode step; pages added meanwhile are sent by `upload`, outside of the graph.
+    For a GPU the planner keeps a copy of the table there and sends only what was written. Plans refer to the copy.
+    Between structural events, increment lengths on the device, `plan.lengths.add_(1)`, for example in a CUDA graph with
+    the decode step; `upload` sends pages added meanwhile, outside of the graph.
 
     Args:
         page_table: contiguous int32 [R, P] on the CPU, page ids of each row's path in depth order; -1 past its pages.
         page_size: slots a page.
-        device: where the kernels run; None: on the CPU, from the table itself.
+        device: where the kernels run; None: on the CPU, where they read the table itself.
 
     Raises:
         ValueError: the table is not such a tensor, or page_size is less than 1.
@@ -62,11 +62,11 @@ class DecodePlanner:
 
     @property
     def keeps_copy(self) -> bool:
-        """Whether the kernels read a copy of the table, which has to be told of pages added."""
+        """Whether the kernels read a copy of the table, so that added pages must be reported."""
         return self._copy is not None
 
     def rewrote(self, row: int) -> None:
-        """The pages of a row were replaced, all or some: another branch has the row, or its path was moved."""
+        """Pages of a row were replaced: it belongs to another branch now, or its path was moved."""
         self._check("row", row, self.page_table.shape[0])
         self._partners[:, row] = -1
         if self._copy is not None:
@@ -80,7 +80,7 @@ class DecodePlanner:
             self._cells.add(row * self.page_table.shape[1] + column)
 
     def upload(self) -> None:
-        """Send what was written to the device's copy of the table, without waiting for it; on the CPU nothing."""
+        """Send what was written to the device's copy of the table, without waiting; on the CPU does nothing."""
         if self._copy is None:
             return
         if self._rows:

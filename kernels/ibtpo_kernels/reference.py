@@ -1,4 +1,4 @@
-"""Every op in plain torch: the specification, and the oracle of every test.
+"""Every op in plain torch: the specification, which tests compare with.
 
 Any float dtype and device. bf16 and fp16 are computed in float32 and rounded once at the end; float64 stays float64.
 
@@ -122,7 +122,7 @@ def rope_append(
     k_weight: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """Norm q and k where weights are given, rotate both, append k and v; returns the rotated q."""
+    """Norm q and k if weights are given, rotate both, append k and v; returns the rotated q."""
     if q_weight is not None:
         q = rms_norm(q, q_weight, eps)
     if k_weight is not None:
@@ -139,7 +139,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 def plain_linear_logprob(
     hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`linear_logprob` with all logits at once and autograd left to torch: what the tiled form must equal."""
+    """`linear_logprob` with all logits at once and torch's autograd: the tiled form must equal it."""
     u = _wide(hidden) @ _wide(weight).t()
     log_p = ((u if softcap is None else softcap * (u / softcap).tanh()) / temperature).log_softmax(-1)
     return log_p[rows, targets], -(log_p.exp() * log_p).sum(-1)
@@ -170,7 +170,7 @@ def plain_policy_head(
     temperature: float,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of what `plain_linear_logprob` returns, in one piece: what `policy_head` must equal."""
+    """The loss of the outputs of `plain_linear_logprob`, in one piece: `policy_head` must equal it."""
     logprob, entropy = plain_linear_logprob(hidden, weight, rows, targets, temperature, softcap)
     return loss(logprob, entropy, slice(None), slice(None)), logprob.detach(), entropy.detach()
 
@@ -216,7 +216,7 @@ def sampled_logprob(logits: Tensor, rows: Tensor, targets: Tensor, temperature: 
 
 
 def log_of(min_p: float | Tensor) -> float | Tensor:
-    """log(min_p) in double, by the C library as in C++: a token at the very limit is kept by all or by none."""
+    """log(min_p) in double, by the C library as in C++, so that all backends agree on a token at the very limit."""
     if isinstance(min_p, Tensor):
         logs = [log_of(value) for value in min_p.tolist()]
         return torch.tensor(logs, dtype=torch.float64, device=min_p.device)
@@ -231,7 +231,7 @@ def _column(value: float | Tensor, logits: Tensor) -> Tensor:
 def _kept(x: Tensor, w: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """bool [B, V]: the top_k most likely, then the shortest prefix of those, most likely first, with mass >= top_p.
 
-    Ordered by logits x, for different ones may have equal weights w.
+    Ordered by logits x, since different logits may have equal weights w.
     """
     order = x.argsort(dim=-1, descending=True, stable=True)
     by_weight = w.gather(-1, order)

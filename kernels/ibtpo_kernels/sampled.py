@@ -1,8 +1,8 @@
-"""Log-probs of given tokens by the arithmetic of `sample`: a trainer's numbers that equal the sampler's to the bit.
+"""Log-probs of given tokens by the arithmetic of `sample`, so that a trainer's numbers have the sampler's bits.
 
-`linear_logprob` never holds a row of logits and sums in float32 as it goes; `sample` has the row and sums in double.
-Both are right to rounding, and differ in it. Where ratios of old and new log-probs are to be exactly 1, the trainer
-takes the value from here and the gradient from there.
+`linear_logprob` never holds a whole row of logits and sums in float32; `sample` has the row and sums in double. They
+differ by rounding. If ratios of new and old log-probs must be exactly 1, the trainer takes the value from here and the
+gradient from `linear_logprob`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _CHUNK_ELEMENTS = 1 << 24  # logits alive at a time: 64 MiB in float32
 def sampled_logprob(
     logits: Tensor, rows: Tensor, targets: Tensor, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """What `sample` would report as (logprob, logprob_raw), had it drawn these tokens with nothing cut; no autograd.
+    """(logprob, logprob_raw) that `sample`, without filters, would report had it drawn these tokens; no autograd.
 
     Args:
         logits: [T, V].
         rows, targets: int64 [E]; edge e asks for token targets[e] in row rows[e].
-        temperature: above 0; the engine keeps it as float32, so give it that number.
+        temperature: above 0; the engine keeps it as float32, so round it to float32 to match.
 
     Returns:
-        float32 [E] at this temperature, and at 1. On the backends "cpu" and "triton" by the arithmetic of their
-        `sample`; on "cpu" that is shown to give its bits for float32 and bfloat16.
+        float32 [E] at this temperature, and at 1. The backends "cpu" and "triton" use the arithmetic of their `sample`;
+        tests show that "cpu" gives its bits for float32 and bfloat16.
 
     Raises:
         ValueError: a shape, dtype, device or index is wrong, the temperature is not positive, or a row has no

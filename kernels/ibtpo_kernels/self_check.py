@@ -1,6 +1,6 @@
-"""Every op on a backend against the plain torch reference, at small shapes: does this installation compute rightly?
+"""Every op of a backend against the plain torch reference, at small shapes: is this installation correct?
 
-The problems are the small ones of the roofline catalog, each in the dtypes that it is measured in.
+The problems are the small ones of the roofline catalog, each in the dtypes in which it is measured.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Check:
     Attributes:
         op: as in `ibtpo_kernels`; "both" passes are forward and backward.
         dtype: such as "bfloat16".
-        error: norm of the difference over the norm, the largest of its problems; inf if it failed.
-        tolerance: of that.
-        failure: what an op raised, or None.
+        error: norm of the difference over the norm of the reference, the largest of its problems; inf if it failed.
+        tolerance: largest error allowed.
+        failure: the error that an op raised, or None.
     """
 
     op: str
@@ -45,14 +45,14 @@ class Check:
 
     @property
     def is_ok(self) -> bool:
-        """Whether the op computes what the reference does."""
+        """Whether the op agrees with the reference."""
         return self.error <= self.tolerance
 
 
 def triton_lacks() -> str | None:
-    """What Triton needs of this machine to launch a kernel on a GPU, and does not find; None if all is there.
+    """What Triton lacks on this machine to launch a kernel on a GPU; None if it has everything.
 
-    It compiles a few lines of C, for this Python, when a kernel is first launched.
+    Triton compiles a few lines of C, for this Python, when a kernel is first launched.
     """
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "there is no C compiler, which Triton needs to launch a kernel; install gcc, or name one in CC"
@@ -80,7 +80,7 @@ def self_check(name: str, device: torch.device | str) -> Iterator[Check]:
         tolerance = TOLERANCE[dtype]
         try:
             error = max(_error(problem, name, device) for problem in group)
-        except Exception as failure:  # whatever it is, it is what the check is for
+        except Exception as failure:  # any error at all is a failed check
             text = " ".join(str(failure).split()) or type(failure).__name__
             yield Check(op, name_of(dtype), float("inf"), tolerance, text)
         else:
@@ -98,7 +98,7 @@ def _error(problem: Problem, name: str, device: torch.device) -> float:
 
 
 def _outputs(problem: Problem, name: str, device: torch.device) -> Outputs:
-    """What our op makes of the problem's inputs, always the same ones."""
+    """Outputs of our op for the problem's inputs, which are the same in every call."""
     inputs = problem.draw(device, torch.Generator(device).manual_seed(0))
     own = next(contender for contender in problem.contenders if contender.kind == "ours")
     with problem.context(), backend(name):
@@ -106,7 +106,7 @@ def _outputs(problem: Problem, name: str, device: torch.device) -> Outputs:
 
 
 def _exact(op: str, dtype: str, holds: Callable[[], bool]) -> Check:
-    """Of something that is right to the last bit, or wrong."""
+    """The check of a property that holds exactly or not at all."""
     try:
         return Check(op, dtype, 0.0, 0.0) if holds() else Check(op, dtype, float("inf"), 0.0, "the bits differ")
     except Exception as failure:

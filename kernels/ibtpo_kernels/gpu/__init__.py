@@ -1,7 +1,7 @@
 """The ops as Triton kernels: backend "triton", the default for CUDA tensors of float32, float16 and bfloat16.
 
-Imported only where Triton is. With TRITON_INTERPRET=1 in the environment before the import the kernels run on CPU
-tensors, slowly, in float32 and float16; that is how they are tested without a GPU.
+Imported only if Triton is installed. With TRITON_INTERPRET=1 in the environment before the import, the kernels run on
+CPU tensors, slowly, in float32 and float16; that is how they are tested without a GPU.
 """
 
 from __future__ import annotations
@@ -38,6 +38,6 @@ __all__ = [
 
 
 def plan_decode(page_table: Tensor, rows: Tensor, lengths: Tensor, page_size: int) -> Tensor:
-    """Planned on the host, by the compiled planner where it is; the device is waited for."""
+    """Plan on the host, by the compiled planner if it is there; waits for the device."""
     items: Tensor = host_planner().plan_decode(page_table.cpu(), rows.cpu(), lengths.cpu(), page_size)
     return items.to(page_table.device)

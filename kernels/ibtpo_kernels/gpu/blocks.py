@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # mypy: disable-error-code="import-untyped,import-not-found"
-"""How the tree-attention kernels see keys: which blocks are skipped, full or partial, and how a block is read.
+"""Key blocks of the tree-attention kernels: which are skipped, full or partial, and how a block is read.
 
 The whole mask is two integers a key block, low = min(end) and high = max(end). Key block [j0, j1] against queries
 [i0, i1] is
@@ -14,7 +14,7 @@ The whole mask is two integers a key block, low = min(end) and high = max(end). 
     sibling   [full  full  full | skip  skip  skip  skip | full partial]      two runs of full blocks
 
 On sm_90 and later a loop reads its blocks through tensor descriptors (the tensor memory accelerator): no address
-arithmetic, and zeros past the last token and past the head without a mask. Elsewhere through pointers.
+arithmetic, and zeros past the last token and past the head without a mask. Elsewhere it reads through pointers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ibtpo_kernels.gpu import configs
 from ibtpo_kernels.gpu.launch import FUSED
 
-CHUNK = tl.constexpr(128)  # key blocks whose kind is looked at together
+CHUNK = tl.constexpr(128)  # key blocks classified together
 NEVER = tl.constexpr(2147483647)
 
 
@@ -100,10 +100,10 @@ def products_of_rows(
     a_at, has_a, b_at, has_b, HEAD: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, NUM_A: tl.constexpr,
     NUM_B: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """[NUM_A, NUM_B], a b^T of the rows at these addresses, STEP of their numbers at a time, read when they are needed.
+    """[NUM_A, NUM_B], a b^T of the rows at these addresses, STEP numbers at a time, each read when it is needed.
 
-    A row that stays for a whole loop stays in registers; float32 heads of 256 are too wide for that. A loop and not its
-    unrolled steps, which would all be read at once.
+    A row used throughout a loop would stay in registers; float32 heads of 256 are too wide for that. The steps must be
+    a loop: unrolled, they would all be read at once.
     """
     s = tl.zeros([NUM_A, NUM_B], tl.float32)
     for first in range(0, DIM, STEP):
@@ -115,7 +115,7 @@ def products_of_rows(
 
 
 def ends_of(end: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """(low, high), int32 [ceil(N / block)]: the mask, as the forward and dQ kernels read it."""
+    """(low, high), int32 [ceil(N / block)]: the mask as the forward and dQ kernels read it."""
     low, high = (end.new_empty(triton.cdiv(len(end), block)) for _ in range(2))
     block_ends[(len(low),)](end, low, high, len(end), BLOCK=block, **FUSED, num_warps=1)
     return low, high
@@ -129,10 +129,10 @@ def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
 
 
 def streamed(x: Tensor, y: Tensor, block: int, tiles: configs.Tiles) -> tuple[Any, Any, bool]:
-    """The two tensors a kernel's loop reads, as descriptors where the tensor memory accelerator can read them whole."""
+    """The two tensors that a kernel's loop reads, as descriptors if the tensor memory accelerator can read them."""
     aligned = all(
         (z.data_ptr() | z.stride(0) * z.element_size() | z.stride(1) * z.element_size()) % 16 == 0
-        and z.stride(0) * z.stride(1) != 0  # of heads or rows that are one in memory nobody has tried a descriptor
+        and z.stride(0) * z.stride(1) != 0  # descriptors of expanded heads or rows are untested
         for z in (x, y)
     )
     if aligned and not tiles.step and configs.capability(x.device) >= 9:

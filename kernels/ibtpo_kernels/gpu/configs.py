@@ -27,7 +27,7 @@ class Tiles:
     warps: int
     stages: int
     step: int = 0  # numbers of a head that a product takes at a time; 0: all
-    uncapped: bool = False  # left alone, the assembler sometimes spills in order to stay within 128 registers
+    uncapped: bool = False  # allow 255 registers: else the assembler sometimes spills to stay within 128
 
     def steps(self, head_dim: int) -> int:
         """Numbers of a head, padded to `head_dim`, that a product takes at a time."""
@@ -41,14 +41,14 @@ class Tiles:
 
 
 def padded(size: int) -> int:
-    """The power of two, at least 16, that a head of this size is padded to: what a matrix instruction can take."""
+    """The power of two, at least 16, to which a head of this size is padded for matrix instructions."""
     return max(16, 1 << (size - 1).bit_length())
 
 
 def family(major: int) -> int:
-    """Whose tiles a compute capability takes: 8 for sm_8x and sm_12x, 9 for sm_90, 10 for sm_10x and sm_11x.
+    """The family whose tiles a compute capability uses: 8 for sm_8x and sm_12x, 9 for sm_90, 10 for sm_10x and sm_11x.
 
-    sm_12x, on GeForce cards, has neither the shared memory nor the matrix instructions of sm_10x, but those of sm_86.
+    sm_12x, on GeForce cards, has the shared memory and matrix instructions of sm_86, not those of sm_10x.
     """
     return 8 if major == 12 else min(major, 10)
 
@@ -60,9 +60,9 @@ def capability(device: torch.device) -> int:
 
 
 # {(bytes an element, padded head size): {capability: tiles}}; a head size not listed uses the next larger one, a
-# capability the next lower one. Found by compiling ahead of time: the largest tile without spilled registers, the
-# smaller one where it lets two thread blocks share a multiprocessor. float32 multiplies as three tf32 products, whose
-# operands live in registers, twice; heads of 256 are therefore walked in steps, see `blocks.products_of_rows`.
+# capability the next lower one. Found by compiling ahead of time: the largest tile without spilled registers, or a
+# smaller one if it lets two thread blocks share a multiprocessor. float32 multiplies as three tf32 products, which keep
+# operands in registers twice; so heads of 256 are multiplied in steps, see `blocks.products_of_rows`.
 _FORWARD = {
     (2, 64): {8: Tiles(128, 64, 8, 3), 9: Tiles(128, 64, 4, 3)},
     (2, 128): {8: Tiles(128, 64, 8, 2), 9: Tiles(128, 64, 8, 3)},
@@ -120,7 +120,7 @@ def linear(element_size: int) -> Tiles:
 
 
 def decode_rows(group: int, head_dim: int, element_size: int, *, uniform: bool = False) -> tuple[int, int]:
-    """(narrow, wide) rows of a decode tile: for what a path has to itself, and for what many share; `uniform`: one."""
+    """(narrow, wide) rows of a decode tile, for private and for shared pages; equal in float32 and if `uniform`."""
     narrow = padded(group)
     if element_size == 4 or uniform:
         return narrow, narrow

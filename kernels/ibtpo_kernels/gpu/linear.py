@@ -1,12 +1,12 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # mypy: disable-error-code="import-untyped,import-not-found"
-"""A matrix product whose rows do not know of each other.
+"""A matrix product in which a row's result does not depend on the other rows.
 
     out[m, n] = sum_k x[m, k] weight[n, k] + bias[n]
 
 A program computes one tile of `out` from all of K, block by block in ascending order: there is no split of K, and the
-tile is the same for every number of rows, so a row has the same bits alone and in any batch. What that costs: with few
-rows and columns there are few programs, each of which reads its weights alone.
+tile is the same for every number of rows, so a row has the same bits alone and in any batch. The price: with few rows
+and columns there are few programs, each of which reads its weights alone.
 """
 
 from __future__ import annotations

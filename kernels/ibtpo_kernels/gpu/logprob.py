@@ -9,9 +9,9 @@ l = log sum exp(z - m), p = exp(z - m - l):
     backward   dz = sum_e g_e [target_e = v] - p G - h p (log p + H)         G = sum of g_e over the row's edges
                du = dz (1 - tanh^2) / temperature
 
-A chunk of rows has its logits in float32, straight from the matrix product's accumulator (bf16 logits are off by up to
-0.06 at a logit of 20), and its du in the type of `hidden`, so that the two products of the backward run on the tensor
-cores. A pass reads each logit once; `policy_head` keeps a chunk's logits from one pass to the next. Edges are sorted by
+The logits of a chunk are in float32, straight from the matrix product's accumulator (bf16 logits are off by up to 0.06
+at a logit of 20); du is in the type of `hidden`, so that the two products of the backward run on the tensor cores. A
+pass reads each logit once; `policy_head` keeps a chunk's logits from one pass to the next. Edges are sorted by
 (row, target) on the device: sums over a row's edges and over repeated edges have one order, there are no atomics, and
 `linear_logprob` never makes the host wait.
 """
@@ -31,7 +31,7 @@ from ibtpo_kernels.gpu.launch import FUSED, on_device
 from ibtpo_kernels.logits import Head, in_own_types
 
 _CHUNK_BYTES = one_pass.GPU_CHUNK_BYTES
-_BLOCK = 4096  # columns a step of the row passes
+_BLOCK = 4096  # columns of a step of the row passes
 _EDGES = 128
 
 
@@ -70,7 +70,7 @@ def _slope(z, inv_temperature, cap, CAPPED: tl.constexpr):
 def row_stats(
     z_ptr, stats_ptr, num_cols, num_rows, first, inv_temperature, cap, CAPPED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """m, l, H of one row, into stats[:, first + row]; columns past num_cols count for nothing."""
+    """m, l, H of one row, into stats[:, first + row]; columns past num_cols are ignored."""
     row = tl.program_id(0).to(tl.int64)
     z_ptr += row * num_cols
     top = -3.0e38
@@ -101,7 +101,7 @@ def edge_logprob(
     z_ptr, stats_ptr, rows_ptr, targets_ptr, out_ptr, num_edges, num_cols, num_rows, first, stop, inv_temperature, cap,
     CAPPED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Log-prob of the edges whose row lies in this chunk, [first, stop); NaN where a target is out of range."""
+    """Log-prob of the edges with rows in this chunk, [first, stop); NaN if a target is out of range."""
     edge = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.load(rows_ptr + edge, mask=edge < num_edges, other=-1)
     target = tl.load(targets_ptr + edge, mask=edge < num_edges, other=-1)
@@ -200,12 +200,12 @@ def _chunks(head: Head) -> Iterator[tuple[int, int]]:
 
 
 def _shape(head: Head) -> dict[str, float | bool]:
-    """What turns u into logits, as the kernels take it."""
+    """Kernel arguments that turn u into logits."""
     return {"inv_temperature": 1.0 / head.temperature, "cap": head.softcap or 1.0, "CAPPED": head.softcap is not None}
 
 
 def _library_casts(x: Tensor) -> bool:
-    """Whether the library multiplies 16-bit operands into a float32 result: on GPUs only."""
+    """Whether the library multiplies 16-bit operands into a float32 result, which it does only on GPUs."""
     return x.is_cuda and x.element_size() == 2
 
 
@@ -268,7 +268,7 @@ def _chunk_grad(z: Tensor, head: Head, stats: Tensor, edges: _Edges, grad_entrop
 
 @in_own_types
 def _forward(head: Head) -> tuple[Tensor, Tensor]:
-    """(logprob [E], NaN of a row that does not exist; stats [3, T])."""
+    """(logprob [E], NaN if the row is out of range; stats [3, T])."""
     logprob = torch.full((head.num_edges,), float("nan"), dtype=torch.float32, device=head.hidden.device)
     stats = torch.empty(3, head.num_rows, dtype=torch.float32, device=head.hidden.device)
     for first, stop in _chunks(head):
@@ -301,8 +301,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of hidden and weight, each only if wanted: nothing is computed or allocated for the other.
 
-    The gradient that is kept in float32 from chunk to chunk is the one of hidden, [T, H], not of weight, [V, H]: where
-    weight is wanted the chunks are columns.
+    The gradient accumulated in float32 over the chunks is that of hidden, [T, H], not of weight, [V, H]: if weight's is
+    wanted, chunks are columns.
     """
     edges, grad_entropy = _sorted(head, grad_logprob), grad_entropy.contiguous()
     if wants_weight:
@@ -312,14 +312,14 @@ def backward(
         for first, stop in _chunks(head):
             dz = _chunk_grad(_product(head.hidden[first:stop], head.weight), head, stats, edges, grad_entropy, first)
             torch.mm(dz, head.weight, out=d_hidden[first:stop])
-            del dz  # before the next chunk's logits are there
+            del dz  # before the next chunk's logits are made
     return d_hidden, None
 
 
 def _backward_by_columns(
     head: Head, stats: Tensor, edges: _Edges, grad_entropy: Tensor, wants_hidden: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """A block of the vocabulary at a time, with all rows; blocks are added to d_hidden in order."""
+    """The same by blocks of the vocabulary, with all rows; blocks are added to d_hidden in order."""
     d_weight = torch.empty_like(head.weight)
     d_hidden = torch.zeros(head.hidden.shape, dtype=torch.float32, device=head.hidden.device) if wants_hidden else None
     size = _chunk_columns(head.num_rows, head.hidden.element_size())
@@ -340,7 +340,7 @@ def _backward_by_columns(
 def linear_logprob(
     hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, temperature: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """As `ibtpo_kernels.linear_logprob`; an index out of range gives NaN on a GPU, where raising would have to wait."""
+    """As `ibtpo_kernels.linear_logprob`; an index out of range gives NaN on a GPU, where raising would synchronise."""
     hidden, weight, rows, targets = (x.contiguous() for x in (hidden, weight, rows, targets))
     with on_device(hidden):
         logprob, entropy = _LinearLogprob.apply(hidden, weight, rows, targets, temperature, softcap)
@@ -355,7 +355,7 @@ def linear_logprob_stats(*fields: Any) -> tuple[Tensor, Tensor]:
 
 
 def linear_logprob_grads(*given: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of hidden and weight from `Head`'s fields, stats, two gradients and what is wanted, for `library`."""
+    """Gradients of hidden and weight from `Head`'s fields, stats, two gradients and two flags, for `library`."""
     *fields, stats, grad_logprob, grad_entropy, wants_hidden, wants_weight = given
     head = _dense_head(*fields)
     with on_device(head.hidden):
@@ -407,7 +407,7 @@ def policy_head(
     temperature: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `ibtpo_kernels.policy_head`; with several chunks the host waits once, for how many edges each has."""
+    """As `ibtpo_kernels.policy_head`; with several chunks the host waits once, for the number of edges of each."""
     hidden, weight, rows, targets = (x.contiguous() for x in (hidden, weight, rows, targets))
     with on_device(hidden):
         return one_pass.policy_head(hidden, weight, rows, targets, loss, temperature, softcap, _HEAD)

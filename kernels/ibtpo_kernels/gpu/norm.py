@@ -20,7 +20,7 @@ from torch import Tensor
 from ibtpo_kernels import gradients
 from ibtpo_kernels.gpu.launch import FUSED, on_device
 
-_TILE = 4096  # elements a program of the norms
+_TILE = 4096  # elements of a program of the norms
 _PARTIALS = 256  # programs of the norm's backward, each with its own partial sum of the weight's gradient
 
 

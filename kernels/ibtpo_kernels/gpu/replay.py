@@ -1,8 +1,8 @@
-"""Decode plans for a captured CUDA graph that outlives them: the same buffers and launches, whatever they say.
+"""Decode plans for a captured CUDA graph that outlives them: buffers and launches stay the same for every plan.
 
-A graph repeats launches: the grid, the scratch memory and every address stay those of the capture, and a plan of its
-own is valid until a branch begins or ends. A `ReplayPlan` has room to spare instead, and takes one plan after the
-other. Room for four queries, six items and eight partial results, and what a plan of three queries makes of it::
+A graph repeats launches: the grid, the scratch memory and every address stay those of the capture, but a plan is only
+valid until a branch begins or ends. So a `ReplayPlan` has spare room, and one plan after the other is loaded into it.
+With room for four queries, six items and eight partial results, a plan of three queries looks like this::
 
     lengths      70  90  20   0        the fourth query sees nothing, its output is 0
     first_slot   0   2   4   5   5     ... and has no partial result
@@ -23,7 +23,7 @@ from ibtpo_kernels.plan import DecodePlan
 
 @dataclass(frozen=True)
 class Heads:
-    """The queries a plan is for: [*, num_heads, head_dim] in `dtype`, against `num_kv_heads`; `uniform` as the plan."""
+    """The queries of a plan: [*, num_heads, head_dim] in `dtype`, against `num_kv_heads`; `uniform` as in the plan."""
 
     num_heads: int
     num_kv_heads: int
@@ -41,7 +41,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Room:
-    """What a `ReplayPlan` holds at most; graphs are kept by it.
+    """The capacity of a `ReplayPlan`, and the key of its graph.
 
     Attributes:
         queries, items, slots: as in `Work`.
@@ -55,7 +55,7 @@ class Room:
 
     @classmethod
     def for_work(cls, work: HostWork, queries: int) -> Self:
-        """Room for `queries` like those of `work`: powers of two, so that the next plans are likely to fit."""
+        """Room for `queries`, and for `work` rounded up to powers of two, so that later plans are likely to fit."""
         return cls(queries, _power(max(len(work.items), queries)), _power(max(work.num_slots, queries)), work.has_wide)
 
 
@@ -64,16 +64,16 @@ def _power(n: int) -> int:
 
 
 class ReplayPlan:
-    """A plan that stays where it is while others are loaded into it.
+    """A plan at fixed addresses, into which others are loaded.
 
     Args:
-        like: a plan over the page table that all the others are over, too.
-        room: what it holds.
-        heads: the queries it is for.
+        like: a plan over the same page table as all plans to be loaded.
+        room: its capacity.
+        heads: its queries.
 
     Attributes:
-        plan: for `tree_decode`, of `room.queries` queries. Its lengths are the caller's to write; those of queries that
-            the loaded plan does not have must be 0.
+        plan: for `tree_decode`, of `room.queries` queries. The caller writes its lengths; those of queries that the
+            loaded plan does not have must be 0.
     """
 
     def __init__(self, like: DecodePlan, room: Room, heads: Heads) -> None:
@@ -102,7 +102,7 @@ class ReplayPlan:
         set_work(self.plan, *heads.tiles, self._work)
 
     def load(self, plan: DecodePlan, work: HostWork) -> None:
-        """Say what `plan` says, whose work is `work`.
+        """Load `plan` with its work `work`.
 
         Raises:
             ValueError: there is no room for it.
@@ -128,5 +128,5 @@ class ReplayPlan:
 
 
 def work_for(plan: DecodePlan, heads: Heads) -> HostWork:
-    """What `ReplayPlan.load` takes beside the plan."""
+    """The work of a plan, for `ReplayPlan.load`."""
     return host_work(plan, *heads.tiles)

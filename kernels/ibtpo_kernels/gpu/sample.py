@@ -1,18 +1,18 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 # mypy: disable-error-code="import-untyped,import-not-found"
-"""Sampling: token, its log-prob under what was sampled from and under the plain softmax, and the entropy.
+"""Sampling: token, its log-prob under the distribution sampled from and under the plain softmax, and the entropy.
 
     w_v = exp((z_v - max z) / temperature)         token = first v with  sum_{v' <= v, kept} w_v'  >  u * sum_kept w
 
-`block_sums` reads the logits once and leaves four numbers for each block of 4096 columns. `draw`, one program a row,
-finds the block that holds the token from those and reads that block only. u is Philox4x32-10 of the row's key, bit for
-bit that of `ibtpo_kernels.philox`; weights and their sums are in double, as in the reference, so the same logits give
-the same token.
+`block_sums` reads the logits once and writes four numbers for each block of 4096 columns. From these, `draw`, a program
+a row, finds the block that holds the token and reads only that block. u is Philox4x32-10 of the row's key, bit for bit
+that of `ibtpo_kernels.philox`; weights and their sums are in double, as in the reference, so the same logits give the
+same token.
 
 A row with top-k or top-p first finds its boundary, the smallest key c with F(c) < goal, where F(c) is the number
-(top-k) or the mass (top-p) of tokens above c: at most 32 halvings over the integer order of float32, each a sweep of
-the row in L2 that computes no exponential in blocks the boundary has left. Kept are the tokens above c and the first
-few at c, and of those the ones that min-p lets pass: z - max z >= temperature log(min_p).
+(top-k) or the mass (top-p) of tokens above c, by bisecting the integer order of float32: at most 32 sweeps over the row
+in L2, without exponentials in blocks that have no logit in the interval under test. The row keeps the tokens above c
+and the first few at c, if they also pass min-p: z - max z >= temperature log(min_p).
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _boundary(row_ptr, num_cols, top, inverse, low, high, goal, BY_MASS: tl.cons
 
 @triton.jit
 def _kept(row_ptr, start, num_cols, top, floor, cut, ties, seen, BLOCK: tl.constexpr):
-    """Logits of a block, which are kept, and how many at the boundary have been seen after it."""
+    """(logits of a block, whether each is kept, tokens at the boundary seen up to the block's end)."""
     cols = start + tl.arange(0, BLOCK)
     z = _logits(row_ptr, cols, num_cols)
     key = _order(z).to(tl.int64)
@@ -134,7 +134,7 @@ def _kept_mass(row_ptr, num_cols, top, inverse, floor, cut, ties, BLOCK: tl.cons
 
 @triton.jit
 def _find_kept(row_ptr, num_cols, top, inverse, floor, cut, ties, goal, BLOCK: tl.constexpr):
-    """The first kept column whose cumulative weight exceeds `goal`; the last kept one if rounding lets none."""
+    """The first kept column whose cumulative weight exceeds `goal`; the last kept one if by rounding none does."""
     before = tl.zeros([1], tl.float64)
     token, last, seen = _NONE, 0, 0
     for start in range(0, num_cols, BLOCK):
@@ -151,7 +151,7 @@ def _find_kept(row_ptr, num_cols, top, inverse, floor, cut, ties, goal, BLOCK: t
 
 @triton.jit
 def _filter(row_ptr, num_cols, top, inverse, mass, top_k, top_p, BLOCK: tl.constexpr):
-    """(cut, ties): kept are the tokens whose key is above cut, and the first `ties` at it."""
+    """(cut, ties): the tokens whose key is above cut are kept, and the first `ties` at it."""
     cut, ties = tl.cast(-2147483648, tl.int64), num_cols
     high = _order(top).to(tl.int64)
     low = tl.cast(-2147483649, tl.int64)
@@ -173,7 +173,7 @@ def _filter(row_ptr, num_cols, top, inverse, mass, top_k, top_p, BLOCK: tl.const
 
 @triton.jit
 def _find(row_ptr, tops, masses, num_cols, top, inverse, goal, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """As `_find_kept` where all is kept: the block from the blocks' masses, then the column within it."""
+    """As `_find_kept` if all tokens are kept: the block from the blocks' masses, then the column within it."""
     blocks = tl.arange(0, BLOCKS)
     sums = tl.cumsum(masses, 0)
     last_block = tl.max(tl.where(masses > 0.0, blocks, 0), 0)
@@ -195,7 +195,7 @@ def _tops(tops_ptr, at, inside):
 
 @triton.jit
 def _shares(tops, top):
-    """log and value of what a block's sums count in those of the row, at temperature 1."""
+    """(log, value) of the factor of a block's sums in those of the row, at temperature 1."""
     shift = tl.where(tops == float("-inf"), 0.0, tops.to(tl.float64) - top)
     return shift, tl.where(tops == float("-inf"), 0.0, tl.exp(shift))
 
@@ -213,7 +213,7 @@ def draw(
     logprob_ptr, raw_ptr, entropy_ptr, stride_row, stride_temperature, stride_top_p, stride_top_k, stride_min_p,
     num_cols, num_blocks, num_rows, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, FILTERED: tl.constexpr,
 ):  # fmt: skip
-    """All four outputs of one row; token -1 and NaN where the row has no distribution."""
+    """All four outputs of one row; token -1 and NaN if the row has no distribution."""
     row = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + row * stride_row
     blocks = tl.arange(0, BLOCKS)
@@ -263,7 +263,7 @@ def score(
     logits_ptr, rows_ptr, targets_ptr, tops_ptr, sums_ptr, temperature_ptr, logprob_ptr, raw_ptr, stride_row,
     num_blocks, num_rows, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """What `draw` says of one given token of one row, nothing cut; NaN where the row has no distribution."""
+    """The log-probs of `draw`, without filters, for one given token of one row; NaN if the row has no distribution."""
     edge = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + edge)
     blocks = tl.arange(0, BLOCKS)
@@ -288,9 +288,9 @@ def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def _parameter(value: float | Tensor, dtype: torch.dtype, logits: Tensor) -> tuple[Tensor, int]:
-    """A sampling parameter on the device, and its stride from row to row; a kernel argument would lose the double.
+    """A sampling parameter on the device, and its stride between rows; a kernel argument would not keep its double.
 
-    A graph under capture gets a tensor of its own, which it fills: the one kept may be gone when the graph is replayed.
+    A graph under capture gets a tensor of its own, which it fills, since a cached one may be gone at replay.
     """
     if isinstance(value, Tensor):
         return value.to(dtype).contiguous(), 1
@@ -299,7 +299,7 @@ def _parameter(value: float | Tensor, dtype: torch.dtype, logits: Tensor) -> tup
 
 
 def _log(min_p: float | Tensor) -> float | Tensor:
-    """log(min_p), on the device where min_p is a tensor."""
+    """log(min_p), on the device if min_p is a tensor."""
     return min_p.double().log() if isinstance(min_p, Tensor) else log_of(min_p)
 
 
@@ -352,7 +352,7 @@ def sample(
     top_k: int | Tensor,
     min_p: float | Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `ibtpo_kernels.sample`. Raising waits for the device; under graph capture a bad row is token -1 instead."""
+    """As `ibtpo_kernels.sample`. Checking rows waits for the device; under graph capture a bad row gives token -1."""
     logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     num_rows, num_cols = logits.shape
     token = torch.empty(num_rows, dtype=torch.int64, device=logits.device)

@@ -5,8 +5,8 @@
     rope         (x1 cos - x2 sin, x2 cos + x1 sin); its backward is the rotation by the opposite angle
     silu_mul     round(g sigmoid(g)) * u
 
-and what fills the cache of pages: `append_kv`, and `rope_append`, which norms and rotates on the way. Rounding follows
-transformers: to the input's type where `round` stands. Slots and rows are addressed in 64 bits.
+and the ops that fill the pages: `append_kv`, and `rope_append`, which norms and rotates first. Rounding follows
+transformers: to the input's type at each `round`. Slots and rows are addressed in 64 bits.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def append(
 
 
 def _check_slots(op: str, slots: Tensor, num_slots: int) -> None:
-    """The error that a GPU cannot raise without waiting for the device; there such a slot is skipped."""
+    """Raise for a bad slot on the CPU; a GPU skips it, since raising would wait for the device."""
     if slots.is_cpu:
         bad = ((slots < -1) | (slots >= num_slots)).nonzero()
         if len(bad):
@@ -220,7 +220,7 @@ def gate_backward(
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """x as rows, and their stride; halves of a fused gate-up projection stay where they are."""
+    """x as rows, and their stride; halves of a fused gate-up projection are not copied."""
     x = x if x.dim() == 2 and x.stride(1) == 1 else x.contiguous()
     return (x, x.stride(0)) if x.dim() == 2 else (x, x.shape[-1] if x.dim() else 1)
 

@@ -7,8 +7,8 @@ With c = scale * log2(e), S = c q k^T + mask, L_i = log2 sum_j 2^S_ij, P = 2^(S 
     out = P v           dv_j = sum_i P_ij d_out_i           dS = P * (d_out v^T - delta),  delta_i = out_i . d_out_i
                         dq_i = scale sum_j dS_ij k_j        dk_j = scale sum_i dS_ij q_i
 
-Which key blocks are skipped, full or partial is said in `blocks`. The forward walks the runs of full blocks, then the
-runs of partial ones: two loops without branches, which the compiler can pipeline. No atomics; each sum has one order.
+`blocks` says which key blocks are skipped, full or partial. The forward walks the runs of full blocks, then the runs of
+partial ones: two loops without branches, which the compiler can pipeline. No atomics; each sum has one order.
 
 Source: FlashAttention-2 (Dao, 2023); the mask from subtree ends is ours.
 """
@@ -78,7 +78,7 @@ def _forward_pass(
                 new_top = tl.maximum(top, tl.max(s, 1) * scale_log2)
                 base = new_top
                 if PARTIAL:
-                    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
+                    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # the row has seen no key yet
                 p = tl.exp2(s * scale_log2 - base[:, None])
                 shrink = tl.exp2(top - base)
                 total = total * shrink + tl.sum(p, 1)
@@ -163,11 +163,11 @@ def tree_attention(q: Tensor, k: Tensor, v: Tensor, end: Tensor, scale: float) -
     """As `ibtpo_kernels.tree_attention`; head sizes above 256 go to the reference."""
     if q.shape[2] > configs.MAX_HEAD:
         return reference.tree_attention(q, k, v, end, scale)
-    if scale <= 0:  # the kernels scale a row's maximum, which asks for a scale that keeps order
+    if scale <= 0:  # the kernels scale a row's maximum, which needs a positive scale
         return tree_attention(-q, k, v, end, -scale) if scale < 0 else tree_attention(q * 0, k, v, end, 1.0)
     q, k, v, end = rows_dense(q), rows_dense(k), rows_dense(v), end.contiguous()
     if not q.numel():
-        return q + (k.sum() + v.sum())  # nothing, differentiable in all three
+        return q + (k.sum() + v.sum())  # empty, differentiable in all three
     if needs_grad(q, k, v):
         out: Tensor = _TreeAttention.apply(q, k, v, end, scale)
         return out

@@ -2,8 +2,8 @@
 # mypy: disable-error-code="import-untyped,import-not-found"
 """Backward of tree attention: two deterministic kernels, no atomics; the formulas are in `tree_attention`.
 
-The queries that see a key block are the contiguous range [j0, high): dK/dV of a block walk it for each query head of
-the group, in one loop, and add in registers.
+The queries that see a key block are the contiguous range [j0, high). dK/dV of a block walk it for each query head of
+the group, in one loop, and sum in registers.
 
     queries    j0          j0 + BLOCK_N            low                    high
                [ partial ... ) [ full ............. ) [ partial ........... )
@@ -63,7 +63,7 @@ def _keys_step(
     stride_qh, stride_dn, stride_dh, scale_log2, HEAD: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dK and dV what queries [first, first + BLOCK_M) of one head contribute."""
+    """Add the contribution of queries [first, first + BLOCK_M) of one head to dK and dV."""
     if not TMA:
         q_at += head * stride_qh
         d_out_at += head * stride_dh
@@ -101,7 +101,7 @@ def _keys_step(
             BLOCK_N, BLOCK_M, PRECISION,
         )  # fmt: skip
         q = rows_of(q_at, first, num_tokens, stride_qn, dims, HEAD, DIM, BLOCK_M, PARTIAL)
-    delta = _numbers_of(delta_ptr, queries, num_tokens, PARTIAL)  # late: 16 registers that the products above can use
+    delta = _numbers_of(delta_ptr, queries, num_tokens, PARTIAL)  # late: leaves 16 registers to the products above
     ds = p * (dp - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
@@ -125,7 +125,7 @@ def backward_keys(
     v_at = v_ptr + kv_head * stride_vh + keys.to(tl.int64) * stride_vn
     ends = tl.load(end_ptr + keys, mask=inside, other=0)
     # query blocks [begin, full_begin) and [full_end, stop) need the mask, [full_begin, full_end) does not
-    # (an end past the last token, which only the host would report, reaches no query that is not there)
+    # (clamped: an end past the last token, which a GPU does not report, must not reach queries that do not exist)
     begin, stop = j0 // BLOCK_M, tl.cdiv(min(tl.max(ends, 0), num_tokens), BLOCK_M)
     full_begin = min(tl.cdiv(j0 + BLOCK_N - 1, BLOCK_M), stop)
     low = min(tl.min(tl.where(inside, ends, NEVER), 0), num_tokens)
@@ -133,7 +133,7 @@ def backward_keys(
     num_full, num_head, num_partial = full_end - full_begin, full_begin - begin, full_begin - begin + stop - full_end
     dk = tl.zeros([BLOCK_N, DIM], tl.float32)
     dv = tl.zeros([BLOCK_N, DIM], tl.float32)
-    for t in range(GROUP * num_full):  # heads of the group, for each its query blocks: one loop, so one pipeline
+    for t in range(GROUP * num_full):  # one loop over (head of the group, query block), so one pipeline
         dk, dv = _keys_step(
             dk, dv, k, v, k_at, v_at, q_ptr, d_out_ptr, end_ptr, lse_ptr, delta_ptr, kv_head * GROUP + t // num_full,
             j0, (full_begin + t % num_full) * BLOCK_M, num_tokens, stride_qn, stride_qh, stride_dn, stride_dh,
@@ -159,7 +159,7 @@ def _queries_pass(
     stride_k, stride_v, scale_log2, HEAD: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add to dQ what all full, or all partial, key blocks contribute, in depth order."""
+    """Add the contributions of all full, or all partial, key blocks to dQ, in depth order."""
     last = min(first + BLOCK_M, num_tokens) - 1
     queries = first + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, DIM)
@@ -293,7 +293,7 @@ def gradients(
     wants_q: bool,
     wants_kv: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dq, dk, dv); lse [Hq, N] in base 2, as the forward left it."""
+    """(dq, dk, dv); lse [Hq, N] in base 2, from the forward."""
     stats = lse, torch.empty_like(lse)
     dq, dk, dv = None, None, None
     with on_device(q):

@@ -5,15 +5,15 @@
     out_b = sum_j 2^(s_bj - top_b) v_j / total_b,    s_bj = scale log2(e) q_b k_j,    j in [0, lengths[b])
 
 `partials` runs the flat list of `work`: an item holds the rows (queries x heads of the group) that share a split's
-pages, and leaves (top, total, acc) a row; `merge` folds each row's partial results from the last split to the first.
-Where no path is longer than a split there is nothing to merge and `partials` writes the output.
+pages, and writes (top, total, acc) a row; `merge` folds each row's partial results from the last split to the first.
+If no path is longer than a split there is nothing to merge and `partials` writes the output.
 
-Two tile heights share one launch: 16 rows for what is private, 64 (32 for heads of 256) for what is shared. A launch
-with high tiles has more warps, which add a row up in another order. A query that moves from one height to the other, or
-is joined by the first high tile, keeps its result to rounding; else a result does not depend on the batch, bit for bit.
-A `uniform` plan has low tiles alone.
+Two tile heights share one launch: 16 rows for private pages, 64 (32 for heads of 256) for shared ones. A launch with
+high tiles has more warps, which sum a row in another order. So a result has the same bits in every batch, except that
+it changes by rounding when its query moves to the other height, or the launch gains its first or loses its last high
+tile. A `uniform` plan has only low tiles.
 
-A page that a query needs and that the table or the cache lacks is never read: it makes that query's output NaN.
+A needed page that the table or the cache lacks is not read: it makes the query's output NaN.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _split(
     HEAD: tl.constexpr, DIM: tl.constexpr, STEP: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(top, total, acc) of keys [begin, stop) of one path, of which its row of the table has the first `in_table`.
+    """(top, total, acc) of keys [begin, stop) of one path; its row of the table has room for the first `in_table`.
 
     If STEP < DIM, q is read again, STEP numbers at a time.
     """
@@ -172,7 +172,7 @@ def merge(acc_ptr, sums_ptr, first_slot_ptr, out_ptr, num_heads, HEAD: tl.conste
 
 
 def _check_pages(plan: DecodePlan, num_pages: int) -> None:
-    """The error that a GPU cannot raise without waiting for the device; there the output is NaN instead."""
+    """Raise for a missing page on the CPU; on a GPU, where raising would wait for the device, the output is NaN."""
     needed = -(-plan.lengths // plan.page_size)
     table = plan.page_table[plan.rows.long()]
     columns = torch.arange(table.shape[1], dtype=needed.dtype, device=table.device)

@@ -1,20 +1,21 @@
 """The flat work list of one decode step: which program reads which keys for which queries.
 
-A path is cut at multiples of a fixed split (`configs.SPLIT` tokens, so a whole number of pages). For each split the
-neighbouring queries whose pages in it are all the same form one item, and the keys are read once for all of them. With
-splits of 4 pages, three queries and a table 12 columns wide:
+A path is cut into splits of a fixed size (`configs.SPLIT` tokens, a whole number of pages). Within a split,
+neighbouring queries whose pages are all the same form one item, and the keys are read once for all of them. With splits
+of 4 pages, three queries and a table 12 columns wide:
 
     column    0  1  2  3 | 4  5  6  7 | 8  9 10 11         items (query_begin, num_queries, split, open)
     query 0   a  b  c  d | e  f  g    |                       (0, 3, 0, 0)   a..d once for three queries
     query 1   a  b  c  d | e  f  h  i | j                     (0, 1, 1, 1)   e, f: read by each, the second time from L2
     query 2   a  b  c  d | k                                  (1, 1, 1, 0), (1, 1, 2, 1), (2, 1, 1, 1)
 
-Every query is in one item of each split below its tail, and its tail item is open: it walks on, however far the length
-has grown by the time it runs. So the list, the launch grid and the scratch memory stay valid while lengths are bumped
-on the device, and a CUDA graph can replay.
+Every query is in one item of each split before its tail, and its tail item is open: it runs to the end of the path,
+however far that has grown. So the list, the launch grid and the scratch memory stay valid while lengths are increased
+on the device, and a CUDA graph can be replayed.
 
-The reduction is the same for every batch: a split's keys in order from scratch, then splits from the last to the first,
-acc <- merge(split, acc). It runs backwards so that an open item can fold all of a tail into one partial result.
+The reduction is the same for every batch: each split's keys in order, from an empty state, then the splits from the
+last to the first, acc <- merge(split, acc). It runs backwards so that an open item can fold a whole tail into one
+partial result.
 """
 
 from __future__ import annotations
@@ -35,15 +36,15 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Work:
-    """What the decode kernels walk.
+    """The work list of the decode kernels.
 
     Attributes:
         items: int32 [W, 4] = (query_begin, num_queries, split, open), on the device.
-        first_slot: int32 [B + 1], where each query's partial results begin; query b has one a split up to its tail.
-        num_slots: of all queries.
+        first_slot: int32 [B + 1], where each query's partial results begin: one for each split up to its tail.
+        num_slots: partial results of all queries.
         split_tokens: keys a split.
         has_wide: whether an item has more rows (queries x heads of a group) than the narrow tile.
-        is_direct: whether each query has one partial result, which then is its output.
+        is_direct: whether each query has only one partial result, so that this is its output.
     """
 
     items: Tensor
@@ -57,12 +58,12 @@ class Work:
 def cut(items: npt.NDArray[np.int32], lengths: Ints, width: int, page_size: int, split_pages: int) -> tuple[Ints, Ints]:
     """A plan's items in whole splits: (items [W, 4] of whole groups, not yet cut into tiles; splits of each query [B]).
 
-    O(plan items + W), without a loop: queries that share pages [first, last), and everything before, share the splits
-    that end by `last`; those that end by `first` belong to a larger group. An item up to the table's width is the tail
-    of one path, and the tails are in the order of the queries.
+    O(plan items + W), without a loop: queries that share pages [first, last), and all before, share the splits that end
+    at or before `last`; those that end at or before `first` belong to a larger group. An item up to the table's width
+    is the tail of one path, and tails are in the order of the queries.
     """
     begin, end, first, last = items.astype(np.int64).T
-    if not width:  # nobody has a page, and the plan no item
+    if not width:  # no query has a page, and the plan no item
         begin, end, first, last = (np.full(min(len(lengths), 1), x) for x in (0, len(lengths), 0, 0))
     is_tail = last == width
     low, high = first // split_pages, last // split_pages
@@ -77,7 +78,7 @@ def cut(items: npt.NDArray[np.int32], lengths: Ints, width: int, page_size: int,
 
 
 def tiled(items: Ints, lengths: Ints, group: int, narrow: int, wide: int, split_tokens: int) -> Ints:
-    """Items of at most one tile of rows each, those that take longest first: rows of the tile times keys."""
+    """Items of at most one tile of rows each, longest first, by rows of the tile times keys."""
     rows = items[:, 1] * group
     height = np.where(rows > narrow, wide, narrow)
     size = np.maximum(height // group, 1)  # queries a tile
@@ -126,9 +127,9 @@ _CACHE: WeakKeyDictionary[DecodePlan, dict[tuple[int, int, int], Work]] = WeakKe
 
 
 def work_list(plan: DecodePlan, group: int, narrow: int, wide: int) -> Work:
-    """`host_work` on the device.
+    """`host_work` on the device, made once a plan, for the first layer.
 
-    Made once a plan, when the first layer asks: for a plan of `DecodePlanner` without waiting for the device.
+    For a plan of `DecodePlanner` this does not wait for the device.
     """
     known = _CACHE.setdefault(plan, {})
     shape = (group, narrow, wide)
@@ -146,5 +147,5 @@ def work_list(plan: DecodePlan, group: int, narrow: int, wide: int) -> Work:
 
 
 def set_work(plan: DecodePlan, group: int, narrow: int, wide: int, work: Work) -> None:
-    """Have `work_list` return this."""
+    """Set what `work_list` returns for a plan."""
     _CACHE.setdefault(plan, {})[group, narrow, wide] = work

@@ -20,7 +20,7 @@ def _tree_attention(inputs: Inputs) -> Outputs:
 
 
 def work(end: Tensor, heads: int, kv_heads: int, dim: int, size: int, which: Pass) -> Work:
-    """Of one pass over a tree."""
+    """The work of one pass over a tree."""
     sizes = (formulas.visible_pairs(end), len(end), heads, kv_heads, dim, size)
     forward, backward = formulas.tree_attention_forward(*sizes), formulas.tree_attention_backward(*sizes)
     return {"forward": forward, "backward": backward, "both": forward + backward, "plan": formulas.NOTHING}[which]
@@ -42,7 +42,7 @@ def tree_attention(
         tree: its name.
         end: int32 [N] on the CPU.
         heads: (Hq, Hkv, D).
-        device: which contenders there are.
+        device: decides which contenders there are.
     """
     num_heads, kv_heads, dim = heads
     num_tokens = len(end)
@@ -92,7 +92,7 @@ def tree_attention(
 
 
 def mask_plan(tree: str, end: Tensor, device: torch.device) -> Problem:
-    """What has to be built for a new tree before attention can run: here nothing, `end` is the mask."""
+    """Building the mask of a new tree before attention can run: nothing for ours, whose mask is `end`."""
 
     def draw(where: torch.device, _: torch.Generator) -> Inputs:
         return Inputs((), (end.to(where),))

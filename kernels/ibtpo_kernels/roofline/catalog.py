@@ -1,7 +1,7 @@
 """Every problem that is measured: the one list that the roofline command and the suites in bench/ read.
 
-The most important ones of an op come first, and ops in the order of their weight: a run that ends early has measured
-what matters most.
+Ops, and the problems of an op, are in order of importance, so that a run that ends early has measured what matters
+most.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ GPU_LOGPROB = (
 
 
 def problems(device: torch.device | str, *, quick: bool = False) -> list[Problem]:
-    """The problems for a kind of device, in order of weight; `quick`: a small one of each op."""
+    """The problems for a kind of device, in order of importance; `quick`: a small one of each op."""
     found = _on_gpu() if torch.device(device).type == "cuda" else _on_cpu()
     return [p for p in found if p.is_quick or not quick]
 
@@ -172,7 +172,7 @@ def _passes(*which: Pass) -> tuple[Pass, ...]:
 
 
 def _on_gpu() -> list[Problem]:
-    """bfloat16 throughout. What the targets name first, then other shapes of the same ops."""
+    """In bfloat16: the shapes of the targets first, then other shapes of the same ops."""
     return [*_gpu_attention(*_HEADLINE), *_gpu_decode(GPU_HEADS[:1]), *_gpu_heads(), *_gpu_small(), *_gpu_more()]
 
 

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _console() -> Console:
-    """As wide as the terminal; in a file wide enough for a table."""
+    """A console as wide as the terminal, or, in a file, wide enough for a table."""
     console = Console()
     return console if console.is_terminal else Console(width=140)
 
@@ -108,7 +108,7 @@ def _measure(chosen: list[Problem], options: argparse.Namespace, device: torch.d
     slug = re.sub(r"[^a-z0-9]+", "_", machine.device.lower()).strip("_")
     csv_path = options.out / f"roofline_{slug}.csv"
     if csv_path.exists():
-        read(csv_path)  # raises now, not when all is measured, if it has other columns
+        read(csv_path)  # if its columns differ, raises before anything is measured
     console.print(f"{machine.machine}, {machine.device}, torch {machine.torch}, commit {machine.commit}", markup=False)
     limits = roofs.measure(device, quick=options.quick)
     table.print_roofs(console, limits)
@@ -136,13 +136,13 @@ def _measure(chosen: list[Problem], options: argparse.Namespace, device: torch.d
                 progress.advance(task)
     except KeyboardInterrupt:
         interrupted = True
-    with _on_signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):  # it takes seconds, and the impatient want it
+    with _on_signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not lose the report
         return _report(rows, [*skipped, *map(str, left)], machine, limits, csv_path, interrupted, console)
 
 
 @contextmanager
 def _on_signals(handler: Any, *kinds: signal.Signals) -> Iterator[None]:
-    """Another handler inside; `timeout` and schedulers send SIGTERM, which is to end a run as Ctrl-C does."""
+    """Use another signal handler; `timeout` and schedulers send SIGTERM, which should end a run like Ctrl-C."""
     before = {kind: signal.signal(kind, handler) for kind in kinds}
     try:
         yield
@@ -176,7 +176,7 @@ def _report(
     for what in left:
         console.print(f"not reached: {what}", markup=False)
     console.print(f"wrote {csv_path}", markup=False)
-    drawn = measured_on(csv_path, machine)  # what was measured there before, too
+    drawn = measured_on(csv_path, machine)  # including earlier runs on this machine
     commits = ", ".join(dict.fromkeys(row.commit for row in drawn))
     title = f"{machine.device if machine.device != 'cpu' else machine.machine}, commit {commits}"
     try:

@@ -85,7 +85,7 @@ def _plan_decode() -> Prepare:
 
 
 def _planner(device: torch.device) -> Prepare:
-    """What an engine does after a branch was born or died: one row told of, the rest known."""
+    """Planning after one branch began or ended: one row is new, the others are known."""
 
     def prepare(inputs: Inputs) -> Run:
         table, rows, lengths = (
@@ -107,12 +107,12 @@ def _planner(device: torch.device) -> Prepare:
 def plan_decode(
     name: str, tree: DecodeTree, heads: tuple[int, int, int], device: torch.device, *, is_quick: bool = False
 ) -> Problem:
-    """The bookkeeping before tree_decode: ours from nothing and after one change, FlashInfer's two."""
+    """Planning before tree_decode: ours from scratch and after one change, and FlashInfer's two."""
     num_heads, kv_heads, dim = heads
 
     def draw(where: torch.device, generator: torch.Generator) -> Inputs:
         q = torch.randn(tree.branches, num_heads, dim, device=where, dtype=torch.bfloat16, generator=generator)
-        pages = q.new_empty(1, PAGE, kv_heads, dim)  # only its shape is asked for
+        pages = q.new_empty(1, PAGE, kv_heads, dim)  # only its shape matters
         return Inputs((q, pages, pages), (_plan(tree, where),))
 
     contenders = [

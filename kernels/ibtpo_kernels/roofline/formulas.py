@@ -1,7 +1,7 @@
-"""The useful work of every op: floating-point operations, and bytes that have to move. One place, tested by counting.
+"""The useful work of every op: floating-point operations and bytes that must move. One place, tested by counting.
 
-Useful means: what the result needs, not what a kernel happens to do. A masked tile, a recomputed score and a key read
-once more for every branch that shares it are the kernel's own business, and make its share of the roof smaller.
+Useful work is what the result needs, not what a kernel happens to do. Masked tiles, recomputed scores and shared keys
+read once a branch do not count, so they lower a kernel's share of the roof.
 
 Letters: s bytes an element; N packed tokens, P visible pairs; B branches, L the sum of their path lengths, U unique
 live slots; Hq/Hkv query and key/value heads of D; T rows, H hidden, V vocabulary. A function such as exp counts as one
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 ROWS_A_PASS = 4096
-"""Rows of a log-prob for which a weight must be read once: as many as a matrix product has tiles in flight."""
+"""Rows of a log-prob for which the weight must be read once: those whose tiles a matrix product has in flight."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Work:
 
 
 NOTHING = Work(0, 0)
-"""The work of a plan, which is bookkeeping: only its time is of interest."""
+"""The work of a plan, of which only the time is of interest."""
 
 
 def visible_pairs(end: Tensor) -> int:
@@ -67,13 +67,13 @@ def linear_logprob_forward(rows: int, hidden: int, vocabulary: int, size: int) -
 
 
 def linear_logprob_backward(rows: int, hidden: int, vocabulary: int, size: int) -> Work:
-    """6 T H V, the logits made again included; inputs read as in the forward, gradients of their sizes written."""
+    """6 T H V, including the recomputed logits; inputs read as in the forward, gradients of their sizes written."""
     forward = linear_logprob_forward(rows, hidden, vocabulary, size)
     return Work(3 * forward.flops, forward.bytes + size * hidden * (rows + vocabulary))
 
 
 def policy_head(rows: int, hidden: int, vocabulary: int, size: int) -> Work:
-    """6 T H V: forward and backward of a loss that is known, with logits made once."""
+    """6 T H V: forward and backward of a known loss, with logits made once."""
     forward = linear_logprob_forward(rows, hidden, vocabulary, size)
     return Work(3 * forward.flops, forward.bytes + size * hidden * (rows + vocabulary))
 

@@ -1,4 +1,4 @@
-"""Problems of linear_logprob and policy_head. One target a row: what the peers can do."""
+"""Problems of linear_logprob and policy_head, with one target a row, as peers support no more."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _bare_product(which: Pass) -> Prepare:
 
 
 def _from_logits(which: Pass) -> Callable[[Inputs, Outputs], Outputs]:
-    """The log-probs and entropies that the bare product's logits stand for; its gradients stand for nothing."""
+    """Log-probs and entropies from the bare product's logits; its gradients are not compared."""
 
     def comparable(inputs: Inputs, outputs: Outputs) -> Outputs:
         logits = outputs[0]
@@ -143,7 +143,7 @@ def linear_logprob(
     )
 
 
-_BONUS = 0.01  # of the entropy, in the policy loss
+_BONUS = 0.01  # weight of the entropy in the policy loss
 
 
 def _policy_loss(inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor | slice, Tensor | slice], Tensor]:
@@ -159,7 +159,7 @@ def _policy_loss(inputs: Inputs) -> Callable[[Tensor, Tensor, Tensor | slice, Te
 
 
 def _likelihood_loss(_: Inputs) -> Callable[[Tensor, Tensor, Tensor | slice, Tensor | slice], Tensor]:
-    """Plain cross-entropy: what the fused losses of others can do too."""
+    """Plain cross-entropy, which fused losses of peers support too."""
     return lambda logprob, entropy, edges, rows: -logprob.sum()
 
 
@@ -180,7 +180,7 @@ def _dense(gradient: Tensor | None) -> Tensor | None:
 
 
 def _two_steps(loss: str, load: Callable[[], LogProb]) -> Callable[[], Prepare]:
-    """A log-prob function, then the loss of what it returns."""
+    """A log-prob function, then the loss of its outputs."""
 
     def prepare() -> Prepare:
         logprob = load()
@@ -191,7 +191,7 @@ def _two_steps(loss: str, load: Callable[[], LogProb]) -> Callable[[], Prepare]:
             if entropy is None:
                 entropy = found.new_zeros(())
             for output in (found, entropy):
-                if output.requires_grad:  # a sum's gradient is one number expanded; kernels ask for a dense one
+                if output.requires_grad:  # a sum's gradient is an expanded number; kernels need a dense one
                     output.register_hook(_dense)  # type: ignore[no-untyped-call]
             return (_LOSSES[loss](inputs)(found, entropy, slice(None), slice(None)),)
 

@@ -1,4 +1,4 @@
-"""What a measurement was made on: machine, device, versions, commit."""
+"""The origin of a measurement: machine, device, versions, commit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ibtpo_kernels import cpu
 
 @dataclass(frozen=True)
 class Machine:
-    """The columns of a row that say where it comes from."""
+    """The columns of a row that give its origin."""
 
     date: str
     commit: str
@@ -45,7 +45,7 @@ _INSTRUCTIONS = {"v3": "AVX2", "v4": "AVX-512", "v4bf16": "AVX-512-BF16", "v4amx
 
 
 def processor_name() -> str:
-    """As the processor calls itself."""
+    """The processor's name for itself."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -53,9 +53,9 @@ def processor_name() -> str:
 
 
 def processor() -> str:
-    """The processor's name, the number of cores this process may use, and what instructions the kernels use.
+    """The processor's name, the number of cores this process may use, and the kernels' instruction set.
 
-    A virtual machine may give several kinds of processor one name.
+    On a virtual machine, different processors may have the same name.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     isa = None if cpu.native is None else cpu.native.isa()
@@ -71,7 +71,7 @@ def _version(distribution: str) -> str:
 
 
 def commit() -> str:
-    """Of the checkout this file lies in, with `+` where sources differ from it; IBTPO_COMMIT where git is not there."""
+    """The commit of this file's checkout, with `+` if sources differ from it; IBTPO_COMMIT if there is no git."""
     folder = Path(__file__).parent
     git = ["git", "-C", str(folder)]
     try:
@@ -85,5 +85,5 @@ def commit() -> str:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of a GPU's last-level cache; 0 on the CPU, where inputs are used as they come, as in a step of an engine."""
+    """Size of a GPU's last-level cache; 0 on the CPU, where inputs may stay in caches, as in an engine's step."""
     return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else 0

@@ -1,4 +1,4 @@
-"""Problems of the ops that give a trainer the sampler's own bits: what the order of a sum costs."""
+"""Problems of the ops that give a trainer the sampler's bits: the cost of a fixed order of sums."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def of_logits(rows: int, vocabulary: int, dtype: torch.dtype, *, is_quick: bool)
 
 
 def _ours_too(op: str, function: Function) -> Contender:
-    """This project's op that makes no promise about bits."""
+    """This project's op without a promise about bits."""
     return Contender(f"ibtpo {op}", lambda: in_pass(function, "forward"), kind="ours")
 
 

@@ -1,4 +1,4 @@
-"""The roofline as a picture: useful operations a byte against useful operations a second, both logarithmic."""
+"""The roofline plot: useful operations a second over useful operations a byte, both logarithmic."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MARKERS = {"bfloat16": "o", "float32": "s", "float16": "D"}
 
 
 def draw(path: Path, rows: Sequence[Row], roofs: Roofs, title: str) -> None:
-    """Write a PNG. Filled: ours; hollow, joined to it by a line: the best peer on the same problem.
+    """Write a PNG: ours filled, the best peer on the same problem hollow, joined by a line.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -55,7 +55,7 @@ Point = tuple[float, float, float | None, str, str]  # intensity, ours and best 
 
 
 def _points(rows: Sequence[Row]) -> list[Point]:
-    """One a problem that ours was measured on and that has operations to count."""
+    """A point for each problem that ours was measured on and that has operations to count."""
     found = []
     for row in rows:
         if row.kind != "ours" or row.gflops is None or not row.bytes:
@@ -66,7 +66,7 @@ def _points(rows: Sequence[Row]) -> list[Point]:
 
 
 def _draw_roofs(axes: Any, roofs: Roofs, intensities: Sequence[float]) -> list[Any]:
-    """The limits as lines; returns what the legend says of them."""
+    """Draw the limits as lines; returns their legend entries."""
     from matplotlib.lines import Line2D
 
     slope = roofs.bytes_per_second / 1e9

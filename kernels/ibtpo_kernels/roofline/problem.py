@@ -1,4 +1,4 @@
-"""What is measured: a problem is an op on inputs of one shape and dtype, and the contenders that solve it."""
+"""Problems to measure: an op on inputs of one shape and dtype, and the contenders that solve it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from ibtpo_kernels.roofline.formulas import Work
 
 Pass = Literal["forward", "backward", "both", "plan"]
-Kind = Literal["ours", "peer", "bound"]  # a bound computes less than the op: what no implementation can be faster than
+Kind = Literal["ours", "peer", "bound"]  # a bound computes less than the op, so no implementation can be faster
 
 TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-"""Norm of the difference over the norm: loose, for it asks whether the same thing is computed, not how well."""
+"""Norm of the difference over the norm: loose, since it checks whether the same thing is computed, not how well."""
 
 
 class Unavailable(Exception):
@@ -28,9 +28,9 @@ class Inputs:
     """Freshly drawn inputs of one call.
 
     Attributes:
-        leaves: what gradients are asked for.
+        leaves: tensors that get gradients.
         rest: everything else, in the op's own order.
-        d_out: gradients that arrive at the outputs, in their order; fewer where the others get none.
+        d_out: gradients of the outputs, in their order; fewer if the last outputs get none.
     """
 
     leaves: tuple[Tensor, ...]
@@ -38,13 +38,13 @@ class Inputs:
     d_out: tuple[Tensor, ...] = ()
 
     def without(self, outputs: Sequence[int]) -> Inputs:
-        """With no gradient at these outputs: what a contender that does not have them differentiates."""
+        """With zero gradients at these outputs, for a contender that does not have them."""
         return replace(self, d_out=tuple(d.new_zeros(d.shape) if i in outputs else d for i, d in enumerate(self.d_out)))
 
 
 Outputs = tuple[Tensor | None, ...]  # None: this contender does not compute it
 Run = Callable[[], Outputs]
-Prepare = Callable[[Inputs], Run]  # what is not timed: layouts, plans and masks that a caller has anyway
+Prepare = Callable[[Inputs], Run]  # not timed: makes layouts, plans and masks that a caller has anyway
 Function = Callable[[Inputs], Outputs]
 
 
@@ -58,11 +58,11 @@ class Contender:
 
     Attributes:
         who: its name in tables.
-        load: finds what it needs, and raises where that is missing; the reason is reported.
-        kind: "ours" is what the others are checked against.
-        note: what it leaves out, or does besides.
-        comparable: its outputs in our layout, for the check.
-        is_checked: False where outputs cannot be compared by value.
+        load: imports what it needs, and raises if that is missing; the reason is reported.
+        kind: the others are checked against "ours".
+        note: what it leaves out, or does in addition.
+        comparable: converts its outputs to our layout, for the check.
+        is_checked: False if outputs cannot be compared by value.
     """
 
     who: str
@@ -79,7 +79,7 @@ class Problem:
 
     Attributes:
         draw: (device, generator) -> inputs, different for every state of the generator.
-        working_set: bytes that a call of ours touches, to tell whether a cache holds them.
+        working_set: bytes that a call of ours touches, compared with the cache's size.
         is_quick: part of a `--quick` run.
     """
 
@@ -94,7 +94,7 @@ class Problem:
     is_quick: bool = False
 
     def context(self) -> AbstractContextManager[object]:
-        """In which its contenders run: without autograd unless a gradient is what is measured."""
+        """The context of its contenders: without autograd unless a gradient is measured."""
         return torch.no_grad() if self.which in ("forward", "plan") else nullcontext()
 
     @property
@@ -111,7 +111,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def in_pass(function: Function, which: Pass) -> Prepare:
-    """What is timed of a differentiable function: its forward, its backward, or both.
+    """Time a differentiable function's forward, its backward, or both.
 
     The outputs of "both" are the function's, then the gradients; those of "backward" are the gradients alone.
     """
@@ -146,7 +146,7 @@ def ours(function: Function, which: Pass) -> Contender:
 
 
 def error_of(theirs: Outputs, ours: Outputs) -> float:
-    """The largest norm of a difference over the norm, over all outputs that both have; inf where there are none."""
+    """The largest norm of a difference over the norm, of all outputs that both have; inf if there are none."""
     errors = []
     for x, y in zip(theirs, ours, strict=True):
         if x is None or y is None:
@@ -161,7 +161,7 @@ def error_of(theirs: Outputs, ours: Outputs) -> float:
 
 
 def verify(problem: Problem, contender: Contender, run: Run, reference: Prepare, inputs: Inputs) -> None:
-    """Raise ValueError unless a contender computes what ours does; outputs that it does not have get no gradient.
+    """Raise ValueError unless a contender computes what ours does; outputs that it lacks get no gradient.
 
     `reference` prepares the contender of kind "ours", `run` is `contender` prepared on these inputs.
     """

@@ -1,4 +1,4 @@
-"""What this machine can do at most, measured: bytes a second of a large copy and read, and large matrix products."""
+"""The limits of this machine, measured: bytes a second of a large copy and read, and large matrix products."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ibtpo_kernels.roofline.timing import Budget, Timing, clock_for, estimate, i
 
 @dataclass(frozen=True)
 class Roof:
-    """One limit: what was run, and how fast. A limit is what can be reached: its 20th percentile counts."""
+    """One limit: what was run, and how fast. Its 20th percentile of time counts, as a limit is the speed reachable."""
 
     name: str
     dtype: torch.dtype
@@ -35,20 +35,20 @@ class Roofs:
 
     @property
     def bytes_per_second(self) -> float:
-        """Of the faster of copying and reading."""
+        """The rate of the faster of copying and reading."""
         return max(r.work.bytes / r.seconds for r in self.measured if not r.work.flops)
 
     def flops_per_second(self, dtype: torch.dtype) -> float:
-        """Of a product in this dtype; that of float32 where it was not measured, for sums are kept in it."""
+        """The rate of a product in this dtype; if not measured that of float32, in which sums are kept."""
         found = {r.dtype: r.work.flops / r.seconds for r in self.measured if r.work.flops}
         return found.get(dtype, found[torch.float32])
 
     def seconds(self, work: Work, dtype: torch.dtype) -> float:
-        """The least time that the work can take: the greater of what its operations and its bytes take."""
+        """The least time for the work: the longer of the times of its operations and its bytes."""
         return max(work.flops / self.flops_per_second(dtype), work.bytes / self.bytes_per_second)
 
     def binding(self, work: Work, dtype: torch.dtype) -> str:
-        """Which of the two it is."""
+        """Which of the two is longer."""
         compute = work.flops / self.flops_per_second(dtype)
         return "compute" if compute > work.bytes / self.bytes_per_second else "memory"
 
@@ -59,7 +59,7 @@ def measure(device: torch.device, *, quick: bool = False) -> Roofs:
     num_bytes = (1 << 30 if on_gpu else 1 << 28) >> (3 if quick else 0)
     size = (8192 if on_gpu else 2048) >> (2 if quick else 0)
     found = [_bandwidth(device, num_bytes, "copy"), _bandwidth(device, num_bytes, "read")]
-    is_slow = torch_is_slow(torch.empty(0, dtype=torch.bfloat16, device=device))  # in float32 it can do more
+    is_slow = torch_is_slow(torch.empty(0, dtype=torch.bfloat16, device=device))  # float32 is faster then
     found += [_product(device, size, dtype) for dtype in (torch.float32, *([] if is_slow else [torch.bfloat16]))]
     return Roofs(tuple(found))
 

@@ -1,4 +1,4 @@
-"""Results as rows of a CSV; what every column means is in docs/benchmarks.md."""
+"""Results as rows of a CSV; docs/benchmarks.md explains the columns."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Row:
         return self.op, self.shape, self.dtype, self.which
 
 
-_HEADER = {"which": "pass"}  # a word that Python keeps to itself
+_HEADER = {"which": "pass"}  # a keyword of Python
 COLUMNS = [_HEADER.get(f.name, f.name) for f in fields(Row)]
 
 
@@ -115,7 +115,7 @@ def _ratio(seconds: float | None, timing: Timing | None) -> Number:
 
 
 def _rates(timing: Timing | None, work: Work, seconds: float | None = None) -> dict[str, Any]:
-    """Times, and rates over `seconds`, which is the median unless said otherwise."""
+    """Times, and rates over `seconds`, by default the median."""
 
     def rate(count: int) -> Number:
         return count / (seconds or timing.median) / 1e9 if timing and count else None
@@ -139,7 +139,7 @@ def _cell(value: object) -> object:
 
 
 def write(path: Path, rows: Iterable[Row]) -> None:
-    """Write a CSV. Rows that are there already stay, but for those of a problem measured again on the same device.
+    """Write a CSV. Existing rows stay, except those of a problem measured again on the same device.
 
     Raises:
         ValueError: the file has other columns.
@@ -157,7 +157,7 @@ def write(path: Path, rows: Iterable[Row]) -> None:
 
 
 def measured_on(path: Path, machine: Machine) -> list[Row]:
-    """The rows of a CSV that were measured there, whenever that was; the limits left out."""
+    """The rows of a CSV measured on this machine at any time, without the limits."""
     where = ("machine", "device", "threads")
     mine = tuple(str(getattr(machine, name)) for name in where)
     rows = [row for row in read(path) if tuple(row[name] for name in where) == mine and row["op"] != "roof"]

@@ -19,7 +19,7 @@ _MOST_BYTES = 8 << 30  # of all sets of inputs together
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one contender: a timing, or the reason why there is none."""
+    """The result of one contender: a timing, or the reason why there is none."""
 
     contender: Contender
     timing: Timing | None
@@ -28,7 +28,7 @@ class Result:
 
 @dataclass(frozen=True)
 class _Ready:
-    """A contender that computes the right thing, prepared on every set of inputs."""
+    """A contender that passed the check, prepared on every set of inputs."""
 
     contender: Contender
     runs: list[Run]
@@ -36,7 +36,7 @@ class _Ready:
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C, or a device lost to a kernel that went astray; `results` are of whoever was ready by then."""
+    """Ctrl-C, or a device lost to a stray kernel; `results` are of the contenders that were ready by then."""
 
     def __init__(self, results: list[Result]) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def num_sets(working_set: int, cache: int) -> int:
-    """Sets of inputs to rotate through, so that none is still in the cache when its turn comes; two at least."""
+    """Sets of inputs to rotate through, at least two, so that none is still in the cache when its turn comes."""
     needed = -(-3 * cache // max(working_set, 1)) + 1
     affordable = _MOST_BYTES // max(working_set, 1)
     return max(2, min(needed, affordable, _MOST_SETS))
@@ -53,13 +53,13 @@ def num_sets(working_set: int, cache: int) -> int:
 def run(
     problem: Problem, device: torch.device, budget: Budget, clock: Clock | None = None, *, until: float = math.inf
 ) -> list[Result]:
-    """Measure a problem. Nothing that a contender does stops the others; what it did is in its result.
+    """Measure a problem. An error of one contender does not stop the others; its result holds the reason.
 
-    Making one ready may compile for minutes: after `until`, of `time.monotonic`, none is begun any more, and whoever is
-    ready is timed. Those without a result were not reached.
+    Making one ready may compile for minutes: after `until`, of `time.monotonic`, no further one is begun, and those
+    ready are timed. Contenders without a result were not reached.
 
     Raises:
-        Interrupted: by Ctrl-C, after whoever was ready was timed; or the device answers every call with an error.
+        Interrupted: by Ctrl-C, after those ready were timed; or the device answers every call with an error.
     """
     clock = clock or clock_for(device, host_work=problem.which == "plan")
     try:
@@ -78,7 +78,7 @@ def run(
         try:
             if not isinstance(stop, RuntimeError):
                 timed = _time([x for x in found if isinstance(x, _Ready)], clock)
-        except RuntimeError as error:  # not a contender's, but the clock's
+        except RuntimeError as error:  # from the clock, not from a contender
             stop = error
     lost = "the device was lost"
     results = [
@@ -97,7 +97,7 @@ def _draw(problem: Problem, device: torch.device) -> list[Inputs]:
 
 
 def _free(device: torch.device) -> None:
-    """Give a GPU's memory back, for whoever comes next may need it in one piece."""
+    """Free a GPU's cached memory, since the next contender may need it in one piece."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -149,7 +149,7 @@ def _ready(
 
 
 def _time(ready: list[_Ready], clock: Clock) -> dict[str, Result]:
-    """Results by contender. One that fails now, as when others have left no memory, is dropped with its reason."""
+    """Results by contender. One that fails now, for example for lack of memory, is dropped with its reason."""
     failures: dict[str, str] = {}
 
     def guarded(who: str, run: Run) -> Callable[[], object]:
@@ -171,7 +171,7 @@ def _time(ready: list[_Ready], clock: Clock) -> dict[str, Result]:
 
 
 def _reason(error: Exception) -> str:
-    """One line of it."""
+    """The error in one line."""
     lines = str(error).strip().splitlines()
     text = lines[0] if lines else ""
     if not isinstance(error, (Unavailable, ValueError)):

@@ -25,7 +25,7 @@ def _ours(top_p: float, top_k: int) -> Prepare:
 
 
 def _torch_sample(top_p: float, top_k: int) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Softmax, a sort where something is filtered, and multinomial."""
+    """Softmax, a sort if there are filters, and multinomial."""
 
     def draw(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         log_p = logits.float().log_softmax(-1)
@@ -52,10 +52,10 @@ _SIGMAS = 6.0  # a mean of log-probs may be so many standard errors off
 
 
 def _comparable(top_p: float, top_k: int) -> Callable[[Inputs, Outputs], Outputs]:
-    """Tokens differ from draw to draw. What must not: the entropy, that the log-prob is the token's, and 1.
+    """Comparable outputs, as tokens differ from draw to draw: entropy plus the log-prob's error, entropy, a score.
 
-    The last is 1 where every token is among the kept ones and, with nothing filtered, their mean log-prob is what it
-    should be up to chance; it grows with how far off they are.
+    The score is 1 if every token is among the kept ones and, without filters, their mean log-prob is as expected up to
+    chance; it grows with the deviation.
     """
 
     def comparable(inputs: Inputs, outputs: Outputs) -> Outputs:
@@ -76,7 +76,7 @@ def _comparable(top_p: float, top_k: int) -> Callable[[Inputs, Outputs], Outputs
 
 def _share_dropped(log_p: Tensor, of_token: Tensor, top_p: float, top_k: int) -> Tensor:
     """The share of rows whose token top-k, or top-p of what that leaves, would have dropped."""
-    more_likely = log_p > of_token + 1e-5  # [B, V]; roundings are no ground for complaint
+    more_likely = log_p > of_token + 1e-5  # [B, V]; tolerates rounding
     dropped = torch.zeros(len(log_p), dtype=torch.bool, device=log_p.device)
     total = torch.ones(len(log_p), device=log_p.device)
     if top_k:

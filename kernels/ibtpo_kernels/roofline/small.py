@@ -34,7 +34,7 @@ _Draw = Callable[[torch.device, torch.Generator], Inputs]
 
 
 def _normal(dtype: torch.dtype, num_leaves_with_grad: int, *shapes: tuple[int, ...], outputs: int = 1) -> _Draw:
-    """Leaves of these shapes, and gradients of the first one's shape for so many outputs."""
+    """Leaves of these shapes, and gradients of the first one's shape for `outputs` outputs."""
 
     def draw(where: torch.device, generator: torch.Generator) -> Inputs:
         def normal(shape: tuple[int, ...]) -> Tensor:
@@ -111,7 +111,7 @@ def _add_then_norm(inputs: Inputs) -> Outputs:
 
 
 def add_rms_norm(rows: int, hidden: int, dtype: torch.dtype, which: Pass, *, is_quick: bool = False) -> Problem:
-    """What stands between two layers."""
+    """Residual addition and norm between two layers."""
     elements, size = rows * hidden, dtype.itemsize
     work = _by_pass(
         formulas.add_rms_norm_forward(elements, size), formulas.add_rms_norm_backward(elements, size), which
@@ -165,7 +165,7 @@ def rope(tokens: int, heads: int, dim: int, dtype: torch.dtype, *, is_quick: boo
 
 
 def _own_pages(function: Function) -> Callable[[], Prepare]:
-    """For ops that write into pages, which come last in `rest`: each contender gets pages of its own."""
+    """Give each contender its own pages, for ops that write into pages, which come last in `rest`."""
 
     def prepare(inputs: Inputs) -> Run:
         *rest, k_pages, v_pages = inputs.rest
@@ -176,7 +176,7 @@ def _own_pages(function: Function) -> Callable[[], Prepare]:
 
 
 def _written(tokens: int, kv_heads: int, dim: int, dtype: torch.dtype) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    """Slots in random order, and a cache twice as large as what is written."""
+    """Slots in random order, and a cache twice as large as the rows written."""
 
     def draw(where: torch.device, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         shape = (-(-2 * tokens // PAGE), PAGE, kv_heads, dim)
@@ -217,7 +217,7 @@ def append_kv(tokens: int, kv_heads: int, dim: int, dtype: torch.dtype, *, is_qu
 def rope_append(
     tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype, *, is_quick: bool = False
 ) -> Problem:
-    """What stands between the qkv projection and decode attention, norms of q and k included."""
+    """The op between the qkv projection and decode attention, including norms of q and k."""
     written = _written(tokens, kv_heads, dim, dtype)
 
     def draw(where: torch.device, generator: torch.Generator) -> Inputs:
@@ -253,7 +253,7 @@ def rope_append(
 def batch_invariant_linear(
     rows: int, depth: int, columns: int, dtype: torch.dtype, *, is_quick: bool = False
 ) -> Problem:
-    """What a fixed order of summation costs."""
+    """The cost of a fixed order of summation."""
 
     def draw(where: torch.device, generator: torch.Generator) -> Inputs:
         x = torch.randn(rows, depth, device=where, generator=generator)

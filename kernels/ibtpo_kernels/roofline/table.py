@@ -27,14 +27,14 @@ def duration(microseconds: float | None) -> str:
 
 
 def rate(giga: float | None, unit: str) -> str:
-    """So many 1e9 a second, in three digits and a unit."""
+    """A rate given in 1e9 a second, in three digits and a unit."""
     if giga is None:
         return "-"
     return f"{giga / 1e3:.3g} T{unit}" if giga >= 1e3 else f"{giga:.3g} G{unit}"
 
 
 def print_roofs(console: Console, roofs: Roofs) -> None:
-    """What the machine can do."""
+    """Print the machine's limits."""
     table = Table(title="roofs", title_justify="left")
     for name in ("what", "dtype", "p20", "rate"):
         table.add_column(name, justify="left" if name in ("what", "dtype") else "right")

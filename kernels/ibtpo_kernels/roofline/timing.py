@@ -1,4 +1,4 @@
-"""Timing calls against each other: A B C, A B C, ..., so that a machine that slows down slows all of them down."""
+"""Timing calls in turns, A B C, A B C, ..., so that a machine that slows down affects all of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-_LEAD_CYCLES = 500_000  # a fraction of a millisecond in which the host queues the call that is timed
+_LEAD_CYCLES = 500_000  # a fraction of a millisecond, in which the host queues the timed call
 
 
 class Clock(Protocol):
@@ -39,8 +39,8 @@ class WallClock:
 class DeviceClock:
     """Time between two events on the device.
 
-    The device is kept waiting while the call is queued, so that its launches stand in a row as they do inside a model,
-    and what is timed is the device's work and not the host's. A call that waits for the device itself has no such lead.
+    The device is kept busy while the host queues the call, so that launches follow each other as in a model, and the
+    device's work is timed rather than the host's. A call that itself waits for the device has no such lead.
     """
 
     def seconds(self, call: Callable[[], object]) -> float:
@@ -54,7 +54,7 @@ class DeviceClock:
 
 
 def clock_for(device: torch.device, *, host_work: bool) -> Clock:
-    """Device events on a GPU, for anything that is not the host's own work; else the wall clock."""
+    """Device events on a GPU, unless the work is the host's; else the wall clock."""
     return WallClock(device) if host_work or device.type != "cuda" else DeviceClock()
 
 
@@ -63,8 +63,8 @@ class Budget:
     """How often a call is timed.
 
     Attributes:
-        seconds: a contender is timed for, about.
-        fewest, most: repetitions, whatever that takes.
+        seconds: about how long a contender is timed.
+        fewest, most: bounds on repetitions, whatever the time.
     """
 
     seconds: float
@@ -72,7 +72,7 @@ class Budget:
     most: int = 200
 
     def repetitions(self, estimate: float) -> int:
-        """For a call that takes `estimate` seconds."""
+        """Repetitions of a call that takes `estimate` seconds."""
         return max(self.fewest, min(self.most, int(self.seconds / max(estimate, 1e-9))))
 
 
@@ -95,7 +95,7 @@ class Timing:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """No garbage collector in the middle of a call."""
+    """Turn the garbage collector off during calls."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -106,7 +106,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def estimate(clock: Clock, calls: Sequence[Callable[[], object]]) -> float:
-    """Seconds of a call after warm-up, at best; `calls` are the same one on different buffers."""
+    """Least seconds of a call after warm-up; `calls` are the same one on different buffers."""
     for call in calls:
         call()
     return min(clock.seconds(calls[i % len(calls)]) for i in range(3))
@@ -123,7 +123,7 @@ def interleave(
     Args:
         contenders: for each the same call on different buffers, used in rotation.
         repetitions: how often each is timed; one with fewer has its turns spread over the whole time.
-        settle: seconds to wait before each call, so that threads of the one before, which go on spinning for some
+        settle: seconds to wait before each call, so that threads of the previous call, which spin for some
             milliseconds, do not take a core from it.
     """
     rounds = max(repetitions, default=0)

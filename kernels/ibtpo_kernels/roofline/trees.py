@@ -1,4 +1,4 @@
-"""The shapes of trees that are measured: subtree ends for training, page tables for decoding. All on the CPU."""
+"""The trees that are measured: subtree ends for training, page tables for decoding, all on the CPU."""
 
 from __future__ import annotations
 

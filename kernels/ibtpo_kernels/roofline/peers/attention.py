@@ -1,4 +1,4 @@
-"""Attention over a tree by others: causal SDPA on every trajectory apart, and FlexAttention with the tree as a mask."""
+"""Attention over a tree by peers: causal SDPA on each trajectory, and FlexAttention with the tree as a mask."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ibtpo_kernels.roofline.trees import trajectories
 
 
 class Unpacked:
-    """Trajectories of a tree side by side, padded on the right to the longest: what a trainer without trees has.
+    """Trajectories of a tree as a batch, padded on the right to the longest, as in a trainer without trees.
 
     Attributes:
         index: int64 [G, longest], the packed token at each place; padding repeats the trajectory's first token.
@@ -41,7 +41,7 @@ class Unpacked:
         return x[self.index.to(x.device)].transpose(1, 2).contiguous()
 
     def unpack_once(self, d_out: Tensor) -> Tensor:
-        """As `unpack`, each packed row at its first place and zeros at the others: gradients that sum to the same."""
+        """As `unpack`, but each packed row only at its first place and zeros at the others, so that sums stay equal."""
         rows = d_out.new_zeros(self.index.numel(), *d_out.shape[1:])
         rows[self.place.to(d_out.device)] = d_out
         return rows.view(*self.index.shape, *d_out.shape[1:]).transpose(1, 2).contiguous()
@@ -51,14 +51,14 @@ class Unpacked:
         return x.transpose(1, 2).flatten(0, 1)[self.place.to(x.device)]
 
     def pack_sum(self, x: Tensor) -> Tensor:
-        """Sums over all places but padding, the packed gradient of what was unpacked."""
+        """Sums over all places except padding: the packed gradient of an unpacked tensor."""
         rows, real = x.transpose(1, 2).flatten(0, 1).float(), self.is_real.flatten().to(x.device)
         tokens = self.index.flatten().to(x.device)
         return rows.new_zeros(self.num_tokens, *rows.shape[1:]).index_add_(0, tokens[real], rows[real])
 
 
 def sdpa_unpacked(which: Pass, unpacked: Callable[[], Unpacked]) -> Prepare:
-    """Causal SDPA over the trajectories, each with its own copy of what they share."""
+    """Causal SDPA over the trajectories, each with its own copy of shared tokens."""
 
     def attend(inputs: Inputs) -> Outputs:
         q, k, v = inputs.leaves
@@ -105,7 +105,7 @@ def block_mask(end: Tensor, build: Callable[..., Any] | None = None) -> Any:
 
 
 def mask_builder(device: torch.device) -> Callable[[Tensor], Any]:
-    """Compiled on a GPU, as its documentation advises: without that it makes a dense [N, N]."""
+    """The block mask's builder, compiled on a GPU as its documentation advises: uncompiled it makes a dense [N, N]."""
     build = compiled(_flex().create_block_mask) if device.type == "cuda" else None
     return lambda end: block_mask(end, build)
 
@@ -117,7 +117,7 @@ def flex(which: Pass, device: torch.device, *, rebuilds: bool) -> Prepare:
     """
     if device.type == "cpu" and which != "forward":
         raise Unavailable("FlexAttention has no backward on the CPU")
-    if which == "backward":  # run again and again on one forward's results, which it must not reuse as scratch then
+    if which == "backward":  # runs repeatedly on one forward's results, so must not reuse them as scratch
         module("torch._functorch.config", "torch").donated_buffer = False
     build = mask_builder(device)
     attend = compiled_flex()
@@ -139,7 +139,7 @@ def flex(which: Pass, device: torch.device, *, rebuilds: bool) -> Prepare:
 
 
 def compiled_flex() -> Callable[..., Tensor]:
-    """flex_attention for fixed shapes; what it was compiled for before stays, for the mask builder may be among it."""
+    """flex_attention for fixed shapes; earlier compilations are kept, since the mask builder may be among them."""
     fast: Callable[..., Tensor] = torch.compile(_flex().flex_attention, dynamic=False)
     return fast
 

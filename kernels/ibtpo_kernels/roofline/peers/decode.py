@@ -1,4 +1,4 @@
-"""Decode attention by others: SDPA on keys and values copied for every branch, or in two calls, sharing the prefix."""
+"""Decode attention by peers: SDPA on keys and values copied for every branch, or in two calls that share the prefix."""
 
 from __future__ import annotations
 

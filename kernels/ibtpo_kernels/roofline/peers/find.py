@@ -1,4 +1,4 @@
-"""Importing what may not be installed."""
+"""Importing packages that may not be installed."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def module(name: str, distribution: str) -> Any:
 
 
 def bare_packages(*names: str, distribution: str) -> None:
-    """Make packages importable without running their `__init__`, which may want what their kernels do not need.
+    """Make packages importable without running their `__init__`, which may need more than their kernels do.
 
-    A package already imported is left as it is.
+    A package already imported is not changed.
     """
     root = find_spec(names[0])
     if root is None or root.submodule_search_locations is None:
@@ -44,13 +44,13 @@ def bare_packages(*names: str, distribution: str) -> None:
 
 
 def needs_cuda(what: str) -> None:
-    """Raise Unavailable where there is no CUDA device."""
+    """Raise Unavailable if there is no CUDA device."""
     if not torch.cuda.is_available():
         raise Unavailable(f"{what} runs on CUDA only")
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under torch.compile; forgets what was compiled for other shapes, of which it keeps only so many."""
+    """`function` under torch.compile; drops code for other shapes, since torch keeps only a limited number."""
     torch.compiler.reset()
     fast: Callable[..., Any] = torch.compile(function, dynamic=False)
     return fast

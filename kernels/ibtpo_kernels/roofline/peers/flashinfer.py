@@ -14,7 +14,7 @@ from ibtpo_kernels.plan import DecodePlan
 from ibtpo_kernels.roofline.peers.find import module, needs_cuda
 from ibtpo_kernels.roofline.problem import Inputs, Prepare, Run
 
-_WORKSPACE_BYTES = 128 << 20  # FlashInfer's own advice
+_WORKSPACE_BYTES = 128 << 20  # as FlashInfer recommends
 _NAME = "FlashInfer (flashinfer-python)"
 
 
@@ -66,7 +66,7 @@ def decode(*, most_levels: int = MAX_LEVELS) -> Prepare:
 
 
 def decode_plan(*, most_levels: int = MAX_LEVELS) -> Prepare:
-    """Its planning, given the arrays it asks for."""
+    """Its planning, from the arrays that it needs."""
     needs_cuda("FlashInfer")
     module("flashinfer", _NAME)
 
@@ -83,7 +83,7 @@ def decode_plan(*, most_levels: int = MAX_LEVELS) -> Prepare:
 
 
 def sampling(top_p: float, top_k: int) -> Prepare:
-    """Tokens alone; log-probs and entropy are not computed."""
+    """Only tokens; log-probs and entropy are not computed."""
     needs_cuda("FlashInfer")
     flashinfer = module("flashinfer", _NAME)
 

@@ -1,6 +1,6 @@
-"""Log-prob and entropy of a linear head, by others: (hidden, weight, targets) -> (logprob [T], entropy [T] or None).
+"""Log-prob and entropy of a linear head, by peers: (hidden, weight, targets) -> (logprob [T], entropy [T] or None).
 
-A peer has one target a row; problems ask for that. Those that return a loss return minus the log-prob.
+A peer has one target a row, and so have the problems. Peers that return a loss return minus the log-prob.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def torch_compile() -> LogProb:
 def trl() -> LogProb:
     """TRL's chunked log-prob: library products a tile, and one pass over it, in Triton on a GPU, in torch elsewhere.
 
-    Its backward asks `trl.trainer.utils` for a context that gathers sharded heads. Where that module does not import,
-    for want of what trainers need, a stand-in that gathers nothing is put in its place.
+    Its backward gets a context that gathers sharded heads from `trl.trainer.utils`. If that module cannot be imported,
+    because dependencies of trainers are missing, it is replaced by a stand-in that gathers nothing.
     """
     function = module("trl.kernels.chunked_logprob", "TRL >= 1.15 (trl)").ChunkedLogProbFunction
     if "trl.trainer.utils" not in sys.modules:
@@ -70,7 +70,7 @@ def liger_scaled() -> LogProb:
 
 
 def liger_scaled_fallback() -> LogProb:
-    """The same, by its loop over 512 rows in torch: what there is without its CUTLASS extra, or off sm_90."""
+    """The same, by its loop over 512 rows in torch, which runs without its CUTLASS extra, or off sm_90."""
     front = module("liger_kernel.ops.fused_linear_scaled_cross_entropy", "Liger-Kernel (liger-kernel)")
     return _scaled(front._FusedLinearPPOFallbackFunction.apply, front=False)
 
@@ -122,7 +122,7 @@ def cut_cross_entropy() -> LogProb:
 
 
 def verl() -> LogProb:
-    """verl's Triton kernel, loaded without the packages around it, which import Ray and much else."""
+    """verl's Triton kernel, loaded without its parent packages, which import Ray and much else."""
     needs_cuda("verl's kernel")
     bare_packages("verl", "verl.utils", "verl.utils.kernel", distribution="verl")
     function = module("verl.utils.kernel.linear_cross_entropy", "verl").linear_cross_entropy
