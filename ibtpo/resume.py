@@ -31,6 +31,7 @@ FIXED = {
     **{f"jsonl.{name}": _OTHER for name in ("system_prompt", "few_shot", "chat_template", "max_prompt_tokens")},
     "jsonl.chat_template_options": _OTHER,
     **{f"jsonl.{name}": _OTHER for name in ("pass_rate_field", "min_pass_rate", "max_pass_rate", "duplicates")},
+    "jsonl.unanswered": _OTHER,
     **{f"jsonl.{name}": _HELD_OUT for name in ("eval_fraction", "eval_count", "eval_data")},
     **dict.fromkeys(("reward", "jsonl.grade"), "since rewards before and after could not be compared"),
     "optim.state": "since the optimizer is saved in this form",

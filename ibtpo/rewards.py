@@ -19,11 +19,11 @@ import importlib
 import importlib.util
 import inspect
 import re
-import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ibtpo.latex import as_remainder, has_modulus, in_latex, with_modulus
 from ibtpo.validation import suggest
 
 GYM = "reasoning-gym:"
@@ -37,29 +37,8 @@ _EMPTY = re.compile(_BOX.pattern + r"\{\s*\}")
 _BARE = re.compile(r"(?=[-+(\\.\d]|[A-Za-z]\b)(?:[^$\n\\]|\\(?![)\]])){1,200}?(?=\$|\\[)\]])|[-+]?\d(?:[\d.,/]*\d)?")
 _SENTENCE_END = re.compile(r"[.!?]\$*\s|\n\s*\n|\n\s*[A-Z][a-z]")
 _AND = re.compile(r"\b(?:and|or)\b")
+_CHOICE = re.compile(r"(?i:\banswer)(?:\s+is)?[\s:*]{1,6}\(?([A-J])\)?[.*]{0,4}\s*\Z")  # **Answer:** (C)
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # no command, and no name of a variable
-# what people write, and math-verify reads as something else or not at all: characters, and numbers
-_IN_LATEX = str.maketrans(
-    {chr(ord(digit) + 0xFEE0): digit for digit in "0123456789+-.,/()"}  # full width
-    | {
-        c: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", c).split("\N{FRACTION SLASH}"))
-        for c in "¼½¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
-    }
-    | {"°": r"^{\circ}", "∞": r"\infty ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "∅": r"\emptyset ", "：": ": "}
-)
-_LABEL = re.compile(r"(####|[^\W\d_]:\**)(?=[-+]?\d)")  # Answer:34
-_GROUPED = re.compile(r"(?<![\w.,])[1-9]\d{0,2}(?:(?:\\[,;: ]|[^\S\n]|~)\d{3})+(?![\w/])")  # 10\,000 and 10 000
-_FULL_STOP = re.compile(r"(?<=[\d})])\.(?=\s*\})")  # \boxed{34.}
-_HOUR = re.compile(r"(?<=\d):00(?![\d:])")  # 11:00, which is no ratio
-# \{x \mid x > 1\} and \{x \in \mathbb{R} : x > 1\}
-_SET_OF = re.compile(
-    r"(?:\\left)?\\\{\s*(?:[A-Za-z]|\([A-Za-z],\s*[A-Za-z]\))\s*(?:\\in\s*\\mathbb\s*\{?[A-Z]\}?\s*)?(?:\\mid|\\vert|\||:)"
-    r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*?)(?:\\right)?\\\}"
-)
-_ROOT = re.compile(r"√\s*(?:(\d+(?:\.\d+)?|[A-Za-z])|\(([^()]*)\)|\{([^{}]*)\})")
-_RAISED = re.compile(r"[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
-_MIXED = re.compile(r"(?<![\w.,/^])(\d+)\s+([1-9]\d*)/([1-9]\d*)(?![\w/]|\.\d)")  # 3 1/2
-_SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})(?![\w]|\.\d)")
 
 
 class Graded(NamedTuple):
@@ -190,15 +169,16 @@ def math_equal(answer: str, completion: str) -> float:
     """
     math_verify = importlib.import_module("math_verify")
     marked = bool(_BOX.search(answer) or _FORMULA.search(answer))
-    bare = _in_latex(rf"\boxed{{{answer}}}")
-    gold = math_verify.parse(final_boxes(answer) if marked else bare, parsing_timeout=None)
-    found = math_verify.parse(final_boxes(completion), parsing_timeout=None)
+    reference = final_boxes(answer) if marked else in_latex(rf"\boxed{{{answer}}}")
+    read_modulus = with_modulus if has_modulus(answer) else as_remainder
+    gold = math_verify.parse(read_modulus(reference), parsing_timeout=None)
+    found = math_verify.parse(read_modulus(final_boxes(completion)), parsing_timeout=None)
     return float(math_verify.verify(gold, found, timeout_seconds=None))
 
 
 def math_answer(completion: str) -> str | None:
     """The final answer as math-verify parses it, written out by the algebra system; None if there is none."""
-    found = importlib.import_module("math_verify").parse(final_boxes(completion), parsing_timeout=None)
+    found = importlib.import_module("math_verify").parse(with_modulus(final_boxes(completion)), parsing_timeout=None)
     return str(found[0]) if found else None
 
 
@@ -216,6 +196,8 @@ def final_boxes(completion: str) -> str:
         prose = len(_WORD.findall(_AND.sub("", text))) > 1 and re.search(r"\d", text)
         text = text if prose or _BOX.search(text) else rf"\boxed{{{text}}}"
     text = _EMPTY.sub("", text)
+    if not _BOX.search(text):
+        text = _CHOICE.sub(r"\\boxed{\1}", text)
     found = [box for box in _boxes(text) if box.closed]
     first = len(found) - 1
     while first > 0 and _one_answer(text[found[first - 1].end : found[first].start]):
@@ -225,21 +207,7 @@ def final_boxes(completion: str) -> str:
         kept = rf"\boxed{{{boxed(box.content) or box.content}}}"
         pieces += [text[end : box.start], kept if number >= first else _BOX.sub("", box.content)]
         end = box.end
-    return _in_latex("".join([*pieces, text[end:]]))
-
-
-def _in_latex(text: str) -> str:
-    """A text with roots, powers and numbers as math-verify reads them: 90°, ½, √2, x², 3 1/2, 10 000, 1.5e3."""
-    text = _FULL_STOP.sub("", _LABEL.sub(r"\1 ", text.translate(_IN_LATEX)))
-    text = _GROUPED.sub(lambda number: re.sub(r"\D", "", number[0]), text)
-    text = _SET_OF.sub(r"\1", _HOUR.sub("", text))
-    text = text.replace("~", " ").replace(r"\varnothing", r"\emptyset")
-    text = _ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2] or root[3]}}}", text)
-    text = _RAISED.sub(
-        lambda power: "^{" + unicodedata.normalize("NFKC", power[0]).replace("\N{MINUS SIGN}", "-") + "}", text
-    )
-    text = _MIXED.sub(r"\1\\frac{\2}{\3}", text)
-    return _SCIENTIFIC.sub(lambda number: rf"{number[1]}\times 10^{{{int(number[2])}}}", text)
+    return in_latex("".join([*pieces, text[end:]]))
 
 
 def _one_answer(between: str) -> bool:

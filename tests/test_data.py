@@ -300,6 +300,51 @@ def test_filters_leave_rows_out_and_say_how_many(tmp_path: Path) -> None:
         opened(write(path, [{"prompt": "a", "answer": "b", "rate": 2}]), **ALL, **config)
 
 
+def test_rows_without_an_answer_are_refused_or_left_out_and_told(tmp_path: Path) -> None:
+    """Proofs without a box, null, empty and absent answers, and what NuminaMath-1.5 writes for none."""
+    boxes = [{"problem": f"{i}?", "solution": rf"It is $\boxed{{{i}}}$."} for i in range(10)]
+    proof = {"problem": "Prove it.", "solution": "Trivial."}
+    answers: list[Any] = [*range(10), None, "", " ", "proof", "Notfound", float("nan"), [1]]
+    files = {
+        "math": [*boxes, proof],
+        "boxed": [{"problem": f"{i}?", "answer": answer} for i, answer in enumerate(answers)] + [{"problem": "?"}],
+    }
+    for layout, rows in files.items():
+        path = tmp_path / f"{layout}.jsonl"
+        path.write_text("".join(json.dumps(row).replace("NaN", "1e999") + "\n" for row in rows), "utf-8")
+        with pytest.raises(ValueError, match="line 11: .*; --jsonl.unanswered drop leaves such rows out$"):
+            opened(path, layout, **ALL)
+        task = opened(path, layout, unanswered="drop", **ALL)
+        assert [p.answer for p in task.eval_problems(99)] == [str(i) for i in range(10)]
+        places = "line 11" if layout == "math" else "line 11, line 12, line 13, ..."
+        assert f"{path}: {len(rows) - 10} of {len(rows)} rows left out: no answer can be read ({places})" in task.notes
+        same = opened(write(tmp_path / "same.jsonl", rows[:10]), layout, **ALL)
+        assert same.fingerprint == task.fingerprint
+    refused = 'no row an answer can be read from the field "solution" in layout math; .* another --layout'
+    with pytest.raises(ValueError, match=refused):
+        opened(write(tmp_path / "none.jsonl", [proof] * 3), "math", unanswered="drop", **ALL)
+    with pytest.raises(ValueError, match="line 11: .*unanswered drop"):
+        opened(tmp_path / "same.jsonl", "boxed", eval_data=tmp_path / "boxed.jsonl")
+    task = opened(tmp_path / "same.jsonl", "boxed", eval_data=tmp_path / "boxed.jsonl", eval_fraction=0.5,
+                  unanswered="drop")  # fmt: skip
+    assert task.num_eval == 10 and any("boxed.jsonl: 8 of 18 rows left out: no answer" in note for note in task.notes)
+    with pytest.raises(ValueError, match=r'line 2: field "prompt" is empty'):
+        opened(write(tmp_path / "e.jsonl", [{"prompt": "a", "answer": 1}, {"prompt": "", "answer": 1}]), **ALL,
+               unanswered="drop")  # fmt: skip
+
+
+def test_a_row_without_an_answer_has_no_say_in_the_other_filters(tmp_path: Path) -> None:
+    rows = [{"prompt": str(i), "answer": i if i else None, "rate": i / 4} for i in range(5)]
+    config = {"pass_rate_field": "rate", "max_pass_rate": 0.8, "unanswered": "drop"}
+    path = write(tmp_path / "d.jsonl", [*rows, rows[2]])
+    task = opened(path, **ALL, **config)
+    assert [p.answer for p in task.eval_problems(9)] == ["1", "2", "3"]
+    assert [note.partition("left out: ")[2] for note in task.notes[:3]] == [
+        "no answer can be read (line 1)", "pass rate outside [0, 0.8]", "same prompt and answer as an earlier row",
+    ]  # fmt: skip
+    assert "1 of 6" in task.notes[1]
+
+
 def test_narrow_floats_of_parquet_files_are_the_numbers_that_were_written(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     shares = [0.1, 0.3, 0.7, 0.9, 1.0]

@@ -15,6 +15,7 @@ import pytest
 
 from ibtpo import rewards
 from ibtpo.grading import WINDOW, Grader, GraderError
+from ibtpo.latex import as_remainder, in_latex, with_modulus
 from ibtpo.rewards import Graded, RewardSpec, _check_function, math_equal, parse_rewards
 
 BAD_GRADERS = """
@@ -128,6 +129,14 @@ def math() -> Iterator[Grader]:
         ("B", r"\boxed{A}? <answer>B</answer>", 1.0),
         ("42", "<answer>The answer is 42.</answer>", 1.0),
         ("1,2", r"<answer>\boxed{1} and \boxed{2}</answer> where \boxed{3} is not", 1.0),
+        ("72", r"\boxed{72 \pmod{100}}", 1.0),
+        ("18", r"The total is \$18.", 1.0),
+        ("18", r"It costs \$18 and not \$20", 0.0),
+        ("C", "It is the third.\n\n**Answer:** (C)", 1.0),
+        ("C", "So the answer is **C**.", 1.0),
+        ("C", "The answer is not C.", 0.0),
+        ("C", "Answer: C? No.\n\nAnswer: B", 0.0),
+        ("C", r"\boxed{B}, if you ask for the answer: C", 0.0),
         ("1", "\\boxed{\ud800}", 0.0),  # a lone surrogate: no UTF-8, but JSON carries it
     ],
 )
@@ -310,7 +319,12 @@ def test_a_reward_may_take_whatever_it_likes_and_be_written_in_c() -> None:
         ("[0, ∞)", r"[0, \infty)"), ("x ≤ 3", r"x \le 3"), (r"10\,000", "10000"), ("10 000.5", "10000.5"),
         (r"\{x \mid x > 1\}", "x > 1"), (r"\left\{x \in \mathbb{R} : x \ne \frac{1}{2}\right\}", r"x \ne \frac{1}{2}"),
         (r"\{(x, y) | x + y = 1\}", "x + y = 1"), ("11:00", "11"), ("34.", "34"), (r"72~\text{cm}", "72"),
-        (r"\varnothing", r"\emptyset"), ("∅", r"\{\}"),
+        (r"\varnothing", r"\emptyset"), ("∅", r"\{\}"), (r"\text{033}", "33"),
+        (r"3 \text{ hours } 20 \text{ minutes}", r"\text{3 hrs and 20 min}"),
+        ("5 feet 4 inches", r"5\,\text{ft}\,4\,\text{in}"),
+        (r"2 \text{ red}, 3 \text{ blue}", "3 blue and 2 red"), (r"2 \text{ cm}, 3 \text{ cm}", "2, 3"),
+        (r"1, 2, \ldots, 10", r"\{1, 2, 3, \dots, 10\}"), ("1, 2, ..., 10", r"1,2,\dots,10"),
+        (r"n \equiv 3 \pmod 4", r"n \equiv 3 \ (\text{mod } 4)"), (r"1 \text{ and } 2 \text{ m}", "1, 2"),
     ],
 )  # fmt: skip
 def test_what_people_write_is_what_latex_says(reference: str, answer: str) -> None:
@@ -321,12 +335,27 @@ def test_what_people_write_is_what_latex_says(reference: str, answer: str) -> No
     ("reference", "answer"),
     [
         ("3 1/2", "3/2"), ("x²", "2x"), ("1e3", "13"), ("√2", "2"), ("1 000/3", "1"), ("½", "12"),
+        (r"3 \text{ hours } 20 \text{ minutes}", r"3 \text{ hours } 30 \text{ minutes}"), ("3 hours 20 minutes", "3"),
+        (r"3 \text{ hours } 20 \text{ minutes}", r"3 \text{ minutes } 20 \text{ hours}"), ("4 dm 5 cm", "5 dm 4 cm"),
+        (r"2 \text{ red}, 3 \text{ blue}", "2"), (r"2 \text{ red}, 3 \text{ blue}", r"3 \text{ red}, 2 \text{ blue}"),
+        (r"3 \text{ blue}, 2 \text{ red}", r"3 \text{ black}, 2 \text{ red}"), (r"1, 2, \ldots, 10", "10"),
+        (r"1, 2, \ldots, 10", r"1, 3, \ldots, 10"), (r"1, 2, 4, \ldots, 64", r"1, 2, 3, \ldots, 64"),
+        (r"1, 2, \ldots, 10", r"1, 10, \ldots, 2"), (r"1 + 2 + \cdots + 10", "10"), (r"\text{033}", "3"),
+        (r"n \equiv 3 \pmod 4", r"n \equiv 1 \pmod 4"), (r"3 \pmod 4", r"3 \pmod 5"), (r"72 \pmod{10}", "72"),
         (r"10\,000", "0"), ("10 00", "1000"), ("5 12 000", "512000"), ("11:00", "10:00"),
         (r"\{x \mid x > 1\}", "1"), (r"\{x \mid -1 < x < 3\}", r"\{x \mid -1 < x < 4\}"),
     ],
 )  # fmt: skip
 def test_and_nothing_else(reference: str, answer: str) -> None:
     assert math_equal(reference, rf"\boxed{{{answer}}}") == math_equal(answer, rf"\boxed{{{reference}}}") == 0
+
+
+@pytest.mark.parametrize("piece", ["3 hours ", "3 ab, ", r"3 \text{ab ", "1, ", " ", r"\ldots,", r"5\pmod{", "{1"])
+def test_long_answers_are_read_in_linear_time(piece: str) -> None:
+    text = "{" + piece * (20_000 // len(piece))
+    begin = time.process_time()
+    with_modulus(as_remainder(in_latex(text)))
+    assert time.process_time() - begin < 2  # milliseconds, unless a pattern can match in many ways
 
 
 def test_several_rewards_make_their_weighted_mean_and_fail_apart(bad: Bad) -> None:

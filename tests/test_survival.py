@@ -295,6 +295,7 @@ def test_every_data_field_is_fixed_or_known_to_be_free() -> None:
         ["--seed", "1"], ["--dtype", "bfloat16"], ["--layout", "gsm8k"], ["--reward", "math"], ["--lora.rank", "2"],
         ["--jsonl.template", "{prompt}!"], ["--jsonl.system-prompt", "x"], ["--jsonl.eval-count", "3"],
         ["--jsonl.no-chat-template"], ["--jsonl.grade", "math"], ["--jsonl.duplicates", "keep"],
+        ["--jsonl.unanswered", "drop"],
         ["--jsonl.max-prompt-tokens", "9"], ["--jsonl.max-pass-rate", "0.5"], ["--data", "other.jsonl"],
         ["--optim.state", "8bit"], ["--out", "elsewhere"],
     ],

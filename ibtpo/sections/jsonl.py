@@ -43,6 +43,8 @@ class JsonlConfig:
     """Rows with a higher pass rate are left out."""
     duplicates: Literal["drop", "keep"] = "drop"
     """Rows with the same prompt and answer as an earlier one."""
+    unanswered: Literal["refuse", "drop"] = "refuse"
+    """Rows whose answer is missing or not as the layout has it: refuse the file, or leave them out."""
     eval_fraction: float = 0.1
     """Share of the prompts held out for evaluation (at least one); 1 holds out all, for `ibtpo eval`."""
     eval_count: int | None = None

@@ -21,9 +21,11 @@ from ibtpo.config import JsonlConfig
 from ibtpo.rewards import RewardSpec
 from ibtpo.tasks.base import Problem, seeded
 from ibtpo.tasks.grades import RewardGrades
-from ibtpo.tasks.layouts import Layout, choose_layout, get_field, has_field, read_example, read_problem
+from ibtpo.tasks.layouts import Layout, Unanswered, choose_layout, get_field, has_field, read_example, read_problem
 from ibtpo.tasks.rows import Rows, fail, open_rows
 from ibtpo_engine.arrays import Longs
+
+_Hashes = npt.NDArray[np.uint64]
 
 _SPLIT, _ORDER = range(2)  # streams of random numbers
 
@@ -154,11 +156,19 @@ class _File:
         self.layout, note = choose_layout(layout, self.rows, config)
         self._config = config
         self.notes = [text for text in (self.rows.note, note) if text]
-        prompts, answers, rates = self._scan()
+        prompts, answers, rates, answered = self._scan()
+        if not answered.any():
+            raise ValueError(
+                f'{path}: in no row an answer can be read from the field "{self.layout.answer_field}" in layout '
+                f"{self.layout.name}; name another in jsonl.answer_field, or another --layout"
+            )
         unrated = np.isnan(rates)
-        kept = (rates >= config.min_pass_rate) & (rates <= config.max_pass_rate)
+        kept = answered & (rates >= config.min_pass_rate) & (rates <= config.max_pass_rate)
+        self._note(~answered, f"no answer can be read ({self._places(~answered)})")
         self._note(unrated, f'field "{config.pass_rate_field}" is null')
-        self._note(~kept & ~unrated, f"pass rate outside [{config.min_pass_rate:g}, {config.max_pass_rate:g}]")
+        self._note(
+            answered & ~kept & ~unrated, f"pass rate outside [{config.min_pass_rate:g}, {config.max_pass_rate:g}]"
+        )
         if config.duplicates == "drop":
             first = np.zeros(len(kept), bool)
             chosen = np.flatnonzero(kept)
@@ -177,18 +187,28 @@ class _File:
         problem = read_problem(self.layout, self.rows[row], self.rows.where(row), self._config)
         return Problem(problem.prompt, problem.answer, problem.data, examples)
 
-    def _scan(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.float64]]:
-        """Check every row; hashes of prompts and of answers, and pass rates."""
+    def _scan(self) -> tuple[_Hashes, _Hashes, npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+        """Check every row; hashes of prompts and of answers, pass rates, and which have an answer."""
         number = len(self.rows)
-        hashes, rates = np.empty((2, number), np.uint64), np.ones(number)
+        hashes, rates, answered = np.zeros((2, number), np.uint64), np.ones(number), np.ones(number, bool)
         field = self._config.pass_rate_field
         for i in range(number):
             row, where = self.rows[i], self.rows.where(i)
-            problem = read_problem(self.layout, row, where, self._config)
+            try:
+                problem = read_problem(self.layout, row, where, self._config)
+            except Unanswered:
+                if self._config.unanswered == "refuse":
+                    raise
+                answered[i] = False
+                continue
             hashes[:, i] = _hash(problem.prompt), _hash([problem.answer])
             if field is not None:
                 rates[i] = _check_rate(get_field(row, field, "pass_rate_field", where), field, where)
-        return hashes[0], hashes[1], rates
+        return hashes[0], hashes[1], rates, answered
+
+    def _places(self, wanted: npt.NDArray[np.bool_]) -> str:
+        places = [self.rows.where(int(i)).removeprefix(f"{self.rows.path}, ") for i in np.flatnonzero(wanted)[:4]]
+        return ", ".join([*places[:3], *(["..."] if len(places) > 3 else [])])
 
     def _note(self, dropped: npt.NDArray[np.bool_], why: str) -> None:
         if dropped.any():

@@ -27,6 +27,12 @@ BOXED = "{prompt}\n\nPlease reason step by step, and put your final answer withi
 """The instruction the published results of mathematics models are measured with."""
 
 _MISSING = object()
+
+
+class Unanswered(ValueError):
+    """A row whose reference cannot be read."""
+
+
 _LOOKED_AT = 100  # rows from which a layout is told
 _NEARLY_ALL = 0.9  # of them; a row that is not as the others must not make whole solutions the references
 
@@ -52,6 +58,11 @@ def _after_hashes(text: str) -> str | None:
     return answer.strip().replace(",", "") if mark else None
 
 
+def _found(text: str) -> str | None:
+    """NuminaMath-1.5 writes these two where there is no answer, and no completion would be right."""
+    return None if text.strip().lower() in ("proof", "notfound") else text.strip()
+
+
 def _integer(text: str) -> str | None:
     """AIME writes 073 and 336^\\circ now and then; 73 and 336 are meant."""
     digits = text.strip().removesuffix(r"^\circ").removesuffix(".0")
@@ -66,7 +77,7 @@ LAYOUTS: dict[str, Layout] = {
         Layout("math", "problem", "solution", boxed, r"a solution with its answer in \boxed{}", BOXED),
         Layout("dapo", "prompt", "reward_model.ground_truth"),
         Layout("aime", "problem", "answer", _integer, "an integer from 0 to 999", BOXED),
-        Layout("boxed", "problem", "answer", template=BOXED),
+        Layout("boxed", "problem", "answer", _found, 'an answer ("proof" and "notfound" stand for none)', BOXED),
     )
 }
 _PROMPTS = ("prompt", "question", "problem", "instruction", "input", "messages")
@@ -162,18 +173,26 @@ def read_problem(layout: Layout, row: Mapping[str, Any], where: str, config: Jso
     """The problem a row poses, its prompt in the layout's template.
 
     Raises:
+        Unanswered: it has no answer that can be read.
         ValueError: something in the row is not as it should be; the message names place, field and remedy.
     """
     field = layout.prompt_field
     prompt = _check_prompt(get_field(row, field, "prompt_field", where), field, where)
+    try:
+        answer = _read_answer(layout, row, where)
+    except ValueError as error:
+        raise Unanswered(f"{error}; --jsonl.unanswered drop leaves such rows out") from None
+    data = {name: get_field(row, name, "data_fields", where) for name in config.data_fields}
+    return Problem(_in_template(prompt, layout.template), answer, data | {"where": where})
+
+
+def _read_answer(layout: Layout, row: Mapping[str, Any], where: str) -> str:
     field = layout.answer_field
-    text = _check_answer(get_field(row, field, "answer_field", where), field, where)
-    answer = layout.read_answer(text)
+    answer = layout.read_answer(_check_answer(get_field(row, field, "answer_field", where), field, where))
     if not answer:
         remedy = "mend or remove the row, or choose another --layout"
         fail(where, f'field "{field}" is not {layout.answer_form}', remedy)
-    data = {name: get_field(row, name, "data_fields", where) for name in config.data_fields}
-    return Problem(_in_template(prompt, layout.template), answer, data | {"where": where})
+    return answer
 
 
 def read_example(layout: Layout, row: Mapping[str, Any], where: str) -> tuple[str, str]:
