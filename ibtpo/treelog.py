@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 FOLDER = "trees"
 FILE = re.compile(r"step-(\d{6,})-\d{3,}\.json\.gz")
+_PART, _MOST_PARTS = "\ufffd", 4  # what a part of a character is decoded to; a character has four bytes at most
 _INDEXED_LETTERS = 400  # of prompt and answer; the tree holds them whole
 
 Record = dict[str, Any]
@@ -82,16 +83,36 @@ def tree_record(
 
 
 def _pieces(ids: list[int], decode: Callable[[list[int]], object], piece: Callable[[int], str]) -> list[str]:
-    """The text of each token; a character spread over several belongs to the one that completes it."""
-    pieces = [piece(token) for token in ids]
-    if not any("\ufffd" in text for text in pieces):
-        return pieces
-    pieces, shown, whole = [], 0, str(decode(ids))
-    for i in range(1, len(ids)):
-        complete = max(shown, len(str(decode(ids[:i])).rstrip("\ufffd")))
-        pieces.append(whole[shown:complete])
-        shown = complete
-    return [*pieces, whole[shown:]]
+    """The text of each token; a character spread over several belongs to the one that completes it.
+
+    A token that holds a part of a character has `_PART` in its own text. Only such neighbours are decoded together, up
+    to where a character ends: a long text with a rare character in it is not decoded over and over.
+    """
+    pieces: list[str] = []
+    begun: list[int] = []  # tokens since a character began that is not complete, and ...
+    shown = 0  # ... how much of their text has a token already
+    for token in ids:
+        text = piece(token)
+        if _PART in text:
+            begun.append(token)
+            whole = str(decode(begun))
+            complete = max(shown, len(whole.rstrip(_PART)))
+            if len(whole) - complete > _MOST_PARTS:  # so many are none: one that has begun lies in the last three
+                last = str(decode(begun[-3:]))
+                before = len(whole) - len(last)
+                complete, begun = max(complete, before), begun[-3:]
+                text, shown = whole[shown:complete], complete - before
+            elif complete == len(whole):
+                text, begun, shown = whole[shown:], [], 0
+            else:
+                text, shown = whole[shown:complete], complete
+        elif begun:  # it was never completed
+            pieces[-1] += str(decode(begun))[shown:]
+            begun, shown = [], 0
+        pieces.append(text)
+    if begun:
+        pieces[-1] += str(decode(begun))[shown:]
+    return pieces
 
 
 def _estimates(ib: Any, node: Node) -> dict[str, float | None]:

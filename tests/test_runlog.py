@@ -386,6 +386,31 @@ def test_a_character_spread_over_tokens_belongs_to_the_one_that_completes_it() -
     assert tree_record(tree, decode)["nodes"][0]["pieces"] == ["a", "", "é", "", "", "€"]
 
 
+@given(st.lists(st.sampled_from([*"a é€".encode(), *b"\xf0\x9f\x98\x80\xff"]), min_size=1, max_size=24))
+def test_the_pieces_of_any_bytes_are_their_text(ids: list[int]) -> None:
+    tree = Tree(ids)
+    [prompt] = tree_record(tree, lambda ids: bytes(ids).decode(errors="replace"))["nodes"]
+    assert len(prompt["pieces"]) == len(ids)
+    assert prompt["text"] == bytes(ids).decode(errors="replace")
+
+
+def test_a_long_text_with_a_rare_character_is_decoded_once() -> None:
+    def decoded(ids: list[int]) -> int:
+        lengths: list[int] = []
+
+        def decode(part: list[int]) -> str:
+            lengths.append(len(part))
+            return bytes(part).decode(errors="replace")
+
+        tree_record(Tree(ids), decode)
+        return sum(lengths)
+
+    for text in ("a", "é€", "\U0001f600"):
+        short, long = (decoded([*"é".encode(), *(text * count).encode()]) for count in (64, 128))
+        assert long < 2.1 * short
+    assert decoded([0xF0] * 128) < 2.1 * decoded([0xF0] * 64)
+
+
 def test_trees_are_kept_within_bounds_and_spread_over_the_run(path: Path) -> None:
     record = tree_record(small_tree(), lambda ids: "".join(map(str, ids)))
     with RunFolder.create(path, TrainConfig()) as run:
