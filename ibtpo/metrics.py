@@ -20,6 +20,7 @@ Doubles = npt.NDArray[np.float64]
 
 RIGHT = 0.5  # a trajectory with a reward above this counts as right where something must be right or wrong
 _TAIL = 0.025  # on either side of a 95 % interval
+_MOST_DRAWN = 1_000_000  # numbers of a bootstrap in memory at once
 _DEPTH_BINS = ((0, 0), (1, 1), (2, 2), (3, 4), (5, 8), (9, 16), (17, None))
 
 
@@ -294,8 +295,11 @@ def bootstrap_interval(per_prompt: npt.ArrayLike, *, resamples: int = 2000) -> t
     if values.size == 0:
         return math.nan, math.nan
     rng = np.random.default_rng(0)
-    counts = rng.multinomial(values.size, np.full(values.size, 1.0 / values.size), size=resamples)
-    low, high = np.quantile(counts @ values / values.size, [_TAIL, 1 - _TAIL])
+    levels, counts = np.unique(values, return_counts=True)  # drawing prompts is drawing how many have which value
+    share, rows = counts / values.size, max(_MOST_DRAWN // len(levels), 1)
+    sizes = [min(rows, resamples - begin) for begin in range(0, resamples, rows)]
+    sums = np.concatenate([rng.multinomial(values.size, share, size=size) @ levels for size in sizes])
+    low, high = np.quantile(sums / values.size, [_TAIL, 1 - _TAIL])
     return float(low), float(high)
 
 
