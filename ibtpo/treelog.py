@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ibtpo.disk import unfinished
 from ibtpo.metrics import RIGHT
 
@@ -183,9 +185,10 @@ def thin_trees(folder: Path, most_bytes: float, left_bytes: float) -> set[str]:
     total = sum(sizes.values())
     if total <= most_bytes:
         return deleted
-    steps = sorted(sizes)
+    steps = np.array(sorted(sizes))
     while total > left_bytes and len(steps) > 2:
-        gone = steps.pop(1 + min(range(len(steps) - 2), key=lambda i: steps[i + 2] - steps[i]))
+        nearest = 1 + int(np.argmin(steps[2:] - steps[:-2]))
+        gone, steps = int(steps[nearest]), np.delete(steps, nearest)
         total -= sizes[gone]
         for path in files[gone]:
             path.unlink(missing_ok=True)

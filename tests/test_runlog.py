@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import types
 from collections.abc import Callable, Iterator
 from itertools import combinations, pairwise
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from engine_helpers import work
 from hypothesis import given
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -428,6 +430,19 @@ def test_trees_are_kept_within_bounds_and_spread_over_the_run(path: Path) -> Non
     assert thin_trees(path, 1, 1) and len(list((path / "trees").iterdir())) == 2  # the first and the last stay
 
 
+def test_thinning_trees_costs_a_step_the_same_in_short_and_long_runs(tmp_path: Path) -> None:
+    def each(steps: int) -> float:
+        folder = tmp_path / str(steps) / "trees"
+        folder.mkdir(parents=True)
+        for step in range(steps):
+            (folder / f"step-{step:06d}-000.json.gz").write_bytes(b"0123456789")
+        spent = work(lambda: thin_trees(folder.parent, 10 * steps - 1, 5 * steps))
+        assert len(list(folder.iterdir())) == steps // 2
+        return spent / steps
+
+    assert each(256) < 1.2 * each(64)
+
+
 # ---- loggers ----
 
 
@@ -603,6 +618,18 @@ def test_bootstrap_interval_is_seeded_and_covers_like_the_normal_one() -> None:
     )
     assert bootstrap_interval([1.0, 1.0]) == (1.0, 1.0)
     assert all(map(math.isnan, bootstrap_interval([])))
+
+
+def test_the_interval_of_many_prompts_takes_little_memory() -> None:
+    rng = np.random.default_rng(0)
+    for values in (rng.integers(0, 11, 100_000) / 10, rng.random(20_000)):
+        tracemalloc.start()
+        low, high = bootstrap_interval(values)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert most < 30e6  # [2000, P] would be 320 MB and more
+        half = 1.96 * values.std() / math.sqrt(len(values))
+        assert high - low == pytest.approx(2 * half, rel=0.1)
 
 
 def test_evaluation_metrics_have_the_log_s_names() -> None:
