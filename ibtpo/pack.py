@@ -230,12 +230,11 @@ def _cut(packed: PackedTree, budget: int) -> list[int]:
 def _first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
     """First-fit decreasing: largest first into the first bin with room, equal sizes in the order given."""
     bins: list[list[int]] = []
-    room: list[int] = []
+    room = np.full(len(sizes), budget)  # of the bins there may be; only a part larger than the budget fits none
     for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        chosen = next((i for i, free in enumerate(room) if sizes[item] <= free), len(bins))
+        chosen = int(np.argmax(room[: len(bins) + 1] >= sizes[item])) if sizes[item] <= budget else len(bins)
         if chosen == len(bins):
             bins.append([])
-            room.append(budget)
         bins[chosen].append(item)
         room[chosen] -= sizes[item]
     return [sorted(items) for items in bins]

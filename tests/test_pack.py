@@ -8,6 +8,7 @@ from random import Random
 import numpy as np
 import pytest
 import torch
+from engine_helpers import work
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from losses import policy_loss
@@ -16,7 +17,7 @@ from trees import VOCABULARY, TinyModel, chain, estimate, gradients, log_probs, 
 from ibtpo.advantage import NodeAdvantage, advantage
 from ibtpo.config import AdvantageConfig, LossConfig
 from ibtpo.loss import summarize
-from ibtpo.pack import MicroBatch, _cut, pack
+from ibtpo.pack import MicroBatch, _cut, _first_fit, pack
 from ibtpo_engine.model import Model, initialise
 from ibtpo_engine.model_config import ModelConfig
 from ibtpo_engine.tree import Node, Tree
@@ -271,6 +272,17 @@ def test_whole_trees_share_micro_batches_first_fit_decreasing():
     # tokens needed: 1 + 2*(length - 1) = 9 5 13 3 7; decreasing 13 9 7 5 3 -> {13, 3} {9, 7} {5}
     assert [sorted(set(batch.edge_tree.tolist())) for batch in batches] == [[2, 3], [0, 4], [1]]
     assert [len(batch) for batch in batches] == [16, 16, 5]
+
+
+def test_a_tree_costs_the_same_to_plan_among_few_and_many():
+    def each(count: int) -> float:
+        sizes = [Random(i).randrange(60, 120) for i in range(count)]
+        bins: list[list[int]] = []
+        spent = work(lambda: bins.extend(_first_fit(sizes, 100)))
+        assert sorted(i for items in bins for i in items) == list(range(count)) and len(bins) > count / 2
+        return spent / count
+
+    assert each(512) < 1.2 * each(128)
 
 
 def test_groups_of_equal_rewards_count_nowhere():
