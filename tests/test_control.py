@@ -190,6 +190,15 @@ def test_a_branch_aborted_alone_costs_the_same_among_few_and_many(model: Model, 
     assert each(128) < 1.2 * each(32)
 
 
+def test_a_branch_extended_costs_the_same_among_few_and_many(model: Model) -> None:
+    def each(count: int) -> float:
+        engine = Engine(model, kv_tokens=16 * 1024, max_branches=4)
+        nodes = engine.tree(PROMPT).root.fork(count)
+        return work(lambda: engine.extend(nodes, Sampling(max_tokens=2))) / count
+
+    assert each(256) < 1.1 * each(128)
+
+
 # ---- budgets -------------------------------------------------------------------------------------------------
 
 

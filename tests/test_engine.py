@@ -169,6 +169,17 @@ def test_after_release_the_tree_goes_on_as_if_nothing_happened(model: Model, col
     assert_idle(engine)
 
 
+def test_a_cut_prompt_found_in_the_index_is_filled_once_for_all_its_branches(model: Model) -> None:
+    engine = Engine(model, kv_tokens=2048)
+    with engine.tree(PROMPT[:64]) as tree:
+        expected = engine.extend(tree.root.fork(3), SAMPLING)
+    with engine.tree(PROMPT[:64], key=0) as again:
+        again.root.split(32)
+        check_every_step(engine)
+        same(engine.extend(again.prompt.fork(3), SAMPLING), expected)
+    assert_idle(engine)
+
+
 def test_compiled_and_reference_ops_sample_the_same_tree(model: Model, cold: list[Node]) -> None:
     with backend("reference"), grow(Engine(model, kv_tokens=8192), PROMPT, SAMPLING, key=5) as tree:
         same(tree.nodes(), cold)

@@ -64,9 +64,10 @@ class Engine(EngineCore):
         self._check_weights()
         self._submit(nodes, sampling)
         try:
-            while any(node.in_flight for node in nodes):
-                self._step(MOST_STEPS)
-                self._raise_failed(nodes)
+            for node in nodes:
+                while node.in_flight:
+                    self._step(MOST_STEPS)
+                    self._raise_failed(nodes)
         except BaseException as error:
             self._give_up(lambda: self._cancel(nodes), error)
             raise
