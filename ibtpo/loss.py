@@ -52,8 +52,9 @@ def policy_objective(
         ValueError: ``config.kl_coef`` > 0 without `reference_logprob`.
     """
     ratio = torch.exp((logprob - batch.old_logprob[edges]).clamp(max=LARGEST_EXPONENT))
-    gained = batch.positive[edges] * ratio.clamp(max=1 + config.clip_high)
-    gained = gained + batch.negative[edges] * ratio.clamp(min=1 - config.clip_low)
+    low, high = 1 - config.clip_low, 1 + config.clip_high  # at a bound clamp has a gradient only up to torch 2.13
+    gained = batch.positive[edges] * ratio.masked_fill(ratio > high, high)
+    gained = gained + batch.negative[edges] * ratio.masked_fill(ratio < low, low)
     loss = -gained.sum()
     if config.kl_coef > 0:
         if reference_logprob is None:

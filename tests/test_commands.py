@@ -44,7 +44,7 @@ def test_doctor_finds_nothing_broken_here(capsys: pytest.CaptureFixture[str]) ->
     found = json.loads(capsys.readouterr().out)
     assert {row["group"] for row in found} == {"packages", "hardware", "backends", "space"}
     [version] = [row["text"] for row in found if row["name"] == "torch"]
-    assert version == torch.__version__
+    assert torch.__version__.startswith(version)  # wheels of torch may call themselves 2.14.1, and torch 2.14.1+cu130
     assert main(["doctor", "--no-kernels"]) == 0
     assert "nothing is broken" in capsys.readouterr().out
 

@@ -110,7 +110,11 @@ SERVED: list[Call] = [
     ("silu_mul", (torch.tensor(2.0), torch.tensor(3.0)), {}),
     draw(),
     draw(temperature=0, top_p=0.5, top_k=4, min_p=1),
-    draw(temperature=torch.tensor([0.0, 1.0, 2.0]), top_p=torch.rand(3).double() + 1e-3, top_k=torch.tensor([0, 9, 4])),
+    draw(
+        temperature=torch.tensor([0.0, 1.0, 2.0]),
+        top_p=torch.rand(3).double().clamp(1e-3),
+        top_k=torch.tensor([0, 9, 4]),
+    ),
     draw(min_p=torch.rand(3), top_k=torch.arange(3, dtype=torch.int32)),
 ]
 NOT_SERVED: list[Call] = [  # layouts and types that only the long way knows

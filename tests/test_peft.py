@@ -21,6 +21,9 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 PROMPT = prompt_of(40)
 GREEDY = Sampling(max_tokens=30, temperature=0)
 SOME = ["q_proj", "o_proj", "down_proj"]
+needs_mica = pytest.mark.skipif(
+    not hasattr(peft.tuners.lora.variants, "MiCALinearVariant"), reason="came with PEFT 0.20"
+)
 
 
 def with_lora(folder: Path, family: str = "qwen2", *, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
@@ -220,8 +223,10 @@ def test_layers_that_peft_put_into_a_plain_model(tmp_path: Path) -> None:
 
 def test_a_merged_and_unloaded_model_is_a_plain_one(tmp_path: Path) -> None:
     theirs = with_lora(tmp_path)
-    wanted = logits_of(theirs, PROMPT)
-    ours = borrow(theirs.merge_and_unload())
+    wanted, configs = logits_of(theirs, PROMPT), theirs.peft_config
+    merged = theirs.merge_and_unload()
+    merged.peft_config = configs  # as PEFT 0.18 leaves them
+    ours = borrow(merged)
     assert ours.adapters is None
     assert (path_logits(ours, PROMPT) - wanted).abs().max() < 1e-4
 
@@ -248,7 +253,7 @@ def test_a_borrowed_adapter_is_saved_and_loaded_like_any(tmp_path: Path) -> None
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head is adapted; only"),
         ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens is adapted"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
-        ({"init_lora_weights": "mica"}, "MiCALinearVariant"),
+        pytest.param({"init_lora_weights": "mica"}, "MiCALinearVariant", marks=needs_mica),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -96,7 +96,8 @@ class PeftAdapters(Adapters):
 def _adapters_of(model: Any, base: nn.Module) -> PeftAdapters | None:
     """The adapter that PEFT has active in a model; None if it has no adapters."""
     configs: dict[str, Any] = getattr(model, "peft_config", {})
-    if not configs:
+    unloaded = model is base and not any(hasattr(module, "adapter_layer_names") for module in base.modules())
+    if not configs or unloaded:  # up to 0.18 PEFT leaves the configurations where it has unloaded the adapters
         return None
     if others := [str(config.peft_type) for config in configs.values() if config.peft_type != "LORA"]:
         raise CheckpointError(f"borrow: PEFT's {others[0]} is not supported, LoRA is; {_MERGE}")

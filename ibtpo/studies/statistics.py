@@ -56,4 +56,5 @@ def area_under(x: Sequence[float], y: Sequence[float], end: float) -> float:
     known_x, known_y = map(np.array, zip(*points, strict=True))
     inner = known_x[(known_x > 0.0) & (known_x < end)]
     grid = np.array([0.0, *inner, end])
-    return float(np.trapezoid(np.interp(grid, known_x, known_y), grid) / end)
+    heights = np.interp(grid, known_x, known_y)
+    return float(np.diff(grid) @ (heights[1:] + heights[:-1]) / (2 * end))  # np.trapezoid came with numpy 2
