@@ -15,6 +15,7 @@ import torch
 from engine_helpers import (
     ROUNDING,
     assert_idle,
+    check_every_step,
     expected_tokens,
     grow,
     node_on,
