@@ -1,4 +1,4 @@
-r"""Layouts of data files: which fields hold prompt and answer, and how the published mathematics sets write them.
+r"""Layouts of data files: which fields hold prompt and answer, and their form in published mathematics sets.
 
 ==========  ===============================================  =====================================================
 ``plain``   ``prompt``, ``answer``                           any file; the fields can be named
@@ -24,7 +24,7 @@ from ibtpo.tasks.base import Problem
 from ibtpo.tasks.rows import Rows, fail, kind_of
 
 BOXED = "{prompt}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-"""The instruction the published results of mathematics models are measured with."""
+"""The instruction with which published results of mathematics models are measured."""
 
 _MISSING = object()
 
@@ -43,14 +43,14 @@ class Layout:
 
     name: str
     prompt_field: str
-    """Dots step into nested objects, where no field has the dotted name itself."""
+    """Dots step into nested objects, unless a field has the dotted name itself."""
     answer_field: str
     read_answer: Callable[[str], str | None] = str.strip
-    """The reference in the text of the answer field; None if it is not there."""
+    """Extracts the reference from the text of the answer field; None if there is none."""
     answer_form: str = ""
-    """What that text must look like, for error messages."""
+    """Description of that text's form, for error messages."""
     template: str = "{prompt}"
-    """What the policy is shown; for a list of messages, put around the last one."""
+    """Template of the prompt; for a list of messages, applied to the last one."""
 
 
 def _after_hashes(text: str) -> str | None:
@@ -64,7 +64,7 @@ def _found(text: str) -> str | None:
 
 
 def _integer(text: str) -> str | None:
-    """AIME writes 073 and 336^\\circ now and then; 73 and 336 are meant."""
+    """An integer without leading zeros or degree sign: AIME's 073 and 336^\\circ mean 73 and 336."""
     digits = text.strip().removesuffix(r"^\circ").removesuffix(".0")
     return str(int(digits)) if digits.isascii() and digits.isdigit() and int(digits) <= 999 else None
 
@@ -196,7 +196,7 @@ def _read_answer(layout: Layout, row: Mapping[str, Any], where: str) -> str:
 
 
 def read_example(layout: Layout, row: Mapping[str, Any], where: str) -> tuple[str, str]:
-    """A worked example: the prompt in its template, and the text of the field "solution", else of the answer."""
+    """A worked example: the prompt in its template, and the text of the field "solution" or else of the answer."""
     prompt = _check_prompt(get_field(row, layout.prompt_field, "prompt_field", where), layout.prompt_field, where)
     field = "solution" if _get(row, "solution") is not _MISSING else layout.answer_field
     solution = _check_answer(get_field(row, field, "answer_field", where), field, where)
@@ -243,7 +243,7 @@ def _check_answer(answer: Any, field: str, where: str) -> str:
 
 
 def _digits(number: float | Decimal) -> str:
-    """A number as a person writes it: 4 for 4.0 and for 4.00; 0.00005 for 5e-05, whose e is Euler's in a formula."""
+    """A number without exponent or trailing zeros: 4 for 4.00; 0.00005 for 5e-05, whose e is Euler's in a formula."""
     text = f"{number if isinstance(number, Decimal) else Decimal(str(number)):f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text == "-0" else text
@@ -252,6 +252,6 @@ def _digits(number: float | Decimal) -> str:
 def _check_text(text: str, field: str, where: str) -> str:
     try:
         text.encode()
-    except UnicodeEncodeError:  # no tokenizer takes it
+    except UnicodeEncodeError:  # a lone surrogate, which no tokenizer accepts
         fail(where, f'field "{field}" holds half of a character (a lone surrogate)', "mend the row, or remove it")
     return text
