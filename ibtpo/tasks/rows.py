@@ -213,7 +213,7 @@ class ArrowRows:
 
 
 def _as_written(value: Any, kind: Any) -> Any:
-    """A value of this Arrow type; 16- and 32-bit floats as the shortest decimal that rounds to them: .1, not .10000000149.
+    """A value of this Arrow type; 16- and 32-bit floats as the shortest decimal that rounds to them: .1, not .10000000.
 
     So a pass rate of .7 is not below .7, and an answer of .1 can be matched.
     """
