@@ -71,7 +71,7 @@ class NodeAdvantage:
         """[G] -> [S], sums over the trajectories through each node."""
         bounds = np.stack([self.leaf_begin, self.leaf_end], axis=1).ravel()
         sums = np.add.reduceat(np.append(per_trajectory, 0.0), bounds)[::2]
-        return np.where(self.multiplicity > 0, sums, 0.0)  # reduceat returns an element where a range is empty
+        return np.where(self.multiplicity > 0, sums, 0.0)  # for an empty range reduceat returns an element
 
     def weigh(self, weight: Doubles) -> tuple[Doubles, Doubles, Doubles, Doubles, Doubles]:
         """Sums of w_i, w_i*max(A_i, 0) and w_i*min(A_i, 0) over the trajectories i through each node.

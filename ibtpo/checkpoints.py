@@ -99,7 +99,7 @@ def _sum(path: Path) -> dict[str, Any]:
 
 
 def damage(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with a checkpoint's files, in a few words; None if all match their checksums."""
+    """The fault in a checkpoint's files, in a few words; None if all match their checksums."""
     try:
         sums = json.loads((checkpoint.path / CHECKSUMS).read_text(encoding="utf-8"))
         for name, expected in sums.items():

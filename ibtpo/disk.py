@@ -28,7 +28,7 @@ def no_space(path: Path, kept: str, then: str | None = None) -> Iterator[None]:
 
     Args:
         path: the folder written to.
-        kept: what of it is saved, for the message.
+        kept: the part of it that is saved, for the message.
         then: what to do once there is space; by default, to resume the run in the folder.
     """
     try:

@@ -290,7 +290,7 @@ class _Worker:
             self._process = None
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # closing flushes, which fails for what it never read
+                with contextlib.suppress(OSError):  # closing flushes, which fails for requests it never read
                     pipe.close()
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 

@@ -7,7 +7,7 @@
 
 Because the ratios of the children average to 1 (exactly so with recursive values),
 ``J = (1 + beta) * (Cov(eta1, eta2) - mean(eta2)/beta)``: high where confidence sits on the branches that lead to the
-answer and where the policy is still undecided.
+answer and the policy is still undecided.
 
 A new trajectory changes values and scores only along its own path, so adding one costs O(depth * children). Shrunk
 values depend on the values of all ancestors, so all of them are recomputed, O(nodes).

@@ -18,12 +18,12 @@ hidden, I inner size, L layers, Hq/Hkv heads of size D, r rank of the adapters. 
                    product (3 I); queries, keys before norm and before attention, values, attention output, its log-sums
       with checkpointing                  N (L e H + a + e H + 4 D + 12): a layer's input, and one layer whole
     workspace      with the loss          logits of one chunk of rows (on a GPU in fp32, and their gradient: 768 MiB),
-                                          hidden and its gradient (2 e N H), and, where the head is trained, its
+                                          hidden and its gradient (2 e N H), and, if the head is trained, its
                                           gradient in fp32 and in `dtype`: (4 + e) V H
                    in the layers' backward e N (2 I + 3 H), and the head's gradient e V H, waiting for the embedding's
                    in the optimizer step  temporaries of 8bit on a CPU: 20 bytes a number of the largest parameter
-                   while sampling         logits of `max_branches` rows twice in fp32, a chunk of the prompt; these rows
-                                          in a layer are what a CUDA graph has beside such logits of its own
+                   while sampling         logits of `max_branches` rows twice in fp32, a chunk of the prompt; a CUDA
+                                          graph has such logits of its own, and these rows in a layer
 
 In N processes each samples for its share of the prompts, and a step takes an additional bucket of gradients. With fsdp,
 masters (also for fp32, since the engine's weights are a copy), optimizer and gradients take 1/N each, and the *gathered
@@ -260,7 +260,7 @@ def plan_memory(
     release = config.engine.release == "always"
     if config.engine.release == "auto":
         largest = max(updates.values())
-        freely = not (on_cpu or config.engine.cuda_graphs)  # graphs would have to be captured anew
+        freely = not (on_cpu or config.engine.cuda_graphs)  # graphs would have to be captured again
         release = freely or (max(largest, sampling) <= room < largest + pool)
     kept = 0 if release else pool
     phases = {"sampling": sampling} | {name: need + kept for name, need in updates.items()}

@@ -21,7 +21,7 @@ from ibtpo_engine.pages import PAGE, pages_for
 
 
 def least_pool(config: TrainConfig, *, prompt: int, context: int) -> int:
-    """Tokens of a pool in which every tree of a run fits, whatever is sampled.
+    """Tokens of a pool that holds any tree of a run, whatever is sampled.
 
     Args:
         config: the run.

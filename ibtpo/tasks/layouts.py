@@ -85,7 +85,7 @@ _ANSWERS = ("answer", "ground_truth", "reward_model.ground_truth", "solution", "
 
 
 def choose_layout(name: str, rows: Rows, config: JsonlConfig) -> tuple[Layout, str]:
-    """The layout of this name, or the one the first rows tell ("auto"), with the fields of `config` in place.
+    """The layout of this name, or for "auto" the one detected from the first rows, with the fields set in `config`.
 
     Returns:
         the layout, and a note on what was chosen; "" if there was nothing to choose.
