@@ -230,7 +230,7 @@ def _cut(packed: PackedTree, budget: int) -> list[int]:
 def _first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
     """First-fit decreasing: largest first, each into the first bin with room; equal sizes in the order given."""
     bins: list[list[int]] = []
-    room = np.full(len(sizes), budget)  # of the bins there may be; only a part larger than the budget fits none
+    room = np.full(len(sizes), budget)  # of all possible bins; only a part larger than the budget fits in none
     for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         chosen = int(np.argmax(room[: len(bins) + 1] >= sizes[item])) if sizes[item] <= budget else len(bins)
         if chosen == len(bins):

@@ -38,7 +38,7 @@ _BARE = re.compile(r"(?=[-+(\\.\d]|[A-Za-z]\b)(?:[^$\n\\]|\\(?![)\]])){1,200}?(?
 _SENTENCE_END = re.compile(r"[.!?]\$*\s|\n\s*\n|\n\s*[A-Z][a-z]")
 _AND = re.compile(r"\b(?:and|or)\b")
 _CHOICE = re.compile(r"(?i:\banswer)(?:\s+is)?[\s:*]{1,6}\(?([A-J])\)?[.*]{0,4}\s*\Z")  # **Answer:** (C)
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # no command, and no name of a variable
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # not a command or a variable
 
 
 class Graded(NamedTuple):
@@ -177,7 +177,7 @@ def math_equal(answer: str, completion: str) -> float:
 
 
 def math_answer(completion: str) -> str | None:
-    """The final answer as math-verify parses it, written out by the algebra system; None if there is none."""
+    """The final answer as math-verify parses it, printed by the algebra system; None if there is none."""
     found = importlib.import_module("math_verify").parse(with_modulus(final_boxes(completion)), parsing_timeout=None)
     return str(found[0]) if found else None
 

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 FOLDER = "trees"
 FILE = re.compile(r"step-(\d{6,})-\d{3,}\.json\.gz")
-_PART, _MOST_PARTS = "\ufffd", 4  # what a part of a character is decoded to; a character has four bytes at most
-_INDEXED_LETTERS = 400  # of prompt and answer; the tree holds them whole
+_PART, _MOST_PARTS = "\ufffd", 4  # the decoded text of an incomplete character; a character has at most four bytes
+_INDEXED_LETTERS = 400  # characters of prompt and answer in the index; the tree's file has all
 
 Record = dict[str, Any]
 
@@ -85,21 +85,21 @@ def tree_record(
 
 
 def _pieces(ids: list[int], decode: Callable[[list[int]], object], piece: Callable[[int], str]) -> list[str]:
-    """The text of each token; a character spread over several belongs to the one that completes it.
+    """The text of each token; a character spread over several tokens belongs to the last of them.
 
-    A token that holds a part of a character has `_PART` in its own text. Only such neighbours are decoded together, up
-    to where a character ends: a long text with a rare character in it is not decoded over and over.
+    The text of a token with a part of a character contains `_PART`. Only consecutive tokens of this kind are decoded
+    together, until a character is complete, so that long texts with rare characters are not decoded repeatedly.
     """
     pieces: list[str] = []
-    begun: list[int] = []  # tokens since a character began that is not complete, and ...
-    shown = 0  # ... how much of their text has a token already
+    begun: list[int] = []  # tokens since the beginning of an incomplete character, and ...
+    shown = 0  # ... how much of their text has been given to tokens
     for token in ids:
         text = piece(token)
         if _PART in text:
             begun.append(token)
             whole = str(decode(begun))
             complete = max(shown, len(whole.rstrip(_PART)))
-            if len(whole) - complete > _MOST_PARTS:  # so many are none: one that has begun lies in the last three
+            if len(whole) - complete > _MOST_PARTS:  # too many: one that has begun lies in the last three
                 last = str(decode(begun[-3:]))
                 before = len(whole) - len(last)
                 complete, begun = max(complete, before), begun[-3:]

@@ -188,7 +188,7 @@ class _File:
         return Problem(problem.prompt, problem.answer, problem.data, examples)
 
     def _scan(self) -> tuple[_Hashes, _Hashes, npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-        """Check every row; hashes of prompts and of answers, pass rates, and which have an answer."""
+        """Check every row; returns the hashes of prompts and answers, the pass rates, and which rows have an answer."""
         number = len(self.rows)
         hashes, rates, answered = np.zeros((2, number), np.uint64), np.ones(number), np.ones(number, bool)
         field = self._config.pass_rate_field

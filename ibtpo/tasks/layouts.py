@@ -30,11 +30,11 @@ _MISSING = object()
 
 
 class Unanswered(ValueError):
-    """A row whose reference cannot be read."""
+    """A row without a readable reference."""
 
 
-_LOOKED_AT = 100  # rows from which a layout is told
-_NEARLY_ALL = 0.9  # of them; a row that is not as the others must not make whole solutions the references
+_LOOKED_AT = 100  # number of first rows from which a layout is chosen
+_NEARLY_ALL = 0.9  # share of them that must have a marked answer: a few odd rows must not change the layout
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def _after_hashes(text: str) -> str | None:
 
 
 def _found(text: str) -> str | None:
-    """NuminaMath-1.5 writes these two where there is no answer, and no completion would be right."""
+    """The answer, or None for "proof" and "notfound", which NuminaMath-1.5 writes where there is none."""
     return None if text.strip().lower() in ("proof", "notfound") else text.strip()
 
 
@@ -173,8 +173,8 @@ def read_problem(layout: Layout, row: Mapping[str, Any], where: str, config: Jso
     """The problem a row poses, its prompt in the layout's template.
 
     Raises:
-        Unanswered: it has no answer that can be read.
-        ValueError: something in the row is not as it should be; the message names place, field and remedy.
+        Unanswered: it has no readable answer.
+        ValueError: the row is invalid; the message names place, field and remedy.
     """
     field = layout.prompt_field
     prompt = _check_prompt(get_field(row, field, "prompt_field", where), field, where)
