@@ -1,6 +1,6 @@
 """The information-bottleneck estimates of a growing tree: values, IB-Scores, Cov(eta1, eta2) (paper, section 2).
 
-    phat(s)   value: mean reward of the trajectories through s
+    phat(s)   value: estimate of the mean reward below s
     eta1(s)   = phat(s) / phat(parent) - (1 + 1/beta)            information gained about the right answer
     eta2(s)   = pi(s)                                            the policy's confidence in the step
     J(s)      = (1 + beta)/n * sum over the n children b of eta1(b)*eta2(b)

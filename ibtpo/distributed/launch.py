@@ -110,7 +110,7 @@ def _agree(store: Store, rank: int, size: int, timeout: float) -> tuple[int, str
 
 
 def device_name(config: TrainConfig) -> str:
-    """The device of this process: under torchrun, the GPU of its local rank.
+    """The device of this process; if several processes use GPUs, the GPU of its local rank.
 
     Raises:
         ValueError: there are fewer GPUs than processes, or the configuration names a single one for all.
