@@ -1,4 +1,4 @@
-"""Engine against `transformers`: decoding with the built-in policy, log-prob and entropy included on our side.
+"""Engine against `transformers`: decoding with the built-in policy; ours also returns log-prob and entropy.
 
 make bench SUITES=bench/bench_engine.py
 """
@@ -23,7 +23,7 @@ def policy():
 
 
 def prompts(batch: int) -> np.ndarray:
-    """int [batch, PROMPT], different prompts, so that nothing is shared."""
+    """int [batch, PROMPT]: different prompts, so that nothing is shared."""
     return np.random.default_rng(0).integers(1, 14, (batch, PROMPT))
 
 
@@ -48,7 +48,7 @@ def test_engine(benchmark, policy, batch):
 @pytest.mark.parametrize("how", ["native", "module"])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_step(benchmark, policy, batch, how, monkeypatch):
-    """One decode step in the middle of its pages, the engine's own work included, again and again at one length."""
+    """One decode step in the middle of its pages, repeated at the same length, including the engine's own work."""
     if how == "module":
         monkeypatch.setattr(native, "MOST_BYTES", 0)
     engine = Engine(policy.model, kv_tokens=batch * 128)

@@ -1,4 +1,4 @@
-"""Every op beside its peers on the CPU, one group a problem: `make bench`, or pytest bench/bench_kernels.py.
+"""Every op and its peers on the CPU, one group a problem: `make bench`, or pytest bench/bench_kernels.py.
 
 The problems are those of the roofline command (`ibtpo_kernels.roofline.catalog`), which takes the contenders in turns,
 compares them with the machine's limits and writes bench/results; use this suite to compare two commits of one op:
@@ -17,7 +17,7 @@ from ibtpo_kernels.roofline.catalog import problems
 from ibtpo_kernels.roofline.problem import Contender, Problem, Unavailable, verify
 
 CPU = torch.device("cpu")
-SLOW_TO_START = ("torch.compile", "FlexAttention")  # compiled at the first call; the roofline command has them
+SLOW_TO_START = ("torch.compile", "FlexAttention")  # compiled at the first call; measured by the roofline command
 SLOW = ("TRL", "Liger")  # a second a call; once is enough, on linear_logprob
 CASES = [
     pytest.param(problem, contender, id=f"{problem}-{contender.who}")
@@ -30,7 +30,7 @@ CASES = [
 
 @pytest.mark.parametrize(("problem", "contender"), CASES)
 def test_kernel(benchmark: Any, problem: Problem, contender: Contender) -> None:
-    """Checked against ours first, so that nobody is timed computing something else."""
+    """Time a contender, after checking that it computes the same as ours."""
     inputs = problem.draw(CPU, torch.Generator().manual_seed(0))
     try:
         prepare = contender.load()

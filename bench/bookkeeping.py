@@ -1,11 +1,11 @@
-"""What the engine itself costs in a decode step: the step less its share of the native call, over live branches.
+"""The engine's own time in a decode step: the step's time minus the native call's, over live branches.
 
 .venv/bin/python bench/bookkeeping.py [--steps N] [--out FOLDER]
 
-The built-in policy, so the smallest model there is: for any other the share is smaller. Steps are those in which every
-branch decodes, page boundaries included: branches that began in one step, behind prompts of one length, begin their
-pages together; with prompts of `PAGE` lengths some branch begins one in nearly every step. Writes bookkeeping.csv:
-seconds a step and its native part (medians), and the engine's share of the time of all steps.
+The built-in policy is the smallest model; for larger ones the share is smaller. Only steps in which every branch
+decodes are counted, including page boundaries: branches that start in the same step after prompts of equal length begin
+their pages together; with prompts of `PAGE` different lengths some branch begins a page in nearly every step. Writes
+bookkeeping.csv: seconds a step and its native part (medians), and the engine's share of the time of all steps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PROMPT, NEW = 64, 96
 
 
 def measure(branches: int, siblings: int, steps: int, shortest: int) -> tuple[list[float], list[float]]:
-    """Seconds of each step, and of its native part, with `branches` live ones, `siblings` to a prompt.
+    """Seconds of each step, and of its native part, with `branches` live branches, `siblings` a prompt.
 
     Prompts have `shortest` to `PROMPT` tokens.
     """

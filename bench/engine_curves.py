@@ -1,8 +1,8 @@
-"""What the engine costs as something grows: live branches, the share of a path that is shared, cached tokens.
+"""The engine's speed over the number of live branches, the shared part of paths, and the number of cached tokens.
 
 python bench/engine_curves.py [branches sharing cached ...] [--out FOLDER] [--repetitions N]
 
-Decodes with the built-in policy, log-prob and entropy of every token included; writes engine_curves.csv and .png.
+Decodes with the built-in policy, with log-prob and entropy of every token; writes engine_curves.csv and .png.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ PATH, LIVE, NEW = 480, 64, 32
 
 
 def random_prompts(count: int, length: int, seed: int) -> np.ndarray:
-    """int [count, length], no two alike."""
+    """int [count, length], all different."""
     return np.random.default_rng(seed).integers(1, 14, (count, length))
 
 
 def extend_all(engine: Engine, prompts: np.ndarray, new: int) -> int:
-    """One branch on every prompt; what was computed for prompts stays in the index for the next call."""
+    """One branch on every prompt; the prompts stay in the index for the next call."""
     trees = [engine.tree(prompt) for prompt in prompts]
     nodes = engine.extend([tree.root.fork()[0] for tree in trees], Sampling(max_tokens=new))
     for tree in trees:
@@ -43,7 +43,7 @@ def extend_all(engine: Engine, prompts: np.ndarray, new: int) -> int:
 
 
 def anew(engine: Engine, prompts: np.ndarray, new: int) -> int:
-    """`extend_all` without what an earlier call left."""
+    """`extend_all` without prefixes cached by earlier calls."""
     engine.cache.index.clear()
     return extend_all(engine, prompts, new)
 
@@ -59,7 +59,7 @@ def branches(policy: Policy, repetitions: int) -> list[Row]:
 
 
 def sharing(policy: Policy, repetitions: int) -> list[Row]:
-    """64 paths of 480 tokens of which a share is common to all, cached before; 32 tokens on each."""
+    """64 paths of 480 tokens that share a cached prefix of varying length; 32 new tokens on each."""
     rows = []
     for share in SHARING:
         prompts = random_prompts(LIVE, PATH, seed=1)
@@ -70,7 +70,7 @@ def sharing(policy: Policy, repetitions: int) -> list[Row]:
 
 
 def cached(policy: Policy, repetitions: int) -> list[Row]:
-    """32 prompts that are in the index already, 32 tokens on each, beside ever more that are cached and not used."""
+    """32 cached prompts, 32 new tokens on each, beside a growing number of cached tokens that are not used."""
     rows = []
     for count in CACHED:
         engine = Engine(policy.model, kv_tokens=count + 64 * 128)
@@ -85,7 +85,7 @@ CURVES = {"branches": branches, "sharing": sharing, "cached": cached}
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Tokens a second over what varies, one panel a curve."""
+    """Tokens a second over the varied quantity, one panel a curve."""
     cases = list(dict.fromkeys(row.case for row in rows))
     figure, axes = plt.subplots(1, len(cases), figsize=(4.4 * len(cases), 3.4), squeeze=False, layout="constrained")
     for axis, case in zip(axes[0], cases, strict=True):

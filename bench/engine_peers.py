@@ -1,4 +1,4 @@
-"""The engine beside its peers, in turns in one run.
+"""The engine and its peers, measured in turns in one run.
 
 python bench/engine_peers.py [decode shared trees throughput ...] [--out FOLDER] [--repetitions N] [--scale S]
 
@@ -7,14 +7,14 @@ decode      the built-in policy at batch 1 ... 256, prompts of 24 tokens, 64 new
 shared      a prompt of 512 tokens and 16 branches of 32, a model of the shape of Qwen2.5-0.5B with random weights,
             against `transformers` generate and llama.cpp
 trees       IBTree with 1 to 8 branches a round against independent trajectories, tokens sampled a second
-trees-large the same on the shape of Qwen2.5-0.5B, where a step of the model takes far longer than all that is done
-            about it: trajectories of 32 tokens behind prompts of 64
+trees-large the same on the shape of Qwen2.5-0.5B, where the model takes nearly all of a step's time: trajectories of 32
+            tokens after prompts of 64
 throughput  nano-vllm's load: 256 sequences with 100 to 1,024 tokens in and out, a model of the shape of Qwen3-0.6B,
-            against `transformers` generate on one padded batch; --scale makes both smaller, as a CPU demands
+            against `transformers` generate on one padded batch; --scale makes both smaller, for CPUs
 graphs      on a GPU: a model of the shape of Qwen2.5-0.5B with decode steps captured as CUDA graphs, without, with
-            bitwise parity, and `transformers` generate; alone in one call, for the rows name the device
+            bitwise parity, and `transformers` generate; run it alone, since all rows of a call name one device
 
-Ours returns log-prob and entropy with every token; the peers return tokens. Writes engine_peers.csv.
+Ours returns log-prob and entropy with every token; the peers return only tokens. Writes engine_peers.csv.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SHAPES = {
 
 
 def random_model(shape: str, layers: int | None = None) -> Model:
-    """Random weights in a known shape, bfloat16."""
+    """A model of a known shape with random bfloat16 weights."""
     config = SHAPES[shape] | {
         "architectures": ["Qwen2ForCausalLM" if "Qwen2" in shape else "Qwen3ForCausalLM"],
         "vocab_size": 151936,
@@ -83,7 +83,7 @@ def llama_cpp(model: Model, sequences: int, tokens: int, *, shared: bool) -> Ite
 
 
 def extend_all(engine: Engine, prompts: np.ndarray, new: int, n: int = 1) -> int:
-    """n branches on every prompt, nothing reused from an earlier call."""
+    """n branches on every prompt, without prefixes cached by earlier calls."""
     engine.cache.index.clear()
     trees = [engine.tree(prompt) for prompt in prompts]
     nodes = engine.extend([node for tree in trees for node in tree.root.fork(n)], Sampling(max_tokens=new))
@@ -109,7 +109,7 @@ def generate(model: PreTrainedModel, prompts: torch.Tensor, new: int, n: int = 1
 
 
 def generate_padded(model: PreTrainedModel, prompts: list[np.ndarray], new: list[int]) -> int:
-    """`generate` on prompts of different lengths, all until the longest is done; the tokens that were asked for."""
+    """`generate` on a padded batch, until the longest is done; returns the number of requested tokens."""
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -166,7 +166,7 @@ def shared(options: argparse.Namespace) -> list[Row]:
         before = engine.stats()["computed"]
         sampled = extend_all(engine, prompt, 32, 16)
         computed = engine.stats()["computed"] - before
-        unique = 512 + 16 * 31  # a branch's last token is not run
+        unique = 512 + 16 * 31  # a branch's last token is not computed
         assert computed == unique, f"computed {computed} tokens, {unique} are unique"
         return sampled
 
@@ -178,7 +178,7 @@ def shared(options: argparse.Namespace) -> list[Row]:
 
 
 def grow(engine: Engine, config: SearchConfig, prompts: np.ndarray, splitter: StepSplitter, max_tokens: int) -> int:
-    """A right answer is drawn by the tokens themselves, so that scores and branching are as lively as in training."""
+    """Grow trees with random rewards, derived from the tokens, so that scores and branching vary as in training."""
     engine.cache.index.clear()
     search = make_search(config, IBConfig(), splitter, max_tokens)
     sampling = Sampling(max_tokens=max_tokens)
@@ -253,7 +253,7 @@ def graphs(options: argparse.Namespace) -> Iterator[Row]:
     device = torch.device("cuda")
     model = random_model("Qwen2.5-0.5B").to(device)
     peer = in_transformers(model, torch.bfloat16).to(device)
-    for batch in (64, 256, 1, 8):  # there may be no time for all
+    for batch in (64, 256, 1, 8):  # most important first, in case time runs out
         prompts = np.random.default_rng(0).integers(0, 151936, (batch, 64))
         ids = torch.from_numpy(prompts).to(device)
         contenders: dict[str, Call] = {
@@ -291,7 +291,7 @@ def main() -> None:
     for name in options.cases or ("decode", "shared", "trees"):
         for row in CASES[name](options):
             rows.append(row)
-            write(options.out / "engine_peers.csv", rows, device)  # at once: whatever ends this, it has been measured
+            write(options.out / "engine_peers.csv", rows, device)  # at once, so that an interruption loses no rows
     print(f"wrote {options.out / 'engine_peers.csv'}")
 
 

@@ -1,6 +1,6 @@
 """llama.cpp as a peer: the same weights written as GGUF, decoded in batches by the low-level calls of llama-cpp-python.
 
-It installs where a wheel fits or a compiler is at hand (it builds llama.cpp): pip install llama-cpp-python gguf
+Installing needs a matching wheel or a compiler to build llama.cpp: pip install llama-cpp-python gguf
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ ROWS = 512  # most tokens of one pass, llama.cpp's own default
 
 
 def is_installed() -> bool:
-    """Can llama.cpp be measured here?"""
+    """Are llama-cpp-python and gguf installed?"""
     return find_spec("llama_cpp") is not None and find_spec("gguf") is not None
 
 
 def write_gguf(model: Model, path: Path) -> None:
-    """Matrices in the model's type, vectors in float32, no tokenizer."""
+    """Write the weights, matrices in the model's type and vectors in float32, without a tokenizer."""
     import gguf
 
     config = model.config
@@ -62,8 +62,8 @@ class LlamaCpp:
     Args:
         model: Qwen3 or Qwen2.
         sequences: decoded side by side.
-        tokens: most of one sequence, the prompt included.
-        shared: whether sequences share a prompt; then they lie in one buffer, which is slower where they do not.
+        tokens: maximum length of a sequence, including the prompt.
+        shared: do sequences share a prompt? Then they use one unified buffer, which is slower without sharing.
 
     Raises:
         RuntimeError: its logits are not those of `model`.
@@ -101,7 +101,7 @@ class LlamaCpp:
         return self._api.llama_sampler_chain_default_params()
 
     def generate(self, prompts: npt.NDArray[np.int64], new: int, n: int = 1) -> int:
-        """`n` sequences on each prompt [B, m], `new` tokens drawn for each from the full distribution; tokens drawn."""
+        """Sample `new` tokens for `n` sequences on each prompt [B, m]; returns the number of tokens sampled."""
         sequences = len(prompts) * n
         self._prefill(prompts, n)
         for s in range(sequences):
@@ -118,11 +118,11 @@ class LlamaCpp:
         return int(self._api.llama_sampler_sample(self._samplers[sequence], self._context, row))
 
     def _prefill(self, prompts: npt.NDArray[np.int64], n: int) -> None:
-        """Compute the prompts and share each with its sequences; row b of the last pass ends prompt b."""
+        """Compute the prompts and share each with its sequences; row b of the last pass has prompt b's last token."""
         api, (count, length) = self._api, prompts.shape
         memory = api.llama_get_memory(self._context)
         api.llama_memory_clear(memory, False)
-        heads = [(b, at) for b in range(count) for at in range(length - 1)]  # what is not sampled from
+        heads = [(b, at) for b in range(count) for at in range(length - 1)]  # tokens whose logits are not needed
         lasts = [(b, length - 1) for b in range(count)]
         for rows in [*(heads[i : i + ROWS] for i in range(0, len(heads), ROWS)), lasts]:
             self._token[: len(rows)] = [prompts[b, at] for b, at in rows]
@@ -156,7 +156,7 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp computes other logits: {worst:.3f} of the largest apart")
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free the model."""
         for sampler in self._samplers:
             self._api.llama_sampler_free(sampler)
         self._api.llama_batch_free(self._batch)

@@ -1,10 +1,10 @@
-"""Load a random checkpoint of Qwen3-1.7B's shape in a fresh process and sample from it; append the result to a CSV.
+"""Load a random checkpoint of Qwen3-1.7B's shape in a new process and sample from it; append the result to a CSV.
 
 .venv/bin/python bench/load_model.py               # 3.4 GB in the temporary folder; --layers 2 for less
 
 Columns: checkpoint size and largest shard in GB, seconds to load (the file cache is warm: the checkpoint was just
-written), peak resident memory above what the imported process has, in GB and as a share of the weights, and tokens per
-second of 4 branches of 16 tokens on one prompt of 32, the prompt's own forward included.
+written), peak resident memory above that after imports, in GB and as a share of the weights, and tokens per second of 4
+branches of 16 tokens on one prompt of 32, including the prompt's forward pass.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ QWEN3_1_7B = {
 
 
 def write_checkpoint(folder: Path, raw: dict[str, object]) -> float:
-    """Random bf16 weights, a shard at a time; returns their GB."""
+    """Write random bf16 weights, a shard at a time; returns the checkpoint's size in GB."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Model(ModelConfig.from_dict(raw)).state_dict().items()}
     (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
@@ -111,7 +111,7 @@ def measure(folder: Path) -> dict[str, object]:
 
 
 def main() -> None:
-    """Write, measure in a fresh process, append."""
+    """Write, measure in a new process, append."""
     parser = argparse.ArgumentParser(description="Load a random checkpoint of Qwen3-1.7B's shape and sample from it.")
     parser.add_argument("--layers", type=int, default=QWEN3_1_7B["num_hidden_layers"], help="transformer layers")
     parser.add_argument("--vocabulary", type=int, default=QWEN3_1_7B["vocab_size"], help="tokens, at least 32")

@@ -1,9 +1,9 @@
-"""What parity="bitwise" costs: a decode step, and a training forward and backward, against parity="fast", in turns.
+"""The cost of parity="bitwise" against "fast", in turns: a decode step, and a training forward and backward pass.
 
 .venv/bin/python bench/parity.py [--repetitions N] [--out FOLDER]
 
-The policy is four times as wide as the built-in one, so that products and not calls are what is measured. The native
-decoder is bitwise as it is: a small float32 policy decodes at one speed. Writes parity.csv.
+The policy is four times as wide as the built-in one, so that matrix products dominate, not calls. The native decoder is
+always bitwise, so with it a float32 policy decodes at the same speed for both. Writes parity.csv.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def policy(dtype: torch.dtype) -> Model:
 
 
 def step(batch: int, how: Literal["native", "module"], dtype: torch.dtype, parity: Parity) -> Call:
-    """One decode step in the middle of its pages, again and again at one length."""
+    """One decode step in the middle of its pages, repeated at the same length."""
     native.MOST_BYTES = 1 << 30 if how == "native" else 0
     engine = Engine(policy(dtype), kv_tokens=batch * 128, parity=parity)
     assert engine.scheduler.runner.is_native == (how == "native")
@@ -73,7 +73,7 @@ def sampled_trees(engine: Engine, count: int, sampling: Sampling) -> list:
 
 
 def training(dtype: torch.dtype) -> dict[Parity, Call]:
-    """Forward and backward of the log-probs of four trees, for "bitwise" the exact ones included."""
+    """Forward and backward pass of the log-probs of four trees; for "bitwise" also the exact log-probs."""
     model = policy(dtype)
     trees = sampled_trees(Engine(model, kv_tokens=8192), 4, Sampling(max_tokens=80))
     packed = [tree.export() for tree in trees]

@@ -1,9 +1,9 @@
-"""Tokens a prompt of every preset: one training step on the built-in task, all from one warm-started policy.
+"""Tokens a prompt of every preset: one training step on the built-in task from the same warm-started policy.
 
 .venv/bin/python bench/preset_tokens.py [--prompts N] [--out FOLDER]
 
 The policy is that of `ibtpo train` with seed 0 before its first step. Writes preset_tokens.csv: trajectories a prompt,
-tokens sampled, each once, tokens of the trajectories, and the share of the groups that have no gradient.
+tokens sampled, tokens of the trajectories, and the share of groups without a gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ibtpo.checkpoints import latest_checkpoint
 from ibtpo.cli import main as ibtpo
 from ibtpo_kernels.roofline.machine import here
 
-FEW = 16  # prompts of what samples tens of thousands of tokens for each
+FEW = 16  # prompts for presets that sample tens of thousands of tokens for each
 CASES: dict[str, list[str]] = {
     "grpo": [],
     "ib-tpo": [],
@@ -32,11 +32,11 @@ CASES: dict[str, list[str]] = {
     "vineppo": [],
     "vineppo, K = 9, 8 chains": ["--search.value-rollouts", "9", "--search.group-size", "8"],
 }
-"""Flags beside the preset."""
+"""Additional flags of each preset."""
 
 
 def step(folder: Path, preset: str, prompts: int, *flags: str) -> dict[str, float]:
-    """What is logged of one step, of so small a learning rate that no weight changes."""
+    """Metrics of one step with a learning rate so small that no weight changes."""
     size = ["--prompts-per-step", str(prompts), "--sampled-tokens", "1", "--optim.lr", "1e-30"]
     evaluation = ["--eval.prompts", "1", "--eval.samples", "1"]
     if ibtpo(["train", "--preset", preset, "--out", str(folder), *size, *evaluation, *flags]) != 0:

@@ -1,4 +1,4 @@
-"""Rows of measurements of the engine: timed in turns, stamped with machine and commit, written to bench/results."""
+"""Rows of engine measurements: timed in turns, labelled with machine and commit, written to bench/results."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Row:
     """One measurement.
 
     Attributes:
-        case: what was done; x: the value of what varies, if anything does.
+        case: the workload; x: the value of the varied quantity, if there is one.
         who: the contender.
-        tokens: sampled in one call.
+        tokens: number of tokens sampled in one call.
         timing: of the calls, None if it could not be measured.
-        note: what it does besides, or why it was not measured.
+        note: a remark on the contender, or why it was not measured.
     """
 
     case: str
@@ -40,7 +40,7 @@ class Row:
         return self.tokens / self.timing.median if self.timing else float("nan")
 
     def cells(self) -> dict[str, object]:
-        """As columns of the CSV."""
+        """The row by CSV column."""
         t = self.timing
         seconds = {} if t is None else {"median_s": t.median, "p20_s": t.p20, "p80_s": t.p80}
         numbers = {name: f"{value:.6g}" for name, value in seconds.items()}
@@ -59,7 +59,7 @@ class Row:
 
 
 Call = Callable[[], int]
-"""Does the work once and returns how many tokens it sampled."""
+"""Does the work once and returns the number of tokens sampled."""
 
 
 def compare(
@@ -71,9 +71,9 @@ def compare(
     settle: float = 0.0,
     device: torch.device = CPU,
 ) -> list[Row]:
-    """Time contenders in turns, A B A B, after a call of each; one that fails is a row without times, with the reason.
+    """Time contenders in turns, A B A B, after a call of each; one that fails gets a row with the reason and no times.
 
-    `settle`: seconds to wait before each call, as `interleave` does. `device`: what a call is waited for on.
+    `settle`: seconds to wait before each call, as in `interleave`. `device`: synchronised after each call.
     """
     rows, ready = [], {}
     for who, call in contenders.items():
@@ -96,7 +96,7 @@ def compare(
 
 
 def write(path: Path, rows: list[Row], device: torch.device = CPU) -> None:
-    """Replace the rows of the same cases, keep the others; `device` is where they were measured."""
+    """Replace the rows of the same cases, keep the others; `device` is the one they were measured on."""
     stamp = asdict(here(device))
     fresh = [stamp | row.cells() for row in rows]
     cases = {row.case for row in rows}

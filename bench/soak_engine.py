@@ -1,10 +1,10 @@
-"""Random operations on an engine with a tiny pool, for as long as asked: the books are checked, memory is recorded.
+"""Random operations on an engine with a tiny pool; its bookkeeping is checked and its memory recorded.
 
 python bench/soak_engine.py --operations 1_000_000
 
-One row a run goes to bench/results/soak.csv. An operation is one of `OPERATIONS`, drawn by weight; whatever an
-operation is refused for lack of pages or budget counts as refused, not as an error. Every branch that ends is compared,
-now and then, with what a fresh engine samples in its place.
+One row a run goes to bench/results/soak.csv. An operation is one of `OPERATIONS`, drawn by weight; one that is refused
+for lack of pages or budget counts as refused, not as an error. Now and then a random finished node is compared with the
+samples of a new engine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPERATIONS = {
 
 
 class Soak:
-    """An engine, the trees open on it, and what was counted."""
+    """An engine, its open trees, and counters."""
 
     def __init__(self, seed: int) -> None:
         torch.set_num_threads(1)
@@ -48,12 +48,12 @@ class Soak:
         with torch.no_grad():
             for parameter in self.model.parameters():
                 if parameter.ndim == 2:
-                    parameter.mul_(20)  # so that a token depends on all before it, and a wrong key is a wrong token
+                    parameter.mul_(20)  # so that tokens depend on all before them, and a wrong key gives a wrong token
         self.random = np.random.default_rng(seed)
         self.engine = Engine(self.model, kv_tokens=16 * 28, max_branches=6, prefill_tokens=24, seed=seed)
         self.trees: list[Tree] = []
         self.pending: list[Node] = []
-        self.given: set[int] = set()  # streams of kept suffixes, whose tokens were not drawn
+        self.given: set[int] = set()  # streams of given suffixes, whose tokens were not sampled
         self.count: Counter[str] = Counter()
         self.prompts = [self.random.integers(3, VOCABULARY, n) for n in (1, 9, 16, 20, 33, 48)]
 
@@ -143,7 +143,7 @@ class Soak:
 
     def weights_changed(self) -> None:
         with torch.no_grad():
-            self.model.model.norm.weight.mul_(1.0)  # the same weights, so that a fresh engine can be asked
+            self.model.model.norm.weight.mul_(1.0)  # the same weights, so that a new engine can be compared
         self.engine.weights_changed()
 
     def release(self) -> None:
@@ -151,7 +151,7 @@ class Soak:
         self.engine.restore()
 
     def compare(self) -> None:
-        """A random node against the same path sampled alone by a fresh engine."""
+        """Compare a random node with the same path sampled alone by a new engine."""
         node = self.pick()
         if node.parent is None or node.stream in {*self.given, node.tree.root.stream}:
             return
@@ -171,7 +171,7 @@ def resident() -> int:
 
 
 def soak(operations: int, seed: int, seconds: float) -> dict[str, object]:
-    """Run until `operations` or `seconds` are over; the row to record."""
+    """Run for `operations` or `seconds`, whichever ends first; returns the row to record."""
     run, begin, done, early = Soak(seed), time.perf_counter(), 0, 0
     while done < operations and time.perf_counter() - begin < seconds:
         run.operate()

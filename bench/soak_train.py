@@ -1,4 +1,4 @@
-"""Train a tiny policy for thousands of steps and see that memory, and the time of a step, stay where they are.
+"""Train a tiny policy for thousands of steps and check that memory does not grow; the time of a step is recorded.
 
     python bench/soak_train.py                      10,000 steps
     python bench/soak_train.py --seconds 180        as many as fit
@@ -36,7 +36,7 @@ TINY = {
     "sampled_tokens": 10**12,
     "prompts_per_step": 3,
     "checkpoint_every": 50,
-    "trees_megabytes": 1.0,  # reached after some hundred steps: most of the run thins its trees
+    "trees_megabytes": 1.0,  # reached after some hundred steps, so that most of the run thins its trees
     "optim": {"lr": 1e-4},
     "sampling": {"max_tokens": 16},
     "search": {"rounds": 4},
@@ -47,13 +47,13 @@ TINY = {
 
 
 def tiny_config(out: Path) -> TrainConfig:
-    """A run of the built-in task with steps of some milliseconds."""
+    """A run of the built-in task with steps of a few milliseconds."""
     config = base_config(task=None, preset="ib-tpo", file=None, run=None)
     return merge(config, {**TINY, "out": str(out)}, source="soak")
 
 
 class Watch:
-    """Records a row now and then, and asks the run to stop when it has gone on long enough."""
+    """Records a row now and then, and stops the run when its time is over."""
 
     def __init__(self, file: IO[str], *, every: int, steps: int, seconds: float) -> None:
         self._every, self._steps, self._seconds = every, steps, seconds
@@ -77,7 +77,7 @@ class Watch:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def medians(self, column: int) -> tuple[float, float]:
-        """Of a column, in the second fifth of the rows and in the last."""
+        """Medians of a column in the second and in the last fifth of the rows."""
         fifth = max(1, len(self.rows) // 5)
         values = [row[column] for row in self.rows]
         return statistics.median(values[fifth : 2 * fifth]), statistics.median(values[-fifth:])

@@ -4,9 +4,9 @@ OMP_NUM_THREADS=2 .venv/bin/python bench/train_large.py                         
 OMP_NUM_THREADS=2 .venv/bin/python bench/train_large.py --rank 16               # adapters
 OMP_NUM_THREADS=2 .venv/bin/python bench/train_large.py --layers 4 --vocabulary 4096 -- --gradient-checkpointing
 
-What comes after ``--`` goes to `ibtpo train`. Columns: what was trained; parameters in millions; steps and seconds of
-sampling and of updates a step; planned and measured peak of the process in GB, and their ratio, which must lie within
-15 % of 1, or the script fails.
+Arguments after ``--`` are passed to `ibtpo train`. Columns: what was trained; parameters in millions; steps and seconds
+of sampling and of updates a step; planned and measured peak memory of the process in GB, and their ratio; the script
+fails unless it lies within 15 % of 1.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 RESULTS = Path(__file__).parent / "results" / "train_large.csv"
-TRUE = 0.15  # the plan may be off by this share
+TRUE = 0.15  # largest relative error of the plan
 STEPS, PROMPTS, BRANCHES, NEW = 3, 4, 8, 16
 ENDS = 16  # every 16th token ends an answer
-LENGTH = 10  # tokens of an answer, then, on average
+LENGTH = 10  # so an answer's average number of tokens
 QWEN3_0_6B = QWEN3_1_7B | {"hidden_size": 1024, "intermediate_size": 3072}
 
 
 def write_tokenizer(folder: Path, size: int) -> None:
-    """A token a byte, and made-up words up to `size`, the end token included."""
+    """One token for each byte and made-up words, `size` in total, including the end token."""
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
     symbols += [f"w{i}" for i in range(len(symbols), size - 1)]
     vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
@@ -48,11 +48,11 @@ def write_tokenizer(folder: Path, size: int) -> None:
 
 
 def write_inputs(folder: Path, layers: int, vocabulary: int) -> None:
-    """A checkpoint in `folder`/model, sums in data.jsonl, and a reward in rewards.py."""
+    """Write a checkpoint to `folder`/model, sums to data.jsonl, and a reward to rewards.py."""
     model = folder / "model"
     model.mkdir()
     write_tokenizer(model, vocabulary)
-    ends = list(range(ENDS - 1, vocabulary, ENDS))  # random weights would hardly ever write a lone one
+    ends = list(range(ENDS - 1, vocabulary, ENDS))  # random weights would hardly ever sample a single end token
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}), encoding="utf-8")
     shape = {"num_hidden_layers": layers, "vocab_size": vocabulary}
     write_checkpoint(model, QWEN3_0_6B | shape)
@@ -68,7 +68,7 @@ def write_inputs(folder: Path, layers: int, vocabulary: int) -> None:
 
 
 def train(folder: Path, steps: int, rank: int, more: list[str]) -> tuple[list[dict[str, float]], str]:
-    """Run `ibtpo train`; returns the logged rows and what was printed."""
+    """Run `ibtpo train`; returns the logged rows and the printed output."""
     flags = {
         "--model": folder / "model",
         "--data": folder / "data.jsonl",
@@ -103,7 +103,7 @@ def train(folder: Path, steps: int, rank: int, more: list[str]) -> tuple[list[di
 
 
 def main() -> None:
-    """Write, train in a fresh process, compare, append."""
+    """Write, train in a new process, compare, append."""
     parser = argparse.ArgumentParser(description="Train a random checkpoint and compare its memory with the plan.")
     parser.add_argument("--layers", type=int, default=QWEN3_0_6B["num_hidden_layers"], help="transformer layers")
     parser.add_argument("--vocabulary", type=int, default=QWEN3_0_6B["vocab_size"], help="tokens, at least 257")

@@ -1,16 +1,16 @@
-"""Step-level advantages (paper, section 4) and the group-relative ones of GRPO, on a packed tree.
+"""Step-level advantages (paper, section 4) and GRPO's group-relative advantages, on a packed tree.
 
     A_GL(s) = (phat(s) - phat(q)) / (std({R}) + eps)                                  global: against the root
     A_IB(s) = (phat(s)/phat(parent) - (1 + 1/beta)) * pi_ref(s)  =  eta1(s) * pi_ref(s)   local: against the parent
     A(s)    = A_GL(s) + lambda * A_IB(s)                                              the same for every token of s
 
-IB-TPO's A belongs to a step, GRPO's to a trajectory. A token shared by several trajectories meets all of theirs, and
-the clipped objective is linear in the positive and in the negative part of an advantage::
+IB-TPO's A belongs to a step, GRPO's to a trajectory. A token shared by several trajectories gets the advantages of all
+of them, and the clipped objective is linear in the positive and in the negative part of an advantage::
 
     -min(r*A, clip(r)*A) = -( max(A, 0) * min(r, 1 + clip_high)  +  min(A, 0) * max(r, 1 - clip_low) )
 
-so two sums a token are all the loss needs, whoever the advantages belong to: see `NodeAdvantage.weigh`. The formulas of
-the rivals (`treerl`, `vineppo`: of steps; `treepo`, `tree-grpo`: of trajectories) are in `ibtpo/advantages/`.
+so the loss needs only two sums a token in either case: see `NodeAdvantage.weigh`. The formulas of the other methods
+(`treerl` and `vineppo` for steps, `treepo` and `tree-grpo` for trajectories) are in `ibtpo/advantages/`.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ Longs = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class NodeAdvantage:
-    """The advantages of one tree; arrays [S] run along ``packed.nodes``, the prompt's entry being 0.
+    """The advantages of one tree; arrays [S] have an entry for each of ``packed.nodes``, 0 for the prompt.
 
-    The G trajectories are numbered as their leaves come in `packed.nodes`, so those through a node are a range.
+    The G trajectories are numbered in the order of their leaves in `packed.nodes`, so those through a node are a range.
 
     Attributes:
         packed: the tree.
         a_gl, a_ib: float64 [S], the global and the local part as in the paper.
-        a: float64 [S], what the tokens of a step get: A_GL + lambda*A_IB, or for GRPO the mean over its trajectories.
+        a: float64 [S], advantage of a step's tokens: A_GL + lambda*A_IB, or for GRPO the mean over its trajectories.
         a_trajectory: float64 [G], set if advantages belong to trajectories (as GRPO's do); `a` is for display then.
-        leaf_begin, leaf_end: int64 [S], the trajectories through a node are [leaf_begin, leaf_end).
+        leaf_begin, leaf_end: int64 [S]; the trajectories through a node are [leaf_begin, leaf_end).
         lengths: int64 [G], sampled tokens of each trajectory.
-        skipped: all rewards were equal and the group is to be dropped: no tokens, no share in any mean.
+        skipped: the group is dropped from loss and means, since all its rewards or values are equal.
     """
 
     packed: PackedTree
@@ -64,19 +64,19 @@ class NodeAdvantage:
 
     @property
     def multiplicity(self) -> Longs:
-        """int64 [S], m: trajectories through each node."""
+        """int64 [S], m: number of trajectories through each node."""
         return self.leaf_end - self.leaf_begin
 
     def sum_leaves(self, per_trajectory: Doubles) -> Doubles:
         """[G] -> [S], sums over the trajectories through each node."""
         bounds = np.stack([self.leaf_begin, self.leaf_end], axis=1).ravel()
         sums = np.add.reduceat(np.append(per_trajectory, 0.0), bounds)[::2]
-        return np.where(self.multiplicity > 0, sums, 0.0)  # reduceat returns an element where a range is empty
+        return np.where(self.multiplicity > 0, sums, 0.0)  # for an empty range reduceat returns an element
 
     def weigh(self, weight: Doubles) -> tuple[Doubles, Doubles, Doubles, Doubles, Doubles]:
-        """Sums over the trajectories i through each node of w_i, w_i*max(A_i, 0), w_i*min(A_i, 0).
+        """Sums of w_i, w_i*max(A_i, 0) and w_i*min(A_i, 0) over the trajectories i through each node.
 
-        And of w_i over those with A_i > 0, and over those with A_i < 0, which only metrics need.
+        For metrics also the sums of w_i over those with A_i > 0, and over those with A_i < 0.
 
         Args:
             weight: [G], w_i, the weight of one token of trajectory i in the loss.
@@ -104,8 +104,8 @@ def advantage(
 
     Args:
         packed: the tree, as exported.
-        estimates: its IB estimates, as left by the search in ``tree.notes["ib"]``.
-        config: kind, lambda, and the readings of what the paper leaves open.
+        estimates: its IB estimates, which the search left in ``tree.notes["ib"]``.
+        config: kind, lambda, and the choices the paper leaves open.
         reference_logprob: [N], the frozen reference's log-prob of every token of `packed` (prompt entries unread);
             needed if ``config.pi_ref == "reference"``.
 
@@ -151,16 +151,16 @@ def advantage(
 
 
 def _of_trajectories(steps: NodeAdvantage, a_trajectory: Doubles) -> NodeAdvantage:
-    """The advantages [G] of trajectories in place of those of steps; a node shows their mean."""
+    """Replace the advantages of steps by those of trajectories [G]; a node's `a` is the mean of its trajectories'."""
     mean = steps.sum_leaves(a_trajectory) / np.maximum(steps.multiplicity, 1)
     mean[0] = 0.0
     return replace(steps, a=mean, a_trajectory=a_trajectory)
 
 
 def over_batch(advantages: Sequence[NodeAdvantage], config: AdvantageConfig) -> list[NodeAdvantage]:
-    """What depends on all trees of a training step: TreePO's advantages are whitened, others left as they are.
+    """Whiten TreePO's advantages over all trees of a training step; other kinds are returned unchanged.
 
-    Skipped trees neither count nor change.
+    Skipped trees are neither counted nor changed.
     """
     if config.kind != "treepo":
         return list(advantages)
@@ -193,7 +193,7 @@ def _local(
 
 
 def _leaf_ranges(packed: PackedTree) -> tuple[Longs, Longs]:
-    """First and one-past-last trajectory through each node: depth first, a subtree's leaves are consecutive."""
+    """First and one-past-last trajectory through each node; in depth-first order a subtree's leaves are consecutive."""
     last = packed.end[packed.first]  # one past the subtree's last token ...
     after = np.searchsorted(packed.first, last)  # ... and so the first node past it
     leaves_before = np.concatenate([[0], np.cumsum([node.is_leaf for node in packed.nodes])])

@@ -1,16 +1,16 @@
-"""Checkpoints of a run: written beside their place, flushed, renamed; checked before they are trusted.
+"""Checkpoints of a run: written under a temporary name, flushed, renamed; verified before they are loaded.
 
 ::
 
-    checkpoints/step-000010/          complete: it got its name last
+    checkpoints/step-000010/          complete: renamed after all else
         ibtpo.json                    its format, see ibtpo/run_format.py
-        checksums.json                bytes and SHA-256 of every other file, but for
-        README.md                     the model card, which grows with later evaluations
-        ...                           what the trainer wrote
+        checksums.json                size and SHA-256 of every other file, except
+        README.md                     the model card, which later evaluations rewrite
+        ...                           the trainer's files
     checkpoints/.step-000020.tmp/     being written, or being removed
-    checkpoints/damaged-000020/       complete once, but not what was written; set aside by a resume
+    checkpoints/damaged-000020/       complete, but failed its checksums; set aside by a resume
 
-At every moment the newest complete checkpoint stays where it is until the next one has its name.
+The newest complete checkpoint is kept until the next one has its name.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ class Checkpoint:
 
 
 def checkpoints(run: Path) -> list[Checkpoint]:
-    """The complete checkpoints of a run folder, oldest first; their contents are not looked at."""
+    """The complete checkpoints of a run folder, oldest first; their contents are not checked."""
     found = (run / CHECKPOINTS).glob(f"{_NAME}*")
     numbered = [(path.name.removeprefix(_NAME), path) for path in found if path.is_dir()]
     return sorted((Checkpoint(int(n), path) for n, path in numbered if n.isdecimal()), key=lambda c: c.step)
 
 
 def latest_checkpoint(run: Path) -> Checkpoint | None:
-    """The last complete checkpoint of a run folder, or None; its contents are not looked at."""
+    """The last complete checkpoint of a run folder, or None; its contents are not checked."""
     found = checkpoints(run)
     return found[-1] if found else None
 
 
 def write_checkpoint(run: Path, step: int, write: Callable[[Path], object], *, keep: int) -> Path:
-    """Save a checkpoint and forget all but the `keep` newest. The step's own, if it is there already, is left alone.
+    """Save a checkpoint and delete all but the `keep` newest. An existing checkpoint of this step is not rewritten.
 
     Args:
         write: called with an empty folder to fill.
 
     Raises:
-        RunFolderError: the disk is full; nothing half-written stays behind, older checkpoints do.
+        RunFolderError: the disk is full; the partial checkpoint is removed, older ones are kept.
     """
     folder = run / CHECKPOINTS
     final = folder / f"{_NAME}{step:06d}"
@@ -99,7 +99,7 @@ def _sum(path: Path) -> dict[str, Any]:
 
 
 def damage(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with a checkpoint's files, in a few words; None if each is what was written."""
+    """The fault in a checkpoint's files, in a few words; None if all match their checksums."""
     try:
         sums = json.loads((checkpoint.path / CHECKSUMS).read_text(encoding="utf-8"))
         for name, expected in sums.items():
@@ -118,15 +118,15 @@ def damage(checkpoint: Checkpoint) -> str | None:
 
 
 def intact_checkpoint(run: Path, say: Callable[[str], object]) -> Checkpoint | None:
-    """The newest checkpoint whose files are what was written, or None if the run has none at all.
+    """The newest intact checkpoint, or None if the run has no checkpoints.
 
-    Newer ones, all damaged, are set aside as damaged-NNNNNN.
+    Newer, damaged ones are set aside as damaged-NNNNNN.
 
     Args:
-        say: told of each damaged one.
+        say: called with a message about each damaged one.
 
     Raises:
-        RunFolderError: there are checkpoints, but every one is damaged; or the newest is of a newer format.
+        RunFolderError: every checkpoint is damaged, or the newest has a newer format.
     """
     faults: list[tuple[Checkpoint, str]] = []
     for checkpoint in reversed(checkpoints(run)):
@@ -146,17 +146,17 @@ def intact_checkpoint(run: Path, say: Callable[[str], object]) -> Checkpoint | N
 
 
 def weights_of(model: Path, say: Callable[[str], object]) -> Path:
-    """The folder whose weights `--model` means: `model` itself or, of a run folder, its newest intact checkpoint.
+    """The folder of weights that `--model` names: `model` itself or, of a run folder, its newest intact checkpoint.
 
-    Only looked at, not locked: the run may be under way.
+    The run folder is read without locking it, since the run may be in progress.
 
     Args:
         model: a checkpoint folder, or the folder of a run.
-        say: told which checkpoint of a run was taken, and of each damaged one.
+        say: called with messages: which checkpoint of a run was taken, and which are damaged.
 
     Raises:
-        RunFolderError: the run has no checkpoint yet, or none that is intact; the checkpoint is damaged; what would be
-            taken is of a newer format; or the path lies between run and checkpoint.
+        RunFolderError: the run has no intact checkpoint; the checkpoint is damaged or has a newer format; or the path
+            is a run's folder of checkpoints, and not one of them.
     """
     if model.name == CHECKPOINTS and is_run(model.parent):
         raise RunFolderError(

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("ibtpo: stopped at once; what was saved before is safe", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # somebody piped us into `head`
+    except BrokenPipeError:  # output was piped into `head`, say
         return 0
     except Exception as error:
         if not _says_what_to_do(error):
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _says_what_to_do(error: Exception) -> bool:
-    """Is it about the input or about what a run met, not about a mistake of ours?"""
+    """Is its message meant for the user? Otherwise the error is a bug of ours, shown with its traceback."""
     if isinstance(error, ValueError | OSError):
         return True
     from ibtpo.grading import GraderError

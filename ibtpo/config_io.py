@@ -47,13 +47,13 @@ def merge(config: Config, changes: Mapping[str, Any], *, source: str, prefix: st
 
 
 def without_none(hint: Any) -> tuple[Any, bool]:
-    """The type that a field's hint names, and whether None is allowed besides."""
+    """The type in a field's hint without None, and whether None is allowed."""
     options = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return next(option for option in options if option is not type(None)), type(None) in options
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the field's type; YAML's 1e-6 without a dot is a string, so numbers may be written either way."""
+    """Convert `value` to the field's type; numbers may be strings, since YAML reads 1e-6 without a dot as one."""
     wanted, is_optional = without_none(hint)
     if value is None and is_optional:
         return None
@@ -61,7 +61,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if value in get_args(wanted):
             return value
         raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(repr, get_args(wanted)))}")
-    if get_origin(wanted) is tuple:  # of strings; one may be written without a list around it
+    if get_origin(wanted) is tuple:  # of strings; a single one may be given without a list
         items = [value] if isinstance(value, str) else value
         if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
             return tuple(items)
@@ -98,7 +98,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """Containers and paths as YAML and JSON know them."""
+    """Convert containers and paths to YAML and JSON types."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -115,7 +115,7 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class _Dumper(yaml.SafeDumper):
-    r"""Texts that hold a newline stand between quotes, in one line: "\n\n"."""
+    r"""Writes texts with a newline in quotes, on one line: "\n\n"."""
 
 
 _Dumper.add_representer(
@@ -125,12 +125,12 @@ _Dumper.add_representer(
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """Fields in their order as YAML, a field a line."""
+    """Fields as YAML, in their order, one a line."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
 
 
 def dump_yaml(config: TrainConfig) -> str:
-    """A configuration as the text of a YAML file that `load_yaml` and `merge` take back."""
+    """A configuration as the text of a YAML file for `load_yaml` and `merge`."""
     return to_yaml(plain(asdict(config)))
 
 
@@ -145,18 +145,18 @@ def base_config(
     """The configuration before the command line's own flags: defaults, task file, preset, then `file`.
 
     Args:
-        task: the task if a flag names one; the built-in one brings settings of its own. One that reads no data file
-            goes without that of `file` or `run`.
+        task: the task if a flag names one; the built-in one has settings of its own. With a task that reads no data
+            file, that of `file` or `run` is ignored.
         preset: a name of `PRESETS`; None is "ib-tpo".
         file: a YAML file, or None.
-        run: a run folder whose configuration takes the place of defaults, task file and preset, or None.
-        instead: what holds in place of the run's own settings, nested like YAML.
+        run: a run folder whose configuration replaces defaults, task file and preset, or None.
+        instead: settings that replace the run's, nested like YAML.
 
     Raises:
-        ValueError: an unknown preset, one for a run, a file that cannot be used, or a run folder of a newer format.
+        ValueError: an unknown preset, a preset besides a run, an invalid file, or a run folder of a newer format.
     """
     changes = {} if file is None else load_yaml(file)
-    if task not in (None, "jsonl"):  # a data file would make it jsonl
+    if task not in (None, "jsonl"):  # a data file would change the task to jsonl
         changes = changes | {"data": None}
     elif changes.get("task", "jsonl") != "jsonl":
         changes = {"data": None} | changes

@@ -1,4 +1,4 @@
-"""Every configuration field with its default, what it may be, and its sentence: from ibtpo/config.py itself.
+"""Every configuration field with default, allowed values and meaning, read from ibtpo/config.py.
 
 docs/configuration.md is generated from it (``python -m ibtpo.config_reference``).
 """
@@ -52,7 +52,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Section:
-    """The fields of one dataclass; the run's own have no name."""
+    """The fields of one dataclass; the section of the run's own fields has no name."""
 
     name: str
     meaning: str
@@ -82,7 +82,7 @@ def _sections(kind: type[Any], name: str = "") -> Iterator[Section]:
 
 
 def _sentences(kind: type[Any]) -> dict[str, str]:
-    """The string under each field."""
+    """The docstring under each field."""
     [body] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(body, ast.ClassDef)
     found = {}
@@ -94,7 +94,7 @@ def _sentences(kind: type[Any]) -> dict[str, str]:
 
 
 def _limits(kind: type[Any]) -> dict[str, str]:
-    """What its checks allow; a number that is None by default is checked as 1."""
+    """The values that its checks allow; numbers that are None by default are set to 1 so that they are checked."""
     hints = get_type_hints(kind)
     absent = {f.name: 1 for f in fields(kind) if f.default is None and {int, float} & set(get_args(hints[f.name]))}
     with noting_limits() as limits:
@@ -116,7 +116,7 @@ def _allowed(hint: Any, limit: str | None) -> str:
 
 
 def _text(value: Any) -> str:
-    """As YAML has it."""
+    """The value as in YAML."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -138,7 +138,7 @@ def documentation() -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that a Markdown table shows as it is."""
+    """Escape a text for a Markdown table."""
     return text.replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
 
 

@@ -1,4 +1,4 @@
-"""Consoles that outlive their pipe or terminal."""
+"""Consoles that survive the closing of their pipe or terminal."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from rich.console import Console
 
 
 def say(console: Console, text: str, *, style: str | None = None) -> None:
-    """Print a text as it is, whatever it holds, and leave where its lines break to the terminal."""
+    """Print a text literally, without markup, and leave line breaks to the terminal."""
     console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 class Output(Console):
-    """A console whose closed pipe (`ibtpo eval | head`) ends only what is said, where rich would end the process."""
+    """A console that falls silent if its pipe is closed (`ibtpo eval | head`); rich would end the process."""
 
     def on_broken_pipe(self) -> None:
-        """Say nothing more."""
+        """Print nothing more."""
         self.quiet = True
         _lead_nowhere(sys.stdout.fileno())
 
 
 class RunConsole(Output):
-    """A console whose closed pipe (`ibtpo train | head`) stops the run as SIGTERM does: at a safe point.
+    """A console that stops the run at a safe point, as SIGTERM does, if its pipe is closed (`ibtpo train | head`).
 
-    rich would end the process where it stands. A closed terminal ends nothing by itself: the SIGHUP that comes with it
-    stops the run, unless the user had it ignored (nohup).
+    rich would end the process at once. Output to a closed terminal is dropped; the SIGHUP sent with the closing stops
+    the run, unless it is ignored (nohup).
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
         super().__init__(quiet=quiet, file=cast(IO[str], _Stream(sys.stdout)))
 
     def on_broken_pipe(self) -> None:
-        """Say nothing more, and ask for the stop."""
+        """Print nothing more, and request the stop."""
         super().on_broken_pipe()
         signal.raise_signal(signal.SIGTERM)
 
 
 class _Stream:
-    """A stream that says nothing more once its terminal was closed."""
+    """A stream that drops its output once its terminal has been closed."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -53,11 +53,11 @@ class _Stream:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        """Write, or let go of the terminal."""
+        """Write, or release a closed terminal."""
         return self._attempt(lambda: self._stream.write(text)) or len(text)
 
     def flush(self) -> None:
-        """Flush, or let go of the terminal."""
+        """Flush, or release a closed terminal."""
         self._attempt(self._stream.flush)
 
     def _attempt(self, act: Callable[[], int | None]) -> int | None:
@@ -71,11 +71,11 @@ class _Stream:
 
 
 def release_closed_terminal() -> None:
-    """Where standard output and error go to a terminal that was closed, to write is an error: lead them nowhere."""
+    """Redirect standard output and error to /dev/null if they go to a closed terminal, where writing fails."""
     for descriptor in (1, 2):
         try:
             termios.tcgetattr(descriptor)
-        except termios.error as error:  # no terminal at all is ENOTTY
+        except termios.error as error:  # ENOTTY: not a terminal
             if error.args[0] == errno.EIO:
                 _lead_nowhere(descriptor)
 

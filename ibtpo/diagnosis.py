@@ -27,7 +27,7 @@ from ibtpo_kernels.self_check import self_check, triton_lacks
 Status = Literal["ok", "note", "slow", "broken"]
 EXTRAS = ("gpu", "study", "gym", "data", "8bit")
 LOGGERS = ("wandb", "trackio")
-MODULES = {"pyyaml": "yaml"}  # where a distribution's module is not called like it
+MODULES = {"pyyaml": "yaml"}  # modules whose name differs from their distribution's
 LOW_DISK, LOW_MEMORY = 2e9, 2e9  # bytes; a checkpoint of a 0.5 B model with its optimizer takes more
 GB = 1e9
 
@@ -38,9 +38,9 @@ class Finding:
 
     Attributes:
         group: packages, hardware, backends, kernels or space.
-        name: of the thing.
-        status: ok; note: optional and not there; slow: works, but slowly; broken: a run would fail.
-        text: what was found, and what to do about it.
+        name: of the package, device, kernel or folder.
+        status: ok; note: optional and missing; slow: works, but slowly; broken: a run would fail.
+        text: the finding and its remedy.
     """
 
     group: str
@@ -50,7 +50,7 @@ class Finding:
 
 
 def examine(*, kernels: bool = True) -> Iterator[Finding]:
-    """Everything that is found, in the order of the report; a check that fails is itself a finding."""
+    """All findings in the order of the report; a check that raises is itself a finding."""
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("packages", _packages),
         ("hardware", _processor),
@@ -171,7 +171,7 @@ def _backends() -> Iterator[Finding]:
         try:
             with backend(name):
                 pass
-        except ValueError as error:  # says what is missing
+        except ValueError as error:  # its message names what is missing
             yield Finding("backends", name, "note", one_line(error).removeprefix(f"backend '{name}': "))
         except Exception as error:
             yield Finding("backends", name, "broken", f"{type(error).__name__}: {one_line(error)}")

@@ -1,4 +1,4 @@
-"""Writing that survives: whole files or none, on the disk and not in its cache alone; plain words when it is full."""
+"""Durable writing: atomic and flushed to disk, with errors that explain a full disk."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 AGAIN = "give the same command again"
-UNFINISHED = ".tmp"  # ending of what is being written or removed; never read, swept away when a run is opened
-_FULL = {  # how libraries that hide errno put it; what happened, and the remedy
+UNFINISHED = ".tmp"  # suffix of files being written or removed; never read, removed when a run is opened
+_FULL = {  # messages of libraries that hide errno -> what happened, and the remedy
     errno.ENOSPC: ("No space left on device", "no space left on the disk of", "free some space"),
     errno.EDQUOT: ("Disk quota exceeded", "no space left on the disk of", "free some space"),
     errno.EFBIG: ("File too large", "a file is too large for the disk or the limit (ulimit -f) of", "raise the limit"),
@@ -28,8 +28,8 @@ def no_space(path: Path, kept: str, then: str | None = None) -> Iterator[None]:
 
     Args:
         path: the folder written to.
-        kept: what is left of it.
-        then: what to do once there is space; by default, to resume the run that the folder is of.
+        kept: the part of it that is saved, for the message.
+        then: what to do once there is space; by default, to resume the run in the folder.
     """
     try:
         yield
@@ -45,7 +45,7 @@ def no_space(path: Path, kept: str, then: str | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what the system says about a single file that is written into an error that names it."""
+    """Turn the system's errors on writing a single file into an error that names it."""
     try:
         yield
     except OSError as error:
@@ -55,7 +55,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def check_writable(path: Path) -> None:
-    """See that a file can be written, before the work whose result it is for; it is left as it is.
+    """Check that a file can be written, without changing it, before doing the work whose result it will hold.
 
     Raises:
         RunFolderError: it cannot.
@@ -63,18 +63,18 @@ def check_writable(path: Path) -> None:
     with writing(path):
         if path.is_file():
             path.open("ab").close()
-        elif not path.exists():  # and no device or pipe
+        elif not path.exists():  # not a device or pipe
             path.open("xb").close()
             path.unlink()
 
 
 def unfinished(path: Path) -> Path:
-    """The hidden name beside `path` under which it is written."""
+    """The hidden temporary name beside `path` under which it is written."""
     return path.with_name(f".{path.name}{UNFINISHED}")
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file under a temporary name, flush it to disk and rename it; no reader ever sees half of it."""
+    """Write a file under a temporary name, flush it to disk and rename it; no reader sees a partial file."""
     temporary = unfinished(path)
     try:
         with temporary.open("w", encoding="utf-8") as file:
@@ -89,7 +89,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    """Wait until a file's contents, or a folder's entries, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -112,7 +112,7 @@ def remove(path: Path) -> None:
 
 
 def retire(folder: Path) -> None:
-    """Remove a folder so that no moment shows half of it under its own name."""
+    """Remove a folder; it is renamed first, so that its name never has partial contents."""
     hidden = unfinished(folder)
     remove(hidden)
     folder.rename(hidden)
@@ -120,6 +120,6 @@ def retire(folder: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what an interrupted process was still writing or removing."""
+    """Remove leftovers of writes and removals that were interrupted."""
     for leftover in folder.glob(f".*{UNFINISHED}"):
         remove(leftover)

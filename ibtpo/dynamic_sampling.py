@@ -1,8 +1,8 @@
-"""Dynamic sampling (DAPO, arXiv 2503.14476): further prompts take the place of groups that teach nothing.
+"""Dynamic sampling (DAPO, arXiv 2503.14476): further prompts replace groups without a gradient.
 
-A group whose rewards are all equal has no group-relative advantage and the update skips it. So that a step still has
-the number of groups it was configured with, as many prompts as were lost are drawn again, a bounded number of times.
-All trees drawn are returned: their tokens were sampled, their rewards count in the means, the data have moved on.
+A group whose rewards are all equal has no group-relative advantage, and the update skips it. So that a step still has
+its configured number of groups, as many further prompts as there are such groups are drawn, a bounded number of times.
+All trees drawn are returned: their tokens and rewards count in the metrics, and their problems are used up.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def grow_mixed(
     Args:
         grower: grows and grades.
         pose: the training problem of an index; the index is the tree's key, too.
-        search, sampling: how.
+        search, sampling: how trees are grown.
         first: index of the first problem; those drawn are [first, first + number of trees).
         count: problems drawn first, and mixed groups wanted.
-        redraws: times that as many problems as are missing are drawn again; 0: never.
+        redraws: how often the missing number of problems may be drawn; 0: never.
 
     Returns:
         all trees and their problems in the order drawn; seconds spent in grading.

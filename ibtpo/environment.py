@@ -1,4 +1,4 @@
-"""What a run runs with: versions, commit and command line, an entry each time it is started or resumed."""
+"""A run's environment: versions, commit and command line, an entry for each start and resume."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ibtpo.disk import no_space, write_atomically
 
 ENVIRONMENT = "environment.json"
 VERSIONS = ("ibtpo", "commit", "python", "torch", "transformers", "platform")
-"""What is compared when a run goes on."""
+"""The entries compared when a run is resumed."""
 
 
 def environment() -> dict[str, Any]:
@@ -35,14 +35,14 @@ def record_environment(run: Path) -> list[str]:
     """Add an entry to the run folder's environment.json.
 
     Returns:
-        what differs from the last entry, a text each: such a run may not repeat to the last bit.
+        descriptions of differences from the last entry, with which the run may not be bitwise reproducible.
 
     Raises:
         RunFolderError: the disk is full.
     """
     path, now = run / ENVIRONMENT, environment()
     entries: list[dict[str, Any]] = []
-    with contextlib.suppress(OSError, ValueError):  # of an earlier version, or damaged: begin anew
+    with contextlib.suppress(OSError, ValueError):  # of an earlier version, or damaged: start a new list
         content = json.loads(path.read_text(encoding="utf-8"))
         entries = [entry for entry in content if isinstance(entry, dict)]
     with no_space(run, "everything"):
@@ -60,10 +60,10 @@ def package_version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the package's sources, "-dirty" behind it if they differ; None where git does not track them."""
+    """The commit of the package's sources, with "-dirty" if they differ; None if git does not track them."""
     here = Path(__file__)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        _git(here.parent, "ls-files", "--error-unmatch", here.name)  # not a repository around an installed package
+        _git(here.parent, "ls-files", "--error-unmatch", here.name)  # fails if git does not track the package
         return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     return None
 

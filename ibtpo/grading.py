@@ -1,17 +1,17 @@
 r"""Grading completions in worker processes.
 
-A reward can hang, crash or eat all memory on what a policy writes: the algebra system below math-verify does, and so
-does code of the user's. Time limits by signal work only in a process's main thread. So every grading happens in a
-worker process:
+A reward can hang, crash or exhaust memory on a policy's text: the algebra system below math-verify does, and so may a
+user's code. Time limits by signal work only in a process's main thread. So every grading happens in a worker process:
 
     submit -> queue -> one thread a worker -> pipe -> worker process (grading_worker.py; no torch)
 
-A worker interrupts itself after `timeout` seconds a reward and is replaced, as what was interrupted (an import, say)
-may be left half done; one that does not answer shortly after is killed. Every worker is a session of its own and ends
-with all processes that its rewards have started. Time-outs and failures count as wrong (0.0), are counted and logged;
-the other gradings never notice. When too many of the last `WINDOW` gradings failed, the grader gives up: a run on
-rewards that mean nothing is worse than none.
-Workers are started as fresh interpreters, never forked: forking a process that runs torch's threads can deadlock.
+A worker interrupts a reward after `timeout` seconds and is then replaced, since the interrupted code (an import, say)
+may have left an inconsistent state; a worker that does not answer shortly after is killed. Every worker is a session of
+its own and ends together with all processes that its rewards have started. Gradings that time out or fail get 0.0, are
+counted and logged, and do not affect others. If too many of the last `WINDOW` gradings failed, the grader raises, so
+that no run trains on meaningless rewards.
+
+Workers are started as new interpreters, never forked: forking a process that runs torch's threads can deadlock.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from typing import Any, Self
 from ibtpo import grading_worker
 from ibtpo.rewards import Graded, RewardSpec
 
-WINDOW = 100  # gradings over which the share of failed ones is taken
-_GRACE = 1.0  # seconds after the time-out before a worker that did not interrupt itself is killed
-_DYING = 0.05  # seconds in which a process that is about to end may still say how
-_START_TIMEOUT = 120.0  # seconds a worker may take to import what its rewards need
+WINDOW = 100  # number of latest gradings over which the failed share is computed
+_GRACE = 1.0  # seconds after its time limit before a worker that has not interrupted itself is killed
+_DYING = 0.05  # seconds a process that is ending gets before it is killed, to keep its own exit code
+_START_TIMEOUT = 120.0  # seconds a worker may take to import its rewards' modules
 _START_ATTEMPTS = 3
 _LOG = logging.getLogger(__name__)
 
@@ -55,12 +55,12 @@ class Grader:
         rewards: names and weights; a grading is their weighted mean.
         workers: processes.
         timeout: seconds each reward may take on a completion.
-        max_failed_share: give up when more than this share of the last `WINDOW` gradings failed or timed out.
+        max_failed_share: raise if more than this share of the last `WINDOW` gradings failed or timed out.
 
     Attributes:
         timeouts: gradings in which a reward took too long.
         failures: gradings in which a reward raised, returned no number in [0, 1], or its process died.
-        last_fault: what went wrong last, in words.
+        last_fault: description of the latest time-out or failure.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Grader:
             thread.start()
 
     def submit(self, graded: Graded) -> Future[float]:
-        """Grade a completion; the future's result lies in [0, 1], or it is a GraderError.
+        """Grade a completion; the future has a reward in [0, 1], or raises GraderError.
 
         Raises:
             RuntimeError: the grader is closed.
@@ -93,7 +93,7 @@ class Grader:
         return future
 
     def extract(self, graded: Graded) -> Future[str | None]:
-        """The answer the completion gives, as the first reward reads it; None where it gives none or cannot be read.
+        """The completion's answer as the first reward extracts it; None if it gives none or extraction fails.
 
         Raises:
             RuntimeError: the grader is closed.
@@ -102,7 +102,7 @@ class Grader:
         return future
 
     def ready(self) -> None:
-        """Wait until a worker has imported all it needs.
+        """Wait until a worker has loaded its rewards.
 
         Raises:
             GraderError: it cannot.
@@ -110,7 +110,7 @@ class Grader:
         self._enqueue("ready", None).future.result()
 
     def close(self) -> None:
-        """Cancel what is waiting and end every worker process; closing twice is fine."""
+        """Cancel waiting gradings and end every worker process; may be called twice."""
         with self._lock:
             self._closed = True
         with contextlib.suppress(queue.Empty):
@@ -140,13 +140,13 @@ class Grader:
 
     def _serve(self, worker: _Worker) -> None:
         with contextlib.suppress(GraderError, OSError):
-            worker.start()  # imports take a second: begin before the first completion is there
+            worker.start()  # imports take a second: begin before the first completion arrives
         while (job := self._jobs.get()) is not None:
             if not job.future.set_running_or_notify_cancel():
                 continue
             try:
                 job.future.set_result(self._do(worker, job))
-            except Exception as error:  # a worker that cannot be started, too many failures: the caller must hear of it
+            except Exception as error:  # no worker can be started, or too many failures: for the caller
                 job.future.set_exception(error)
         worker.reap()
 
@@ -161,13 +161,13 @@ class Grader:
         return float(reply["reward"])
 
     def _count(self, faults: list[list[str]]) -> None:
-        """Note how a grading went.
+        """Record a grading's time-outs and failures.
 
         Raises:
             GraderError: too many of the last ones failed.
         """
         with self._lock:
-            if self._closed:  # whoever is cut off now has not failed
+            if self._closed:  # gradings that `close` cuts off have not failed
                 return
             self.timeouts += any(kind == "timeout" for _, kind, _ in faults)
             self.failures += any(kind == "failure" for _, kind, _ in faults)
@@ -191,13 +191,13 @@ class _Job:
 
 
 class _Worker:
-    """The parent's side of a worker process: started when first needed, replaced when it died."""
+    """The parent's side of a worker process, which is started when first needed and replaced if it died."""
 
     def __init__(self, rewards: Sequence[RewardSpec], timeout: float) -> None:
         self._rewards, self._timeout = list(rewards), timeout
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
-        self._lock = threading.Lock()  # guards starting, killing and reaping against each other
+        self._lock = threading.Lock()  # held while starting, killing or reaping the process
 
     def start(self) -> None:
         """Make sure a process is up and ready to grade.
@@ -208,7 +208,7 @@ class _Worker:
         for _ in range(_START_ATTEMPTS):
             if self._closed or (self._process is not None and not _has_ended(self._process)):
                 return
-            self.reap()  # it died since
+            self.reap()  # it may have died since
             with self._lock:
                 if not self._closed:
                     self._process = self._spawn()
@@ -226,9 +226,10 @@ class _Worker:
             )
 
     def ask(self, kind: str, graded: Graded) -> dict[str, Any]:
-        """One request (see grading_worker.py); a process that died or had to be killed is the first reward's fault.
+        """Send a request (see grading_worker.py) and return the reply.
 
-        One that had to interrupt a reward is ended.
+        If the process died or had to be killed, the fault is attributed to the first reward. A process that interrupted
+        a reward is ended.
         """
         begin, timeout = time.monotonic(), self._timeout * len(self._rewards) + _GRACE
         reply = self._exchange(base64.b64encode(pickle.dumps((kind, *graded))) + b"\n", timeout)
@@ -242,7 +243,7 @@ class _Worker:
         return {"reward": 0.0, "faults": [[self._rewards[0].name, *fault]]}
 
     def close(self) -> None:
-        """End the process; whoever waits for it wakes up. No other will be started."""
+        """End the process, which wakes a thread waiting for its reply, and start no other."""
         with self._lock:
             self._closed = True
         self._kill()
@@ -258,7 +259,7 @@ class _Worker:
         )
 
     def _exchange(self, request: bytes, timeout: float) -> dict[str, Any] | None:
-        """Write a request and read the reply; None if the process died, or had to be killed for its silence."""
+        """Write a request and read the reply; None if the process died, or was killed after `timeout` seconds."""
         process = self._process
         if process is None or process.stdin is None or process.stdout is None:
             return None
@@ -270,13 +271,13 @@ class _Worker:
             process.stdin.flush()
             reply: dict[str, Any] = json.loads(process.stdout.readline())
             return reply
-        except (OSError, ValueError):  # its end of the pipe is gone, or it died in the middle of a line
+        except (OSError, ValueError):  # the process closed its pipe, or died in the middle of a line
             return None
         finally:
             deadline.cancel()
 
     def reap(self) -> str:
-        """End the process, if there is one, and take back what it held; says how it ended."""
+        """End the process, if there is one, and free its resources; returns how it ended."""
         process = self._process
         if process is None:
             return "not running"
@@ -289,12 +290,12 @@ class _Worker:
             self._process = None
         for pipe in (process.stdin, process.stdout):
             if pipe is not None:
-                with contextlib.suppress(OSError):  # what it never read cannot be flushed
+                with contextlib.suppress(OSError):  # closing flushes, which fails for requests it never read
                     pipe.close()
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
     def _kill(self, process: subprocess.Popen[bytes] | None = None) -> None:
-        """Kill the process (if it still is `process`) and all of its session, whose number is its own until reaped."""
+        """Kill the process (if it still is `process`) and its session; its id is not reused before it is reaped."""
         with self._lock:
             if self._process is not None and process in (None, self._process):
                 with contextlib.suppress(ProcessLookupError):
@@ -302,8 +303,8 @@ class _Worker:
 
 
 def _has_ended(process: subprocess.Popen[bytes]) -> bool:
-    """Has the process ended? Unlike `poll`, this does not reap it, so that its number is not given to another."""
+    """Has the process ended? Unlike `poll`, this does not reap it, so that its id is not reused."""
     try:
         return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    except ChildProcessError:  # SIGCHLD is ignored: the system reaps
+    except ChildProcessError:  # SIGCHLD is ignored, so the system has reaped it
         return True

@@ -1,9 +1,9 @@
-"""What runs inside a grading process (see grading.py); started as a script, imports no torch.
+"""The code of a grading process (see grading.py); started as a script, does not import torch.
 
-A request is a line: a pickle of (kind, prompt, completion, answer, data) in base64; it comes from our own parent, so it
-may be trusted. A reply is a line of JSON: {"reward": float, "faults": [[reward's name, "timeout" | "failure", message],
-...]} to "grade", {"answer": str | None, "faults": ...} to "extract". The first line written, {} or {"error": message},
-says that imports are done, or why they cannot be.
+A request is a line with a base64 pickle of (kind, prompt, completion, answer, data); it is trusted, since it comes from
+the parent process. A reply is a line of JSON: {"reward": float, "faults": [[reward's name, "timeout" | "failure",
+message], ...]} to "grade", {"answer": str | None, "faults": ...} to "extract". The first line written is {} once the
+rewards are loaded, or {"error": message} if they cannot be.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from typing import IO, Any, TypeVar
 from ibtpo.printable import printable
 from ibtpo.rewards import Graded, Reward, RewardSpec, load_reward
 
-_SELF_DESTRUCT = 2.0  # seconds past the time-out after which a process stuck in C code, parent gone, ends itself
-_MEMORY = 4 << 30  # bytes of address space: a power tower ends in MemoryError, not in swap
-_ROUNDING = 1e-6  # a reward may lie this far outside [0, 1]
+_SELF_DESTRUCT = 2.0  # seconds after the time limit when a process stuck in C code ends itself, if no parent does
+_MEMORY = 4 << 30  # bytes of address space: a power tower raises MemoryError instead of swapping
+_ROUNDING = 1e-6  # a reward may lie this far outside of [0, 1]
 _MESSAGE = 300  # characters of an error's last line that are passed on
 
 Result = TypeVar("Result")
@@ -59,7 +59,7 @@ def checked(value: Any) -> float:
 
     Raises:
         TypeError: it is not a number.
-        ValueError: it is NaN or lies outside.
+        ValueError: it is NaN or lies outside of [0, 1].
     """
     if not isinstance(value, numbers.Real) and not (hasattr(value, "__float__") and hasattr(value, "dtype")):
         raise TypeError(f"a reward must be a number in [0, 1], not {type(value).__name__}")
@@ -70,7 +70,7 @@ def checked(value: Any) -> float:
 
 
 def _attempt(call: Callable[[], Result], timeout: float) -> tuple[Result | None, list[str]]:
-    """The result, or None and what went wrong: a kind and a message."""
+    """(result, []), or (None, [kind of fault, message])."""
     try:
         with _limit(timeout):
             return call(), []
@@ -81,7 +81,7 @@ def _attempt(call: Callable[[], Result], timeout: float) -> tuple[Result | None,
 
 
 def _last_line(error: BaseException) -> str:
-    """The last line of the traceback, and where it was raised."""
+    """The last line of the traceback, and where the error was raised."""
     text = printable(" ".join(traceback.format_exception_only(error)[-1].split())[:_MESSAGE])
     frames = traceback.extract_tb(error.__traceback__)
     return f"{text} ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else text
@@ -114,10 +114,10 @@ def _limit_memory() -> None:
 
 def main(specs: list[RewardSpec], timeout: float) -> None:
     replies: IO[bytes] = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # what graders print must not mix with the replies
+    os.dup2(2, 1)  # output of rewards must not mix with the replies
     requests: IO[bytes] = os.fdopen(os.dup(0), "rb")
     with open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)  # nor may they, or what they start, read the requests
+        os.dup2(nothing.fileno(), 0)  # nor may rewards, or processes they start, read the requests
     _limit_memory()
     signal.signal(signal.SIGALRM, _time_up)
     rewards = []
@@ -128,11 +128,11 @@ def main(specs: list[RewardSpec], timeout: float) -> None:
             replies.write(json.dumps({"error": f"{spec.name} cannot be loaded: {_last_line(error)}"}).encode() + b"\n")
             return
     replies.write(b"{}\n")
-    for request in requests:  # ends when the parent closes the pipe or is gone
+    for request in requests:  # ends when the parent closes the pipe or has ended
         replies.write(json.dumps(_reply(rewards, request, timeout)).encode() + b"\n")
 
 
 if __name__ == "__main__":
     main([RewardSpec(*spec) for spec in json.loads(sys.argv[1])], float(sys.argv[2]))
-    if os.getsid(0) == os.getpid():  # as grading.py starts us
-        os.killpg(0, signal.SIGKILL)  # the parent is gone: nobody else ends what rewards have started
+    if os.getsid(0) == os.getpid():  # as started by grading.py
+        os.killpg(0, signal.SIGKILL)  # the parent has ended, so end the processes that rewards have started

@@ -1,4 +1,4 @@
-"""Growing graded trees: the engine samples, the task grades, neither waits for the other."""
+"""Growing graded trees: the engine samples while the task grades."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ OnLeaf = Callable[[Tree, Node, str, "float | Future[float]"], None]
 
 
 def ignore_leaf(tree: Tree, leaf: Node, completion: str, reward: float | Future[float]) -> None:
-    """Take a finished trajectory and do nothing."""
+    """Ignore a finished trajectory; the default `on_leaf`."""
 
 
 def completion_of(tokenizer: PreTrainedTokenizerBase, tree: Tree, leaf: Node) -> str:
-    """The text of a trajectory behind its prompt."""
+    """The text of a trajectory after its prompt."""
     return str(tokenizer.decode(leaf.prefix()[tree.prompt_len :], skip_special_tokens=True))
 
 
 @dataclass
 class Grading:
-    """The reward function of a batch of trees; a tree's key says which problem it answers.
+    """The reward function of a batch of trees; a tree's key identifies its problem.
 
     Attributes:
         problems: problem by tree key.
         on_leaf: called with tree, leaf, completion and its reward, as completions arrive.
-        seconds: time spent in grading on this side of any worker process.
+        seconds: time spent in grading in this process.
     """
 
     task: Grades
@@ -57,7 +57,7 @@ class Grower:
     """Grows one graded tree a problem.
 
     Args:
-        engine: samples; its weights are whatever the model, or the server behind it, holds now.
+        engine: samples with the current weights of its model or server.
         task, tokenizer, data: grade completions and format prompts.
         should_stop: asked after every trajectory and tree; True abandons the rest.
     """
@@ -82,18 +82,18 @@ class Grower:
         """Grow a tree on every problem.
 
         Args:
-            problems: what to answer.
+            problems: a tree is grown for each.
             keys: a different integer for each; with the engine's seed it decides the samples.
-            search, sampling: how.
+            search, sampling: how trees are grown.
             on_tree: called as trees are done, in any order.
             on_leaf: called with tree, leaf, completion and its reward (or its future) as trajectories end.
-            keep: return the trees; otherwise none of them stays in memory.
+            keep: return the trees; otherwise they are not kept in memory.
 
         Returns:
             the trees in the order of the problems, each leaf with its reward; seconds spent in grading.
 
         Raises:
-            Interrupted: `should_stop` said so.
+            Interrupted: `should_stop` returned True.
         """
 
         def leaf_done(tree: Tree, leaf: Node, completion: str, reward: float | Future[float]) -> None:

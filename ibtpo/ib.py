@@ -1,19 +1,19 @@
 """The information-bottleneck estimates of a growing tree: values, IB-Scores, Cov(eta1, eta2) (paper, section 2).
 
-    phat(s)   value: what share of the reward below s is earned
+    phat(s)   value: estimate of the mean reward below s
     eta1(s)   = phat(s) / phat(parent) - (1 + 1/beta)            information gained about the right answer
     eta2(s)   = pi(s)                                            the policy's confidence in the step
     J(s)      = (1 + beta)/n * sum over the n children b of eta1(b)*eta2(b)
 
 Because the ratios of the children average to 1 (exactly so with recursive values),
 ``J = (1 + beta) * (Cov(eta1, eta2) - mean(eta2)/beta)``: high where confidence sits on the branches that lead to the
-answer and where the policy is still undecided.
+answer and the policy is still undecided.
 
 A new trajectory changes values and scores only along its own path, so adding one costs O(depth * children). Shrunk
-values depend on all above them: then every value is computed again, O(nodes).
+values depend on the values of all ancestors, so all of them are recomputed, O(nodes).
 
-Beyond the paper, as settings: ``value="shrunk"`` draws a node's value towards its parent's, as if k more leaves had
-that value; ``score_beta="balanced"`` ranks nodes by J at a beta of the tree's own; ``score_bonus`` ranks them by
+Settings beyond the paper: ``value="shrunk"`` shrinks a node's value towards its parent's, as if k more leaves had that
+value; ``score_beta="balanced"`` ranks nodes by J at a beta computed from the tree; ``score_bonus`` ranks them by
 J + c * (standard error of J).
 """
 
@@ -57,7 +57,7 @@ _NO_SPREAD = 1e-9  # standard deviations below this are rounding
 
 
 class _Cell:
-    """What is known of one step: a node of the tree, or several identical siblings if duplicates are merged."""
+    """Statistics of one step: a node of the tree, or several identical siblings if duplicates are merged."""
 
     __slots__ = ("draws", "ends", "leaves", "node", "parent", "probability", "ratio_value", "score", "total", "value")
 
@@ -65,9 +65,9 @@ class _Cell:
         self.node = node  # the first one seen
         self.parent = parent
         self.probability = probability  # eta2
-        self.draws: list[_Cell] = []  # children in the order sampled; a merged one stands here once a draw
+        self.draws: list[_Cell] = []  # children in the order sampled; a merged one once for each draw
         self.ends: list[float] = []  # rewards of the trajectories that end here
-        self.leaves = 0  # trajectories through here
+        self.leaves = 0  # number of trajectories through this step
         self.total = 0.0  # sum of their rewards
         self.value = 0.0  # phat
         self.ratio_value = 0.0  # phat as it enters ratios: Laplace-smoothed if configured
@@ -77,12 +77,12 @@ class _Cell:
 class IBEstimates:
     """Keeps the estimates of one tree up to date while it grows.
 
-    Every node of the tree must be one step, and branches begin at step ends only; a search that forks inside a step
-    would change steps already counted, and `add_leaf` refuses.
+    Every node of the tree must be one step, and branches must begin at step ends: a fork inside a step would change
+    steps already counted, so `add_leaf` rejects it.
 
     Args:
-        tree: the tree, with nothing sampled yet (or call `add_leaf` for every trajectory there is).
-        config: beta and the readings of what the paper leaves open.
+        tree: the tree, with nothing sampled yet (otherwise call `add_leaf` for each of its trajectories).
+        config: beta and the choices the paper leaves open.
     """
 
     def __init__(self, tree: Tree, config: IBConfig) -> None:
@@ -90,7 +90,7 @@ class IBEstimates:
         self._offset = 1.0 + 1.0 / config.beta
         self._ratio_below_zero = 1.0 if config.zero_parent == "one" else 0.0
         self._cells: dict[Node, _Cell] = {tree.root: _Cell(tree.root, None, math.nan)}
-        self._branching: list[_Cell] = []  # cells with at least one child, in the order they got it
+        self._branching: list[_Cell] = []  # cells with children, in the order of their first child
         self._merged: dict[tuple[_Cell, bytes], _Cell] = {}
 
     def add_leaf(self, steps: Sequence[Node]) -> None:
@@ -121,7 +121,7 @@ class IBEstimates:
             self._shrink()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is pickled is flat: cells refer to each other by number, so that no chain of them is followed."""
+        """Cells refer to each other by index in a pickle: otherwise it would recurse along the tree's paths."""
         cells = list(dict.fromkeys(self._cells.values()))
         number = {cell: i for i, cell in enumerate(cells)}
         rows = [
@@ -171,7 +171,7 @@ class IBEstimates:
         return self._merged[key]
 
     def _update(self, cell: _Cell, reward: float) -> None:
-        """Take in one more reward below `cell`, whose draws are up to date."""
+        """Add one reward below `cell`, whose draws are up to date."""
         cell.leaves += 1
         cell.total += reward
         if self.config.value == "recursive":
@@ -182,9 +182,10 @@ class IBEstimates:
         self._rate(cell)
 
     def _shrink(self) -> None:
-        """Value every cell from the prompt down, then score them: the posterior mean under Beta(k*v, k*(1 - v)).
+        """Recompute all values from the prompt down, then all scores.
 
-        v is the parent's value. The prompt has no parent and keeps its mean.
+        A value is the posterior mean under the prior Beta(k*v, k*(1 - v)), where v is the parent's value; the prompt's
+        is its mean reward.
         """
         k = self.config.shrinkage
         cells = list(dict.fromkeys(self._cells.values()))  # parents first
@@ -207,7 +208,7 @@ class IBEstimates:
         return (1.0 + beta) / len(cell.draws) * sum(self._products(cell, beta))
 
     def _products(self, cell: _Cell, beta: float) -> list[float]:
-        """eta1 * eta2 of each child drawn, at this beta: J is their mean times 1 + beta."""
+        """eta1 * eta2 of each child drawn, at this beta; J is their mean times 1 + beta."""
         shift = 1.0 / self.config.beta - 1.0 / beta - self._offset
         value = cell.ratio_value
         if value > 0.0:
@@ -220,23 +221,23 @@ class IBEstimates:
         return (cell.ratio_value / of_parent if of_parent > 0.0 else self._ratio_below_zero) - self._offset
 
     def value(self, node: Node) -> float:
-        """phat(a*|s): the share of the reward earned below `node`, never smoothed."""
+        """phat(a*|s): the value of `node`, without Laplace smoothing."""
         return self._cells[node].value
 
     def eta1(self, node: Node) -> float:
-        """Information gain of a step: phat(s)/phat(parent) - (1 + 1/beta). The root, no step, raises ValueError."""
+        """Information gain of a step: phat(s)/phat(parent) - (1 + 1/beta). Raises ValueError for the root."""
         return self._eta1(self._step(node))
 
     def eta2(self, node: Node) -> float:
-        """Confidence of a step: pi(s) under the distribution it was sampled from. The root raises ValueError."""
+        """Confidence of a step: pi(s) under the distribution it was sampled from. Raises ValueError for the root."""
         return self._step(node).probability
 
     def score(self, node: Node) -> float:
-        """J(s), the IB-Score over the children of `node`. A leaf, which has none, raises ValueError."""
+        """J(s), the IB-Score over the children of `node`. Raises ValueError for a leaf."""
         return self._parent(node).score
 
     def covariance(self, node: Node) -> float:
-        """Cov(eta1, eta2) over the children of `node` (population). A leaf, which has none, raises ValueError."""
+        """Population Cov(eta1, eta2) over the children of `node`. Raises ValueError for a leaf."""
         draws = self._parent(node).draws
         first = [self._eta1(child) for child in draws]
         second = [child.probability for child in draws]
@@ -244,9 +245,9 @@ class IBEstimates:
         return sum((a - mean1) * (b - mean2) for a, b in zip(first, second, strict=True)) / len(draws)
 
     def branching(self) -> Iterator[tuple[Node, float]]:
-        """(node, what searches rank it by) of every node with children, oldest first; of merged nodes only the first.
+        """(node, ranking score) of every node with children, oldest first; of merged nodes only the first.
 
-        The rank is the IB-Score, at `ranking_beta`, plus `score_bonus` times its standard error.
+        The ranking score is the IB-Score at `ranking_beta` plus `score_bonus` times its standard error.
         """
         c, beta = self.config.score_bonus, self.ranking_beta()
         if c == 0.0 and beta == self.config.beta:
@@ -258,10 +259,10 @@ class IBEstimates:
         )
 
     def ranking_beta(self) -> float:
-        """beta of the ranking: `config.beta`, or if balanced, the one that gives both parts of J the same say.
+        """beta of the ranking: `config.beta`, or if balanced, the beta at which both parts of J have the same spread.
 
         J = (1 + beta) * (g - h/beta) with g = mean of (ratio - 1)*pi and h = mean of pi over the children. Balanced is
-        beta = std(h)/std(g) over the nodes with children; `config.beta` while either is the same at all of them.
+        beta = std(h)/std(g) over the nodes with children, or `config.beta` while either deviation is 0.
         """
         beta = self.config.beta
         if self.config.score_beta == "fixed" or not self._branching:
@@ -272,16 +273,16 @@ class IBEstimates:
         return spread_h / spread_g if min(spread_g, spread_h) > _NO_SPREAD else beta
 
     def _standard_error(self, cell: _Cell, beta: float, pooled: float) -> float:
-        """Estimated standard error of a node's score as a mean over n children drawn: (1 + beta) * sqrt(variance/n).
+        """Estimated standard error of a node's score, a mean over n children drawn: (1 + beta) * sqrt(variance/n).
 
-        The variance of eta1*eta2 in one draw is the node's own, ((sum of squared deviations) + pooled)/n, where the
-        tree's pooled within-node variance counts as one more degree of freedom: a node with one child has that alone.
+        The variance of eta1*eta2 in one draw is estimated as ((sum of squared deviations) + pooled)/n: the node has
+        n - 1 degrees of freedom, and the tree's pooled within-node variance adds one.
         """
         n = len(cell.draws)
         return (1.0 + beta) * math.sqrt((_squares(self._products(cell, beta)) + pooled) / n / n)
 
     def _pooled_variance(self, beta: float) -> float:
-        """Squared deviations within nodes over their degrees of freedom; 0 if no node has two children."""
+        """Sum of squared deviations within nodes divided by their degrees of freedom; 0 if no node has two children."""
         freedom = sum(len(cell.draws) - 1 for cell in self._branching)
         return sum(_squares(self._products(cell, beta)) for cell in self._branching) / freedom if freedom else 0.0
 

@@ -1,7 +1,7 @@
-r"""Answers as people write them, in the LaTeX that math-verify reads as it is meant.
+r"""Rewriting answers in common notation into LaTeX that math-verify reads correctly.
 
-math-verify drops what it does not know. Some of it is put in other words here (½, 10\,000, \$18); what tells answers
-apart becomes a symbol: 3 hours 20 minutes is 3*U_hour, 20*U_minute, for otherwise it is 3.
+math-verify ignores what it does not know. Here some notation is rewritten (½, 10\,000, \$18), and words that tell
+answers apart become symbols: 3 hours 20 minutes, which math-verify reads as 3, becomes 3*U_hour, 20*U_minute.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 import unicodedata
 from itertools import pairwise
 
-# what people write, and math-verify reads as something else or not at all: characters, and numbers
+# common notation that math-verify misreads or cannot parse: characters, and numbers
 _IN_LATEX = str.maketrans(
     {chr(ord(digit) + 0xFEE0): digit for digit in "0123456789+-.,/()"}  # full width
     | {
@@ -22,7 +22,7 @@ _IN_LATEX = str.maketrans(
 _LABEL = re.compile(r"(####|[^\W\d_]:\**)(?=[-+]?\d)")  # Answer:34
 _GROUPED = re.compile(r"(?<![\w.,])[1-9]\d{0,2}(?:(?:\\[,;: ]|[^\S\n]|~)\d{3})+(?![\w/])")  # 10\,000 and 10 000
 _FULL_STOP = re.compile(r"(?<=[\d})])\.(?=\s*\})")  # \boxed{34.}
-_HOUR = re.compile(r"(?<=\d):00(?![\d:])")  # 11:00, which is no ratio
+_HOUR = re.compile(r"(?<=\d):00(?![\d:])")  # 11:00, a time, not a ratio
 # \{x \mid x > 1\} and \{x \in \mathbb{R} : x > 1\}
 _SET_OF = re.compile(
     r"(?:\\left)?\\\{\s*(?:[A-Za-z]|\([A-Za-z],\s*[A-Za-z]\))\s*(?:\\in\s*\\mathbb\s*\{?[A-Z]\}?\s*)?(?:\\mid|\\vert|\||:)"
@@ -32,16 +32,14 @@ _ROOT = re.compile(r"√\s*(?:(\d+(?:\.\d+)?|[A-Za-z])|\(([^()]*)\)|\{([^{}]*)\}
 _RAISED = re.compile(r"[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _MIXED = re.compile(r"(?<![\w.,/^])(\d+)\s+([1-9]\d*)/([1-9]\d*)(?![\w/]|\.\d)")  # 3 1/2
 _SCIENTIFIC = re.compile(r"(?<![\w.\\])(\d+(?:\.\d+)?)[eE]([-+]?\d{1,3})(?![\w]|\.\d)")
-_MONEY = re.compile(r"\\\$(?=\s?[-+]?[\d.])")  # \$18, which is found in a box only
+_MONEY = re.compile(r"\\\$(?=\s?[-+]?[\d.])")  # \$18, which is found only in a box
 _NUMBER_AS_TEXT = re.compile(
     r"(?<=[{$=])\s{0,3}\\(?:text|textbf|mbox|mathrm|mathbf)\{\s{0,3}([-+]?\d[\d.,/]*)\s{0,3}\}"
 )
 # 3 \text{ hours } 20 \text{ minutes}; 2 red and 3 blue
 _AMOUNT = r"([-+]?(?:\d+(?:[.,]\d+)*|\\[dt]?frac\{\d+\}\{\d+\}))\s{0,3}(?:(?:\\[,;: ]|~)\s{0,3})?"
 _UNIT = r"(?:\\(?:text|textrm|mbox|mathrm)\s?\{\s{0,3}([A-Za-z][A-Za-z .,]{0,40})\}|([A-Za-z]{2,40})\b)"
-_SEPARATOR = (
-    r"\s{0,3}(?:(?:[,;]|\\[,;: ])\s{0,3})?(?:(?:and\b|\\text\s?\{\s{0,3}and\s{0,3}\})\s{0,3})?"  # read in one way
-)
+_SEPARATOR = r"\s{0,3}(?:(?:[,;]|\\[,;: ])\s{0,3})?(?:(?:and\b|\\text\s?\{\s{0,3}and\s{0,3}\})\s{0,3})?"  # unambiguous
 _QUANTITY = re.compile(_AMOUNT + _UNIT)
 _QUANTITIES = re.compile(
     r"(?<=[{$])\s{0,3}(?P<text>\\text\{)?"
@@ -64,7 +62,7 @@ _REMAINDER = re.compile(rf"(?<=[{{$])\s{{0,3}}(\d{{1,18}}){_MODULUS.pattern}\s{{
 
 
 def in_latex(text: str) -> str:
-    """A text with roots, powers and numbers as math-verify reads them: 90°, ½, √2, x², 3 1/2, 10 000, 1.5e3."""
+    """Rewrite notation such as 90°, ½, √2, x², 3 1/2, 10 000, 1.5e3 into forms that math-verify reads."""
     text = _FULL_STOP.sub("", _LABEL.sub(r"\1 ", text.translate(_IN_LATEX)))
     text = _NUMBER_AS_TEXT.sub(r"\1", _MONEY.sub("", text))
     text = _QUANTITIES.sub(_quantities, text)
@@ -81,18 +79,18 @@ def in_latex(text: str) -> str:
 
 
 def has_modulus(text: str) -> bool:
-    r"""Does an answer say modulo what it is meant, as in ``x \equiv 3 \pmod 4``?"""
+    r"""Does an answer contain a modulus, as in ``x \equiv 3 \pmod 4``?"""
     return bool(_MODULUS.search(text))
 
 
 def with_modulus(text: str) -> str:
-    r"""``x \equiv 3 \pmod 4`` as x = 3 + 4*U_mod; math-verify reads 4."""
+    r"""Rewrite ``x \equiv 3 \pmod 4``, which math-verify reads as 4, as x = 3 + 4*U_mod."""
     text = text.replace(r"\equiv", "=") if has_modulus(text) else text
     return _MODULUS.sub(lambda found: rf" + U_{{mod}} \cdot ({found['braced'] or found['bare']})", text)
 
 
 def as_remainder(text: str) -> str:
-    r"""``72 \pmod{100}`` as 72, where that is a remainder."""
+    r"""Rewrite ``72 \pmod{100}`` as 72 if the number is less than the modulus."""
 
     def remainder(found: re.Match[str]) -> str:
         modulus = found["braced"] or found["bare"]
@@ -102,7 +100,7 @@ def as_remainder(text: str) -> str:
 
 
 def _quantities(found: re.Match[str]) -> str:
-    """Numbers with their units; of a unit that all have, the numbers alone."""
+    """Numbers times the symbols of their units; the numbers alone if all have the same unit."""
     parts = [(number, _unit(text or bare)) for number, text, bare in _QUANTITY.findall(found[0])]
     units = {unit for _, unit in parts}
     if "" in units:
@@ -111,19 +109,19 @@ def _quantities(found: re.Match[str]) -> str:
 
 
 def _unit(name: str) -> str:
-    """One name of a unit for its plural and its abbreviation; "" if this is none."""
+    """The same name for a unit, its plural and its abbreviations; "" if there is no name."""
     unit = "".join(word for word in re.findall("[a-z]+", name.lower()) if word not in ("and", "or"))
     unit = unit.removesuffix("s") or unit
     return _SAME_UNIT.get(unit, unit)
 
 
 def _ellipsis(found: re.Match[str]) -> str:
-    """A symbol for what lies between the two numbers next to the dots."""
+    """Replace the dots by symbols named after the terms next to them."""
     return rf"{found[1]}{found[2]}U_{{{found[1] or 'x'}}} \cdot V_{{{found[3] or 'x'}}}"
 
 
 def _beginning(found: re.Match[str]) -> str:
-    """Two numbers tell a sequence of equal steps as well as more of them do."""
+    """Shorten the beginning of an arithmetic sequence to its first two numbers."""
     numbers = [int(number) for number in re.findall(r"\d+", found[0])]
     steps = {after - before for before, after in pairwise(numbers)}
     return f"{numbers[0]}, {numbers[1]}" if len(steps) == 1 else found[0]

@@ -1,4 +1,4 @@
-"""Flags that take several values, given more than once."""
+"""Repeated flags with several values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ LIST_FLAGS = ("--reward", "--jsonl.data-fields", "--jsonl.chat-template-options"
 
 
 def join_repeated(arguments: Sequence[str]) -> list[str]:
-    """``--reward a --reward b`` as ``--reward a b``: the parser would keep the last one alone."""
+    """Rewrite ``--reward a --reward b`` as ``--reward a b``: the parser would keep only the last one."""
     found: dict[str, list[str]] = {}
     others: list[str] = []
     current: list[str] | None = None  # values of the list flag that the next words belong to

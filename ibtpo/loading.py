@@ -1,4 +1,4 @@
-"""Ctrl-C while modules load, which takes seconds."""
+"""Ctrl-C during imports, which take seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from types import FrameType
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Ctrl-C in this block ends the process at once: an import that is interrupted may swallow the exception."""
+    """In this block Ctrl-C ends the process at once, since an interrupted import may swallow the exception."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # or it is ignored
         yield

@@ -1,6 +1,6 @@
-"""Where metrics go besides metrics.jsonl: TensorBoard always, Weights & Biases and Trackio when asked for.
+"""Loggers besides metrics.jsonl: TensorBoard always, Weights & Biases and Trackio if configured.
 
-A run does not end because a logger does: one that raises is dropped with a warning, the others go on.
+A failing logger does not end the run: it is dropped with a warning, and the others go on.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ IDENTITY = ".run-id"
 
 
 class Logger(Protocol):
-    """Takes the metrics of a run."""
+    """Logs the metrics of a run."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Take finite values; several calls may share a step."""
+        """Log finite values; several calls may share a step."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """Finish; there are no more values."""
 
 
 class TensorBoard:
@@ -39,7 +39,7 @@ class TensorBoard:
         self._writer = SummaryWriter(str(path), purge_step=purge_step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write a scalar each, on disk when this returns."""
+        """Write each value as a scalar; the event file is flushed before this returns."""
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -52,17 +52,17 @@ class TensorBoard:
 class Tracker:
     """A run of Weights & Biases or of Trackio, whose interfaces are nearly the same; named after the run folder.
 
-    A resumed run goes on with the same one, and may go back to its checkpoint: to wandb, which refuses a smaller step,
-    the step is a value like others.
+    A resumed run continues the same one, and its steps may go back to those after the checkpoint. wandb rejects
+    decreasing steps, so there the step is logged as a metric.
     """
 
     def __init__(self, module: str, path: Path, config: Mapping[str, Any]) -> None:
         self._module: Any = importlib.import_module(module)
-        self._takes_step = module == "trackio"  # and keeps the name "step" to itself
+        self._takes_step = module == "trackio"  # which reserves the name "step"
         name, identity = path.resolve().name, _identity(path)
         options = {"id": identity, "name": name, "dir": str(path)}
         if self._takes_step:
-            options = {"name": f"{name}-{identity}"}  # folders may share a name; trackio knows runs by nothing else
+            options = {"name": f"{name}-{identity}"}  # folders may share a name, and trackio identifies runs by name
         self._run = self._module.init(project=PROJECT, config=dict(config), resume="allow", **options)
         if not self._takes_step:
             self._run.define_metric("step")
@@ -81,7 +81,7 @@ class Tracker:
 
 
 def _identity(path: Path) -> str:
-    """Eight digits by which a run folder is known, wherever it is moved to."""
+    """Eight hex digits that identify a run folder, also after it was moved."""
     file = path / IDENTITY
     if not file.is_file():
         write_atomically(file, secrets.token_hex(4))
@@ -102,7 +102,7 @@ class Loggers:
                 self._open[name] = make()
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Hand the known values to every logger that still works."""
+        """Pass the values that are not None to every logger that still works."""
         known = {name: value for name, value in values.items() if value is not None}
         for name, logger in list(self._open.items()):
             with self._dropping(name):
@@ -117,10 +117,10 @@ class Loggers:
 
     @contextmanager
     def _dropping(self, name: str) -> Iterator[None]:
-        """Do without a logger that raises in the block."""
+        """Drop a logger that raises in the block."""
         try:
             yield
-        except Exception as error:  # whatever a foreign logger raises; the run matters more
+        except Exception as error:  # a logger may raise anything; the run must go on
             self._open.pop(name, None)
             warnings.warn(
                 f"logging to {name} stopped ({type(error).__name__}: {error}); metrics.jsonl has everything",

@@ -1,13 +1,13 @@
-"""The clipped policy-gradient objective on the edges of a micro-batch, and the numbers logged beside it.
+"""The clipped policy-gradient objective on the edges of a micro-batch, and its metrics.
 
     r    = exp(logp - old_logp)
     loss = sum over edges of -( P * min(r, 1 + clip_high) + N * max(r, 1 - clip_low) ) + kl_coef * w * k3
            - sum over edges of (entropy_coef * w + entropy_advantage_coef * (P + N)) * H
 
-with P, N and w as in `MicroBatch`: the weighted positive and negative advantages and the weight itself, averages
-included, and k3 = exp(ref - logp) - (ref - logp) - 1, an unbiased and never negative estimate of the divergence
-KL(policy | reference). H is the entropy of the row that predicts the edge, at the temperature sampled with: an
-entropy bonus, and the advantage-weighted one of IBRO (arXiv 2507.18391), which raises entropy where A > 0 and
+with P, N and w as in `MicroBatch`: the weighted positive and negative advantages and the weight itself, which includes
+the averaging, and k3 = exp(ref - logp) - (ref - logp) - 1, an unbiased and non-negative estimate of the divergence
+KL(policy | reference). H is the entropy of the row that predicts the edge, at the sampling temperature. Its two terms
+are an entropy bonus and the advantage-weighted one of IBRO (arXiv 2507.18391), which raises entropy where A > 0 and
 lowers it where A < 0.
 """
 
@@ -22,7 +22,7 @@ from ibtpo.config import LossConfig
 from ibtpo.pack import MicroBatch
 
 LARGEST_EXPONENT = 20.0
-"""exp() is taken of at most this: a larger ratio is broken whatever its exact value. Beyond it no gradient flows."""
+"""Log-ratios are clamped to at most this before exp(), without gradient beyond; such ratios are broken in any case."""
 
 
 def policy_objective(
@@ -34,19 +34,19 @@ def policy_objective(
     edges: Tensor | slice = slice(None),
     rows: Tensor | slice = slice(None),
 ) -> Tensor:
-    """The loss of a micro-batch, or of some of its edges and rows: a sum, which `policy_head` asks for part by part.
+    """The loss of a micro-batch, or of some of its edges and rows; `policy_head` adds up the losses of parts.
 
     Args:
         logprob: [e], log-probs of ``batch.targets[edges]`` under the policy being trained.
         entropy: [t], entropies in nats at ``batch.rows[rows]``.
-        batch: weights and old log-probs, of the whole micro-batch.
+        batch: the whole micro-batch, with weights and old log-probs.
         config: clip range, weights of the KL penalty and of the entropy terms.
         reference_logprob: [E], log-probs under the frozen reference.
-        edges: which of its edges; by default all.
-        rows: which of its rows; by default all.
+        edges: which edges of the micro-batch; by default all.
+        rows: which rows of the micro-batch; by default all.
 
     Returns:
-        scalar, differentiable; of all edges and rows, the micro-batch's share of the optimizer step's mean.
+        scalar, differentiable; over all edges and rows, the micro-batch's share of the optimizer step's loss.
 
     Raises:
         ValueError: ``config.kl_coef`` > 0 without `reference_logprob`.
@@ -66,7 +66,7 @@ def policy_objective(
 
 
 def _entropy_weight(batch: MicroBatch, config: LossConfig) -> Tensor:
-    """[T]: what the entropy of a row counts, added up over the edges it predicts."""
+    """[T]: the coefficient of each row's entropy, summed over the edges the row predicts."""
     by_edge = config.entropy_coef * batch.weight
     by_edge = by_edge + config.entropy_advantage_coef * (batch.positive + batch.negative)
     return by_edge.new_zeros(len(batch.rows)).index_put((batch.edge_row,), by_edge, accumulate=True)
@@ -81,15 +81,15 @@ def _k3(log_ratio: Tensor) -> Tensor:
 def policy_metrics(
     logprob: Tensor, entropy: Tensor, batch: MicroBatch, config: LossConfig, reference_logprob: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """What is logged of a micro-batch beside its loss: scalar sums, to be combined by `summarize`.
+    """Metrics of a micro-batch besides its loss: sums and maxima, combined by `summarize`.
 
     Args:
         logprob, entropy: [E] and [T], as in `policy_objective`, detached.
-        batch, config, reference_logprob: as there.
+        batch, config, reference_logprob: as in `policy_objective`.
     """
     gap, weight = logprob - batch.old_logprob, batch.weight
     ratio = gap.exp()
-    clipped = batch.positive_weight * (ratio > 1 + config.clip_high)  # of a shared token, one side alone may be
+    clipped = batch.positive_weight * (ratio > 1 + config.clip_high)  # a shared token may be clipped on one side only
     clipped = clipped + batch.negative_weight * (ratio < 1 - config.clip_low)
     metrics = {
         "weight": weight.sum(),
@@ -109,10 +109,10 @@ def policy_metrics(
 
 
 def summarize(metrics: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
-    """One number a metric from those of all micro-batches of an optimizer step.
+    """Combine the metrics of all micro-batches of an optimizer step into one number each.
 
-    `loss` and `weight` are added up, of `*_max` the largest is taken, the rest are means by token weight: with the
-    token mean over all tokens of all trajectories, shared ones counted m times.
+    `loss` and `weight` are summed, `*_max` is the maximum, and the others are means weighted by `weight`: under the
+    token mean, means over all tokens of all trajectories, with a token shared by m trajectories counted m times.
     """
     names = dict.fromkeys(name for part in metrics for name in part)
     result = {}

@@ -1,4 +1,4 @@
-"""The settings nearest to a run's own with which it fits into memory, as flags."""
+"""The flags that change a run's settings least and make it fit into memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ibtpo.policy import may_adapt
 from ibtpo.pool_bound import least_pool
 from ibtpo_engine import ModelConfig
 
-_STEP = 256  # settings are looked for in multiples of it
+_STEP = 256  # tokens; the search's increment
 _RANKS = (64, 32, 16, 8, 4)
 
 
@@ -30,18 +30,18 @@ def check_memory(
     *,
     longest_prompt: Callable[[], int] = lambda: 0,
 ) -> tuple[Mode, MemoryPlan]:
-    """How the processes of a run train, and what that takes of each; all must call it, before they load anything.
+    """The training mode of a run's processes and its memory plan; all processes must call it before they load anything.
 
-    ``distributed: auto`` is ddp where that fits every process, else fsdp; alone always ddp.
+    ``distributed: auto`` is ddp if that fits every process, else fsdp; a single process always uses ddp.
 
     Args:
         config, shape, device: the run.
         group: its processes.
-        longest_prompt: tells the tokens of its longest prompt; asked only where the run does not fit.
+        longest_prompt: returns the tokens of its longest prompt; called only if the run does not fit.
 
     Raises:
-        ValueError: it does not fit, and the message names what is short and settings that fit; or fsdp was asked for
-            what cannot be split.
+        ValueError: it does not fit, and the message names what is short and settings that fit; or fsdp was requested
+            for parameters that cannot be split.
     """
     if config.distributed == "fsdp" and group.size > 1:
         _check_split(config, shape, group.size)
@@ -71,12 +71,12 @@ def _no_remedy(config: TrainConfig, shape: ModelConfig, prompt: int) -> str:
 
 
 def _is_split(config: TrainConfig, shape: ModelConfig, processes: int) -> bool:
-    """Can these processes hold shares of this run's model?"""
+    """Can this run's model be sharded over these processes?"""
     return processes > 1 and _cut_parameter(config, shape, processes) is None
 
 
 def _cut_parameter(config: TrainConfig, shape: ModelConfig, processes: int) -> tuple[str, torch.Size] | None:
-    """A trained parameter of which blocks of the optimizer's state would lie on two processes."""
+    """A trained parameter whose optimizer state has blocks that would span two processes, or None."""
     if config.optim.state == "float32":
         return None
     trained = trained_shapes(shape, config).items()
@@ -102,7 +102,7 @@ def fitting_flags(
     *,
     prompt: int = 0,
 ) -> str | None:
-    """Flags with which a run fits into `free` bytes; None if none do.
+    """Flags with which a run fits into `free` bytes; None if there are none.
 
     Tried in this order: smaller micro-batches, a smaller KV pool, both; then the same with what `_bases` changes.
 
@@ -126,11 +126,11 @@ def fitting_flags(
 
 
 def _bases(config: TrainConfig, shape: ModelConfig, processes: Processes) -> Iterator[TrainConfig]:
-    """The run with whatever may be changed of it, in every combination; first what changes least of what is learned.
+    """Every combination of the changes that are possible, ordered by how little they change what the run learns.
 
-    So each has only what is needed: without a part of it, it came earlier.
+    So the first one that fits has no unnecessary change: without it, the combination would have come earlier.
     """
-    new = config.resume is None  # checkpoints hold weights of one type, adapters of one shape and one optimizer's state
+    new = config.resume is None  # a checkpoint fixes the types of weights and optimizer state, and the adapters' rank
     checkpointing, states, dtypes = [config.gradient_checkpointing], [config.optim.state], [config.dtype]
     weights, ranks = [config.loss.kl_coef], [config.lora.rank]
     if not config.gradient_checkpointing:
@@ -147,7 +147,7 @@ def _bases(config: TrainConfig, shape: ModelConfig, processes: Processes) -> Ite
         ranks += [rank for rank in _RANKS if config.lora.rank == 0 or rank < config.lora.rank]
     for rank, weight, dtype, state, again in product(ranks, weights, dtypes, states, checkpointing):
         if rank and state != config.optim.state:
-            continue  # of adapters there is little to keep: a lower rank saves as much
+            continue  # adapters have little optimizer state: a lower rank saves as much
         yield replace(
             config,
             gradient_checkpointing=again,
@@ -217,7 +217,7 @@ _MEANS = {
 
 
 def _meaning(flags: str) -> str:
-    """What flags from `fitting_flags` change of what the run learns."""
+    """How flags from `fitting_flags` change what the run learns."""
     means = [text for flag, text in _MEANS.items() if flag in flags.split()]
     if "--optim.state" in flags and find_spec("bitsandbytes") is None:
         means[0] += " (pip install 'ibtpo[8bit]')"

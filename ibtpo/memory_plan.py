@@ -1,35 +1,35 @@
-"""How much memory a run will take, from its configuration alone, before anything of it is allocated.
+"""The memory a run will take, computed from its configuration before anything is allocated.
 
 P parameters, of which Pt are trained; e bytes a number of `dtype`; N tokens of the largest micro-batch; V vocabulary, H
 hidden, I inner size, L layers, Hq/Hkv heads of size D, r rank of the adapters. In bytes:
 
-    weights        e P                    what the engine samples with, too: it borrows them
-    masters        4 Pt                   only below fp32, whose updates 8 bits of mantissa would round away
+    weights        e P                    shared with the engine
+    masters        4 Pt                   only for types below fp32, which would round small updates away
     optimizer      8 Pt                   two running means in fp32; 8bit: 2 Pt and two scales every 256 numbers
     gradients      e Pt, in a step 4 Pt   of the masters; a 16-bit gradient is freed as soon as it is widened,
-                                          but the C library's malloc keeps it (what is below its mmap threshold,
-                                          32 MiB at last): on a CPU (4 + e) Pt in a step
-    KV pool        2 L Hkv D e tokens     0 during the update where it is released
-    CUDA graphs    as the decode steps they repeat take, see below; kept and released along with the pool
-    reference      e P                    a frozen copy; 0 with adapters (switched off) or without need of one
+                                          but the C library's malloc keeps blocks below its mmap threshold (up to
+                                          32 MiB): on a CPU (4 + e) Pt in a step
+    KV pool        2 L Hkv D e tokens     0 during the update if it is released
+    CUDA graphs    as much as the decode steps they replay, see below; kept and released along with the pool
+    reference      e P                    a frozen copy; 0 with adapters (switched off) or if none is needed
     activations    N (L a + e H + 4 D + 12), and with adapters 7 L e r N for all seven projections, where
                    a = e (4 H + 3 I + (n + 1) (Hq + Hkv) D) + 4 Hq        n = 2 with query and key norms, 1 without
-                   what autograd keeps of a layer: residual stream and its norm twice (4 H); gate, up and their product
-                   (3 I); queries, keys before norm and before attention, values, output of attention; its log-sums
+                   tensors autograd keeps of a layer: residual stream and its norm twice (4 H); gate, up and their
+                   product (3 I); queries, keys before norm and before attention, values, attention output, its log-sums
       with checkpointing                  N (L e H + a + e H + 4 D + 12): a layer's input, and one layer whole
     workspace      with the loss          logits of one chunk of rows (on a GPU in fp32, and their gradient: 768 MiB),
-                                          hidden and its gradient (2 e N H), and, where the head is trained, its
+                                          hidden and its gradient (2 e N H), and, if the head is trained, its
                                           gradient in fp32 and in `dtype`: (4 + e) V H
                    in the layers' backward e N (2 I + 3 H), and the head's gradient e V H, waiting for the embedding's
                    in the optimizer step  temporaries of 8bit on a CPU: 20 bytes a number of the largest parameter
-                   while sampling         logits of `max_branches` rows twice in fp32, a chunk of the prompt; these rows
-                                          in a layer are what a CUDA graph has beside such logits of its own
+                   while sampling         logits of `max_branches` rows twice in fp32, a chunk of the prompt; a CUDA
+                                          graph has such logits of its own, and these rows in a layer
 
-In N processes each samples for its share of the prompts, and a step takes a bucket of gradients more. With fsdp masters
-(in fp32, too: the engine's weights are a copy), optimizer and gradients are a share of 1/N each, and to it come the
-*gathered layers*: what is trained of two decoder layers and outside of them, whole, with its gradients.
+In N processes each samples for its share of the prompts, and a step takes an additional bucket of gradients. With fsdp,
+masters (also for fp32, since the engine's weights are a copy), optimizer and gradients take 1/N each, and the *gathered
+layers* are added: the trained parameters of two decoder layers and outside of layers, whole, with their gradients.
 
-Not all of it is there at once: `MemoryPlan.phases` adds up what meets while sampling, in the backward pass and in the
+Not all of this is allocated at once: `MemoryPlan.phases` has the totals while sampling, in the backward pass and in the
 optimizer step, and the largest counts. Tests compare each line with tensors, `bench/train_large.py` the sum with runs.
 """
 
@@ -53,19 +53,19 @@ from ibtpo_engine.pages import PAGE, pages_for
 from ibtpo_kernels.one_pass import chunk_rows, gpu_chunk_rows
 
 GIB = 1 << 30
-_LATER = 150 << 20  # what a process on a CPU loads and keeps later: optimizer, logger and matrix libraries, caches
+_LATER = 150 << 20  # bytes a CPU process loads later and keeps: optimizer, logger and matrix libraries, caches
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes that a run takes, and how they add up.
+    """Bytes that a run takes, by part and by phase.
 
     Attributes:
-        parts: bytes by name, in the order of the module's table; "process" is what is there already (CPU only).
-        phases: bytes that meet in each phase of a step.
-        free: bytes of the device that are there for the run, those of the process included.
+        parts: bytes by name, in the order of the module's table; "process" is held by the process already (CPU only).
+        phases: bytes allocated together in each phase of a step.
+        free: bytes of the device available to the run, including those the process holds.
         tokens: N, of the largest micro-batch.
-        release: is the pool's memory handed back during the update?
+        release: is the pool's memory released during the update?
         device: "cpu" or "cuda".
     """
 
@@ -78,12 +78,12 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        """Most bytes at any moment."""
+        """Peak bytes."""
         return max(self.phases.values())
 
     @property
     def fits(self) -> bool:
-        """Is there as much?"""
+        """Is the total at most the free memory?"""
         return self.total <= self.free
 
     def __str__(self) -> str:
@@ -103,11 +103,11 @@ def _gib(count: int) -> str:
 
 @dataclass(frozen=True)
 class Processes:
-    """How a run is spread over processes, as far as the memory of one of them goes.
+    """How a run is distributed over processes, as far as it affects the memory of one of them.
 
     Attributes:
-        count: how many there are.
-        mode: "ddp", or "fsdp" with a share of masters, optimizer state and gradients each.
+        count: number of processes.
+        mode: "ddp", or "fsdp" with a shard of masters, optimizer state and gradients each.
         sharing: how many of them share a device's memory (those of a node, on CPUs).
     """
 
@@ -117,7 +117,7 @@ class Processes:
 
     @property
     def split(self) -> int:
-        """Over how many of them masters, optimizer state and gradients are divided."""
+        """Number of processes over which masters, optimizer state and gradients are divided."""
         return self.count if self.mode == "fsdp" else 1
 
 
@@ -127,9 +127,9 @@ ONE = Processes()
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Numbers of a model: parameters, those trained, the largest trained, those with too few to be kept in 8 bits.
+    """Sizes of a model: all parameters, trained ones, the largest trained one, those too small for 8-bit states.
 
-    Of those trained, `layer` lie in each decoder layer and `outside` in none.
+    Of the trained parameters, `layer` numbers lie in each decoder layer and `outside` in none.
     """
 
     parameters: int
@@ -146,7 +146,7 @@ def _dtype(config: TrainConfig) -> torch.dtype:
 
 
 def _one_layer(shape: ModelConfig, config: TrainConfig) -> Model:
-    """The run's model with its adapters, without memory and with one decoder layer."""
+    """The run's model with its adapters and one decoder layer, on the meta device."""
     lora = adapters_of(config)
     with torch.device("meta"):
         model = Model(replace(shape, num_layers=1))
@@ -156,7 +156,7 @@ def _one_layer(shape: ModelConfig, config: TrainConfig) -> Model:
 
 
 def trained_shapes(shape: ModelConfig, config: TrainConfig) -> dict[str, torch.Size]:
-    """The parameters that a run trains, of one decoder layer and of none."""
+    """The shapes of trained parameters in one decoder layer and outside of layers."""
     model = _one_layer(shape, config)
     return {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
 
@@ -181,7 +181,7 @@ def _small(counts: list[int]) -> int:
 
 
 def largest_micro_batch(config: TrainConfig) -> int:
-    """N: the budget, what a mini-batch can have at most, or the longest trajectory, which is never cut."""
+    """N: the budget, or if longer the longest trajectory, which is never cut; at most the tokens of a mini-batch."""
     prompt = config.jsonl.max_prompt_tokens
     longest = config.sampling.max_tokens + (prompt or 0)
     most = max(config.micro_batch_tokens, longest)
@@ -192,7 +192,7 @@ def largest_micro_batch(config: TrainConfig) -> int:
 
 
 def activation_bytes(shape: ModelConfig, config: TrainConfig, tokens: int) -> int:
-    """What autograd keeps of the model's forward pass over `tokens` packed tokens; see the module's table."""
+    """Bytes autograd keeps of the model's forward pass over `tokens` packed tokens; see the module's table."""
     size, heads, head, lora = _dtype(config).itemsize, shape.num_heads, shape.head_dim, adapters_of(config)
     wide = (3 if shape.qk_norm else 2) * (heads + shape.num_kv_heads) * head
     layer = size * (4 * shape.hidden_size + 3 * shape.intermediate_size + wide) + 4 * heads
@@ -218,20 +218,20 @@ def _layer_workspace(shape: ModelConfig, config: TrainConfig, tokens: int) -> in
 
 
 def _most_rows(config: TrainConfig, processes: Processes) -> int:
-    """Of a decode step."""
+    """Maximum rows of a decode step."""
     prompts, held_out = (-(-count // processes.count) for count in (config.prompts_per_step, config.eval.prompts))
     wanted = max(prompts * config.search.trajectories, held_out * config.eval.samples)
     return min(config.engine.max_branches, wanted)
 
 
 def _step_workspace(shape: ModelConfig, config: TrainConfig, decoding: int, filled: int) -> int:
-    """Of a step of so many rows, the most of which decode or fill."""
+    """Bytes an engine step takes for `decoding` rows of logits and `filled` rows in a layer."""
     layer = _dtype(config).itemsize * (2 * shape.intermediate_size + 4 * shape.hidden_size)
     return 8 * decoding * shape.vocab_size + filled * layer
 
 
 def _copies_reference(config: TrainConfig) -> bool:
-    """Is a frozen copy kept? Fresh adapters are switched off instead."""
+    """Is a frozen copy kept? New adapters are switched off instead."""
     return config.needs_reference and (config.lora.rank == 0 or is_adapter_folder(config.model))
 
 
@@ -243,24 +243,24 @@ def plan_memory(
     free: int | None = None,
     processes: Processes = ONE,
 ) -> MemoryPlan:
-    """What a run takes on its device.
+    """The memory a run takes on its device.
 
     Args:
         config: the run.
-        shape: of its model.
-        device: where it runs.
+        shape: configuration of its model.
+        device: the device it runs on.
         free: bytes that the process may have; by default its share of what is free now.
-        processes: how the run is spread.
+        processes: how the run is distributed.
     """
     on_cpu, count = device.type == "cpu", _sizes(shape, config)
     parts = _parts(config, shape, processes, count, on_cpu)
     sampling, updates = _phases(config, shape, processes, count, parts, on_cpu)
-    pool = parts["KV pool"] + parts["CUDA graphs"]  # which are released with it
+    pool = parts["KV pool"] + parts["CUDA graphs"]  # released with the pool
     room = free if free is not None else free_memory(device) // processes.sharing + (host_memory() if on_cpu else 0)
     release = config.engine.release == "always"
     if config.engine.release == "auto":
         largest = max(updates.values())
-        freely = not (on_cpu or config.engine.cuda_graphs)  # graphs would have to be captured anew
+        freely = not (on_cpu or config.engine.cuda_graphs)  # graphs would have to be captured again
         release = freely or (max(largest, sampling) <= room < largest + pool)
     kept = 0 if release else pool
     phases = {"sampling": sampling} | {name: need + kept for name, need in updates.items()}
@@ -270,7 +270,7 @@ def plan_memory(
 def _parts(
     config: TrainConfig, shape: ModelConfig, processes: Processes, count: _Sizes, on_cpu: bool
 ) -> dict[str, int]:
-    """The module's table; what there is only in a phase, at its largest."""
+    """The module's table; parts that exist only in some phases at their maximum."""
     size, tokens = _dtype(config).itemsize, largest_micro_batch(config)
     rows, split = _most_rows(config, processes), processes.split
     large = count.trained - count.trained_small
@@ -294,7 +294,7 @@ def _parts(
 def _phases(
     config: TrainConfig, shape: ModelConfig, processes: Processes, count: _Sizes, parts: Mapping[str, int], on_cpu: bool
 ) -> tuple[int, dict[str, int]]:
-    """What meets while sampling, pool included; and in each phase of an update, without the pool."""
+    """Totals while sampling, with the pool, and in each phase of an update, without the pool."""
     size, split = _dtype(config).itemsize, processes.split
     kept = sum(parts[name] for name in ("process", "weights", "master weights", "optimizer state", "reference model"))
     sampling = kept + parts["KV pool"] + parts["CUDA graphs"]
@@ -307,6 +307,6 @@ def _phases(
         step += 20 * -(-count.largest // split)
     if on_cpu and size < 4 and split == 1:  # malloc keeps the 16-bit gradients
         step += size * count.trained
-    if processes.count > 1:  # gradients are summed, or weights put together, a piece at a time
+    if processes.count > 1:  # gradients are summed, or weights gathered, a piece at a time
         step += min(4 * count.trained, max(BUCKET_BYTES, 4 * count.largest))
     return sampling, {"backward pass": kept + backward, "optimizer step": kept + step}

@@ -1,7 +1,6 @@
 """The model card of a checkpoint: README.md with YAML front matter, as the Hugging Face Hub reads it.
 
-It names no path of this machine but those of the base model and the data, and no time: the same run writes the same
-card.
+It contains no times, and no paths except those of the base model and the data: the same run writes the same card.
 """
 
 from __future__ import annotations
@@ -65,9 +64,9 @@ def model_card(
         config: the run.
         step: training steps taken.
         sampled_tokens: tokens sampled for them.
-        rows: of the run's log; the evaluations up to `step` are shown.
+        rows: rows of the run's log; the evaluations up to `step` are shown.
         chat: does the tokenizer have a chat template?
-        adapters: does the checkpoint hold adapters, and not a whole model?
+        adapters: does the checkpoint hold adapters instead of a whole model?
     """
     header: dict[str, Any] = {
         "library_name": "peft" if adapters else "transformers",
@@ -93,7 +92,7 @@ def model_card(
     lines = ["---", to_yaml(header).rstrip(), "---", "", f"# {title}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {_in_cell(value)} |" for name, value in facts.items()]
     lines += ["", "## Held-out accuracy", "", *_accuracy(row for row in rows if row["step"] <= step), ""]
-    operations = "7*8-5+3*9+4-2*6+8"[: 2 * config.digits.min_ops + 1]  # as many as the policy has learned to work
+    operations = "7*8-5+3*9+4-2*6+8"[: 2 * config.digits.min_ops + 1]  # as many as in the shortest training prompts
     prompt = f'"{operations}=?\\n"' if config.model == "built-in" else '"..."'
     if chat:
         message = 'tokenizer.apply_chat_template([{"role": "user", "content": "..."}]'
@@ -106,16 +105,16 @@ def model_card(
 
 
 def method(config: TrainConfig) -> str:
-    """Advantage and sampler, and the preset whose settings these are, if there is one."""
+    """Advantage and sampler, and the preset with these settings, if there is one."""
     text = f"{config.advantage.kind} advantages on {config.search.method} samples"
     fitting = [name for name, changes in PRESETS.items() if _agrees(config, changes)]
     if not fitting:
         return text
-    return f"{text} (preset {max(fitting, key=lambda name: len(flat(PRESETS[name])))})"  # the most particular one
+    return f"{text} (preset {max(fitting, key=lambda name: len(flat(PRESETS[name])))})"  # the most specific one
 
 
 def save_generation_config(policy: Policy, config: TrainConfig, folder: Path) -> None:
-    """Write generation_config.json: stop tokens, and the sampling that the policy was trained with."""
+    """Write generation_config.json: stop tokens, and the sampling settings of training."""
     sampling = config.sampling
     GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=sampling.temperature > 0,
@@ -130,7 +129,7 @@ def save_generation_config(policy: Policy, config: TrainConfig, folder: Path) ->
 
 
 def _in_cell(text: str) -> str:
-    """A text as a table's cell: a pattern of a reward, or a path, may hold the mark between cells, or end the line."""
+    """Escape a text for a table cell: a reward's pattern or a path may contain ``|`` or a newline."""
     return " ".join(text.replace("|", "\\|").split())
 
 
@@ -143,7 +142,7 @@ def _accuracy(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     lines += [f"| step | avg@{k} | pass@{k} | greedy |", "|---|---|---|---|"]
     names = ("eval_avg", "eval_pass", "eval_greedy")
     for row in evaluations:
-        others = _prompts_and_samples(row)  # a resumed run may measure otherwise
+        others = _prompts_and_samples(row)  # a resumed run may use others
         step = str(row["step"]) + ("" if others == size else f" ({others[0]} prompts, k = {others[1]})")
         lines.append(f"| {step} | {' | '.join(_interval(row, name) for name in names)} |")
     return lines
@@ -158,7 +157,7 @@ def _interval(row: Mapping[str, Any], name: str) -> str:
 
 
 def _settings(config: TrainConfig) -> str:
-    """What differs from the defaults."""
+    """The settings that differ from the defaults."""
     return to_yaml(_changed(config, TrainConfig()) or {}).rstrip()
 
 
@@ -180,7 +179,7 @@ def _agrees(config: Any, changes: Mapping[str, Any]) -> bool:
 
 
 def _hub_name(model: str) -> str | None:
-    """The name on the Hub that a checkpoint folder says it has, or None."""
+    """The Hub name recorded in a checkpoint folder, or None."""
     try:
         name = json.loads((Path(model) / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
     except (OSError, ValueError, AttributeError):

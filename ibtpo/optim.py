@@ -18,21 +18,21 @@ class NonFinite(ArithmeticError):
 
 
 class NonFiniteGradient(NonFinite):
-    """The gradient holds NaN or Inf; the weights were left as they were."""
+    """The gradient holds NaN or Inf; the weights were not changed."""
 
 
 MOST_WIDE = 4096
-"""Of a parameter with fewer numbers the running means are kept in float32 in any case, as bitsandbytes does."""
+"""Parameters with fewer numbers keep their running means in float32 in any case, as in bitsandbytes."""
 BLOCK = 256
-"""So many numbers of a state in 8 bits share a scale."""
+"""This many consecutive numbers of an 8-bit state share a scale."""
 
 
 class OtherForm(ValueError):
-    """The running means to go on with were kept in another form than `optim.state` says; the message names both."""
+    """The saved running means have another form than `optim.state`; the message names both."""
 
 
 class MasterAdamW:
-    """Updates a model in place; where it computes in less than fp32, an fp32 copy of each weight is kept and updated.
+    """Updates a model in place; if it computes below fp32, an fp32 copy of each weight is kept and updated.
 
     A bf16 weight has 8 bits of mantissa, so an update of 1e-6 would be rounded away; the master keeps it.
 
@@ -44,8 +44,8 @@ class MasterAdamW:
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
         self.config = config
         self.num_steps = 0
-        self.scale = 1.0  # of the learning rate, for schedules beyond the warm-up
-        self.sum_gradients: Callable[[Iterable[nn.Parameter]], None] = lambda masters: None  # over several processes
+        self.scale = 1.0  # factor of the learning rate, for schedules beyond the warm-up
+        self.sum_gradients: Callable[[Iterable[nn.Parameter]], None] = lambda masters: None  # over processes
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         wide = (torch.float32, torch.float64)
         self._masters = {
@@ -60,12 +60,12 @@ class MasterAdamW:
         self._adamw = _adamw(groups, config)
 
     def _own_parts(self) -> dict[str, nn.Parameter]:
-        """What AdamW is given of each master."""
+        """This process's part of each master, which AdamW updates."""
         return self._masters
 
     @property
     def lr(self) -> float:
-        """Learning rate of the step to come: linear warm-up, then constant, times `scale`."""
+        """Learning rate of the next step: linear warm-up, then constant, times `scale`."""
         return self.scale * self.config.lr * min(1.0, (self.num_steps + 1) / max(self.config.warmup_steps, 1))
 
     def step(self) -> float:
@@ -81,7 +81,7 @@ class MasterAdamW:
             master = self._masters[name]
             if master is not parameter:
                 master.grad = None if parameter.grad is None else parameter.grad.float()
-                parameter.grad = None  # one at a time: never all gradients in both types
+                parameter.grad = None  # freed one by one, so that not all gradients exist in both types
         self.sum_gradients(self._masters.values())
         norm = float(nn.utils.clip_grad_norm_(self._masters.values(), self.config.grad_clip))
         if math.isfinite(norm):
@@ -110,7 +110,7 @@ class MasterAdamW:
         copy_weights(self._masters, self._parameters)
 
     def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on, as flat tensors for safetensors: masters (where kept) and moments by name."""
+        """Everything needed to resume, as named tensors for safetensors: masters (if kept) and moments."""
         state = {"num_steps": torch.tensor(self.num_steps)}
         for name, master in self._masters.items():
             if master is not self._parameters[name]:
@@ -122,7 +122,7 @@ class MasterAdamW:
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned, for a model of the same shape.
+        """Load what `state` returned, for a model of the same shape.
 
         Raises:
             OtherForm: the running means were kept in another form.
@@ -152,11 +152,11 @@ class MasterAdamW:
         kept["step"] = int(state[f"step.{name}"])
 
     def _begin_8bit(self, name: str) -> dict[str, Any]:
-        """The running means of a parameter, zero, with the tables of their code."""
+        """Zero running means of a parameter, with their 8-bit code tables."""
         own = self._own[name]
         groups = enumerate(self._adamw.param_groups)
         place = next((g, i) for g, group in groups for i, p in enumerate(group["params"]) if p is own)
-        is_wide = self._masters[name].numel() < MOST_WIDE  # all of it: `own` may be a share
+        is_wide = self._masters[name].numel() < MOST_WIDE  # the whole parameter's size: `own` may be a shard
         self._adamw.args.min_8bit_size = own.numel() + 1 if is_wide else 0
         self._adamw.init_state(self._adamw.param_groups[place[0]], own, *place)
         self._adamw.args.min_8bit_size = MOST_WIDE
@@ -165,7 +165,7 @@ class MasterAdamW:
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> Any:
-    """torch's AdamW, or the one of bitsandbytes, which keeps its running means in 8 bits."""
+    """torch's AdamW, or that of bitsandbytes, which keeps its running means in 8 bits."""
     fields: dict[str, Any] = {"lr": config.lr, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.state == "float32":
         return torch.optim.AdamW(groups, **fields, fused=True)
@@ -177,6 +177,6 @@ def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> Any:
 
 
 def splits_in_blocks(shape: torch.Size, processes: int) -> bool:
-    """Whether rows can be shared out so that no block of a state in 8 bits lies on two processes."""
+    """Can the rows be divided among processes so that no block of an 8-bit state spans two of them?"""
     each = -(-shape[0] // processes)
     return shape.numel() < MOST_WIDE or each >= shape[0] or each * (shape.numel() // shape[0]) % BLOCK == 0

@@ -1,4 +1,4 @@
-"""One tree, grown and printed as an outline: steps with value, IB-Score, confidence and round."""
+"""Growing one tree and printing it as an outline: steps with value, IB-Score, confidence and round."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def print_tree(config: TrainConfig, console: Console, *, prompt: str | None, ans
 
     Args:
         prompt: "\\n" stands for a newline.
-        answer: the right one, needed for a prompt unless the task is digit-chain.
+        answer: the reference, needed for a prompt unless the task is digit-chain.
     """
     _, policy, task = open_model(config, console)
     with closing(task):
@@ -47,7 +47,7 @@ def print_tree(config: TrainConfig, console: Console, *, prompt: str | None, ans
 
 
 def outcome(rewards: Sequence[float]) -> str:
-    """How many are right and, where some are so in part, the mean reward."""
+    """How many are right and, if some rewards lie between 0 and 1, the mean reward."""
     partly = any(0 < reward < 1 for reward in rewards)
     mean = f" (mean reward {sum(rewards) / len(rewards):.3g})" if partly else ""
     return f"{sum(reward > RIGHT for reward in rewards)} right{mean}"
@@ -56,7 +56,7 @@ def outcome(rewards: Sequence[float]) -> str:
 def _problem(
     config: TrainConfig, task: Task, prompt: str | None, answer: str | None, index: int
 ) -> tuple[Problem, Grades]:
-    """What to sample for, and who grades it."""
+    """The problem to sample for, and its grader."""
     if prompt is None:
         return task.train_problem(index), task
     prompt = prompt.replace("\\n", "\n")
@@ -68,12 +68,12 @@ def _problem(
 
 
 def _grades_of(config: TrainConfig) -> RewardGrades:
-    """Who grades a prompt that is no task's."""
+    """The grader of a prompt that is not from the task."""
     return RewardGrades(parse_rewards(config.reward) or (RewardSpec(config.jsonl.grade),), config.jsonl)
 
 
 def _outline(tree: Tree, policy: Policy, problem: Problem) -> Outline:
-    """The tree as indented text: a line a step, and further to the right where the search branched."""
+    """The tree as indented text: a line a step, indented further at every fork."""
     estimates = tree.notes["ib"]
     prompt = problem.prompt if isinstance(problem.prompt, str) else problem.prompt[-1]["content"]
     outline = Outline(f"[bold]{escape(printable(prompt.strip()))}[/]  value {estimates.value(tree.root):.2f}")
@@ -90,7 +90,7 @@ def _outline(tree: Tree, policy: Policy, problem: Problem) -> Outline:
     while below:
         node, place = below.pop()
         lines = [line(node)]
-        while len(node.children) == 1:  # steps in a row stand below each other, not ever further to the right
+        while len(node.children) == 1:  # an unbranched chain of steps is not indented further
             [node] = node.children
             lines.append(line(node))
         place = place.add("\n".join(lines))

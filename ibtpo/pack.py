@@ -1,18 +1,18 @@
-"""Finished trees to micro-batches: every shared token once, with the weight of all the trajectories it stands for.
+"""Packs finished trees into micro-batches: every shared token once, with the summed weight of its trajectories.
 
-Packing deduplicates the computation, not the objective. Predictions live on edges (a token and the row that predicted
+Packing deduplicates the computation, not the objective. Predictions belong to edges (a token and the row that predicts
 it); an edge of a token shared by m trajectories carries the sum of their loss weights, so loss and gradient are those
-of the unpacked trajectories. The weights include the average over the *whole* optimizer step: the losses of its
+of the unpacked trajectories. The weights include the averaging over the *whole* optimizer step, so the losses of its
 micro-batches are simply added up.
 
-A tree larger than the budget is cut into runs of depth-first nodes. A run needs the tokens above its first node as
-context; they are copied without their edges, so the sum of the gradients does not change::
+A tree larger than the budget is cut into runs of nodes in depth-first order. A run needs the tokens above its first
+node as context; they are copied without their edges, so the sum of the gradients does not change::
 
     nodes        q  a  b  c  d  e  f             q - a - b          depth-first order, cut before e
     first part   q  a  b  c  d                       |   ` c - d
     second part  q  .  .  .  .  e  f                 ` e - f        q is a copy
 
-What no prediction depends on is left out: the last token of every trajectory, for one.
+Tokens that no prediction depends on are left out, such as the last token of every trajectory.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ Longs = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """One forward and backward: a forest of N tokens, T of its rows predict E tokens.
+    """The input of one forward and backward pass: a forest of N tokens, of whose rows T predict E tokens.
 
     Attributes:
         tokens, pos: int64 [N], token ids and depths (RoPE positions).
         end: int32 [N], exclusive subtree ends; query i sees key j <=> j <= i < end[j].
-        rows: int64 [T], increasing; the packed tokens whose hidden states predict anything.
+        rows: int64 [T], increasing; indices of the packed tokens whose hidden states predict a token.
         edge_row: int64 [E], index into `rows`.
         targets: int64 [E], the token predicted.
         positive, negative: float [E], sums over the trajectories through the token of weight * max(A, 0) and of
             weight * min(A, 0).
-        weight: float [E], the same sum of the weights alone; over an optimizer step it adds up to 1 (token mean).
-        positive_weight, negative_weight: float [E], ... over the trajectories with A > 0, and with A < 0; for metrics.
+        weight: float [E], the sum of the weights; over an optimizer step it adds up to 1 (token mean).
+        positive_weight, negative_weight: float [E], the same over trajectories with A > 0 or A < 0; for metrics.
         old_logprob: float [E], log-prob of the target under the policy that sampled it.
-        multiplicity: int64 [E], m, trajectories through the token.
-        edge_tree, edge_token: int64 [E], where the edge comes from: index into the trees packed, index of the token
-            predicted in that tree.
+        multiplicity: int64 [E], m, number of trajectories through the token.
+        edge_tree, edge_token: int64 [E], origin of the edge: index of its tree among those packed, and index of the
+            predicted token in that tree.
     """
 
     tokens: Tensor
@@ -91,15 +91,15 @@ def pack(
     """Pack all trees of one optimizer step; skipped groups are left out of everything.
 
     Args:
-        advantages: one a tree. All trees of the step at once: means are taken over them.
+        advantages: one a tree, for all trees of the optimizer step: means are taken over them.
         config: aggregation and weight of shared tokens.
-        micro_batch_tokens: most packed tokens of a micro-batch. A trajectory longer than that gets its own.
+        micro_batch_tokens: maximum packed tokens in a micro-batch. A longer trajectory gets a micro-batch of its own.
         max_tokens: length limit of a trajectory, the denominator of `dr_grpo`.
         dtype: of weights and log-probs.
-        only: indices of the trees to pack; means are taken over all of them all the same.
+        only: indices of the trees to pack; means are taken over all trees nevertheless.
 
     Returns:
-        micro-batches whose losses add up to the step's loss, the same for the same input; none if all is skipped.
+        micro-batches whose losses add up to the step's loss, in a deterministic order; none if all trees are skipped.
     """
     kept = [(index, tree) for index, tree in enumerate(advantages) if not tree.skipped]
     num_trajectories = sum(len(tree.lengths) for _, tree in kept)
@@ -118,7 +118,7 @@ def pack(
 
 
 def blank(device: torch.device) -> MicroBatch:
-    """A micro-batch whose loss and gradient are 0: for a process that only keeps others company."""
+    """A micro-batch with zero loss and gradient, for a process that must take part in another's collective passes."""
     zero, none = torch.zeros(1, dtype=torch.int64), torch.zeros(1)
     return MicroBatch(
         tokens=zero,
@@ -153,7 +153,7 @@ def _edge_weights(tree: NodeAdvantage, config: LossConfig, num_trajectories: int
 
 
 def _divide(packed: PackedTree, edges: Longs, budget: int) -> list[Longs]:
-    """Edges of one tree by part: all together if what they need fits the budget, else by runs of nodes that do."""
+    """Edges of a tree by part: one part if the tokens they need fit the budget, else one for each run of `_cut`."""
     if _needed(packed, edges).sum() <= budget:
         return [edges]
     node = packed.node[packed.edge_token[edges]]
@@ -193,7 +193,7 @@ def _longs(values: npt.NDArray[np.integer[Any]]) -> Tensor:
 
 
 def _needed(packed: PackedTree, edges: Longs) -> npt.NDArray[np.bool_]:
-    """[N]: the tokens that the rows of these edges see, themselves included."""
+    """[N]: the tokens that the rows of these edges attend to, including themselves."""
     is_row = np.zeros(len(packed), np.int64)
     is_row[packed.edge_row[edges]] = 1
     before = np.concatenate([[0], np.cumsum(is_row)])
@@ -201,11 +201,11 @@ def _needed(packed: PackedTree, edges: Longs) -> npt.NDArray[np.bool_]:
 
 
 def _cut(packed: PackedTree, budget: int) -> list[int]:
-    """Bounds of runs of nodes that fit the budget with the context above them, with the least context copied.
+    """Bounds of runs of nodes that fit the budget together with their context, such that the least context is copied.
 
-    In depth-first order, whatever lies above any node of a run lies in the run or above its first node, so a run costs
-    ``start of its first node + sum of its lengths``. A run may exceed the budget only where one path in it does: where
-    it is a single path, for any other costs more than the longest in it.
+    In depth-first order every ancestor of a node in a run lies in the run or above its first node, so a run costs
+    ``start of its first node + sum of its lengths``. A run may exceed the budget only if it is a single path: one with
+    several paths costs more than the longest of them alone.
     """
     start = np.array([node.start for node in packed.nodes])
     length = np.array([len(node) for node in packed.nodes])
@@ -228,9 +228,9 @@ def _cut(packed: PackedTree, budget: int) -> list[int]:
 
 
 def _first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """First-fit decreasing: largest first into the first bin with room, equal sizes in the order given."""
+    """First-fit decreasing: largest first, each into the first bin with room; equal sizes in the order given."""
     bins: list[list[int]] = []
-    room = np.full(len(sizes), budget)  # of the bins there may be; only a part larger than the budget fits none
+    room = np.full(len(sizes), budget)  # of all possible bins; only a part larger than the budget fits in none
     for item in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         chosen = int(np.argmax(room[: len(bins) + 1] >= sizes[item])) if sizes[item] <= budget else len(bins)
         if chosen == len(bins):
@@ -241,7 +241,7 @@ def _first_fit(sizes: Sequence[int], budget: int) -> list[list[int]]:
 
 
 def _side_by_side(parts: Sequence[MicroBatch]) -> MicroBatch:
-    """Several micro-batches as one: a forest, in which indices are shifted and nothing else changes."""
+    """Concatenate micro-batches into one forest, shifting the indices."""
     joined = {field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(MicroBatch)}
     num_tokens = list(accumulate((len(part) for part in parts), initial=0))  # before each part
     num_rows = list(accumulate((len(part.rows) for part in parts), initial=0))

@@ -1,4 +1,4 @@
-"""The policy a run starts from: a checkpoint folder, or the built-in tiny one with fresh weights."""
+"""The policy a run starts from: a checkpoint folder, or the tiny built-in one with random weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ADAPTED = {"all": TARGETS, "attention": TARGETS[:4], "mlp": TARGETS[4:]}
 
 
 def adapters_of(config: TrainConfig) -> LoRA | None:
-    """The adapters that a run trains: those it asks for or, from an adapter folder on, those there; None: the weights.
+    """The adapters that a run trains: those configured, or those of an adapter folder; None if it trains the weights.
 
     Raises:
         CheckpointError: the folder's adapter cannot be run.
@@ -55,7 +55,7 @@ def _asked_for(config: LoRAConfig) -> LoRA:
 
 @dataclass(frozen=True)
 class Policy:
-    """A model with its tokenizer, the tokens that end an answer, and the folder its weights came from, if any."""
+    """A model with its tokenizer, the tokens that end an answer, and the folder of its weights, if any."""
 
     model: Model
     tokenizer: PreTrainedTokenizerBase
@@ -63,7 +63,7 @@ class Policy:
     base: str | None = None
 
     def save(self, folder: Path) -> None:
-        """Write a folder that `transformers` loads; of a model with adapters, one that PEFT loads on its base."""
+        """Write a folder for `transformers`; for a model with adapters, an adapter folder for PEFT."""
         if self.model.adapters is None:
             save_model(self.model, self.tokenizer, folder)
             return
@@ -72,10 +72,10 @@ class Policy:
         self.tokenizer.save_pretrained(folder)
 
     def adapt(self, config: LoRAConfig, seed: int) -> None:
-        """Put the adapters on that `config` asks for, unless they are there.
+        """Add the adapters that `config` describes, unless they are there.
 
         Raises:
-            ValueError: the policy is not from a folder, or has other adapters.
+            ValueError: the policy was not loaded from a folder, or has other adapters.
         """
         if config.rank == 0:
             return
@@ -98,7 +98,7 @@ def load_policy(
 
     Args:
         folder: the checkpoint.
-        dtype, device: what the weights are converted to, and where they go.
+        dtype, device: type and device to which the weights are converted.
         began_with: as for `base_folder`.
 
     Raises:
@@ -117,17 +117,17 @@ def _tokenizer(folder: Path | str, base: Path | str) -> PreTrainedTokenizerBase:
 
 
 def base_folder(folder: Path | str, began_with: str | None = None) -> str:
-    """The checkpoint folder that an adapter folder belongs on.
+    """The folder of an adapter's base checkpoint.
 
-    For a run's checkpoint the run knows better than the adapter, which was told when it was saved: the base may have
-    moved since.
+    For a run's checkpoint the run's configuration overrides the path in the adapter, since the base may have been moved
+    after the adapter was saved.
 
     Args:
         folder: holds an adapter.
-        began_with: of a run's checkpoint, the model the run began with; by default what its config.yaml names.
+        began_with: for a run's checkpoint, the model the run began with; by default the one in its config.yaml.
 
     Raises:
-        CheckpointError: it is not there.
+        CheckpointError: the base does not exist.
     """
     run = _run_of(folder)
     if run is None:
@@ -147,7 +147,7 @@ def base_folder(folder: Path | str, began_with: str | None = None) -> str:
 
 
 def _run_of(folder: Path | str) -> Path | None:
-    """The run that a folder is a checkpoint of, or None."""
+    """The run folder of which a folder is a checkpoint, or None."""
     run = Path(folder).absolute().parent.parent
     return run if is_run(run) else None
 
@@ -156,7 +156,7 @@ def model_shape(source: Path | str, began_with: str | None = None) -> ModelConfi
     """The shape of a policy that is not loaded yet: "built-in", a checkpoint folder, or an adapter folder's base.
 
     Args:
-        source: what will be loaded.
+        source: "built-in" or the folder to be loaded.
         began_with: as for `base_folder`.
 
     Raises:
@@ -178,7 +178,7 @@ def tokenizer_of(source: Path | str, began_with: str | None = None) -> PreTraine
 
 
 def built_in_policy(seed: int, *, dtype: torch.dtype, device: torch.device) -> Policy:
-    """A Qwen3-shaped model of 0.22 M parameters with fresh weights and a tokenizer of single characters."""
+    """A Qwen3-shaped model of 0.22 M parameters with random weights and a tokenizer of single characters."""
     tokenizer = char_tokenizer()
     model = initialise(Model(ModelConfig.from_dict(built_in_config(tokenizer))), seed)
     return Policy(model.to(device=device, dtype=dtype), tokenizer, (int(tokenizer.eos_token_id),))

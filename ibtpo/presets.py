@@ -1,4 +1,4 @@
-"""Every method of the comparison, as what it changes in the configuration (docs/method.md has their formulas)."""
+"""Every method of the comparison, as changes to the configuration (docs/method.md has their formulas)."""
 
 from __future__ import annotations
 

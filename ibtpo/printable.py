@@ -1,13 +1,13 @@
-"""Text of which nobody knows what it holds, for a terminal."""
+"""Printing untrusted text on a terminal."""
 
 from __future__ import annotations
 
 
 def printable(text: str) -> str:
-    r"""The text with what cannot be seen, or would command the terminal, spelled out: ESC as ``\x1b``. Lines stay."""
+    r"""Escape invisible characters and terminal controls, such as ESC to ``\x1b``; newlines stay."""
     return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line; where it says nothing, its type."""
+    """An error's message on one line, or its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__

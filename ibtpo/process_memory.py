@@ -1,4 +1,4 @@
-"""Memory of the host that this process holds."""
+"""Host memory of this process."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _STATUS = Path("/proc/self/status")
 
 def peak_host_memory() -> int:
     """The most memory this process has held, in bytes."""
-    if _STATUS.is_file():  # of this program alone; what getrusage says includes the one that started it
+    if _STATUS.is_file():  # of this program only; getrusage also counts the program before exec
         return _of_process("VmHWM")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def host_memory() -> int:
-    """The memory this process holds now, in bytes; where that cannot be read, the most it has held."""
+    """The memory this process holds now, in bytes; its peak if that cannot be read."""
     return _of_process("VmRSS") if _STATUS.is_file() else peak_host_memory()
 
 

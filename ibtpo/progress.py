@@ -1,4 +1,4 @@
-"""Progress on long work: a bar with the latest figures on a terminal, a line now and then elsewhere."""
+"""Progress of long work: a bar with the latest figures on a terminal, occasional lines elsewhere."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ class _Bar(Progress):
     note = ""
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """The bar and, once there are any, the figures."""
+        """The bar and the figures, if there are any yet."""
         yield self.make_tasks_table(self.tasks)
         if self.note:
             yield Text(f"  {self.note}", style="dim", no_wrap=True, overflow="ellipsis")
 
 
 class Tracker:
-    """One piece of work under way; `advance` moves it on."""
+    """One piece of work in progress; `advance` moves it on."""
 
     def __init__(self, console: Console, description: str, total: int, bar: _Bar | None) -> None:
         self._console = console
         self._description = description
-        self.total = total  # may change on the way
+        self.total = total  # may change during the work
         self._done = self._first = 0
         self._bar = bar
         self._task = None if bar is None else bar.add_task(description, total=total)
         self._begin = self._last_line = time.monotonic()
 
     def advance(self, amount: int, note: str = "") -> None:
-        """Move on by `amount`; `note` is shown with it. What was done before (a resumed run's) comes without a note."""
+        """Move on by `amount` and show `note`; earlier progress of a resumed run has no note."""
         self._done += amount
         if not note and self._done == amount:
             self._first = amount
@@ -81,7 +81,7 @@ def track(console: Console, description: str, total: int) -> Iterator[Tracker]:
 
 
 def step_note(step: int, values: Mapping[str, float]) -> str:
-    """The figures of a training step in a line: reward (independent rollouts), Eff-Rate, speed, memory."""
+    """The figures of a training step on one line: reward (independent rollouts), Eff-Rate, speed, memory."""
     parts = [f"step {step}"]
     shown = (
         ("avg_rate_iid", "reward (iid) {:.3f}"),

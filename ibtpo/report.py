@@ -1,4 +1,4 @@
-"""What a run came to: accuracy before and after, and what it took; from its metrics.jsonl."""
+"""Results of a run from its metrics.jsonl: accuracy before and after, and cost."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of a run: what the closing table and the head of the page show.
+    """The result of a run, as shown in the final table and at the top of the page.
 
     Attributes:
         accuracies: sampled avg@k, pass@k, maj@k and greedy, before and after.
-        amounts: name, value, and how it is meant, ready for reading.
+        amounts: name, formatted value and explanation of each cost.
         steps: training steps.
     """
 
@@ -67,7 +67,7 @@ class Summary:
 
 
 def summarize_run(folder: Path) -> Summary:
-    """The result of the run in `folder`, as far as it has come."""
+    """The result so far of the run in `folder`."""
     return summarize_rows(list(read_rows(folder / METRICS)))
 
 
@@ -78,7 +78,7 @@ def summarize_rows(rows: Sequence[Row]) -> Summary:
     after = evaluations[-1] if evaluations and evaluations[-1] is not before else None
     ks = [int(row["eval_samples"]) if _finite(row.get("eval_samples")) else 0 for row in evaluations]
     k = (ks[-1] if ks else 0) or "k"
-    begin = before if ks and ks[0] == ks[-1] else None  # a resumed run may draw more: pass@2 tells nothing of pass@64
+    begin = before if ks and ks[0] == ks[-1] else None  # a resumed run may use another k
     accuracies = []
     for key, name, meaning in _ACCURACIES:
         first, last = _estimate(begin if "{k}" in name else before, key), _estimate(after, key)
@@ -114,7 +114,7 @@ def _amounts(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
 
 
 def _per_token(rows: Sequence[Row], efficiency: str, tokens: str) -> str:
-    """A run's token efficiency, from those of its steps."""
+    """A run's token efficiency, combined from those of its steps."""
     known = [
         (row[efficiency], row[tokens]) for row in rows if _finite(row.get(efficiency)) and _finite(row.get(tokens))
     ]
@@ -141,7 +141,7 @@ def _finite(value: object) -> bool:
 
 
 def describe_run(config: Mapping[str, Any]) -> list[str]:
-    """What the run was, in a few words each."""
+    """The run's main settings, in a few words each."""
     if not config:
         return []
     search = config.get("search")
@@ -159,7 +159,7 @@ def describe_run(config: Mapping[str, Any]) -> list[str]:
 
 
 def amount(value: float) -> str:
-    """A count for reading: 950, 12.3k, 400k, 1.25M."""
+    """A count in short form: 950, 12.3k, 400k, 1.25M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{float(f'{value / size:.3g}'):g}{unit}"
@@ -167,7 +167,7 @@ def amount(value: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """A value for reading, three significant digits: 0.25, 1.2e-05, 12.3k."""
+    """A value with three significant digits: 0.25, 1.2e-05, 12.3k."""
     if value is None or not _finite(value):
         return DASH
     text = amount(value) if abs(value) >= 1e3 else f"{float(f'{value:.3g}'):g}"

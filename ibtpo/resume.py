@@ -1,8 +1,8 @@
-"""What a resumed run may change, and what it may not.
+"""The settings a resumed run may change, and those it may not.
 
-A run is the same run as long as its policy, its problems and its beginning are the same. How it goes on from there -
-budget, search, loss, rates, limits, hardware - may change; a run so changed is no longer that of its first
-configuration, so each change is named. The model it began with may have moved: then it is named by its new place.
+Policy, problems and starting point of a run are fixed. Settings that decide how it goes on - budget, search, loss,
+rates, limits, hardware - may change; as the run then no longer follows its first configuration, each change is printed.
+If the model it began with was moved, its new path may be given.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ FIXED = {
     "warm_start": "since it is over",
     "out": "since a run is continued in its own folder",
 }
-"""Fields, and sections, that a resumed run must leave alone, each with the reason."""
+"""Fields and sections that a resumed run must not change, each with the reason."""
 
 
 def announce_changes(run: Path, config: TrainConfig, console: Console) -> None:
-    """Say which settings differ from those of the run folder `run`.
+    """Print the settings that differ from those of the run folder `run`.
 
     Raises:
-        RunFolderError: one of them may not change, or this is no run folder or of a newer format.
+        RunFolderError: one of them may not change, or this is not a run folder or has a newer format.
     """
     check_run(run, "resume")
     path = run / CONFIG
@@ -65,21 +65,21 @@ def announce_changes(run: Path, config: TrainConfig, console: Console) -> None:
 
 
 def _has_moved(before: str, now: str, run: Path) -> bool:
-    """May the model that a run began with lie at `now`? Where it was it is gone, and this is no product of the run."""
+    """May `now` be the moved model of the run? It is if `before` is gone and `now` is a folder outside of the run."""
     gone = before != TrainConfig().model and not Path(before).is_dir()
     return gone and Path(now).is_dir() and not Path(now).is_relative_to(run.absolute())
 
 
 def check_beginning(config: TrainConfig, last: Checkpoint | None) -> None:
-    """See that the model a resumed run began with is there, if the run still needs it.
+    """Check that the model a resumed run began with exists, if the run still needs it.
 
     Args:
         config: the run.
-        last: the checkpoint it goes on from, or None.
+        last: the checkpoint the run resumes from, or None.
 
     Raises:
-        RunFolderError: it needs it as the policy or the reference.
-        CheckpointError: it needs it as the base of its adapters.
+        RunFolderError: the model is missing and needed as the policy or the reference.
+        CheckpointError: the model is missing and needed as the base of the run's adapters.
     """
     if last is not None and is_adapter_folder(last.path):
         base_folder(last.path, config.model)
@@ -98,7 +98,7 @@ def check_beginning(config: TrainConfig, last: Checkpoint | None) -> None:
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """The run as it is found from any working directory: model folder and data files by their whole paths."""
+    """The configuration with absolute paths of model folder and data files, independent of the working directory."""
     model = str(Path(config.model).absolute()) if Path(config.model).is_dir() else config.model
     few_shot, eval_data = _absolute(config.jsonl.few_shot), _absolute(config.jsonl.eval_data)
     jsonl = replace(config.jsonl, few_shot=few_shot, eval_data=eval_data)

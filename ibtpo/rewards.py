@@ -1,15 +1,15 @@
-r"""Rewards: what grades a completion, by name. Runs in grading processes (grading_worker.py), imports no torch.
+r"""Rewards, by name. They run in grading processes (grading_worker.py), so this module does not import torch.
 
 ====================  ==========================================================================================
 ``math``              math-verify: the final answer, the last box or ``<answer>`` after the thinking, is the reference
-``exact``             its last line that is not blank equals the reference
-``regex=PATTERN``     the pattern is found; where it has a group, the last match's group equals the reference
+``exact``             the last line that is not blank equals the reference
+``regex=PATTERN``     the pattern is found; if it has a group, the last match's group equals the reference
 ``format``            the answer is given as ``\boxed{...}`` or ``<answer>...</answer>``
 ``reasoning-gym:X``   the score of reasoning-gym's dataset X
 ``module:function``   a function of your own: ``function(prompt, completion, answer, data) -> float`` in [0, 1]
 ====================  ==========================================================================================
 
-Each may be followed by ``:WEIGHT``; several make the weighted mean.
+Each may be followed by ``:WEIGHT``; several are combined into their weighted mean.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ BUILT_IN = ("math", "exact", "format", "regex=PATTERN", GYM + "NAME", "package.m
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _THOUGHT = "</think>"
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])[^\S\n]*")
-_FORMULA = re.compile(r"(?<!\\)\$|\\[(\[]")  # MATH writes amounts of money as \$18.90
+_FORMULA = re.compile(r"(?<!\\)\$|\\[(\[]")  # not the \$ of MATH's amounts of money, \$18.90
 _EMPTY = re.compile(_BOX.pattern + r"\{\s*\}")
-# what a box without braces holds: up to the end of the formula, as in "$\boxed 12$"; outside of one, a number
+# content of a box without braces: up to the end of the formula, as in "$\boxed 12$"; outside a formula, a number
 _BARE = re.compile(r"(?=[-+(\\.\d]|[A-Za-z]\b)(?:[^$\n\\]|\\(?![)\]])){1,200}?(?=\$|\\[)\]])|[-+]?\d(?:[\d.,/]*\d)?")
 _SENTENCE_END = re.compile(r"[.!?]\$*\s|\n\s*\n|\n\s*[A-Z][a-z]")
 _AND = re.compile(r"\b(?:and|or)\b")
 _CHOICE = re.compile(r"(?i:\banswer)(?:\s+is)?[\s:*]{1,6}\(?([A-J])\)?[.*]{0,4}\s*\Z")  # **Answer:** (C)
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # no command, and no name of a variable
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # not a command or a variable
 
 
 class Graded(NamedTuple):
-    """What is graded, and what it is graded against."""
+    """A completion to grade, with its prompt and reference."""
 
     prompt: str | list[dict[str, str]]
     """The problem's prompt."""
     completion: str
-    """What the policy wrote below it."""
+    """The policy's text after the prompt."""
     answer: str
     """The reference answer."""
     data: dict[str, Any]
-    """Whatever else the task knows of the problem."""
+    """The problem's other fields."""
 
 
 class Box(NamedTuple):
@@ -77,14 +77,14 @@ class Reward:
     grade: Callable[[Graded], float]
     """Reward in [0, 1]."""
     extract: Callable[[str], str | None]
-    """The answer a completion gives, in a form in which equal answers are equal texts; None: it gives none."""
+    """The completion's answer, normalised so that equal answers are equal texts; None if it gives none."""
 
 
 def parse_reward(text: str) -> RewardSpec:
-    """``NAME`` or ``NAME:WEIGHT``; a pattern that itself ends in ``:number`` needs a weight behind it.
+    """``NAME`` or ``NAME:WEIGHT``; a pattern that itself ends in ``:number`` needs an explicit weight.
 
     Raises:
-        ValueError: the name is not known, or the weight is not above 0.
+        ValueError: the name is unknown, or the weight is not above 0.
     """
     name, weight = text, 1.0
     head, colon, tail = text.rpartition(":")
@@ -106,24 +106,24 @@ def parse_reward(text: str) -> RewardSpec:
 
 
 def _is_named(text: str) -> bool:
-    """Is this the name of a reward, as far as its form tells?"""
+    """Does this have the form of a reward's name?"""
     return text in ("math", "exact", "format") or bool(re.fullmatch(r"regex=.*|[\w-]+(\.\w+)*:[\w.]+", text, re.DOTALL))
 
 
 def parse_rewards(texts: Sequence[str]) -> tuple[RewardSpec, ...]:
-    """Every reward of a list; see `parse_reward`."""
+    """Parse each text with `parse_reward`."""
     return tuple(map(parse_reward, texts))
 
 
 def load_reward(name: str) -> Reward:
-    """The reward of this name, with whatever it imports imported.
+    """Load the reward of this name and import the modules it needs.
 
     Raises:
-        Exception: whatever a module of the user's raises while it is imported.
+        Exception: anything that a user's module raises on import.
     """
     if name == "math":
         importlib.import_module("math_verify")
-        math_equal("1", r"\boxed{1}")  # builds the parser's tables before any clock runs
+        math_equal("1", r"\boxed{1}")  # builds the parser's tables before the first time limit starts
         return Reward(lambda graded: math_equal(graded.answer, graded.completion), math_answer)
     if name == "exact":
         return Reward(exact_match, lambda completion: last_line(completion) or None)
@@ -142,13 +142,13 @@ def load_reward(name: str) -> Reward:
 
 
 def _check_function(name: str, function: Any) -> None:
-    """Raise TypeError of what would fail at every grading."""
+    """Raise TypeError if every grading with this function would fail."""
     if not callable(function):
         raise TypeError(f"{name} is no function but of type {type(function).__name__}")
     kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
     if any(is_kind(function) for is_kind in kinds):
         raise TypeError(f"{name} is async or a generator; a reward returns a number")
-    with contextlib.suppress(ValueError):  # of a function in C nothing may be known
+    with contextlib.suppress(ValueError):  # a C function may have no signature
         signature = inspect.signature(function)
         try:
             signature.bind(*Graded._fields)
@@ -163,7 +163,7 @@ def exact_match(graded: Graded) -> float:
 
 
 def math_equal(answer: str, completion: str) -> float:
-    """1.0 if the completion's final answer equals the reference, as math-verify sees it, else 0.0.
+    """1.0 if math-verify finds the completion's final answer equal to the reference, else 0.0.
 
     The reference may be bare (``\\frac{1}{2}``), in dollars, or boxed.
     """
@@ -177,18 +177,18 @@ def math_equal(answer: str, completion: str) -> float:
 
 
 def math_answer(completion: str) -> str | None:
-    """The final answer as math-verify parses it, written out by the algebra system; None if there is none."""
+    """The final answer as math-verify parses it, printed by the algebra system; None if there is none."""
     found = importlib.import_module("math_verify").parse(with_modulus(final_boxes(completion)), parsing_timeout=None)
     return str(found[0]) if found else None
 
 
 def final_boxes(completion: str) -> str:
-    r"""What follows the thinking of a completion, with no box left in it but those of its final answer.
+    r"""The completion's text after its thinking, keeping only the boxes of its final answer.
 
-    math-verify takes boxes up to 70 characters apart for one answer of several parts, those of a self-correction too.
-    Here boxes belong together in one sentence with "and" or "or", or no word at all, between them. The others are
-    replaced by what they hold, and the last ones written as ``\boxed{}`` however they were. Of ``<answer>`` elements
-    the last is all that counts, and is as good as a box.
+    math-verify takes boxes up to 70 characters apart as parts of one answer, including those of a self-correction. Here
+    boxes belong together only within a sentence, with "and", "or" or no word between them. Earlier boxes are replaced
+    by their contents, and the final ones are written as ``\boxed{}``. If there are ``<answer>`` elements, only the last
+    one counts, and is treated as a box.
     """
     text = completion.rpartition(_THOUGHT)[2]
     if tagged := _ANSWER_TAG.findall(text):
@@ -211,7 +211,7 @@ def final_boxes(completion: str) -> str:
 
 
 def _one_answer(between: str) -> bool:
-    """Do the boxes before and after this text give one answer together?"""
+    """Are the boxes before and after this text parts of one answer?"""
     return not _SENTENCE_END.search(between) and bool(_AND.search(between) or not _WORD.search(between))
 
 
@@ -222,15 +222,15 @@ def last_line(text: str) -> str:
 
 
 def boxed(text: str) -> str | None:
-    r"""What the last ``\boxed`` (or ``\fbox``) of a text holds, the inner one of nested ones; None without one.
+    r"""The content of a text's last ``\boxed`` (or ``\fbox``), the innermost of nested ones; None if there is none.
 
-    The braces may be missing, ``\boxed 5``; one that is never closed reaches to the end.
+    The braces may be missing, as in ``\boxed 5``; a box that is never closed extends to the end.
     """
     return next((box.content for match in reversed([*_BOX.finditer(text)]) if (box := _box(text, match))), None)
 
 
 def _boxes(text: str) -> Iterator[Box]:
-    """The boxes of a text that are in no other box."""
+    """The outermost boxes of a text."""
     end = 0
     for match in _BOX.finditer(text):
         if match.start() >= end and (box := _box(text, match)):
@@ -260,7 +260,7 @@ def marked_answer(completion: str) -> str | None:
 
 
 def final_answer(completion: str) -> str:
-    """What a completion answers: as marked, else its last line."""
+    """The completion's answer: the marked one, else its last line."""
     marked = marked_answer(completion)
     return last_line(completion) if marked is None else marked
 

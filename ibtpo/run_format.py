@@ -1,11 +1,11 @@
-"""The format of the folders we write: a number in ibtpo.json, so that no older ibtpo misreads a newer folder.
+"""The format of run folders, checkpoints and evaluations: a number in ibtpo.json, so that no older ibtpo misreads them.
 
 ::
 
     {"format": 1, "version": "0.1.0"}      beside a run's config.yaml, in each of its checkpoints, in evaluations
 
-Whoever changes what the files of one of them mean raises `FORMAT`, goes on reading what was written before, and says
-so in CHANGELOG.md. New files and new metrics change no meaning. A folder without a number is of format 1.
+A change to the meaning of their files must raise `FORMAT`, still read older formats, and be noted in CHANGELOG.md. New
+files and new metrics are not such changes. A folder without a number has format 1.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ibtpo.disk import RunFolderError, write_atomically
 from ibtpo.environment import package_version
 
 FORMAT = 1
-"""What this version writes; it reads this and all before."""
+"""The format this version writes; it reads this and all earlier ones."""
 
 CONFIG, FORMAT_FILE = "config.yaml", "ibtpo.json"
 
@@ -28,13 +28,13 @@ def is_run(folder: Path) -> bool:
 
 
 def check_run(folder: Path, what_for: str) -> None:
-    """See that `folder` is a run's, of a format that this version reads.
+    """Check that `folder` is a run folder in a format that this version reads.
 
     Args:
         what_for: the command or flag it was given to; the message begins with it.
 
     Raises:
-        RunFolderError: it is none, or of a newer format.
+        RunFolderError: it is not a run folder, or has a newer format.
     """
     if not is_run(folder):
         raise RunFolderError(f"{what_for}: {folder} is not a run folder (it has no {CONFIG}); check the path")
@@ -42,10 +42,10 @@ def check_run(folder: Path, what_for: str) -> None:
 
 
 def check_format(folder: Path) -> None:
-    """See that a run folder, a checkpoint or an evaluation is of a format that this version reads.
+    """Check that a run folder, a checkpoint or an evaluation has a format that this version reads.
 
     Raises:
-        RunFolderError: it is of a newer one, or its number cannot be read.
+        RunFolderError: it has a newer one, or its number cannot be read.
     """
     path = folder / FORMAT_FILE
     if not path.is_file():
@@ -63,5 +63,5 @@ def check_format(folder: Path) -> None:
 
 
 def write_format(folder: Path) -> None:
-    """Say that what is written into `folder` from now on is of this version's format."""
+    """Record this version's format in `folder`."""
     write_atomically(folder / FORMAT_FILE, json.dumps({"format": FORMAT, "version": package_version("ibtpo")}) + "\n")

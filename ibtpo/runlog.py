@@ -1,19 +1,19 @@
-"""A run's folder: what was configured, measured, grown and saved.
+"""A run's folder: configuration, metrics, trees and checkpoints.
 
 ::
 
     config.yaml       the configuration as resolved
-    ibtpo.json        the format of all this (ibtpo/run_format.py)
+    ibtpo.json        the format of the folder (ibtpo/run_format.py)
     environment.json  versions and command line of every start (ibtpo/environment.py)
-    metrics.jsonl     a line of JSON a training step, names as in ibtpo/metrics.py
-    trees.jsonl       a line about each grown tree that is kept; trees/ holds them (ibtpo/treelog.py)
+    metrics.jsonl     one JSON object a line for each training step and evaluation, names as in ibtpo/metrics.py
+    trees.jsonl       a line for each grown tree that is kept; trees/ holds them (ibtpo/treelog.py)
     events.out.*      the same metrics for TensorBoard
     checkpoints/      step-000010/ ...    see ibtpo/checkpoints.py
     report.html       made from the above
-    .run-id           by which wandb and trackio know the run (ibtpo/loggers.py)
+    .run-id           identifies the run to wandb and trackio (ibtpo/loggers.py)
 
-Whatever interrupts a run, a checkpoint that carries its final name is complete, and a log continues where its
-checkpoint was taken.
+However a run is interrupted, a checkpoint that has its final name is complete, and on resume the logs are cut back to
+their rows up to the checkpoint.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class RunFolder:
     """The folder of one run, locked while it is open. Use `create` or `open`, as a context manager.
 
     Attributes:
-        path: where it is.
-        last: the checkpoint it goes on from, or None.
+        path: of the folder.
+        last: the checkpoint the run resumes from, or None.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class RunFolder:
         self.path = path
         self.last = last
         self._lock = lock
-        self._tree_bytes = tree_bytes(path)  # from time to time counted anew
+        self._tree_bytes = tree_bytes(path)  # an estimate; recounted whenever trees are thinned
         names, settings = ([], {}) if config is None else (parse_names(config.log), plain(asdict(config)))
         self._loggers = open_loggers(path, names, settings, purge_step)
 
@@ -72,7 +72,7 @@ class RunFolder:
         """Make the folder of a new run.
 
         Raises:
-            RunFolderError: it holds files already, is no folder, another run uses it, or the disk is full.
+            RunFolderError: it already holds files, is not a folder, another run uses it, or the disk is full.
         """
         if path.exists() and not path.is_dir():
             raise RunFolderError(f"out: {path} is a file; choose another folder with --out")
@@ -105,17 +105,17 @@ class RunFolder:
         step: int | None = None,
         say: Callable[[str], object] = print,
     ) -> Self:
-        """Go on with a run: what was logged after `step` (default: that of its last intact checkpoint) is dropped.
+        """Resume a run; rows logged after `step` (default: that of its last intact checkpoint) are dropped.
 
-        A run that was killed before its first checkpoint begins anew: what it logged is dropped.
+        A run that was killed before its first checkpoint starts over, and all its rows are dropped.
 
         Args:
             config: names the loggers; written by `configure`.
-            say: told of checkpoints that are damaged.
+            say: called with a message about each damaged checkpoint.
 
         Raises:
-            RunFolderError: this is no run folder or of a newer format, another run uses it, it cannot be written,
-                every checkpoint is damaged, or steps were logged and no checkpoint is there.
+            RunFolderError: it is not a run folder or has a newer format, another run uses it, it cannot be written,
+                every checkpoint is damaged, or steps were logged but there is no checkpoint.
         """
         check_run(path, "resume")
         try:
@@ -138,7 +138,7 @@ class RunFolder:
             raise
 
     def configure(self, config: TrainConfig) -> None:
-        """Write down what the run goes on with."""
+        """Write the configuration the run continues with."""
         with no_space(self.path, "everything"):
             _write_config(self.path, config)
 
@@ -157,7 +157,7 @@ class RunFolder:
         self._loggers.log(step, finite)
 
     def add_tree(self, step: int, record: Mapping[str, Any], *, most_bytes: float = math.inf) -> None:
-        """Keep a grown tree (a `tree_record`); beyond `most_bytes` in all, whole steps go, evenly over the run.
+        """Keep a grown tree (a `tree_record`); beyond `most_bytes` in total, those of some steps are deleted.
 
         Raises:
             RunFolderError: the disk is full.
@@ -172,13 +172,13 @@ class RunFolder:
     def checkpoint(
         self, step: int, write: Callable[[Path], object], *, keep: int = SafeguardConfig.keep_checkpoints
     ) -> Path:
-        """Save a checkpoint, after what was logged up to it, and forget all but the `keep` newest.
+        """Flush the logs, save a checkpoint, and delete all but the `keep` newest.
 
         Args:
             write: called with an empty folder to fill.
 
         Raises:
-            RunFolderError: the disk is full; nothing half-written stays behind, older checkpoints do.
+            RunFolderError: the disk is full; the partial checkpoint is removed, older ones are kept.
         """
         for name in (METRICS, TREES):
             if (self.path / name).exists():
@@ -186,9 +186,9 @@ class RunFolder:
         return write_checkpoint(self.path, step, write, keep=keep)
 
     def close(self) -> None:
-        """Flush the logs and let others open the folder."""
+        """Flush the logs and unlock the folder."""
         try:
-            with contextlib.suppress(OSError):  # the disk is full: whoever filled it has been told
+            with contextlib.suppress(OSError):  # the disk is full: an earlier write has raised that
                 self._loggers.close()
         finally:
             self._lock.close()
@@ -200,7 +200,7 @@ class RunFolder:
         self.close()
 
     def _thin_trees(self, most_bytes: float) -> None:
-        """Delete trees, and the lines about them; rare, as each time a tenth of the room is made free."""
+        """Delete trees and their lines in the index; rarely needed, since each time a tenth of the space is freed."""
         if deleted := thin_trees(self.path, most_bytes, 0.9 * most_bytes):
             _keep_rows(self.path / TREES, lambda row: row.get("file") not in deleted)
         self._tree_bytes = tree_bytes(self.path)
@@ -219,12 +219,12 @@ class RunFolder:
 
 
 def read_rows(path: Path, having: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a log, or those with the name `having`; a line that is not whole (the run was killed) is left out."""
+    """The rows of a log, or those with the key `having`; incomplete lines of a killed run are skipped."""
     if not path.exists():
         return
     sought = b"" if having is None else json.dumps(having).encode()
     with path.open("rb") as file:
-        for line in filter(lambda line: sought in line, file):  # parsing takes over ten times as long
+        for line in filter(lambda line: sought in line, file):  # parsing takes over ten times as long as searching
             with contextlib.suppress(ValueError):
                 row = json.loads(line)
                 if isinstance(row, dict) and isinstance(row.get("step"), int):
@@ -232,17 +232,17 @@ def read_rows(path: Path, having: str | None = None) -> Iterator[dict[str, Any]]
 
 
 def _is_free(path: Path) -> bool:
-    """May a new run begin here? A run killed before it wrote its configuration leaves no more than this."""
+    """May a new run begin here? Only leftovers of a run killed before it wrote its configuration are allowed."""
     leftovers = {_LOCK, CHECKPOINTS, FORMAT_FILE, *(unfinished(path / name).name for name in (FORMAT_FILE, CONFIG))}
     names = {entry.name for entry in path.iterdir()}
     return names <= leftovers and not (CHECKPOINTS in names and any((path / CHECKPOINTS).iterdir()))
 
 
 def _last_step(path: Path, last: Checkpoint | None) -> int:
-    """The step that a run goes on from; -1 where it was killed before its first checkpoint.
+    """The step that a run resumes from; -1 if it was killed before its first checkpoint.
 
     Raises:
-        RunFolderError: it has made steps, but has no checkpoint: its log must not be lost, too.
+        RunFolderError: it has logged steps but has no checkpoint; dropping its log would lose them.
     """
     if last is not None:
         return last.step
@@ -255,13 +255,13 @@ def _last_step(path: Path, last: Checkpoint | None) -> int:
 
 
 def _keep_rows(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
-    """Rewrite a log, if there is one, without the rows that are not to be kept, and without a torn one."""
+    """Rewrite a log, if there is one, with only the complete rows for which `is_kept` holds."""
     if path.exists():
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if is_kept(row)))
 
 
 def _take_lock(path: Path) -> IO[str]:
-    """Lock a run folder; the lock ends with the process, however that ends.
+    """Lock a run folder; the system releases the lock when the process ends.
 
     Raises:
         RunFolderError: another process holds it.
@@ -277,5 +277,5 @@ def _take_lock(path: Path) -> IO[str]:
 
 
 def _write_config(path: Path, config: TrainConfig) -> None:
-    write_format(path)  # first: what has a configuration is a run
+    write_format(path)  # before the configuration, whose presence makes the folder a run
     write_atomically(path / CONFIG, dump_yaml(config))

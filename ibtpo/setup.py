@@ -1,4 +1,4 @@
-"""What a run needs before it begins, made from its configuration and checked."""
+"""Creating and checking the parts of a run from its configuration."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from ibtpo.tasks import DataTask, DigitChain, Problem, Task, format_prompt, make
 from ibtpo.tasks.digit_chain import right_solution
 from ibtpo_engine import Engine, Sampling
 
-_PIECE = 1 << 22  # numbers of a parameter looked at together: on a CPU torch widens all that it sums
-_ALWAYS = 10_000  # prompts that are tokenized to be checked, whatever their length
-_MANY = 256  # problems that tell how long those are which are made by procedure
+_PIECE = 1 << 22  # numbers of a parameter summed at a time: on a CPU torch makes a float64 copy of them
+_ALWAYS = 10_000  # number of first prompts that are tokenized whatever their length
+_MANY = 256  # generated problems, training and held out each, from which the longest prompt is estimated
 
 
 def make_sampling(config: TrainConfig, policy: Policy) -> Sampling:
-    """The engine's sampling parameters of a run."""
+    """The sampling parameters of a run."""
     return Sampling(**asdict(config.sampling), stop_tokens=policy.stops)
 
 
@@ -36,7 +36,7 @@ def make_engine(config: TrainConfig, policy: Policy) -> Engine:
     """The engine of a run, borrowing the policy's parameters.
 
     Raises:
-        ValueError: there is no memory for its pool.
+        ValueError: there is not enough memory for its pool.
     """
     try:
         return Engine(
@@ -74,7 +74,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def open_model(config: TrainConfig, console: Console) -> tuple[Path, Policy, Task]:
-    """What is measured or sampled from: a checkpoint, or the last one of a run.
+    """Load the model to evaluate or sample from: a checkpoint, or the newest one of a run.
 
     Returns:
         the folder of the weights, the policy and the task.
@@ -91,7 +91,7 @@ def open_model(config: TrainConfig, console: Console) -> tuple[Path, Policy, Tas
 
 @torch.no_grad()
 def find_nonfinite(model: nn.Module) -> str | None:
-    """Name the first parameter that holds NaN or Inf, and how many; None if there is none."""
+    """Name the first parameter that holds NaN or Inf, with their number; None if there is none."""
     for name, parameter in model.named_parameters():
         flat = parameter.flatten()
         pieces = [flat[i : i + _PIECE] for i in range(0, len(flat), _PIECE)]
@@ -103,7 +103,7 @@ def find_nonfinite(model: nn.Module) -> str | None:
 
 
 def check_weights(policy: Policy, source: str) -> None:
-    """Raise ValueError if the policy holds NaN or Inf: nothing could be learned from it."""
+    """Raise ValueError if the policy's weights hold NaN or Inf."""
     if fault := find_nonfinite(policy.model):
         raise ValueError(f"model: {source} cannot be trained, {fault}; give a checkpoint from before that happened")
 
@@ -114,13 +114,14 @@ def default_folder(config: TrainConfig) -> Path:
 
 
 def check_prompts(task: Task, policy: Policy, config: TrainConfig) -> list[str]:
-    """Leave out prompts longer than ``jsonl.max_prompt_tokens``; see that the others suit the policy.
+    """Leave out prompts longer than ``jsonl.max_prompt_tokens``, and check that the others suit the policy.
 
     Returns:
-        what was read and left out, for the user, a sentence each.
+        sentences for the user about what was read and left out.
 
     Raises:
-        ValueError: a prompt is not for this policy or leaves it no room; the line of a data file is named.
+        ValueError: a prompt has tokens outside of the vocabulary, or leaves no room for an answer; the line of a data
+            file is named.
     """
     check = _PromptCheck(policy, config)
     if isinstance(task, DataTask):
@@ -137,10 +138,10 @@ def check_prompts(task: Task, policy: Policy, config: TrainConfig) -> list[str]:
 
 
 class _PromptCheck:
-    """Is a prompt short enough for ``jsonl.max_prompt_tokens``? Raises where it is, but does not suit the policy.
+    """Is a prompt short enough for ``jsonl.max_prompt_tokens``? Raises if it is, but does not suit the policy.
 
-    A token has at least one byte, so most prompts of a large file need not be tokenized to know that they are short;
-    the first `_ALWAYS` are.
+    A token has at least one byte, so most prompts of a large file are known to be short without tokenizing them; only
+    the first `_ALWAYS` are tokenized in any case.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig) -> None:
@@ -148,7 +149,7 @@ class _PromptCheck:
         wanted = config.jsonl.max_prompt_tokens or sys.maxsize
         self._safe = min(wanted + 1, policy.model.config.max_positions, config.engine.kv_tokens)
         self._limit = config.jsonl.max_prompt_tokens
-        self._around: int | None = None  # tokens a message costs besides its own text, examples included
+        self._around: int | None = None  # upper bound of the tokens of a message besides its text, including examples
         self._num_checked = 0
 
     def __call__(self, problem: Problem) -> bool:
@@ -169,13 +170,13 @@ class _PromptCheck:
 
 
 def _most_tokens(problem: Problem, around: int) -> int:
-    """At least as many tokens as the formatted prompt has; `around` is what another message and its own text cost."""
+    """Upper bound of the formatted prompt's tokens; `around` is the token count of another formatted prompt."""
     texts = [problem.prompt] if isinstance(problem.prompt, str) else [m["content"] for m in problem.prompt]
     return around * (len(texts) + 1) + sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
 
 
 def longest_prompt(task: Task, tokenizer: PreTrainedTokenizerBase, config: TrainConfig) -> int:
-    """Tokens of the longest prompt of a run; where problems are made by procedure, of many of them."""
+    """Tokens of the longest prompt of a run, or of many of its prompts if these are generated without a known limit."""
     if isinstance(task, DataTask) and config.jsonl.max_prompt_tokens is not None:
         return config.jsonl.max_prompt_tokens
     problems: Iterable[Problem]
@@ -194,7 +195,7 @@ def longest_prompt(task: Task, tokenizer: PreTrainedTokenizerBase, config: Train
 
 
 def _check_room_for_answer(task: DigitChain, policy: Policy, config: TrainConfig) -> None:
-    """The length of a right answer is known here, so say at once if none could ever be finished."""
+    """Raise if ``sampling.max_tokens`` would cut off a right answer, whose length is known for this task."""
     tokens = len(policy.tokenizer.encode(right_solution(task.longest_problem()), add_special_tokens=False))
     if tokens > config.sampling.max_tokens:
         raise ValueError(
@@ -204,7 +205,7 @@ def _check_room_for_answer(task: DigitChain, policy: Policy, config: TrainConfig
 
 
 def _fault(prompt: list[int], policy: Policy, pool: int) -> str | None:
-    """What is wrong with a prompt, and the remedy."""
+    """What is wrong with a prompt, and the remedy; None if nothing is."""
     model = policy.model.config
     if not prompt:
         return "the prompt has no tokens; give it a text or remove it"

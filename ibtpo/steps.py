@@ -1,14 +1,14 @@
-"""Where one reasoning step ends and the next begins (paper, section 1): on token ids, never on re-tokenised text.
+"""Splitting reasoning into steps (paper, section 1), on token ids, never on re-tokenised text.
 
-A step ends with the token whose text *completes* the separator. Tokenizers merge (Qwen has ``.\\n\\n`` as one token)
-and split (``\\n`` ``\\n``) separators as they like, so both count, and so does a token that holds text past it::
+A step ends with the token whose text *completes* the separator. Tokenizers merge (Qwen has ``.\\n\\n`` as one token) or
+split (``\\n`` ``\\n``) separators, so both count, and so does a token with further text after the separator::
 
     tokens   "2+2" "=4" ".\\n\\n" "Hence" "\\n" "\\nso" " 4"        separator "\\n\\n"
     steps    [0 ............. 3) [3 ............. 6) [6 7)
 
-Separators that touch or overlap (``\\n\\n\\n\\n``) are one boundary, where the first of them is complete; what remains
-of the run opens the next step. So separators alone never make a step, however the run was tokenised, unless the
-trajectory ends with them.
+Separators that touch or overlap (``\\n\\n\\n\\n``) are one boundary, at the end of the first of them; the others belong
+to the next step. So no step consists of separators alone, however they are tokenised, unless the trajectory ends with
+them.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class StepSplitter:
 
     Args:
         tokenizer: gives the text of a token; each id is decoded once, when it is first seen.
-        separator: text that ends a step. Its characters must not be spread over tokens of single bytes (true of ASCII).
+        separator: text that ends a step. None of its characters may be spread over several tokens (true of ASCII).
         step_tokens: if set, steps are runs of this many tokens and `separator` is ignored.
-        noise: share of the boundaries moved to a random token between their neighbours; the tokens decide how, so that
-            the same branch is always cut alike.
+        noise: share of the boundaries moved to a random token between their neighbours, with random numbers seeded by
+            the tokens, so that the same branch is always cut in the same way.
 
     Raises:
         ValueError: the separator is empty, or `step_tokens` < 1.
@@ -59,7 +59,7 @@ class StepSplitter:
 
         Args:
             tokens: int [n], a freshly sampled branch.
-            context: int [c], the ids just before it on its path, so that a separator begun there is seen.
+            context: int [c], the ids just before it on its path, to find a separator that begins there.
         """
         ids = np.asarray(tokens).tolist()
         offsets = self._offsets(ids, context)
@@ -76,12 +76,12 @@ class StepSplitter:
         return [offset for offset in dict.fromkeys(at) if offset < len(ids)]
 
     def text(self, token: int) -> str:
-        """What this token adds to a text."""
+        """The text this token adds."""
         return self._texts[token]
 
 
 def _moved(offsets: Sequence[int], ids: Sequence[int], share: float) -> list[int]:
-    """The offsets, each with probability `share` moved to anywhere between the one before and the one after."""
+    """Move each offset with probability `share` to a random place between the one before and the one after."""
     rng = Random(str(ids))
     moved = [0, *offsets, len(ids)]
     for i in range(1, len(moved) - 1):
@@ -91,7 +91,7 @@ def _moved(offsets: Sequence[int], ids: Sequence[int], share: float) -> list[int
 
 
 def step_splitter(tokenizer: Decodes, config: SearchConfig) -> StepSplitter:
-    """The splitter of a search's settings."""
+    """The splitter for a search's settings."""
     return StepSplitter(tokenizer, config.separator, step_tokens=config.step_tokens, noise=config.boundary_noise)
 
 

@@ -1,4 +1,4 @@
-"""Stopping when told to: Ctrl-C, SIGTERM and a closed terminal end long work at its next safe point."""
+"""Stopping on request: Ctrl-C, SIGTERM and a closed terminal end long work at its next safe point."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ibtpo.console import release_closed_terminal
 
 
 class Interrupted(Exception):
-    """The user asked to stop; `signal` is the number of the signal that did."""
+    """The work was asked to stop; `signal` is the number of the signal."""
 
     def __init__(self, message: str = "stopped", signal: int = 0) -> None:
         super().__init__(message)
@@ -22,33 +22,33 @@ class Interrupted(Exception):
 
     @property
     def exit_code(self) -> int:
-        """What the process ends with: 0 where the system stopped it, 130 after Ctrl-C."""
+        """Exit code of the process: 0 after SIGTERM or SIGHUP, 130 after Ctrl-C."""
         return 0 if self.signal in (signal.SIGTERM, signal.SIGHUP) else 130
 
 
 class StopRequest:
-    """Has this process been told to stop, and by what?
+    """A request to stop this process, usually made by a signal.
 
     Attributes:
-        signal: number of the signal that said so; 0 before one did. Set it to stop for another reason.
+        signal: number of the signal; 0 without a request. Set it to stop for another reason.
     """
 
     def __init__(self) -> None:
         self.signal = 0
 
     def requested(self) -> bool:
-        """Shall the work end at its next safe point?"""
+        """Should the work end at its next safe point?"""
         return self.signal != 0
 
     @contextmanager
     def on_signals(self, console: Console, *, at_once: bool = True) -> Iterator[None]:
-        """Note SIGINT, SIGTERM and SIGHUP until the block ends, instead of dying of them.
+        """Take SIGINT, SIGTERM and SIGHUP as requests to stop until the block ends.
 
-        SIGHUP stays ignored where it was (nohup). Signals are the main thread's: elsewhere nothing is noted.
+        SIGHUP stays ignored if it was (nohup). Only the main thread can handle signals: in others this does nothing.
 
         Args:
-            console: told that the work will stop.
-            at_once: a second Ctrl-C raises KeyboardInterrupt; without, it changes nothing.
+            console: prints that the work will stop.
+            at_once: a second Ctrl-C raises KeyboardInterrupt; otherwise it has no effect.
         """
 
         def note(number: int, frame: FrameType | None) -> None:

@@ -38,26 +38,26 @@ def train(
 ) -> Path:
     """Run or resume a training run to its end.
 
-    Everything that can be wrong with the input is checked before the run folder is made.
+    The input is checked before the run folder is made.
 
     Args:
-        on_step: called with the number of each training step, once it is logged and saved; what it raises ends the run.
-        group: the processes that run it together, each of which calls this; rank 0 keeps the folder.
+        on_step: called with the number of each training step, once it is logged and saved; an exception ends the run.
+        group: the processes of the run, each of which calls this; rank 0 writes the folder.
 
     Returns:
         the run folder; the trained policy is its last checkpoint.
 
     Raises:
-        ValueError: the input cannot be used; the message names file, field and remedy.
+        ValueError: the input is invalid; the message names file, field and remedy.
         Interrupted: stopped by Ctrl-C, SIGTERM or SIGHUP, with a checkpoint to continue from.
-        NonFinite: training came to nothing; the last checkpoint is from before.
-        GraderError, OutOfPages: the run cannot go on as it is; saved up to its last step, a note of the error says how.
+        NonFinite: NaN or Inf in loss, gradient or weights; the last checkpoint is from before.
+        GraderError, OutOfPages: the run cannot go on; it is saved up to its last step, and a note says how to resume.
     """
     _check_combinations(config, group)
     check_installed(config.log)
     config = with_absolute_paths(config)
     config = replace(config, model=_model(config, console, group))
-    settings = replace(config, resume=None)  # what the folder says the run is
+    settings = replace(config, resume=None)  # as written to the folder
     with ExitStack() as stack:
         folder = None
         if config.resume is not None:
@@ -84,21 +84,21 @@ def train(
         if group.leads and (differences := record_environment(folder.path)):
             say(console, f"goes on with other versions: {', '.join(differences)}")
         gc.collect()
-        gc.freeze()  # what is loaded by now stays; the collector need not walk it while trees come and go
+        gc.freeze()  # objects loaded so far stay, so the garbage collector need not visit them
         stack.callback(gc.unfreeze)
         trainer = Trainer(config, folder, policy, task, engine, console, on_step, plan, group=group, mode=mode)
         if config.resume is not None:
             trainer.resume()
-            folder.configure(settings)  # only now: what cannot be gone on with must not be what the run is
+            folder.configure(settings)  # only now: settings that cannot be used must not be written to the folder
         _run(trainer)
     return folder.path
 
 
 def _check_combinations(config: TrainConfig, group: Group) -> None:
-    """Settings that are fine alone and not together.
+    """Check for settings that are valid alone but not together.
 
     Raises:
-        ValueError: names both.
+        ValueError: the message names both.
     """
     search, advantage = config.search, config.advantage
     if config.parity == "bitwise" and adapters_of(config) is not None:
@@ -131,7 +131,7 @@ def _check_combinations(config: TrainConfig, group: Group) -> None:
 
 
 def _model(config: TrainConfig, console: Console, group: Group) -> str:
-    """What the run begins with, as its folder will name it; rank 0 picks the checkpoint where `model` is a run."""
+    """The model the run begins with, as recorded in its folder; if `model` is a run, rank 0 picks the checkpoint."""
     model = config.model
     needed = config.resume is None or config.needs_reference or is_run(Path(model))
     if group.leads and needed and Path(model).is_dir():
@@ -156,7 +156,7 @@ def _created(path: Path, settings: TrainConfig, group: Group) -> RunFolder:
 
 
 def _reopened(path: Path, settings: TrainConfig, console: Console, group: Group) -> RunFolder:
-    """The folder of a run that goes on, opened by rank 0; all go on from the same checkpoint."""
+    """The folder of a resumed run, opened by rank 0; all processes resume from the same checkpoint."""
     if group.leads:
         announce_changes(path, settings, console)
         folder = RunFolder.open(path, settings, say=lambda text: say(console, text))
@@ -170,10 +170,10 @@ def _reopened(path: Path, settings: TrainConfig, console: Console, group: Group)
 
 
 def _longest_prompt(config: TrainConfig, source: Path | str, began_with: str | None) -> int:
-    """Tokens of the longest prompt, before anything is loaded to stay; 0 where the folder has no tokenizer yet."""
+    """Tokens of the longest prompt, before policy and task are loaded; 0 if the folder has no tokenizer yet."""
     try:
         tokenizer = tokenizer_of(source, began_with)
-    except CheckpointError:  # who asks what would fit may have no more of the model than its shape
+    except CheckpointError:  # to find settings that fit, the model's config.json alone is enough
         return 0
     with closing(make_task(config)) as task:
         return longest_prompt(task, tokenizer, config)
@@ -204,11 +204,11 @@ def _check_input(config: TrainConfig, policy: Policy, task: Task, source: Path |
     )
     for note in [*notes, *([warning] if warning else [])]:
         say(console, note, style="dim")
-    task.train_problem(0)  # raises where all rows are held out or left out: not after the first evaluation
+    task.train_problem(0)  # raises now, not after the first evaluation, if no row is left for training
 
 
 def _run(trainer: Trainer) -> None:
-    """Train, and write the report however that ends."""
+    """Train, and write the report even if that fails."""
     path = trainer.folder.path
     try:
         trainer.run()
@@ -216,5 +216,5 @@ def _run(trainer: Trainer) -> None:
         try:
             if trainer.group.leads:
                 export_page([path], path / REPORT, trees=trainer.config.report_trees)
-        except (OSError, ValueError) as error:  # must not hide how the run ended, nor spoil a good end
+        except (OSError, ValueError) as error:  # must not hide the run's own error, nor make a finished run fail
             say(trainer.console, f"no report was written: {error}")

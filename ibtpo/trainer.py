@@ -1,4 +1,4 @@
-"""The training loop: grow trees, update on them, measure, save; resumable, stoppable."""
+"""The training loop: grow trees, update the policy on them, log, save; it can be stopped and resumed."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ from ibtpo.warmstart import WarmStart, warm_start_of
 from ibtpo_engine import Engine, Model, OutOfPages, Tree
 from ibtpo_engine.adapter_folder import is_adapter_folder
 
-START = "start"  # in the run folder: the warm-started policy, of which a frozen reference is made
+START = "start"  # folder in the run folder: the warm-started policy, which a resumed run loads as its frozen reference
 
 
 @dataclass
 class State:
-    """How far a run is; with the weights and the optimizer, all that is needed to go on.
+    """Progress of a run; with the weights and the optimizer state, all that is needed to resume.
 
     Random numbers need no state: samples are keyed by seed, tree (the problem's index) and position, problems by seed
     and index.
@@ -57,24 +57,24 @@ class State:
     sampled_tokens: int = 0
     next_problem: int = 0
     nonfinite_in_a_row: int = 0
-    reward_counts: dict[str, float] = field(default_factory=dict)  # `Task.counts` of the whole run
-    problems: str | None = None  # `DataTask.fingerprint` of a data file; None in checkpoints from before it was kept
+    reward_counts: dict[str, float] = field(default_factory=dict)  # `Task.counts`, summed over the whole run
+    problems: str | None = None  # `DataTask.fingerprint` of a data file; None in older checkpoints
 
 
 class Trainer:
-    """One run, in one process or in several that go through it together: then only rank 0 logs and saves.
+    """One training run, in one process or in several, of which only rank 0 logs and saves.
 
     Args:
-        config: the run.
+        config: configuration of the run.
         folder: its open run folder.
         policy: trained in place.
-        task: poses and grades.
+        task: poses problems and grades completions.
         engine: samples from the policy.
-        console: where progress goes.
-        on_step: called with the number of each training step, once it is logged and saved; what it raises ends the run.
-        plan: of its memory; logged beside what was measured, and says whether the pool is released in an update.
+        console: shows progress.
+        on_step: called with the number of each training step, once it is logged and saved; an exception ends the run.
+        plan: its planned memory, logged beside the measured peak; also says whether the KV pool is released in updates.
         group: the processes of the run.
-        mode: how they train.
+        mode: how several processes train: data-parallel or sharded.
     """
 
     def __init__(
@@ -110,19 +110,19 @@ class Trainer:
         self.held_out = task.eval_problems(config.eval.prompts)
         self._updater: Updater | None = None
         self._started = False  # is there a policy worth saving?
-        self._whole = True  # are policy, optimizer, state and log those of the same step?
+        self._whole = True  # do policy, optimizer, state and log belong to the same step?
 
     def run(self) -> None:
         """Evaluate, train until the token budget is spent, evaluate; Ctrl-C, SIGTERM or SIGHUP saves a checkpoint.
 
         Raises:
-            Interrupted: the run was stopped; a checkpoint was written, unless the warm start was still under way.
-            NonFinite: too many updates in a row, or the weights to be saved, hold NaN or Inf.
+            Interrupted: the run was stopped; a checkpoint was written, unless the warm start was still in progress.
+            NonFinite: too many optimizer steps in a row, or the weights to be saved, hold NaN or Inf.
             RunFolderError: the disk is full.
-            GraderError: too many gradings failed. This and any other error has a note that says what was saved, and how
-                to go on: a checkpoint of the last step, unless the error came while that was being changed.
+            GraderError: too many gradings failed. This and any other error carries a note that says how to resume and
+                from which checkpoint: the last step's, unless the error came in the middle of an update.
         """
-        with self.stop.on_signals(self.console, at_once=self.group.size == 1):  # torchrun repeats a Ctrl-C
+        with self.stop.on_signals(self.console, at_once=self.group.size == 1):  # torchrun sends a Ctrl-C twice
             try:
                 if self.state.step == 0:
                     self._start()
@@ -134,7 +134,7 @@ class Trainer:
                 kept = f"saved {self._checkpoint()}" if self._started else "nothing is saved of a warm start"
                 how = f"{kept}; go on with: ibtpo train --resume {self.folder.path}"
                 raise Interrupted(f"stopped at step {self.state.step}; {how}", self.stop.signal) from None
-            except (NonFinite, RunFolderError):  # nothing can be saved, and they say how to go on
+            except (NonFinite, RunFolderError):  # nothing can be saved; their messages say how to go on
                 raise
             except Exception as error:
                 kept = self._keep_last_step()
@@ -143,10 +143,11 @@ class Trainer:
                 raise
 
     def resume(self) -> None:
-        """Go on from the folder's last intact checkpoint; a run killed before its first one starts over.
+        """Resume from the folder's last intact checkpoint; a run killed before its first checkpoint starts over.
 
         Raises:
-            ValueError: it is of another version, its optimizer of another form, or the data file has changed since.
+            ValueError: the checkpoint is of another version, its optimizer state has another form, or the data file has
+                changed since.
         """
         last = self.folder.last
         if last is None:
@@ -223,11 +224,11 @@ class Trainer:
         )
 
     def _evaluate(self, title: str) -> None:
-        """Held-out accuracy at this step, unless the log has it already (the run was resumed)."""
+        """Measure held-out accuracy at this step, unless the log of a resumed run already has it."""
         rows = read_rows(self.folder.path / METRICS, "eval_avg")
         known = any(row["step"] == self.state.step for row in rows)
         if self.group.gather(known, "evaluate")[0]:  # rank 0 writes the log
-            self._renew_card()  # the run may have been killed between the two
+            self._renew_card()  # a run killed after logging may not have written it
             return
         counted = self.task.counts()
         with track(self.console, title, 2 * len(self.held_out)) as tracker:
@@ -238,7 +239,7 @@ class Trainer:
                 self.config.eval.samples,
                 on_prompt=lambda tree: tracker.advance(1),
             )
-        self.engine.weights_changed()  # training must not find what evaluation left cached: a resumed run would not
+        self.engine.weights_changed()  # drop prefixes cached in evaluation: a resumed run lacks them
         values |= {f"eval_{name}": value for name, value in self._counted_since(counted).items()}
         self.folder.log(self.state.step, values)
         self._renew_card()
@@ -266,7 +267,7 @@ class Trainer:
         counted = self.task.counts()
         trees, problems, reward_seconds = self._grow()
         self._whole = False
-        for name, value in self._counted_since(counted).items():  # the sums of the run outlive its processes
+        for name, value in self._counted_since(counted).items():  # saved: a resumed run adds to them
             self.state.reward_counts[name] = self.state.reward_counts.get(name, 0) + value
         sampled = time.perf_counter()
         assert self._updater is not None
@@ -309,7 +310,7 @@ class Trainer:
         self.on_step(state.step)
 
     def _warn_of_chains(self, values: dict[str, float]) -> None:
-        """Say so if what ends a step occurs nowhere in the first trees: then only the prompt can be branched."""
+        """Warn if no trajectory of the first step has a second reasoning step: trees can branch at the prompt only."""
         search = self.config.search
         if self.state.step == 0 and search.is_guided and values.get("response_steps") == 1.0:
             found = f"{search.separator!r} (search.separator)" if search.step_tokens is None else "search.step_tokens"
@@ -322,14 +323,14 @@ class Trainer:
 
     @contextmanager
     def _pool_released(self) -> Iterator[None]:
-        """The block without the pool, where the plan says so; what it holds is of old weights afterwards anyway."""
+        """Release the KV pool during the block if the plan says so; the update makes its contents stale anyway."""
         if self.plan is None or not self.plan.release:
             yield
             return
         self.engine.release()
         yield
         if self.policy.model.device.type == "cuda":
-            torch.cuda.empty_cache()  # what the update left in pieces, so that the pool fits in again
+            torch.cuda.empty_cache()  # return the update's fragmented memory, so that the pool fits again
         self.engine.restore()
 
     def _memory(self) -> dict[str, float]:
@@ -339,13 +340,13 @@ class Trainer:
         return {"peak_memory": float(peak)} | ({} if self.plan is None else {"memory_planned": float(self.plan.total)})
 
     def _counted_since(self, before: Mapping[str, float]) -> dict[str, float]:
-        """What the tasks of all processes counted since; alike in all, so are the names."""
+        """`Task.counts` since `before`, summed over all processes, which have the same names."""
         new = {name: value - before[name] for name, value in self.task.counts().items()}
         counts = self.group.gather(new, "count rewards")
         return {name: sum(count[name] for count in counts) for name in new}
 
     def _grow(self) -> tuple[list[Tree], list[Problem], float]:
-        """Trees on the next problems, all that were drawn; seconds spent in grading."""
+        """Trees on the next problems, all problems drawn for them, and the seconds spent in grading."""
         config = self.config
         return grow_mixed(
             self.grower,
@@ -369,7 +370,7 @@ class Trainer:
     # ---- saving and stopping ---------------------------------------------------------------------------------
 
     def _reference(self) -> Model | None:
-        """The frozen starting policy, if the configuration needs it; with fresh adapters, the model without them."""
+        """The frozen starting policy, if the configuration needs it; with new adapters, the model without them."""
         if not self.config.needs_reference:
             return None
         if self.policy.model.adapters is not None and not is_adapter_folder(self.config.model):
@@ -399,13 +400,13 @@ class Trainer:
         return self.folder.checkpoint(self.state.step, write, keep=self.config.safeguards.keep_checkpoints)
 
     def _keep_last_step(self) -> str:
-        """Save the last step if that can be done; says what there is to go on from.
+        """Save the last step if possible; returns which checkpoint the run can be resumed from.
 
-        Sampling, grading and evaluating change nothing that a checkpoint holds, so one from there is as good as any.
-        Several processes can save only together, and the others may be gone.
+        Sampling, grading and evaluation change nothing that a checkpoint holds, so it can be saved if they fail.
+        Saving needs all processes of a group, and the others may have ended.
         """
         if self._started and self._whole and self.group.size == 1:
-            with suppress(Exception):  # must not hide why the run ends
+            with suppress(Exception):  # must not hide the error that ends the run
                 return f"saved {self._checkpoint()}"
         last = latest_checkpoint(self.folder.path)
         return "nothing is saved" if last is None else f"saved before: {last.path}"
@@ -421,7 +422,7 @@ class Trainer:
         )
 
     def _renew_card(self) -> None:
-        """Add to this step's checkpoint, if there is one, what was measured since; rank 0 does."""
+        """Rewrite the model card of this step's checkpoint, if there is one, with the latest evaluation; on rank 0."""
         if not self.group.leads:
             return
         last = latest_checkpoint(self.folder.path)
@@ -430,8 +431,8 @@ class Trainer:
                 write_atomically(last.path / CARD, self._card())
 
     def _agree_to_stop(self) -> bool:
-        """Has any process been asked to stop? Then all are."""
+        """Has any process been asked to stop? If so, all processes stop."""
         agreed = max(self.group.gather(self.stop.signal, "ask who was told to stop"))
-        if agreed:  # only then: a signal that came since the others were asked must not be forgotten
+        if agreed:  # a signal that arrived since the exchange must not be overwritten by 0
             self.stop.signal = agreed
         return agreed != 0

@@ -1,11 +1,11 @@
-"""Grown trees on disk: a small file a tree, and a line about each in an index that is quick to search.
+"""Grown trees on disk: one small file a tree, and an index with a line for each.
 
 ::
 
     trees.jsonl                        a line a tree: step, prompt, answer, rewards, file
     trees/step-000012-003.json.gz      the tree itself: what `tree_record` returns
 
-The viewer reads the index whole and a tree only when somebody looks at it.
+The viewer reads the whole index, and a tree only when it is displayed.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 FOLDER = "trees"
 FILE = re.compile(r"step-(\d{6,})-\d{3,}\.json\.gz")
-_PART, _MOST_PARTS = "\ufffd", 4  # what a part of a character is decoded to; a character has four bytes at most
-_INDEXED_LETTERS = 400  # of prompt and answer; the tree holds them whole
+_PART, _MOST_PARTS = "\ufffd", 4  # the decoded text of an incomplete character; a character has at most four bytes
+_INDEXED_LETTERS = 400  # characters of prompt and answer in the index; the tree's file has all
 
 Record = dict[str, Any]
 
@@ -48,16 +48,16 @@ def tree_record(
     Args:
         tree: finished and graded.
         decode: the text of token ids.
-        piece: what one token adds to a text, if that is not its decoding alone (`StepSplitter.text`).
+        piece: the text one token adds, if that differs from decoding it alone (`StepSplitter.text`).
         answer: reference answer.
         index: the tree's number within its training step.
 
     Returns:
         ``answer``, ``index``, ``branched``: [round, node, IB-Score when picked] in the order the search branched, and
-        ``nodes``, depth first. A node names its ``parent``'s index (None for the prompt, which comes first), its
-        ``text``, the ``pieces`` the text is made of, a token each, their ``logprob`` and ``entropy`` in nats under the
-        model at temperature 1 (empty for the prompt), ``round``, ``reward`` and ``finish`` of a leaf, and the
-        estimates ``value``, ``eta1``, ``eta2`` and ``score`` where the search left them.
+        ``nodes``, depth first. A node has its ``parent``'s index (None for the prompt, which comes first), its
+        ``text``, the text's ``pieces``, one a token, their ``logprob`` and ``entropy`` in nats under the model at
+        temperature 1 (empty for the prompt), ``round``, ``reward`` and ``finish`` of a leaf, and the estimates
+        ``value``, ``eta1``, ``eta2`` and ``score`` if the search left them.
     """
     nodes = tree.nodes()
     place = {node: i for i, node in enumerate(nodes)}
@@ -85,21 +85,21 @@ def tree_record(
 
 
 def _pieces(ids: list[int], decode: Callable[[list[int]], object], piece: Callable[[int], str]) -> list[str]:
-    """The text of each token; a character spread over several belongs to the one that completes it.
+    """The text of each token; a character spread over several tokens belongs to the last of them.
 
-    A token that holds a part of a character has `_PART` in its own text. Only such neighbours are decoded together, up
-    to where a character ends: a long text with a rare character in it is not decoded over and over.
+    The text of a token with a part of a character contains `_PART`. Only consecutive tokens of this kind are decoded
+    together, until a character is complete, so that long texts with rare characters are not decoded repeatedly.
     """
     pieces: list[str] = []
-    begun: list[int] = []  # tokens since a character began that is not complete, and ...
-    shown = 0  # ... how much of their text has a token already
+    begun: list[int] = []  # tokens since the beginning of an incomplete character, and ...
+    shown = 0  # ... how much of their text has been given to tokens
     for token in ids:
         text = piece(token)
         if _PART in text:
             begun.append(token)
             whole = str(decode(begun))
             complete = max(shown, len(whole.rstrip(_PART)))
-            if len(whole) - complete > _MOST_PARTS:  # so many are none: one that has begun lies in the last three
+            if len(whole) - complete > _MOST_PARTS:  # too many: one that has begun lies in the last three
                 last = str(decode(begun[-3:]))
                 before = len(whole) - len(last)
                 complete, begun = max(complete, before), begun[-3:]
@@ -132,7 +132,7 @@ def _finite(value: float) -> float | None:
 
 
 def _rounded(values: Sequence[float]) -> list[float | None]:
-    """Three decimals; None for what is not finite."""
+    """Values rounded to three decimals; None for NaN and Inf."""
     return [round(value, 3) if math.isfinite(value) else None for value in values]
 
 
@@ -167,15 +167,15 @@ def _summary(record: Mapping[str, Any]) -> Record:
 
 
 def tree_bytes(folder: Path) -> int:
-    """Bytes that the trees of a run folder take."""
+    """Size in bytes of all trees of a run folder."""
     return sum(path.stat().st_size for path in _tree_files(folder))
 
 
 def thin_trees(folder: Path, most_bytes: float, left_bytes: float) -> set[str]:
-    """If the trees take more than `most_bytes`, delete those of steps whose neighbours are nearest until the rest takes
-    at most `left_bytes`.
+    """If the trees take more than `most_bytes`, delete those of the steps closest to their neighbours until the rest
+    takes at most `left_bytes`.
 
-    Trees of the first and of the last step stay. Returns the names of the deleted files.
+    The trees of the first and last step are kept. Returns the names of the deleted files.
     """
     files: dict[int, list[Path]] = {}
     for path in _tree_files(folder):

@@ -25,7 +25,7 @@ from ibtpo_kernels import linear_logprob, policy_head, with_value_of
 
 
 def frozen_copy(model: Model) -> Model:
-    """A copy that takes no gradient: the reference policy."""
+    """A copy without gradients: the reference policy."""
     reference = copy.deepcopy(model)
     for parameter in reference.parameters():
         parameter.requires_grad_(False)
@@ -33,14 +33,14 @@ def frozen_copy(model: Model) -> Model:
 
 
 def edge_logprob(model: Model, batch: MicroBatch, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-prob of every edge [E] and entropy of every row [T] at this temperature, nothing cut."""
+    """Log-prob of every edge [E] and entropy of every row [T] at this temperature, without top-p or top-k."""
     hidden = model.packed(batch.tokens, batch.pos, batch.end)
     return linear_logprob(hidden[batch.rows], model.head, batch.edge_row, batch.targets, temperature=temperature)
 
 
 @torch.no_grad()
 def full_logprobs(model: Model, batch: MicroBatch, temperature: float, parity: Parity) -> tuple[Tensor, Tensor]:
-    """Log-prob of every edge at this temperature and at 1, each [E]; with "bitwise" as the sampler computes them."""
+    """Log-prob of every edge at this temperature and at 1, each [E]; for "bitwise", computed as the sampler does."""
     hidden = model.packed(batch.tokens, batch.pos, batch.end, parity=parity)[batch.rows]
     edges = (hidden, model.head, batch.edge_row, batch.targets)
     if parity == "bitwise":
@@ -54,11 +54,11 @@ class Updater:
     Args:
         model: the policy.
         optimizer: over its parameters.
-        reference: the frozen starting policy; needed for a KL penalty or ``advantage.pi_ref = "reference"``. It may be
-            `full` itself: then its adapters are off wherever the reference is run.
+        reference: the frozen starting policy; needed for a KL penalty or ``advantage.pi_ref = "reference"``. If it is
+            `full` itself, its adapters are switched off for the reference's forward passes.
         config: everything else.
-        group: the processes that share the work; all are given the same trees.
-        full: the policy that samples, where `model` is its sharded copy; by default `model`.
+        group: the processes that share the work; all receive the same trees.
+        full: the policy that samples, if `model` is its sharded copy; by default `model`.
 
     Attributes:
         nonfinite_in_a_row: optimizer steps skipped since the last one taken.
@@ -89,15 +89,15 @@ class Updater:
         return self.full.adapters_off() if self.reference is self.full else nullcontext()
 
     def update(self, trees: Sequence[Tree]) -> dict[str, float]:
-        """Take the step's optimizer steps; groups without a gradient are dropped first.
+        """Take the optimizer steps of a training step; skipped groups are dropped first.
 
-        An optimizer step whose loss or gradient holds NaN or Inf is skipped: weights and optimizer stay as they were.
+        An optimizer step whose loss or gradient holds NaN or Inf is skipped: weights and optimizer stay unchanged.
 
         Args:
             trees: finished and graded, with their estimates in ``tree.notes["ib"]``.
 
         Returns:
-            metrics; without any usable group only `groups_skipped` and zero amounts.
+            metrics; if all groups are skipped, only `groups_skipped`, zero counts and the learning rate.
 
         Raises:
             NonFinite: too many optimizer steps in a row had to be skipped.
@@ -116,7 +116,7 @@ class Updater:
         if not mini_batches:
             return counts
         gap: dict[str, float] = {}
-        if self.recompute:  # before the first update, while the policy is still the one that sampled
+        if self.recompute:  # before the first optimizer step, while the weights are still the sampler's
             gap = self._recompute(mini_batches, parts)
         results, norms = [], []
         for batches in mini_batches:
@@ -136,7 +136,7 @@ class Updater:
         return mean | first | gap | counts | {"grad_norm": norm, "training_efficiency": efficiency}
 
     def _step(self, loss: float) -> float | None:
-        """Take an optimizer step and return the gradient's norm; None if loss or gradient forbid it."""
+        """Take an optimizer step and return the gradient norm; None if it was skipped: loss or gradient not finite."""
         fault = f"the loss is {loss}"
         if math.isfinite(loss):
             try:
@@ -156,9 +156,9 @@ class Updater:
         return None
 
     def _gradients(self, batches: Sequence[MicroBatch]) -> list[Mapping[str, Tensor]]:
-        """Gradients of this process's micro-batches; the metrics of those of all processes."""
+        """Add up gradients over this process's micro-batches; returns the metrics of all processes' micro-batches."""
         most = len(batches)
-        if self.model is not self.full:  # sharded: every process must take part in every pass of any
+        if self.model is not self.full:  # sharded: every process must run as many passes as the one with most
             most = max(self.group.gather(most, "count micro-batches"))
         metrics = [self._accumulate(batch) for batch in batches]
         for _ in range(most - len(batches)):
@@ -189,13 +189,13 @@ class Updater:
         return [batch.to(self.model.device) for batch in batches]
 
     def _accumulate(self, batch: MicroBatch) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch; gradients add up on the parameters."""
+        """Forward and backward pass of one micro-batch; gradients accumulate in the parameters."""
         temperature = self.config.sampling.temperature
         config, parity = self.config.loss, self.config.parity
         reference_logprob = None
         if self.reference is not None and config.kl_coef > 0:
             with self._as_reference():
-                if parity == "bitwise":  # as the policy's, so that the penalty begins at exactly 0
+                if parity == "bitwise":  # computed as the policy's, so that the penalty starts at exactly 0
                     reference_logprob, _ = full_logprobs(self.reference, batch, temperature, parity)
                 else:
                     with torch.no_grad():
@@ -204,7 +204,7 @@ class Updater:
             batch.tokens, batch.pos, batch.end, parity=parity, checkpointing=self.config.gradient_checkpointing
         )[batch.rows]
         exact: Tensor | None = None
-        if parity == "bitwise":  # the head below finds the gradient, of values that lie within rounding
+        if parity == "bitwise":  # `policy_head` below computes the gradient, at log-probs equal up to rounding
             edges_of = (hidden, self.model.head, batch.edge_row, batch.targets)
             exact, _ = sampler_logprob(*edges_of, temperature=temperature)
 
@@ -223,10 +223,10 @@ class Updater:
 
     @torch.no_grad()
     def _recompute(self, mini_batches: list[list[MicroBatch]], parts: list[list[NodeAdvantage]]) -> dict[str, float]:
-        """Replace the sampler's log-probs (renormalised by top-p or top-k) by the trainer's full ones, in place.
+        """Replace the sampler's log-probs (renormalised by top-p or top-k) in place by the trainer's full-softmax ones.
 
         Returns:
-            the gap between sampler and trainer, measured where both mean the same: full softmax at temperature 1.
+            the gap between sampler and trainer, measured on the full softmax at temperature 1, which both record.
         """
         total, weight, largest = 0.0, 0.0, 0.0
         for batches, part in zip(mini_batches, parts, strict=True):
@@ -262,7 +262,7 @@ class Updater:
 
 
 def _divide(trees: Sequence[NodeAdvantage], parts: int) -> list[list[NodeAdvantage]]:
-    """Split in order into at most `parts` runs whose sizes differ by one at most; no run is empty."""
+    """Split in order into at most `parts` non-empty runs whose sizes differ by at most one."""
     parts = min(parts, len(trees))
     bounds = [round(i * len(trees) / parts) for i in range(parts + 1)] if parts else []
     return [list(trees[a:b]) for a, b in pairwise(bounds)]

@@ -1,4 +1,4 @@
-"""Checks of settings, each raising ValueError with field, value and what is allowed; and what to say of a name."""
+"""Checks of settings, which raise ValueError with field, value and allowed values; suggestions for unknown names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _limits: ContextVar[dict[str, str] | None] = ContextVar("ibtpo_limits", default=
 
 @contextmanager
 def noting_limits() -> Iterator[dict[str, str]]:
-    """Note what every check inside allows, by the name of the field: documentation says what the code does."""
+    """Record the values that each check in the block allows, by field, to generate documentation from the checks."""
     noted: dict[str, str] = {}
     token = _limits.set(noted)
     try:
@@ -67,12 +67,12 @@ def check_choices(settings: object, section: str = "") -> None:
 
 
 def did_you_mean(name: str, known: Collection[str]) -> str:
-    """A question about an unknown name, with a space behind it: is it the nearest known one? Empty if none is near."""
+    """A question that suggests the nearest known name, with a space after it; "" if none is near."""
     nearest = difflib.get_close_matches(name, known, n=1)
     return f'did you mean "{nearest[0]}"? ' if nearest else ""
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
-    """The end of an error message about an unknown name: the nearest known one, and all of them where they are few."""
+    """The end of an error message about an unknown name: the nearest known one, and all of them if they are few."""
     shown = ", ".join(known) if len(known) <= 12 else f"{len(known)} names, from {known[0]} to {known[-1]}"
     return f"{did_you_mean(name, known)}known: {shown}"

@@ -1,8 +1,8 @@
 """Supervised warm start: the built-in policy learns the task's worked solutions from random weights.
 
-How many updates that takes differs from seed to seed, so measurements decide. The learning rate stays up until the
-policy's loss is near the teacher's own entropy, the least that any policy can reach, and its sampled pass rate is a
-fair share of the teacher's; then it falls.
+The number of updates this takes varies between seeds, so measurements decide when to end. The learning rate stays
+constant until the policy's loss is close to the teacher's entropy, the minimum for any policy, and its sampled pass
+rate reaches a given share of the teacher's; then it decays.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ ADAMW: dict[str, Any] = {"beta1": 0.9, "beta2": 0.98, "weight_decay": 0.05, "gra
 FINAL_RATE = 0.1  # the cosine ends at this share of the rate before it
 WINDOW = 10  # updates whose excess losses are averaged
 CHECK_EVERY = 25  # updates between two measurements of the pass rate
-CHECK_PROMPTS, CHECK_SAMPLES = 128, 4  # what a measurement takes
+CHECK_PROMPTS, CHECK_SAMPLES = 128, 4  # sampled for a measurement
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """How a warm start stands, or ended."""
+    """State of a warm start, during it or at its end."""
 
     updates: int
     """Updates made."""
@@ -45,7 +45,7 @@ class WarmStart:
     """Loss above the teacher's on the same solutions, mean over the last `WINDOW` updates, in nats a token: an estimate
     of the divergence KL(teacher | policy)."""
     total: int
-    """Updates in all as far as is known: the limit, until the learning rate begins to fall."""
+    """Total updates as far as known: the limit, until the learning rate begins to decay."""
 
 
 def warm_start(
@@ -58,21 +58,21 @@ def warm_start(
     pass_share: Callable[[], float] = lambda: math.inf,
     agreed: Callable[[float], float] = lambda excess: excess,
 ) -> WarmStart:
-    """Train on fresh worked solutions, the loss on the answer alone.
+    """Train on new worked solutions, with the loss on the answers only.
 
     Args:
         policy: trained in place.
         task: draws the worked solutions; update u of batch size b uses its training problems [u*b, (u+1)*b).
-        config: when to end, batch size, learning rate.
+        config: end conditions, batch size, learning rate.
         seed: of the teacher's draws.
         on_update: called after each update.
-        pass_share: measures the policy's pass rate as a share of the teacher's (`PassShare`); asked every `CHECK_EVERY`
-            updates once the loss is low enough. By default the loss alone decides.
-        agreed: given the excess loss found here, what it is for all processes that make these updates side by side, so
-            that they end together although their sums may round apart.
+        pass_share: measures the policy's pass rate as a share of the teacher's (`PassShare`); called every
+            `CHECK_EVERY` updates once the loss is low enough. By default the loss alone decides.
+        agreed: maps this process's excess loss to one value for all processes that make the same updates, so that they
+            end together although their sums may differ by rounding.
 
     Returns:
-        How it ended.
+        the state at the end.
     """
     optimizer = MasterAdamW(policy.model, OptimConfig(lr=config.lr, warmup_steps=config.warmup_steps, **ADAMW))
     rng = np.random.default_rng([seed, 1])
@@ -98,23 +98,23 @@ def warm_start(
 
 
 class _Schedule:
-    """The learning rate of each update: up, then down a cosine once the policy is good enough or time is short."""
+    """The learning rate of each update: constant, then a cosine decay once the policy is good or the limit is near."""
 
     def __init__(self, config: WarmStartConfig, pass_share: Callable[[], float] = lambda: math.inf) -> None:
         self._config = config
         self._pass_share = pass_share
         self._next_check = 0  # the first update at which the pass rate may be measured again
-        self._fall = max(config.max_updates - config.decay_updates, 0)  # the first update at a falling rate
+        self._fall = max(config.max_updates - config.decay_updates, 0)  # the first update of the decay
         self.updates = 0
         self.total = config.max_updates
 
     def rate(self) -> float:
-        """Share of the peak rate at the update to come; the last one has `FINAL_RATE`."""
+        """The next update's share of the peak rate; the last update's is `FINAL_RATE`."""
         progress = max(self.updates + 1 - self._fall, 0) / self._config.decay_updates
         return FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
     def advance(self, excess: float) -> None:
-        """An update was made; the mean excess loss of late is `excess`."""
+        """Count an update, after which the recent mean excess loss is `excess`."""
         self.updates += 1
         if WINDOW <= self.updates < self._fall and excess <= self._config.excess and self._passes():
             self._fall = self.updates
@@ -137,7 +137,7 @@ def warm_start_of(
     on_update: Callable[[WarmStart], None],
     agreed: Callable[[float], float] = lambda excess: excess,
 ) -> WarmStart:
-    """The warm start a run begins with: `warm_start`, ended by loss and `PassShare`."""
+    """The warm start of a run: `warm_start`, ended by loss and `PassShare`."""
     first = config.warm_start.max_updates * config.warm_start.batch_size
     unseen = [task.train_problem(first + index) for index in range(CHECK_PROMPTS)]
     end = warm_start(
@@ -154,14 +154,14 @@ def warm_start_of(
 
 
 class PassShare:
-    """The sampled pass rate of a policy as a share of its teacher's, on training prompts the warm start never reaches.
+    """The sampled pass rate of a policy as a share of its teacher's, on prompts that the warm start does not train on.
 
     The prompts and the random numbers are the same in every measurement.
 
     Args:
         grower: samples from the policy, and grades.
-        task: whose teacher to compare with.
-        sampling: how the run will sample.
+        task: its teacher is compared with the policy.
+        sampling: sampling parameters of the run.
         problems: `CHECK_PROMPTS` of them.
         seed: of the teacher's draws.
     """
@@ -177,7 +177,7 @@ class PassShare:
         self._teacher = max(right / len(draws), 1 / len(draws))
 
     def __call__(self) -> float:
-        """Measure, with the weights as they are now."""
+        """Measure with the current weights."""
         self._grower.engine.weights_changed()
         keys = [-1 - index for index in range(len(self._problems))]
         trees, _ = self._grower.grow(self._problems, keys, independent(CHECK_SAMPLES), self._sampling)
@@ -186,7 +186,7 @@ class PassShare:
 
 
 def supervised_loss(policy: Policy, batch: Sequence[tuple[str, str]]) -> tuple[Tensor, int]:
-    """Mean negative log-prob of the completions' tokens, and how many those are.
+    """Mean negative log-prob of the completions' tokens, and their number.
 
     Args:
         batch: (prompt, completion) pairs, packed as chains of one forest.

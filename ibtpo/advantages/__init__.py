@@ -1,1 +1,1 @@
-"""The advantages of the rivals, a file each; `ibtpo.advantage` chooses among them and is what to import."""
+"""The advantages of the other methods, one a file; import them through `ibtpo.advantage`, which chooses among them."""

@@ -2,7 +2,7 @@
 
     A(i) = (R_i - mean of its tree) / (std of its tree + eps)  +  (R_i - mean of the group) / (std of the group + eps)
 
-Trees are told apart by ``leaf.notes["group"]``; where no search has left it, the group is one tree.
+A leaf's tree is ``leaf.notes["group"]``; if the search has not set it, the group is one tree.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def tree_grpo(rewards: Doubles, groups: Longs, *, eps: float, ddof: int | None) 
         rewards: [G].
         groups: [G], the tree each trajectory belongs to.
         eps: added to the deviations.
-        ddof: 0 or 1, what is taken off the count in a deviation; None: nothing is divided by one.
+        ddof: 0 or 1, delta degrees of freedom of the deviations; None: do not divide by deviations.
     """
     inside = np.zeros(len(rewards))
     for group in np.unique(groups):
@@ -30,7 +30,7 @@ def tree_grpo(rewards: Doubles, groups: Longs, *, eps: float, ddof: int | None) 
 
 
 def z_score(rewards: Doubles, *, eps: float, ddof: int | None) -> Doubles:
-    """(R - mean)/(std + eps); 0 where all are equal."""
+    """(R - mean)/(std + eps); 0 if all rewards are equal."""
     if rewards.min() == rewards.max():
         return np.zeros(len(rewards))
     scores: Doubles = (rewards - rewards.mean()) / deviation(rewards, eps=eps, ddof=ddof)
@@ -38,5 +38,5 @@ def z_score(rewards: Doubles, *, eps: float, ddof: int | None) -> Doubles:
 
 
 def deviation(rewards: Doubles, *, eps: float, ddof: int | None) -> float:
-    """std + eps, what a distance to the mean is divided by; 1 without `ddof`."""
+    """std + eps, the divisor of a distance to the mean; 1 without `ddof`."""
     return 1.0 if ddof is None else float(rewards.std(ddof=ddof)) + eps

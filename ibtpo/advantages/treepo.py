@@ -1,9 +1,9 @@
-"""TreePO's advantage of a trajectory (arXiv 2508.17445): against the trajectories it shares each prefix with.
+"""TreePO's advantage of a trajectory (arXiv 2508.17445): relative to the trajectories that share each of its prefixes.
 
     A(i) = mean over depths d of ( R_i - mean of R over the leaves below i's ancestor of depth d )
 
-Depth 0 is the prompt, whose group always counts; deeper ones count where another leaf shares the ancestor, for alone
-R_i - R_i says nothing. The result is whitened over all tokens of the batch: see `whiten`.
+Depth 0 is the prompt, which always counts; a deeper ancestor counts only if another leaf shares it, since otherwise its
+term is R_i - R_i = 0. The result is whitened over all tokens of the batch: see `whiten`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def treepo(rewards: Doubles, begin: Longs, end: Longs) -> Doubles:
 
     Args:
         rewards: [G].
-        begin, end: [S], the trajectories through each node are [begin, end); the prompt comes first.
+        begin, end: [S]; the trajectories through each node are [begin, end); the prompt comes first.
     """
     total, groups = np.zeros(len(rewards)), np.zeros(len(rewards))
     for node, (first, last) in enumerate(zip(begin.tolist(), end.tolist(), strict=True)):
@@ -33,10 +33,10 @@ def treepo(rewards: Doubles, begin: Longs, end: Longs) -> Doubles:
 
 
 def whiten(advantages: Sequence[Doubles], lengths: Sequence[Longs], eps: float) -> list[Doubles]:
-    """Advantages with mean 0 and deviation 1 over the tokens of all trajectories given.
+    """Scale advantages to mean 0 and deviation 1 over the tokens of all given trajectories.
 
     Args:
-        advantages: a tree's [G] each.
+        advantages: [G] of each tree.
         lengths: sampled tokens of the same trajectories.
         eps: added to the deviation.
     """

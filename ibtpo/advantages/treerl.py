@@ -1,9 +1,9 @@
-"""TreeRL's advantage of a step (arXiv 2506.11902): better than the prompt, and better than where it branched.
+"""TreeRL's advantage of a step (arXiv 2506.11902): its value relative to the prompt's and to its parent's.
 
     A(s) = ((V(s) - V(prompt)) + (V(s) - V(parent))) / sqrt(leaves below s)
 
-V is the mean reward of the leaves below. A step there is what lies between two forks, so along an unbranched run of
-our nodes the parent is the fork above the run.
+V is the mean reward of the leaves below. TreeRL's steps run from fork to fork, so for all nodes of an unbranched run
+the parent is the fork above the run.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Doubles = npt.NDArray[np.float64]
 
 
 def treerl(packed: PackedTree, values: Doubles, leaves: npt.NDArray[np.int64]) -> Doubles:
-    """float64 [S], the prompt's being 0.
+    """float64 [S], 0 for the prompt.
 
     Args:
         packed: the tree; S nodes.
@@ -25,7 +25,7 @@ def treerl(packed: PackedTree, values: Doubles, leaves: npt.NDArray[np.int64]) -
         leaves: [S], trajectories through each node.
     """
     index = {node: i for i, node in enumerate(packed.nodes)}
-    fork = np.zeros(len(packed.nodes), np.int64)  # where the run a node belongs to branched off
+    fork = np.zeros(len(packed.nodes), np.int64)  # the fork above each node's run
     for i, node in enumerate(packed.nodes[1:], start=1):
         assert node.parent is not None
         above = index[node.parent]

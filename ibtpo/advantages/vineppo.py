@@ -1,6 +1,6 @@
 """VinePPO's advantage of a step (arXiv 2410.01679): V where it ends minus V where it begins.
 
-The values come from rollouts of their own: ``node.notes["value"]``, left by the search of that name.
+The values are estimated from separate rollouts by the search `vineppo`, which sets ``node.notes["value"]``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Doubles = npt.NDArray[np.float64]
 
 
 def vineppo(packed: PackedTree) -> Doubles:
-    """float64 [S], the prompt's being 0.
+    """float64 [S], 0 for the prompt.
 
     Raises:
         ValueError: a node has no value.

@@ -1,4 +1,4 @@
 """Commands of the command line, one module each: its flags, and `run`.
 
-Nothing that takes time to load is imported before a command is run: `--help` and completion answer at once.
+Modules that are slow to load are only imported when a command runs, so that `--help` and completion are fast.
 """

@@ -1,4 +1,4 @@
-"""From the words of a command to its settings: flags over --config over --preset over what a run or a task sets."""
+"""Settings from a command's arguments: flags override --config, --preset and the settings of a run or task, in turn."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ _NO_FILTER = {"max_prompt_tokens": None, "pass_rate_field": None, "min_pass_rate
 
 
 def parse(kind: type[Arguments], default: Arguments, program: str, arguments: list[str]) -> Arguments:
-    """The flags of a command; exits where they cannot be used, or to print its help."""
+    """Parse the flags of a command; exits if they are invalid, or to print its help."""
     return tyro.cli(kind, default=default, prog=program, args=join_repeated(arguments), use_underscores=False)
 
 
 def parse_alone(kind: type[Arguments], program: str, arguments: list[str]) -> Arguments:
-    """The flags of a command that has no settings of a run."""
+    """Parse the flags of a command without settings of a run."""
     return tyro.cli(kind, prog=program, args=arguments, use_underscores=False)
 
 
 def base_of_training(arguments: list[str]) -> TrainConfig:
-    """What flags leave as it is: the settings of the run to --resume, of --config, --preset and the task."""
+    """The configuration before flags: that of the run to --resume, of --config, --preset and the task."""
     early = _early(arguments)
     return _base(early, run=early.resume)
 
 
 def base_of_model(arguments: list[str]) -> TrainConfig:
-    """Of a run, or a checkpoint of one, that --model names, the run's own: it is measured as it was trained."""
+    """The configuration before flags; if --model is a run or a run's checkpoint, the run's."""
     early = _early(arguments)
     model, data = _named(early, "model"), _named(early, "data")
     folders = [] if model is None else [model, model.absolute().parent.parent]
@@ -54,13 +54,13 @@ def base_of_model(arguments: list[str]) -> TrainConfig:
 
 
 def instead_of_training(run: Path, data: Path | None, *, whole: bool) -> dict[str, Any]:
-    """What holds, nested like YAML, in place of a run's own folder and of the settings it chose its training rows with.
+    """Settings, nested like YAML, that replace the run's folder and its choice of training rows.
 
-    Another file than the run's is read in the layout that its own rows tell, its prompts are held out of itself, not
-    taken from the run's `jsonl.eval_data`, and as a `whole` no row is filtered out.
+    For a file other than the run's the layout is detected, prompts are held out of the file itself, not taken from the
+    run's `jsonl.eval_data`, and with `whole` no row is filtered out.
 
     Args:
-        data: the file that is to be measured on; None: the run's own.
+        data: the file to evaluate on; None for the run's own.
     """
     own = load_yaml(run / CONFIG).get("data")
     other = data is not None and (own is None or data.resolve() != Path(own).resolve())
@@ -69,12 +69,12 @@ def instead_of_training(run: Path, data: Path | None, *, whole: bool) -> dict[st
 
 
 def with_data(config: TrainConfig) -> TrainConfig:
-    """--data means the jsonl task."""
+    """Set the task to jsonl if --data is given."""
     return replace(config, task="jsonl") if config.data is not None else config
 
 
 def _early(arguments: list[str]) -> argparse.Namespace:
-    """The flags that decide what the defaults of all others are."""
+    """Parse the flags that decide the defaults of all others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--preset", default=None)
     parser.add_argument("--task", default=None)
@@ -83,12 +83,12 @@ def _early(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--whole", action="store_true")
     try:
         return parser.parse_known_args(arguments)[0]
-    except argparse.ArgumentError:  # a flag without its value: the full parser explains it
+    except argparse.ArgumentError:  # a flag without its value: the full parser reports it
         return parser.parse_known_args([])[0]
 
 
 def _named(early: argparse.Namespace, field: str) -> Path | None:
-    """The path that a flag gives a field or, without one, the file of --config; None where neither does."""
+    """The path given for a field by a flag or else by the file of --config; None if neither gives one."""
     given = getattr(early, field)
     if given is None and early.config is not None:
         given = load_yaml(early.config).get(field)

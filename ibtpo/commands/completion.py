@@ -24,7 +24,7 @@ from ibtpo.commands.view import ViewArguments
 from ibtpo.presets import PRESETS
 from ibtpo.studies.matrix import shipped_studies
 
-_WIDTH = 60  # of a description; fish and zsh hand the script to Python as one argument, at most 128 KiB on Linux
+_WIDTH = 60  # of a description; fish and zsh pass the script to Python as one argument, at most 128 KiB on Linux
 _DESCRIPTION = re.compile(r"'description': '((?:[^'\\]|\\.)*)'")
 
 Shell = Literal["bash", "zsh", "fish"]
@@ -57,7 +57,7 @@ def run(arguments: list[str], console: Console) -> int:
         "doctor": DoctorArguments,
         "completion": CompletionArguments,
     }
-    first = {"study": ("name", shipped_studies()), "completion": ("shell", SHELLS)}  # what a positional field may be
+    first = {"study": ("name", shipped_studies()), "completion": ("shell", SHELLS)}  # values of positional fields
     kinds = {name: _with_names(kind, {"preset": PRESETS}) for name, kind in commands.items()}
     kinds |= {name: _by_first_word(kinds[name], *words) for name, words in first.items()}
     program = _one_of(kinds)
@@ -84,9 +84,9 @@ def _one_of(kinds: Mapping[str, Any]) -> Any:
 
 
 def _by_first_word(kind: type[Any], name: str, words: Iterable[str]) -> Any:
-    """A command with the positional `name` given up for subcommands `words`: of these alone scripts know a choice.
+    """A command whose positional `name` is replaced by subcommands `words`, the only choices that scripts complete.
 
-    Its flags stand before the word, with descriptions, and after it, without: the script must not become too long.
+    Its flags are accepted before the word, with descriptions, and after it, without, to keep the script short.
     """
     hints = get_type_hints(kind)
     flags: Any = [(own.name, hints[own.name], field(default=own.default)) for own in fields(kind) if own.name != name]
@@ -97,7 +97,7 @@ def _by_first_word(kind: type[Any], name: str, words: Iterable[str]) -> Any:
 
 
 def _with_names(kind: type[Any], names: Mapping[str, Iterable[str]]) -> type[Any]:
-    """The flags of a command, those that have `names` with a choice among them."""
+    """The flags of a command, where those in `names` become a choice of the names."""
     chosen: list[Any] = [
         (known.name, Literal[tuple(names[known.name])], field(default=known.default))
         for known in fields(kind)

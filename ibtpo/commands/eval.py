@@ -44,7 +44,7 @@ class EvalArguments:
     run: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
 
     def resolve(self) -> TrainConfig:
-        """The configuration with the short flags in their places.
+        """The configuration with the short flags applied.
 
         Raises:
             ValueError: a number is out of range, --whole without a data file, or no place to write.
@@ -73,7 +73,7 @@ class EvalArguments:
 def run(arguments: list[str], console: Console) -> int:
     """Run the command; returns the exit code."""
     base = base_of_model(arguments)
-    if base.out is not None and is_run(base.out):  # of a run's config.yaml given as --config
+    if base.out is not None and is_run(base.out):  # from a run's config.yaml given as --config
         base = replace(base, out=None)
     parsed = parse(EvalArguments, EvalArguments(run=base), "ibtpo eval", arguments)
     config = with_data(parsed.resolve())

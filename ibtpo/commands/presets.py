@@ -26,7 +26,7 @@ def run(arguments: list[str], console: Console) -> int:
         settings = "\n".join(f"{field} {value}" for field, value in flat(changes).items())
         table.add_row(name, f"{explanation} [dim]({source})[/]", settings)
     table.columns[0].no_wrap = True
-    table.columns[2].no_wrap = console.width >= 80  # in a narrower window they would leave the explanation no room
+    table.columns[2].no_wrap = console.width >= 80  # in a narrower window the explanation would have no room
     table.columns[2].overflow = "fold"
     console.print(table)
     return 0

@@ -59,7 +59,7 @@ def run(arguments: list[str], console: Console) -> int:
 
 
 def _result_tables(folder: Path) -> list[Table]:
-    """What the run came to: held-out accuracy before and after, and what it took."""
+    """Tables of a run's results: held-out accuracy before and after, and cost."""
     summary = summarize_run(folder)
     accuracy = Table(
         "held-out accuracy", "before", "after", title=f"{escape(str(folder))}: {summary.steps} training steps"

@@ -1,4 +1,4 @@
-"""One run in several processes: prompts and trees are shared out, gradients summed; docs/distributed.md."""
+"""One run in several processes: prompts and trees are divided, gradients summed; docs/distributed.md."""
 
 from ibtpo.distributed.follower import Follower
 from ibtpo.distributed.group import ALONE, Group, PeerFailed

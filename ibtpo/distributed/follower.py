@@ -1,4 +1,4 @@
-"""The run folder as every process but rank 0 has it: to read only."""
+"""The run folder in every process but rank 0: read-only."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ibtpo.runlog import RunFolder
 
 
 class Follower(RunFolder):
-    """A run folder that rank 0 keeps: nothing is written from here.
+    """A run folder that only rank 0 writes; the methods that write do nothing here.
 
     Args:
-        path: where it is.
-        last: the checkpoint it goes on from, or None.
+        path: of the folder.
+        last: the checkpoint the run resumes from, or None.
     """
 
     def __init__(self, path: Path, last: Checkpoint | None) -> None:

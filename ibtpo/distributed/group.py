@@ -1,8 +1,8 @@
-"""This process among those of its run: meeting, exchanging objects, summing gradients.
+"""The process group of a run: meetings, exchange of objects, sums of gradients.
 
-Objects travel through gloo, gradients through NCCL on GPUs. Before anything collective the processes meet at the
-launcher's store: whoever does not come in time is named there, and so is whoever has failed meanwhile. Who is killed
-breaks the connections of the others, which therefore wait at a gloo operation.
+Objects are sent through gloo, gradients through NCCL on GPUs. Before every collective operation the processes meet and
+note this in the launcher's store, so that an error can name a process that is late or has failed. They wait for each
+other in a gloo operation, since a process that is killed breaks its gloo connections.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import Store
 
-BUCKET_BYTES = 64 << 20  # of gradients summed in one call
+BUCKET_BYTES = 64 << 20  # most bytes of gradients summed in one call
 _FAILURE = "failure"
-_GRACE = 5.0  # seconds that rank 0 waits for the others to have left
+_GRACE = 5.0  # seconds that rank 0 waits for the others to leave
 
 T = TypeVar("T")
 
 
 class PeerFailed(ConnectionError):
-    """Another process of the run failed, or did not come to a meeting in time; the message says which."""
+    """Another process of the run failed, or did not reach a meeting in time; the message names it."""
 
 
 class Group:
     """The processes of a run, seen from one of them.
 
-    Every method but `share` must be called by all of them in the same order. A group of one sends nothing.
+    All processes must call the collective methods in the same order. A group of one sends nothing.
 
     Args:
         rank: this process's number.
-        size: how many there are.
-        store: where they meet; None for a group of one.
-        timeout: seconds that the first to come waits for the last.
-        start: 1, or more where the launcher had to start the processes again.
+        size: number of processes.
+        store: shared store for meetings and failures; None for a group of one.
+        timeout: seconds that the first process at a meeting waits for the last.
+        start: how often the launcher has started the processes: 1, or more after restarts.
     """
 
     def __init__(
@@ -61,17 +61,17 @@ class Group:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Which of `count` things are this process's: a run of them, so that shares put together keep the order."""
+        """The range of `count` items that this process handles; the shares concatenated by rank keep the order."""
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def meet(self, what: str) -> None:
-        """Wait until every process has come here.
+        """Wait until every process has reached this meeting.
 
         Args:
-            what: what for, in a few words; for the message.
+            what: purpose of the meeting, for messages and to check that all processes do the same.
 
         Raises:
-            PeerFailed: one failed, was killed, or did not come within `timeout` seconds.
+            PeerFailed: a process failed, was killed, or did not come within `timeout` seconds.
         """
         if self._store is None:
             return
@@ -98,22 +98,22 @@ class Group:
                     self.fail(self._at_odds())
         except RuntimeError as error:
             self.fail(f"the connection broke while waiting for {self._missing()} to {what}, was it killed? ({error})")
-        if failure := self.failure():  # also for those who came too late
+        if failure := self.failure():  # also raised in processes that come too late
             raise PeerFailed(" ".join(failure.split()))
 
     def _missing(self) -> str:
-        """Who has not come to the meeting that this process waits at."""
+        """The processes that have not reached this process's current meeting, for messages."""
         assert self._store is not None
         missing = [rank for rank, (meetings, _) in enumerate(self._places()) if meetings < self._meetings]
         return f"{ranks(missing)} of {self.size}" if missing else "others"
 
     def _at_odds(self) -> str:
-        """Who has come for what, where that is not the same: another collective than the others' would mix them up."""
+        """Message of processes that meet for different purposes: their collectives would exchange unrelated data."""
         came = ", ".join(f"rank {rank} to {what}" for rank, (_, what) in enumerate(self._places()))
         return f"the processes do not do the same ({came}); if all have the same code and settings, please report this"
 
     def _places(self) -> list[tuple[int, str]]:
-        """The last meeting that each process has come to: its number, and what it is for."""
+        """Each process's last meeting: its number and purpose."""
         assert self._store is not None
         came: list[bytes] = []
         with suppress(dist.DistError):
@@ -121,7 +121,7 @@ class Group:
         return [(int(number), what) for number, _, what in (str(at, "utf-8").partition(" ") for at in came)]
 
     def leave(self) -> None:
-        """Meet for the last time; rank 0, which may keep the store, goes when all others have.
+        """Meet for the last time; rank 0, whose process may host the store, leaves after all others.
 
         Raises:
             PeerFailed: as `meet`.
@@ -137,21 +137,21 @@ class Group:
                 left = self._store.add("left", 0)
 
     def fail(self, message: str) -> None:
-        """Tell the others why the run ends; the first message stays."""
+        """Tell the others why the run ends; only the first message is kept."""
         if self._store is not None:
-            self._failure = message  # should the store be gone
+            self._failure = message  # in case the store is gone
             with suppress(dist.DistError):
                 self._store.compare_set(_FAILURE, "", message)
 
     def failure(self) -> str | None:
-        """Which process failed and why, if one did."""
-        with suppress(dist.DistError):  # whoever keeps the store may be gone
+        """Which process failed and why; None if none did."""
+        with suppress(dist.DistError):  # the process that hosts the store may be gone
             if self._store is not None and self._store.check([_FAILURE]):
                 self._failure = str(self._store.get(_FAILURE), "utf-8")
         return self._failure
 
     def gather(self, value: T, what: str) -> list[T]:
-        """What every process brings, in the order of their ranks; small, or seldom: it is pickled."""
+        """The values of all processes, by rank; they are pickled, so gather small values, or rarely."""
         if self.size == 1:
             return [value]
         self.meet(what)
@@ -160,7 +160,7 @@ class Group:
         return values  # type: ignore[return-value]
 
     def join(self, values: Sequence[T], what: str) -> list[T]:
-        """The lists of all processes, one after the other."""
+        """The lists of all processes, concatenated by rank."""
         return [value for part in self.gather(list(values), what) for value in part]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -193,7 +193,7 @@ ALONE = Group()
 
 
 def balance(sizes: Sequence[int], parts: int) -> list[list[int]]:
-    """Share out things of these sizes: largest first to whoever has least; indices, in order, by part."""
+    """Divide items of these sizes: largest first, each to the part with the least; returns sorted indices by part."""
     shares: list[list[int]] = [[] for _ in range(parts)]
     loads = [0] * parts
     for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):

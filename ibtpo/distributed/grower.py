@@ -1,4 +1,4 @@
-"""Growing trees in several processes: each grows its share of the prompts, all get all trees."""
+"""Growing trees in several processes: each grows its share of the prompts, and all receive all trees."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ibtpo_engine import Sampling, Search, Tree
 
 @dataclass
 class SharedGrower(Grower):
-    """A `Grower` whose prompts are shared out over the processes of a group.
+    """A `Grower` whose prompts are divided among the processes of a group.
 
-    A tree's key decides its samples, so the trees are those one process would have grown.
+    A tree's key decides its samples, so the trees are the same as those of a single process.
     """
 
     group: Group = field(default=ALONE, kw_only=True)
@@ -35,11 +35,11 @@ class SharedGrower(Grower):
     ) -> tuple[list[Tree], float]:
         """As `Grower.grow`: all trees, in the order of the problems; the seconds are the slowest process's.
 
-        `on_leaf` and `on_tree` are called for the trees of the others, too, once these have arrived. So all trees are
-        kept until then, whatever `keep` says.
+        `on_leaf` and `on_tree` are also called for the other processes' trees, once these have arrived. So all trees
+        are kept until then, even without `keep`.
 
         Raises:
-            Interrupted: `should_stop` said so in any process.
+            Interrupted: `should_stop` returned True in any process.
         """
         mine = self.group.share(len(problems))
         own: list[Tree] = []
@@ -70,11 +70,11 @@ class SharedGrower(Grower):
         return trees, max(seconds for _, seconds in parts)
 
     def _announce(self, tree: Tree, on_leaf: OnLeaf) -> None:
-        if on_leaf is not ignore_leaf:  # the texts are decoded for it alone
+        if on_leaf is not ignore_leaf:  # the only use of the decoded texts
             for leaf in tree.leaves():
                 on_leaf(tree, leaf, completion_of(self.tokenizer, tree, leaf), leaf.reward or 0.0)
 
 
 def make_grower(grower: Grower, group: Group) -> Grower:
-    """The grower itself in a group of one, else the same shared out over the group."""
+    """The grower itself in a group of one, else a `SharedGrower` of it."""
     return grower if group.size == 1 else SharedGrower(**vars(grower), group=group)

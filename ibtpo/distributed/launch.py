@@ -1,4 +1,4 @@
-"""Joining the processes that torchrun started: backend, device, and how a failure reaches the others."""
+"""Joining the processes that torchrun started: backend, device, and passing failures on to the others."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _GRACE = 5.0  # seconds
 
 @contextmanager
 def join(config: TrainConfig) -> Iterator[Group]:
-    """The group of processes that this one was started in, until the block ends; a group of one without torchrun.
+    """Join the processes that were started with this one, until the block ends; a group of one without torchrun.
 
-    An exception that leaves the block ends the others with its message. Only rank 0 says how a run was interrupted.
+    An exception that leaves the block ends the others with its message. Only rank 0 reports an interruption.
 
     Raises:
-        ValueError: the launcher's environment and the configuration do not fit.
-        PeerFailed: another process failed.
-        SystemExit: on the others, once the message is out.
+        ValueError: the launcher's environment and the configuration do not match.
+        PeerFailed: another process failed, on rank 0; or this one could not join or lost its connection.
+        SystemExit: another process failed or the run was interrupted, on other ranks.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
@@ -44,7 +44,7 @@ def join(config: TrainConfig) -> Iterator[Group]:
         torch.cuda.set_device(device)
     group = _connect(device, config.distributed_timeout)
     try:
-        group.meet("begin")  # so that nobody fails while others still connect to it
+        group.meet("begin")  # no process may fail while others still connect to it
         yield group
         group.leave()
         dist.destroy_process_group()
@@ -57,7 +57,7 @@ def join(config: TrainConfig) -> Iterator[Group]:
     except Exception as error:
         failure = group.failure()
         if failure is not None and not group.leads:
-            raise SystemExit(2) from None  # who failed has said why, and rank 0 says who
+            raise SystemExit(2) from None  # the failed process has said why, and rank 0 says which it was
         if failure is not None:
             raise PeerFailed(failure) from None
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
@@ -75,7 +75,7 @@ def _connect(device: torch.device, timeout: float) -> Group:
         start, name = _agree(store, rank, size, timeout)
         store = PrefixStore(f"ibtpo-{name}", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        longer = wait + timedelta(seconds=_GRACE)  # so that a meeting ends first and says who was missing
+        longer = wait + timedelta(seconds=_GRACE)  # a meeting must time out first, as it names missing processes
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=longer)
     except (RuntimeError, ValueError) as error:
         raise PeerFailed(
@@ -86,11 +86,11 @@ def _connect(device: torch.device, timeout: float) -> Group:
 
 
 def _agree(store: Store, rank: int, size: int, timeout: float) -> tuple[int, str]:
-    """How often processes have been started with this store, and a name that only those started together know.
+    """How often processes have been started with this store, and a name shared only by those started together.
 
-    The store outlives them where torchrun restarts them, and its count of restarts is no name: over several nodes it
-    differs, as a node whose processes were well does not count. So rank 0 answers whoever says hello, by a name of
-    their own; by the time that processes start, those from before have ended on every node.
+    The store outlives restarts by torchrun. Its restart count cannot serve as the name: it differs between nodes, since
+    a node counts only failures of its own processes. So each process writes a name of its own, and rank 0 answers it
+    with the common one. Earlier processes have ended on every node before new ones start.
     """
     store, mine = PrefixStore("ibtpo", store), uuid.uuid4().hex
     if rank > 0:
@@ -110,10 +110,10 @@ def _agree(store: Store, rank: int, size: int, timeout: float) -> tuple[int, str
 
 
 def device_name(config: TrainConfig) -> str:
-    """The device of this process: with several on a node, the GPU of its local rank.
+    """The device of this process; if several processes use GPUs, the GPU of its local rank.
 
     Raises:
-        ValueError: there are fewer GPUs than processes, or the configuration names one for all.
+        ValueError: there are fewer GPUs than processes, or the configuration names a single one for all.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return config.device
@@ -131,9 +131,9 @@ def device_name(config: TrainConfig) -> str:
 
 
 def restarted(config: TrainConfig, group: Group) -> TrainConfig:
-    """The run as a restart by torchrun must go on with it: one that began in `out` is resumed from there.
+    """The configuration after a restart by torchrun: a run that has begun in `out` is resumed from there.
 
-    Rank 0 decides, from its own view of the folder and of how often it was started.
+    Rank 0 decides, from its view of the folder and of how often it was started.
     """
     again = group.start > 1 or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     begun = config.resume is None and config.out is not None and is_run(config.out)

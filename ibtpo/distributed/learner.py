@@ -1,4 +1,4 @@
-"""How the processes of a run train its model: each a whole copy (ddp), or each a share (fsdp)."""
+"""How the processes of a run train its model: each a whole copy (ddp), or each a shard (fsdp)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ Mode = Literal["ddp", "fsdp"]
 
 
 def make_learner(config: TrainConfig, full: Model, group: Group, mode: Mode) -> tuple[Model, MasterAdamW]:
-    """The model that is trained, and its optimizer; each of its steps leaves the new weights in `full`.
+    """The model to train, and its optimizer, whose steps leave the new weights in `full`.
 
     Args:
         config: rates and limits.
         full: the policy that samples.
         group: the processes.
-        mode: with "fsdp" another model than `full` is trained.
+        mode: with "fsdp" the model to train is a sharded copy of `full`.
     """
     if mode == "fsdp" and group.size > 1:
-        from ibtpo.distributed.shard import ShardedAdamW, shard  # here: torch.distributed.fsdp takes its time
+        from ibtpo.distributed.shard import ShardedAdamW, shard  # here: torch.distributed.fsdp is slow to import
 
         sharded = shard(full)
         return sharded, ShardedAdamW(sharded, full, config.optim)

@@ -1,12 +1,12 @@
-"""A model and its optimizer split over processes (FSDP2), beside the whole copy that samples.
+"""A model and its optimizer sharded over processes (FSDP2), beside the whole copy that samples.
 
 ::
 
-    sharded    fp32 masters, gradients, AdamW's moments: a share of each on every process; trained
-    full       the policy as the engine and checkpoints know it, in the type it computes in: whole on every process
+    sharded    fp32 masters, gradients, AdamW's moments: a shard of each on every process; trained
+    full       the policy of the engine and of checkpoints, in its compute type: whole on every process
 
-Of a model with adapters only these are split; both use the same frozen weights, so there is no second copy of them.
-After each update the shares are gathered into `full`, a parameter at a time.
+Of a model with adapters only these are sharded; both models use the same frozen weights, without a second copy. After
+each optimizer step the shards are gathered into `full`, a parameter at a time.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _WIDE = (torch.float32, torch.float64)
 
 
 def shard(full: Model) -> Model:
-    """A trainable copy of `full`, of which every process holds a share; it computes in the type of `full`.
+    """A trainable copy of `full`, of which every process holds a shard; it computes in the type of `full`.
 
-    Parameters are split by decoder layer, gradients *summed* over the processes, both kept in fp32 at least. Frozen
-    parameters, of a model with adapters all others, are those of `full`, whole. All processes must run the same number
-    of forward and backward passes.
+    Parameters are sharded by decoder layer and gradients *summed* over the processes, both kept in fp32 at least.
+    Frozen parameters, such as all but a model's adapters, are those of `full`, whole. All processes must run the same
+    number of forward and backward passes.
     """
     mesh = init_device_mesh(full.device.type, (dist.get_world_size(),))
     wide = full.dtype if full.dtype in _WIDE else torch.float32
@@ -45,12 +45,12 @@ def shard(full: Model) -> Model:
     policy = MixedPrecisionPolicy(param_dtype=full.dtype, reduce_dtype=wide)
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy, ignored_params=frozen)
-    keep = False  # the head is used after the forward
+    keep = False  # the head is used after the forward pass
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=frozen, reshard_after_forward=keep)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows no other
+            module.set_force_sum_reduction_for_comms(True)  # gloo supports no other reduction
     for module in model.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             module.to_empty(device=full.device, recurse=False)
@@ -63,7 +63,7 @@ def shard(full: Model) -> Model:
 
 
 def _use_frozen(model: Model, full: Model) -> set[nn.Parameter]:
-    """Put the parameters that `full` does not train in the places of those of `model`; returns them."""
+    """Replace parameters of `model` by the frozen ones of `full`; returns these."""
     frozen = {name: parameter for name, parameter in full.named_parameters() if not parameter.requires_grad}
     for name, parameter in frozen.items():
         parent, _, own = name.rpartition(".")
@@ -72,7 +72,7 @@ def _use_frozen(model: Model, full: Model) -> set[nn.Parameter]:
 
 
 def _share(value: Tensor, like: DTensor) -> DTensor:
-    """This process's share of a tensor that every process holds whole; nothing is sent."""
+    """This process's shard of a tensor that every process holds whole, without communication."""
     mesh: DeviceMesh = like.device_mesh
     return distribute_tensor(value.to(like.device), mesh, like.placements, src_data_rank=None)
 
@@ -82,11 +82,11 @@ def _whole(value: Tensor) -> Tensor:
 
 
 class ShardedAdamW(MasterAdamW):
-    """`MasterAdamW` on the shares of a sharded model; what it saves and loads is whole, as one process writes it.
+    """`MasterAdamW` on a sharded model; the state it saves and loads is whole, as a single process writes it.
 
     Args:
-        sharded: what `shard` returned.
-        full: the whole copy, kept up to date.
+        sharded: the model from `shard`.
+        full: the whole copy, updated by every step.
         config: rates and limits.
     """
 
@@ -98,7 +98,7 @@ class ShardedAdamW(MasterAdamW):
                 self._begin_8bit(name)
 
     def _own_parts(self) -> dict[str, nn.Parameter]:
-        if self.config.state == "float32":  # torch's AdamW knows of shares
+        if self.config.state == "float32":  # torch's AdamW accepts DTensors
             return self._masters
         return {name: nn.Parameter(_own(master).detach()) for name, master in self._masters.items()}
 
@@ -106,7 +106,7 @@ class ShardedAdamW(MasterAdamW):
         if self.config.state == "8bit":
             for name, own in self._own.items():
                 master = self._masters[name]
-                own.data = _own(master).detach()  # FSDP may have put it elsewhere
+                own.data = _own(master).detach()  # FSDP may have moved it
                 own.grad = None if master.grad is None or own.numel() == 0 else _own(master.grad)
         super()._update()
         for own in self._own.values():
@@ -118,7 +118,7 @@ class ShardedAdamW(MasterAdamW):
             self._full[name].copy_(_whole(master.detach()))
 
     def state(self) -> dict[str, Tensor]:
-        """As `MasterAdamW.state` of the whole model, on rank 0 and on the CPU; of the others, nothing."""
+        """As `MasterAdamW.state` of the whole model, on rank 0 and on the CPU; empty on the others."""
         narrow = {f"master.{n}": p for n, p in self._masters.items() if self._full[n].dtype not in _WIDE}
         state: dict[str, Tensor] = {}
         for name, value in {**super().state(), **narrow}.items():
@@ -133,7 +133,7 @@ class ShardedAdamW(MasterAdamW):
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned, here or in a run of any number of processes."""
+        """Load what `state` returned, in a run with any number of processes."""
         shares = dict(state)
         for name, master in self._masters.items():
             for key in (f"{kind}.{name}" for kind in ("master", "exp_avg", "exp_avg_sq")):
@@ -145,7 +145,7 @@ class ShardedAdamW(MasterAdamW):
         super().load_state(shares)
 
 
-_PARTS = ("state1", "state2", "absmax1", "absmax2")  # of 8 bits: plain tensors, along with the rows that a process has
+_PARTS = ("state1", "state2", "absmax1", "absmax2")  # of 8-bit states: plain tensors for this process's rows
 
 
 def _own(x: Tensor) -> Tensor:
@@ -153,19 +153,19 @@ def _own(x: Tensor) -> Tensor:
 
 
 def _rows(count: int, rank: int) -> tuple[int, int]:
-    """Of so many rows, the first that a process has and the first behind, as FSDP shares them out."""
+    """The rows [first, end) of `count` that FSDP gives to a process."""
     each = -(-count // dist.get_world_size())
     return min(each * rank, count), min(each * (rank + 1), count)
 
 
 def _part(whole: Tensor, rows: int) -> Tensor:
-    """This process's part of numbers, or of scales of blocks of numbers, of a parameter of so many rows."""
+    """This process's part of the numbers, or of the block scales, of a parameter with this number of rows."""
     first, last = _rows(rows, dist.get_rank())
     return whole[len(whole) * first // rows : len(whole) * last // rows]
 
 
 def _joined(part: Tensor, shape: torch.Size, *, is_scale: bool) -> Tensor:
-    """What `_part` divided, put together again on every process."""
+    """Gather the parts that `_part` divided into the whole on every process."""
     ends = [_rows(shape[0], rank) for rank in range(dist.get_world_size())]
     lengths = [last - first for first, last in ends]
     if is_scale:

@@ -1,4 +1,4 @@
-"""Accuracy from independent rollouts: avg@k, pass@k, maj@k and greedy, in training and as a command of its own."""
+"""Accuracy from independent rollouts: avg@k, pass@k, maj@k and greedy, in training and as a separate command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From graded completions to accuracies; the evaluation during training."""
+"""Accuracies of graded completions, and the evaluation during training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def evaluate(
     *,
     on_prompt: Callable[[Tree], object] = lambda tree: None,
 ) -> dict[str, float]:
-    """Grade `samples` independent completions of every problem, and its greedy one; see `sample_completions`.
+    """Grade `samples` independent completions of every problem, and the greedy one; see `sample_completions`.
 
     Returns:
         the ``eval_*`` metrics of ibtpo/metrics.py.
@@ -49,7 +49,7 @@ class Evaluation:
 
     @property
     def samples(self) -> int:
-        """n, independent samples a prompt."""
+        """n, number of independent samples a prompt."""
         return len(self.sampled[0])
 
     def metrics(self) -> dict[str, float]:
@@ -73,7 +73,7 @@ class Evaluation:
         }
 
     def summary(self) -> dict[str, Any]:
-        """All numbers, as JSON holds them: accuracies by name, and the metrics of the log."""
+        """All results in JSON types: accuracies by name, and the metrics of the log."""
         accuracies = {
             name: {"mean": found.value, "low": found.low, "high": found.high}
             for name, found in self.accuracies().items()
@@ -91,7 +91,7 @@ class Evaluation:
 
 
 def summarize(completions: Iterable[Completion]) -> Evaluation:
-    """Put completions, which arrive in any order, in theirs; every prompt must have all of them."""
+    """Sort completions that arrive in any order; every prompt must have all of its completions."""
     greedy: dict[int, Completion] = {}
     sampled: dict[int, dict[int, Completion]] = {}
     for completion in completions:

@@ -1,11 +1,11 @@
-"""The folder of an evaluation: it goes on where it was stopped, however that happened.
+"""The folder of an evaluation, from which an interrupted evaluation continues.
 
 ::
 
     ibtpo.json           its format, see ibtpo/run_format.py
-    settings.json        what is evaluated, how; an evaluation of anything else is refused here
+    settings.json        all settings that decide the results; an evaluation with others is rejected
     completions.jsonl    a line a completion, appended as they arrive, in any order
-    summary.json         written at the end, from the lines above
+    summary.json         written at the end, from these completions
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class EvaluationFolder:
     """An evaluation's folder, locked while it is open; use as a context manager.
 
     Args:
-        path: made if it is not there.
-        settings: what decides the numbers, by name.
+        path: of the folder, created if it does not exist.
+        settings: everything that decides the results, by name.
 
     Attributes:
-        found: the completions that were there, by their place.
+        found: the completions of earlier processes, by place.
 
     Raises:
-        ValueError: the folder holds a run, other files, or an evaluation with other settings or of a newer format;
-            another process uses it, or it cannot be written.
+        ValueError: the folder holds a run, other files, or an evaluation with other settings or a newer format; another
+            process uses it, or it cannot be written.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
@@ -60,7 +60,7 @@ class EvaluationFolder:
             raise
 
     def add(self, completion: Completion, where: str | None = None) -> None:
-        """Append a completion; once this returns, a killed process does not lose it."""
+        """Append a completion; after this returns it survives if the process is killed."""
         row = completion._asdict() | ({} if where is None else {"where": where})
         with no_space(self.path, "all completions before", AGAIN):
             self._file.write(json.dumps(row).encode() + b"\n")
@@ -75,7 +75,7 @@ class EvaluationFolder:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with contextlib.suppress(OSError):  # the disk is full: whoever filled it has been told
+        with contextlib.suppress(OSError):  # the disk is full: an earlier write has raised that
             self._file.close()
 
     def _check_free(self) -> None:
@@ -91,7 +91,7 @@ class EvaluationFolder:
 
     def _lock(self, file: IO[bytes]) -> None:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system when the process ends
         except BlockingIOError:
             message = f"out: {self.path} is in use by another evaluation; wait for it, or choose another --out"
             raise ValueError(message) from None
@@ -119,7 +119,7 @@ class EvaluationFolder:
             )
 
     def _read(self) -> None:
-        """Take what is there, and cut off a line that is not whole: the process was killed while writing it."""
+        """Read the completions and truncate a last line that is incomplete, written by a killed process."""
         self._file.seek(0)
         end = 0
         for number, line in enumerate(self._file, 1):

@@ -1,4 +1,4 @@
-"""Measure a model on held-out prompts, or on a whole file; resumable, with every completion on disk."""
+"""Evaluating a model on held-out prompts or on a whole file; resumable, with every completion on disk."""
 
 from __future__ import annotations
 
@@ -32,24 +32,24 @@ from ibtpo.stopping import Interrupted, StopRequest
 from ibtpo.tasks import Problem, Task, format_prompt
 from ibtpo_engine.adapter_folder import is_adapter_folder
 
-_NOT_THE_MODEL = ("optimizer.safetensors", "state.json", "checksums.json", FORMAT_FILE, CARD)  # what else is there
+_NOT_THE_MODEL = ("optimizer.safetensors", "state.json", "checksums.json", FORMAT_FILE, CARD)  # other files there
 
 
 def run_evaluation(
     config: TrainConfig, folder: Path, policy: Policy, task: Task, console: Console
 ) -> tuple[Evaluation, dict[str, Any]]:
-    """Evaluate, and keep every completion in ``config.out``, if that is set.
+    """Evaluate a policy, and keep every completion in ``config.out``, if that is set.
 
     Args:
         config: as `ibtpo eval` resolves it.
-        folder: where the policy is from.
+        folder: the policy's checkpoint.
 
     Returns:
-        the evaluation, and its summary as JSON holds it.
+        the evaluation, and its summary in JSON types.
 
     Raises:
         ValueError: a prompt or the folder cannot be used.
-        Interrupted: Ctrl-C, SIGTERM or SIGHUP; what was graded is kept.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; graded completions are kept.
         GraderError: too many gradings failed.
     """
     stop = StopRequest()
@@ -90,7 +90,7 @@ def _sample(
     console: Console,
     stop: StopRequest,
 ) -> dict[str, float | None]:
-    """Add what is missing to `found` and to the folder; returns how fast that was."""
+    """Add the missing completions to `found` and to the folder; returns the throughput."""
     grower = Grower(make_engine(config, policy), task, policy.tokenizer, config.jsonl, stop.requested)
     samples, before = config.eval.samples, set(found)
     with track(console, "Evaluating", (samples + 1) * len(problems)) as tracker:
@@ -110,7 +110,7 @@ def _sample(
 
 
 def _settings(config: TrainConfig, folder: Path, policy: Policy, problems: Sequence[Problem]) -> dict[str, Any]:
-    """Whatever decides the numbers."""
+    """Everything that decides the results."""
     tokens = [format_prompt(policy.tokenizer, problem, config.jsonl) for problem in problems]
     asked = json.dumps([[ids, problem.answer] for ids, problem in zip(tokens, problems, strict=True)])
     return {
@@ -131,7 +131,7 @@ def _settings(config: TrainConfig, folder: Path, policy: Policy, problems: Seque
 
 
 def _digest_of_model(folder: Path) -> str:
-    """SHA-256, shortened, over the files that decide what a model writes; of an adapter, those of its base too."""
+    """Shortened SHA-256 of the files that decide a model's output; for an adapter, also of its base's."""
     digest = hashlib.sha256()
     for part in [folder, *([Path(base_folder(folder))] if is_adapter_folder(folder) else [])]:
         for path in sorted(path for path in part.iterdir() if path.is_file() and path.name not in _NOT_THE_MODEL):
@@ -141,7 +141,7 @@ def _digest_of_model(folder: Path) -> str:
 
 
 def print_evaluation(evaluation: Evaluation, summary: dict[str, Any], console: Console) -> None:
-    """The tables: accuracies, and pass@k and maj@k by k."""
+    """Print the tables: accuracies, and pass@k and maj@k by k."""
     found, samples = evaluation.accuracies(), evaluation.samples
     accuracy = Table("", "mean", "95 % interval", title=f"{len(evaluation.greedy)} prompts, {samples} samples each")
     for name in (f"avg@{samples}", "greedy"):

@@ -1,4 +1,4 @@
-"""Independent completions of every problem, handed on as soon as they are graded and their answers read."""
+"""Independent completions of every problem, passed on as soon as they are graded and their answers extracted."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ibtpo.tasks import Grades, Problem
 from ibtpo_engine import Node, Sampling, Search, Tree
 
 Place = tuple[int, int | None]
-"""(index of the problem, index of the sample); the greedy completion has no index."""
+"""(index of the problem, index of the sample); the latter is None for the greedy completion."""
 
 
 class Completion(NamedTuple):
-    """One completion of a problem and what came of it."""
+    """One graded completion of a problem."""
 
     prompt: int
     """Index of the problem."""
@@ -28,7 +28,7 @@ class Completion(NamedTuple):
     text: str
     reward: float
     answer: str | None
-    """As `Grades.extract` reads it; None if there is none, it cannot be read, or the completion is truncated."""
+    """As `Grades.extract` returns it; None if there is none, extraction failed, or the completion is truncated."""
     finish: str
     """What ended it: "stop", "length", ..."""
     tokens: int
@@ -47,13 +47,13 @@ def sample_completions(
 ) -> None:
     """Sample `samples` completions of every problem, and its greedy one, except those that are `done`.
 
-    The same problems get the same random numbers every time, whatever is done already: evaluations are paired.
+    The same problems get the same random numbers in every evaluation, whatever is done: evaluations are paired.
 
     Args:
         grower: engine, task, tokenizer.
-        sampling: of the independent samples; the greedy pass sets temperature 0.
+        sampling: for the independent samples; the greedy pass sets temperature 0.
         keep: called with each completion, in any order.
-        on_prompt: called twice a problem (sampled, then greedy) that is not done, as they are done.
+        on_prompt: called when a problem's missing samples have ended, and again when its greedy completion has.
 
     Raises:
         Interrupted: the grower was told to stop.
@@ -79,7 +79,7 @@ def sample_completions(
 
 
 def _key(index: int) -> int:
-    """The key of a problem's tree, which is never a training tree's."""
+    """The key of a problem's tree, different from those of all training trees."""
     return -1 - index
 
 
@@ -89,7 +89,7 @@ def _index(key: int) -> int:
 
 
 def _chains(missing: dict[int, list[bool]]) -> Search:
-    """Independent trajectories, of which those that are not missing are left out; the others draw what they would."""
+    """Independent trajectories, only the missing ones; leaving out others does not change their samples."""
 
     def search(tree: Tree) -> Generator[list[Node], list[Node], None]:
         flags = missing[tree.key]
@@ -103,7 +103,7 @@ def _chains(missing: dict[int, list[bool]]) -> Search:
 
 
 class _Collector:
-    """Makes completions of graded leaves; holds them while their reward or answer is on its way."""
+    """Turns graded leaves into completions; holds them until their reward and answer are known."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class _Collector:
         self.hand_on()
 
     def hand_on(self, *, wait: bool = False) -> None:
-        """Hand on what is complete; with `wait`, all of it."""
+        """Pass on the completions that are complete; with `wait`, all of them."""
         while self._num_waiting and (wait or not self._graded.empty()):
             completion, reward, answer = self._graded.get()
             self._num_waiting -= 1
@@ -146,7 +146,7 @@ class _Collector:
 
 
 def _when_done(futures: Sequence[Future[Any]], call: Callable[[], object]) -> None:
-    """Call once all of these are done, in whatever thread the last one is; at once if there are none."""
+    """Call `call` once all futures are done, in the thread of the last one; at once if there are none."""
     if futures:
         futures[0].add_done_callback(lambda _: _when_done(futures[1:], call))
     else:

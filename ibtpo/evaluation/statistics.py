@@ -1,16 +1,16 @@
-r"""What n independent samples a prompt say about k of them: pass@k and maj@k, without drawing subsets.
+r"""Estimates of pass@k and maj@k from n independent samples a prompt, without drawing subsets.
 
-Both are exact means over all ordered choices of k of the n samples: unbiased for k fresh samples, alike in every run.
-maj@k is the reward of the majority's answer. Equal texts are one answer, samples without a readable answer do not vote,
-ties go to the answer seen first, and its first completion is what is rewarded; 0 where nobody votes.
+Both are exact means over all ordered choices of k of the n samples: unbiased for k new samples, and deterministic.
+maj@k is the reward of the majority answer. Equal texts are one answer, samples without a readable answer do not vote,
+ties go to the answer seen first, and the reward is that of its first completion; 0 if no sample votes.
 
-In a random order each of t tied answers is first equally often, and so is each of an answer's completions. With c_a
-completions of answer a, their mean reward r_a, and u samples that do not vote:
+In a random order each of t tied answers is first with the same probability, and so is each completion of an answer.
+With c_a completions of answer a, their mean reward r_a, and u samples that do not vote:
 
     maj@k = sum_m sum_{votes j_a <= m, t of them equal m, t >= 1}  prod_a C(c_a, j_a) * C(u, k - sum_a j_a) / C(n, k)
                                                                   * mean of r_a over the tied answers
 
-which a pass over the answers computes for each m, keeping (votes so far, answers tied at m).
+computed for each m in one pass over the answers, with a table over (votes so far, answers tied at m).
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def majority_rates(
 
 
 def majority_at(answers: Sequence[str | None], rewards: Sequence[float], ks: Sequence[int]) -> list[float]:
-    """maj@k of one prompt for every k of `ks`; see above.
+    """maj@k of one prompt for every k of `ks`; see the module's docstring.
 
     Args:
-        answers: [n], None where a sample gives no readable answer.
+        answers: [n], None for a sample without a readable answer.
         rewards: [n] of the same samples.
 
     Raises:
@@ -86,9 +86,9 @@ def _binomials(n: int) -> Doubles:
 
 
 def _with_votes(choices: Doubles, table: Doubles) -> Doubles:
-    """[v, tied] by votes cast -> [v + len(choices) - 1, tied]: after j more votes, cast in choices[j] ways."""
+    """[v, tied] by votes cast -> [v + len(choices) - 1, tied]: add j votes, which can be cast in choices[j] ways."""
     more = np.zeros((len(table) + len(choices) - 1, table.shape[1]))
-    if len(choices) > table.shape[1]:  # a call for each column, or for each number of votes: whichever are fewer
+    if len(choices) > table.shape[1]:  # loop over columns or over numbers of votes, whichever are fewer
         for tied in range(table.shape[1]):
             more[:, tied] = np.convolve(choices, table[:, tied])
     else:
@@ -98,9 +98,10 @@ def _with_votes(choices: Doubles, table: Doubles) -> Doubles:
 
 
 def _won_with(most: int, groups: Sequence[tuple[int, float]], votes: int) -> Doubles:
-    """[votes + 1]: by number of votes cast, the summed reward of the winners over all choices in which `most` win.
+    """[votes + 1]: by number of votes cast, the winners' reward summed over all choices in which `most` votes win.
 
-    `groups` in order of size: the tables below grow with what can have been cast and tied, and small answers never tie.
+    `groups` are sorted by size: the tables below grow with the votes and ties possible so far, and small answers never
+    tie.
     """
     ways = np.ones((1, 1))  # [votes cast, answers tied at `most`]: number of choices
     paid = np.zeros((1, 1))  # the same choices, each times the summed rewards of its tied answers

@@ -1,1 +1,1 @@
-"""The searches, a file each; `ibtpo.search` names them and is what to import."""
+"""The searches, one a file; import them through `ibtpo.search`, which names them."""

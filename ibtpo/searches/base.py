@@ -1,4 +1,4 @@
-"""What the searches share: estimates prepared, branches sampled, cut into steps and counted."""
+"""Shared by the searches: preparing estimates, sampling branches, cutting them into steps and counting them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ibtpo_engine import Growth, Node, Tree
 from ibtpo_engine.randomness import mix
 
 Sampled = Generator[list[Node], list[Node], list[Node]]
-"""A part of a search: yields pending nodes, receives them finished and graded, returns the leaves."""
+"""Part of a search: yields pending nodes, receives them finished and graded, returns the leaves."""
 
 Method = Callable[[Tree, SearchConfig, IBConfig, Splitter, int], Growth]
-"""(tree, budget, estimates, where steps end, most new tokens of a trajectory) -> the tree's growth."""
+"""(tree, search settings, IB settings, splitter, maximum new tokens of a trajectory) -> the tree's growth."""
 
 
 def prepare(tree: Tree, ib: IBConfig) -> IBEstimates:
-    """Estimates for a tree with nothing sampled yet, and the notes every search leaves."""
+    """Attach estimates, and the notes that every search fills, to a tree with nothing sampled yet."""
     estimates = IBEstimates(tree, ib)
     tree.notes.update(ib=estimates, branched=[], iid_leaves=[])
     return estimates
 
 
 def random_numbers(tree: Tree) -> Random:
-    """The search's own random numbers: named by the engine's seed and the tree's key."""
+    """The search's random number generator, seeded with the engine's seed and the tree's key."""
     return Random(mix(tree.root.stream, tree.key))
 
 
@@ -38,7 +38,7 @@ def branch(nodes: Iterable[Node], count: int, turn: int, estimates: IBEstimates,
 
 
 def fork_all(nodes: Iterable[Node], count: int) -> list[Node]:
-    """`count` new branches from each node, pending."""
+    """Fork `count` pending branches off each node."""
     return [branch for node in nodes for branch in node.fork(count)]
 
 
@@ -49,7 +49,7 @@ def count_leaves(leaves: Iterable[Node], turn: int, estimates: IBEstimates, spli
 
 
 def count_steps(steps: list[Node], turn: int, estimates: IBEstimates) -> None:
-    """Count a trajectory sampled in round `turn`: the nodes it added, top down."""
+    """Count a trajectory sampled in round `turn`, given as the nodes it added, top down."""
     for step in steps:
         step.notes["round"] = turn
     estimates.add_leaf(steps)

@@ -1,15 +1,15 @@
-"""EPTree, the entropy-guided search of TreeRL (arXiv 2506.11902): branch where the policy was least sure.
+"""EPTree, the entropy-guided search of TreeRL (arXiv 2506.11902): branch at the most surprising tokens.
 
-M chains from the prompt, each the beginning of a tree. Then L rounds: in every tree the N tokens with the largest
-surprisal, -log p of the token sampled, are picked, and T new continuations begin just before each. ::
+M chains from the prompt each start a tree. Then L rounds follow: in every tree the N tokens with the largest surprisal,
+-log p of the sampled token, are picked, and T new continuations begin just before each. ::
 
     chain     [7 ....... 12 | 12 ....... 19)     -log p is largest at token 12
                         `- [12 .......... 21)    a continuation; neither token 12 is ever picked again
 
-Not picked are the first token of a branch (siblings exist there already) and tokens from `deepest` on, where a
-continuation would run out of room. A group that never runs short of tokens to pick has M*(1 + L*N*T) trajectories.
+Never picked are the first token of a branch (it has siblings already) and tokens from depth `deepest` on, where a
+continuation would have no room. With enough tokens to pick, a group has M*(1 + L*N*T) trajectories.
 
-Branches begin inside steps, so steps are cut, and the estimates made, when the tree is complete.
+Branches begin inside steps, so steps are cut and estimates computed when the tree is complete.
 """
 
 from __future__ import annotations
@@ -47,17 +47,17 @@ def eptree(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, m
 
 
 def eptree_leaves(tree: Tree, *, m: int, n: int, rounds: int, t: int, deepest: int) -> Sampled:
-    """The growth alone, which needs no rewards; nodes are what lies between two forks.
+    """The growth alone, which needs no rewards; a node is the run of tokens between two forks.
 
     Args:
         m: M, chains from the prompt.
-        n: N, tokens picked a round in the tree below each chain.
+        n: N, tokens picked a round in each chain's tree.
         rounds: L.
         t: T, continuations begun before a picked token.
         deepest: tokens this far below the prompt, or farther, are not picked.
 
     Returns:
-        the leaves in the order sampled, with the tree each belongs to in ``notes["group"]``; what was branched is in
+        the leaves in the order sampled, with the tree each belongs to in ``notes["group"]``; the picks are in
         ``tree.notes["branched"]`` as (round, node, surprisal).
     """
     leaves = yield tree.root.fork(m)
@@ -68,7 +68,7 @@ def eptree_leaves(tree: Tree, *, m: int, n: int, rounds: int, t: int, deepest: i
         groups: list[int] = []
         for group, top in enumerate(list(tree.root.children)):
             for node, tokens in most_surprising(top, n, tree.prompt_len + deepest).items():
-                for at, surprisal in tokens:  # from the last to the first: a cut leaves what lies before to a new node
+                for at, surprisal in tokens:  # last first: a cut moves the tokens before it to a new node
                     node = node.split(at)
                     branched.append((turn, node, surprisal))
                     pending += node.fork(t)
@@ -82,13 +82,13 @@ def eptree_leaves(tree: Tree, *, m: int, n: int, rounds: int, t: int, deepest: i
 
 
 def most_surprising(top: Node, count: int, deepest: int) -> dict[Node, list[tuple[int, float]]]:
-    """The `count` tokens of the subtree of `top` with the largest surprisal, first tokens of nodes left out.
+    """The `count` tokens with the largest surprisal in the subtree of `top`, excluding the first tokens of nodes.
 
     Args:
-        deepest: depth, the prompt included, from which on no token is picked.
+        deepest: depth, including the prompt, from which on no token is picked.
 
     Returns:
-        (offset > 0, surprisal in nats) of the picks in each node, the last first.
+        (offset > 0, surprisal in nats) of the picks in each node, last offset first.
     """
     tokens = [
         (-logprob, node, at)

@@ -1,4 +1,4 @@
-"""IBTree, its random control, and independent sampling (paper, section 3): one loop that differs in the pick."""
+"""IBTree, its random control, and independent sampling (paper, section 3); the first two differ only in the pick."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def ibtree(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, m
 
 
 def random_tree(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int) -> Growth:
-    """The same tree sizes, branching at random nodes: the paper's control."""
+    """The paper's control: as `ibtree`, but branching at random nodes."""
     return guided(tree, config, ib, splitter, max_tokens, anywhere)
 
 
 def independent(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int) -> Growth:
-    """`group_size` trajectories from the prompt, cut into steps like the others."""
+    """`group_size` independent trajectories from the prompt, cut into steps."""
     estimates = prepare(tree, ib)
     tree.notes["iid_leaves"] = yield from branch([tree.root], config.group_size, 0, estimates, splitter)
 
@@ -52,10 +52,10 @@ def guided(
     max_tokens: int,
     pick: Pick,
 ) -> Growth:
-    """B0 trajectories, then rounds 1 to L-1 at the nodes picked.
+    """B0 trajectories, then rounds 1 to L-1 that branch at the nodes picked.
 
-    With `lookahead` a round is chosen before the last ones have ended. Nodes with a branch under way are passed over
-    then, or all rounds under way would begin at the same node.
+    With `lookahead` > 1 a round is picked before the previous ones have ended. Nodes with a branch in progress are then
+    passed over, since otherwise all these rounds would branch at the same nodes.
     """
     estimates = prepare(tree, ib)
     rng = random_numbers(tree)
@@ -71,7 +71,7 @@ def guided(
         if busy:
             candidates = [(node, score) for node, score in candidates if node not in busy] or candidates
         picked = pick(candidates, config.nodes_per_round, rng) or [tree.root]
-        return list(islice(cycle(picked), config.nodes_per_round))  # too few candidates: the same G all the same
+        return list(islice(cycle(picked), config.nodes_per_round))  # too few candidates take turns, so G stays the same
 
     under_way: deque[tuple[int, list[Node]]] = deque()
     for turn in range(1, config.rounds):

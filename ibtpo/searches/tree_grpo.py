@@ -1,7 +1,7 @@
-"""Tree-GRPO's search (arXiv 2509.21240): M trees a prompt, each branched L times at N random nodes of its own.
+"""Tree-GRPO's search (arXiv 2509.21240): M trees a prompt, each branched L times at N of its nodes, drawn at random.
 
-A tree begins as one chain and ends with K = 1 + L*N*B leaves. The trees share nothing but the prompt, which belongs to
-all of them: a branch there counts for the tree that picked it.
+A tree begins as one chain and ends with K = 1 + L*N*B leaves. The trees share only the prompt, which is a node of each:
+a branch there counts for the tree that picked it.
 """
 
 from __future__ import annotations

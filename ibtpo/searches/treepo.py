@@ -1,11 +1,11 @@
-"""TreePO's search (arXiv 2508.17445): segments of fixed length, two children a node, a width for a budget.
+"""TreePO's search (arXiv 2508.17445): segments of fixed length, two children a node, and a budget of paths.
 
-At every segment boundary each path under way gets a second child as long as the group has fewer than `group_size`
-paths; where only some can have one, they are drawn at random. Where all paths have ended and the width is not used up,
-the rest begins, two each, at random earlier boundaries of random finished ones.
+At every segment boundary each unfinished path gets a second child while the group has fewer than `group_size` paths; if
+only some can have one, they are drawn at random. If all paths have ended before the group is full, the remaining paths
+begin, two each, at random boundaries of random finished paths.
 
-Which paths are under way at a boundary depends on nothing that is sampled behind it, so the first child is sampled to
-its end at once, and the second is forked off its boundary: the same trees in about log2(width) rounds.
+Which paths are unfinished at a boundary does not depend on tokens sampled after it, so the first child is sampled to
+its end at once and the second is forked off the boundary later: the same trees in about log2(group_size) rounds.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ibtpo_engine.tree import Tree
 
 
 def treepo(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int) -> Growth:
-    """A tree of width `group_size` whose steps are segments of `segment_tokens`; `splitter` is not asked."""
+    """A tree of `group_size` paths whose steps are segments of `segment_tokens`; `splitter` is not used."""
     estimates = prepare(tree, ib)
     rng = random_numbers(tree)
 

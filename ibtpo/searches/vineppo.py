@@ -1,8 +1,8 @@
-"""VinePPO's search (arXiv 2410.01679): chains, and K rollouts from the end of every step that only tell its value.
+"""VinePPO's search (arXiv 2410.01679): chains, and K rollouts from the end of every step to estimate its value.
 
-V of a step is the mean reward of its K rollouts, that of the prompt included; where a chain ends it is the chain's
-reward. The rollouts are dropped as soon as they are counted: they are not trained on and no average is taken over
-them, but their tokens were sampled, which ``tree.notes["auxiliary_tokens"]`` says.
+V of a step, and of the prompt, is the mean reward of its K rollouts; at the end of a chain it is the chain's reward.
+The rollouts are dropped once they are counted: they are not trained on and enter no average. Their sampled tokens are
+counted in ``tree.notes["auxiliary_tokens"]``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ibtpo_engine.tree import Node, Tree
 
 
 def vineppo(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, max_tokens: int) -> Growth:
-    """`group_size` chains, K = `value_rollouts`; leaves ``notes["value"]`` on every node."""
+    """`group_size` chains, K = `value_rollouts`; sets ``notes["value"]`` of every node."""
     estimates = prepare(tree, ib)
     tree.notes["auxiliary_tokens"] = 0
     chains = yield from branch([tree.root], config.group_size, 0, estimates, splitter)
@@ -32,7 +32,7 @@ def vineppo(tree: Tree, config: SearchConfig, ib: IBConfig, splitter: Splitter, 
 
 
 def _spend(tree: Tree, rollouts: list[Node]) -> float:
-    """The mean reward of rollouts, which leave the tree; their tokens are counted."""
+    """Drop rollouts from the tree and count their tokens; returns their mean reward."""
     rewards = [rollout.reward for rollout in rollouts if rollout.reward is not None]
     for rollout in rollouts:
         tree.notes["auxiliary_tokens"] += len(rollout)

@@ -1,7 +1,7 @@
 """The process of one cell: ``python -m ibtpo.studies.cell FOLDER`` does what FOLDER/spec.json says, on one thread.
 
-It ends at once when its standard input does, so it never outlives the study that started it, however that ended. What
-it leaves is FOLDER/result.json, written last and whole, or FOLDER/error.txt.
+It exits as soon as its standard input is closed, so it never outlives the study that started it. It writes either
+FOLDER/result.json, atomically and last, or FOLDER/error.txt.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ibtpo.studies.measure import measure
 
 
 def main(folder: Path) -> int:
-    """Do the work; returns the exit code."""
+    """Run the cell; returns the exit code."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     try:
@@ -38,7 +38,7 @@ def main(folder: Path) -> int:
 
 
 def _end_with_parent() -> None:
-    os.read(0, 1)  # nothing is ever written there: this returns when whoever holds the other end is gone
+    os.read(0, 1)  # nothing is ever written there: returns when the process at the other end has ended
     os._exit(1)
 
 

@@ -1,4 +1,4 @@
-"""Run a study's cells, then make its table, figures and page."""
+"""Running a study's cells, then making its table, figures and page."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 
 def run_study(parsed: StudyArguments, command: str, console: Console) -> int:
-    """Run what is not done yet, and report; returns 0, or 1 if cells failed.
+    """Run the cells that are not done yet, and report; returns 0, or 1 if cells failed.
 
     Args:
-        command: as it was typed, for the page.
+        command: the command line as typed, shown on the page.
 
     Raises:
         ValueError: no such study, or settings that cannot be used.
-        Interrupted: Ctrl-C, SIGTERM or SIGHUP; what is done is kept and reported.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; finished cells are kept and reported.
     """
     for name in ("seeds", "prompts"):
         check_range(name, getattr(parsed, name), low=1)
@@ -62,7 +62,7 @@ def run_study(parsed: StudyArguments, command: str, console: Console) -> int:
 
 
 def _changes(parsed: StudyArguments) -> dict[str, Any]:
-    """What wins over the study's own settings: --config, then the flags."""
+    """Settings that override the study's: --config, then the flags."""
     changes: dict[str, Any] = {} if parsed.config is None else load_yaml(parsed.config)
     refuse_settings_of_study(changes, str(parsed.config))
     if parsed.tokens is not None:
@@ -86,7 +86,7 @@ def _report(
     notes = [MISSING] if results.curves and not AVAILABLE else []
     try:
         figures = draw_figures(results, folder)
-    except Exception as error:  # whatever matplotlib trips over, the tables are there
+    except Exception as error:  # the tables do not depend on matplotlib
         figures = []
         notes.append(f"no figures: {one_line(error)}; the tables are complete")
     for note in notes:

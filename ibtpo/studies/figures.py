@@ -1,4 +1,4 @@
-"""Learning curves and diagnostics of training runs, with matplotlib where it is installed (extra "study")."""
+"""Learning curves and diagnostics of training runs, if matplotlib is installed (extra "study")."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from ibtpo.studies.results import Curve, Results
 
 try:
     from matplotlib.figure import Figure
-except ImportError:  # tables and page do without
+except ImportError:  # tables and page do not need it
     Figure = None  # type: ignore[assignment, misc]
 
 AVAILABLE = Figure is not None
 MISSING = 'no figures: matplotlib is not installed; pip install "ibtpo[study]"'
-_LONGEST_NAME = 80  # of a task in the name of a file
-_POINTS = 60  # of the grid that curves of several seeds are averaged on
+_LONGEST_NAME = 80  # characters of a task's name in a file name
+_POINTS = 60  # of the grid on which the curves of several seeds are averaged
 _ACCURACIES = (("eval_avg", "held-out avg@k"), ("eval_greedy", "held-out greedy"))
 _AXES = {"tokens": "sampled tokens", "seconds": "seconds, one thread", "steps": "steps"}
 _DIAGNOSTICS = (
@@ -33,12 +33,12 @@ _DIAGNOSTICS = (
     ("sampler_entropy", "entropy, nats a token"),
 )
 _HIGHLIGHT = {"grpo": "#1c2126", "ib-tpo": "#c2560c"}
-_COLORS = ("C0", "C2", "C3", "C4", "C6", "C7", "C8", "C9")  # without those close to the highlights
-_MOST_BANDS = 6  # of more curves only the highlighted have one: many bands hide the curves
+_COLORS = ("C0", "C2", "C3", "C4", "C6", "C7", "C8", "C9")  # without colours close to the highlights
+_MOST_BANDS = 6  # with more curves only highlighted ones have a band: many bands hide the curves
 
 
 def draw_figures(results: Results, folder: Path) -> list[Path]:
-    """Write the study's figures as SVG and PNG; returns the SVGs. Nothing to draw, or nothing to draw with: none."""
+    """Write the study's figures as SVG and PNG; returns the SVGs, none without data or matplotlib."""
     if Figure is None or not results.curves:
         return []
     made: dict[str, Any] = {}
@@ -57,7 +57,7 @@ def draw_figures(results: Results, folder: Path) -> list[Path]:
 
 
 def _ends(tasks: Sequence[str]) -> dict[str, str]:
-    """How the names of each task's files end: its name in safe characters, and its place where two would be alike."""
+    """Suffix of each task's file names: its name in safe characters, and its index if two would be the same."""
     ends: dict[str, str] = {}
     for place, task in enumerate(tasks):
         words = re.sub(r"[^A-Za-z0-9.+-]+", "-", task).strip("-")[:_LONGEST_NAME]
@@ -70,7 +70,7 @@ def _ends(tasks: Sequence[str]) -> dict[str, str]:
 def mean_curve(
     runs: Sequence[tuple[Sequence[float], Sequence[float]]],
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Several runs' (x, y) on one grid, to where the shortest ends: x, mean, standard error (0 for one run)."""
+    """Several runs' (x, y) on one grid up to the shortest run's end: x, mean, standard error (0 for one run)."""
     known = [[(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)] for x, y in runs]
     known = [points for points in known if points]
     if not known:
@@ -102,7 +102,7 @@ def _panels(curves: Mapping[str, Mapping[int, Curve]], panels: Sequence[tuple[st
     legend = figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=9)
     heading = figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     for text in (heading, *legend.get_texts()):
-        text.set_parse_math(False)  # names may hold a $
+        text.set_parse_math(False)  # names may contain a $
     return figure
 
 
@@ -124,6 +124,6 @@ def _line(plot: Any, variant: str, index: int, runs: Sequence[tuple[list[float],
 
 
 def _save(figure: Any, path: Path) -> Path:
-    figure.savefig(path.with_name(f"{path.name}.png"), dpi=130)  # a task's name may hold a dot
+    figure.savefig(path.with_name(f"{path.name}.png"), dpi=130)  # a task's name may contain a dot
     figure.savefig(path.with_name(f"{path.name}.svg"))
     return path.with_name(f"{path.name}.svg")

@@ -1,4 +1,4 @@
-"""The files of studies, and what is where.
+"""The files of studies.
 
 ::
 
@@ -19,6 +19,6 @@ POLICY, RUN = "policy", "run"
 
 
 def policy_of(cell: Path) -> Path:
-    """The policy that a finished cell of kind start or train has left in its folder."""
+    """The policy in the folder of a finished cell of kind start or train."""
     last = latest_checkpoint(cell / RUN)
     return cell / POLICY if last is None else last.path

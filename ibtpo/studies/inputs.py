@@ -1,4 +1,4 @@
-"""What the files that a cell reads hold, in a few words: with other words its result is another."""
+"""Digests of the files that a cell reads: if one changes, so may the cell's result."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ibtpo.config import TrainConfig
 
 
 def inputs(config: TrainConfig) -> dict[str, str]:
-    """The contents of a configuration's files, by field; what is not there is left out.
+    """Digests of the files that a configuration names, by field; files that do not exist are left out.
 
-    Of a file its hash, of a folder of data that of its files' names and sizes, of a run or checkpoint which checkpoint
-    it is and the hash of its checksums.
+    For a file its hash, for a folder of data the hash of its files' names and sizes, for a run or checkpoint the
+    checkpoint's name and the hash of its checksums.
     """
     read = {"data": config.data, "eval_data": config.jsonl.eval_data, "few_shot": config.jsonl.few_shot}
     found = {name: _of_data(path) for name, path in read.items() if path is not None and path.exists()}
@@ -38,6 +38,6 @@ def _of_model(model: Path) -> dict[str, str]:
 
 @lru_cache(maxsize=64)
 def _hash(path: Path, size: int, changed: int) -> str:
-    """The hash of a file's bytes, computed once for all cells while it has this size and time of change."""
+    """The hash of a file's bytes, computed once for all cells while size and modification time stay the same."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

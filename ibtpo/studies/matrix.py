@@ -1,10 +1,10 @@
-"""A study as data: a YAML file of variants, seeds and tasks becomes cells, each the work of one process.
+"""A study as data: a YAML file of variants, seeds and tasks, expanded into cells, one process each.
 
 ::
 
     title: ...
-    kind: train | samplers | bias      what a cell does, see ibtpo/studies/measure.py
-    baseline: grpo                     the variant the others are compared with
+    kind: train | samplers | bias      the work of a cell, see ibtpo/studies/measure.py
+    baseline: grpo                     the variant with which the others are compared
     run: {...}                         settings of every cell, as in --config of `ibtpo train`
     tasks: {NAME: {...}, ...}          settings of each task; one nameless task if left out
     policies: [start, half]            kind samplers: policies to sample from; half: GRPO's after a third of the tokens
@@ -12,8 +12,8 @@
       grpo: {}                         preset of the same name
       beta 1: {preset: ib-tpo, ib: {beta: 1}}
 
-Variants share task, data, model and seeds; what they begin with is the same. A cell's folder is named after a hash of
-all that decides its result, the contents of its files included, so studies in the same folder share cells.
+Variants share task, data, model and seeds, so they start from the same policies. A cell's folder is named after a hash
+of everything that decides its result, including the contents of its files, so studies in the same folder share cells.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from ibtpo.validation import suggest
 
 Kind = Literal["train", "samplers", "bias"]
 DEFAULTS: dict[str, Any] = {"sampled_tokens": 600_000, "eval": {"prompts": 192, "samples": 8, "every": 10}}
-"""What holds wherever neither the study nor the user says another budget."""
-HALF_SHARE = 3  # the policy called "half" has seen the budget divided by this
-_LONGEST_NAME = 80  # of the words in a folder's name; file systems end at 255 bytes
+"""The budget unless the study or the user sets another."""
+HALF_SHARE = 3  # the policy "half" is trained on the budget divided by this
+_LONGEST_NAME = 80  # characters of the readable part of a folder's name; file systems allow 255 bytes
 _OF_STUDY = {
     "seed": "is the study's to set; name seeds by --first-seed and --seeds",
     "out": "is the study's to set; name the folder of all cells by --out of `ibtpo study`",
@@ -60,20 +60,20 @@ class Cell:
     seed: int
     config: TrainConfig
     options: Mapping[str, Any]
-    """What else `measure` is told: plain data."""
+    """Further arguments of `measure`: plain data."""
     policy: Cell | None = None
-    """The cell whose policy this one begins with, if not that of `config.model`."""
+    """The cell whose policy this one starts from; None to start from `config.model`."""
     policy_name: str = ""
 
     @cached_property
     def id(self) -> str:
-        """The folder's name: readable, and different wherever a result might be."""
+        """The folder's name: readable, and different for cells whose results may differ."""
         digest = hashlib.blake2b(json.dumps(self.spec(), sort_keys=True).encode(), digest_size=5).hexdigest()
         words = re.sub(r"[^A-Za-z0-9.+-]+", "-", f"{self.kind}-{self.variant}").strip("-")[:_LONGEST_NAME]
         return f"{words}-seed{self.seed}-{digest}"
 
     def spec(self) -> dict[str, Any]:
-        """All that decides the result, as JSON knows it."""
+        """Everything that decides the result, in JSON types."""
         config = json.loads(json.dumps(asdict(self.config), default=str))
         above = None if self.policy is None else self.policy.id
         spec = {"kind": self.kind, "config": config, "options": dict(self.options), "policy": above}
@@ -83,7 +83,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """What is compared with what.
+    """The variants, tasks and settings of a comparison.
 
     Attributes:
         skipped: variants left out, with the reason.
@@ -100,11 +100,11 @@ class Study:
     skipped: Mapping[str, str]
 
     def cells(self, seeds: Sequence[int], *, prompts: int, changes: Mapping[str, Any]) -> list[Cell]:
-        """Every cell of these seeds, the policies they begin with not among them.
+        """Every cell of these seeds, without the cells of their starting policies.
 
         Args:
             prompts: kinds samplers and bias: prompts a variant, over all seeds.
-            changes: settings that win over the study's own.
+            changes: settings that override the study's.
 
         Raises:
             ValueError: settings that do not exist or are out of range.
@@ -143,7 +143,7 @@ class Study:
 
 
 def shipped_studies() -> dict[str, Path]:
-    """The studies that come with the package, by name."""
+    """The studies shipped with the package, by name."""
     ours = sorted(path.name for path in files(__package__).iterdir() if _is_yaml(path.name))
     return {name.removesuffix(".yaml"): Path(str(files(__package__) / name)) for name in ours}
 
@@ -151,7 +151,7 @@ def shipped_studies() -> dict[str, Path]:
 def load_study(name: str) -> Study:
     """A study that ships with the package, or one in a YAML file.
 
-    Variants whose preset does not exist here are left out, see `Study.skipped`.
+    Variants with an unknown preset are left out, see `Study.skipped`.
 
     Raises:
         ValueError: no such study, or its file cannot be used.
@@ -207,7 +207,7 @@ def _file_of(name: str) -> Path:
 
 
 def refuse_settings_of_study(settings: Mapping[str, Any], where: str) -> None:
-    """Raise if settings of all cells hold what only the study sets."""
+    """Raise if settings for all cells contain fields that only the study may set."""
     _refuse(settings, _OF_STUDY, where)
 
 
@@ -218,7 +218,7 @@ def _refuse(settings: Mapping[str, Any], remedies: Mapping[str, str], where: str
 
 
 def _named(raw: Mapping[str, Any], field: str, path: Path) -> dict[str, dict[str, Any]]:
-    """Settings by name, as `variants` and `tasks` hold them."""
+    """Settings by name, as in `variants` and `tasks`."""
     found = _settings(raw.get(field), f"{path}: {field}")
     return {str(name): _settings(own, f"{path}: {field}: {name}") for name, own in found.items()}
 
@@ -241,7 +241,7 @@ def _check_table(settings: Mapping[str, Any], where: str) -> None:
 
 
 def with_policies(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells and all that they begin with, each once, what is needed first."""
+    """The cells and those of their starting policies, each once and after the cell it depends on."""
     ordered: dict[str, Cell] = {}
 
     def add(cell: Cell) -> None:
@@ -278,7 +278,7 @@ def _start(layers: Sequence[Mapping[str, Any]], name: str, seed: int) -> Cell | 
     config = _configure({}, "grpo", layers, f"study {name}", seed)
     if config.model != "built-in":
         return None
-    known = TrainConfig()  # the fields that a warm start does not depend on are as they are by default
+    known = TrainConfig()  # fields that a warm start does not depend on keep their defaults
     kept = ("seed", "task", "dtype", "digits", "warm_start", "sampling")
     config = replace(known, **{field: getattr(config, field) for field in kept})
     return Cell("start", "policy", "", seed, config, {})

@@ -1,4 +1,4 @@
-"""The work of a cell, by kind: what a cell's process does, and the numbers it leaves.
+"""The work of a cell's process, by kind, and its results.
 
 start      warm-start the built-in policy of a seed; its folder then holds policy/
 train      a training run from a policy; run/ is an ordinary run folder
@@ -50,7 +50,7 @@ def measure(spec: Mapping[str, Any], config: TrainConfig, folder: Path, policy: 
     Args:
         spec: a `Cell.spec()`.
         config: its configuration.
-        policy: checkpoint folder to begin with, if not what ``config.model`` says.
+        policy: checkpoint folder to start from; None for ``config.model``.
 
     Raises:
         ValueError: the settings, or the policy's folder, cannot be used.
@@ -112,7 +112,7 @@ def _sampled(config: TrainConfig, policy: Policy, task: Task, prompts: int) -> l
 
 
 def tree_numbers(tree: Tree, decode: Callable[[list[int]], str]) -> Result:
-    """A prompt's row of the sampler table: see `ibtpo.studies.results.SAMPLERS` for what the numbers are."""
+    """A prompt's row of the sampler table, with the columns of `ibtpo.studies.results.SAMPLERS`."""
     leaves = tree.leaves()
     rewards = [leaf.reward or 0.0 for leaf in leaves]
     first = [leaf.reward or 0.0 for leaf in tree.notes.get("iid_leaves", ())]
@@ -130,7 +130,7 @@ def tree_numbers(tree: Tree, decode: Callable[[list[int]], str]) -> Result:
 
 
 def recursive_value(tree: Tree) -> float:
-    """Value of the prompt as the mean of its children's values, and so on down to the rewards of the leaves."""
+    """Value of the prompt, where a node's value is the mean of its children's, and a leaf's its reward."""
     values: dict[Node, float] = {}
     for node in reversed(tree.nodes()):  # depth first, so children come before parents
         below = [values[child] for child in node.children]

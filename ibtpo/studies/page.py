@@ -1,4 +1,4 @@
-"""A study on one self-contained page: tables, figures, the command, the version."""
+"""A study's self-contained page: tables, figures, command and version."""
 
 from __future__ import annotations
 

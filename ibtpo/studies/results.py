@@ -1,4 +1,4 @@
-"""From the cells' results to numbers: a value for every variant, column and seed, and the curves of training runs."""
+"""Results of a study's cells: a value for every variant, column and seed, and the curves of training runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Column:
     meaning: str
     digits: int = 3
     compared: bool = True
-    """Is the difference to the baseline of interest?"""
+    """Is the difference to the baseline reported?"""
 
 
 TRAIN = (
@@ -66,7 +66,7 @@ BySeed = dict[int, float]
 
 @dataclass
 class Curve:
-    """What a training run logged: sampled tokens, seconds of training, and values at each point, NaN where unknown."""
+    """A training run's log: sampled tokens, seconds of training, and values at each point, NaN if unknown."""
 
     tokens: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Curve:
 
 @dataclass
 class Results:
-    """What is there of a study so far.
+    """The results of a study so far.
 
     Attributes:
         values: (task, policy, variant) -> column -> seed -> value.
@@ -121,7 +121,7 @@ def collect(study: Study, cells: Sequence[Cell], out: Path) -> Results:
 
 
 def read_curve(rows: Sequence[Mapping[str, Any]]) -> Curve:
-    """A run's log as a curve: a point a row, at the tokens sampled and seconds spent by then."""
+    """A run's log as a curve, one point a row, at the tokens sampled and seconds spent so far."""
     names = sorted({name for row in rows for name in row} - {"step", "tokens_sampled", "step_seconds"})
     return Curve(
         list(accumulate(float(row.get("tokens_sampled") or 0.0) for row in rows)),

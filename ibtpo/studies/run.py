@@ -1,4 +1,4 @@
-"""Cells over the processes of a machine: what is done is kept, what fails is recorded, whatever ends the study."""
+"""Running cells in processes of this machine; results and failures stay on disk if the study is interrupted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 @dataclass(frozen=True)
 class Failure:
-    """A cell that did not come to a result."""
+    """A cell that ended without a result."""
 
     cell: Cell
     message: str
@@ -40,7 +40,7 @@ def is_done(out: Path, cell: Cell) -> bool:
 
 
 def failures(out: Path, cells: Sequence[Cell]) -> list[Failure]:
-    """What the folders say about cells that were begun and have no result."""
+    """The cells that were started and have no result, with the reasons found in their folders."""
     undone = [cell for cell in with_policies(cells) if not is_done(out, cell)]
     paths = [out / CELLS / cell.id / ERROR for cell in undone]
     return [
@@ -51,13 +51,13 @@ def failures(out: Path, cells: Sequence[Cell]) -> list[Failure]:
 
 
 def run_cells(out: Path, cells: Sequence[Cell], jobs: int, console: Console) -> None:
-    """Run what is not done yet, and the policies it begins with, each cell in a process of its own.
+    """Run the cells that are not done yet, after those of their starting policies, each in a process of its own.
 
-    What fails leaves the reason in its folder.
+    The reason of a failure is written to the cell's folder.
 
     Raises:
-        ValueError: another study is at work in this folder.
-        Interrupted: Ctrl-C, SIGTERM or SIGHUP; the cells under way were ended, the others are kept.
+        ValueError: another study is running in this folder.
+        Interrupted: Ctrl-C, SIGTERM or SIGHUP; running cells were ended, finished ones are kept.
     """
     stop = StopRequest()
     needed = with_policies([cell for cell in cells if not is_done(out, cell)])
@@ -77,7 +77,7 @@ def run_cells(out: Path, cells: Sequence[Cell], jobs: int, console: Console) -> 
 
 @dataclass
 class _Processes:
-    """The processes of a study, at most `jobs` at a time; a cell waits for the policy it begins with."""
+    """The processes of a study, at most `jobs` at a time; a cell waits for its starting policy."""
 
     out: Path
     waiting: list[Cell]
@@ -88,7 +88,7 @@ class _Processes:
     failed: set[str] = field(default_factory=set)
 
     def begin(self) -> None:
-        """Begin the cells that can begin; those whose policy has failed fail with it."""
+        """Start the cells that can start; cells whose starting policy failed fail, too."""
         for cell in list(self.waiting):
             if len(self.under_way) == self.jobs:
                 return
@@ -102,7 +102,7 @@ class _Processes:
                 self.tracker.advance(1)
 
     def collect(self) -> None:
-        """Take note of the cells that have ended."""
+        """Handle the cells that have ended."""
         ended = [name for name, (_, process) in self.under_way.items() if process.poll() is not None]
         for name in ended:
             cell, process = self.under_way.pop(name)
@@ -114,7 +114,7 @@ class _Processes:
             self.tracker.advance(1, f"{name} ({len(self.failed)} failed)" if self.failed else name)
 
     def kill(self) -> None:
-        """End the cells under way."""
+        """Kill the running cells."""
         for _, process in self.under_way.values():
             process.kill()
             _close(process)
@@ -122,7 +122,7 @@ class _Processes:
 
 def _begin(out: Path, cell: Cell) -> subprocess.Popen[bytes]:
     folder = out / CELLS / cell.id
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt that did not end well
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier attempt that failed
     folder.mkdir(parents=True)
     policy = None if cell.policy is None else str(policy_of(out / CELLS / cell.policy.id).resolve())
     write_atomically(folder / SPEC, json.dumps(cell.spec() | {"folder": policy}, indent=1))
@@ -132,7 +132,7 @@ def _begin(out: Path, cell: Cell) -> subprocess.Popen[bytes]:
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for the study, which ends its cells
+            start_new_session=True,  # Ctrl-C must reach only the study, which ends its cells
             env=os.environ | dict.fromkeys(_THREADS, "1"),
         )
 
@@ -144,7 +144,7 @@ def _close(process: subprocess.Popen[bytes]) -> None:
 
 
 def _message(folder: Path, code: int) -> str:
-    """Why a cell has no result, left in its folder for the report."""
+    """Why a cell has no result; also written to its folder for the report."""
     if not (folder / ERROR).is_file():
         said = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
         last = f"; last line of {LOG}: {said[-1]}" if said else ""

@@ -1,4 +1,4 @@
-"""What is said of a few seeds: means with bootstrap intervals, paired differences, areas under curves."""
+"""Statistics over a few seeds: means with bootstrap intervals, paired differences, areas under curves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RESAMPLES = 10_000
 class SeedMean:
     """A mean over seeds with its 95 % percentile bootstrap interval; the interval is NaN for a single seed.
 
-    With five seeds such an interval covers less than it says: docs/log.md has the measured coverage.
+    With five seeds the coverage of such an interval is below 95 %: docs/log.md has the measured coverage.
     """
 
     mean: float
@@ -27,7 +27,7 @@ class SeedMean:
 
     @property
     def is_apart_from_zero(self) -> bool:
-        """Does the interval leave out 0?"""
+        """Does the interval exclude 0?"""
         return self.low > 0.0 or self.high < 0.0
 
 
@@ -41,14 +41,14 @@ def seed_mean(values: Sequence[float]) -> SeedMean | None:
 
 
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> SeedMean | None:
-    """`values` minus `baseline`, over the seeds that both have; None if they share none."""
+    """`values` minus `baseline`, over the seeds they share; None if there are none."""
     return seed_mean([values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())])
 
 
 def area_under(x: Sequence[float], y: Sequence[float], end: float) -> float:
-    """Mean height of a curve between 0 and `end`, by trapezoids; the first and last values go on to the edges.
+    """Mean height of a curve between 0 and `end`, by trapezoids; the first and last values extend to the edges.
 
-    NaN without points. What lies beyond `end` is cut off, so that runs which overshoot a budget compare.
+    NaN without points. The part beyond `end` is cut off, so that runs which overshoot a budget can be compared.
     """
     points = [(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(b)]
     if not points:

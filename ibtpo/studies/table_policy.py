@@ -1,4 +1,4 @@
-"""A policy that is a table, so that the value of every prefix is known exactly."""
+"""A tabular policy, for which the value of every prefix is known exactly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ibtpo_engine import Ahead, Node, Search, Tree
 
 
 class TablePolicy:
-    """A policy that is a table, in place of an engine: steps of one token, each right with the probability of its fact.
+    """A tabular policy in place of an engine: steps of one token, each right with the probability of its fact.
 
     At depth d a step is fact ``f`` (uniform) and then right or wrong; token = 2*f + right. A trajectory has `depth`
     steps and its reward is 1 if all are right, so the exact value of a prefix is known: see `value`.
@@ -29,7 +29,7 @@ class TablePolicy:
         return float(np.mean(self.facts)) ** self.depth
 
     def run(self, search: Search, tree: Tree, rng: Random) -> Tree:
-        """What Engine.run does for one tree."""
+        """Run a search on one tree, as `Engine.run` does."""
         growth = search(tree)
         asked = next(growth)
         while True:

@@ -1,4 +1,4 @@
-"""A study's table: estimates over seeds and paired differences, for the terminal, as CSV and as markdown."""
+"""A study's tables of estimates over seeds and paired differences, for the terminal, as CSV and as markdown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ibtpo.studies.statistics import SeedMean, paired_difference, seed_mean
 
 @dataclass(frozen=True)
 class Entry:
-    """A place of the table: the estimate, and its difference to the baseline over the seeds both have."""
+    """A cell of the table: the estimate, and its difference to the baseline over the seeds both have."""
 
     value: SeedMean | None
     difference: SeedMean | None
@@ -33,7 +33,7 @@ class Section:
 
 
 def sections(results: Results) -> list[Section]:
-    """All tables of a study, columns that nothing was measured in left out."""
+    """All tables of a study, without empty columns."""
     made = []
     for task, policy in results.sections:
         values = {
@@ -60,7 +60,7 @@ def sections(results: Results) -> list[Section]:
 
 
 def rich_tables(results: Results, width: int) -> list[Table]:
-    """The tables for a terminal `width` characters wide, as many columns in each as fit: see `entry_lines`."""
+    """The tables for a terminal `width` characters wide, each with as many columns as fit: see `entry_lines`."""
     tables = []
     for section in sections(results):
         first = max(map(len, section.rows)) + 4
@@ -81,7 +81,7 @@ def rich_tables(results: Results, width: int) -> list[Table]:
 
 
 def entry_lines(entry: Entry, column: Column) -> list[str]:
-    """Mean, interval, difference with its interval (an asterisk where that leaves out 0), as far as known."""
+    """Mean, interval, difference with its interval (with an asterisk if that excludes 0), as far as known."""
     if entry.value is None:
         return ["–"]
     digits = column.digits
@@ -96,7 +96,7 @@ def entry_lines(entry: Entry, column: Column) -> list[str]:
 
 
 def csv_text(results: Results) -> str:
-    """A line a task, policy, variant and column, everything in full precision; nothing where it is not known."""
+    """One line for each task, policy, variant and column, in full precision; unknown values are empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     names = ("mean", "low", "high", "seeds")
@@ -109,7 +109,7 @@ def csv_text(results: Results) -> str:
 
 
 def markdown_text(results: Results) -> str:
-    """The tables in markdown, and what their columns mean."""
+    """The tables in markdown, with the meanings of their columns."""
     study = results.study
     lines = [f"# {study.title}", "", explanation(results), ""]
     for section in sections(results):
@@ -127,7 +127,7 @@ def markdown_text(results: Results) -> str:
 
 
 def explanation(results: Results) -> str:
-    """What the numbers are, in a sentence or two."""
+    """The meaning of the numbers, in a sentence or two."""
     note = (
         f"Mean over {len(results.seeds)} seeds with its 95 % bootstrap interval over seeds; Δ is the paired difference "
         f"to {results.study.baseline}, * where its interval leaves out 0. No correction for the number of comparisons. "

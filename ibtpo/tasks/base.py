@@ -1,4 +1,4 @@
-"""What a task is: it poses problems, holds some out, and grades completions."""
+"""The task interface: poses problems, holds some out, and grades completions."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from transformers import PreTrainedTokenizerBase
 from ibtpo.config import JsonlConfig
 from ibtpo.sections.jsonl import parse_options
 
-HELD_OUT_SHARE = 8  # one generated prompt in so many belongs to evaluation
+HELD_OUT_SHARE = 8  # one in 8 generated prompts is held out for evaluation
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt and what a right completion must come to."""
+    """A prompt and its reference answer."""
 
     prompt: str | list[dict[str, str]]
     """Plain text, or chat messages with "role" and "content"."""
     answer: str
     """Reference answer, as text."""
     data: dict[str, Any] = field(default_factory=dict)
-    """Whatever else rewards need; "where" says where in a data file it is from."""
+    """Other fields for rewards; "where" is the problem's place in a data file."""
     examples: tuple[tuple[str, str], ...] = ()
     """Worked examples shown before the prompt: (prompt, solution)."""
 
 
 class Grades(Protocol):
-    """Whoever can say how good a completion is."""
+    """Grades completions."""
 
     def grade(self, problem: Problem, completion: str, truncated: bool) -> float | Future[float]:
-        """Reward in [0, 1] of a completion, now or later; a truncated one gets 0."""
+        """Reward in [0, 1] of a completion, or a future of it; a truncated one gets 0."""
 
     def extract(self, problem: Problem, completion: str) -> str | Future[str | None] | None:
-        """The answer a completion gives, in a form in which equal answers are equal texts; None if it gives none."""
+        """The completion's answer, normalised so that equal answers are equal texts; None if it gives none."""
 
     def counts(self) -> dict[str, float]:
-        """How many gradings failed and timed out so far, under the names of the log; empty where none can."""
+        """Number of gradings that failed and timed out so far, by metric name; empty if none can."""
 
     def close(self) -> None:
-        """End whatever runs in the background."""
+        """End background processes."""
 
 
 class Task(Grades, Protocol):
@@ -58,7 +58,7 @@ class Task(Grades, Protocol):
         """Text that ends a reasoning step of this task."""
 
     def train_problem(self, index: int) -> Problem:
-        """The training problem of this index (>= 0, unbounded), the same for the same seed and index."""
+        """The training problem of this index (>= 0, unbounded); seed and index decide it."""
 
     def eval_problems(self, n: int) -> list[Problem]:
         """Up to `n` held-out problems, none of which `train_problem` ever returns."""
@@ -74,22 +74,22 @@ class WorkedSolution(NamedTuple):
 
 @runtime_checkable
 class TeachableTask(Task, Protocol):
-    """A task that can show how it is done: what the warm start of the built-in policy learns from."""
+    """A task with worked solutions, from which the built-in policy's warm start learns."""
 
     def worked_solution(self, problem: Problem, rng: np.random.Generator) -> WorkedSolution:
         """A completion of the problem's prompt, drawn from the task's teacher."""
 
 
 def seeded(seed: int, *stream: int) -> np.random.Generator:
-    """A generator of its own for every (seed, stream); any integers will do."""
+    """An independent generator for every (seed, stream); any integers are allowed."""
     return np.random.default_rng([value & 0xFFFF_FFFF_FFFF_FFFF for value in (seed, *stream)])
 
 
 def is_held_out(prompt: str) -> bool:
-    """Does a generated prompt belong to evaluation?
+    """Is a generated prompt held out for evaluation?
 
-    Decided by the prompt's own hash, so training and evaluation cannot meet, whatever the seed, the index, or the
-    size of the space prompts are drawn from.
+    The prompt's hash decides, so training and evaluation never share a prompt, for any seed, index or size of the space
+    that prompts are drawn from.
     """
     digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % HELD_OUT_SHARE == 0
@@ -98,20 +98,20 @@ def is_held_out(prompt: str) -> bool:
 def format_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, config: JsonlConfig) -> list[int]:
     """Token ids of a problem's prompt, ready to be continued.
 
-    With a chat template (and ``config.chat_template``) the prompt becomes the user's message, with the header of the
-    assistant's turn appended; worked examples are turns before it. Without one, text is encoded as it is, below the
-    system prompt and the examples if there are any, with a blank line between them. A system message of the problem's
-    own wins over ``config.system_prompt``.
+    With a chat template (and ``config.chat_template``) the prompt becomes the user's message, followed by the header of
+    the assistant's turn; worked examples are earlier turns. Without one, the text is encoded as it is, after the system
+    prompt and the examples, if any, separated by blank lines. The problem's own system message takes precedence over
+    ``config.system_prompt``.
 
     Raises:
-        ValueError: chat messages, but no chat template to format them with, or one that does not take them.
+        ValueError: the prompt is chat messages, and there is no chat template, or it rejects them.
     """
     if config.chat_template and getattr(tokenizer, "chat_template", None):
         messages = _messages(problem, config.system_prompt)
         options = parse_options(config.chat_template_options)
         try:
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **options)
-        except Exception as error:  # a template is a program of the tokenizer's, and says by raising what it refuses
+        except Exception as error:  # a template may raise anything to reject messages
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(
                 f"{problem.data.get('where', 'the prompts')}: the tokenizer's chat template cannot format messages of "

@@ -1,6 +1,6 @@
 """A task read from a data file: filtered, divided into training and evaluation, shuffled every epoch.
 
-Only numbers are kept in memory, a few bytes a row; a row is read when its problem is asked for:
+Only numbers are kept in memory, a few bytes a row; a row is read when its problem is requested:
 
     file -> rows that pass the filters -> prompts held out | rows trained on -> a new order every epoch -> problem i
 """
@@ -33,14 +33,14 @@ _SPLIT, _ORDER = range(2)  # streams of random numbers
 class DataTask(RewardGrades):
     """Prompts and answers of a file, divided by seed into training and evaluation rows.
 
-    Rows with the same prompt always land on the same side. Training passes over its rows in a new seeded order every
-    epoch, so that a problem's index alone says which row it is.
+    Rows with the same prompt are always on the same side. Training passes over its rows in a new order every epoch;
+    seed and problem index decide the row.
 
     Attributes:
-        notes: what was read, chosen and left out, a sentence each, for the user.
+        notes: sentences for the user about what was read, chosen and left out.
 
     Raises:
-        ValueError: the file is missing or something in it is not as it should be; file, line and field are named.
+        ValueError: the file is missing or has an invalid row; file, line and field are named.
         GraderError: a reward cannot be loaded.
     """
 
@@ -108,19 +108,19 @@ class DataTask(RewardGrades):
         return len(self._eval)
 
     def eval_problems(self, n: int) -> list[Problem]:
-        """The first `n` held-out prompts, or all where there are fewer."""
+        """The first `n` held-out prompts, or all if there are fewer."""
         return [self._held_out_file.problem(int(i), self._examples) for i in self._eval[:n]]
 
     def problems(self) -> Iterator[Problem]:
-        """Every problem, those trained on first."""
+        """Every problem, training problems first."""
         for file, rows in ((self._file, self._train), (self._held_out_file, self._eval)):
             yield from (file.problem(int(i), self._examples) for i in rows)
 
     def keep(self, wanted: Callable[[Problem], bool], unwanted: str) -> None:
-        """Leave out every row, on both sides, whose problem is not `wanted`; `unwanted` says in a note what they have.
+        """Drop every row, training and held-out, whose problem is not `wanted`; `unwanted` describes them in a note.
 
         Raises:
-            ValueError: no row is left on a side that had some.
+            ValueError: no training or no held-out row is left, and there were some.
         """
         path = self._file.rows.path
         train = self._wanted(self._file, self._train, wanted)
@@ -144,7 +144,7 @@ class DataTask(RewardGrades):
 class _File:
     """A data file after its filters: row numbers, a hash of every row's prompt, a digest of prompts and answers.
 
-    Without `rated` it may have no field of pass rates, which choose what is trained on.
+    Without `rated`, the field of pass rates, by which training rows are filtered, may be missing.
     """
 
     def __init__(self, path: Path, layout: str, config: JsonlConfig, *, rated: bool = True) -> None:
@@ -182,13 +182,13 @@ class _File:
         self.digest = hashlib.blake2b(self.prompts.tobytes() + answers[kept].tobytes()).hexdigest()
 
     def problem(self, index: int, examples: tuple[tuple[str, str], ...] = ()) -> Problem:
-        """The problem of the row that is number `index` among those kept."""
+        """The problem of the kept row number `index`."""
         row = int(self._kept[index])
         problem = read_problem(self.layout, self.rows[row], self.rows.where(row), self._config)
         return Problem(problem.prompt, problem.answer, problem.data, examples)
 
     def _scan(self) -> tuple[_Hashes, _Hashes, npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
-        """Check every row; hashes of prompts and of answers, pass rates, and which have an answer."""
+        """Check every row; returns the hashes of prompts and answers, the pass rates, and which rows have an answer."""
         number = len(self.rows)
         hashes, rates, answered = np.zeros((2, number), np.uint64), np.ones(number), np.ones(number, bool)
         field = self._config.pass_rate_field
@@ -216,7 +216,7 @@ class _File:
 
 
 def _hash(value: str | list[str] | list[dict[str, str]]) -> int:
-    """64 bits of a text or messages; two among a million rows agree by chance once in 10 million files."""
+    """64-bit hash of a text or messages; two of a million rows collide with a probability of about 3e-8."""
     text = value if isinstance(value, str) else json.dumps(value)
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little")
@@ -232,7 +232,7 @@ def _check_filters(config: JsonlConfig) -> None:
 
 
 def _check_rate(value: object, field: str, where: str) -> float:
-    """A row's pass rate; NaN where it is null, as of a prompt that no model was tried on."""
+    """A row's pass rate; NaN if it is null, as for a prompt that was not tried with a model."""
     if value is None or value != value:
         return math.nan
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
@@ -241,7 +241,7 @@ def _check_rate(value: object, field: str, where: str) -> float:
 
 
 def _first_of_each(values: npt.NDArray[np.uint64]) -> Longs:
-    """Where each different value appears first, in order."""
+    """Index of the first occurrence of each distinct value, in order."""
     return np.sort(np.unique(values, return_index=True)[1])
 
 

@@ -5,9 +5,9 @@
     7*8-5+3*9=?                             the prompt: a start digit, then operations with operands 2 to 9
     7*8=6  6-5=1  1+3=4  4*9=6  6.          the worked answer, a line a step; "." ends it
 
-A step rests on one of 240 facts (a, operation, b). The warm start learns from an imperfect teacher that gets each fact
-wrong at a rate of its own, so the data, not the moment training stops, decides how often the policy is right, and the
-headroom above it is known exactly.
+A step applies one of 240 facts (a, operation, b). The warm start learns from an imperfect teacher with its own error
+rate for each fact, so the policy's accuracy is set by the data, not by the moment training stops, and the headroom
+above it is known exactly.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ def all_facts() -> list[Fact]:
 
 @dataclass(frozen=True)
 class Mistakes:
-    """How the teacher errs on one fact."""
+    """The teacher's errors on one fact."""
 
     rate: float
     """Probability of a mistake."""
     digit: int
-    """The wrong digit that half the mistakes are; the others are any wrong digit."""
+    """The answer in half of the mistakes; in the others it is any wrong digit."""
 
     def probability(self, digit: int, right: int) -> float:
-        """How often the teacher answers `digit` where `right` is right."""
+        """Probability that the teacher answers `digit` if `right` is the right digit."""
         if digit == right:
             return 1 - self.rate
         return self.rate * (_FIXED_MISTAKE_SHARE * (digit == self.digit) + (1 - _FIXED_MISTAKE_SHARE) / 9)
@@ -86,7 +86,7 @@ class DigitChain:
         self.teacher = imperfect_teacher(seed, config.teacher_exponent)
 
     def train_problem(self, index: int) -> Problem:
-        """The training problem of this index: a fresh one for every index, never a held-out one."""
+        """The training problem of this index, drawn anew for every index, never a held-out one."""
         return self._draw(_TRAIN, index, held_out=False)
 
     def eval_problems(self, n: int) -> list[Problem]:
@@ -94,7 +94,7 @@ class DigitChain:
         return [self._draw(_EVAL, index, held_out=True) for index in range(n)]
 
     def longest_problem(self) -> Problem:
-        """A problem with the longest prompt there is."""
+        """A problem with the longest possible prompt."""
         return make_problem(0, [(OPERATIONS[0], OPERANDS.start)] * self.config.max_ops)
 
     def grade(self, problem: Problem, completion: str, truncated: bool) -> float:
@@ -107,7 +107,7 @@ class DigitChain:
         return float(text == right_solution(problem).removesuffix(END))
 
     def extract(self, problem: Problem, completion: str) -> str | None:
-        """The final digit, or whatever stands in its place."""
+        """The final digit, or the text in its place."""
         return completion.removesuffix(END).rsplit("\n", 1)[-1] or None
 
     def counts(self) -> dict[str, float]:
@@ -115,7 +115,7 @@ class DigitChain:
         return {}
 
     def worked_solution(self, problem: Problem, rng: np.random.Generator) -> WorkedSolution:
-        """A worked answer by the imperfect teacher; after a mistake the chain goes on from the wrong digit."""
+        """A worked answer by the imperfect teacher; after a mistake the chain continues from the wrong digit."""
         logprob = 0.0
 
         def answer(fact: Fact) -> int:
@@ -127,7 +127,7 @@ class DigitChain:
         return WorkedSolution(_work(problem, answer), logprob)
 
     def close(self) -> None:
-        """Nothing runs in the background."""
+        """Do nothing: there are no background processes."""
 
     def _teach(self, fact: Fact, rng: np.random.Generator) -> int:
         mistakes = self.teacher[fact]
@@ -161,7 +161,7 @@ def make_problem(start: int, chain: list[tuple[str, int]]) -> Problem:
 
 
 def parse_prompt(prompt: str) -> Problem:
-    """The problem a prompt such as ``"7*8-5=?\\n"`` poses.
+    """The problem of a prompt such as ``"7*8-5=?\\n"``.
 
     Raises:
         ValueError: the text is not such a prompt.
@@ -193,7 +193,7 @@ def _another_digit(digit: int, rng: np.random.Generator) -> int:
 def char_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with one token a character of `SYMBOLS`, padding, and "." as the token that ends a completion.
 
-    Encoding adds nothing and decoding gives the very text back. Saves and loads like any tokenizer folder.
+    Encoding adds no tokens, and decoding returns exactly the text. Saves and loads like any tokenizer folder.
     """
     vocabulary = {symbol: i for i, symbol in enumerate([PAD, *SYMBOLS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))

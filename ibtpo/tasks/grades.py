@@ -10,7 +10,7 @@ from ibtpo.grading import Grader
 from ibtpo.rewards import BUILT_IN, Graded, RewardSpec, exact_match, last_line
 from ibtpo.tasks.base import Problem
 
-_IN_PLACE = (RewardSpec("exact"),)  # compares two lines: neither hangs nor fails, so it needs no process
+_IN_PLACE = (RewardSpec("exact"),)  # compares two lines, so it needs no process: it neither hangs nor fails
 
 
 class RewardGrades:
@@ -18,10 +18,10 @@ class RewardGrades:
 
     Args:
         rewards: names and weights; the reward of a completion is their weighted mean.
-        config: number of processes, time-out, stop rule.
+        config: number of processes, time limit, largest share of failures.
 
     Raises:
-        GraderError: a reward of the user's own cannot be loaded.
+        GraderError: a user's reward cannot be loaded.
     """
 
     def __init__(self, rewards: tuple[RewardSpec, ...], config: JsonlConfig) -> None:
@@ -40,13 +40,13 @@ class RewardGrades:
         return exact_match(graded) if self.grader is None else self.grader.submit(graded)
 
     def extract(self, problem: Problem, completion: str) -> str | Future[str | None] | None:
-        """The answer that a completion gives, as the first reward reads it."""
+        """The completion's answer as the first reward extracts it."""
         if self.grader is None:
             return last_line(completion) or None
         return self.grader.extract(_graded(problem, completion))
 
     def counts(self) -> dict[str, float]:
-        """How many gradings failed and timed out so far, under the names of the log."""
+        """Number of gradings that failed and timed out so far, by metric name."""
         if self.grader is None:
             return {}
         return {"reward_timeouts": self.grader.timeouts, "reward_failures": self.grader.failures}

@@ -1,4 +1,4 @@
-"""Tasks of the optional package reasoning-gym: problems made by procedure, graded by the package's own rules."""
+"""Tasks of the optional package reasoning-gym: generated problems, graded by the package's own rules."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ibtpo.validation import suggest
 from ibtpo_engine.randomness import mix
 
 _TRAIN, _EVAL = range(2)  # streams of random numbers
-_SIZE = 1 << 40  # problems are made when asked for; the size is only a bound on the index
-_ATTEMPTS = 256  # draws before we conclude that a dataset has too few different problems
+_SIZE = 1 << 40  # problems are generated on request; the size only bounds the index
+_ATTEMPTS = 256  # draws after which a dataset is taken to have too few different problems
 
 
 class GymTask(RewardGrades):

@@ -1,4 +1,4 @@
-r"""Layouts of data files: which fields hold prompt and answer, and how the published mathematics sets write them.
+r"""Layouts of data files: which fields hold prompt and answer, and their form in published mathematics sets.
 
 ==========  ===============================================  =====================================================
 ``plain``   ``prompt``, ``answer``                           any file; the fields can be named
@@ -24,17 +24,17 @@ from ibtpo.tasks.base import Problem
 from ibtpo.tasks.rows import Rows, fail, kind_of
 
 BOXED = "{prompt}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
-"""The instruction the published results of mathematics models are measured with."""
+"""The instruction with which published results of mathematics models are measured."""
 
 _MISSING = object()
 
 
 class Unanswered(ValueError):
-    """A row whose reference cannot be read."""
+    """A row without a readable reference."""
 
 
-_LOOKED_AT = 100  # rows from which a layout is told
-_NEARLY_ALL = 0.9  # of them; a row that is not as the others must not make whole solutions the references
+_LOOKED_AT = 100  # number of first rows from which a layout is chosen
+_NEARLY_ALL = 0.9  # share of them that must have a marked answer: a few odd rows must not change the layout
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class Layout:
 
     name: str
     prompt_field: str
-    """Dots step into nested objects, where no field has the dotted name itself."""
+    """Dots step into nested objects, unless a field has the dotted name itself."""
     answer_field: str
     read_answer: Callable[[str], str | None] = str.strip
-    """The reference in the text of the answer field; None if it is not there."""
+    """Extracts the reference from the text of the answer field; None if there is none."""
     answer_form: str = ""
-    """What that text must look like, for error messages."""
+    """Description of that text's form, for error messages."""
     template: str = "{prompt}"
-    """What the policy is shown; for a list of messages, put around the last one."""
+    """Template of the prompt; for a list of messages, applied to the last one."""
 
 
 def _after_hashes(text: str) -> str | None:
@@ -59,12 +59,12 @@ def _after_hashes(text: str) -> str | None:
 
 
 def _found(text: str) -> str | None:
-    """NuminaMath-1.5 writes these two where there is no answer, and no completion would be right."""
+    """The answer, or None for "proof" and "notfound", which NuminaMath-1.5 writes where there is none."""
     return None if text.strip().lower() in ("proof", "notfound") else text.strip()
 
 
 def _integer(text: str) -> str | None:
-    """AIME writes 073 and 336^\\circ now and then; 73 and 336 are meant."""
+    """An integer without leading zeros or degree sign: AIME's 073 and 336^\\circ mean 73 and 336."""
     digits = text.strip().removesuffix(r"^\circ").removesuffix(".0")
     return str(int(digits)) if digits.isascii() and digits.isdigit() and int(digits) <= 999 else None
 
@@ -85,7 +85,7 @@ _ANSWERS = ("answer", "ground_truth", "reward_model.ground_truth", "solution", "
 
 
 def choose_layout(name: str, rows: Rows, config: JsonlConfig) -> tuple[Layout, str]:
-    """The layout of this name, or the one the first rows tell ("auto"), with the fields of `config` in place.
+    """The layout of this name, or for "auto" the one detected from the first rows, with the fields set in `config`.
 
     Returns:
         the layout, and a note on what was chosen; "" if there was nothing to choose.
@@ -173,8 +173,8 @@ def read_problem(layout: Layout, row: Mapping[str, Any], where: str, config: Jso
     """The problem a row poses, its prompt in the layout's template.
 
     Raises:
-        Unanswered: it has no answer that can be read.
-        ValueError: something in the row is not as it should be; the message names place, field and remedy.
+        Unanswered: it has no readable answer.
+        ValueError: the row is invalid; the message names place, field and remedy.
     """
     field = layout.prompt_field
     prompt = _check_prompt(get_field(row, field, "prompt_field", where), field, where)
@@ -196,7 +196,7 @@ def _read_answer(layout: Layout, row: Mapping[str, Any], where: str) -> str:
 
 
 def read_example(layout: Layout, row: Mapping[str, Any], where: str) -> tuple[str, str]:
-    """A worked example: the prompt in its template, and the text of the field "solution", else of the answer."""
+    """A worked example: the prompt in its template, and the text of the field "solution" or else of the answer."""
     prompt = _check_prompt(get_field(row, layout.prompt_field, "prompt_field", where), layout.prompt_field, where)
     field = "solution" if _get(row, "solution") is not _MISSING else layout.answer_field
     solution = _check_answer(get_field(row, field, "answer_field", where), field, where)
@@ -243,7 +243,7 @@ def _check_answer(answer: Any, field: str, where: str) -> str:
 
 
 def _digits(number: float | Decimal) -> str:
-    """A number as a person writes it: 4 for 4.0 and for 4.00; 0.00005 for 5e-05, whose e is Euler's in a formula."""
+    """A number without exponent or trailing zeros: 4 for 4.00; 0.00005 for 5e-05, whose e is Euler's in a formula."""
     text = f"{number if isinstance(number, Decimal) else Decimal(str(number)):f}"
     text = text.rstrip("0").rstrip(".") if "." in text else text
     return "0" if text == "-0" else text
@@ -252,6 +252,6 @@ def _digits(number: float | Decimal) -> str:
 def _check_text(text: str, field: str, where: str) -> str:
     try:
         text.encode()
-    except UnicodeEncodeError:  # no tokenizer takes it
+    except UnicodeEncodeError:  # a lone surrogate, which no tokenizer accepts
         fail(where, f'field "{field}" holds half of a character (a lone surrogate)', "mend the row, or remove it")
     return text

@@ -1,8 +1,8 @@
 """Rows of data files, read one at a time: JSONL through an index of its lines, Arrow and Parquet through a memory map.
 
-None is read into memory whole. A JSONL file costs 8 bytes a row for the offsets of its lines; a folder written by
-``datasets.Dataset.save_to_disk`` is mapped as it is; a Parquet file is compressed and knows no single rows, so the
-columns that are needed are unpacked once into an unnamed temporary Arrow file, which is mapped.
+No file is read into memory whole. A JSONL file costs 8 bytes a row for the offsets of its lines; a folder written by
+``datasets.Dataset.save_to_disk`` is mapped as it is; a Parquet file is compressed and has no access to single rows, so
+it is unpacked once into an unnamed temporary Arrow file, which is mapped.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Rows(Protocol):
 
     path: Path
     note: str
-    """Which split of several is read, for the user; "" where there is one."""
+    """Which of several splits is read, for the user; "" if there is only one."""
 
     def __len__(self) -> int: ...
 
@@ -42,11 +42,11 @@ class Rows(Protocol):
         """Row `index` as a mapping of its fields.
 
         Raises:
-            ValueError: it cannot be read; the message says where it is, what is wrong, and what to do.
+            ValueError: it cannot be read; the message names place, fault and remedy.
         """
 
     def where(self, index: int) -> str:
-        """Where row `index` is, for error messages: the file and the line or row, counted from 1."""
+        """Place of row `index` for error messages: the file and the line or row, counted from 1."""
 
 
 def fail(where: str, problem: str, remedy: str) -> NoReturn:
@@ -58,7 +58,7 @@ def open_rows(path: Path) -> Rows:
     """The rows of a data file or folder.
 
     Raises:
-        ValueError: there is no such file, it is empty, or of a format that is not known.
+        ValueError: there is no such file, it is empty, or its format is unknown.
     """
     if not path.exists():
         raise ValueError(f"{path}: no such file; give --data {_FORMATS}, with one prompt and answer a row")
@@ -98,7 +98,7 @@ def _folder_rows(path: Path) -> ArrowRows:
 
 
 def _check_kind(path: Path) -> None:
-    """Raise if a file that should be JSONL is of a kind that is often taken for it."""
+    """Raise if a file that should be JSONL is of a kind that is often mistaken for it."""
     with path.open("rb") as file:
         begin = file.read(512)
     text = begin.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -119,7 +119,7 @@ def _check_kind(path: Path) -> None:
 class JsonlRows:
     """A file with one JSON object a line; blank lines are skipped.
 
-    It is read, not mapped: a mapped file that another process cuts short ends this one with SIGBUS.
+    It is read, not mapped: if another process truncates a mapped file, this one ends with SIGBUS.
     """
 
     note = ""
@@ -134,7 +134,7 @@ class JsonlRows:
         return len(self._starts) - 1
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        start, end = int(self._starts[index]), int(self._starts[index + 1])  # blank lines behind it included
+        start, end = int(self._starts[index]), int(self._starts[index + 1])  # includes blank lines after it
         line = os.pread(self._file, end - start, start)
         if len(line) < end - start:
             fail(self.where(index), "the file was cut short while it was in use", "put it back and begin again")
@@ -147,7 +147,7 @@ class JsonlRows:
 
 
 def _index(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
-    """Where the lines that are not blank begin, and the file ends; their numbers where these are not 0, 1, 2, ..."""
+    """Offsets of the lines that are not blank and of the file's end; their numbers unless these are 0, 1, 2, ..."""
     starts, lines, offset, number = [], [], 0, -1
     with path.open("rb") as file:
         for number, line in enumerate(file):
@@ -180,7 +180,7 @@ def _parse_object(line: bytes, where: str) -> dict[str, Any]:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in JSON's words; Parquet has more kinds."""
+    """The kind of a value in JSON's terms; Parquet has more kinds."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "a truth value", type(None): "null"}
     kinds |= dict.fromkeys((int, float, Decimal), "a number") | {bytes: "bytes"}
     return kinds.get(type(value), f"a {type(value).__name__}")
@@ -213,7 +213,7 @@ class ArrowRows:
 
 
 def _as_written(value: Any, kind: Any) -> Any:
-    """A value of this Arrow type; a float of 16 or 32 bits as the shortest number it stands for: .1, not .10000000149.
+    """A value of this Arrow type; 16- and 32-bit floats as the shortest decimal that rounds to them: .1, not .10000000.
 
     So a pass rate of .7 is not below .7, and an answer of .1 can be matched.
     """
@@ -238,7 +238,7 @@ def _map_batches(file: Path) -> list[Any]:
 
 
 def saved_rows(folder: Path) -> ArrowRows:
-    """A folder of `Dataset.save_to_disk`; of a `DatasetDict`, its only split or the one called train."""
+    """Rows of a `Dataset.save_to_disk` folder; for a `DatasetDict`, of its only split or the one called train."""
     splits = folder / "dataset_dict.json"
     if splits.is_file():
         names = _described(splits, "splits")
@@ -263,7 +263,7 @@ def saved_rows(folder: Path) -> ArrowRows:
 
 
 def _described(path: Path, name: str, default: list[Any] | None = None) -> list[Any]:
-    """A list in one of the files with which `datasets` describes a folder."""
+    """A list from one of the JSON files with which `datasets` describes a folder."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")).get(name, default)
     except (ValueError, AttributeError):
@@ -296,7 +296,7 @@ def _parquet_batches(file: Path, schema: Any, first: str) -> Iterator[Any]:
 
 @contextmanager
 def _named(file: Path) -> Iterator[None]:
-    """Say which Parquet file cannot be read."""
+    """Name the Parquet file in errors of the block."""
     try:
         yield
     except (_arrow(file).ArrowException, OSError) as error:

@@ -1,4 +1,4 @@
-"""Which of several Parquet files to train on, by their names: train-00000-of-00002, test-00000-of-00001, ..."""
+"""Choosing which of several Parquet files to train on by their names, such as train-00000-of-00002."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHARD = re.compile(r"(.+)-\d+-of-\d+.*")  # as the Hugging Face Hub names the f
 
 
 def choose_split(folder: Path, files: Sequence[Path]) -> tuple[list[Path], str]:
-    """Of Parquet files named after splits, those to train on, and a note on it; all where no name tells a split.
+    """The Parquet files to train on, with a note, by the splits in their names; all files if no name has a split.
 
     Raises:
         ValueError: the names do not say which files to train on.
@@ -31,7 +31,7 @@ def choose_split(folder: Path, files: Sequence[Path]) -> tuple[list[Path], str]:
 
 
 def _split_of(file: Path) -> str:
-    """The split in a file's name: train_sft in train_sft-00000-of-00003, test in gsm8k_test; "" without one."""
+    """The split in a file's name: train_sft in train_sft-00000-of-00003, test in gsm8k_test; "" if there is none."""
     shard = _SHARD.fullmatch(file.stem)
     word = _word_of(shard[1] if shard else file.stem)
     return shard[1] if shard and word else word

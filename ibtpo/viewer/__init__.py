@@ -1,4 +1,4 @@
-"""A place to look at runs: a local page over run folders, live or finished, and the same page as one file."""
+"""Viewing runs: a local page over run folders, live or finished, and the same page as one file."""
 
 from ibtpo.viewer.export import export_page
 from ibtpo.viewer.server import Viewer

@@ -12,7 +12,7 @@ from ibtpo.disk import write_atomically, writing
 from ibtpo.viewer.page import render_page
 from ibtpo.viewer.run import RunView, open_views
 
-MOST_BYTES = 32_000_000  # of embedded trees a page
+MOST_BYTES = 32_000_000  # of trees embedded in a page
 
 
 def export_page(runs: Sequence[Path], path: Path, *, trees: int) -> Path:
@@ -21,7 +21,7 @@ def export_page(runs: Sequence[Path], path: Path, *, trees: int) -> Path:
     Args:
         runs: run folders.
         path: file to write.
-        trees: most trees to embed for each run; of more, those spread over the run whose outcomes are the most mixed.
+        trees: most trees to embed for each run; if there are more, those picked by `pick_trees`.
 
     Raises:
         ValueError: a folder is no run folder.
@@ -48,7 +48,7 @@ def _whole(view: RunView, trees: int, most_bytes: int) -> dict[str, Any]:
 
 
 def pick_trees(rows: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Up to `count` rows spread over the run; of those that lie close, the one whose outcomes are the most mixed."""
+    """Up to `count` rows spread over the run; of neighbouring rows, the one whose outcomes are the most mixed."""
     bounds = [round(i * len(rows) / count) for i in range(count + 1)] if count else [0]
     windows = [rows[a:b] for a, b in pairwise(bounds) if a < b]
     return [min(window, key=lambda row: abs(_share_right(row) - 0.5)) for window in windows]

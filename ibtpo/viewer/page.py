@@ -1,4 +1,4 @@
-"""The page: style, script and data put into one HTML document that loads nothing else."""
+"""The page: style, script and data in one HTML document that loads nothing else."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SCRIPTS = ("util", "data", "chart", "overview", "layout", "tree", "detail", "tab
 def render_page(names: Sequence[str], runs: Sequence[dict[str, Any]], *, live: bool) -> str:
     """The document.
 
-    The content security policy names the hashes of our own style and script: markup that a completion might smuggle
-    in could neither run nor load anything.
+    The content security policy allows only the hashes of our own style and script, so that markup in a completion can
+    neither run nor load anything.
 
     Args:
-        names: of the runs, any text; they make the title.
-        runs: what the script starts with of each; any JSON, strings of any content.
-        live: may the page ask the server it came from for more?
+        names: names of the runs, any text; they make the title.
+        runs: initial data of each run for the script; any JSON, with strings of any content.
+        live: may the page request updates from its server?
     """
     data = {"live": live, "notAccuracy": NOT_ACCURACY, "groups": _metric_groups(), "runs": runs}
     style, script = _resource("style.css"), _script()
@@ -54,7 +54,7 @@ def _metric_groups() -> list[dict[str, Any]]:
 
 
 def embed(data: Any) -> str:
-    """JSON that can stand inside a ``<script>`` element, whatever strings it holds."""
+    """JSON that is safe inside a ``<script>`` element, whatever strings it contains."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))  # ASCII
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 

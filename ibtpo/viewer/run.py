@@ -1,4 +1,4 @@
-"""What the page is told of a run: its logs, read as they grow."""
+"""A run's data for the page: its logs, read as they grow."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _TAIL = 4096  # bytes before the offset that are compared
 
 
 class GrowingLog:
-    """The rows of a JSONL file that somebody else appends to.
+    """The rows of a JSONL file to which another process appends.
 
     ::
 
         [0, offset)      whole lines, in `rows`
         [offset, size)   the beginning of a line that is being written
 
-    A file that was replaced or cut (a resumed run drops what came after its checkpoint) is read anew, and nothing is
-    left of one that is gone; `generation` counts how often, so that a page knows its own copy is stale. A new file may
-    have the number of the old one, so the last bytes before `offset` are looked at again, too.
+    A file that was replaced or truncated (a resumed run drops the rows after its checkpoint) is read again, and the
+    rows of a deleted file are dropped; `generation` counts these events, so that a page knows that its copy is stale. A
+    new file may have the inode of the old one, so the last bytes before `offset` are compared, too.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,7 +45,7 @@ class GrowingLog:
         self._tail = b""  # [offset - len(tail), offset)
 
     def refresh(self) -> None:
-        """Read what has come since the last time."""
+        """Read the lines added since the last call."""
         try:
             with self.path.open("rb") as file:
                 number = _number(file.fileno())
@@ -68,7 +68,7 @@ class GrowingLog:
         self.generation += 1
 
     def since(self, cursor: str) -> tuple[list[Row], bool, str]:
-        """(rows after `cursor`, does the reader have to forget what it has, the next cursor)."""
+        """(rows after `cursor`, must the reader drop its rows, the next cursor)."""
         generation, _, count = cursor.partition(".")
         known = generation == str(self.generation) and count.isdecimal() and len(count) < _LONGEST_COUNT
         return self.rows[int(count) if known else 0 :], not known, f"{self.generation}.{len(self.rows)}"
@@ -81,17 +81,17 @@ def _number(descriptor: int) -> tuple[int, int]:
 
 def _row(line: bytes) -> Row | None:
     try:
-        row = json.loads(line, parse_constant=lambda name: None)  # NaN and Infinity are no JSON for the page
+        row = json.loads(line, parse_constant=lambda name: None)  # NaN and Infinity are not JSON
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 class RunView:
-    """One run folder as the page sees it. Safe to use from several threads.
+    """One run folder for the page. Safe to use from several threads.
 
     Raises:
-        ValueError: the path is no run folder, or one of a newer format.
+        ValueError: the path is not a run folder, or has a newer format.
     """
 
     def __init__(self, path: Path) -> None:
@@ -103,7 +103,7 @@ class RunView:
         self._lock = threading.Lock()
 
     def poll(self, metrics: str = "", trees: str = "") -> dict[str, Any]:
-        """What is new since the cursors of the last answer; without them, everything."""
+        """Rows added since the cursors of the last answer; without cursors, everything."""
         with self._lock:
             self._metrics.refresh()
             self._trees.refresh()
@@ -116,18 +116,18 @@ class RunView:
             }
             if rows or reset:
                 answer["summary"] = asdict(summarize_rows(self._metrics.rows))
-            if reset:  # another run may lie here now
+            if reset:  # the folder may hold another run now
                 answer |= self._description()
             return answer
 
     def trees(self) -> list[Row]:
-        """The index of the trees whose files are there."""
+        """The index rows of the trees whose files exist."""
         with self._lock:
             self._trees.refresh()
             return [row for row in self._trees.rows if _has_file(row) and (self.path / FOLDER / row["file"]).is_file()]
 
     def tree(self, name: str) -> bytes | None:
-        """A tree's file (gzipped JSON), or None if there is none of that name; a live run drops some now and then."""
+        """A tree's file (gzipped JSON), or None if there is none of that name; a live run may delete some."""
         if not FILE.fullmatch(name):
             return None
         try:
@@ -156,10 +156,10 @@ class RunView:
 
 
 def open_views(runs: Sequence[Path]) -> list[RunView]:
-    """The views of several runs; where folders share a name, that of the folder above is put before it.
+    """The views of several runs; folders with the same name are prefixed with that of their parent folder.
 
     Raises:
-        ValueError: a path is no run folder.
+        ValueError: a path is not a run folder.
     """
     views = [RunView(run) for run in runs]
     if len({view.name for view in views}) < len(views):
@@ -173,7 +173,7 @@ def _has_file(row: Mapping[str, Any]) -> bool:
 
 
 def columns(rows: Sequence[Row]) -> dict[str, Any]:
-    """Rows by column, which is smaller: ``{"steps": [...], "values": {name: [value or None, ...]}}``."""
+    """Rows in the smaller form by column: ``{"steps": [...], "values": {name: [value or None, ...]}}``."""
     names = dict.fromkeys(name for row in rows for name in row if name != "step")
     return {
         "steps": [row["step"] for row in rows],
@@ -182,5 +182,5 @@ def columns(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _short(value: Any) -> float | None:
-    """Seven digits: more than anyone can see."""
+    """A value rounded to seven digits, more than a plot can show."""
     return float(f"{value:.7g}") if isinstance(value, int | float) and math.isfinite(value) else None

@@ -1,9 +1,9 @@
-"""The local server: the page, what is new in its runs, and a tree at a time.
+"""The local server: the page, updates of its runs, and single trees.
 
 ::
 
     GET /                                   the page
-    GET /api/run/0?metrics=1.20&trees=1.80  what has come since these cursors (`RunView.poll`)
+    GET /api/run/0?metrics=1.20&trees=1.80  rows added since these cursors (`RunView.poll`)
     GET /api/run/0/tree/step-...json.gz     one tree, gzipped JSON
 """
 
@@ -31,10 +31,10 @@ class Viewer:
 
     Args:
         runs: run folders, finished or being written.
-        port: where to listen; 0: anywhere; None: at `DEFAULT_PORT`, or anywhere if that is taken.
+        port: port to listen on; 0: any free one; None: `DEFAULT_PORT`, or any free one if that is taken.
 
     Raises:
-        ValueError: a path is no run folder, or the port is taken.
+        ValueError: a path is not a run folder, or the port is taken.
     """
 
     def __init__(self, runs: Sequence[Path], port: int | None = None) -> None:
@@ -50,7 +50,7 @@ class Viewer:
 
     @property
     def url(self) -> str:
-        """Where the page is."""
+        """Address of the page."""
         return f"http://{HOST}:{self._server.server_address[1]}/"
 
     def serve(self) -> None:
@@ -76,7 +76,7 @@ class _Server(ThreadingHTTPServer):
         self.views = views
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that leaves before it has its answer is none."""
+        """Ignore browsers that disconnect before they have their answer."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
@@ -86,8 +86,8 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        """Answer a request; a name that is not this machine's is refused (DNS rebinding)."""
-        # the port is not looked at: browsers leave 80 out
+        """Answer a request; hosts other than this machine's names are rejected, against DNS rebinding."""
+        # the port is not compared: browsers omit port 80
         if self.headers.get("Host", "").partition(":")[0] not in _LOCAL_NAMES:
             return self._send(HTTPStatus.FORBIDDEN, b"only this machine may look", "text/plain")
         url = urlsplit(self.path)
