@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +19,11 @@ import ibtpo_kernels as K
 from ibtpo_engine import Engine, LoRA, Model, Node, Sampling, Tree
 from ibtpo_engine import native as native_module
 from ibtpo_engine.capture import capture_for
+from ibtpo_engine.runner import Runner
+from ibtpo_engine.slots import Slots
 from ibtpo_engine.step_graphs import MOST_GRAPHS, StepGraphs, rounded_up
 from ibtpo_kernels.gpu import configs
+from ibtpo_kernels.gpu.advance import RunRows
 from ibtpo_kernels.gpu.replay import Heads, ReplayPlan, Room, work_for
 
 pytestmark = pytest.mark.gpu
@@ -185,12 +189,13 @@ def test_the_graph_used_longest_ago_is_forgotten(model: Model) -> None:
     engine = engine_of(model, graphs=True)
     grow_little(engine)
     graphs = graphs_of(engine)
-    like = next(iter(graphs._buckets.values())).plan.plan
-    rooms = [Room(1, 1, 1 << i, False) for i in range(MOST_GRAPHS + 3)]
+    planner = engine.scheduler.slots.planner
+    graphs._capture = lambda step: step
+    rooms = [(Room(1, 1, 1 << i, False), 1) for i in range(MOST_GRAPHS + 3)]
     for room in rooms:
-        graphs._bucket_of(like, room)
+        graphs._bucket_of(planner, *room)
     assert list(graphs._buckets) == rooms[-MOST_GRAPHS:]
-    graphs._bucket_of(like, rooms[3])
+    graphs._bucket_of(planner, *rooms[3])
     assert list(graphs._buckets)[-1] == rooms[3]
 
 
@@ -203,18 +208,22 @@ def test_buckets_hold_what_they_are_for_and_little_more() -> None:
 
 
 def test_a_plan_without_room_is_refused() -> None:
-    table = torch.arange(12, dtype=torch.int32, device=DEVICE).view(2, 6)
-    rows = torch.arange(2, dtype=torch.int32, device=DEVICE)
-    plan = K.plan_decode(table, rows, torch.tensor([90, 40], dtype=torch.int32, device=DEVICE))
+    table = torch.arange(12, dtype=torch.int32).view(2, 6)
+    rows, lengths = torch.arange(2, dtype=torch.int32), torch.tensor([90, 40], dtype=torch.int32)
     heads = Heads(4, 2, 16, torch.float32)
-    work = work_for(plan, heads)
+    work = work_for(K.plan_decode(table, rows, lengths), heads)
     assert (len(work.items), work.num_slots) == (9, 9), "six splits and three"
     room = Room.for_work(work, 2)
     assert room == Room(2, 16, 16, False)
-    ReplayPlan(plan, room, heads).load(plan, work)
+
+    def load(room: Room) -> None:
+        lengths = torch.zeros(room.queries, dtype=torch.int32, device=DEVICE)
+        ReplayPlan(table.to(DEVICE), 16, room, heads, lengths).load(rows.numpy(), work)
+
+    load(room)
     for small in (Room(1, 16, 16, False), Room(2, 8, 16, False), Room(2, 16, 8, False)):
         with pytest.raises(ValueError, match="it was made for Room"):
-            ReplayPlan(plan, small, heads).load(plan, work)
+            load(small)
 
 
 def test_on_the_cpu_graphs_are_refused() -> None:
@@ -223,3 +232,141 @@ def test_on_the_cpu_graphs_are_refused() -> None:
         Engine(model, kv_tokens=64, cuda_graphs=True)
     with pytest.raises(ValueError, match="cuda_graphs"):
         capture_for(model)
+
+
+@pytest.mark.skipif(not K.has_compiled(), reason="the compiled module is missing")
+def test_runs_of_steps_are_those_of_the_native_decoder(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same steps in each call, the same branches that end and pages that are given, the same tokens."""
+    runs: list[list[tuple[int, K.DecodeRun]]] = [[], []]
+    decode = Runner.decode
+
+    def watched(runner: Runner, slots: Slots, chosen: Any, most: int = 1, **more: Any) -> K.DecodeRun:
+        done = decode(runner, slots, chosen, most, **more)
+        runs[runner.is_native].append((len(chosen), done))
+        return done
+
+    def grow(engine: Engine) -> list[Tree]:
+        prompts, sampling = [prompt_of(14, seed=seed) for seed in range(3)], Sampling(max_tokens=8, stop_tokens=(2, 5))
+        trees = [nodes[0].tree for nodes in engine.generate(prompts, sampling, n=2, keys=range(3))]
+        engine.check_integrity()
+        return trees
+
+    monkeypatch.setattr(Runner, "decode", watched)
+    graphs = engine_of(model, graphs=True, kv_tokens=176)
+    ours = grow(graphs)
+    monkeypatch.undo()  # so that the other engine's model is small enough for the native decoder
+    monkeypatch.setattr(Runner, "decode", watched)
+    with K.backend("cpu"):
+        theirs = grow(Engine(copy.deepcopy(model).to("cpu"), kv_tokens=176))
+    assert_same(ours, theirs)
+    assert runs[0] == runs[1]
+    done = [run for _, run in runs[0]]
+    assert max(run.steps for run in done) > 3 and any(run.paged for run in done)
+    assert {code for run in done for _, code in run.events} == {1, 2, 3}
+    assert graphs.stats()["preemptions"] > 0
+    assert graphs_of(graphs).replayed == sum(run.steps for run in done), "none is replayed for nothing"
+
+
+class PlainRun:
+    """What a run does, one row at a time: of branches with these lengths, limits and stop tokens."""
+
+    def __init__(self, index: Any, length: Any, limit: Any, stops: Any, table: Any, spare: list[int]) -> None:
+        self.index, self.length, self.limit, self.stops, self.table = index, length.copy(), limit, stops, table.copy()
+        self.spare = spare
+        self.running = list(range(len(length)))
+        self.sampled: list[list[tuple[float, ...]]] = [[] for _ in length]
+        self.events: list[tuple[int, int]] = []
+        self.paged: list[int] = []
+        self.columns: list[int] = []
+        self.steps = 0
+        self.failed: int | None = None
+
+    def step(self, token: Any, numbers: Any) -> None:
+        self.failed = next((row for row in self.running if token[row] < 0), None)
+        if self.failed is not None:
+            return
+        self.steps += 1
+        going = []
+        for row in self.running:
+            self.sampled[row].append((int(token[row]), *numbers[:, row].tolist()))
+            self.length[row] += 1
+            code = 1 if token[row] in self.stops[row] else 2 if self.length[row] >= self.limit[row] else 0
+            if code == 0 and self.table[self.cell(row)] < 0:
+                if len(self.paged) < len(self.spare):
+                    self.table[self.cell(row)] = self.spare[len(self.paged)]
+                    self.paged.append(row)
+                    self.columns.append(self.cell(row)[1])
+                else:
+                    code = 3
+            if code:
+                self.events.append((row, code))
+            else:
+                going.append(row)
+        self.running = going
+
+    def cell(self, row: int) -> tuple[int, int]:
+        return int(self.index[row]), int(self.length[row] - 1) // 16
+
+    def address(self, row: int) -> int:
+        return int(self.table[self.cell(row)] * 16 + (self.length[row] - 1) % 16) if row in self.running else -1
+
+    def is_over(self, most: int, most_ended: int) -> bool:
+        codes = [code for _, code in self.events]
+        ended = len(codes) - codes.count(3)
+        return self.failed is not None or not self.running or 3 in codes or self.steps == most or ended > most_ended
+
+
+@pytest.mark.parametrize("case", range(13))
+def test_a_run_records_and_gives_pages_as_a_loop_would(case: int) -> None:
+    """The first case has more rows than the kernel looks at together; among the others are all ways to end."""
+    draw = np.random.default_rng(case)
+    count = int(draw.integers(3, 9)) if case else 700
+    size, most, most_ended = count + int(draw.integers(3)), 4, int(draw.integers(2))
+    length = draw.integers(12, 33, count)
+    limit, stops = length + draw.integers(2, 6, count), draw.integers(0, 9, (count, 2))
+    width, index = 4, draw.permutation(count).astype(np.int32)
+    table = np.full((count, width), -1, np.int32)
+    for row, pages in zip(index, -(-length // 16), strict=True):
+        table[row, :pages] = draw.integers(0, 50, pages)
+    spare = draw.integers(100, 200, (2 * count, 0, 1)[case % 3]).astype(np.int32)[:count]
+    plain = PlainRun(index, length, limit, stops, table, spare.tolist())
+    fails_in = {3: 0, 6: 1, 9: 2}.get(case)
+
+    rows = RunRows(size, 2, most, DEVICE)
+    host = rows.host
+    host["lengths"][:count] = host["keys"][:count, 1] = length
+    host["limit"][:count], host["stops"][:count] = limit, stops
+    there, whole = torch.from_numpy(table).to(DEVICE), np.zeros(size, np.int32)
+    whole[:count] = index
+    nothing = torch.zeros(0, 4, dtype=torch.int32, device=DEVICE)
+    plan = K.DecodePlan(there, torch.from_numpy(whole).to(DEVICE), rows.there["lengths"], nothing, 16)
+    rows.begin(count, most, most_ended=most_ended, spare=spare)
+
+    is_over = False
+    while not is_over:
+        token, numbers = draw.integers(0, 60, size), draw.random((3, size)).astype(np.float32)
+        if plain.steps == fails_in:
+            token[plain.running[-1]] = -1
+        drawn = (torch.from_numpy(token).to(DEVICE), *torch.from_numpy(numbers).to(DEVICE).unbind())
+        rows.advance(drawn, plan)  # type: ignore[arg-type]
+        plain.step(token, numbers)
+        is_over = rows.is_over()
+        assert is_over == plain.is_over(most, most_ended)
+        address, pos = rows.there["address"].tolist(), rows.there["pos"].tolist()
+        if plain.failed is None:
+            assert address == [*map(plain.address, range(count)), *[-1] * (size - count)]
+            assert all(pos[row] == plain.length[row] - 1 for row in plain.running)
+        assert pos[count:] == [-1] * (size - count)
+    rows.advance(drawn, plan)  # type: ignore[arg-type]
+    assert rows.is_over(), "and does not change"
+    assert there.tolist() == plain.table.tolist()
+    if plain.steps == 0:
+        with pytest.raises(ValueError, match=f"sample: row {plain.failed} has no distribution"):
+            rows.outcome()
+        return
+    outcome = rows.outcome()
+    assert outcome.run == K.DecodeRun(plain.steps, sum(map(len, plain.sampled)), plain.events, plain.paged)
+    assert outcome.columns.tolist() == plain.columns
+    assert outcome.counts.tolist() == list(map(len, plain.sampled))
+    for row, sampled in enumerate(plain.sampled):
+        assert [tuple(part[step, row].item() for part in outcome[3:]) for step in range(len(sampled))] == sampled

@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="Triton is not available on this platform")
 import torch
 import triton
 from triton_aot import SHARED_LIMIT, Built, compiled, launches
-from triton_launches import attention, behind, calls, draw, given, logprob, product, small
+from triton_launches import advance, attention, behind, calls, draw, given, logprob, product, small
 
 FULL = os.environ.get("IBTPO_AOT") == "full"
 CAPABILITIES = (100, 90, 80, 120) if FULL else (100, 90, 80)  # those that take longest first
@@ -69,7 +69,7 @@ def test_kernels_fit_the_machine() -> None:
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
         found = [launch for job in pool.map(compiled, *zip(*jobs, strict=True)) for launch in job]
     kernels = {(capability, kernel) for _, capability, kernel, _ in found}
-    assert len(kernels) == 22 * len(CAPABILITIES), sorted(kernels)
+    assert len(kernels) == 23 * len(CAPABILITIES), sorted(kernels)
     complaints = list(filter(None, starmap(complaint, (launch for launch in found if launch[3] is not None))))
     assert not complaints, "\n".join(complaints)
 
@@ -84,6 +84,7 @@ def test_any_number_of_rows_takes_the_same_binaries() -> None:
         partial(draw, half, 0.9),
         partial(given, half),
         partial(small, half),
+        advance,
     ):
         found = [[launch.key for launch in launches(partial(call, rows=rows), 9)] for rows in (64, 1, 67)]
         assert found[0] == found[1] == found[2], call
@@ -95,5 +96,5 @@ def test_any_number_of_rows_takes_the_same_binaries() -> None:
 def test_products_and_sums_are_fused_whatever_triton_does_by_default() -> None:
     """Or results would change with Triton 3.10, whose default is another, and 3.9 would warn of that in every run."""
     made = [launch for _, call in calls(90, full=False) for launch in launches(call, 9)]
-    assert len({launch.name for launch in made}) == 22
+    assert len({launch.name for launch in made}) == 23
     assert {launch.name for launch in made if launch.options.get("enable_fp_fusion") is not True} == set()

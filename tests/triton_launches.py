@@ -21,6 +21,7 @@ from ibtpo_kernels.gpu import (
     tree_attention,
     tree_decode,
 )
+from ibtpo_kernels.gpu.advance import RunRows
 from ibtpo_kernels.plan import DecodePlan, plan_items
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -94,6 +95,15 @@ def given(dtype: torch.dtype, rows: int = 4) -> None:
         return
 
 
+def advance(rows: int = 64) -> None:
+    """Two stop tokens, a table of 40 columns."""
+    run = RunRows(rows, 2, 16, torch.device("cpu"))
+    table, index = torch.zeros(rows, 40, dtype=torch.int32), torch.arange(rows, dtype=torch.int32)
+    plan = DecodePlan(table, index, run.there["lengths"], torch.zeros(0, 4, dtype=torch.int32), 16)
+    numbers = torch.zeros(3, rows)
+    run.advance((torch.zeros(rows, dtype=torch.int64), *numbers.unbind()), plan)
+
+
 def small(dtype: torch.dtype, rows: int = 64) -> None:
     x = torch.zeros(rows, 16, 128, dtype=dtype, requires_grad=True)
     k = torch.zeros(rows, 8, 128, dtype=dtype)
@@ -136,3 +146,5 @@ def _rows(name: str) -> Iterator[tuple[str, Callable[[], None]]]:
     for top_p in (1.0, 0.9):
         yield f"sample-{name}-p{top_p}", partial(draw, dtype, top_p)
     yield f"given-{name}", partial(given, dtype)
+    if name == "bf16":
+        yield "advance", advance

@@ -96,9 +96,11 @@ class Runner:
         self.invalidate()
 
     def weights_changed(self) -> None:
-        """Rebuild the native decoder: parameters changed and may have moved."""
+        """Rebuild the native decoder, and drop captured graphs if parameters have moved."""
         self._decoder = native_decoder(self.model, max_positions=(self.pool.num_pages + 1) * PAGE)
         self._step = None
+        if self.graphs is not None:
+            self.graphs.weights_changed()
 
     @property
     def is_native(self) -> bool:
@@ -143,16 +145,16 @@ class Runner:
     def decode(
         self, slots: Slots, chosen: Longs, most: int = 1, *, most_ended: int = 0, spare: Ints | None = None
     ) -> DecodeRun:
-        """Run the last token of each slot chosen and record the next one, in one native call or one replayed graph.
+        """Run the last token of each slot chosen and record the next one, natively or by replaying a graph.
 
-        Requires `has_step`. Only the native decoder runs several steps and hands out pages: see `DecodeStep.run`.
+        Requires `has_step`. For `most` steps, `most_ended` and `spare` see `DecodeStep.run`.
         """
         if not self.is_native:
             assert self.graphs is not None
             if self._chosen is not chosen:
                 self.graphs.choose(slots, chosen)
                 self._chosen = chosen
-            return DecodeRun(1, len(chosen), self.graphs.decode(slots, chosen), [])
+            return self.graphs.decode(slots, chosen, most, most_ended=most_ended, spare=spare)
         assert self._decoder is not None
         if self._step is None or not self._step.is_current(self.pool.keys, self.pool.values):
             self._step, self._chosen = self._decoder.record(slots, self.pool.keys, self.pool.values), None

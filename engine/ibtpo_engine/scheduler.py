@@ -26,6 +26,7 @@ from ibtpo_engine.roster import Roster
 from ibtpo_engine.runner import Rows, Runner
 from ibtpo_engine.slots import FINISH, LACKS_PAGE, Slots
 from ibtpo_engine.tree import Node
+from ibtpo_kernels import DecodeRun
 
 FILL_SLOTS = 64  # most nodes filled in one step
 ENDED_SHARE = 4  # a call of several steps continues until more than 1 / ENDED_SHARE of its branches have ended
@@ -248,22 +249,27 @@ class Scheduler(Roster):
             return []
         if self.slots.features:
             return self._decode_apart(decoding, version)
-        pool, paged = self.cache.pool, []
-        spare = pool.allocate(min(len(decoding), pool.num_free)) if most > 1 and self.runner.is_native else []
-        try:
-            most_ended = len(decoding) // ENDED_SHARE if most > 1 else 0
-            run = self.runner.decode(self.slots, decoding, most, most_ended=most_ended, spare=np.array(spare, np.int32))
-            paged = run.paged
-        finally:
-            pool.release(spare[len(paged) :][::-1])
-        for place, page in zip(paged, spare, strict=False):
-            self.running[int(decoding[place])].kv.pages.append(page)  # type: ignore[union-attr]
+        run = self.runner.decode(self.slots, decoding) if most == 1 else self._run_on(decoding, most)
         self.counters.steps += run.steps
         self.counters.computed += run.rows
         self.counters.sampled += run.rows
         coded = [(self.running[int(decoding[place])], code) for place, code in run.events]
         self.lacking = [branch for branch, code in coded if code == LACKS_PAGE]
         return self._end_all([(branch, code) for branch, code in coded if code != LACKS_PAGE], version)
+
+    def _run_on(self, decoding: Longs, most: int) -> DecodeRun:
+        """Several steps, in which branches that begin a page get a free one."""
+        pool, paged = self.cache.pool, []
+        spare = pool.allocate(min(len(decoding), pool.num_free))
+        try:
+            most_ended = len(decoding) // ENDED_SHARE
+            run = self.runner.decode(self.slots, decoding, most, most_ended=most_ended, spare=np.array(spare, np.int32))
+            paged = run.paged
+        finally:
+            pool.release(spare[len(paged) :][::-1])
+        for place, page in zip(paged, spare, strict=False):
+            self.running[int(decoding[place])].kv.pages.append(page)  # type: ignore[union-attr]
+        return run
 
     def _decode_apart(self, decoding: Longs, version: int) -> list[Node]:
         """As `_decode`, one step, if branches have features: those with shaped logits run in torch, others natively.

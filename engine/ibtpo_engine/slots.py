@@ -183,6 +183,17 @@ class Slots:
         stopped = (token[:, None] == self.stops[slots]).any(1)
         return np.where(stopped, 1, np.where(self.length[slots] >= self.limit[slots], 2, 0))
 
+    def record_run(
+        self, slots: Longs, count: Ints, tokens: Ints, logprob: Floats, logprob_raw: Floats, entropy: Floats
+    ) -> None:
+        """Append the first `count[i]` of the sampled tokens [steps, n] to slot i of [n]; the numbers likewise."""
+        step, place = np.nonzero(np.arange(len(tokens))[:, None] < count)
+        slot = slots[place]
+        column = self.length[slot] - self.start[slot] + step
+        for name, values in zip(self.OUTPUTS, (tokens, logprob, logprob_raw, entropy), strict=True):
+            getattr(self, name)[slot, column] = values[step, place]
+        self.length[slots] += count
+
 
 def _widen(array: npt.NDArray[Number], width: int, *, fill: int) -> npt.NDArray[Number]:
     wide = np.zeros((array.shape[0], width), array.dtype)  # costs no memory before it is written to

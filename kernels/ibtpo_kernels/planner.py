@@ -65,6 +65,11 @@ class DecodePlanner:
         """Whether the kernels read a copy of the table, so that added pages must be reported."""
         return self._copy is not None
 
+    @property
+    def table(self) -> Tensor:
+        """The table that the kernels read."""
+        return self.page_table if self._copy is None else self._copy
+
     def rewrote(self, row: int) -> None:
         """Pages of a row were replaced: it belongs to another branch now, or its path was moved."""
         self._check("row", row, self.page_table.shape[0])
@@ -88,8 +93,8 @@ class DecodePlanner:
             self._copy.index_copy_(0, rows.to(self._copy.device), self.page_table[rows].to(self._copy.device))
         if self._cells:
             cells = torch.tensor(sorted(self._cells), device="cpu")
-            pages = self.page_table.view(-1)[cells]
-            self._copy.view(-1).index_copy_(0, cells.to(self._copy.device), pages.to(self._copy.device))
+            both = torch.stack((cells, self.page_table.view(-1)[cells].long())).to(self._copy.device)  # one transfer
+            self._copy.view(-1).index_copy_(0, both[0], both[1].int())
         self._rows.clear()
         self._cells.clear()
 
@@ -107,22 +112,27 @@ class DecodePlanner:
         Raises:
             ValueError: a shape, dtype or device is wrong, or a row or length is out of range.
         """
-        table, page_size = self.page_table, self.page_size
-        checks.plan_decode(table, rows, lengths, page_size)
-        items: Tensor = host_planner().plan_decode(table, rows, lengths, page_size, self._state)
+        plan = self.host_plan(rows, lengths, uniform=uniform)
         if self._copy is None:
-            return DecodePlan(table, rows, lengths, items, page_size, uniform=uniform)
+            return plan
         self.upload()
         there = self._copy.device
         return DecodePlan(
             self._copy,
             rows.to(there, copy=True),
             lengths.to(there, copy=True),
-            items.to(there),
-            page_size,
-            on_host=(items, lengths.clone()),
+            plan.items.to(there),
+            self.page_size,
+            on_host=(plan.items, lengths.clone()),
             uniform=uniform,
         )
+
+    def host_plan(self, rows: Tensor, lengths: Tensor, *, uniform: bool = False) -> DecodePlan:
+        """As `plan`, but over the host's table, whatever the device; nothing is sent there."""
+        table, page_size = self.page_table, self.page_size
+        checks.plan_decode(table, rows, lengths, page_size)
+        items: Tensor = host_planner().plan_decode(table, rows, lengths, page_size, self._state)
+        return DecodePlan(table, rows, lengths, items, page_size, uniform=uniform)
 
     def _check(self, name: str, value: int, size: int) -> None:
         if not 0 <= value < size:

@@ -14,11 +14,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from ibtpo_kernels.gpu import configs
+from ibtpo_kernels.gpu.staging import Staging
 from ibtpo_kernels.gpu.work import HostWork, Work, host_work, set_work
 from ibtpo_kernels.plan import DecodePlan
+
+Ints = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -67,47 +73,51 @@ class ReplayPlan:
     """A plan at fixed addresses, into which others are loaded.
 
     Args:
-        like: a plan over the same page table as all plans to be loaded.
+        table: int32 [R, P] on a GPU, the page table of all plans to be loaded.
+        page_size: slots a page.
         room: its capacity.
         heads: its queries.
+        lengths: int32 [room.queries] on the GPU, written by the caller; 0 for queries that a loaded plan does not have.
 
     Attributes:
-        plan: for `tree_decode`, of `room.queries` queries. The caller writes its lengths; those of queries that the
-            loaded plan does not have must be 0.
+        plan: for `tree_decode`, of `room.queries` queries.
     """
 
-    def __init__(self, like: DecodePlan, room: Room, heads: Heads) -> None:
-        device = like.page_table.device
-
-        def zeros(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
-
+    def __init__(self, table: Tensor, page_size: int, room: Room, heads: Heads, lengths: Tensor) -> None:
+        device, word = table.device, torch.int32
+        self._staging = Staging(
+            device,
+            rows=(word, (room.queries,)),
+            items=(word, (room.items, 4)),
+            first_slot=(word, (room.queries + 1,)),
+        )
+        there = self._staging.there
         self.room = room
         self.plan = DecodePlan(
-            like.page_table,
-            zeros(room.queries),
-            zeros(room.queries),
-            zeros(0, 4),
-            page_size=like.page_size,
+            table,
+            there["rows"],
+            lengths,
+            torch.zeros(0, 4, dtype=word, device=device),
+            page_size=page_size,
             uniform=heads.uniform,
         )
-        self._work = Work(
-            items=zeros(room.items, 4),
-            first_slot=zeros(room.queries + 1),
+        work = Work(
+            items=there["items"],
+            first_slot=there["first_slot"],
             num_slots=room.slots,
-            split_tokens=max(1, configs.SPLIT // like.page_size) * like.page_size,
+            split_tokens=max(1, configs.SPLIT // page_size) * page_size,
             has_wide=room.has_wide,
             is_direct=False,
         )
-        set_work(self.plan, *heads.tiles, self._work)
+        set_work(self.plan, *heads.tiles, work)
 
-    def load(self, plan: DecodePlan, work: HostWork) -> None:
-        """Load `plan` with its work `work`.
+    def load(self, rows: Ints, work: HostWork) -> None:
+        """Load the plan of queries in these rows of the table, int32 [B], with its work, in one transfer.
 
         Raises:
             ValueError: there is no room for it.
         """
-        room, count = self.room, len(plan.rows)
+        room, count = self.room, len(rows)
         if (
             count > room.queries
             or len(work.items) > room.items
@@ -118,15 +128,16 @@ class ReplayPlan:
                 f"ReplayPlan: {count} queries, {len(work.items)} items, {work.num_slots} partial results, wide: "
                 f"{work.has_wide}; it was made for {room}"
             )
-        items, first_slot = self._work.items, self._work.first_slot
-        self.plan.rows[:count].copy_(plan.rows)
-        self.plan.rows[count:].zero_()
-        items[: len(work.items)].copy_(torch.from_numpy(work.items))
-        items[len(work.items) :].zero_()
-        first_slot[: count + 1].copy_(torch.from_numpy(work.first_slot))
-        first_slot[count + 1 :].fill_(work.num_slots)
+        for name, values, rest in (
+            ("rows", rows, 0),
+            ("items", work.items, 0),
+            ("first_slot", work.first_slot, work.num_slots),
+        ):
+            host = self._staging.host[name]
+            host[: len(values)], host[len(values) :] = values, rest
+        self._staging.send()
 
 
 def work_for(plan: DecodePlan, heads: Heads) -> HostWork:
-    """The work of a plan, for `ReplayPlan.load`."""
+    """The work of a plan on the host, for `ReplayPlan.load`."""
     return host_work(plan, *heads.tiles)
