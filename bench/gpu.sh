@@ -171,7 +171,8 @@ stage_bench() {
     roofline "$BENCH_SECONDS"
     return
   fi
-  within "$((4 * share))" "$PYTHON" bench/engine_peers.py graphs --out "$OUT" --repetitions 3 || (($? == 124)) || failed=1
+  within "$((3 * share))" "$PYTHON" bench/engine_peers.py graphs --out "$OUT" --repetitions 3 || (($? == 124)) || failed=1
+  within "$share" "$PYTHON" bench/bookkeeping.py --device cuda --out "$OUT" || (($? == 124)) || failed=1
   roofline "$share" --ops tree_decode plan_decode || failed=1
   roofline "$((2 * share))" --ops linear_logprob policy_head || failed=1
   roofline "$share" --ops sample rms_norm add_rms_norm silu_mul rope append_kv rope_append || failed=1

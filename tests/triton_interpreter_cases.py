@@ -256,6 +256,29 @@ def test_work_covers_every_query_and_split_once(seed: int) -> None:
     assert cost == sorted(cost, reverse=True), "those that take longest come first"
 
 
+@pytest.mark.skipif(not K.has_compiled(), reason="the compiled module is missing")
+@pytest.mark.parametrize("seed", range(30))
+def test_the_compiled_work_list_is_that_of_numpy(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    count = int(torch.randint(1, 60, (1,), generator=generator))
+    lengths = torch.randint(0, 900, (count,), generator=generator).tolist()
+    shares = torch.randint(0, 50, (count,), generator=generator).tolist()
+    table, rows, seen, _ = paged(lengths, shares, 16)
+    for b in range(1, count):
+        if torch.rand((), generator=generator) < 0.2:  # as in a chunked prefill
+            rows[b], seen[b] = rows[b - 1], max(int(seen[b - 1]) - 1, 0)
+    plan = K.plan_decode(table, rows, seen)
+    for split, tiles in ((16, (2, 16, 64)), (64, (1, 16, 16)), (512, (7, 16, 32)), (128, (128, 16, 64))):
+        monkeypatch.setattr(configs, "SPLIT", split)
+        compiled = work.host_work(plan, *tiles)
+        with monkeypatch.context() as patch:
+            patch.setattr(work, "native", None)
+            plain = work.host_work(plan, *tiles)
+        assert compiled.items.tolist() == plain.items.tolist()
+        assert compiled.first_slot.tolist() == plain.first_slot.tolist()
+        assert compiled.has_wide == plain.has_wide and compiled.split_tokens == plain.split_tokens
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize(

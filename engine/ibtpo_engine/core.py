@@ -318,7 +318,7 @@ class EngineCore:
         return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
     def _threads(self) -> AbstractContextManager[None]:
-        if self.scheduler.runner.is_native:  # it chooses its threads itself
+        if self.scheduler.runner.is_native or self.model.device.type != "cpu":  # the native one chooses them itself
             return nullcontext()
         return threads_for(2.0 * self._num_parameters * self.scheduler.num_rows)
 

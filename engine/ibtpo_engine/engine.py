@@ -14,12 +14,10 @@ from ibtpo_engine.generate import in_order, independent
 from ibtpo_engine.given import Score, attach, check_suffixes, given_branch
 from ibtpo_engine.growing import Growing, Reward, Search, Searches
 from ibtpo_engine.limits import check_open
+from ibtpo_engine.runner import MOST_STEPS
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.stream import Event, Follower
 from ibtpo_engine.tree import Node, Tree
-
-MOST_STEPS = 16
-"""Most decode steps in one call, between which nothing else is done; in 16 every branch begins a page."""
 
 
 class Engine(EngineCore):

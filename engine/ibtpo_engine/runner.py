@@ -35,6 +35,9 @@ from ibtpo_kernels import (
 if TYPE_CHECKING:
     from ibtpo_engine.step_graphs import StepGraphs
 
+MOST_STEPS = 16
+"""Most decode steps in one call, between which nothing else is done; in 16 every branch begins a page."""
+
 _CPU = torch.device("cpu")
 
 

@@ -187,11 +187,12 @@ class Slots:
         self, slots: Longs, count: Ints, tokens: Ints, logprob: Floats, logprob_raw: Floats, entropy: Floats
     ) -> None:
         """Append the first `count[i]` of the sampled tokens [steps, n] to slot i of [n]; the numbers likewise."""
-        step, place = np.nonzero(np.arange(len(tokens))[:, None] < count)
+        sampled = np.arange(len(tokens))[:, None] < count
+        step, place = np.nonzero(sampled)
         slot = slots[place]
-        column = self.length[slot] - self.start[slot] + step
+        cell = slot * self.tokens.shape[1] + self.length[slot] - self.start[slot] + step
         for name, values in zip(self.OUTPUTS, (tokens, logprob, logprob_raw, entropy), strict=True):
-            getattr(self, name)[slot, column] = values[step, place]
+            getattr(self, name).reshape(-1)[cell] = values[sampled]
         self.length[slots] += count
 
 

@@ -29,13 +29,13 @@ from ibtpo_engine.model import Model
 from ibtpo_engine.paged_attention import PagedAttention
 from ibtpo_engine.pages import PagePool
 from ibtpo_engine.parity import Parity, project_for
+from ibtpo_engine.runner import MOST_STEPS
 from ibtpo_engine.slots import Slots
 from ibtpo_kernels import DecodePlanner, DecodeRun, sample
 from ibtpo_kernels.gpu.advance import RunRows
 from ibtpo_kernels.gpu.replay import Heads, ReplayPlan, Room, work_for
 
 MOST_GRAPHS = 48  # beyond this, the least recently used one is dropped
-MOST_STEPS = 16  # most steps a run
 
 
 class _Bucket:
@@ -157,17 +157,21 @@ class StepGraphs:
         rows.host["lengths"][:count] = rows.host["keys"][:count, 1] = slots.length[chosen]
         slots.planner.upload()
         rows.begin(count, most, most_ended=most_ended, spare=spare)
-        is_over = False
-        while not is_over:
-            self._bucket.replay()
-            self.replayed += 1
-            is_over = rows.is_over()
+        self._replay(self._bucket)
         outcome = rows.outcome()
         run = outcome.run
         if run.paged:  # the device's table has them
             slots.table[chosen[run.paged], outcome.columns] = spare[: len(run.paged)]  # type: ignore[index]
         slots.record_run(chosen, *outcome[2:])
         return run
+
+    def _replay(self, bucket: _Bucket) -> None:
+        """Replay a step until the run is over."""
+        is_over = False
+        while not is_over:
+            bucket.replay()
+            self.replayed += 1
+            is_over = bucket.rows.is_over()
 
 
 def rounded_up(count: int) -> int:

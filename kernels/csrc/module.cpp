@@ -19,6 +19,7 @@
 #include "direct.h"
 #include "kernels.h"
 #include "plan.h"
+#include "work.h"
 
 namespace nb = nanobind;
 using namespace ibtpo;
@@ -354,4 +355,13 @@ NB_MODULE(_cpu, m) {
         std::copy(found.begin(), found.end(), at<PlanItem>(items));
         return static_cast<int64_t>(found.size());
       });
+
+  // The work of a plan as (bytes of its items, bytes of first_slot, has_wide).
+  m.def("decode_work", [](Address items, Address lengths, int64_t num_items, int64_t num_queries, int64_t width,
+                          int64_t page_size, int64_t split_pages, int64_t group, int64_t narrow, int64_t wide) {
+    const WorkList work = work_list({at<PlanItem>(items), at<int32_t>(lengths), num_items, num_queries, width,
+                                     page_size, split_pages, group, narrow, wide});
+    return nb::make_tuple(nb::bytes(work.items.data(), work.items.size() * sizeof(WorkItem)),
+                          nb::bytes(work.first_slot.data(), work.first_slot.size() * sizeof(int32_t)), work.has_wide);
+  });
 }

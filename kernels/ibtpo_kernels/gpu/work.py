@@ -28,6 +28,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ibtpo_kernels.cpu import native
 from ibtpo_kernels.gpu import configs
 from ibtpo_kernels.plan import DecodePlan
 
@@ -108,18 +109,27 @@ class HostWork:
 
 
 def host_work(plan: DecodePlan, group: int, narrow: int, wide: int) -> HostWork:
-    """The plan's work for `group` query heads a key/value head, in tiles of `narrow` or `wide` rows."""
+    """The plan's work for `group` query heads a key/value head, in tiles of `narrow` or `wide` rows.
+
+    The compiled module makes it, if it is there and the plan has pages; else numpy does, which is its specification.
+    """
     planned, seen = plan.on_host or (plan.items.cpu(), plan.lengths.cpu())
-    lengths = seen.numpy().astype(np.int64)
-    split_pages = max(1, configs.SPLIT // plan.page_size)
+    width, split_pages = plan.page_table.shape[1], max(1, configs.SPLIT // plan.page_size)
     split_tokens = split_pages * plan.page_size
-    items, num_splits = cut(planned.numpy(), lengths, plan.page_table.shape[1], plan.page_size, split_pages)
-    items = tiled(items, lengths, group, narrow, wide, split_tokens)
+    if native is not None and width:
+        planned, seen = planned.contiguous(), seen.contiguous()
+        sizes = (len(planned), len(seen), width, plan.page_size, split_pages, group, narrow, wide)
+        found, slots, has_wide = native.decode_work(planned.data_ptr(), seen.data_ptr(), *sizes)
+        items, first_slot = np.frombuffer(found, np.int32).reshape(-1, 4), np.frombuffer(slots, np.int32)
+        return HostWork(items, first_slot, split_tokens, has_wide)
+    lengths = seen.numpy().astype(np.int64)
+    whole, num_splits = cut(planned.numpy(), lengths, width, plan.page_size, split_pages)
+    tiles = tiled(whole, lengths, group, narrow, wide, split_tokens)
     return HostWork(
-        items.astype(np.int32),
+        tiles.astype(np.int32),
         np.r_[0, np.cumsum(num_splits)].astype(np.int32),
         split_tokens,
-        has_wide=bool((items[:, 1] * group > narrow).any()),
+        has_wide=bool((tiles[:, 1] * group > narrow).any()),
     )
 
 
