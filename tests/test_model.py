@@ -294,6 +294,18 @@ def test_old_and_new_spelling_of_rope_give_the_same_model(tmp_path: Path) -> Non
     assert old.rope == new.rope
 
 
+@pytest.mark.parametrize("settings", [YARN, LLAMA3])
+def test_an_original_context_beside_the_settings_counts_more_than_one_in_them(settings: dict[str, Any]) -> None:
+    beside = {"original_max_position_embeddings": 24}
+    theirs = LlamaConfig(vocab_size=8, head_dim=32, rope_parameters=dict(settings), **beside)
+    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim", "vocab_size")
+    raw = {name: getattr(theirs, name) for name in fields} | {"architectures": ["LlamaForCausalLM"]}
+    ours = ModelConfig.from_dict(raw | beside | {"rope_parameters": settings}).rope
+    assert ours.original_positions == 24
+    wanted = LlamaRotaryEmbedding(theirs).inv_freq
+    torch.testing.assert_close(ours.inverse_frequencies(32), wanted, rtol=3e-7, atol=0)
+
+
 def test_yarn_reaches_as_far_as_it_stretches(tmp_path: Path) -> None:
     """Model cards of Qwen say to add `rope_scaling` and leave `max_position_embeddings` where it is."""
     theirs = save_checkpoint(tmp_path, "qwen2", max_position_embeddings=40, rope_parameters=YARN)

@@ -266,6 +266,8 @@ def _rope(raw: dict[str, Any], source: str) -> RopeConfig:
             f"{source}: partial_rotary_factor = {settings['partial_rotary_factor']!r} is not supported; "
             "whole heads are rotated."
         )
+    if raw.get("original_max_position_embeddings") is not None:  # where transformers 5 looks first
+        settings["original_max_position_embeddings"] = raw["original_max_position_embeddings"]
     needs: dict[str, tuple[str, ...]] = {  # transformers has no defaults for these either
         "linear": ("factor",),
         "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
