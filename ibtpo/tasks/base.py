@@ -120,7 +120,7 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, config: 
                 f"{roles} ({type(error).__name__}: {error}); give it the roles it knows (without --jsonl.system-prompt "
                 "if it knows no system), mend the template, or set --jsonl.no-chat-template"
             ) from None
-        return _encode(tokenizer, text, where, add_special_tokens=False)  # the template writes these itself
+        return _encode(tokenizer, str(text), where, add_special_tokens=False)  # the template writes these itself
     if not isinstance(problem.prompt, str):
         raise ValueError(
             "the prompts are chat messages, but the tokenizer has no chat template (or jsonl.chat_template is false); "
