@@ -20,7 +20,7 @@ J + c * (standard error of J).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,15 @@ from ibtpo.config import IBConfig
 from ibtpo_engine.tree import Node, Tree
 
 
+def check_known(name: str, logprobs: Iterable[float]) -> None:
+    """Raise ValueError if a log-prob under the distribution sampled from is NaN; `name` is what would rest on it."""
+    if math.isnan(sum(logprobs)):
+        raise ValueError(
+            f"{name}: log-probs under the distribution sampled from are NaN; a server that returns raw ones gives "
+            "these only at temperature 1 without top-p, top-k and min-p: sample so, or have it return these"
+        )
+
+
 def step_probability(logprob: npt.NDArray[np.floating[Any]], kind: str) -> float:
     """pi(s) of a step from its tokens' log-probs [n >= 1]; `kind` as in `IBConfig.step_probability`.
 
@@ -37,11 +46,7 @@ def step_probability(logprob: npt.NDArray[np.floating[Any]], kind: str) -> float
         ValueError: a log-prob is NaN, or `kind` is unknown.
     """
     values: list[float] = logprob.tolist()
-    if math.isnan(sum(values)):
-        raise ValueError(
-            "step_probability: log-probs under the distribution sampled from are NaN; a server that returns raw ones "
-            "gives these only at temperature 1 without top-p, top-k and min-p: sample so, or have it return these"
-        )
+    check_known("step_probability", values)
     if kind == "geometric":
         return math.exp(sum(values) / len(values))
     if kind == "product":

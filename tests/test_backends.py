@@ -249,7 +249,9 @@ def test_a_log_prob_has_the_name_it_deserves_or_is_nan(
     assert np.isnan(node.logprob_raw).all() != known[1]
 
 
-def test_a_score_that_would_rest_on_nan_is_refused(server: Server) -> None:
-    search = make_search(SearchConfig(), IBConfig(), StepSplitter(_Words(), step_tokens=5), SAMPLING.max_tokens)
-    with connect(server) as backend, pytest.raises(ValueError, match="step_probability.*temperature 1"):
+@pytest.mark.parametrize(("method", "score"), [("ibtree", "step_probability"), ("eptree", "surprisal")])
+def test_a_score_that_would_rest_on_nan_is_refused(server: Server, method: str, score: str) -> None:
+    config = SearchConfig(method=method)
+    search = make_search(config, IBConfig(), StepSplitter(_Words(), step_tokens=5), SAMPLING.max_tokens)
+    with connect(server) as backend, pytest.raises(ValueError, match=f"^{score}: .*temperature 1"):
         list(BackendEngine(backend).run(search, PROMPTS, replace(SAMPLING, top_p=0.5), reward=lambda tree, leaf: 1.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -352,15 +353,40 @@ def test_a_pool_takes_its_share_of_what_is_free(model: Model, monkeypatch: pytes
         Engine(model, kv_share=0.3, kv_tokens=16)
 
 
-def test_free_memory_is_what_the_system_and_the_group_leave(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+def _make_group(folder: Path, names: tuple[str, str], most: str, used: int, stat: str = "anon 0") -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in zip((*names, "memory.stat"), (most, str(used), stat), strict=True):
+        (folder / name).write_text(f"{text}\n")
+
+
+def test_free_memory_is_what_the_system_and_the_groups_leave(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Cached files count as free; a limit of a group above, as Slurm and systemd set it, binds as well."""
     cpu = torch.device("cpu")
     assert 1 << 20 < engine_memory.free_memory(cpu) < 1 << 50
-    (tmp_path / "memory.max").write_text("5000000\n")
-    (tmp_path / "memory.current").write_text("2000000\n")
-    monkeypatch.setattr(engine_memory, "_CGROUP", tmp_path)
-    assert engine_memory.free_memory(cpu) == 3_000_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert engine_memory.free_memory(cpu) > 3_000_000
+    groups, membership = tmp_path / "cgroup", tmp_path / "membership"
+    monkeypatch.setattr(engine_memory, "_CGROUP", groups)
+    monkeypatch.setattr(engine_memory, "_MEMBERSHIP", membership)
+    assert engine_memory.free_memory(cpu) > 9_000_000  # no file says which groups there are
+
+    names = "memory.max", "memory.current"
+    membership.write_text("0::/job/step\n")
+    _make_group(groups, names, "9000000", 1_000_000)  # a container's own
+    assert engine_memory.free_memory(cpu) == 8_000_000
+    _make_group(groups, names, "max", 0)
+    assert engine_memory.free_memory(cpu) > 9_000_000
+    _make_group(groups / "job", names, "5000000", 4_000_000, "anon 1\ninactive_file 1000000\nactive_file 1500000")
+    _make_group(groups / "job" / "step", names, "max", 3_000_000)
+    assert engine_memory.free_memory(cpu) == 3_500_000
+    _make_group(groups / "job" / "step", names, "3000000", 2_000_000)
+    assert engine_memory.free_memory(cpu) == 1_000_000
+    _make_group(groups / "job" / "step", names, "3000000", 3_500_000)
+    assert engine_memory.free_memory(cpu) == 0
+
+    membership.write_text("9:cpu,cpuacct:/other\n4:memory:/docker/1\n0::/\n")  # version 1, seen from within a container
+    old = "memory.limit_in_bytes", "memory.usage_in_bytes"
+    below = "inactive_file 1\nactive_file 1\ntotal_inactive_file 500000\ntotal_active_file 0"
+    _make_group(groups / "memory", old, "7000000", 6_000_000, below)
+    assert engine_memory.free_memory(cpu) == 1_500_000
 
 
 def test_release_frees_the_memory_and_restore_takes_it(model: Model) -> None:

@@ -82,6 +82,70 @@ def test_a_stop_string_may_begin_above_the_fork_but_not_in_the_prompt() -> None:
         assert (cut.start, len(cut)) == (len(PROMPT) + 3 + 1, 2)
 
 
+def _first_stop_outside(tokens: list[int], stops: tuple[str, ...], block: tuple[int, int], inside: bool) -> int | None:
+    """How many tokens there are when the first stop string is complete, by decoding all text between the blocks."""
+    text: list[int] = []
+    for i, token in enumerate(tokens):
+        if inside or token == block[0]:
+            inside, text = token != block[1], []
+            continue
+        text.append(token)
+        if any(stop in spell(text) for stop in stops):
+            return i + 1
+    return None
+
+
+@pytest.mark.parametrize("opened", [False, True])
+def test_a_stop_string_in_a_block_of_thinking_ends_nothing(how: str, opened: bool) -> None:
+    """Nor does one that begins in the block; on whole branches, and on branches forked anywhere, in a block or not."""
+    block, stops = (30, 31), ("ab", "c", "xyx")
+    bias = {30: 2.5, 31: 4.0}
+    engine = engine_on(how)
+    sampling = Sampling(max_tokens=90, temperature=3.0, stop=stops, stop_block=block, logit_bias=bias)
+    ended_late = 0
+    with engine.tree([*PROMPT, 30] if opened else PROMPT) as tree:
+        whole = engine.extend(tree.root.fork(24), sampling)
+        free = engine.extend(tree.root.fork(12), replace(sampling, stop=(), max_tokens=16))
+        below = engine.extend([node.fork(at=4 + i)[0] for i, node in enumerate(free)], sampling)
+        for node in [*whole, *below]:
+            tokens = node.prefix()[tree.prompt_len :].tolist()
+            begun = node.start - tree.prompt_len
+            skipped = any(stop in spell(tokens[:-1]) for stop in stops)
+            expected = _first_stop_outside(tokens, stops, block, opened)
+            if begun and expected is not None and expected <= begun:
+                continue  # its free parent had one already
+            assert (node.finish, len(tokens)) == ("length", 90) if expected is None else ("stop", expected)
+            ended_late += skipped and node.finish == "stop"
+    assert ended_late >= 5, "ones that a stop string in a block would have ended"
+    assert_idle(engine)
+
+
+def test_below_a_closed_block_the_text_begins_after_it() -> None:
+    """The block's last token spells "h"; the next ones, by bias, "b"."""
+    engine = engine_on()
+    always = Sampling(max_tokens=9, logit_bias={9: 1e4}, stop_block=(30, 31))
+    with engine.tree(PROMPT) as tree:
+        node = engine.score(tree, [[30, 8, 31]], keep=True)[0].node
+        assert node is not None
+        assert engine.extend(node.fork(), replace(always, stop=("hb",)))[0].finish == "length"
+        assert len(engine.extend(node.fork(), replace(always, stop=("bb",)))[0]) == 2
+        assert len(engine.extend(node.fork(), replace(always, stop=("hb",), stop_block=None))[0]) == 1
+
+
+def test_within_a_block_nothing_is_decoded() -> None:
+    calls: list[int] = []
+
+    def decode(tokens: list[int]) -> str:
+        calls.append(len(tokens))
+        return spell(tokens)
+
+    engine = engine_on(decode=decode)
+    with engine.tree([*PROMPT, 30]) as tree:
+        thinking = Sampling(max_tokens=200, stop=("a",), stop_block=(30, 31), logit_bias={8: 1e4})
+        assert engine.extend(tree.root.fork(), thinking)[0].finish == "length"
+    assert not calls
+
+
 def test_a_long_text_is_decoded_in_a_window() -> None:
     """The work for a token does not grow with the text, and what is found is the same as in the whole."""
     lengths = []

@@ -90,6 +90,15 @@ def test_a_study_that_is_told_to_stop_reports(
     assert "2 cells have no result yet" in said.out and "the same command goes on" in said.err
 
 
+def test_a_cell_runs_on_each_core_that_the_process_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not on all of a machine of which a scheduler has lent a part."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 8})
+    assert main(["study", "main", "--report-only", "--out", str(tmp_path / "out")]) == 0
+    assert "3 at a time" in capsys.readouterr().out
+
+
 def test_seeds_are_not_for_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.yaml").write_text("seed: 3\n")
     assert main(["study", "main", "--config", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "out")]) == 2

@@ -192,6 +192,14 @@ def test_a_chat_template_that_raises_is_told_with_the_row(template: str, said: s
     assert str(error.value).startswith(f"{message} ({said}")
 
 
+@pytest.mark.parametrize("template", [None, "{{ messages[-1].content }}"])
+def test_a_prompt_with_characters_the_vocabulary_lacks_is_told_with_the_row(template: str | None) -> None:
+    tokenizer = char_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=r"^rows\.jsonl, line 7: the tokenizer cannot encode the prompt .*vocabulary"):
+        format_prompt(tokenizer, Problem("two and 2", "", {"where": "rows.jsonl, line 7"}), JsonlConfig())
+
+
 def test_options_are_handed_to_the_chat_template() -> None:
     tokenizer = char_tokenizer()
     tokenizer.chat_template = "{% if think is false and n == [1] and word == 'on' %}+{% else %}-{% endif %}"

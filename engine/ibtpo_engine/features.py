@@ -47,7 +47,7 @@ def features_of(node: Node, sampling: Sampling, decode: Decode | None) -> Featur
     if not sampling.stop:
         return None if shape is None else Features(shape)
     assert decode is not None, "Engine checks this"
-    watch = StopWatch(decode, sampling.stop, node.prefix(), node.births()[0][0])
+    watch = StopWatch(decode, sampling.stop, node.prefix(), node.births()[0][0], sampling.stop_block)
     return Features(shape, watch, sampling.length_to_stop(node.tree.prompt_len))
 
 

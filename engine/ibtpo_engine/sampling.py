@@ -26,6 +26,8 @@ class Sampling:
         stop_tokens: token ids that end a branch; the stop token is kept as its last token.
         stop: strings that end a branch; the token that completes one is kept. Sought in the text below the prompt,
             across tokens and forks. Needs `Engine(decode=...)`.
+        stop_block: ids of the tokens that open and close a block in which `stop` is not sought, such as ``<think>`` and
+            ``</think>``; the prompt may have opened it. A string must begin after the block to count.
         logit_bias: {token id: bias} added to the model's logits, before temperature; -inf forbids a token.
         allowed: the tokens that may come next, asked once a token; a function of the path or a `TokenMask` (a grammar).
         seed: replaces the engine's seed and the tree's key in naming the random numbers; branches still differ by
@@ -45,6 +47,7 @@ class Sampling:
     min_tokens: int = 0
     stop_tokens: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    stop_block: tuple[int, int] | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     allowed: TokenMask | PrefixMask | None = None
     seed: int | None = None
@@ -75,11 +78,16 @@ class Sampling:
             raise ValueError(f"Sampling.min_tokens: {self.min_tokens} lies outside [0, max_tokens={self.max_tokens}]")
         if isinstance(self.stop, str) or not all(isinstance(stop, str) and stop for stop in self.stop):
             raise ValueError(f"Sampling.stop: {self.stop!r} must be a tuple of strings, none of them empty")
+        block = self.stop_block
+        if block is not None and not (len(block) == len({*block}) == 2 and all(isinstance(t, Integral) for t in block)):
+            raise ValueError(f"Sampling.stop_block: {block!r} must be two different token ids")
         for token, bias in self.logit_bias.items():
             if not bias < math.inf:
                 raise ValueError(f"Sampling.logit_bias: {bias} of token {token} must be finite, or -inf to forbid it")
         if self.allowed is not None and not (isinstance(self.allowed, TokenMask) or callable(self.allowed)):
             raise ValueError(f"Sampling.allowed: {self.allowed!r} is neither a TokenMask (has begin) nor a function")
+        if block is not None:
+            object.__setattr__(self, "stop_block", tuple(map(int, block)))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))  # a copy, since the caller may change its own
 
     @property

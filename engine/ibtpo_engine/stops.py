@@ -6,6 +6,8 @@ to U+FFFD until its last token is there. Only a window at the end of the path is
 
     0 ........................ window ....... prompt_len ....... the branch's next token
     [ too far back to matter  )[ context      )[ text in which stops are sought     )
+
+A block of thinking is skipped: within it nothing is decoded, and its tokens are context to the text after it.
 """
 
 from __future__ import annotations
@@ -30,20 +32,36 @@ class StopWatch:
         stops: the strings, each not empty.
         prefix: int32 [n], the tokens before the branch's first one; stops may begin in those below the prompt.
         prompt_len: how many of them are the prompt's.
+        block: tokens that open and close a block in which stops are not sought.
     """
 
-    def __init__(self, decode: Decode, stops: Sequence[str], prefix: npt.NDArray[np.int32], prompt_len: int) -> None:
+    def __init__(
+        self,
+        decode: Decode,
+        stops: Sequence[str],
+        prefix: npt.NDArray[np.int32],
+        prompt_len: int,
+        block: tuple[int, int] | None = None,
+    ) -> None:
         self.decode = decode
         self.stops = stops
         self._text = ""
         self._begun = False  # `decode` runs with the first token, so that its error concerns only this branch
         self._longest = max(map(len, stops))
+        self._block = block
+        self._in_block = False
+        if block is not None:
+            opened, closed = (np.flatnonzero(prefix == token).max(initial=-1) for token in block)
+            self._in_block = bool(opened > closed)
+            prompt_len = max(prompt_len, int(max(opened, closed)) + 1)
         begin = max(prompt_len - CONTEXT, 0)
         self._window: list[int] = prefix[begin:].tolist()
         self._num_context = prompt_len - begin
 
     def push(self, token: int) -> str | None:
         """Append a token; returns the stop string it completes, of several the one that ends first in the text."""
+        if self._block is not None and self._skips(token, *self._block):
+            return None
         if not self._begun:
             self._shorten()
             self._begun = True
@@ -58,6 +76,17 @@ class StopWatch:
         if len(self._window) >= self._shorten_at:
             self._shorten()
         return self.stops[min(found)[1]] if found else None
+
+    def _skips(self, token: int, opens: int, closes: int) -> bool:
+        """Does this token belong to a block? The one that closes it begins the text anew, with itself as context."""
+        if token != opens and not self._in_block:
+            return False
+        self._in_block = token != closes
+        self._window = [*self._window, token][-CONTEXT:]
+        if not self._in_block:
+            self._set_context(len(self._window))
+            self._begun, self._shorten_at = True, SHORT
+        return True
 
     def _set_context(self, num_tokens: int) -> None:
         self._num_context = num_tokens

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ibtpo.config import IBConfig, SearchConfig
+from ibtpo.ib import check_known
 from ibtpo.searches.base import Sampled, count_steps, prepare
 from ibtpo.steps import Splitter, split_steps
 from ibtpo_engine import Growth
@@ -89,12 +90,16 @@ def most_surprising(top: Node, count: int, deepest: int) -> dict[Node, list[tupl
 
     Returns:
         (offset > 0, surprisal in nats) of the picks in each node, last offset first.
+
+    Raises:
+        ValueError: a log-prob is NaN.
     """
     tokens = [
         (-logprob, node, at)
         for node in top.walk()
         for at, logprob in enumerate(node.logprob[1 : max(deepest - node.start, 1)].tolist(), start=1)
     ]
+    check_known("surprisal", (surprisal for surprisal, _, _ in tokens))
     picked: dict[Node, list[tuple[int, float]]] = {}
     for surprisal, node, at in sorted(tokens, key=lambda token: -token[0])[:count]:
         picked.setdefault(node, []).append((at, surprisal))

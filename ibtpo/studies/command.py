@@ -39,7 +39,7 @@ def run_study(parsed: StudyArguments, command: str, console: Console) -> int:
     for name in ("seeds", "prompts"):
         check_range(name, getattr(parsed, name), low=1)
     check_range("first-seed", parsed.first_seed, low=0)
-    jobs = parsed.jobs if parsed.jobs is not None else os.cpu_count() or 1
+    jobs = parsed.jobs if parsed.jobs is not None else len(os.sched_getaffinity(0))
     check_range("jobs", jobs, low=1)
     plan = load_study(parsed.name)
     seeds = range(parsed.first_seed, parsed.first_seed + parsed.seeds)

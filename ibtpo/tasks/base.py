@@ -104,8 +104,10 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, config: 
     ``config.system_prompt``.
 
     Raises:
-        ValueError: the prompt is chat messages, and there is no chat template, or it rejects them.
+        ValueError: the prompt is chat messages, and there is no chat template, or it rejects them; or the vocabulary
+            lacks a character of it.
     """
+    where = problem.data.get("where", "the prompts")
     if config.chat_template and getattr(tokenizer, "chat_template", None):
         messages = _messages(problem, config.system_prompt)
         options = parse_options(config.chat_template_options)
@@ -114,11 +116,11 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, config: 
         except Exception as error:  # a template may raise anything to reject messages
             roles = ", ".join(message["role"] for message in messages)
             raise ValueError(
-                f"{problem.data.get('where', 'the prompts')}: the tokenizer's chat template cannot format messages of "
+                f"{where}: the tokenizer's chat template cannot format messages of "
                 f"{roles} ({type(error).__name__}: {error}); give it the roles it knows (without --jsonl.system-prompt "
                 "if it knows no system), mend the template, or set --jsonl.no-chat-template"
             ) from None
-        return list(tokenizer.encode(text, add_special_tokens=False))  # the template writes the special tokens itself
+        return _encode(tokenizer, str(text), where, add_special_tokens=False)  # the template writes these itself
     if not isinstance(problem.prompt, str):
         raise ValueError(
             "the prompts are chat messages, but the tokenizer has no chat template (or jsonl.chat_template is false); "
@@ -126,7 +128,19 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, config: 
         )
     before = [] if config.system_prompt is None else [config.system_prompt]
     before += [f"{prompt}\n\n{solution}" for prompt, solution in problem.examples]
-    return list(tokenizer.encode("\n\n".join([*before, problem.prompt])))
+    return _encode(tokenizer, "\n\n".join([*before, problem.prompt]), where)
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, where: object, *, add_special_tokens: bool = True
+) -> list[int]:
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens))
+    except Exception as error:  # a vocabulary of characters without an unknown token raises a plain one
+        raise ValueError(
+            f"{where}: the tokenizer cannot encode the prompt ({error}); use a model whose vocabulary has all its "
+            "characters (the built-in policy's has digits, + - * = ? . and newlines)"
+        ) from None
 
 
 def _messages(problem: Problem, system_prompt: str | None) -> list[dict[str, str]]:
