@@ -39,8 +39,8 @@ def step_probability(logprob: npt.NDArray[np.floating[Any]], kind: str) -> float
     values: list[float] = logprob.tolist()
     if math.isnan(sum(values)):
         raise ValueError(
-            "step_probability: log-probs under the distribution sampled from are NaN; a server that returns raw ones "
-            "gives these only at temperature 1 without top-p, top-k and min-p: sample so, or have it return these"
+            "step_probability: the log-probs under the sampling distribution are NaN. A server's raw log-probs are "
+            "those only at temperature 1 without top-p, top-k and min-p; sample so, or let the server return them"
         )
     if kind == "geometric":
         return math.exp(sum(values) / len(values))

@@ -12,7 +12,7 @@ from rich.console import Console
 from ibtpo.config_io import load_yaml
 from ibtpo.console import say
 from ibtpo.disk import write_atomically
-from ibtpo.printable import one_line
+from ibtpo.printable import counted, one_line
 from ibtpo.stopping import Interrupted
 from ibtpo.studies.figures import AVAILABLE, MISSING, draw_figures
 from ibtpo.studies.matrix import Cell, Study, load_study, refuse_settings_of_study
@@ -47,7 +47,8 @@ def run_study(parsed: StudyArguments, command: str, console: Console) -> int:
     for variant, reason in plan.skipped.items():
         console.print(f"left out: {variant}, {reason}", highlight=False, markup=False)
     done = sum(is_done(parsed.out, cell) for cell in cells)
-    console.print(f"{plan.title}: {len(cells)} cells, {done} done, {jobs} at a time", highlight=False, markup=False)
+    amount = f"{counted(len(cells), 'cell')}, {done} done, {jobs} at a time"
+    console.print(f"{plan.title}: {amount}", highlight=False, markup=False)
     stopped = None
     if not parsed.report_only:
         try:
@@ -97,5 +98,5 @@ def _report(
     for failure in failed:
         console.print(f"failed: {failure.cell.id}: {failure.message}", highlight=False, markup=False, style="red")
     if results.missing:
-        console.print(f"{len(results.missing)} cells have no result yet", highlight=False)
+        console.print(f"cells without a result yet: {len(results.missing)}", highlight=False)
     say(console, f"report: {page}")

@@ -116,7 +116,7 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, config: 
             raise ValueError(
                 f"{problem.data.get('where', 'the prompts')}: the tokenizer's chat template cannot format messages of "
                 f"{roles} ({type(error).__name__}: {error}); give it the roles it knows (without --jsonl.system-prompt "
-                "if it knows no system), mend the template, or set --jsonl.no-chat-template"
+                "if it knows no system), fix the template, or set --jsonl.no-chat-template"
             ) from None
         return list(tokenizer.encode(text, add_special_tokens=False))  # the template writes the special tokens itself
     if not isinstance(problem.prompt, str):
