@@ -65,7 +65,9 @@ def sharing(policy: Policy, repetitions: int) -> list[Row]:
         prompts = random_prompts(LIVE, PATH, seed=1)
         prompts[:, : int(share * PATH)] = prompts[0, : int(share * PATH)]
         engine = Engine(policy.model, kv_tokens=LIVE * (PATH + NEW + 32))
-        rows += compare("share of a path", share, {"engine": partial(extend_all, engine, prompts, NEW)}, repetitions)
+        rows += compare(
+            "shared part of each path", share, {"engine": partial(extend_all, engine, prompts, NEW)}, repetitions
+        )
     return rows
 
 
@@ -85,7 +87,7 @@ CURVES = {"branches": branches, "sharing": sharing, "cached": cached}
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Tokens a second over the varied quantity, one panel a curve."""
+    """Tokens per second over the varied quantity, one panel per curve."""
     cases = list(dict.fromkeys(row.case for row in rows))
     figure, axes = plt.subplots(1, len(cases), figsize=(4.4 * len(cases), 3.4), squeeze=False, layout="constrained")
     for axis, case in zip(axes[0], cases, strict=True):
@@ -99,7 +101,7 @@ def plot(rows: list[Row], path: Path) -> None:
         if max(x) > 1:
             axis.set_xscale("log", base=2 if case == "live branches" else 10)
         axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel("thousand tokens a second")
+    axes[0, 0].set_ylabel("thousand tokens per second")
     figure.savefig(path, dpi=130)
     print(f"wrote {path}")
 

@@ -141,7 +141,7 @@ def intact_checkpoint(run: Path, say: Callable[[str], object]) -> Checkpoint | N
         return None
     listed = "; ".join(f"{checkpoint.path}: {why}" for checkpoint, why in faults)
     raise RunFolderError(
-        f"resume: every checkpoint is damaged ({listed}); put one back from a copy, or begin a new run with --out"
+        f"resume: every checkpoint is damaged ({listed}); restore one from a copy, or begin a new run with --out"
     )
 
 
@@ -166,7 +166,7 @@ def weights_of(model: Path, say: Callable[[str], object]) -> Path:
     found = checkpoints(model)
     if not found and is_run(model):
         raise RunFolderError(
-            f"model: {model} is a run folder that has no checkpoint yet; wait for one, or go on with the run: "
+            f"model: {model} is a run folder that has no checkpoint yet; wait for one, or continue the run: "
             f"ibtpo train --resume {model}"
         )
     for checkpoint in reversed(found):
@@ -175,12 +175,12 @@ def weights_of(model: Path, say: Callable[[str], object]) -> Path:
             check_format(checkpoint.path)
             say(f"model: {checkpoint.path}, the newest checkpoint of the run")
             return checkpoint.path
-        say(f"{checkpoint.path} is damaged ({fault}), and not taken")
+        say(f"{checkpoint.path} is damaged ({fault}) and is not used")
     if found:
-        raise RunFolderError(f"model: every checkpoint of {model} is damaged; put one back from a copy")
+        raise RunFolderError(f"model: every checkpoint of {model} is damaged; restore one from a copy")
     if (model / CHECKSUMS).is_file() and (fault := damage(Checkpoint(0, model))):
         raise RunFolderError(
-            f"model: {model} is damaged ({fault}); put it back from a copy, take another checkpoint or, if it was "
+            f"model: {model} is damaged ({fault}); restore it from a copy, use another checkpoint or, if it was "
             f"changed on purpose, remove its {CHECKSUMS}"
         )
     return model

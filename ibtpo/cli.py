@@ -16,21 +16,21 @@ COMMANDS = ("train", "eval", "sample", "presets", "study", "view", "config", "do
 USAGE = """usage: ibtpo {train,eval,sample,presets,study,view,config,doctor,completion} [--help] [flags]
 
   train       grow trees, score them, train on them; `ibtpo train` alone runs the built-in task
-  eval        accuracy of a checkpoint or run: avg@k, pass@k, maj@k, greedy; resumable
+  eval        measure the accuracy of a checkpoint or run: avg@k, pass@k, maj@k, greedy; resumable
   sample      grow one tree and print it
-  presets     the methods --preset knows: what each is, where it comes from, what it sets
-  study       methods x seeds at an equal budget: the paper's tables, with intervals, curves and a page
-  view        look at a run in the browser, or at two: curves, prompts, trees
-  config      print the settings that a command would use, or --explain every one
-  doctor      what is installed, what works here, and each kernel against its reference
+  presets     list the methods for --preset, with their sources and settings
+  study       re-run the paper's tables: methods x seeds at an equal budget, with intervals and curves
+  view        show a run, or two side by side, in the browser: curves, prompts, trees
+  config      print the settings that `ibtpo train` would use; --explain describes every field
+  doctor      report what is installed and what works here; check each kernel against its reference
   completion  print a script that completes commands and flags in bash, zsh or fish
 
 `ibtpo COMMAND --help` lists every flag with its default. Settings may also come from a YAML file (--config FILE),
 with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
 
-Exit codes: 0 done, or stopped by SIGTERM, a closed terminal or a closed pipe, with what train, eval and study had kept;
-1 doctor found something broken, or cells of a study failed; 2 the input cannot be used or the run cannot go on, stderr
-says why; 130 stopped by Ctrl-C. docs/troubleshooting.md lists what can go wrong and what to do.
+Exit codes: 0: done, or stopped by SIGTERM, a closed terminal or a closed pipe (train, eval and study keep what they
+have); 1: doctor found something broken, or cells of a study failed; 2: the input cannot be used or the run cannot go
+on, stderr says why; 130: stopped by Ctrl-C. docs/troubleshooting.md lists problems and remedies.
 """
 
 

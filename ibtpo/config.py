@@ -49,51 +49,51 @@ class TrainConfig:
     """A training run."""
 
     model: str = "built-in"
-    """A Hugging Face checkpoint folder, a run folder (its newest checkpoint), or "built-in": tiny, warm-started."""
+    """A Hugging Face checkpoint folder, a run folder (newest checkpoint), or "built-in": tiny, warm-started first."""
     task: str = "digit-chain"
     """digit-chain, jsonl (set by --data), or reasoning-gym:NAME."""
     data: Path | None = None
     """Prompts and answers: JSONL, Parquet, or a folder of datasets' save_to_disk; sets the task to jsonl."""
     layout: Literal["auto", "plain", "gsm8k", "math", "dapo", "aime", "boxed"] = "auto"
-    """Which fields of the data file hold prompt and answer, and how; auto: the first rows decide."""
+    """Form of the data file: which fields hold prompt and answer, and in what form; auto: the first rows decide."""
     reward: tuple[str, ...] = ()
     """NAME[:WEIGHT] ...: math, exact, format, regex=PATTERN, package.module:function; by default the task's own."""
     out: Path | None = None
-    """Run folder to create; by default runs/<task>-<preset>-<date and time>. For `ibtpo eval`: where completions go."""
+    """Run folder to create; by default runs/<task>-<preset>-<date and time>. With `ibtpo eval`: for completions."""
     resume: Path | None = None
-    """Run folder to continue from its last checkpoint."""
+    """Folder of the run to continue from its last checkpoint."""
     seed: int = 0
-    """Decides prompts, samples and initial weights."""
+    """Random seed of prompts, samples and initial weights."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type the model computes in; master weights are float32 either way."""
+    """Type the model computes in; master weights are float32 in either case."""
     parity: Literal["fast", "bitwise"] = "fast"
-    """bitwise: the trainer finds the sampler's log-probs to the last bit; fast: within rounding."""
+    """bitwise: the trainer computes the sampler's log-probs to the last bit; fast: up to rounding."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto takes a GPU if there is one."""
+    """cpu, cuda, cuda:1, ...; auto uses a GPU if there is one."""
     distributed: Literal["auto", "ddp", "fsdp"] = "auto"
-    """Under torchrun. ddp: a whole copy in every process; fsdp: shares of one; auto: ddp if that fits."""
+    """Under torchrun. ddp: a full copy of the model in every process; fsdp: a shard in each; auto: ddp if that fits."""
     distributed_timeout: float = 1800.0
-    """Seconds that the processes of a run wait for the slowest one; then the run ends and names it."""
+    """Seconds that the processes of a run wait for the slowest one; after that the run ends and names it."""
     sampled_tokens: int = 600_000
     """Training ends when this many tokens have been sampled."""
     prompts_per_step: int = 24
-    """Prompts (trees) in a training step."""
+    """Prompts in a training step, each with one tree."""
     mini_batches: int = 2
-    """Optimizer steps in a training step; its trees are divided over them."""
+    """Optimizer steps in a training step; the step's trees are divided among them."""
     micro_batch_tokens: int = 16_384
-    """Most packed tokens in one forward and backward; larger trees are split at nodes, the gradient is the same."""
+    """Largest number of packed tokens in one forward and backward; larger trees are split, with the same gradient."""
     gradient_checkpointing: bool = False
-    """Keep no activations inside decoder layers, compute them again in the backward: less memory, the same gradient."""
+    """Recompute activations inside decoder layers in the backward pass: less memory, the same gradient."""
     checkpoint_every: int = 10
-    """Training steps between checkpoints; the last one is always written."""
+    """Training steps between checkpoints; one is always written at the end."""
     trees_per_step: int = 4
-    """Grown trees kept of every training step, for `ibtpo view`."""
+    """Trees of every training step that are kept, for `ibtpo view`."""
     trees_megabytes: float = 256.0
-    """Most disk the kept trees may take; beyond it steps are dropped evenly over the run."""
+    """Megabytes of disk that the kept trees may take; beyond that, steps are dropped evenly over the run."""
     report_trees: int = 48
-    """Of the kept trees, how many the report holds, spread over the run."""
+    """Number of the kept trees that the report holds, spread over the run."""
     log: str = ""
-    """Log to wandb, trackio or both (wandb,trackio) as well; TensorBoard events are always written."""
+    """Further loggers: wandb, trackio or both (wandb,trackio); TensorBoard events are always written."""
     ib: IBConfig = field(default_factory=IBConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
@@ -119,7 +119,7 @@ class TrainConfig:
             raise ValueError("advantage.kind: vineppo needs the rollouts of search.method=vineppo; set that too")
         if self.search.method == "treepo" and self.search.segment_tokens >= self.sampling.max_tokens:
             limit = f"sampling.max_tokens={self.sampling.max_tokens}"
-            raise ValueError(f"search.segment_tokens: {self.search.segment_tokens} must be below {limit}")
+            raise ValueError(f"search.segment_tokens: {self.search.segment_tokens} must be below {limit}; lower it")
         check_range("distributed_timeout", self.distributed_timeout, low=0.0, low_open=True)
         check_range("sampled_tokens", self.sampled_tokens, low=1)
         check_range("prompts_per_step", self.prompts_per_step, low=1)

@@ -164,8 +164,8 @@ def base_config(
         check_run(run, "resume")
         if preset is not None:
             raise ValueError(
-                f"preset: {preset} would be ignored, {run} has settings of its own; leave --preset out, and change "
-                "single ones by their flags"
+                f"preset: {preset} would be ignored, since {run} has its own settings; leave --preset out, and change "
+                "single settings by their flags"
             )
         path = run / CONFIG
         config = merge(merge(TrainConfig(), load_yaml(path), source=str(path)), instead or {}, source=str(path))

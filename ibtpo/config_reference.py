@@ -25,11 +25,11 @@ HEADER = """# Configuration
 Generated from `ibtpo/config.py` by `python -m ibtpo.config_reference > docs/configuration.md`.
 
 Every field is a flag of `ibtpo train`, `eval` and `sample` (`--search.rounds 5`, with `-` for `_`) and a key of a YAML
-file (`--config FILE`, `search: {rounds: 5}`). Flags win over the file, the file over the preset, the preset over these
-defaults; without a task or data of your own, the built-in task's settings (`ibtpo/configs/digit-chain.yaml`) stand
-between the last two. `ibtpo config` prints what comes out.
+file (`--config FILE`, `search: {rounds: 5}`). Flags override the file, the file overrides the preset, and the preset
+overrides these defaults. Without a task or data of your own, the built-in task's settings
+(`ibtpo/configs/digit-chain.yaml`) also override the defaults, but not the preset. `ibtpo config` prints the result.
 
-A limit that depends on another field is shown at its default.
+If the allowed values depend on another field, they are shown for that field's default.
 """
 
 

@@ -21,7 +21,7 @@ from ibtpo.printable import one_line
 from ibtpo_engine.memory import free_memory
 from ibtpo_kernels import active_backend, backend, cpu, torch_is_slow
 from ibtpo_kernels.dispatch import BACKENDS
-from ibtpo_kernels.roofline.machine import processor_name
+from ibtpo_kernels.roofline.machine import available_cores, processor_name
 from ibtpo_kernels.self_check import self_check, triton_lacks
 
 Status = Literal["ok", "note", "slow", "broken"]
@@ -116,7 +116,7 @@ def _optional(name: str, remedy: str, requirement: Requirement | None = None) ->
 
 
 def _processor() -> Iterator[Finding]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = available_cores()
     yield Finding(
         "hardware", "processor", "ok", f"{processor_name()}; {cores} cores, {torch.get_num_threads()} threads"
     )

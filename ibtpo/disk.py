@@ -37,7 +37,7 @@ def no_space(path: Path, kept: str, then: str | None = None) -> Iterator[None]:
         for number, (phrase, happened, remedy) in _FULL.items():
             if (isinstance(error, OSError) and error.errno == number) or phrase in str(error):
                 raise RunFolderError(
-                    f"{happened} {path}; what was being written was removed, kept: {kept}; {remedy}, "
+                    f"{happened} {path}; unfinished files were removed, kept: {kept}; {remedy}, "
                     f"then {then or f'continue with --resume {path}'}"
                 ) from error
         raise

@@ -179,7 +179,7 @@ class Grader:
                 _LOG.warning("reward %s (%d gradings failed so far; each counts as 0)", self.last_fault, count)
         if len(self._recent) == WINDOW and failed > self._max_failed_share * WINDOW:
             raise GraderError(
-                f"{failed} of the last {WINDOW} gradings failed, the last with: reward {self.last_fault}; mend the "
+                f"{failed} of the last {WINDOW} gradings failed, the last with: reward {self.last_fault}; fix the "
                 f"reward, or raise jsonl.max_failed_share (now {self._max_failed_share:g}) or jsonl.grade_timeout"
             )
 

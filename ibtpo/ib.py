@@ -34,8 +34,8 @@ def check_known(name: str, logprobs: Iterable[float]) -> None:
     """Raise ValueError if a log-prob under the distribution sampled from is NaN; `name` is what would rest on it."""
     if math.isnan(sum(logprobs)):
         raise ValueError(
-            f"{name}: log-probs under the distribution sampled from are NaN; a server that returns raw ones gives "
-            "these only at temperature 1 without top-p, top-k and min-p: sample so, or have it return these"
+            f"{name}: the log-probs under the sampling distribution are NaN. A server's raw log-probs are those only at "
+            "temperature 1 without top-p, top-k and min-p; sample so, or let the server return them"
         )
 
 

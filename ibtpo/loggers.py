@@ -123,7 +123,7 @@ class Loggers:
         except Exception as error:  # a logger may raise anything; the run must go on
             self._open.pop(name, None)
             warnings.warn(
-                f"logging to {name} stopped ({type(error).__name__}: {error}); metrics.jsonl has everything",
+                f"logging to {name} stopped ({type(error).__name__}: {error}); metrics.jsonl still gets everything",
                 RuntimeWarning,
                 stacklevel=4,
             )

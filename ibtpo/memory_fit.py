@@ -58,7 +58,8 @@ def check_memory(
         return processes.mode, plan
     prompt = longest_prompt()
     flags = fitting_flags(config, shape, device, plan.free, processes, prompt=prompt)
-    remedy = f"the nearest that fits: {flags} ({_meaning(flags)})" if flags else _no_remedy(config, shape, prompt)
+    nearest = f"the nearest settings that fit: {flags} ({_meaning(flags)})" if flags else None
+    remedy = nearest or _no_remedy(config, shape, prompt)
     raise ValueError(f"{plan}, so nothing was allocated; {remedy}")
 
 
@@ -209,9 +210,9 @@ def _difference(config: TrainConfig, other: TrainConfig) -> str:
 
 
 _MEANS = {
-    "--optim.state": "8 bits round the optimizer's running means",
-    "--dtype": "bfloat16 rounds what is computed",
-    "--loss.kl-coef": "without a KL penalty no reference is kept",
+    "--optim.state": "the optimizer's running means are rounded to 8 bits",
+    "--dtype": "the computation rounds to bfloat16",
+    "--loss.kl-coef": "there is no KL penalty, and so no reference model",
     "--lora.rank": "adapters of this rank are trained, not the weights",
 }
 

@@ -47,80 +47,80 @@ def _depth_name(low: int, high: int | None) -> str:
 
 def _depth_metric(low: int, high: int | None) -> Metric:
     where = f"{low} or more" if high is None else str(low) if high == low else f"{low} to {high}"
-    return Metric(_depth_name(low, high), "share", f"Branches that begin {where} steps below the prompt.")
+    return Metric(_depth_name(low, high), "share", f"These branches, begun {where} steps below the prompt.")
 
 
 GROUPS: tuple[Group, ...] = (
     Group(
         "Rewards of the sampled trees",
         (
-            Metric("reward", "0 to 1", "Mean over all trajectories. Under a guided tree this is not accuracy."),
-            Metric("avg_rate", "0 to 1", "Avg-Rate: prompts' mean reward over leaves; biased by guided branching."),
-            Metric("avg_rate_iid", "0 to 1", "The same over the independent rollouts trees begin with: unbiased."),
+            Metric("reward", "0 to 1", "Mean reward of all trajectories. In guided trees this is not accuracy."),
+            Metric("avg_rate", "0 to 1", "Avg-Rate: mean reward of a prompt's leaves, over prompts; biased if guided."),
+            Metric("avg_rate_iid", "0 to 1", "The same over the independent first trajectories of trees: unbiased."),
             Metric("eff_rate", "share", "Eff-Rate: prompts whose trajectories do not all have the same reward."),
         ),
     ),
     Group(
         "Trees",
         (
-            Metric("ib_score", "", "IB-Score J(s), mean over nodes with two children or more."),
-            Metric("cov_eta1_eta2", "", "Cov(eta1, eta2), gain against confidence, mean over the same nodes."),
+            Metric("ib_score", "", "IB-Score J(s), mean over nodes with at least two children."),
+            Metric("cov_eta1_eta2", "", "Covariance of eta1 (gain) and eta2 (confidence), mean over the same nodes."),
             Metric("confidence", "probability", "eta2 = pi(s), mean over all steps."),
             Metric("sampler_entropy", "nats", "Next-token entropy at temperature 1, mean over sampled tokens."),
-            Metric("response_length", "tokens", "Sampled tokens of a trajectory, mean."),
-            Metric("response_steps", "steps", "Steps of a trajectory, mean; 1 where the search cuts none."),
-            Metric("truncated_share", "share", "Trajectories not ended by a stop token: limit, budget or abort."),
-            Metric("branch_depth", "steps", "Depth at which later rounds' branches begin, mean; 0 is the prompt."),
+            Metric("response_length", "tokens", "Sampled tokens per trajectory, mean."),
+            Metric("response_steps", "steps", "Steps per trajectory, mean; 1 if the search does not cut steps."),
+            Metric("truncated_share", "share", "Trajectories ended by a limit, budget or abort, not by a stop token."),
+            Metric("branch_depth", "steps", "Depth where the branches of later rounds begin, mean; 0 is the prompt."),
             *(_depth_metric(low, high) for low, high in _DEPTH_BINS),
         ),
     ),
     Group(
         "Amounts",
         (
-            Metric("prompts", "count", "Prompts, that is trees."),
-            Metric("trajectories", "count", "Trajectories, that is leaves."),
-            Metric("trajectory_tokens", "tokens", "Length of all trajectories, a shared token once for each."),
+            Metric("prompts", "count", "Prompts; each has one tree."),
+            Metric("trajectories", "count", "Trajectories; each is a leaf of its tree."),
+            Metric("trajectory_tokens", "tokens", "Sum of the trajectories' lengths; shared tokens count in each."),
             Metric("tokens_sampled", "tokens", "Tokens sampled, each counted once, trained on or not."),
-            Metric("tokens_computed", "tokens", "Tokens computed to sample: prefilled, decoded, recomputed."),
-            Metric("tokens_trained", "tokens", "Tokens computed to train, prompts and repeated prefixes too."),
+            Metric("tokens_computed", "tokens", "Tokens computed for sampling: prefilled, decoded, recomputed."),
+            Metric("tokens_trained", "tokens", "Tokens computed for training, prompts and repeated prefixes included."),
             Metric("sampling_efficiency", "ratio", "trajectory_tokens / tokens_computed."),
             Metric("training_efficiency", "ratio", "Tokens of the trained trajectories / tokens_trained."),
-            Metric("reward_timeouts", "count", "Gradings of the run's steps in which a reward was late; counts as 0."),
-            Metric("reward_failures", "count", "Gradings of the run's steps in which a reward failed; counts as 0."),
+            Metric("reward_timeouts", "count", "Training gradings so far where a reward timed out (it counts as 0)."),
+            Metric("reward_failures", "count", "Training gradings so far where a reward failed (it counts as 0)."),
         ),
     ),
     Group(
         "Loss and optimizer",
         (
-            Metric("loss", "", "The objective that is minimised, summed over an optimizer step, mean over these."),
+            Metric("loss", "", "The minimised objective of an optimizer step, mean over the optimizer steps."),
             Metric("weight", "", "Sum of the token weights in the loss; 1 for a token mean."),
             Metric("clip_fraction", "share", "Token weight whose gradient the clipping removed (clip share)."),
             Metric("entropy", "nats", "Entropy of the policy at the sampling temperature, mean over token weights."),
-            Metric("entropy_advantage", "nats", "Entropy times advantage, mean over token weights; with IBRO."),
+            Metric("entropy_advantage", "nats", "Entropy times advantage, mean over token weights; for IBRO only."),
             Metric("kl_old_k1", "nats", "KL(policy that sampled | policy), k1 estimate, mean over token weights."),
             Metric("kl_old_k3", "nats", "KL(policy that sampled | policy), k3 estimate, mean over token weights."),
-            Metric("kl_ref_k1", "nats", "KL(policy | frozen reference), k1 estimate; only where it is penalised."),
-            Metric("kl_ref_k3", "nats", "KL(policy | frozen reference), k3 estimate; only where it is penalised."),
-            Metric("logprob_gap", "nats", "Sampler's against trainer's log-prob before any update: weighted mean gap."),
+            Metric("kl_ref_k1", "nats", "KL(policy | frozen reference), k1 estimate; only if it is penalised."),
+            Metric("kl_ref_k3", "nats", "KL(policy | frozen reference), k3 estimate; only if it is penalised."),
+            Metric("logprob_gap", "nats", "|sampler's - trainer's log-prob| before any update, mean over weights."),
             Metric("logprob_gap_max", "nats", "The largest such gap."),
             Metric("grad_norm", "", "L2 norm of the gradient before clipping, mean over optimizer steps."),
-            Metric("lr", "", "Learning rate of the last optimizer step; where none was taken, of the next."),
+            Metric("lr", "", "Learning rate of the last optimizer step, or of the next one if none was taken."),
             Metric("optimizer_steps", "count", "Optimizer steps taken."),
-            Metric("optimizer_steps_skipped", "count", "Optimizer steps left out: NaN or Inf in loss or gradient."),
+            Metric("optimizer_steps_skipped", "count", "Optimizer steps skipped: NaN or Inf in loss or gradient."),
             Metric("groups_skipped", "count", "Trees left out of the loss: all rewards (vineppo: values) are equal."),
         ),
     ),
     Group(
         "Time",
         (
-            Metric("sampling_seconds", "s", "Wall clock of sampling, without waiting for rewards."),
-            Metric("reward_seconds", "s", "Wall clock spent in grading or waiting for it."),
-            Metric("training_seconds", "s", "Wall clock of packing, forward, backward and update."),
-            Metric("evaluation_seconds", "s", "Wall clock of an evaluation."),
-            Metric("step_seconds", "s", "Wall clock of the whole training step."),
+            Metric("sampling_seconds", "s", "Wall-clock time of sampling, without waiting for rewards."),
+            Metric("reward_seconds", "s", "Wall-clock time of grading or waiting for it."),
+            Metric("training_seconds", "s", "Wall-clock time of packing, forward, backward and update."),
+            Metric("evaluation_seconds", "s", "Wall-clock time of an evaluation."),
+            Metric("step_seconds", "s", "Wall-clock time of the whole training step."),
             Metric("tokens_per_second", "tokens/s", "tokens_sampled / sampling_seconds."),
-            Metric("peak_memory", "bytes", "Most memory so far: of the GPU, allocated; on a CPU, the process's."),
-            Metric("memory_planned", "bytes", "The same as the plan before the first step foresaw it."),
+            Metric("peak_memory", "bytes", "Peak memory so far: allocated on the GPU; on a CPU, of the process."),
+            Metric("memory_planned", "bytes", "Peak memory that the plan predicted before the first step."),
         ),
     ),
     Group(
@@ -129,30 +129,30 @@ GROUPS: tuple[Group, ...] = (
             Metric("eval_avg", "0 to 1", "avg@k: mean reward of k independent samples, mean over prompts; accuracy."),
             Metric("eval_avg_low", "0 to 1", "Lower end of its 95 % interval over prompts."),
             Metric("eval_avg_high", "0 to 1", "Upper end."),
-            Metric("eval_pass", "0 to 1", "Unbiased pass@k, 1 - C(n-c, k)/C(n, k), of c rewards above .5 among n."),
+            Metric("eval_pass", "0 to 1", "Unbiased pass@k, 1 - C(n-c, k)/C(n, k), for c of n rewards above .5."),
             Metric("eval_pass_low", "0 to 1", "Lower end of its 95 % interval over prompts."),
             Metric("eval_pass_high", "0 to 1", "Upper end."),
-            Metric("eval_maj", "0 to 1", "maj@k: mean reward of the answer that most of the k samples give."),
+            Metric("eval_maj", "0 to 1", "maj@k: mean reward of the most frequent answer among the k samples."),
             Metric("eval_maj_low", "0 to 1", "Lower end of its 95 % interval over prompts."),
             Metric("eval_maj_high", "0 to 1", "Upper end."),
             Metric("eval_greedy", "0 to 1", "Mean reward of the greedy completion."),
             Metric("eval_greedy_low", "0 to 1", "Lower end of its 95 % interval over prompts."),
             Metric("eval_greedy_high", "0 to 1", "Upper end."),
             Metric("eval_prompts", "count", "Held-out prompts evaluated."),
-            Metric("eval_samples", "count", "Samples a prompt: k."),
+            Metric("eval_samples", "count", "Samples per prompt, k."),
             Metric("eval_response_length", "tokens", "Length of the sampled completions, mean."),
             Metric("eval_truncated_share", "share", "Sampled completions not ended by a stop token."),
-            Metric("eval_reward_timeouts", "count", "Gradings of it in which a reward took too long; it counts as 0."),
-            Metric("eval_reward_failures", "count", "Gradings of it in which a reward failed; it counts as 0."),
+            Metric("eval_reward_timeouts", "count", "Evaluation gradings where a reward timed out (it counts as 0)."),
+            Metric("eval_reward_failures", "count", "Evaluation gradings where a reward failed (it counts as 0)."),
         ),
     ),
     Group(
         "Warm start",
         (
-            Metric("warm_start_updates", "count", "Updates until the loss was near the teacher's, and the decay."),
+            Metric("warm_start_updates", "count", "Updates of the warm start, the decay included."),
             Metric("warm_start_loss", "nats", "Cross-entropy on the worked solutions, mean over their tokens."),
-            Metric("warm_start_excess", "nats", "Loss above the teacher's on the same solutions; last 10 updates."),
-            Metric("warm_start_seconds", "s", "Wall clock of the warm start."),
+            Metric("warm_start_excess", "nats", "Loss minus the teacher's on the same solutions; last 10 updates."),
+            Metric("warm_start_seconds", "s", "Wall-clock time of the warm start."),
         ),
     ),
 )  # fmt: skip
@@ -170,7 +170,7 @@ def check_names(names: Iterable[str]) -> None:
 def documentation() -> str:
     """The text of docs/metrics.md."""
     lines = ["# Metrics", "", "Generated from `ibtpo/metrics.py` by `python -m ibtpo.metrics > docs/metrics.md`.", ""]
-    lines += ["Where not said otherwise a value belongs to one training step; averages are over the step.", ""]
+    lines += ["Unless stated otherwise, a value belongs to one training step, and averages are over that step.", ""]
     for group in GROUPS:
         lines += [f"## {group.title}", "", "| name | unit | meaning |", "|---|---|---|"]
         lines += [f"| `{m.name}` | {m.unit} | {m.meaning.replace('|', chr(92) + '|')} |" for m in group.metrics]

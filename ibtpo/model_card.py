@@ -17,6 +17,7 @@ from ibtpo.config_io import flat, plain, to_yaml
 from ibtpo.environment import environment
 from ibtpo.policy import Policy, base_folder
 from ibtpo.presets import PRESETS
+from ibtpo.printable import counted
 from ibtpo.sections.jsonl import parse_options
 from ibtpo_engine.adapter_folder import is_adapter_folder
 
@@ -77,7 +78,7 @@ def model_card(
     model = base_folder(config.model) if began_with_adapters else config.model
     if (base := _hub_name(model)) is not None:
         header["base_model"] = base
-    title = f"{step:,} steps of {config.advantage.kind}" if step else "Before training"
+    title = f"{counted(step, 'step')} of {config.advantage.kind}" if step else "Before training"
     facts = {
         "base model": model if base is None else base,
         **({"adapters it began with": config.model} if began_with_adapters else {}),

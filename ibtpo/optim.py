@@ -94,7 +94,7 @@ class MasterAdamW:
         if not math.isfinite(norm):
             raise NonFiniteGradient(
                 f"the gradient's norm is {norm} at optimizer step {self.num_steps + 1}; lower optim.lr or "
-                "loss.clip_high, and go on from the last checkpoint"
+                "loss.clip_high, and continue from the last checkpoint"
             )
         return norm
 

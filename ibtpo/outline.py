@@ -41,8 +41,8 @@ def print_tree(config: TrainConfig, console: Console, *, prompt: str | None, ans
     console.print(_outline(tree, policy, problem))
     leaves = tree.leaves()
     console.print(
-        f"{len(leaves)} trajectories, {outcome([leaf.reward or 0.0 for leaf in leaves])}, "
-        f"{tree.num_sampled} tokens sampled for {sum(leaf.end - tree.prompt_len for leaf in leaves)} in trajectories"
+        f"trajectories: {len(leaves)}, {outcome([leaf.reward or 0.0 for leaf in leaves])}; tokens: {tree.num_sampled} "
+        f"sampled, {sum(leaf.end - tree.prompt_len for leaf in leaves)} in the trajectories"
     )
 
 
@@ -64,7 +64,7 @@ def _problem(
         return Problem(prompt, answer), _grades_of(config)
     if task.name == DigitChain.name:
         return parse_prompt(prompt if prompt.endswith("\n") else prompt + "\n"), task
-    raise ValueError("prompt: give the right --answer too; without rewards there is nothing to score")
+    raise ValueError("prompt: without the right answer there is no reward; give it with --answer")
 
 
 def _grades_of(config: TrainConfig) -> RewardGrades:

@@ -81,7 +81,9 @@ class Policy:
             return
         wanted = _asked_for(config)
         if self.base is None:
-            raise ValueError("lora.rank: the built-in policy is small, train it whole; give a checkpoint with --model")
+            raise ValueError(
+                "lora.rank: the built-in policy has no adapters; set it to 0, or give a checkpoint with --model"
+            )
         if self.model.adapters is None:
             self.model.add_adapters(wanted, seed=seed)
         elif self.model.adapters.config != wanted:
@@ -141,8 +143,8 @@ def base_folder(folder: Path | str, began_with: str | None = None) -> str:
         return base_of(folder)
     except CheckpointError:
         raise CheckpointError(
-            f"{folder} holds adapters, and the base that they belong on is not there: {began_with}. Say where it lies "
-            f"now: ibtpo train --resume {run} --model FOLDER, or the field model in {run / CONFIG}"
+            f"{folder} holds adapters, and their base model is not there: {began_with}. Give its new folder by "
+            f"ibtpo train --resume {run} --model FOLDER, or in the field model of {run / CONFIG}"
         ) from None
 
 

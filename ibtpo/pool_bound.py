@@ -48,7 +48,7 @@ def pool_warning(config: TrainConfig, *, longest_prompt: Callable[[], int], cont
     if least <= pool:
         return None
     return (
-        f"engine.kv_tokens: a tree takes up to {least:,} tokens if nothing ends before sampling.max_tokens, the pool "
-        f"holds {pool:,}; a tree that does not fit would end the run: raise it if there is memory, or lower "
-        "sampling.max_tokens"
+        f"engine.kv_tokens: a tree takes up to {least:,} tokens if all branches reach sampling.max_tokens, but the "
+        f"pool holds {pool:,}; a tree that does not fit ends the run. Raise engine.kv_tokens if there is memory, or "
+        "lower sampling.max_tokens"
     )

@@ -61,7 +61,7 @@ def announce_changes(run: Path, config: TrainConfig, console: Console) -> None:
             )
     if changes:
         listed = ", ".join(f"{name} {before[name]} -> {value}" for name, value in changes.items())
-        say(console, f"goes on with other settings: {listed}")
+        say(console, f"continues with other settings: {listed}")
 
 
 def _has_moved(before: str, now: str, run: Path) -> bool:
@@ -92,8 +92,8 @@ def check_beginning(config: TrainConfig, last: Checkpoint | None) -> None:
         needed = "needs it as the reference policy"
         without = ", or do without the reference: --loss.kl-coef 0 --advantage.pi-ref sampling"
     raise RunFolderError(
-        f"resume: {config.model}, which {config.resume} began with, is not there, and the run {needed}; put it back, "
-        f"or say where it lies now: --model FOLDER, or the field model in {config.resume}/{CONFIG}{without}"
+        f"resume: {config.model}, which {config.resume} began with, is not there, and the run {needed}; restore it, "
+        f"or give its new folder by --model FOLDER, or in the field model of {config.resume}/{CONFIG}{without}"
     )
 
 

@@ -144,7 +144,7 @@ def load_reward(name: str) -> Reward:
 def _check_function(name: str, function: Any) -> None:
     """Raise TypeError if every grading with this function would fail."""
     if not callable(function):
-        raise TypeError(f"{name} is no function but of type {type(function).__name__}")
+        raise TypeError(f"{name} is not a function, but of type {type(function).__name__}")
     kinds = inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction
     if any(is_kind(function) for is_kind in kinds):
         raise TypeError(f"{name} is async or a generator; a reward returns a number")

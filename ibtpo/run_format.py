@@ -54,7 +54,7 @@ def check_format(folder: Path) -> None:
         content = json.loads(path.read_text(encoding="utf-8"))
         number, writer = int(content["format"]), str(content.get("version"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise RunFolderError(f"{path} does not say a format; put it back from a copy") from None
+        raise RunFolderError(f"{path} holds no format number; restore it from a copy") from None
     if number > FORMAT:
         raise RunFolderError(
             f"{folder} has format {number}, this ibtpo ({package_version('ibtpo')}) reads up to {FORMAT}; update it to "

@@ -248,8 +248,8 @@ def _last_step(path: Path, last: Checkpoint | None) -> int:
         return last.step
     if steps := max((row["step"] for row in read_rows(path / METRICS)), default=0):
         raise RunFolderError(
-            f"resume: {path} has logged {steps} steps, but there is no checkpoint in {path / CHECKPOINTS}; put one "
-            "back from a copy, or begin a new run with --out"
+            f"resume: {path} has logged {steps} steps, but there is no checkpoint in {path / CHECKPOINTS}; restore "
+            "one from a copy, or begin a new run with --out"
         )
     return -1
 

@@ -83,7 +83,7 @@ def open_model(config: TrainConfig, console: Console) -> tuple[Path, Policy, Tas
         ValueError: there is no such model, or it cannot be used.
     """
     if config.model == "built-in":
-        raise ValueError("model: give --model a checkpoint or run folder; `ibtpo train` makes one")
+        raise ValueError("model: a checkpoint or run folder is needed; give one with --model (`ibtpo train` makes it)")
     folder = weights_of(Path(config.model), lambda text: say(console, text, style="dim"))
     policy = load_policy(folder, dtype=getattr(torch, config.dtype), device=choose_device(config.device))
     return folder, policy, make_task(config)

@@ -47,7 +47,7 @@ class StepSplitter:
         if step_tokens is not None and step_tokens < 1:
             raise ValueError(f"step_tokens: {step_tokens} must be at least 1")
         if step_tokens is None and not separator:
-            raise ValueError('separator: "" must be at least one character, or set step_tokens')
+            raise ValueError('separator: "" has no character; give at least one, or set step_tokens')
         self.separator = separator
         self.step_tokens = step_tokens
         self.noise = noise

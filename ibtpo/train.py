@@ -82,7 +82,7 @@ def train(
         if folder is None:
             folder = stack.enter_context(_created(config.out or default_folder(config), settings, group))
         if group.leads and (differences := record_environment(folder.path)):
-            say(console, f"goes on with other versions: {', '.join(differences)}")
+            say(console, f"continues with other versions: {', '.join(differences)}")
         gc.collect()
         gc.freeze()  # objects loaded so far stay, so the garbage collector need not visit them
         stack.callback(gc.unfreeze)
@@ -104,29 +104,29 @@ def _check_combinations(config: TrainConfig, group: Group) -> None:
     if config.parity == "bitwise" and adapters_of(config) is not None:
         trained = f"lora.rank: {config.lora.rank} trains adapters" if config.lora.rank else "model: it is an adapter"
         raise ValueError(
-            f"{trained}, whose sums parity=bitwise does not order; use --parity fast, or train the weights themselves"
+            f"{trained}, and parity=bitwise does not support adapters; use --parity fast, or train the weights"
         )
     if config.sampling.temperature == 0:
-        raise ValueError("sampling.temperature: 0 is greedy, all trajectories would be alike; set it above 0 to train")
+        raise ValueError("sampling.temperature: 0 is greedy, so all trajectories would be equal; set it above 0")
     if search.redraws > 0 and advantage.uniform_groups != "skip":
         raise ValueError(
-            f"search.redraws: {search.redraws} draws again for groups of equal rewards, on which "
-            f"advantage.uniform_groups={advantage.uniform_groups} trains; set it to skip, or redraws to 0"
+            f"search.redraws: {search.redraws} draws new prompts for groups of equal rewards, but "
+            f"advantage.uniform_groups={advantage.uniform_groups} trains on these; set it to skip, or redraws to 0"
         )
     if search.redraws > 0 and advantage.kind == "vineppo":
         raise ValueError(
-            f"search.redraws: {search.redraws} draws again for groups of equal rewards, from which "
-            "advantage.kind=vineppo learns all the same, by the values of their steps; set redraws to 0"
+            f"search.redraws: {search.redraws} draws new prompts for groups of equal rewards, but "
+            "advantage.kind=vineppo learns from these too, by the values of their steps; set redraws to 0"
         )
     if advantage.kind == "treepo" and advantage.uniform_groups != "skip":
         raise ValueError(
-            f"advantage.uniform_groups: {advantage.uniform_groups} would keep groups of equal rewards, to which the "
-            "whitening of advantage.kind=treepo gives advantages that no reward explains; set it to skip"
+            f"advantage.uniform_groups: {advantage.uniform_groups} would keep groups of equal rewards, and the "
+            "whitening of advantage.kind=treepo would give them advantages without any reward; set it to skip"
         )
     if advantage.kind == "vineppo" and advantage.uniform_groups != "skip":
         raise ValueError(
-            f"advantage.uniform_groups: {advantage.uniform_groups} asks for groups of equal rewards, which "
-            "advantage.kind=vineppo keeps or leaves out by the values of their steps; set it to skip"
+            f"advantage.uniform_groups: {advantage.uniform_groups} does not apply to advantage.kind=vineppo, which "
+            "skips groups by the values of their steps, not by their rewards; set it to skip"
         )
 
 
@@ -140,8 +140,8 @@ def _model(config: TrainConfig, console: Console, group: Group) -> str:
         if config.needs_reference and config.resume is None and path.parent.name == CHECKPOINTS:
             say(
                 console,
-                f"the run needs {path} as the reference policy until it ends, and to be resumed; if the run that wrote "
-                "that checkpoint goes on and may delete it, use a copy",
+                f"the run needs {path} as the reference policy until it ends, and also to be resumed; if the run that "
+                "wrote this checkpoint continues, it may delete it, so use a copy",
             )
     return group.gather(model, "choose the model")[0]
 

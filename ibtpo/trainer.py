@@ -132,14 +132,14 @@ class Trainer:
             except Interrupted:
                 self._agree_to_stop()
                 kept = f"saved {self._checkpoint()}" if self._started else "nothing is saved of a warm start"
-                how = f"{kept}; go on with: ibtpo train --resume {self.folder.path}"
+                how = f"{kept}; continue with: ibtpo train --resume {self.folder.path}"
                 raise Interrupted(f"stopped at step {self.state.step}; {how}", self.stop.signal) from None
             except (NonFinite, RunFolderError):  # nothing can be saved; their messages say how to go on
                 raise
             except Exception as error:
                 kept = self._keep_last_step()
                 larger = " and a larger --engine.kv-tokens" if isinstance(error, OutOfPages) else ""
-                error.add_note(f"{kept}; go on with: ibtpo train --resume {self.folder.path}{larger}")
+                error.add_note(f"{kept}; continue with: ibtpo train --resume {self.folder.path}{larger}")
                 raise
 
     def resume(self) -> None:
@@ -157,7 +157,7 @@ class Trainer:
             self.optimizer.load_state(load_file(last.path / "optimizer.safetensors"))
         except OtherForm as error:
             raise ValueError(
-                f"resume: {error}; put it back in {self.folder.path / CONFIG}, or start a new run from the weights "
+                f"resume: {error}; restore it in {self.folder.path / CONFIG}, or start a new run from the weights "
                 f"with --model {last.path}"
             ) from None
         except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
@@ -168,9 +168,9 @@ class Trainer:
         problems = self.state.problems
         if state.problems not in (None, problems):
             raise ValueError(
-                f"resume: {self.config.data} or what goes with it has changed (it had {state.problems}, now "
-                f"{problems}), so the problems would not be the same; restore it, or start a new run from the "
-                f"weights with --model {last.path}"
+                f"resume: {self.config.data}, jsonl.eval_data or jsonl.few_shot has changed (before: {state.problems}, "
+                f"now: {problems}), so the problems would not be the same; restore the file, or start a new run from "
+                f"the weights with --model {last.path}"
             )
         self.state = replace(state, problems=problems)
         self.engine.weights_changed()
@@ -316,8 +316,9 @@ class Trainer:
             found = f"{search.separator!r} (search.separator)" if search.step_tokens is None else "search.step_tokens"
             say(
                 self.console,
-                f"warning: no trajectory of the first step has a second reasoning step, since {found} ends none; trees "
-                "can branch at the prompt only. Look at the texts in `ibtpo view`, and name what stands between steps",
+                f"warning: no trajectory of the first step has a second reasoning step, since {found} ends none; "
+                "trees can branch at the prompt only. Look at the texts in `ibtpo view`, and set search.separator to "
+                "the text between steps",
                 style="yellow",
             )
 
@@ -384,7 +385,7 @@ class Trainer:
     def _checkpoint(self) -> Path:
         if fault := find_nonfinite(self.policy.model):
             raise NonFinite(
-                f"{fault} at step {self.state.step}; nothing was saved. Lower optim.lr and go on from the last "
+                f"{fault} at step {self.state.step}; nothing was saved. Lower optim.lr and continue from the last "
                 f"checkpoint with --resume {self.folder.path}"
             )
 

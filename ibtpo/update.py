@@ -150,7 +150,7 @@ class Updater:
         if self.nonfinite_in_a_row > self.config.safeguards.nonfinite_steps:
             raise NonFinite(
                 f"{self.nonfinite_in_a_row} optimizer steps in a row had NaN or Inf in loss or gradient and were "
-                f"skipped (the last: {fault}); lower optim.lr and go on from the last checkpoint, or "
+                f"skipped (the last: {fault}); lower optim.lr and continue from the last checkpoint, or "
                 "allow more with safeguards.nonfinite_steps"
             )
         return None

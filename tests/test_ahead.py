@@ -116,7 +116,7 @@ def test_waiting_for_what_was_never_asked_for_is_refused() -> None:
         first, second = tree.root.fork(2)
         yield Ahead([first], [second])
 
-    with pytest.raises(ValueError, match="never asked to extend"):
+    with pytest.raises(ValueError, match="not yielded it to be extended"):
         list(engine.run(search, [PROMPTS[0]], SAMPLING))
     assert_idle(engine)
 

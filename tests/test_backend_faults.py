@@ -111,7 +111,7 @@ def test_a_refusal_is_not_repeated(server: Server) -> None:
 def test_nobody_there_is_an_error_that_says_so() -> None:
     with serving(EngineBackend(engine())) as gone:
         pass
-    with connect(gone, retries=1) as backend, pytest.raises(BackendError, match="refused.*is the server up"):
+    with connect(gone, retries=1) as backend, pytest.raises(BackendError, match="refused.*check that the server runs"):
         backend.extend([[3, 4]], 1, sampling=SAMPLING, seeds=[[0]])
 
 
@@ -124,13 +124,13 @@ def first(response: dict[str, Any]) -> dict[str, Any]:
     ("twist", "message"),
     [
         (lambda r: first(r).pop("token_ids"), "no token ids.*return_token_ids"),
-        (lambda r: first(r).update(token_ids=["a"] * 3), "no integers"),
-        (lambda r: first(r).update(token_ids="567"), "no integers"),
-        (lambda r: first(r)["token_ids"].__setitem__(0, 6.7), "no integers"),
-        (lambda r: first(r)["token_ids"].__setitem__(0, -6), "no integers from 0 on"),
-        (lambda r: first(r)["token_ids"].__setitem__(0, 1 << 40), "no integers from 0 on"),
-        (lambda r: first(r).update(logprobs=[-1.0, -2.0]), "logprobs that are no object"),
-        (lambda r: first(r).update(logprobs="none"), "logprobs that are no object"),
+        (lambda r: first(r).update(token_ids=["a"] * 3), "not 32-bit integers"),
+        (lambda r: first(r).update(token_ids="567"), "not 32-bit integers"),
+        (lambda r: first(r)["token_ids"].__setitem__(0, 6.7), "not 32-bit integers"),
+        (lambda r: first(r)["token_ids"].__setitem__(0, -6), "not 32-bit integers from 0 on"),
+        (lambda r: first(r)["token_ids"].__setitem__(0, 1 << 40), "not 32-bit integers from 0 on"),
+        (lambda r: first(r).update(logprobs=[-1.0, -2.0]), "logprobs that are not a JSON object"),
+        (lambda r: first(r).update(logprobs="none"), "logprobs that are not a JSON object"),
         (lambda r: first(r)["logprobs"]["token_logprobs"].__setitem__(0, math.nan), "outside"),
         (lambda r: first(r)["logprobs"]["token_logprobs"].__setitem__(0, -math.inf), "outside"),
         (lambda r: first(r)["logprobs"]["token_logprobs"].__setitem__(0, 3.5), "outside"),
@@ -143,16 +143,16 @@ def first(response: dict[str, Any]) -> dict[str, Any]:
             lambda r: first(r).update(finish_reason="stop", token_ids=[5] * len(first(r)["token_ids"])),
             "not in stop_tokens",
         ),
-        (lambda r: first(r)["token_ids"].__setitem__(0, 2), "went on after token 2 .*honours stop_token_ids"),
+        (lambda r: first(r)["token_ids"].__setitem__(0, 2), "continued after token 2 .*supports stop_token_ids"),
         (lambda r: first(r).update(prompt_token_ids=[1, *first(r)["prompt_token_ids"]]), "BOS"),
         (lambda r: first(r).update(prompt_token_ids=5), "continued 5 tokens"),
         (lambda r: r.update(choices=[]), "0 choices for n=1"),
         (lambda r: (r.clear(), r.update(error={"message": "out of memory"})), "no list of choices.*out of memory"),
         (lambda r: r.pop("choices"), "no list of choices"),
-        (lambda r: _lengthen(first(r)), "21 tokens where 1 to 20"),
+        (lambda r: _lengthen(first(r)), "21 tokens, but 1 to 20"),
         (
             lambda r: first(r)["token_ids"].__setitem__(0, VOCABULARY),
-            rf"token id {VOCABULARY}, outside the vocabulary \[0, {VOCABULARY}\); does the server serve another model",
+            rf"token id {VOCABULARY}, outside the vocabulary \[0, {VOCABULARY}\); check whether the server",
         ),
         (lambda r: first(r).update(token_ids=[], finish_reason="length", logprobs={"token_logprobs": []}), "0 tokens"),
     ],
@@ -232,10 +232,10 @@ def test_stop_strings_and_grammars_over_a_backend_begin_at_the_prompt_or_are_ref
     assert {node.stopped_by for node in nodes if node.finish == "stop"} == {"ab", "cd"}
     for node in nodes:
         assert node.finish == "length" or decode(node.tokens.tolist()).endswith(str(node.stopped_by))
-    with pytest.raises(ValueError, match=r"Sampling\.stop: .* goes on from sampled tokens"):
+    with pytest.raises(ValueError, match=r"Sampling\.stop: .* continues sampled tokens"):
         trees.extend(nodes[0].fork(at=1), stop)
     trees.extend(tree.root.fork(at=5), Sampling(max_tokens=20, allowed=mask))
-    with pytest.raises(ValueError, match=r"Sampling\.allowed: .* goes on from sampled tokens"):
+    with pytest.raises(ValueError, match=r"Sampling\.allowed: .* continues sampled tokens"):
         trees.extend(nodes[0].fork(at=1), Sampling(max_tokens=20, allowed=mask))
 
 
@@ -331,7 +331,7 @@ def test_a_request_that_nobody_waits_for_gives_its_place_up_between_two_tries(se
     left, begin = threading.Event(), time.monotonic()
     with connect(server, max_requests=1) as backend:
         threading.Timer(0.2, left.set).start()
-        with pytest.raises(BackendError, match="the call left"):
+        with pytest.raises(BackendError, match="the call was left"):
             backend.extend_until([[3, 4]], 1, sampling=SAMPLING, seeds=[[0]], cancelled=left)
         assert len(backend.extend([[3, 4]], 1, sampling=SAMPLING, seeds=[[0]])[0]) == 1
     assert time.monotonic() - begin < 10
@@ -551,6 +551,6 @@ def test_a_wrong_option_names_itself_and_its_range(options: dict[str, Any], mess
 
 def test_a_key_is_not_printed() -> None:
     assert "secret" not in repr(CompletionsServer(url="http://127.0.0.1/v1", model="m", api_key="secret"))
-    with pytest.raises(ValueError, match=r"api_key: holds a line end.*strip\(\)") as refused:
+    with pytest.raises(ValueError, match=r"api_key: it holds a line end.*strip\(\)") as refused:
         CompletionsServer(url="http://127.0.0.1/v1", model="m", api_key="secret\n")  # as it is read from a file
     assert "secret" not in str(refused.value)

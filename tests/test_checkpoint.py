@@ -172,7 +172,7 @@ def test_two_sets_of_weights(sharded: Path, whole: Path, tmp_path: Path) -> None
     """As where `transformers` saves shards beside a single file: it goes on loading the file, others the shards."""
     folder = Path(shutil.copytree(sharded, tmp_path / "model"))
     shutil.copy(whole / WEIGHTS, folder)
-    refused(folder, WEIGHTS, INDEX, "Delete those that are not meant")
+    refused(folder, WEIGHTS, INDEX, "Delete the wrong ones")
 
 
 def test_an_index_that_a_later_save_left_behind(sharded: Path, whole: Path, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 
 def test_a_tensor_of_the_wrong_shape(folder: Path) -> None:
     edit_weights(folder, lambda state: state.update({DOWN: torch.zeros(3, 5)}))
-    refused(folder, WEIGHTS, DOWN, "(3, 5)", "(48, 56)", "do not belong together")
+    refused(folder, WEIGHTS, DOWN, "(3, 5)", "(48, 56)", "of the same model")
 
 
 def test_a_config_of_another_size(folder: Path) -> None:
@@ -210,7 +210,7 @@ def test_a_config_of_another_size(folder: Path) -> None:
 
 def test_a_missing_tensor(folder: Path) -> None:
     edit_weights(folder, lambda state: state.pop(DOWN))
-    refused(folder, "1 tensors are missing", DOWN, "shard")
+    refused(folder, "is missing (1 missing in all)", DOWN, "shard")
 
 
 def test_a_missing_head(folder: Path) -> None:

@@ -148,7 +148,7 @@ def test_sample_prints_a_tree_of_the_built_in_task(built_in: Path, capsys: pytes
     assert main(["sample", "--model", str(built_in), *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("7*8-5=?  value 0.00")
-    assert lines[-1].startswith("6 trajectories, 0 right, ")
+    assert lines[-1].startswith("trajectories: 6, 0 right; tokens: ")
     leaves = [line for line in lines if line.endswith("wrong")]
     assert len(leaves) == 6
     assert all("round" in line and "pi 0." in line and "value 0.00" in line for line in leaves)
@@ -192,7 +192,7 @@ def test_sample_answers_a_prompt_of_ones_own(
     assert main(["sample", "--model", *map(str, [model_folder, *flags])]) == 0
     out = capsys.readouterr().out
     assert out.startswith("1+1  value")
-    assert "8 trajectories" in out
+    assert "trajectories: 8" in out
 
 
 def test_eval_prints_and_writes_the_accuracies(
@@ -284,7 +284,7 @@ def test_a_page_that_cannot_be_written_is_named(
 
 @pytest.mark.parametrize("command", ["eval", "sample"])
 def test_eval_and_sample_need_a_model(command: str, tmp_path: Path, refused: Refusal) -> None:
-    assert "model: give --model a checkpoint or run folder" in refused(command=command)
+    assert "model: a checkpoint or run folder is needed" in refused(command=command)
     with RunFolder.create(tmp_path / "run", TrainConfig()):
         assert "run is a run folder that has no checkpoint yet" in refused("--model", tmp_path / "run", command=command)
 
@@ -309,7 +309,7 @@ def test_sample_refuses_an_index_below_0(built_in: Path, refused: Refusal) -> No
 
 def test_sample_needs_the_right_answer_of_a_text_prompt(model_folder: Path, rows_file: Path, refused: Refusal) -> None:
     message = refused("--model", model_folder, "--data", rows_file, "--prompt", "1+1", command="sample")
-    assert "give the right --answer too" in message
+    assert "give it with --answer" in message
 
 
 # ---- what is no error --------------------------------------------------------------------------------------------
@@ -357,4 +357,4 @@ def test_sample_grades_a_text_prompt_without_a_data_file(
 ) -> None:
     flags = ["--prompt", "1+1", "--answer", "2", "--search.rounds", "2", "--sampling.max-tokens", "4"]
     assert main(["sample", "--model", *map(str, [model_folder, *flags])]) == 0
-    assert "5 trajectories" in capsys.readouterr().out
+    assert "trajectories: 5" in capsys.readouterr().out

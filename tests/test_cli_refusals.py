@@ -112,7 +112,7 @@ GOOD = '{"prompt": "1+1", "answer": "2"}\n{"prompt": "1+2", "answer": 3}\n'
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("", "rows.jsonl: the file is empty; write one JSON object a line"),
+        ("", "rows.jsonl: the file is empty; write one JSON object per line"),
         ("\n \n", "rows.jsonl: the file is empty"),
         (GOOD + "{oops}\n", "rows.jsonl, line 3: malformed JSON at column 2"),
         (GOOD + "\n[1]\n", "rows.jsonl, line 4: expected an object, found a list"),
@@ -168,7 +168,7 @@ def test_pool_too_small_for_one_tree_ends_the_run_which_a_larger_one_continues(r
 def test_pool_that_memory_cannot_hold_names_the_field(refused: Refusal) -> None:
     message = refused(*DIGITS, *SMALL, "--engine.kv-tokens", str(10**15))
     assert "memory plan" in message
-    assert "the nearest that fits: --engine.kv-tokens" in message
+    assert "the nearest settings that fit: --engine.kv-tokens" in message
 
 
 def test_missing_data_file_is_named(model_folder: Path, tmp_path: Path, refused: Refusal) -> None:

@@ -225,7 +225,7 @@ def test_unknown_fields_and_wrong_types_are_named(changes: dict[str, Any], messa
         ({"search": {"nodes_per_round": 0}}, r"search\.nodes_per_round: 0 lies outside \[1, inf\)"),
         ({"search": {"branches_per_node": -1}}, r"search\.branches_per_node: -1 lies outside \[1, inf\)"),
         ({"search": {"step_tokens": 0}}, r"search\.step_tokens: 0 lies outside \[1, inf\)"),
-        ({"search": {"separator": ""}}, r"search\.separator: \"\" must be at least one character"),
+        ({"search": {"separator": ""}}, r"search\.separator: \"\" has no character"),
         ({"search": {"separator": r"\n"}}, r"a backslash and the letter n, not a newline; write \$'\\n' in the shell"),
         ({"advantage": {"ib_weight": -0.1}}, r"advantage\.ib_weight: -0\.1 lies outside \[0\.0, inf\)"),
         ({"loss": {"clip_low": 1.5}}, r"loss\.clip_low: 1\.5 lies outside \[0\.0, 1\.0\]"),

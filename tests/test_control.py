@@ -266,7 +266,7 @@ def test_what_branches_under_way_may_reach_is_not_given_again() -> None:
 def test_a_node_budget_refuses_forks_and_cuts_nothing(model: Model) -> None:
     engine = Engine(model, kv_tokens=8192)
     tree = engine.tree(PROMPT, budget=Budget(nodes=4))
-    with pytest.raises(BudgetSpent, match="5 nodes more than the 0"):
+    with pytest.raises(BudgetSpent, match="5 nodes, 4 left of Budget"):
         tree.root.fork(5)
     nodes = engine.extend(tree.root.fork(3), Sampling(max_tokens=9))
     for call in (lambda: nodes[0].fork(1, at=4), lambda: tree.root.fork(2)):

@@ -290,8 +290,10 @@ def test_filters_leave_rows_out_and_say_how_many(tmp_path: Path) -> None:
     assert any("2 of 22 rows left out: same prompt and answer" in note for note in task.notes)
     task.keep(lambda problem: len(problem.prompt) <= 10, "more than 10 prompt tokens")
     assert [len(p.prompt) for p in task.eval_problems(99)] == [5, 6, 7, 8, 9, 10]
-    assert "7 rows left out, they have more than 10 prompt tokens" in task.notes[-2]
+    assert "7 rows left out, with more than 10 prompt tokens" in task.notes[-2]
     assert [note for note in task.notes if "held out" in note] == [f"{path}: 0 rows to train on, 6 prompts held out"]
+    task.keep(lambda problem: len(problem.prompt) == 5, "another length")
+    assert task.notes[-1] == f"{path}: 0 rows to train on, 1 prompt held out"
     task = opened(write(path, [*rows[4:7], {"prompt": "a", "answer": "b", "rate": None}]), **ALL, **config)
     assert task.num_eval == 3 and any('1 of 4 rows left out: field "rate" is null' in note for note in task.notes)
     with pytest.raises(ValueError, match="jsonl.max_pass_rate: 0.8 needs .*--jsonl.pass-rate-field"):
@@ -320,7 +322,7 @@ def test_rows_without_an_answer_are_refused_or_left_out_and_told(tmp_path: Path)
         assert f"{path}: {len(rows) - 10} of {len(rows)} rows left out: no answer can be read ({places})" in task.notes
         same = opened(write(tmp_path / "same.jsonl", rows[:10]), layout, **ALL)
         assert same.fingerprint == task.fingerprint
-    refused = 'no row an answer can be read from the field "solution" in layout math; .* another --layout'
+    refused = 'no row has an answer in the field "solution" in the form of layout math; .* another --layout'
     with pytest.raises(ValueError, match=refused):
         opened(write(tmp_path / "none.jsonl", [proof] * 3), "math", unanswered="drop", **ALL)
     with pytest.raises(ValueError, match="line 11: .*unanswered drop"):

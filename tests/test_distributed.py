@@ -231,7 +231,7 @@ def _one_does_something_else(config: TrainConfig) -> None:
 
 def test_processes_that_part_ways_say_so_instead_of_mixing_up_what_they_send(tmp_path: Path) -> None:
     run(2, _one_does_something_else, CONFIG, logs=tmp_path, ends_well=False)
-    expected = "do not do the same (rank 0 to measure memory, rank 1 to exchange their trees)"
+    expected = "do different things (rank 0 to measure memory, rank 1 to exchange their trees)"
     assert expected in (tmp_path / "0.txt").read_text()
 
 

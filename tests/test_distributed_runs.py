@@ -162,7 +162,7 @@ def test_sigterm_to_one_stops_all_with_a_checkpoint(adder: list[object], tmp_pat
     last = latest_checkpoint(folder)
     assert last is not None
     assert last.step == steps
-    assert "go on with: ibtpo train --resume" in (tmp_path / "logs" / "0.txt").read_text()
+    assert "continue with: ibtpo train --resume" in (tmp_path / "logs" / "0.txt").read_text()
 
 
 def test_a_signal_that_comes_while_the_others_are_asked_is_not_forgotten() -> None:

@@ -427,7 +427,7 @@ def test_a_reward_may_go_on_with_another_run_whose_branches_ended_in_the_same_st
 def test_searches_whose_branches_are_gone_are_told_instead_of_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(MODEL, kv_tokens=4000)
     monkeypatch.setattr(engine, "_report", lambda node: None)
-    with pytest.raises(EngineError, match="begin the run again"):
+    with pytest.raises(EngineError, match="start the run again"):
         list(engine.run(branching, [prompt_of(5)], Sampling(max_tokens=4)))
     assert_idle(engine)
 

@@ -26,9 +26,9 @@ def test_bad_calls_of_extend_name_the_remedy_and_change_nothing() -> None:
     twice, good = tree.root.fork(2)
     for message, node in {
         "not pending; use node.fork": leaf,
-        "closed or of another engine": of_closed,
-        "closed or of another": foreign.root.fork()[0],
-        "of another engine": BareTree(PROMPT).root.fork()[0],
+        "closed tree or to another engine": of_closed,
+        "closed tree or to another": foreign.root.fork()[0],
+        "to another engine": BareTree(PROMPT).root.fork()[0],
         "raise max_tokens": leaf.fork()[0],
         "was dropped": orphan,
     }.items():

@@ -306,7 +306,7 @@ def test_a_signal_keeps_what_was_graded_and_says_how_to_go_on(
         assert run(*command, "--out", out, "--json", tmp_path / "values.json") == code
         kept = len(read_raw(out))
         assert 0 < kept < 12
-        message = f"stopped; {kept} completions are kept in {out}, the same command goes on"
+        message = f"stopped; {kept} completions are kept in {out}, the same command continues"
         assert message in capsys.readouterr().err
         assert not (out / "summary.json").exists() and not (tmp_path / "values.json").exists()
         assert run(*command) == code
@@ -370,7 +370,7 @@ def test_whole_evaluates_every_row_of_a_file(tmp_path: Path, capsys: pytest.Capt
     assert run(*rest) == 0
     assert "2 prompts, 2 samples each" in capsys.readouterr().out
     assert run("--model", model, "--whole") == 2
-    assert "whole: only a data file has an end" in capsys.readouterr().err
+    assert "whole: --whole needs a data file" in capsys.readouterr().err
 
 
 def test_answers_are_read_in_grading_processes(tmp_path: Path) -> None:
@@ -445,7 +445,7 @@ def test_a_task_that_is_named_is_measured_in_place_of_the_runs_data(
         assert (found["task"], found["data"], found["eval_prompts"]) == ("digit-chain", None, 2)
     capsys.readouterr()
     assert run("--model", model, *given[0], "--whole") == 2
-    assert "whole: only a data file has an end" in capsys.readouterr().err
+    assert "whole: --whole needs a data file" in capsys.readouterr().err
 
 
 def test_gradings_that_failed_are_told(
@@ -462,7 +462,7 @@ def test_gradings_that_failed_are_told(
     rows, summary = read(tmp_path / "out"), numbers(tmp_path / "out")
     failed = sum(row["finish"] == "stop" and row["reward"] == 0 for row in rows)
     assert 0 < failed == summary["reward_failures"] and summary["reward_timeouts"] == 0
-    assert f"{failed} gradings failed and count as 0" in " ".join(capsys.readouterr().out.split())
+    assert f"gradings that failed and count as 0: {failed}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_another_file_than_the_runs_is_read_in_its_own_layout(

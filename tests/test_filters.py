@@ -80,7 +80,8 @@ def test_the_shortcut_leaves_out_the_very_prompts_that_are_too_long(
             continue
         notes = check_prompts(task, policy, config)
         assert [problem.prompt for problem in task.eval_problems(99)] == short
-        assert f"{len(prompts) - len(short)} rows left out, they have more than {limit}" in notes[-2]
+        left_out = len(prompts) - len(short)
+        assert f"{left_out} row{'s' * (left_out > 1)} left out, with more than {limit}" in notes[-2]
         assert len(tokenized) <= len(prompts)
     assert (len(tokenized) < len(prompts)) == (always < 1000)  # at a limit of 250 the shortcut was taken, or not at all
 

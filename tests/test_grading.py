@@ -290,7 +290,7 @@ def short(completion, answer): return 1.0
 @pytest.mark.parametrize(
     ("name", "problem"),
     [
-        ("weight", "weight is no function but of type float"),
+        ("weight", "weight is not a function, but of type float"),
         ("later", "later is async or a generator; a reward returns a number"),
         ("parts", "parts is async or a generator"),
         ("short", r"short\(completion, answer\) cannot be called with \(prompt, completion, answer, data\): too many"),

@@ -164,7 +164,7 @@ def test_redraws_are_bounded_and_none_are_made_where_none_are_needed():
         (
             "vineppo",
             {"advantage": {"uniform_groups": "ib_only"}},
-            r"advantage\.uniform_groups: ib_only asks for",
+            r"advantage\.uniform_groups: ib_only does not apply",
         ),
     ],
 )

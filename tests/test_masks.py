@@ -57,7 +57,7 @@ def test_no_token_left_is_an_error_that_names_the_branch_and_leaves_the_engine_u
     bystander = other.root.fork()
     engine._submit(bystander, KINDS["grammar"])
     pending = tree.root.fork(2)
-    with pytest.raises(NoTokenAllowed, match=rf"Node\(1, .*no token is left to sample at depth {37 + when}"):
+    with pytest.raises(NoTokenAllowed, match=rf"Node\(1, .*leave no token at depth {37 + when}"):
         engine.extend(pending, Sampling(allowed=dries_up))
     assert all(node.dropped for node in pending)
     engine.check_integrity()

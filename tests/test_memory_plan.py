@@ -253,7 +253,7 @@ def test_the_offer_says_what_it_changes(gib: float, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ibtpo.memory_plan, "free_memory", lambda device: int(gib * GIB))
     with pytest.raises(ValueError) as refused:
         check_memory(WIDE, EIGHT, torch.device("cuda"))
-    flags, meaning = str(refused.value).partition("the nearest that fits: ")[2].rstrip(")").split(" (", 1)
+    flags, meaning = str(refused.value).partition("the nearest settings that fit: ")[2].rstrip(")").split(" (", 1)
     for flag, word in (("8bit", "running means"), ("kl-coef", "KL"), ("bfloat16", "rounds"), ("rank", "adapters")):
         assert (flag in flags) == (word in meaning)
     assert ("learns the same" in meaning) == (gib == 190)
@@ -376,7 +376,7 @@ def test_what_an_adapter_folder_holds_is_planned(tmp_path: Path) -> None:
 def test_a_run_that_does_not_fit_is_refused_before_its_folder_is_made(tmp_path: Path) -> None:
     config = replace(TrainConfig(), device="cpu", out=tmp_path / "run", engine=EngineConfig(kv_tokens=10**12))
     with pytest.raises(
-        ValueError, match=r"KV pool.* nothing was allocated; the nearest that fits: --engine\.kv-tokens"
+        ValueError, match=r"KV pool.* nothing was allocated; the nearest settings that fit: --engine\.kv-tokens"
     ):
         train(config, Console(file=io.StringIO()))
     assert not (tmp_path / "run").exists()

@@ -141,7 +141,7 @@ def test_a_resume_by_another_version_says_so(
     monkeypatch.setattr(ibtpo.environment, "package_version", lambda name: "9.9.9" if name == "torch" else first[name])
     assert main(["train", "--resume", str(run)]) == 0
     out = capsys.readouterr().out
-    assert f"goes on with other versions: torch {first['torch']} -> 9.9.9" in out
+    assert f"continues with other versions: torch {first['torch']} -> 9.9.9" in out
     assert [entry["torch"] for entry in json.loads((run / ENVIRONMENT).read_text("utf-8"))][-1] == "9.9.9"
 
 

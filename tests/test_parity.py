@@ -365,7 +365,7 @@ def test_an_angle_does_not_know_the_positions_beside_it() -> None:
 def test_where_the_promise_cannot_be_kept_it_is_refused() -> None:
     with pytest.raises(ValueError, match=r"parity: 'exact' is not one of 'fast', 'bitwise'"):
         Engine(tiny_model(), kv_tokens=64, parity="exact")
-    with pytest.raises(ValueError, match=r"serves torch.float32 and torch.bfloat16, not torch.float64"):
+    with pytest.raises(ValueError, match=r"supports torch.float32 and torch.bfloat16, not torch.float64"):
         bitwise(tiny_model(dtype=torch.float64))
     with (
         pytest.raises(ValueError, match="the compiled CPU kernels or the Triton kernels; here ops run on 'ref"),

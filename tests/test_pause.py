@@ -253,7 +253,7 @@ def test_a_branch_is_resumed_once_whatever_seed_it_goes_on_with(model: Model) ->
     engine = Engine(model, kv_tokens=8192)
     [short] = engine.extend(engine.tree(PROMPT).root.fork(), Sampling(max_tokens=5))
     engine.extend([short.resume()], Sampling(max_tokens=12, seed=5))
-    with pytest.raises(ValueError, match="there already"):
+    with pytest.raises(ValueError, match="continued already"):
         short.resume()
 
 
@@ -264,10 +264,10 @@ def test_what_cannot_be_resumed_is_refused(model: Model) -> None:
         tree.root.resume()
     [node] = engine.extend(tree.root.fork(), Sampling(max_tokens=9))
     head = node.split(4)
-    with pytest.raises(ValueError, match="there already"):
+    with pytest.raises(ValueError, match="continued already"):
         head.resume()
     pending = node.resume()
-    for bad, why in ((node, "there already"), (pending, "pending")):
+    for bad, why in ((node, "continued already"), (pending, "pending")):
         with pytest.raises(ValueError, match=why):
             bad.resume()
     before = node.tokens.tolist()

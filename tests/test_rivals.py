@@ -264,7 +264,7 @@ def test_vineppo_uses_values_where_rewards_are_equal_and_skips_equal_values() ->
 
 
 def test_vineppo_needs_its_search() -> None:
-    with pytest.raises(ValueError, match=r"needs the values that search\.method=vineppo leaves"):
+    with pytest.raises(ValueError, match=r"needs the node values of search\.method=vineppo"):
         advantages(small_tree(), "vineppo")
     with pytest.raises(ValueError, match=r"advantage\.kind: vineppo needs the rollouts of search\.method=vineppo"):
         TrainConfig(advantage=AdvantageConfig(kind="vineppo"))

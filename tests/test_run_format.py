@@ -123,7 +123,7 @@ def test_a_number_that_cannot_be_read_is_no_number(content: str, tmp_path: Path)
     with RunFolder.create(tmp_path / "run", TrainConfig()):
         pass
     (tmp_path / "run" / FORMAT_FILE).write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(RunFolderError, match=r"ibtpo\.json does not say a format; put it back from a copy"):
+    with pytest.raises(RunFolderError, match=r"ibtpo\.json holds no format number; restore it from a copy"):
         check_run(tmp_path / "run", "resume")
 
 
@@ -161,7 +161,7 @@ def test_a_damaged_checkpoint_is_refused_by_its_own_path_too(
     out = [] if command == "sample" else ["--out", str(tmp_path / "out")]
     assert main([command, "--model", str(last), *rest, *out]) == 2
     message = capsys.readouterr().err
-    assert f"model: {last} is damaged (model.safetensors is not what was written); put it back from a copy" in message
+    assert f"model: {last} is damaged (model.safetensors is not what was written); restore it from a copy" in message
     (last / "checksums.json").unlink()  # changed on purpose
     assert weights_of(last, print) == last
 
@@ -176,7 +176,7 @@ def test_what_is_no_checkpoint_says_which_path_to_give(run: Path) -> None:
         _damage(checkpoint.path)
     refused(run, "every checkpoint of .*run is damaged")
     shutil.rmtree(run / "checkpoints")
-    refused(run, f"has no checkpoint yet; wait for one, or go on with the run: ibtpo train --resume {run}")
+    refused(run, f"has no checkpoint yet; wait for one, or continue the run: ibtpo train --resume {run}")
 
 
 def test_a_run_begins_with_the_newest_intact_checkpoint_of_another(

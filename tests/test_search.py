@@ -124,7 +124,7 @@ def test_a_search_asks_for_pending_nodes_only():
 
 
 def test_searches_without_rounds_refuse_to_look_ahead() -> None:
-    with pytest.raises(ValueError, match=r"search.lookahead: 2 .*search.method=eptree has none"):
+    with pytest.raises(ValueError, match=r"search.lookahead: 2 .*set it to 1 for eptree"):
         SearchConfig(method="eptree", lookahead=2)
 
 

@@ -87,7 +87,7 @@ def test_a_study_that_is_told_to_stop_reports(
     assert [cell.poll() for cell in cells] == [-signal.SIGKILL]
     assert (tmp_path / "out" / "tiny" / "study.html").is_file()
     said = capsys.readouterr()
-    assert "2 cells have no result yet" in said.out and "the same command goes on" in said.err
+    assert "cells without a result yet: 2" in said.out and "the same command continues" in said.err
 
 
 def test_a_cell_runs_on_each_core_that_the_process_may_use(

@@ -321,4 +321,4 @@ def test_table_of_results_on_disk(tmp_path: Path) -> None:
     leaf_mean = section.rows["independent 12"][[c.name for c in section.columns].index("avg_rate")].value
     assert leaf_mean is not None and leaf_mean.mean == pytest.approx(0.6) and leaf_mean.seeds == 2
     assert "easy,independent 12,avg_rate,0.6" in csv_text(results)
-    assert "1 cells have no result yet" in markdown_text(results)
+    assert "Cells without a result yet: 1" in markdown_text(results)

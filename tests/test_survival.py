@@ -239,7 +239,7 @@ def test_an_error_while_sampling_loses_no_step(
         assert _train(*adder, "--out", folder) == 2
     last = last_checkpoint(folder)
     assert last.name == "step-000003" and len(step_rows(folder)) == 3
-    message = f"{error}; saved {last}; go on with: ibtpo train --resume {folder}"
+    message = f"{error}; saved {last}; continue with: ibtpo train --resume {folder}"
     larger = " and a larger --engine.kv-tokens" * isinstance(error, OutOfPages)
     assert f"ibtpo: error: {message}{larger}\n" == capsys.readouterr().err
     assert _train("--resume", folder) == 0
@@ -265,7 +265,7 @@ def test_an_error_while_updating_saves_nothing_half_done(
         assert _train(*adder, "--out", folder) == 2
     last = folder / "checkpoints" / "step-000002"
     assert last_checkpoint(folder) == last
-    assert f"no file; saved before: {last}; go on with: ibtpo train --resume {folder}" in capsys.readouterr().err
+    assert f"no file; saved before: {last}; continue with: ibtpo train --resume {folder}" in capsys.readouterr().err
     assert _train("--resume", folder) == 0
     assert_same_end(folder, whole)
 
@@ -314,7 +314,7 @@ def test_a_preset_for_a_run_that_has_its_settings_is_refused(run: Path, capsys: 
     before = (run / "config.yaml").read_bytes()
     for command in (["train", "--resume"], ["config", "--resume"], ["sample", "--model"]):
         assert main([*command, str(run), "--preset", "grpo"]) == 2
-        assert f"preset: grpo would be ignored, {run} has settings of its own" in capsys.readouterr().err
+        assert f"preset: grpo would be ignored, since {run} has its own settings" in capsys.readouterr().err
     assert (run / "config.yaml").read_bytes() == before
 
 
@@ -365,8 +365,8 @@ def test_a_data_file_that_has_changed_is_refused(
         data.write_text("".join(content))
         assert _train("--resume", run, "--sampled-tokens", "700") == 2
         message = capsys.readouterr().err
-        assert f"resume: {data} or what goes with it has changed (it had {len(rows)} rows, " in message
-        assert f"now {len(content)} rows, " in message
+        assert f"resume: {data}, jsonl.eval_data or jsonl.few_shot has changed (before: {len(rows)} rows, " in message
+        assert f"now: {len(content)} rows, " in message
     data.write_text("".join(rows))
     assert _train("--resume", run) == 0
     values = json.loads(state.read_text())

@@ -154,8 +154,8 @@ def test_a_base_that_moved_is_named_once(moved: tuple[Path, Path, Path], capsys:
     for command in (["train", "--resume", run], ["eval", "--model", run, "--eval.prompts", "2"]):
         assert main([*map(str, command)]) == 2
         message = " ".join(capsys.readouterr().err.split())
-        assert f"the base that they belong on is not there: {before}. Say where it lies now" in message
-        assert f"--resume {run} --model FOLDER, or the field model in {run}/config.yaml" in message
+        assert f"their base model is not there: {before}. Give its new folder by" in message
+        assert f"--resume {run} --model FOLDER, or in the field model of {run}/config.yaml" in message
     assert _run("--resume", run, "--model", after) == 0
     assert f"model {before} -> {after}" in " ".join(capsys.readouterr().out.split())
     assert sum(row["tokens_sampled"] for row in _steps(run)) >= 200
@@ -199,7 +199,7 @@ def test_a_run_says_what_it_needs_the_model_for_that_is_gone(
     assert _run(*longer) == 2
     message = " ".join(capsys.readouterr().err.split())
     assert f"{model}, which {run} began with, is not there, and the run needs it as the reference policy" in message
-    assert "--model FOLDER, or the field model in" in message
+    assert "--model FOLDER, or in the field model of" in message
     assert "--loss.kl-coef 0 --advantage.pi-ref sampling" in message
     assert _run(*longer, "--model", tmp_path / "elsewhere") == 0
     (tmp_path / "elsewhere").rename(model)
@@ -226,7 +226,7 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     arguments, base = adder
     assert _run("--lora.rank", "4", "--out", tmp_path / "built-in") == 2
-    assert "lora.rank: the built-in policy is small" in " ".join(capsys.readouterr().err.split())
+    assert "lora.rank: the built-in policy has no adapters" in " ".join(capsys.readouterr().err.split())
     assert _run("--model", base, *arguments, *LORA, "--out", tmp_path / "run") == 0
     other = ["--model", _last(tmp_path / "run"), *arguments, "--lora.rank", "8"]
     assert _run(*other, "--out", tmp_path / "other") == 2

@@ -260,13 +260,13 @@ def test_another_type_of_the_weights_needs_another_engine() -> None:
     model = tiny_model()
     engine = Engine(model, kv_tokens=1024)
     model.to(torch.bfloat16)
-    with pytest.raises(ValueError, match="pool torch.float32; make a new Engine"):
+    with pytest.raises(ValueError, match="pool is torch.float32; make a new Engine"):
         engine.weights_changed()
 
 
 def test_a_model_of_transformers_is_borrowed_and_never_taken_as_it_is(tmp_path: Path) -> None:
     theirs = save_checkpoint(tmp_path, "qwen2")
-    with pytest.raises(TypeError, match=r"Qwen2ForCausalLM is no ibtpo_engine.Model; load_model.*borrow"):
+    with pytest.raises(TypeError, match=r"Qwen2ForCausalLM is not an ibtpo_engine.Model; call load_model.*borrow"):
         Engine(theirs, kv_tokens=1024)  # type: ignore[arg-type]
     engine = Engine(borrow(theirs), kv_tokens=1024)
     same(grown(engine.model), grown(load_model(tmp_path)))
@@ -317,10 +317,10 @@ def _with_a_tensor_of_a_kind(model: PreTrainedModel) -> nn.Module:
     ("change", "parts"),
     [
         (torch.compile, ("OptimizedModule is not supported", "keep_torch_compile=False")),
-        (nn.DataParallel, ("DataParallel is not supported", "without what compiles, wraps or splits it")),
+        (nn.DataParallel, ("DataParallel is not supported", "compiled, wrapped or sharded")),
         (_with_a_wide_norm, ("model.norm.weight is a Parameter [48] of torch.float32", "bfloat16 in memory on cpu")),
-        (_with_a_head_of_its_own, ("lm_head.weight is one too many", "config.tie_word_embeddings")),
-        (_with_a_value_head, ("v_head.bias is one too many", "heads of your own")),
+        (_with_a_head_of_its_own, ("lm_head.weight is unexpected", "config.tie_word_embeddings")),
+        (_with_a_value_head, ("v_head.bias is unexpected", "heads of your own")),
         (_with_a_tensor_of_a_kind, ("model.layers.1.mlp.up_proj.weight is a DTensor",)),
         (_offloaded, ("model.norm.weight is a Parameter [48]", "on meta", "in memory")),
     ],
@@ -477,7 +477,7 @@ def test_a_shadow_of_masters_that_were_rebuilt_is_refused() -> None:
     masters = tiny_model()
     shadow = Shadow(masters)
     masters.add_adapters(LoRA(rank=2))
-    with pytest.raises(ValueError, match=r"other parameters.*lora_A.*make anew"):
+    with pytest.raises(ValueError, match=r"lora_A.* was added to the masters.*make a new Shadow"):
         shadow.refresh()
     with pytest.raises(ValueError, match=r"dtype=torch\.int8"):
         Shadow(masters, torch.int8)

@@ -107,14 +107,14 @@ def load_adapter(model: Model, folder: Path | str) -> None:
     if missing or unexpected:
         what = f"{missing[0]!r} is missing" if missing else f"unexpected tensor {unexpected[0]!r}"
         raise CheckpointError(
-            f"{file.path}: {what}. Does the adapter belong to another model than this one? Only {', '.join(TARGETS)}, "
-            f"each in every layer, may be adapted; else {_MERGE}."
+            f"{file.path}: {what}. Check that the adapter belongs to this model. Only adapters on "
+            f"{', '.join(TARGETS)}, each in every layer, are supported; if it has others, {_MERGE}."
         )
     for name, parameter in parameters.items():
         if file.shape(name) != tuple(parameter.shape):
             raise CheckpointError(
-                f"{file.path}: {name} has shape {file.shape(name)}, the model asks for {tuple(parameter.shape)}. "
-                "Does the adapter belong to another model than this one?"
+                f"{file.path}: {name} has shape {file.shape(name)}, but the model needs {tuple(parameter.shape)}. "
+                "Check that the adapter belongs to this model."
             )
         with torch.no_grad():
             file.read(name, parameter)
@@ -131,7 +131,7 @@ def check_plain(raw: Mapping[str, Any], source: str, remedy: str, *, in_memory: 
     """
     for name, plain in _PLAIN.items():
         if raw.get(name) not in plain and not (in_memory and name in _OF_THE_BASE):
-            raise CheckpointError(f"{source}: {name} = {raw[name]!r} is not supported; plain LoRA is. Else {remedy}.")
+            raise CheckpointError(f"{source}: {name} = {raw[name]!r} is not supported, only plain LoRA is; {remedy}.")
 
 
 def base_of(folder: Path | str) -> str:
@@ -143,8 +143,8 @@ def base_of(folder: Path | str) -> str:
     base = _json(Path(folder)).get("base_model_name_or_path")
     if not isinstance(base, str) or not base or not Path(base).is_dir():
         raise CheckpointError(
-            f"{Path(folder) / CONFIG}: base_model_name_or_path = {base!r} must be the checkpoint folder that the "
-            "adapter belongs on; correct it, or load that folder and give its model to load_adapter"
+            f"{Path(folder) / CONFIG}: base_model_name_or_path = {base!r} must be the checkpoint folder of the "
+            "adapter's base model; correct it, or load that folder and pass its model to load_adapter"
         )
     return base
 
@@ -182,7 +182,7 @@ def _adapted(weights: WeightFile, targets: object, source: Path) -> set[str]:
         left_out = sorted(modules)
     if left_out:
         raise CheckpointError(
-            f"{source}: target_modules = {targets!r} does not name {left_out[0]}, which has an adapter."
+            f"{source}: target_modules = {targets!r} does not name {left_out[0]}, which has an adapter; add it there."
         )
     return {module.rpartition(".")[2] for module in modules}
 
@@ -197,7 +197,7 @@ def adapter_config(folder: Path | str) -> LoRA:
     folder = Path(folder)
     raw, path = _json(folder), folder / CONFIG
     if raw.get("peft_type") != "LORA":
-        raise CheckpointError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported; LORA is.")
+        raise CheckpointError(f"{path}: peft_type {raw.get('peft_type')!r} is not supported; use a LORA adapter.")
     check_plain(raw, str(path), _MERGE)
     targets = raw.get("target_modules")
     if not isinstance(targets, list) or not all(name in TARGETS for name in targets):  # a pattern, or whole paths

@@ -132,7 +132,7 @@ class BackendEngine:
                 self._fill(call, answer)
             if closed := [node for node in nodes if node.dropped]:
                 raise EngineError(
-                    f"the tree of {closed[0]!r} was closed while it was being extended; wait until it ends"
+                    f"the tree of {closed[0]!r} was closed while it was being extended; close it after that"
                 )
         except BaseException:
             _abandon(nodes)
@@ -217,8 +217,8 @@ class BackendEngine:
             name = "stop" if sampling.stop else "allowed"
             for node in [node for node in nodes if node.births()[0][0] < node.start]:
                 raise ValueError(
-                    f"Sampling.{name}: {node!r} goes on from sampled tokens, which a backend takes for its prompt: a "
-                    "stop string or grammar begun in them would begin anew; use an Engine"
+                    f"Sampling.{name}: {node!r} continues sampled tokens, which a backend gets as part of the prompt, "
+                    "so a stop string or grammar that began in them would start again; use an Engine"
                 )
         limits = {node: depth_limit(node, self._trees, sampling.max_tokens, self.max_positions) for node in nodes}
         families: dict[Node | None, list[Node]] = {}
@@ -249,7 +249,7 @@ class BackendEngine:
         if [len(row) for row in completions] != [len(family) for family in call.families]:
             raise BackendError(
                 f"the backend returned {[len(row) for row in completions]} completions for "
-                f"{[len(family) for family in call.families]} asked for; a backend returns [P][n] of them"
+                f"{[len(family) for family in call.families]} requested ones; a backend must return [P][n] of them"
             )
         filled = []
         for family, row in zip(call.families, completions, strict=True):
@@ -299,7 +299,7 @@ def _check(completion: Completion, most: int, vocabulary: int | None) -> None:
     count = len(completion.tokens)
     if not 1 <= count <= most:
         raise BackendError(
-            f"a completion of {count} tokens where 1 to {most} were asked for; does the server honour max_tokens?"
+            f"a completion has {count} tokens, but 1 to {most} were requested; check that the server obeys max_tokens"
         )
     tokens, end = np.asarray(completion.tokens), vocabulary if vocabulary is not None else 1 << 31
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
@@ -307,11 +307,12 @@ def _check(completion: Completion, most: int, vocabulary: int | None) -> None:
     outside = tokens[(tokens < 0) | (tokens >= end)]
     if len(outside):
         raise BackendError(
-            f"a completion holds token id {outside[0]}, outside the vocabulary [0, {end}); does the server serve "
-            "another model, or a padded vocabulary?"
+            f"a completion holds token id {outside[0]}, outside the vocabulary [0, {end}); check whether the server "
+            "serves another model, or a padded vocabulary"
         )
     for name in ("logprob", "logprob_raw", "entropy"):
         if len(getattr(completion, name)) != count:
-            raise BackendError(f"Completion.{name} has {len(getattr(completion, name))} values for {count} tokens")
+            found = len(getattr(completion, name))
+            raise BackendError(f"Completion.{name} has {found} values for {count} tokens; expected one per token")
     if completion.finish not in ("stop", "length"):
         raise BackendError(f'Completion.finish: {completion.finish!r} is neither "stop" nor "length"')

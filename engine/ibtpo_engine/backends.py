@@ -134,7 +134,7 @@ class EngineBackend:
             nodes = []
             for prefix, row in zip(prefixes, seeds, strict=True):
                 if len(row) != n:
-                    raise ValueError(f"extend: {len(row)} seeds for n={n} completions; give one a completion")
+                    raise ValueError(f"extend: {len(row)} seeds for n={n} completions; give one per completion")
                 for seed in row:
                     nodes += trees.enter_context(self.engine.tree(prefix, key=seed)).root.fork()
             completions = [

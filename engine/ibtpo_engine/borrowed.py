@@ -38,8 +38,8 @@ def borrow(model: PreTrainedModel | PeftModel) -> Model:
     kind = type(base).__name__
     if kind not in ARCHITECTURES:
         raise CheckpointError(
-            f"borrow: {kind} is not supported, plain {', '.join(ARCHITECTURES)} are. Give the whole model itself, "
-            "without what compiles, wraps or splits it (accelerate: unwrap_model(model, keep_torch_compile=False))."
+            f"borrow: {kind} is not supported, only plain {', '.join(ARCHITECTURES)} are. Pass the model itself, not a "
+            "compiled, wrapped or sharded one (accelerate: unwrap_model(model, keep_torch_compile=False))."
         )
     adapters = _adapters_of(model, base)
     with torch.device("meta"):
@@ -87,8 +87,8 @@ class PeftAdapters(Adapters):
             now = (layer.active_adapters, layer.scaling.get(self.name), layer.disable_adapters, layer.merged)
             if now != as_borrowed:
                 raise StaleWeights(
-                    f"PEFT's adapter {self.name!r} was merged, scaled, switched off in some layers, or others made "
-                    "active. Undo that, or borrow the model again and make a new Engine"
+                    f"PEFT's adapter {self.name!r} was merged, scaled or switched off in some layers, or another one "
+                    "was made active. Undo that, or borrow the model again and make a new Engine"
                 )
         return super().state()
 
@@ -100,11 +100,11 @@ def _adapters_of(model: Any, base: nn.Module) -> PeftAdapters | None:
     if not configs or unloaded:  # up to 0.18 PEFT leaves the configurations where it has unloaded the adapters
         return None
     if others := [str(config.peft_type) for config in configs.values() if config.peft_type != "LORA"]:
-        raise CheckpointError(f"borrow: PEFT's {others[0]} is not supported, LoRA is; {_MERGE}")
+        raise CheckpointError(f"borrow: PEFT's {others[0]} is not supported, only LoRA is; {_MERGE}")
     layers = {path: module for path, module in base.named_modules() if hasattr(module, "lora_A")}
     active = {name for layer in layers.values() for name in layer.active_adapters}
     if len(active) != 1:
-        raise CheckpointError(f"borrow: {len(active)} adapters are active {sorted(active)}; choose one (set_adapter)")
+        raise CheckpointError(f"borrow: {len(active)} adapters are active {sorted(active)}; choose one by set_adapter")
     [name] = active
     check_plain(vars(configs[name]), f"borrow: adapter {name!r}", _MERGE, in_memory=True)
     layers = {path: layer for path, layer in layers.items() if name in layer.r}
@@ -120,9 +120,9 @@ def _lora(name: str, layers: dict[str, Any]) -> LoRA:
     """The configuration of the adapter `name` in PEFT's layers, given by their paths in the model."""
     names = {path.rpartition(".")[2] for path in layers}
     if odd := names.difference(TARGETS):
-        raise CheckpointError(f"borrow: {min(odd)} is adapted; only {', '.join(TARGETS)} may be. Else {_MERGE}")
+        raise CheckpointError(f"borrow: {min(odd)} has an adapter; only {', '.join(TARGETS)} may have one; {_MERGE}")
     if odd := {type(layer.lora_variant[name]).__name__ for layer in layers.values() if name in layer.lora_variant}:
-        raise CheckpointError(f"borrow: adapter {name!r} is a {min(odd)}; plain LoRA is supported. Else {_MERGE}")
+        raise CheckpointError(f"borrow: adapter {name!r} is a {min(odd)}; only plain LoRA is supported; {_MERGE}")
     rank, scaling = next((layer.r[name], layer.scaling[name]) for layer in layers.values())
     return LoRA(rank=rank, alpha=scaling * rank, targets=tuple(target for target in TARGETS if target in names))
 
@@ -146,9 +146,9 @@ def _parameters_of(base: nn.Module, adapters: PeftAdapters | None) -> dict[str, 
 def _check_borrowed(theirs: dict[str, Parameter], wanted: dict[str, Parameter], kind: str) -> None:
     if odd := theirs.keys() ^ wanted.keys():
         raise CheckpointError(
-            f"borrow: parameter {min(odd)} is {'missing' if min(odd) in wanted else 'one too many'} for this {kind}. "
-            "Merge adapters that are not in every layer, take off heads of your own, and set "
-            "config.tie_word_embeddings as the weights are."
+            f"borrow: parameter {min(odd)} is {'missing' if min(odd) in wanted else 'unexpected'} in this {kind}. "
+            "Merge adapters that are not in every layer, remove heads of your own, and let "
+            "config.tie_word_embeddings agree with the weights."
         )
     first = next(iter(theirs.values()))
     for name, found in theirs.items():

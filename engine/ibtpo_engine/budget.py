@@ -89,8 +89,8 @@ def check_nodes(tree: Tree, more: int) -> None:
     there = tree.used.nodes - len(tree.prompt.path())
     if there + more > tree.budget.nodes:
         raise BudgetSpent(
-            f"{more} nodes more than the {there} of the tree exceed Budget.nodes={tree.budget.nodes}; drop a branch or "
-            f"open the tree with a larger budget"
+            f"{more} nodes, {max(tree.budget.nodes - there, 0)} left of Budget.nodes={tree.budget.nodes}; drop a "
+            "branch or open the tree with a larger budget"
         )
 
 

@@ -23,11 +23,11 @@ def capture_for(model: Model) -> Capture:
         ValueError: they cannot be captured.
     """
     if model.device.type != "cuda":
-        raise ValueError(f"cuda_graphs: the model is on {model.device}; move it to a GPU, or leave graphs off")
+        raise ValueError(f"cuda_graphs: the model is on {model.device}; move it to a GPU, or turn cuda_graphs off")
     if find_spec("triton") is None:
-        raise ValueError("cuda_graphs: Triton is missing; install ibtpo[gpu] (Linux), or leave graphs off")
+        raise ValueError("cuda_graphs: Triton is missing; install ibtpo[gpu] (Linux), or turn cuda_graphs off")
     if torch.cuda.get_device_capability(model.device) < (8, 0):
-        raise ValueError("cuda_graphs: the Triton kernels need a GPU of sm_80 (Ampere) or later; leave graphs off")
+        raise ValueError("cuda_graphs: the Triton kernels need a GPU of sm_80 (Ampere) or later; turn cuda_graphs off")
     return CudaCapture(model.device)
 
 

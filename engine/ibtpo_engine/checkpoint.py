@@ -78,23 +78,24 @@ def _find(folder: Path, expected: dict[str, tuple[int, ...]], config: ModelConfi
             if shape is None:
                 raise CheckpointError(
                     f"{file.path}: unexpected tensor {name!r}; config.json describes a {config.architecture}, whose "
-                    f"tensors are named like {EMBEDDING!r}. Save the plain model, without what wraps or is added to it."
+                    f"tensors are named like {EMBEDDING!r}. Save the plain model, without wrappers or added modules."
                 )
             if file.shape(name) != shape:
                 raise CheckpointError(
-                    f"{file.path}: {name} has shape {file.shape(name)}, config.json asks for {shape}. "
-                    "The weights and config.json do not belong together."
+                    f"{file.path}: {name} has shape {file.shape(name)}, but config.json requires {shape}. "
+                    "Use weights and config.json of the same model."
                 )
             if name in found:
                 raise CheckpointError(
-                    f"{file.path}: {name} lies in {found[name].path.name} too. Delete the shards and save again."
+                    f"{file.path}: {name} is also in {found[name].path.name}. Delete the shards and save again."
                 )
             file.dtype(name)
             found[name] = file
     missing = sorted(set(expected) - {_parameter(name, config) for name in found})
     if missing:
-        why = 'Is it tied, "tie_word_embeddings": true in config.json?' if missing == [HEAD] else "Is a shard missing?"
-        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}. {why}")
+        tied = 'If head and embedding are tied, set "tie_word_embeddings": true in config.json.'
+        remedy = tied if missing == [HEAD] else "Check that every shard is there."
+        raise CheckpointError(f"{folder}: {missing[0]!r} is missing ({len(missing)} missing in all). {remedy}")
     return found
 
 
@@ -113,8 +114,8 @@ def _weight_files(folder: Path) -> list[Path]:
             if gone:  # `transformers` leaves an old index behind when it saves a sharded model as one file
                 return [single]
             raise CheckpointError(
-                f"{folder}: there are weights in {SINGLE}, and others in the shards that {INDEX} names. Delete those "
-                "that are not meant (transformers would take the single file)."
+                f"{folder}: there are weights in {SINGLE}, and others in the shards that {INDEX} names. Delete the "
+                "wrong ones (transformers would take the single file)."
             )
         if gone:
             raise CheckpointError(f"{gone[0]}: not found, but {INDEX} names it. Download the missing shard.")
@@ -138,7 +139,7 @@ def save_model(model: Model, tokenizer: PreTrainedTokenizerBase | None, folder: 
         ValueError: the model has adapters, which such a folder cannot hold.
     """
     if model.adapters is not None:
-        raise ValueError("save_model: this model has adapters; use save_adapter, its weights are those it came with")
+        raise ValueError("save_model: this model has adapters, and its own weights are unchanged; use save_adapter")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     raw = {key: value for key, value in model.config.raw.items() if key not in ("torch_dtype", "dtype")}

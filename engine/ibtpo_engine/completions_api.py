@@ -76,7 +76,7 @@ def read_completions(
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices) or len(choices) != n:
         found = f"{len(choices)} choices" if isinstance(choices, list) else "no list of choices"
         raise BackendError(
-            f"the server sent {found} for n={n}: {str(response)[:300]}; is the address that of /v1/completions?"
+            f"the server sent {found} for n={n}: {str(response)[:300]}; check that the address is /v1/completions"
         )
     indices = [choice.get("index", 0) for choice in choices]
     if n > 1 and (not all(type(index) is int for index in indices) or sorted(indices) != list(range(n))):
@@ -107,13 +107,13 @@ def _completion(choice: dict[str, Any], prefix: list[int], sampling: Sampling, k
         finish = "stop"  # SGLang reports "length" if the stop token is the last one of max_tokens
     elif finish == "stop":
         raise BackendError(
-            f"the server stopped after {tokens[-1:].tolist()}, which is not in stop_tokens={sampling.stop_tokens}: it "
-            "cuts stop tokens off, or stops at the model's own end token; then add that one to stop_tokens"
+            f"the server stopped after {tokens[-1:].tolist()}, which is not in stop_tokens={sampling.stop_tokens}. It "
+            "removes stop tokens from its answers, or it stops at the model's own end token; add that to stop_tokens"
         )
     if stops[:-1].any():
         raise BackendError(
-            f"the server went on after token {int(tokens[stops.argmax()])} of stop_tokens={sampling.stop_tokens}; use "
-            "a server that honours stop_token_ids"
+            f"the server continued after token {int(tokens[stops.argmax()])} of stop_tokens={sampling.stop_tokens}; "
+            "use a server that supports stop_token_ids"
         )
     logprob, raw = _named(values, sampling, kind)
     return Completion(tokens=tokens, logprob=logprob, logprob_raw=raw, entropy=_unknown(len(tokens)), finish=finish)
@@ -130,21 +130,21 @@ def _token_ids(choice: dict[str, Any]) -> Ints:
             or not all(str(token).startswith("token_id:") for token in spelled)
         ):
             raise BackendError(
-                "the server sent no token ids, and text tokenised again is not what was sampled; use a server that "
-                "honours return_token_ids (recent vLLM or SGLang), or start vLLM with "
+                "the server sent no token ids, and text tokenised again may differ from what was sampled; use a server "
+                "that supports return_token_ids (recent vLLM or SGLang), or start vLLM with "
                 "--return-tokens-as-token-ids"
             )
         names = [str(token)[9:] for token in spelled]
         ids = [int(name) if name.isdecimal() and len(name) <= 10 else name for name in names]
     if not isinstance(ids, list) or not all(type(token) is int and 0 <= token < 1 << 31 for token in ids):
-        raise BackendError(f"the server sent token ids that are no integers from 0 on: {str(ids)[:80]}")
+        raise BackendError(f"the server sent token ids that are not 32-bit integers from 0 on: {str(ids)[:80]}")
     return np.array(ids, np.int32)
 
 
 def _logprobs_of(choice: dict[str, Any]) -> dict[str, Any]:
     found = choice.get("logprobs") or {}
     if not isinstance(found, dict):
-        raise BackendError(f"the server sent logprobs that are no object: {str(found)[:80]}")
+        raise BackendError(f"the server sent logprobs that are not a JSON object: {str(found)[:80]}")
     return found
 
 
@@ -152,7 +152,7 @@ def _logprobs(choice: dict[str, Any]) -> Floats:
     values = _logprobs_of(choice).get("token_logprobs")
     if not isinstance(values, list) or not all(type(v) in (int, float) for v in values):
         raise BackendError(
-            f"the server sent no log-prob for some token ({str(values)[:80]}); use a server that honours logprobs=1"
+            f"the server sent no log-prob for a token ({str(values)[:80]}); use a server that supports logprobs=1"
         )
     if not all(-1e9 < v <= 1e-3 for v in values):  # a sampled token has a probability; rounding may exceed 1
         raise BackendError(f"the server sent log-probs of sampled tokens outside (-1e9, 0]: {str(values)[:80]}")

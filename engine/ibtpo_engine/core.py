@@ -58,8 +58,8 @@ class EngineCore:
     ) -> None:
         if not isinstance(model, Model | Shadow):
             raise TypeError(
-                f"Engine: {type(model).__name__} is no ibtpo_engine.Model; load_model(folder) gives one, and "
-                "borrow(model) one over the parameters of a transformers model"
+                f"Engine: {type(model).__name__} is not an ibtpo_engine.Model; call load_model(folder), or "
+                "borrow(model) on a transformers model"
             )
         self.shadow = model if isinstance(model, Shadow) else None
         self.model = model.model if isinstance(model, Shadow) else model
@@ -149,7 +149,7 @@ class EngineCore:
         if tokens.min() < 0 or tokens.max() >= self.model.config.vocab_size:
             raise ValueError(
                 f"prompt: token id {int(tokens.max() if tokens.min() >= 0 else tokens.min())} lies outside the "
-                f"vocabulary [0, {self.model.config.vocab_size}); is this the model's own tokenizer?"
+                f"vocabulary [0, {self.model.config.vocab_size}); use the model's own tokenizer"
             )
         if len(tokens) >= context:
             raise ValueError(
@@ -354,7 +354,7 @@ class EngineCore:
         """
         if self.model.dtype != self.cache.pool.dtype:
             raise ValueError(
-                f"the model is {self.model.dtype} now, the engine's pool {self.cache.pool.dtype}; make a new Engine"
+                f"the model is now {self.model.dtype}, the engine's pool is {self.cache.pool.dtype}; make a new Engine"
             )
         self._drop_all_kv()
         for branch in self.scheduler.waiting:
@@ -369,7 +369,7 @@ class EngineCore:
     def _check_weights(self) -> None:
         if not self._weights.is_current():
             raise StaleWeights(
-                "the parameters were changed since the last call, hooks added or removed, or adapters switched; "
+                "parameters were changed, hooks added or removed, or adapters switched since the last call; "
                 "call engine.weights_changed() after every update"
             )
 

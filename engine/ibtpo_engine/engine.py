@@ -268,7 +268,9 @@ class Engine(EngineCore):
             searches.wait()
             self.seconds_waiting += time.perf_counter() - begin
         else:
-            raise EngineError("searches wait for branches that are gone, as after an interrupt; begin the run again")
+            raise EngineError(
+                "searches wait for branches that no longer exist, as after an interrupt; start the run again"
+            )
 
     def _submit_round(self, growth: Growing, sampling: Sampling) -> None:
         while True:

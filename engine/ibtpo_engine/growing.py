@@ -202,7 +202,7 @@ class Growing:
         self._under_way.update(self.nodes)
         self._untold.update(dict.fromkeys(self.nodes))
         if never := [node for node in self._until if node.is_pending and node not in self._under_way]:
-            raise ValueError(f"a search waits for {never[0]!r}, which it never asked to extend")
+            raise ValueError(f"a search waits for {never[0]!r}, but has not yielded it to be extended; yield it first")
         self._waits_for = self._under_way.intersection(self._until)
         self.submitted = False
 
@@ -333,7 +333,7 @@ class Searches:
         index, prompt = item
         key = None if self._keys is None else next(self._keys, None)
         if self._keys is not None and key is None:
-            raise ValueError(f"run: no key is left for prompt {index}; give one key a prompt")
+            raise ValueError(f"run: no key is left for prompt {index}; give one key per prompt")
         try:
             tree = self._open_tree(prompt, key)
         except (EngineError, ValueError) as error:

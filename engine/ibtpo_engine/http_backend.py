@@ -64,7 +64,9 @@ class CompletionsServer:
         if self.siblings not in ("apart", "together"):
             raise ValueError(f"CompletionsServer.siblings: {self.siblings!r} is not one of apart, together")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
-            raise ValueError("CompletionsServer.api_key: holds a line end, or what else no HTTP header may; strip() it")
+            raise ValueError(
+                "CompletionsServer.api_key: it holds a line end, or a character that is not printable ASCII; strip() it"
+            )
         for name, least in (("backoff", 0), ("retries", 0), ("max_requests", 1)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"CompletionsServer.{name}: {getattr(self, name)} must be at least {least}")
@@ -169,13 +171,13 @@ class HttpBackend:
             else:
                 problem = f"HTTP {status}: {_message(text)}"
                 if status not in _TEMPORARY:
-                    raise BackendError(f"{server.url}: {problem}; the request will not get better, correct it")
+                    raise BackendError(f"{server.url}: {problem}; repeating the request will not help, correct it")
                 pause = pause if asked_to_wait is None else asked_to_wait
             if attempt < server.retries:
                 call.rest(min(pause, _LONGEST_WAIT))
         raise BackendError(
-            f"{server.url}: {problem}, {server.retries + 1} times in a row; is the server up, and is timeout="
-            f"{server.timeout:g} s long enough for {server.max_requests} requests at a time?"
+            f"{server.url}: {problem}, {server.retries + 1} times in a row; check that the server runs, and that "
+            f"timeout={server.timeout:g} s is long enough for {server.max_requests} requests at a time"
         )
 
     def _send(self, body: bytes, call: _Call) -> tuple[int, float | None, bytes]:
@@ -220,7 +222,7 @@ class _Call:
     def check(self, url: str) -> None:
         """Raise `BackendError` if the call is over."""
         if self.is_over:
-            raise BackendError(f"{url}: the backend was closed, or the call left, before its answers had come")
+            raise BackendError(f"{url}: the backend was closed, or the call was left, before all answers arrived")
 
     def cut(self) -> None:
         """End the call and cut off its open requests."""
@@ -243,7 +245,9 @@ def _parsed(text: bytes) -> Any:
         ends = isinstance(error, json.JSONDecodeError) and (error.pos >= len(error.doc) or "Unterminated" in error.msg)
         if ends or (text.lstrip().startswith(b"{") and not text.rstrip().endswith(b"}")):
             raise http.client.IncompleteRead(text) from None  # without a length, a lost connection looks like the end
-        raise BackendError(f"the server's answer is not JSON: {text[:80]!r}; is this a completions server?") from None
+        raise BackendError(
+            f"the server's answer is not JSON: {text[:80]!r}; check that this is a completions server"
+        ) from None
 
 
 def _message(text: bytes) -> str:

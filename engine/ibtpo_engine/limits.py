@@ -10,7 +10,7 @@ from ibtpo_engine.tree import Node, Tree
 def check_open(node: Node, trees: Mapping[int, Tree]) -> None:
     """Raise ValueError unless a node is on one of an engine's open trees, given by ordinal."""
     if node.tree.closed or trees.get(node.tree.ordinal) is not node.tree:
-        raise ValueError(f"{node!r} belongs to a tree that is closed or of another engine")
+        raise ValueError(f"{node!r} belongs to a closed tree or to another engine; use an open tree of this engine")
     if node.dropped:
         raise ValueError(f"{node!r} was dropped from its tree; fork again")
 

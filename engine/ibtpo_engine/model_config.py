@@ -155,7 +155,7 @@ class ModelConfig:
         architecture = ARCHITECTURES.get(name)
         if architecture is None:
             raise CheckpointError(
-                f"{source}: architecture {name!r} is not supported; dense {', '.join(ARCHITECTURES)} are."
+                f"{source}: architecture {name!r} is not supported, only dense {', '.join(ARCHITECTURES)} are."
             )
         _refuse_unsupported(raw, architecture, source)
 
@@ -203,7 +203,7 @@ def _refuse_unsupported(raw: dict[str, Any], architecture: str, source: str) -> 
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{source}: hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is.")
     if raw.get("is_causal") is False:
-        raise CheckpointError(f"{source}: is_causal = false (an embedding model's) is not supported; decoders are.")
+        raise CheckpointError(f"{source}: is_causal = false (an embedding model) is not supported; use a decoder.")
     if _is_windowed(raw, architecture, source):
         raise CheckpointError(
             f"{source}: sliding-window attention is not supported; every layer must see the whole path "
@@ -258,7 +258,7 @@ def _rope(raw: dict[str, Any], source: str) -> RopeConfig:
     settings.setdefault("partial_rotary_factor", raw.get("partial_rotary_factor"))
     if kind not in ("default", "linear", "llama3", "yarn"):
         raise CheckpointError(
-            f"{source}: rope type {kind!r} is not supported; default, linear, llama3 and yarn are. If it was added to "
+            f"{source}: rope type {kind!r} is not supported, only default, linear, llama3, yarn. If it was added to "
             "reach contexts longer than the model was trained on, remove it."
         )
     if settings.get("partial_rotary_factor") not in (None, 1, 1.0):

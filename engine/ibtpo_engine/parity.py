@@ -64,7 +64,7 @@ def check_parity(
         )
     if dtype not in SERVED:
         raise ValueError(
-            f"parity='bitwise' serves {' and '.join(map(str, SERVED))}, not {dtype}; use one of them, or 'fast'"
+            f"parity='bitwise' supports {' and '.join(map(str, SERVED))}, not {dtype}; use one of them, or 'fast'"
         )
     for layer in projections:
         _checked(layer)

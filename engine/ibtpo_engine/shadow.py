@@ -46,7 +46,7 @@ class Shadow:
         masters, copies = dict(self.masters.named_parameters()), dict(self.model.named_parameters())
         if masters.keys() != copies.keys():
             name = min(masters.keys() ^ copies.keys())
-            raise ValueError(f"Shadow: the masters have other parameters than when it was made, as {name}; make anew")
+            raise ValueError(f"Shadow: parameter {name} was added to the masters or removed; make a new Shadow")
         copy_weights(masters, copies)
 
 

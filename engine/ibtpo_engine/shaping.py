@@ -65,8 +65,8 @@ class Shape:
             logits.masked_fill_(~allowed.to(logits.device), -torch.inf)
         if bool((logits == -torch.inf).all()):
             raise NoTokenAllowed(
-                f"{self.node!r}: no token is left to sample at depth {depth} by Sampling.allowed, min_tokens and "
-                "logit_bias; where the text may end let the mask allow a stop token, and lower min_tokens to there"
+                f"{self.node!r}: Sampling.allowed, min_tokens and logit_bias leave no token at depth {depth}; let the "
+                "mask allow a stop token where the text may end, and set min_tokens no higher than that"
             )
 
 

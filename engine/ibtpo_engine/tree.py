@@ -232,7 +232,7 @@ class Node:
         if self.stream == self.tree.root.stream:
             raise ValueError("resume: the prompt was not sampled; fork it instead")
         if any(child.continues_parent for child in self.children):
-            raise ValueError(f"resume: what follows {self!r} is there already; fork it for another branch")
+            raise ValueError(f"resume: {self!r} has been continued already; fork it for another branch")
         check_nodes(self.tree, 1)
         child = Node(self.tree, self, self.end, self.stream)
         child.birth, child.forks = self.birth, self.forks  # one stream, one count of forks

@@ -99,7 +99,7 @@ class WeightFile:
     def _refuse(self, name: str, source: Tensor, dtype: torch.dtype) -> None:
         if bool(source.isfinite().all()):
             raise CheckpointError(
-                f"{self.path}: {name} holds {float(source.abs().max()):.3g}, which {dtype} cannot; load it as bfloat16."
+                f"{self.path}: {name} holds {float(source.abs().max()):.3g}, too much for {dtype}; load it as bfloat16."
             )
         raise CheckpointError(f"{self.path}: {name} holds NaN or Inf; the checkpoint is damaged. Use an earlier one.")
 

@@ -20,6 +20,6 @@ def vineppo(packed: PackedTree) -> Doubles:
         ValueError: a node has no value.
     """
     if any("value" not in node.notes for node in packed.nodes):
-        raise ValueError("advantage: kind=vineppo needs the values that search.method=vineppo leaves on every node")
+        raise ValueError("advantage.kind: vineppo needs the node values of search.method=vineppo; set that too")
     value = {node: float(node.notes["value"]) for node in packed.nodes}
     return np.array([0.0 if node.parent is None else value[node] - value[node.parent] for node in packed.nodes])

@@ -21,7 +21,7 @@ Flat = tyro.conf.arg(name="")  # the fields of the run are flags without a prefi
 Preset = Annotated[
     str,
     tyro.conf.arg(
-        help=f"Method: {', '.join(PRESETS)}; `ibtpo presets` explains them. Fields in --config or flags win over it."
+        help=f"Method: {', '.join(PRESETS)}; `ibtpo presets` explains them. --config and flags override its settings."
     ),
 ]
 _NO_FILTER = {"max_prompt_tokens": None, "pass_rate_field": None, "min_pass_rate": 0.0, "max_pass_rate": 1.0}

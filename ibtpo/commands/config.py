@@ -18,7 +18,7 @@ from ibtpo.config_reference import sections
 class ConfigArguments:
     """Print the configuration that `ibtpo train` would use with the same flags, as YAML that --config takes.
 
-    With --explain, print every field instead: its default, what it may be, what it is for.
+    With --explain, print every field instead: its default, its allowed values and its meaning.
     """
 
     preset: str = "ib-tpo"

@@ -20,10 +20,10 @@ _COLORS = {"ok": "green", "note": "dim", "slow": "yellow", "broken": "red"}
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorArguments:
-    """Say what is installed and what works here, and check every kernel against its reference; takes seconds.
+    """Report what is installed and what works here, and check every kernel against its reference; takes seconds.
 
-    Exit code 1 if something that a run needs is broken. `slow` works, but could be faster; a `note` is about something
-    optional.
+    The exit code is 1 if something that a run needs is broken. `slow` means that it works, but could be faster; a
+    `note` is about something optional.
     """
 
     json: bool = False

@@ -25,18 +25,18 @@ from ibtpo.validation import check_range
 class EvalArguments:
     """Measure accuracy from independent rollouts: avg@k, pass@k, maj@k and greedy, with 95 % intervals over prompts.
 
-    The prompts are the task's held-out ones (those of the run, if --model is one) or, with --whole, all rows of a file.
-    With --out every completion is kept, and the same command continues where it was stopped.
+    The prompts are the held-out ones of the task (of the run, if --model is a run) or, with --whole, all rows of a
+    file. With --out every completion is kept, and the same command continues an evaluation that was stopped.
     """
 
     config: Path | None = None
     """YAML file with any of the fields below."""
     samples: int | None = None
-    """Independent samples a prompt; short for --eval.samples."""
+    """Independent samples per prompt; short for --eval.samples."""
     limit: int | None = None
-    """Most prompts; short for --eval.prompts. With --whole there is no limit unless it is given."""
+    """Largest number of prompts; short for --eval.prompts. With --whole the default is no limit."""
     whole: bool = False
-    """Evaluate on every prompt of the data file, none held out, trained on, or left out by a run's filters."""
+    """Evaluate on every prompt of the data file, without holding out rows and without a run's filters."""
     json: Path | None = None
     """Also write the numbers to this file."""
     quiet: bool = False
@@ -58,7 +58,7 @@ class EvalArguments:
             changes["prompts"] = self.limit
         if self.whole:
             if config.data is None:
-                raise ValueError("whole: only a data file has an end; name one with --data, or leave --whole out")
+                raise ValueError("whole: --whole needs a data file; name one with --data, or leave --whole out")
             changes.setdefault("prompts", sys.maxsize)
             config = replace(config, jsonl=replace(config.jsonl, eval_fraction=1.0, eval_count=None, eval_data=None))
         if self.json is not None and not self.json.parent.is_dir():

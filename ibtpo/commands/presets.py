@@ -14,13 +14,13 @@ from ibtpo.presets import PRESET_NOTES, PRESETS
 
 @dataclass(frozen=True, kw_only=True)
 class PresetsArguments:
-    """List the methods that --preset knows: what each is, where it comes from, what it sets."""
+    """List the methods for --preset, each with an explanation, its source and its settings."""
 
 
 def run(arguments: list[str], console: Console) -> int:
     """Run the command; returns the exit code."""
     parse_alone(PresetsArguments, "ibtpo presets", arguments)
-    table = Table("preset", "what it is", "sets", show_lines=True)
+    table = Table("preset", "explanation", "settings", show_lines=True)
     for name, changes in PRESETS.items():
         explanation, source = PRESET_NOTES[name]
         settings = "\n".join(f"{field} {value}" for field, value in flat(changes).items())

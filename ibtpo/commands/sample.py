@@ -22,11 +22,11 @@ class SampleArguments:
     config: Path | None = None
     """YAML file with any of the fields below."""
     prompt: str | None = None
-    """Prompt to answer; by default the task's problem number --index. "\\n" stands for a newline."""
+    """Prompt to answer; by default problem number --index of the task. "\\n" stands for a newline."""
     answer: str | None = None
-    """Right answer to --prompt, needed unless the task is digit-chain."""
+    """Right answer to --prompt; required unless the task is digit-chain."""
     index: int = 0
-    """Training problem of the task to show when no prompt is given."""
+    """Number of the training problem that is used when no prompt is given, from 0."""
     run: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
 
 

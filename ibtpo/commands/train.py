@@ -21,10 +21,10 @@ from ibtpo.runlog import REPORT
 
 @dataclass(frozen=True, kw_only=True)
 class TrainArguments:
-    """Train a policy with IB-TPO (or a rival) and write a run folder with metrics, checkpoints and a report.
+    """Train a policy with IB-TPO or another method; write a run folder with metrics, checkpoints and a report.
 
-    Without --model and --data the built-in policy is warm-started and trained on the built-in task. With a Hugging
-    Face folder and a JSONL file of prompts and answers the same loop runs on them.
+    Without --model and --data the built-in policy is warm-started and trained on the built-in task. --model takes a
+    Hugging Face checkpoint folder, --data a file of prompts and answers.
     """
 
     preset: Preset = "ib-tpo"

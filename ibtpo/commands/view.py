@@ -28,7 +28,7 @@ class ViewArguments:
     export: Path | None = None
     """Write the page to this HTML file instead of serving it; it needs neither server nor network."""
     trees: int = 400
-    """Most trees of each run in an exported page."""
+    """Largest number of trees per run in an exported page."""
 
 
 def run(arguments: list[str], console: Console) -> int:

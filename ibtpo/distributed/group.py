@@ -110,7 +110,7 @@ class Group:
     def _at_odds(self) -> str:
         """Message of processes that meet for different purposes: their collectives would exchange unrelated data."""
         came = ", ".join(f"rank {rank} to {what}" for rank, (_, what) in enumerate(self._places()))
-        return f"the processes do not do the same ({came}); if all have the same code and settings, please report this"
+        return f"the processes do different things ({came}); if all have the same code and settings, please report this"
 
     def _places(self) -> list[tuple[int, str]]:
         """Each process's last meeting: its number and purpose."""

@@ -114,8 +114,8 @@ class EvaluationFolder:
         ]
         if changed:
             raise ValueError(
-                f"out: {self.path} holds another evaluation ({'; '.join(changed)}); give the same settings to go on "
-                "with it, or choose another folder with --out"
+                f"out: {self.path} holds another evaluation ({'; '.join(changed)}); give the same settings to "
+                "continue it, or choose another folder with --out"
             )
 
     def _read(self) -> None:

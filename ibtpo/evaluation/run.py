@@ -24,6 +24,7 @@ from ibtpo.evaluation.statistics import ks_up_to
 from ibtpo.grow import Grower
 from ibtpo.model_card import CARD
 from ibtpo.policy import Policy, base_folder
+from ibtpo.printable import counted
 from ibtpo.progress import track
 from ibtpo.report import Estimate
 from ibtpo.run_format import FORMAT_FILE
@@ -69,7 +70,7 @@ def run_evaluation(
         except (Interrupted, KeyboardInterrupt) as error:
             kept = "nothing is kept without --out"
             if store is not None:
-                kept = f"{len(found):,} completions are kept in {config.out}, the same command goes on"
+                kept = f"{len(found):,} completions are kept in {config.out}, the same command continues"
             number = stop.signal if isinstance(error, Interrupted) else signal.SIGINT
             raise Interrupted(f"stopped; {kept}", number) from None
         evaluation = summarize(found.values())
@@ -143,7 +144,8 @@ def _digest_of_model(folder: Path) -> str:
 def print_evaluation(evaluation: Evaluation, summary: dict[str, Any], console: Console) -> None:
     """Print the tables: accuracies, and pass@k and maj@k by k."""
     found, samples = evaluation.accuracies(), evaluation.samples
-    accuracy = Table("", "mean", "95 % interval", title=f"{len(evaluation.greedy)} prompts, {samples} samples each")
+    amount = f"{counted(len(evaluation.greedy), 'prompt')}, {counted(samples, 'sample')} each"
+    accuracy = Table("", "mean", "95 % interval", title=amount)
     for name in (f"avg@{samples}", "greedy"):
         accuracy.add_row(name, f"{found[name].value:.3f}", _interval(found[name]))
     by_k = Table("k", "pass@k", "95 % interval", "maj@k", "95 % interval")
@@ -160,7 +162,7 @@ def print_evaluation(evaluation: Evaluation, summary: dict[str, Any], console: C
         parts.append(f"{speed:,.0f} tokens/s")
     for name, happened in (("reward_timeouts", "timed out"), ("reward_failures", "failed")):
         if number := summary.get(name):
-            parts.append(f"{number:,} gradings {happened} and count as 0")
+            parts.append(f"gradings that {happened} and count as 0: {number:,}")
     console.print(", ".join(parts), style="dim", highlight=False)
 
 

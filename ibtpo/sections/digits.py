@@ -10,16 +10,16 @@ from ibtpo.validation import check_choices, check_range
 
 @dataclass(frozen=True, kw_only=True)
 class DigitChainConfig:
-    """The built-in task: left-to-right arithmetic mod 10, one operation a step."""
+    """The built-in task: left-to-right arithmetic mod 10, one operation per step."""
 
     min_ops: int = 8
-    """Fewest operations in a prompt."""
+    """Smallest number of operations in a prompt."""
     max_ops: int = 12
-    """Most operations in a prompt."""
+    """Largest number of operations in a prompt."""
     grade: Literal["strict", "last"] = "strict"
-    """strict: every line of the derivation must be right; last: only the final digit."""
+    """strict: every line of the derivation must be right; last: only the final digit must be."""
     teacher_exponent: float = 4.0
-    """k of the warm-start teacher: each fact is wrong with its own probability 0.9*u^k, u uniform."""
+    """k of the warm-start teacher: each fact has its own error rate, 0.9*u^k with u uniform in [0, 1)."""
 
     def __post_init__(self) -> None:
         check_choices(self, "digits.")

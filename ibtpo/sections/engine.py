@@ -13,11 +13,11 @@ class EngineConfig:
     """The generation engine."""
 
     kv_tokens: int = 200_000
-    """Tokens of keys and values the pool holds (pages of 16)."""
+    """Size of the KV pool in tokens (pages of 16)."""
     max_branches: int = 256
-    """Most branches decoded in one step."""
+    """Largest number of branches decoded in one step."""
     prefill_tokens: int = 2048
-    """Most prompt tokens computed in one step; longer prompts are computed in chunks."""
+    """Largest number of prompt tokens computed in one step; longer prompts are computed in chunks."""
     cuda_graphs: bool = False
     """Capture decode steps as CUDA graphs; on a GPU only."""
     release: Literal["auto", "always", "never"] = "auto"

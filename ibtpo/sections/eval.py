@@ -15,11 +15,11 @@ class EvalConfig:
     """Held-out accuracy, always from independent rollouts."""
 
     prompts: int = 256
-    """Held-out prompts."""
+    """Number of held-out prompts."""
     samples: int = 8
-    """k of avg@k, pass@k and maj@k: independent samples a prompt; a greedy pass is always added."""
+    """k of avg@k, pass@k and maj@k: independent samples per prompt; a greedy completion is always added."""
     every: int = 0
-    """Evaluate every so many training steps; 0: before and after training only."""
+    """Training steps between evaluations; 0: evaluate only before and after training."""
 
     def __post_init__(self) -> None:
         check_range("eval.prompts", self.prompts, low=1)

@@ -18,33 +18,33 @@ class JsonlConfig:
     """A data file of prompts and answers (docs/data.md), and how completions are graded."""
 
     prompt_field: str | None = None
-    """Field with the prompt, a string or a list of chat messages; dots step into objects. By default the layout's."""
+    """Field with the prompt, text or a list of chat messages; a.b is field b inside a. By default the layout's."""
     answer_field: str | None = None
     """Field with the reference answer. By default the layout's."""
     data_fields: tuple[str, ...] = ()
-    """Further fields that a reward of your own gets, in `data`."""
+    """Further fields that a reward function of your own receives, in its argument `data`."""
     template: str | None = None
-    """What the policy is shown, with {prompt} where the prompt goes. By default the layout's."""
+    """Text that the policy is given, with {prompt} in the place of the prompt. By default the layout's."""
     system_prompt: str | None = None
-    """Put before every prompt as the chat's system message."""
+    """System message of the chat, put before every prompt."""
     few_shot: Path | None = None
-    """Data file of the same layout whose rows are all shown as worked examples before every prompt."""
+    """Data file of the same layout; all its rows are shown as worked examples before every prompt."""
     chat_template: bool = True
-    """Format prompts with the tokenizer's chat template where it has one."""
+    """Format prompts with the tokenizer's chat template if it has one."""
     chat_template_options: tuple[str, ...] = ()
-    """NAME=VALUE ...: what else the chat template is given, such as enable_thinking=false; values are JSON, or text."""
+    """NAME=VALUE ...: further arguments of the chat template, as enable_thinking=false; values are JSON or text."""
     max_prompt_tokens: int | None = None
     """Rows whose formatted prompt has more tokens are left out."""
     pass_rate_field: str | None = None
-    """Field with how often a model solves the prompt, from 0 to 1, by which rows are left out."""
+    """Field with the share of attempts, from 0 to 1, in which a model solved the prompt; the next two filter by it."""
     min_pass_rate: float = 0.0
     """Rows with a lower pass rate are left out."""
     max_pass_rate: float = 1.0
     """Rows with a higher pass rate are left out."""
     duplicates: Literal["drop", "keep"] = "drop"
-    """Rows with the same prompt and answer as an earlier one."""
+    """Rows with the same prompt and answer as an earlier row: drop them, or keep them."""
     unanswered: Literal["refuse", "drop"] = "refuse"
-    """Rows whose answer is missing or not as the layout has it: refuse the file, or leave them out."""
+    """Rows whose answer is missing or not in the layout's form: refuse the file, or drop the rows."""
     eval_fraction: float = 0.1
     """Share of the prompts held out for evaluation (at least one); 1 holds out all, for `ibtpo eval`."""
     eval_count: int | None = None
@@ -52,13 +52,13 @@ class JsonlConfig:
     eval_data: Path | None = None
     """Data file to evaluate on, instead of holding out rows; its prompts are left out of training."""
     grade: Literal["math", "exact"] = "math"
-    """Without --reward. math: math-verify decides equality; exact: the stripped last line equals the answer."""
+    """Grading without --reward. math: by math-verify; exact: the stripped last line must equal the answer."""
     grade_workers: int = 1
-    """Worker processes that grade."""
+    """Number of worker processes that grade."""
     grade_timeout: float = 5.0
     """Seconds after which a reward counts as 0 (and is counted as timed out)."""
     max_failed_share: float = 0.5
-    """Stop when more than this share of the last 100 gradings failed or timed out; 1 never stops."""
+    """Stop when more than this share of the last 100 gradings failed or timed out; 1: never stop."""
 
     def __post_init__(self) -> None:
         check_choices(self, "jsonl.")

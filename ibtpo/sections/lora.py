@@ -10,14 +10,14 @@ from ibtpo.validation import check_choices, check_range
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Low-rank adapters trained in the weights' place; the KL reference is then the model with its adapters off."""
+    """Low-rank adapters, trained instead of the weights; the KL reference is then the model with its adapters off."""
 
     rank: int = 0
-    """Rank of the adapters; 0 trains the weights themselves or, where `model` is an adapter folder, its adapters."""
+    """Rank of the adapters; 0 trains the weights themselves or, if `model` is an adapter folder, its adapters."""
     alpha: float = 32.0
-    """An adapter counts alpha / rank times."""
+    """An adapter's output is scaled by alpha / rank."""
     targets: Literal["all", "attention", "mlp"] = "all"
-    """Projections adapted: q, k, v, o (attention), gate, up, down (mlp), or all of them."""
+    """Projections with adapters: q, k, v, o (attention), gate, up, down (mlp), or all of them."""
 
     def __post_init__(self) -> None:
         check_choices(self, "lora.")

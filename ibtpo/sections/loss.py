@@ -10,16 +10,16 @@ from ibtpo.validation import check_choices, check_range
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """The clipped policy-gradient objective and what is averaged over what."""
+    """The clipped policy-gradient objective, and how it is averaged."""
 
     clip_low: float = 0.2
-    """Ratios below 1 - clip_low carry no gradient where the advantage is negative."""
+    """Ratios below 1 - clip_low get no gradient where the advantage is negative."""
     clip_high: float = 0.2
-    """Ratios above 1 + clip_high carry no gradient where the advantage is positive."""
+    """Ratios above 1 + clip_high get no gradient where the advantage is positive."""
     kl_coef: float = 0.001
-    """Weight of the KL penalty (k3 estimator) to the frozen starting policy; 0 keeps no reference model."""
+    """Weight of the KL penalty (k3 estimator) to the frozen starting policy; 0 needs no reference model."""
     entropy_coef: float = 0.0
-    """Weight of an entropy bonus: the loss falls by this times the mean entropy of the policy, in nats."""
+    """Weight of an entropy bonus: this weight times the policy's mean entropy, in nats, is subtracted from the loss."""
     entropy_advantage_coef: float = 0.0
     """Weight of the mean of entropy times advantage (IBRO): more entropy where the advantage is positive."""
     aggregation: Literal["token", "sequence", "dr_grpo"] = "token"
@@ -27,7 +27,7 @@ class LossConfig:
     prefix_weight: Literal["trajectory", "sqrt", "node"] = "trajectory"
     """Weight of a token shared by m trajectories: m, sqrt(m) or 1."""
     old_logprob: Literal["sampler", "recompute"] = "sampler"
-    """Where the old policy's log-probs come from; with top-p, top-k or min-p they are always recomputed."""
+    """Source of the old policy's log-probs; with top-p, top-k or min-p they are always recomputed."""
 
     def __post_init__(self) -> None:
         check_choices(self, "loss.")

@@ -10,26 +10,26 @@ from ibtpo.validation import check_choices, check_range
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW with linear warm-up; master weights in fp32 when the model is bf16."""
+    """AdamW with linear warm-up; a bf16 model has fp32 master weights."""
 
     lr: float = 1e-6
     """Learning rate after the warm-up."""
     beta1: float = 0.9
-    """Decay of the gradient's running mean."""
+    """Decay rate of the gradient's running mean."""
     beta2: float = 0.99
-    """Decay of the squared gradient's running mean."""
+    """Decay rate of the squared gradient's running mean."""
     eps: float = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the square root of the second moment."""
     weight_decay: float = 0.0
     """Decoupled weight decay, on matrices only."""
     warmup_steps: int = 5
     """Optimizer steps over which the learning rate rises linearly from 0."""
     final_share: float = 1.0
-    """Share of the learning rate left when the run's tokens are spent; in between it falls linearly with them."""
+    """Share of the learning rate left at the end of the token budget; it falls linearly with the tokens sampled."""
     grad_clip: float = 1.0
-    """Largest L2 norm of the gradient; longer ones are scaled down."""
+    """Largest L2 norm of the gradient; longer gradients are scaled down."""
     state: Literal["float32", "8bit"] = "float32"
-    """How the running means are kept; 8bit (bitsandbytes) takes 2 bytes a weight instead of 8."""
+    """Format of the running means; 8bit (bitsandbytes) takes 2 bytes per weight instead of 8."""
 
     def __post_init__(self) -> None:
         check_choices(self, "optim.")

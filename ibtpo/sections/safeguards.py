@@ -1,4 +1,4 @@
-"""Settings `safeguards.*`: what is kept for the worst."""
+"""Settings `safeguards.*`: protection against failures."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ibtpo.validation import check_range
 
 @dataclass(frozen=True, kw_only=True)
 class SafeguardConfig:
-    """What a run keeps for the worst, and when it gives up."""
+    """Protection against failures: the checkpoints that a run keeps, and when it gives up."""
 
     keep_checkpoints: int = 3
-    """Checkpoints kept, the newest ones."""
+    """Number of checkpoints kept, the newest ones."""
     nonfinite_steps: int = 5
-    """Optimizer steps in a row that may be skipped for a NaN or Inf in loss or gradient; the next one ends the run."""
+    """Optimizer steps in a row that may be skipped for a NaN or Inf in loss or gradient; one more ends the run."""
 
     def __post_init__(self) -> None:
         check_range("safeguards.keep_checkpoints", self.keep_checkpoints, low=1)

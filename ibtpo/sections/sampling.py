@@ -14,13 +14,13 @@ class SamplingConfig:
     temperature: float = 0.7
     """Logits are divided by it; 0 is greedy."""
     top_p: float = 0.95
-    """Smallest set of tokens with at least this probability is kept; 1 keeps all."""
+    """The most likely tokens are kept, as many as are needed to reach this probability; 1 keeps all."""
     top_k: int = 0
     """Number of most likely tokens kept; 0 keeps all."""
     min_p: float = 0.0
-    """Tokens less than this many times as likely as the most likely one are dropped; 0 drops none."""
+    """Tokens with less than this share of the most likely token's probability are dropped; 0 drops none."""
     max_tokens: int = 2048
-    """Most new tokens a trajectory may have below the prompt; what is cut off there gets reward 0."""
+    """Largest number of new tokens in a trajectory; a trajectory that is cut off there gets reward 0."""
 
     def __post_init__(self) -> None:
         check_range("sampling.temperature", self.temperature, low=0.0)

@@ -13,35 +13,35 @@ class SearchConfig:
     """How a group of trajectories is sampled for a prompt (paper, section 3)."""
 
     method: Literal["ibtree", "independent", "random-tree", "eptree", "treepo", "tree-grpo", "vineppo"] = "ibtree"
-    """ibtree: branch where the IB-Score is highest; random-tree: anywhere; independent: chains; the rest: rivals."""
+    """ibtree: branch at the highest IB-Score; random-tree: anywhere; independent: chains; others: docs/method.md."""
     group_size: int = 8
-    """G, trajectories a prompt for `independent`, `treepo` and `vineppo`; the other trees derive theirs."""
+    """G, trajectories per prompt of `independent`, `treepo`, `vineppo`; for others it follows from the next fields."""
     initial_branches: int = 4
-    """B0, independent trajectories a tree begins with: B0 + (L-1)*K*B in all; M trees of `eptree` and `tree-grpo`."""
+    """B0, trajectories that a tree begins with; G = B0 + (L-1)*K*B. `eptree` and `tree-grpo`: number of trees."""
     rounds: int = 9
     """L, rounds of growth, the initial one included."""
     nodes_per_round: int = 1
-    """K, nodes branched in a round; `eptree` and `tree-grpo` branch so many in each of their trees."""
+    """K, nodes branched in a round; `eptree` and `tree-grpo` branch as many in each of their trees."""
     branches_per_node: int = 1
-    """B, new trajectories from each of them."""
+    """B, new trajectories from each of these nodes."""
     segment_tokens: int = 512
-    """Length of a segment, the step of `treepo`."""
+    """Tokens in a segment of `treepo`; its steps are segments."""
     deepest_share: float = 0.875
     """`eptree` begins no branches beyond this share of `sampling.max_tokens`."""
     value_rollouts: int = 9
-    """K, rollouts of `vineppo` that tell the value of a step; they are sampled, not trained on."""
+    """K, rollouts of `vineppo` that estimate the value of a step; they are sampled, not trained on."""
     lookahead: int = 1
-    """Rounds of `ibtree` and `random-tree` under way at once; 1 (paper): a round knows the outcome of all before."""
+    """Rounds of `ibtree` and `random-tree` under way at once; 1 (paper): each begins when those before have ended."""
     redraws: int = 0
-    """Times a training step draws further prompts for groups whose rewards are all equal (DAPO); 0: never."""
+    """How often a training step draws new prompts for groups whose rewards are all equal (DAPO); 0: never."""
     branch_at_root: bool = True
-    """May the prompt itself be branched again?"""
+    """Whether the prompt itself may be branched again."""
     separator: str = "\n\n"
     """Text that ends a step; the token that completes it belongs to that step. A newline in the shell: $'\\n'."""
     step_tokens: int | None = None
-    """If set, steps are runs of this many tokens and `separator` is ignored."""
+    """If set, every step has this many tokens, and `separator` is ignored."""
     boundary_noise: float = 0.0
-    """Share of the step boundaries moved to a random token between their neighbours (the paper's robustness test)."""
+    """Share of the step boundaries that are moved to a random token between their neighbours (as the paper tests)."""
 
     def __post_init__(self) -> None:
         check_choices(self, "search.")
@@ -50,8 +50,8 @@ class SearchConfig:
         check_range("search.redraws", self.redraws, low=0)
         if self.lookahead > 1 and not self.is_guided:
             raise ValueError(
-                f"search.lookahead: {self.lookahead} is for rounds that are chosen one after the other, as ibtree and "
-                f"random-tree do; search.method={self.method} has none, set it to 1"
+                f"search.lookahead: {self.lookahead} is possible for search.method ibtree and random-tree only; set it "
+                f"to 1 for {self.method}"
             )
         check_range("search.boundary_noise", self.boundary_noise, low=0.0, high=1.0)
         for name in ("segment_tokens", "value_rollouts"):
@@ -60,7 +60,7 @@ class SearchConfig:
         if self.step_tokens is not None:
             check_range("search.step_tokens", self.step_tokens, low=1)
         elif not self.separator:
-            raise ValueError('search.separator: "" must be at least one character, or set search.step_tokens')
+            raise ValueError('search.separator: "" has no character; give at least one, or set search.step_tokens')
         elif self.separator.replace(r"\n", "") == "":
             raise ValueError(
                 f"search.separator: {self.separator} is a backslash and the letter n, not a newline; write "

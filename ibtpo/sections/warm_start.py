@@ -12,15 +12,15 @@ class WarmStartConfig:
     """Supervised training of the built-in policy on the task's worked solutions, from random weights."""
 
     excess: float = 0.06
-    """Loss above the teacher's own entropy, in nats a token, at or below which the learning rate may begin to fall."""
+    """The learning rate may fall when the loss is at most this far above the teacher's entropy, in nats per token."""
     pass_share: float = 0.4
-    """Sampled pass rate, as a share of the teacher's own, that must be reached too; 0: the loss alone decides."""
+    """Sampled pass rate, as a share of the teacher's own, that must be reached as well; 0: the loss alone decides."""
     decay_updates: int = 100
     """Updates over which the learning rate falls to a tenth, along a cosine; the warm start ends there."""
     max_updates: int = 1200
-    """Updates at most, the decay included, whatever was measured."""
+    """Largest number of updates, the decay included, whatever was measured."""
     batch_size: int = 64
-    """Worked solutions an update."""
+    """Worked solutions per update."""
     lr: float = 3e-3
     """Learning rate before it falls."""
     warmup_steps: int = 50

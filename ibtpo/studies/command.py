@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from rich.console import Console
 from ibtpo.config_io import load_yaml
 from ibtpo.console import say
 from ibtpo.disk import write_atomically
-from ibtpo.printable import one_line
+from ibtpo.printable import counted, one_line
 from ibtpo.stopping import Interrupted
 from ibtpo.studies.figures import AVAILABLE, MISSING, draw_figures
 from ibtpo.studies.matrix import Cell, Study, load_study, refuse_settings_of_study
@@ -21,6 +20,7 @@ from ibtpo.studies.results import collect
 from ibtpo.studies.run import Failure, failures, is_done, run_cells
 from ibtpo.studies.tables import csv_text, markdown_text, rich_tables
 from ibtpo.validation import check_range
+from ibtpo_kernels.roofline.machine import available_cores
 
 if TYPE_CHECKING:
     from ibtpo.commands.study import StudyArguments
@@ -39,7 +39,7 @@ def run_study(parsed: StudyArguments, command: str, console: Console) -> int:
     for name in ("seeds", "prompts"):
         check_range(name, getattr(parsed, name), low=1)
     check_range("first-seed", parsed.first_seed, low=0)
-    jobs = parsed.jobs if parsed.jobs is not None else len(os.sched_getaffinity(0))
+    jobs = parsed.jobs if parsed.jobs is not None else available_cores()
     check_range("jobs", jobs, low=1)
     plan = load_study(parsed.name)
     seeds = range(parsed.first_seed, parsed.first_seed + parsed.seeds)
@@ -47,7 +47,8 @@ def run_study(parsed: StudyArguments, command: str, console: Console) -> int:
     for variant, reason in plan.skipped.items():
         console.print(f"left out: {variant}, {reason}", highlight=False, markup=False)
     done = sum(is_done(parsed.out, cell) for cell in cells)
-    console.print(f"{plan.title}: {len(cells)} cells, {done} done, {jobs} at a time", highlight=False, markup=False)
+    amount = f"{counted(len(cells), 'cell')}, {done} done, {jobs} at a time"
+    console.print(f"{plan.title}: {amount}", highlight=False, markup=False)
     stopped = None
     if not parsed.report_only:
         try:
@@ -97,5 +98,5 @@ def _report(
     for failure in failed:
         console.print(f"failed: {failure.cell.id}: {failure.message}", highlight=False, markup=False, style="red")
     if results.missing:
-        console.print(f"{len(results.missing)} cells have no result yet", highlight=False)
+        console.print(f"cells without a result yet: {len(results.missing)}", highlight=False)
     say(console, f"report: {page}")

@@ -42,7 +42,7 @@ _LONGEST_NAME = 80  # characters of the readable part of a folder's name; file s
 _OF_STUDY = {
     "seed": "is the study's to set; name seeds by --first-seed and --seeds",
     "out": "is the study's to set; name the folder of all cells by --out of `ibtpo study`",
-    "resume": "is nothing a study takes; give the same command again, and it goes on where it was",
+    "resume": "is nothing a study takes; give the same command again, and it continues where it stopped",
 }
 _SHARED = dict.fromkeys(
     ("data", "task", "model"), "is shared by all variants, which are compared on it; put it into run, or into a task"

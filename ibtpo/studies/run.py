@@ -67,7 +67,7 @@ def run_cells(out: Path, cells: Sequence[Cell], jobs: int, console: Console) -> 
         try:
             while processes.waiting or processes.under_way:
                 if stop.requested():
-                    raise Interrupted("stopped; what is done is kept, the same command goes on", stop.signal)
+                    raise Interrupted("stopped; finished cells are kept, the same command continues", stop.signal)
                 processes.begin()
                 processes.collect()
                 time.sleep(_POLL_SECONDS)

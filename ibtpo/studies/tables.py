@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
+from ibtpo.printable import counted
 from ibtpo.studies.results import COLUMNS, Column, Results
 from ibtpo.studies.statistics import SeedMean, paired_difference, seed_mean
 
@@ -129,12 +130,12 @@ def markdown_text(results: Results) -> str:
 def explanation(results: Results) -> str:
     """The meaning of the numbers, in a sentence or two."""
     note = (
-        f"Mean over {len(results.seeds)} seeds with its 95 % bootstrap interval over seeds; Δ is the paired difference "
-        f"to {results.study.baseline}, * where its interval leaves out 0. No correction for the number of comparisons. "
-        "Over five seeds such an interval holds the true mean in some 84 % of cases, not 95."
+        f"Mean over {counted(len(results.seeds), 'seed')} with its 95 % bootstrap interval over seeds; Δ is the paired "
+        f"difference to {results.study.baseline}, with * where its interval excludes 0. No correction for multiple "
+        "comparisons. Over five seeds such an interval contains the true mean in some 84 % of cases, not 95."
     )
     if results.missing:
-        note += f" {len(results.missing)} cells have no result yet."
+        note += f" Cells without a result yet: {len(results.missing)}."
     for variant, reason in results.study.skipped.items():
         note += f" {variant} is left out: {reason}."
     return note

@@ -118,7 +118,7 @@ def format_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem, config: 
             raise ValueError(
                 f"{where}: the tokenizer's chat template cannot format messages of "
                 f"{roles} ({type(error).__name__}: {error}); give it the roles it knows (without --jsonl.system-prompt "
-                "if it knows no system), mend the template, or set --jsonl.no-chat-template"
+                "if it knows no system), fix the template, or set --jsonl.no-chat-template"
             ) from None
         return _encode(tokenizer, str(text), where, add_special_tokens=False)  # the template writes these itself
     if not isinstance(problem.prompt, str):

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ibtpo.config import JsonlConfig
+from ibtpo.printable import counted
 from ibtpo.rewards import RewardSpec
 from ibtpo.tasks.base import Problem, seeded
 from ibtpo.tasks.grades import RewardGrades
@@ -69,7 +70,8 @@ class DataTask(RewardGrades):
             seen = np.isin(self._file.prompts, self._held_out_file.prompts)
             self._train = np.flatnonzero(~seen)
             if seen.any():
-                self.notes.append(f"{path}: {seen.sum():,} rows left out, their prompts are in {config.eval_data}")
+                left_out = counted(int(seen.sum()), "row")
+                self.notes.append(f"{path}: {left_out} left out, since {config.eval_data} has the same prompts")
         for file in dict.fromkeys((self._file, self._held_out_file)):
             self.notes += file.notes
         self.notes.append(self._amounts())
@@ -126,14 +128,15 @@ class DataTask(RewardGrades):
         train = self._wanted(self._file, self._train, wanted)
         held_out = self._wanted(self._held_out_file, self._eval, wanted)
         if (len(self._train) and not len(train)) or not len(held_out):
-            raise ValueError(f"{path}: every row {'held out ' if len(train) else ''}has {unwanted}; allow more")
+            raise ValueError(f"{path}: every {'held-out ' if len(train) else ''}row has {unwanted}; allow more")
         if dropped := len(self._train) + len(self._eval) - len(train) - len(held_out):
-            self.notes[-1] = f"{path}: {dropped:,} rows left out, they have {unwanted}"
+            self.notes[-1] = f"{path}: {counted(dropped, 'row')} left out, with {unwanted}"
             self._train, self._eval, self._epoch = train, held_out, -1
             self.notes.append(self._amounts())
 
     def _amounts(self) -> str:
-        return f"{self._file.rows.path}: {len(self._train):,} rows to train on, {len(self._eval):,} prompts held out"
+        train, held_out = counted(len(self._train), "row"), counted(len(self._eval), "prompt")
+        return f"{self._file.rows.path}: {train} to train on, {held_out} held out"
 
     def _wanted(self, file: _File, rows: Longs, wanted: Callable[[Problem], bool]) -> Longs:
         mask = np.fromiter((wanted(file.problem(int(i), self._examples)) for i in rows), bool, len(rows))
@@ -159,8 +162,8 @@ class _File:
         prompts, answers, rates, answered = self._scan()
         if not answered.any():
             raise ValueError(
-                f'{path}: in no row an answer can be read from the field "{self.layout.answer_field}" in layout '
-                f"{self.layout.name}; name another in jsonl.answer_field, or another --layout"
+                f'{path}: no row has an answer in the field "{self.layout.answer_field}" in the form of layout '
+                f"{self.layout.name}; name another field in jsonl.answer_field, or another --layout"
             )
         unrated = np.isnan(rates)
         kept = answered & (rates >= config.min_pass_rate) & (rates <= config.max_pass_rate)

@@ -61,7 +61,8 @@ class GymTask(RewardGrades):
                 return Problem(entry["question"], str(entry["answer"]), {"entry": entry})
         side = "held-out" if held_out else "training"
         raise ValueError(
-            f"{self.name}: {_ATTEMPTS} draws gave no {side} problem; the dataset has too few different ones"
+            f"{self.name}: {_ATTEMPTS} draws gave no {side} problem, since the dataset has too few different problems; "
+            "choose another"
         )
 
 

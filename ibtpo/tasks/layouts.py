@@ -190,7 +190,7 @@ def _read_answer(layout: Layout, row: Mapping[str, Any], where: str) -> str:
     field = layout.answer_field
     answer = layout.read_answer(_check_answer(get_field(row, field, "answer_field", where), field, where))
     if not answer:
-        remedy = "mend or remove the row, or choose another --layout"
+        remedy = "fix or remove the row, or choose another --layout"
         fail(where, f'field "{field}" is not {layout.answer_form}', remedy)
     return answer
 
@@ -253,5 +253,5 @@ def _check_text(text: str, field: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:  # a lone surrogate, which no tokenizer accepts
-        fail(where, f'field "{field}" holds half of a character (a lone surrogate)', "mend the row, or remove it")
+        fail(where, f'field "{field}" holds half of a character (a lone surrogate)', "fix the row, or remove it")
     return text

@@ -73,7 +73,7 @@ def open_rows(path: Path) -> Rows:
         _check_kind(path)
         rows = JsonlRows(path)
     if not len(rows):
-        such = 'write one JSON object a line, such as {"prompt": "What is 2+2?", "answer": "4"}'
+        such = 'write one JSON object per line, such as {"prompt": "What is 2+2?", "answer": "4"}'
         raise ValueError(
             f"{path}: the file is empty; {such}" if isinstance(rows, JsonlRows) else f"{path}: has no rows; add some"
         )
@@ -113,7 +113,7 @@ def _check_kind(path: Path) -> None:
         separator = ', sep="\\t"' if path.suffix == ".tsv" else ""
         raise ValueError(f"{path}: a table, not JSONL; convert it: {save.format('csv', separator)}")
     if text.startswith(b"[") and text[1:].lstrip().startswith((b"{", b"[")):
-        raise ValueError(f"{path}: one JSON array, not an object a line; convert it: {save.format('json', '')}")
+        raise ValueError(f"{path}: one JSON array, not one object per line; convert it: {save.format('json', '')}")
 
 
 class JsonlRows:
@@ -166,7 +166,7 @@ def _parse_object(line: bytes, where: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         fail(where, f"not UTF-8 text (byte {error.start} of the line)", "save the file as UTF-8")
     except json.JSONDecodeError as error:
-        hint = "a JSONL file holds one complete JSON object a line, no array around them and no comma between them"
+        hint = "a JSONL file holds one complete JSON object per line, without an array around them or commas between"
         fail(where, f"malformed JSON at column {error.colno} ({error.msg})", hint)
     except RecursionError:
         fail(where, "JSON nested too deeply", "a row is a flat object")

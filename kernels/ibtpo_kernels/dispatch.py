@@ -18,7 +18,7 @@ from ibtpo_kernels import cpu, reference
 from ibtpo_kernels.gradients import forward_mode
 
 BACKENDS = ("reference", "cpu", "triton", "flashinfer")
-_REMEDY = "install ibtpo with a C++17 compiler at hand (make setup)"
+_REMEDY = "install a C++17 compiler, then ibtpo again (make setup)"
 _INTERPRET = "set TRITON_INTERPRET=1 before Python starts to run on the CPU, slowly"
 
 _SERVED = (torch.float32, torch.bfloat16, torch.int32)  # by "cpu": activations, and the page tables of plan_decode

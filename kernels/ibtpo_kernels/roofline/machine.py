@@ -52,14 +52,18 @@ def processor_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+def available_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def processor() -> str:
     """The processor's name, the number of cores this process may use, and the kernels' instruction set.
 
     On a virtual machine, different processors may have the same name.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     isa = None if cpu.native is None else cpu.native.isa()
-    parts = [f"{cores} cores", *([_INSTRUCTIONS[isa]] if isa in _INSTRUCTIONS else [])]
+    parts = [f"{available_cores()} cores", *([_INSTRUCTIONS[isa]] if isa in _INSTRUCTIONS else [])]
     return f"{processor_name()} ({', '.join(parts)})"
 
 
