@@ -410,6 +410,7 @@ BREAKAGES: dict[str, Callable[[Engine, Tree], object]] = {
     "references counted": _share_a_page_with_nobody,
     "times in the free list": lambda engine, tree: engine.cache.pool._free.append(engine.cache.pool._free[0]),
     "the index counts": lambda engine, tree: setattr(engine.cache.index, "num_entries", 99),
+    "the index lists": lambda engine, tree: engine.cache.index._leaves.clear(),
     "is loose": lambda engine, tree: setattr(engine.cache.index._entries()[0], "key", b"0" * 64),
     "was dropped": lambda engine, tree: setattr(tree.leaves()[0], "dropped", True),
     "does not begin": lambda engine, tree: setattr(tree.leaves()[0], "start", 3),
