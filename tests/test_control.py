@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -186,6 +187,29 @@ def test_a_branch_aborted_alone_costs_the_same_among_few_and_many(model: Model, 
         assert not engine.scheduler.num_branches
         engine.check_integrity()
         return spent / count
+
+    assert each(128) < 1.2 * each(32)
+
+
+def test_a_branch_of_a_search_aborted_alone_costs_the_same_among_few_and_many(model: Model) -> None:
+    """A second search aborts, one by one, what the first waits for."""
+
+    def each(count: int) -> float:
+        engine, nodes, spent = Engine(model, kv_tokens=16 * 1024, max_branches=2 * count), list[Node](), list[int]()
+
+        def search(tree: Tree) -> Iterator[list[Node] | Future[None]]:
+            if tree.ordinal == 0:
+                nodes.extend(tree.root.fork(count))
+                assert (yield nodes) == []
+            else:
+                done = Future[None]()
+                done.set_result(None)
+                yield done
+                spent.append(work(lambda: [engine.abort([node]) for node in nodes]))
+
+        list(engine.run(search, [PROMPT, PROMPT], Sampling(max_tokens=40)))
+        assert all(node.dropped for node in nodes)
+        return spent[0] / count
 
     assert each(128) < 1.2 * each(32)
 
