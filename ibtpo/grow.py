@@ -102,7 +102,7 @@ class Grower:
                 raise Interrupted
 
         grading = Grading(self.task, self.tokenizer, dict(zip(keys, problems, strict=True)), leaf_done)
-        prompts = [format_prompt(self.tokenizer, problem, self.data) for problem in problems]
+        prompts = (format_prompt(self.tokenizer, problem, self.data) for problem in problems)  # as there is room
         waited = self.engine.seconds_waiting
         trees: list[Tree | None] = [None] * len(problems)
         for index, tree in self.engine.run(search, prompts, sampling, reward=grading, keys=keys):

@@ -10,7 +10,7 @@ Because the ratios of the children average to 1 (exactly so with recursive value
 answer and the policy is still undecided.
 
 A new trajectory changes values and scores only along its own path, so adding one costs O(depth * children). Shrunk
-values depend on the values of all ancestors, so all of them are recomputed, O(nodes).
+values depend on the values of all ancestors, so all of them are recomputed, O(nodes), when one is next asked for.
 
 Settings beyond the paper: ``value="shrunk"`` shrinks a node's value towards its parent's, as if k more leaves had that
 value; ``score_beta="balanced"`` ranks nodes by J at a beta computed from the tree; ``score_bonus`` ranks them by
@@ -34,8 +34,8 @@ def check_known(name: str, logprobs: Iterable[float]) -> None:
     """Raise ValueError if a log-prob under the distribution sampled from is NaN; `name` is what would rest on it."""
     if math.isnan(sum(logprobs)):
         raise ValueError(
-            f"{name}: the log-probs under the sampling distribution are NaN. A server's raw log-probs are those only at "
-            "temperature 1 without top-p, top-k and min-p; sample so, or let the server return them"
+            f"{name}: the log-probs under the sampling distribution are NaN. A server's raw log-probs are those only "
+            "at temperature 1 without top-p, top-k and min-p; sample so, or let the server return them"
         )
 
 
@@ -97,6 +97,7 @@ class IBEstimates:
         self._cells: dict[Node, _Cell] = {tree.root: _Cell(tree.root, None, math.nan)}
         self._branching: list[_Cell] = []  # cells with children, in the order of their first child
         self._merged: dict[tuple[_Cell, bytes], _Cell] = {}
+        self._is_stale = False  # have leaves been added since the values were shrunk?
 
     def add_leaf(self, steps: Sequence[Node]) -> None:
         """Count a graded trajectory.
@@ -122,8 +123,7 @@ class IBEstimates:
         while above is not None:
             self._update(above, leaf.reward)
             above = above.parent
-        if self.config.value == "shrunk":
-            self._shrink()
+        self._is_stale = self.config.value == "shrunk"
 
     def __getstate__(self) -> dict[str, Any]:
         """Cells refer to each other by index in a pickle: otherwise it would recurse along the tree's paths."""
@@ -187,11 +187,14 @@ class IBEstimates:
         self._rate(cell)
 
     def _shrink(self) -> None:
-        """Recompute all values from the prompt down, then all scores.
+        """Recompute all values from the prompt down, then all scores, unless they are up to date.
 
         A value is the posterior mean under the prior Beta(k*v, k*(1 - v)), where v is the parent's value; the prompt's
         is its mean reward.
         """
+        if not self._is_stale:
+            return
+        self._is_stale = False
         k = self.config.shrinkage
         cells = list(dict.fromkeys(self._cells.values()))  # parents first
         for cell in cells[1:]:
@@ -227,7 +230,7 @@ class IBEstimates:
 
     def value(self, node: Node) -> float:
         """phat(a*|s): the value of `node`, without Laplace smoothing."""
-        return self._cells[node].value
+        return self._current(node).value
 
     def eta1(self, node: Node) -> float:
         """Information gain of a step: phat(s)/phat(parent) - (1 + 1/beta). Raises ValueError for the root."""
@@ -254,6 +257,7 @@ class IBEstimates:
 
         The ranking score is the IB-Score at `ranking_beta` plus `score_bonus` times its standard error.
         """
+        self._shrink()
         c, beta = self.config.score_bonus, self.ranking_beta()
         if c == 0.0 and beta == self.config.beta:
             return ((cell.node, cell.score) for cell in self._branching)
@@ -269,6 +273,7 @@ class IBEstimates:
         J = (1 + beta) * (g - h/beta) with g = mean of (ratio - 1)*pi and h = mean of pi over the children. Balanced is
         beta = std(h)/std(g) over the nodes with children, or `config.beta` while either deviation is 0.
         """
+        self._shrink()
         beta = self.config.beta
         if self.config.score_beta == "fixed" or not self._branching:
             return beta
@@ -291,14 +296,18 @@ class IBEstimates:
         freedom = sum(len(cell.draws) - 1 for cell in self._branching)
         return sum(_squares(self._products(cell, beta)) for cell in self._branching) / freedom if freedom else 0.0
 
+    def _current(self, node: Node) -> _Cell:
+        self._shrink()
+        return self._cells[node]
+
     def _step(self, node: Node) -> _Cell:
-        cell = self._cells[node]
+        cell = self._current(node)
         if cell.parent is None:
             raise ValueError("the root is the prompt: it has neither eta1 nor eta2")
         return cell
 
     def _parent(self, node: Node) -> _Cell:
-        cell = self._cells[node]
+        cell = self._current(node)
         if not cell.draws:
             raise ValueError(f"{node!r} has no children to score")
         return cell

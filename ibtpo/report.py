@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ _SUMMED = (
     "trajectories", "tokens_sampled", "tokens_computed", "tokens_trained",
     "sampling_seconds", "reward_seconds", "training_seconds",
 )  # fmt: skip
+
+_AVERAGED = ("eff_rate", "cov_eta1_eta2")
+_EFFICIENCIES = {"sampling_efficiency": "tokens_computed", "training_efficiency": "tokens_trained"}
 
 Row = dict[str, Any]
 
@@ -68,65 +72,79 @@ class Summary:
 
 def summarize_run(folder: Path) -> Summary:
     """The result so far of the run in `folder`."""
-    return summarize_rows(list(read_rows(folder / METRICS)))
+    tally = Tally()
+    for row in read_rows(folder / METRICS):
+        tally.add(row)
+    return tally.summary()
 
 
-def summarize_rows(rows: Sequence[Row]) -> Summary:
-    """The result of a run with these rows in its metrics.jsonl."""
-    evaluations = [row for row in rows if _finite(row.get("eval_avg"))]
-    before = evaluations[0] if evaluations and evaluations[0]["step"] == 0 else None
-    after = evaluations[-1] if evaluations and evaluations[-1] is not before else None
-    ks = [int(row["eval_samples"]) if _finite(row.get("eval_samples")) else 0 for row in evaluations]
-    k = (ks[-1] if ks else 0) or "k"
-    begin = before if ks and ks[0] == ks[-1] else None  # a resumed run may use another k
-    accuracies = []
-    for key, name, meaning in _ACCURACIES:
-        first, last = _estimate(begin if "{k}" in name else before, key), _estimate(after, key)
-        if first is not None or last is not None:
-            accuracies.append(Accuracy(name.format(k=k), meaning.format(k=k), first, last))
-    return Summary(accuracies, _amounts(rows), max((row["step"] for row in rows), default=0))
+class Tally:
+    """The result of a run from the rows of its metrics.jsonl, which may come one after another."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+        self._first: Row | None = None  # evaluation
+        self._last: Row | None = None
+        self._count = Counter[str]()  # of the rows with each metric
+        self._total = Counter[str]()
+        self._weighted = Counter[str]()
+
+    def add(self, row: Row) -> None:
+        """Count a row; only the metrics shown are looked at."""
+        self._steps = max(self._steps, row["step"])
+        if _finite(row.get("eval_avg")):
+            self._first, self._last = self._first or row, row
+        for name in (*_SUMMED, *_AVERAGED):
+            if _finite(row.get(name)):
+                self._count[name] += 1
+                self._total[name] += row[name]
+        for name, tokens in _EFFICIENCIES.items():
+            if _finite(row.get(name)) and _finite(row.get(tokens)):
+                self._total[name] += row[tokens]
+                self._weighted[name] += row[name] * row[tokens]
+
+    def summary(self) -> Summary:
+        """The result of the rows so far."""
+        before = self._first if self._first and self._first["step"] == 0 else None
+        after = self._last if self._last is not before else None
+        begin_k, k = map(_samples, (self._first, self._last))
+        begin = before if begin_k == k else None  # a resumed run may use another k
+        accuracies = []
+        for key, name, meaning in _ACCURACIES:
+            first, last = _estimate(begin if "{k}" in name else before, key), _estimate(after, key)
+            if first is not None or last is not None:
+                accuracies.append(Accuracy(name.format(k=k or "k"), meaning.format(k=k or "k"), first, last))
+        return Summary(accuracies, self._amounts(), self._steps)
+
+    def _amounts(self) -> list[tuple[str, str, str]]:
+        total = self._total
+        computed, trained = map(self._per_token, _EFFICIENCIES)
+        seconds = [total[f"{part}_seconds"] for part in ("sampling", "reward", "training")]
+        parts = " + ".join(f"{value:.0f}" for value in seconds)
+        shown = [
+            ("Trajectories", amount(total["trajectories"]), "leaves of all trees", "trajectories"),
+            ("Tokens sampled", amount(total["tokens_sampled"]), "each counted once", "tokens_sampled"),
+            ("Tokens computed", amount(total["tokens_computed"]), computed, "tokens_computed"),
+            ("Tokens trained", amount(total["tokens_trained"]), trained, "tokens_trained"),
+            ("Eff-Rate", self._mean("eff_rate"), "groups with unequal rewards, mean", "eff_rate"),
+            ("Cov(η₁, η₂)", self._mean("cov_eta1_eta2"), "gain and confidence, mean", "cov_eta1_eta2"),
+            ("Seconds", f"{sum(seconds):.0f}", f"sampling + reward + training: {parts}", "sampling_seconds"),
+        ]
+        return [(name, value, note) for name, value, note, metric in shown if self._count[metric]]
+
+    def _per_token(self, name: str) -> str:
+        """A run's token efficiency, combined from those of its steps."""
+        if not self._total[name]:
+            return "through the model"
+        return f"{self._weighted[name] / self._total[name]:.2f} trajectory tokens for each"
+
+    def _mean(self, name: str) -> str:
+        return number(self._total[name] / self._count[name] if self._count[name] else None)
 
 
-def _amounts(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    total = {name: sum(row[name] for row in rows if _finite(row.get(name))) for name in _SUMMED}
-    shown = [
-        ("Trajectories", amount(total["trajectories"]), "leaves of all trees", "trajectories"),
-        ("Tokens sampled", amount(total["tokens_sampled"]), "each counted once", "tokens_sampled"),
-        (
-            "Tokens computed",
-            amount(total["tokens_computed"]),
-            _per_token(rows, "sampling_efficiency", "tokens_computed"),
-            "tokens_computed",
-        ),
-        (
-            "Tokens trained",
-            amount(total["tokens_trained"]),
-            _per_token(rows, "training_efficiency", "tokens_trained"),
-            "tokens_trained",
-        ),
-        ("Eff-Rate", _mean_of(rows, "eff_rate"), "groups with unequal rewards, mean", "eff_rate"),
-        ("Cov(η₁, η₂)", _mean_of(rows, "cov_eta1_eta2"), "gain and confidence, mean", "cov_eta1_eta2"),
-    ]
-    seconds = [total[f"{part}_seconds"] for part in ("sampling", "reward", "training")]
-    parts = " + ".join(f"{value:.0f}" for value in seconds)
-    shown.append(("Seconds", f"{sum(seconds):.0f}", f"sampling + reward + training: {parts}", "sampling_seconds"))
-    return [(name, value, note) for name, value, note, metric in shown if any(_finite(row.get(metric)) for row in rows)]
-
-
-def _per_token(rows: Sequence[Row], efficiency: str, tokens: str) -> str:
-    """A run's token efficiency, combined from those of its steps."""
-    known = [
-        (row[efficiency], row[tokens]) for row in rows if _finite(row.get(efficiency)) and _finite(row.get(tokens))
-    ]
-    total = sum(count for _, count in known)
-    if not total:
-        return "through the model"
-    return f"{sum(ratio * count for ratio, count in known) / total:.2f} trajectory tokens for each"
-
-
-def _mean_of(rows: Sequence[Row], name: str) -> str:
-    values = [row[name] for row in rows if _finite(row.get(name))]
-    return number(math.fsum(values) / len(values)) if values else number(None)
+def _samples(evaluation: Row | None) -> int:
+    """Its k; 0 if it is not known."""
+    return int(evaluation["eval_samples"]) if evaluation and _finite(evaluation.get("eval_samples")) else 0
 
 
 def _estimate(row: Row | None, name: str) -> Estimate | None:

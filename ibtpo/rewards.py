@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ibtpo.environment import package_version
 from ibtpo.latex import as_remainder, has_modulus, in_latex, with_modulus
 from ibtpo.validation import suggest
 
@@ -123,7 +124,7 @@ def load_reward(name: str) -> Reward:
     """
     if name == "math":
         importlib.import_module("math_verify")
-        math_equal("1", r"\boxed{1}")  # builds the parser's tables before the first time limit starts
+        _check_math()
         return Reward(lambda graded: math_equal(graded.answer, graded.completion), math_answer)
     if name == "exact":
         return Reward(exact_match, lambda completion: last_line(completion) or None)
@@ -155,6 +156,20 @@ def _check_function(name: str, function: Any) -> None:
         except TypeError as error:
             fields = ", ".join(Graded._fields)
             raise TypeError(f"{name}{signature} cannot be called with ({fields}): {error}") from None
+
+
+def _check_math() -> None:
+    """Grade a right and a wrong answer, which also builds the parser's tables before the first time limit starts.
+
+    Raises:
+        RuntimeError: one is graded wrongly. math-verify takes errors of the packages below it for unequal answers, so
+            that with versions that do not fit each other every completion would get 0.
+    """
+    graded = [math_equal(r"\sqrt{8}", rf"\boxed{{{found}}}") for found in (r"2\sqrt{2}", r"2\sqrt{3}")]
+    if graded != [1.0, 0.0]:
+        packages = "math-verify", "latex2sympy2_extended", "antlr4-python3-runtime", "sympy"
+        versions = ", ".join(f"{package} {package_version(package)}" for package in packages)
+        raise RuntimeError(f"2√2 and 2√3 for √8 are graded {graded}; versions that do not fit each other? {versions}")
 
 
 def exact_match(graded: Graded) -> float:

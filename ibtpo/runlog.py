@@ -50,6 +50,7 @@ class RunFolder:
     Attributes:
         path: of the folder.
         last: the checkpoint the run resumes from, or None.
+        evaluations: the rows of the log that have accuracies.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class RunFolder:
     ) -> None:
         self.path = path
         self.last = last
+        self.evaluations = list(read_rows(path / METRICS, "eval_avg"))
         self._lock = lock
         self._tree_bytes = tree_bytes(path)  # an estimate; recounted whenever trees are thinned
         names, settings = ([], {}) if config is None else (parse_names(config.log), plain(asdict(config)))
@@ -153,7 +155,10 @@ class RunFolder:
         """
         check_names(values)
         finite = {name: float(value) if math.isfinite(value) else None for name, value in values.items()}
-        self._append(METRICS, {"step": step, **finite})
+        row = {"step": step, **finite}
+        self._append(METRICS, row)
+        if "eval_avg" in row:
+            self.evaluations.append(row)
         self._loggers.log(step, finite)
 
     def add_tree(self, step: int, record: Mapping[str, Any], *, most_bytes: float = math.inf) -> None:

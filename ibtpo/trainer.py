@@ -30,7 +30,7 @@ from ibtpo.policy import Policy, load_policy
 from ibtpo.process_memory import peak_host_memory
 from ibtpo.progress import Tracker, step_note, track
 from ibtpo.run_format import CONFIG
-from ibtpo.runlog import METRICS, RunFolder, read_rows
+from ibtpo.runlog import RunFolder
 from ibtpo.search import make_search
 from ibtpo.setup import find_nonfinite, make_sampling
 from ibtpo.steps import step_splitter
@@ -225,8 +225,7 @@ class Trainer:
 
     def _evaluate(self, title: str) -> None:
         """Measure held-out accuracy at this step, unless the log of a resumed run already has it."""
-        rows = read_rows(self.folder.path / METRICS, "eval_avg")
-        known = any(row["step"] == self.state.step for row in rows)
+        known = any(row["step"] == self.state.step for row in self.folder.evaluations)
         if self.group.gather(known, "evaluate")[0]:  # rank 0 writes the log
             self._renew_card()  # a run killed after logging may not have written it
             return
@@ -417,7 +416,7 @@ class Trainer:
             self.config,
             step=self.state.step,
             sampled_tokens=self.state.sampled_tokens,
-            rows=read_rows(self.folder.path / METRICS, "eval_avg"),
+            rows=self.folder.evaluations,
             chat=bool(self.policy.tokenizer.chat_template),
             adapters=self.policy.model.adapters is not None,
         )

@@ -178,6 +178,20 @@ def test_using_a_prefix_makes_it_recent(use: str) -> None:
     assert len(index.match(tokens_of((1,)))) == 1
 
 
+def test_eviction_does_not_look_at_what_is_pinned() -> None:
+    """Above a prompt's last page, that is: a call for pages costs the same however long the prompts of open trees."""
+
+    def eviction(length: int) -> int:
+        pool = make_pool(8 * length + 1)
+        index = RadixIndex(pool)
+        for start in range(8):
+            index.insert(np.arange(start, start + length * PAGE, dtype=np.int32), pool.allocate(length))
+        assert index.num_entries == 8 * length
+        return work(lambda: index.evict(1))
+
+    assert eviction(160) < 1.1 * eviction(20)
+
+
 class CacheMachine(RuleBasedStateMachine):
     """Index and pool against a dictionary from prefixes to (page, last use).
 

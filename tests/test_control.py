@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,29 @@ def test_a_branch_aborted_alone_costs_the_same_among_few_and_many(model: Model, 
         assert not engine.scheduler.num_branches
         engine.check_integrity()
         return spent / count
+
+    assert each(128) < 1.2 * each(32)
+
+
+def test_a_branch_of_a_search_aborted_alone_costs_the_same_among_few_and_many(model: Model) -> None:
+    """A second search aborts, one by one, what the first waits for."""
+
+    def each(count: int) -> float:
+        engine, nodes, spent = Engine(model, kv_tokens=16 * 1024, max_branches=2 * count), list[Node](), list[int]()
+
+        def search(tree: Tree) -> Iterator[list[Node] | Future[None]]:
+            if tree.ordinal == 0:
+                nodes.extend(tree.root.fork(count))
+                assert (yield nodes) == []
+            else:
+                done = Future[None]()
+                done.set_result(None)
+                yield done
+                spent.append(work(lambda: [engine.abort([node]) for node in nodes]))
+
+        list(engine.run(search, [PROMPT, PROMPT], Sampling(max_tokens=40)))
+        assert all(node.dropped for node in nodes)
+        return spent[0] / count
 
     assert each(128) < 1.2 * each(32)
 
@@ -436,6 +460,7 @@ BREAKAGES: dict[str, Callable[[Engine, Tree], object]] = {
     "references counted": _share_a_page_with_nobody,
     "times in the free list": lambda engine, tree: engine.cache.pool._free.append(engine.cache.pool._free[0]),
     "the index counts": lambda engine, tree: setattr(engine.cache.index, "num_entries", 99),
+    "the index lists": lambda engine, tree: engine.cache.index._leaves.clear(),
     "is loose": lambda engine, tree: setattr(engine.cache.index._entries()[0], "key", b"0" * 64),
     "was dropped": lambda engine, tree: setattr(tree.leaves()[0], "dropped", True),
     "does not begin": lambda engine, tree: setattr(tree.leaves()[0], "start", 3),

@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
-from itertools import permutations
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ibtpo.cli import main
 from ibtpo.config import EvalConfig, JsonlConfig, SamplingConfig, TrainConfig
 from ibtpo.config_io import dump_yaml
 from ibtpo.disk import RunFolderError
-from ibtpo.evaluation import Completion, sample_completions, summarize
+from ibtpo.evaluation import Completion, Evaluation, sample_completions
 from ibtpo.evaluation.folder import EvaluationFolder
 from ibtpo.evaluation.sampling import _Collector
 from ibtpo.evaluation.statistics import MOST_SAMPLES, ks_up_to, majority_at
@@ -113,8 +114,10 @@ def test_accuracies_of_a_small_evaluation_by_hand() -> None:
     ]  # fmt: skip
     completions = [Completion(p, s, "", r, a, "stop" if a else "length", 5 if s else 8) for p, s, r, a in rows]
     random.Random(1).shuffle(completions)
-    evaluation = summarize(completions)
-    means = {name: found.value for name, found in evaluation.accuracies().items()}
+    evaluation = Evaluation(2, 3)
+    for completion in completions:
+        evaluation.add(completion)
+    means = {name: found.value for name, found in evaluation.accuracies.items()}
     assert means == pytest.approx(
         {
             "avg@3": 0.5,
@@ -176,6 +179,36 @@ def test_a_folder_holds_every_completion_and_the_summary(
     assert numbers(out) == first
 
 
+def test_an_evaluation_holds_no_texts_and_computes_majorities_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither those that come nor those of an earlier process."""
+    seen: list[Sequence[str | None]] = []
+
+    def counted(answers: Sequence[str | None], *more: Any) -> list[float]:
+        seen.append(answers)
+        return majority_at(answers, *more)
+
+    monkeypatch.setattr("ibtpo.evaluation.statistics.majority_at", counted)
+    prompts, samples = 100, 7
+    tracemalloc.start()
+    try:
+        for begun in (0, prompts // 2):
+            evaluation = Evaluation(prompts, samples)
+            with EvaluationFolder(tmp_path / "out", {}, evaluation) as folder:
+                assert len(evaluation) == begun * (1 + samples)
+                for prompt, sample in product(range(begun, begun + prompts // 2), (None, *range(samples))):
+                    completion = Completion(prompt, sample, f"{prompt} {sample} ".ljust(4000), 1.0, "7", "stop", 9)
+                    folder.add(completion)
+                    evaluation.add(completion)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert held < 400 * prompts * (1 + samples)
+    assert evaluation.accuracies["maj@4"].value == evaluation.summary()["eval_maj"] == 1.0
+    assert seen == [["7"] * samples] * prompts
+
+
 def test_a_part_of_the_completions_is_sampled_again_as_it_was(built_in: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = ("--model", built_in, *FLAGS, "--out", out, "--samples", 5, "--limit", 4)
@@ -190,7 +223,7 @@ def test_a_part_of_the_completions_is_sampled_again_as_it_was(built_in: Path, tm
 def test_a_full_disk_is_told_with_what_to_do(tmp_path: Path) -> None:
     """Closing the file fails once more, with what could not be written before."""
     told = r"no space left .*kept: all completions before; free some space, then give the same command again"
-    with pytest.raises(RunFolderError, match=told), EvaluationFolder(tmp_path / "out", {}) as folder:
+    with pytest.raises(RunFolderError, match=told), EvaluationFolder(tmp_path / "out", {}, Evaluation(1, 1)) as folder:
         folder._file.close()
         folder._file = os.fdopen(os.open("/dev/full", os.O_WRONLY), "wb")
         folder.add(Completion(0, None, "text", 1.0, None, "stop", 3))

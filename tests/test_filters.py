@@ -19,7 +19,7 @@ from ibtpo import setup
 from ibtpo.cli import main
 from ibtpo.config import JsonlConfig, TrainConfig
 from ibtpo.config_io import load_yaml
-from ibtpo.evaluation import Completion, sample_completions, summarize
+from ibtpo.evaluation import Completion, Evaluation, sample_completions
 from ibtpo.grow import Grading, Grower
 from ibtpo.list_flags import LIST_FLAGS, join_repeated
 from ibtpo.metrics import tree_metrics
@@ -215,7 +215,10 @@ def test_whatever_ends_a_trajectory_but_a_stop_token_truncates_it(finish: str) -
     values = tree_metrics([tree])
     assert (values["reward"], values["truncated_share"]) == (0.5, 0.5)
     rows = [Completion(0, i, "AB", r, "AB", f, 2) for i, (r, f) in enumerate([(1.0, "stop"), (0.0, finish)])]
-    assert summarize([*rows, rows[0]._replace(sample=None)]).metrics()["eval_truncated_share"] == 0.5
+    evaluation = Evaluation(1, 2)
+    for row in (*rows, rows[0]._replace(sample=None)):
+        evaluation.add(row)
+    assert evaluation.metrics()["eval_truncated_share"] == 0.5
 
 
 def test_truncated_samples_of_an_evaluation_are_wrong_and_do_not_vote(tmp_path: Path) -> None:
@@ -231,17 +234,28 @@ def test_truncated_samples_of_an_evaluation_are_wrong_and_do_not_vote(tmp_path: 
         assert (completion.reward, completion.answer) == ((1.0, completion.text) if right else (0.0, None))
 
 
-def test_an_evaluation_keeps_no_tree_whose_completions_are_graded(tmp_path: Path) -> None:
+def test_an_evaluation_keeps_no_tree_whose_completions_are_graded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And tokenizes a prompt when there is room for its tree."""
     policy = load_policy(save_checkpoint(tmp_path, context=64), dtype=torch.float32, device=torch.device("cpu"))
     engine = Engine(policy.model, kv_tokens=2000, max_branches=4)
     grower = Grower(engine, _Always(), policy.tokenizer, JsonlConfig())
-    alive, most = weakref.WeakSet[Tree](), 0
+    alive, most, ahead = weakref.WeakSet[Tree](), 0, 0
+
+    def formatted(*arguments: Any) -> list[int]:
+        nonlocal ahead
+        ahead += 1
+        return format_prompt(*arguments)
 
     def done(tree: Tree) -> None:
-        nonlocal most
+        nonlocal most, ahead
         alive.add(tree)
         gc.collect()
-        most = max(most, len(alive))
+        most = max(most, len(alive), ahead)
+        ahead -= 1
+
+    monkeypatch.setattr("ibtpo.grow.format_prompt", formatted)
 
     found: list[Completion] = []
     sample_completions(grower, [Problem("1+1", "2")] * 32, Sampling(max_tokens=4), 2, found.append, on_prompt=done)

@@ -253,6 +253,19 @@ def test_missing_math_verify_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         parse_rewards(["math"])
 
 
+@pytest.mark.parametrize("equal", [False, True])
+def test_a_math_verify_that_does_not_tell_right_from_wrong_is_refused_with_versions(
+    equal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hides errors of the packages below it, and grades everything alike."""
+    fake = "def parse(text, **settings):\n    return []\ndef verify(gold, found, **settings):\n    return {}\n"
+    (tmp_path / "math_verify.py").write_text(fake.format(equal))
+    monkeypatch.syspath_prepend(tmp_path)
+    message = rf"√8 are graded \[{float(equal)}, {float(equal)}\]; .* math-verify \S+, .*sympy \d"
+    with Grader() as grader, pytest.raises(GraderError, match=message):
+        grader.ready()
+
+
 @pytest.mark.parametrize(
     ("completion", "error"),
     [

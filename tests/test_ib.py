@@ -7,6 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
+from engine_helpers import work
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trees import chain, estimate, fill, random_trajectories
@@ -79,6 +80,14 @@ def test_a_shrunk_value_follows_its_parent_when_a_leaf_is_added_elsewhere():
     assert ib.value(b) == pytest.approx((0 + 1 / 3) / 2)
     ib.add_leaf(chain(tree.root, [([9], -1.0)], 1.0))
     assert ib.value(b) == pytest.approx((0 + 1 / 2) / 2)
+
+
+def test_shrunk_values_are_computed_when_asked_for_not_for_each_trajectory():
+    tree, trajectories = random_trajectories(Random(3), leaves=50)
+    shrunk, plain = (IBEstimates(tree, IBConfig(value=value)) for value in ("shrunk", "leaf_mean"))
+    spent, usual = (work(lambda ib=ib: [ib.add_leaf(steps) for steps in trajectories]) for ib in (shrunk, plain))
+    assert spent < 1.1 * usual
+    assert work(lambda: [shrunk.value(node) for node in tree.nodes()]) < usual
 
 
 def test_shrinkage_of_zero_is_the_leaf_mean():

@@ -12,15 +12,17 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from engine_helpers import work
 from run_folders import HOSTILE, add_tree, log_steps, make_run
 
 from ibtpo.cli import main
 from ibtpo.config import TrainConfig
 from ibtpo.metrics import evaluation_metrics
-from ibtpo.report import DASH, NOT_ACCURACY, amount, number, summarize_rows, summarize_run
+from ibtpo.report import DASH, NOT_ACCURACY, Tally, amount, number, summarize_run
 from ibtpo.runlog import RunFolder
 from ibtpo.viewer import Viewer, export_page
 from ibtpo.viewer.export import pick_trees
@@ -74,9 +76,10 @@ def test_the_summary_looks_at_no_more_names_than_it_shows() -> None:
         def __iter__(self) -> Iterator[str]:
             raise AssertionError("all names were looked at")
 
-    assert summarize_rows([Row(step=1, trajectories=24.0), Row(step=2, eval_avg=0.5)]).amounts == [
-        ("Trajectories", "24", "leaves of all trees")
-    ]
+    tally = Tally()
+    for row in (Row(step=1, trajectories=24.0), Row(step=2, eval_avg=0.5)):
+        tally.add(row)
+    assert tally.summary().amounts == [("Trajectories", "24", "leaves of all trees")]
 
 
 def test_an_accuracy_is_compared_with_one_of_the_same_k(folder: Path) -> None:
@@ -185,6 +188,21 @@ def test_a_page_is_told_of_another_run_in_the_same_place(tmp_path: Path) -> None
     assert second["metrics"]["reset"] and second["metrics"]["steps"] == [0, 1, 2, 3, 3]
     assert "model: other" in second["config"] and "model: other" not in first["config"]
     assert "config" not in view.poll(second["metrics"]["cursor"])
+
+
+def test_a_new_row_costs_the_same_in_a_short_and_a_long_run(tmp_path: Path) -> None:
+    def spent(steps: int) -> int:
+        run = make_run(tmp_path / str(steps), steps=steps, trees=1)
+        view = RunView(run)
+        cursors = {name: view.poll()[name]["cursor"] for name in ("metrics", "trees")}
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": steps + 1, "trajectories": 1.0}) + "\n")
+        answers = []
+        count = work(lambda: answers.append(view.poll(**cursors)))
+        assert answers[0]["summary"] == asdict(summarize_run(run)) and answers[0]["summary"]["steps"] == steps + 1
+        return count
+
+    assert spent(80) < 1.1 * spent(20)
 
 
 def get(url: str, **headers: str) -> tuple[int, bytes]:

@@ -111,7 +111,7 @@ def test_metrics_are_logged_as_json_lines_and_events(path: Path) -> None:
 
 
 def test_only_rows_that_are_asked_for_are_parsed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every checkpoint looks for the evaluations of a log that grows with the run."""
+    """A run that resumes looks for its evaluations."""
     with RunFolder.create(path, TrainConfig()) as run:
         for step in range(100):
             run.log(step, {"reward": 0.5} if step % 50 else {"eval_avg": 0.25})
@@ -119,6 +119,20 @@ def test_only_rows_that_are_asked_for_are_parsed(path: Path, monkeypatch: pytest
     monkeypatch.setattr("ibtpo.runlog.json.loads", lambda line, loads=json.loads: parsed.append(line) or loads(line))
     found = list(read_rows(path / "metrics.jsonl", "eval_avg"))
     assert found == [{"step": step, "eval_avg": 0.25} for step in (0, 50)] and len(parsed) == 2
+
+
+def test_the_evaluations_of_a_run_are_known_without_reading_its_log_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every checkpoint names them, and the log grows with the run."""
+    with RunFolder.create(path, TrainConfig()) as run, monkeypatch.context() as patch:
+        patch.setattr("ibtpo.runlog.read_rows", None)
+        for step in range(4):
+            run.log(step, {"reward": 0.5} if step % 2 else {"eval_avg": 0.25 if step else math.nan})
+        assert run.evaluations == [{"step": 0, "eval_avg": None}, {"step": 2, "eval_avg": 0.25}]
+    for last, known in ((3, 2), (1, 1)):
+        with RunFolder.open(path, step=last) as run:
+            assert [row["step"] for row in run.evaluations] == [0, 2][:known]
 
 
 def test_unknown_metrics_are_refused(path: Path) -> None:

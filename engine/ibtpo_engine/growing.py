@@ -140,10 +140,11 @@ class Growing:
         elif error is not None:
             self._resume(lambda generator: generator.throw(error))
         else:
-            for node in self._until:
+            received = [node for node in self._until if not node.is_pending]  # without those aborted meanwhile
+            for node in received:
                 self._untold.pop(node, None)
                 self.reserved.pop(node, None)
-            self._resume(lambda generator: generator.send(self._until))
+            self._resume(lambda generator: generator.send(received))
 
     def _resume(self, go: Callable[[Growth], Sequence[Node] | Ahead | Future[Any]]) -> None:
         """Give the search its turn; it ends if it returns, its tree was closed, or its tree's own error escapes it."""
@@ -254,8 +255,6 @@ class Growing:
         """A branch was aborted or its tree closed: it is off the tree, and the search is not told."""
         self.reserved.pop(node, None)
         if node in self._under_way:
-            if node in self._waits_for:
-                self._until = [other for other in self._until if other is not node]
             self._leaves(node)
 
     def withdraw(self, node: Node) -> bool:

@@ -76,6 +76,8 @@ def _check_nodes(nodes: list[Node]) -> None:
 def _check_index(index: RadixIndex) -> None:
     entries = index._entries()
     _require(len(entries) == index.num_entries, f"the index counts {index.num_entries} entries and has {len(entries)}")
+    leaves = {entry for entry in entries if not entry.children}
+    _require(index._leaves.keys() == leaves, f"the index lists {len(index._leaves)} leaves and has {len(leaves)}")
     pages = Counter(entry.page for entry in entries)
     for entry in entries:
         parent = entry.parent

@@ -38,6 +38,7 @@ class RadixIndex:
     def __init__(self, pool: PagePool) -> None:
         self._pool = pool
         self._root = Entry(None, b"", -1, 0)
+        self._leaves: dict[Entry, None] = {}  # entries without children, in the order in which they became so
         self._clock = 0
         self.num_entries = 0
         self.hits = 0
@@ -76,6 +77,8 @@ class RadixIndex:
             child = entry.children.get(key)
             if child is None:
                 child = entry.children[key] = Entry(entry, key, page, self._clock)
+                self._leaves.pop(entry, None)
+                self._leaves[child] = None
                 self._pool.share([page])
                 self.num_entries += 1
             child.used = self._clock
@@ -92,7 +95,7 @@ class RadixIndex:
 
     def evict(self, n: int) -> int:
         """Free at least `n` pages if that many are evictable, oldest leaves first; returns how many were freed."""
-        leaves = [(entry.used, i, entry) for i, entry in enumerate(self._entries()) if self._is_loose(entry)]
+        leaves = [(entry.used, i, entry) for i, entry in enumerate(self._leaves) if self._is_loose(entry)]
         heapq.heapify(leaves)  # the index breaks ties
         freed = 0
         while freed < n and leaves:
@@ -100,19 +103,20 @@ class RadixIndex:
             self._remove(entry)
             freed += 1
             parent = entry.parent
-            if parent is not None and parent is not self._root and self._is_loose(parent):  # a leaf now
+            if parent in self._leaves and self._is_loose(parent):
                 heapq.heappush(leaves, (parent.used, i, parent))
         self.evicted += freed
         return freed
 
-    def _is_loose(self, entry: Entry) -> bool:
-        return not entry.children and self._pool.refs[entry.page] == 1
+    def _is_loose(self, leaf: Entry) -> bool:
+        return self._pool.refs[leaf.page] == 1
 
     def clear(self) -> None:
         """Forget everything, for example when keys and values became stale."""
         for entry in self._entries():
             self._pool.release([entry.page])
         self._root.children.clear()
+        self._leaves.clear()
         self.num_entries = 0
 
     def pages(self) -> list[int]:
@@ -120,8 +124,11 @@ class RadixIndex:
         return [entry.page for entry in self._entries()]
 
     def _remove(self, entry: Entry) -> None:
-        assert entry.parent is not None and not entry.children
-        del entry.parent.children[entry.key]
+        parent = entry.parent
+        assert parent is not None
+        del parent.children[entry.key], self._leaves[entry]
+        if not parent.children and parent is not self._root:
+            self._leaves[parent] = None
         self._pool.release([entry.page])
         self.num_entries -= 1
 

@@ -22,6 +22,7 @@ class Follower(RunFolder):
     def __init__(self, path: Path, last: Checkpoint | None) -> None:
         self.path = path
         self.last = last
+        self.evaluations = []  # rank 0 knows them
 
     def configure(self, config: TrainConfig) -> None:
         """Rank 0 does."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ibtpo.evaluation.evaluate import evaluate, summarize
+from ibtpo.evaluation.evaluate import Evaluation, evaluate
 from ibtpo.evaluation.sampling import Completion, sample_completions
 
-__all__ = ["Completion", "evaluate", "sample_completions", "summarize"]
+__all__ = ["Completion", "Evaluation", "evaluate", "sample_completions"]

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import IO, Any, Self
 
 from ibtpo.disk import AGAIN, no_space, unfinished, write_atomically
-from ibtpo.evaluation.sampling import Completion, Place
+from ibtpo.evaluation.evaluate import Evaluation
+from ibtpo.evaluation.sampling import Completion
 from ibtpo.run_format import FORMAT_FILE, check_format, is_run, write_format
 
 SETTINGS, COMPLETIONS, SUMMARY = "settings.json", "completions.jsonl", "summary.json"
@@ -31,18 +32,15 @@ class EvaluationFolder:
     Args:
         path: of the folder, created if it does not exist.
         settings: everything that decides the results, by name.
-
-    Attributes:
-        found: the completions of earlier processes, by place.
+        evaluation: the completions of earlier processes are added to it.
 
     Raises:
         ValueError: the folder holds a run, other files, or an evaluation with other settings or a newer format; another
             process uses it, or it cannot be written.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], evaluation: Evaluation) -> None:
         self.path = path
-        self.found: dict[Place, Completion] = {}
         self._check_free()
         try:
             with no_space(path, "nothing", AGAIN):
@@ -54,7 +52,7 @@ class EvaluationFolder:
             self._lock(self._file)
             check_format(path)
             self._check_settings(json.loads(json.dumps(settings)))
-            self._read()
+            self._read(evaluation)
         except BaseException:
             self._file.close()
             raise
@@ -118,8 +116,8 @@ class EvaluationFolder:
                 "continue it, or choose another folder with --out"
             )
 
-    def _read(self) -> None:
-        """Read the completions and truncate a last line that is incomplete, written by a killed process."""
+    def _read(self, evaluation: Evaluation) -> None:
+        """Add the completions, and truncate a last line that is incomplete, written by a killed process."""
         self._file.seek(0)
         end = 0
         for number, line in enumerate(self._file, 1):
@@ -128,9 +126,8 @@ class EvaluationFolder:
             end += len(line)
             try:
                 row = json.loads(line)
-                completion = Completion(**{name: row[name] for name in Completion._fields})
-            except (ValueError, KeyError, TypeError):
+                evaluation.add(Completion(**{name: row[name] for name in Completion._fields}))
+            except (ValueError, LookupError, TypeError):
                 where = f"{self.path / COMPLETIONS}, line {number}"
                 raise ValueError(f"{where}: not a completion; remove the line, it is then sampled again") from None
-            self.found[completion.prompt, completion.sample] = completion
         os.truncate(self.path / COMPLETIONS, end)

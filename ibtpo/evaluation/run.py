@@ -17,9 +17,9 @@ from rich.table import Table
 
 from ibtpo.config import TrainConfig
 from ibtpo.console import say
-from ibtpo.evaluation.evaluate import Evaluation, summarize
+from ibtpo.evaluation.evaluate import Evaluation
 from ibtpo.evaluation.folder import EvaluationFolder
-from ibtpo.evaluation.sampling import Completion, Place, sample_completions
+from ibtpo.evaluation.sampling import Completion, sample_completions
 from ibtpo.evaluation.statistics import ks_up_to
 from ibtpo.grow import Grower
 from ibtpo.model_card import CARD
@@ -58,22 +58,21 @@ def run_evaluation(
         for note in check_prompts(task, policy, config):
             say(console, note, style="dim")
         problems = task.eval_problems(config.eval.prompts)
-        store = None
+        asked = _digest_of_prompts(config, policy, problems)  # in any case: an unusable prompt is told before sampling
+        evaluation, store = Evaluation(len(problems), config.eval.samples), None
         if config.out is not None:
-            settings = _settings(config, folder, policy, problems)
-            store = stack.enter_context(EvaluationFolder(config.out, settings))
-        found = {} if store is None else dict(store.found)
-        if found:
-            say(console, f"{config.out}: {len(found):,} completions are there already", style="dim")
+            settings = _settings(config, folder, len(problems), asked)
+            store = stack.enter_context(EvaluationFolder(config.out, settings, evaluation))
+        if len(evaluation):
+            say(console, f"{config.out}: {len(evaluation):,} completions are there already", style="dim")
         try:
-            speed = _sample(config, policy, task, problems, found, store, console, stop)
+            speed = _sample(config, policy, task, problems, evaluation, store, console, stop)
         except (Interrupted, KeyboardInterrupt) as error:
             kept = "nothing is kept without --out"
             if store is not None:
-                kept = f"{len(found):,} completions are kept in {config.out}, the same command continues"
+                kept = f"{len(evaluation):,} completions are kept in {config.out}, the same command continues"
             number = stop.signal if isinstance(error, Interrupted) else signal.SIGINT
             raise Interrupted(f"stopped; {kept}", number) from None
-        evaluation = summarize(found.values())
         summary = {"model": config.model, "task": task.name, "data": config.data and str(config.data)}
         summary |= evaluation.summary() | {"speed": speed} | task.counts()
         if store is not None:
@@ -86,39 +85,38 @@ def _sample(
     policy: Policy,
     task: Task,
     problems: Sequence[Problem],
-    found: dict[Place, Completion],
+    evaluation: Evaluation,
     store: EvaluationFolder | None,
     console: Console,
     stop: StopRequest,
 ) -> dict[str, float | None]:
-    """Add the missing completions to `found` and to the folder; returns the throughput."""
+    """Add the missing completions to the evaluation and to the folder; returns the throughput."""
     grower = Grower(make_engine(config, policy), task, policy.tokenizer, config.jsonl, stop.requested)
-    samples, before = config.eval.samples, set(found)
+    samples, tokens = config.eval.samples, 0
     with track(console, "Evaluating", (samples + 1) * len(problems)) as tracker:
-        tracker.advance(len(before))
+        tracker.advance(len(evaluation))
 
         def keep(completion: Completion) -> None:
+            nonlocal tokens
             if store is not None:
                 store.add(completion, problems[completion.prompt].data.get("where"))
-            found[completion.prompt, completion.sample] = completion
+            evaluation.add(completion)
+            tokens += completion.tokens
             tracker.advance(1)
 
         begin = time.perf_counter()
-        sample_completions(grower, problems, make_sampling(config, policy), samples, keep, done=before)
+        sample_completions(grower, problems, make_sampling(config, policy), samples, keep, is_done=evaluation.has)
         seconds = time.perf_counter() - begin
-    tokens = sum(completion.tokens for place, completion in found.items() if place not in before)
     return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds if tokens else None}
 
 
-def _settings(config: TrainConfig, folder: Path, policy: Policy, problems: Sequence[Problem]) -> dict[str, Any]:
-    """Everything that decides the results."""
-    tokens = [format_prompt(policy.tokenizer, problem, config.jsonl) for problem in problems]
-    asked = json.dumps([[ids, problem.answer] for ids, problem in zip(tokens, problems, strict=True)])
+def _settings(config: TrainConfig, folder: Path, prompts: int, asked: str) -> dict[str, Any]:
+    """Everything that decides the results; `asked` is the digest of the prompts."""
     return {
         "model": str(folder),
         "weights": _digest_of_model(folder),
-        "prompts": len(problems),
-        "prompts and answers": hashlib.sha256(asked.encode()).hexdigest()[:16],
+        "prompts": prompts,
+        "prompts and answers": asked,
         "samples": config.eval.samples,
         "reward": list(config.reward),
         "jsonl.grade": config.jsonl.grade,
@@ -129,6 +127,16 @@ def _settings(config: TrainConfig, folder: Path, policy: Policy, problems: Seque
         "parity": config.parity,
         **{f"sampling.{name}": value for name, value in asdict(config.sampling).items()},
     }
+
+
+def _digest_of_prompts(config: TrainConfig, policy: Policy, problems: Sequence[Problem]) -> str:
+    """Shortened SHA-256 of a JSON list of [token ids, answer], taken piece by piece."""
+    digest = hashlib.sha256()
+    for i, problem in enumerate(problems):
+        ids = format_prompt(policy.tokenizer, problem, config.jsonl)
+        digest.update((("[", ", ")[i > 0] + json.dumps([ids, problem.answer])).encode())
+    digest.update(b"]")
+    return digest.hexdigest()[:16]
 
 
 def _digest_of_model(folder: Path) -> str:
@@ -143,8 +151,8 @@ def _digest_of_model(folder: Path) -> str:
 
 def print_evaluation(evaluation: Evaluation, summary: dict[str, Any], console: Console) -> None:
     """Print the tables: accuracies, and pass@k and maj@k by k."""
-    found, samples = evaluation.accuracies(), evaluation.samples
-    amount = f"{counted(len(evaluation.greedy), 'prompt')}, {counted(samples, 'sample')} each"
+    found, samples = evaluation.accuracies, evaluation.samples
+    amount = f"{counted(evaluation.prompts, 'prompt')}, {counted(samples, 'sample')} each"
     accuracy = Table("", "mean", "95 % interval", title=amount)
     for name in (f"avg@{samples}", "greedy"):
         accuracy.add_row(name, f"{found[name].value:.3f}", _interval(found[name]))

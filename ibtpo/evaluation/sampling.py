@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
 from dataclasses import replace
 from queue import SimpleQueue
@@ -13,9 +12,6 @@ from ibtpo.grow import Grower
 from ibtpo.metrics import is_truncated
 from ibtpo.tasks import Grades, Problem
 from ibtpo_engine import Node, Sampling, Search, Tree
-
-Place = tuple[int, int | None]
-"""(index of the problem, index of the sample); the latter is None for the greedy completion."""
 
 
 class Completion(NamedTuple):
@@ -42,10 +38,10 @@ def sample_completions(
     samples: int,
     keep: Callable[[Completion], object],
     *,
-    done: AbstractSet[Place] = frozenset(),
+    is_done: Callable[[int, int | None], bool] = lambda prompt, sample: False,
     on_prompt: Callable[[Tree], object] = lambda tree: None,
 ) -> None:
-    """Sample `samples` completions of every problem, and its greedy one, except those that are `done`.
+    """Sample `samples` completions of every problem, and its greedy one, except those that are done.
 
     The same problems get the same random numbers in every evaluation, whatever is done: evaluations are paired.
 
@@ -53,6 +49,7 @@ def sample_completions(
         grower: engine, task, tokenizer.
         sampling: for the independent samples; the greedy pass sets temperature 0.
         keep: called with each completion, in any order.
+        is_done: called with a problem's index and a sample's, None for the greedy completion.
         on_prompt: called when a problem's missing samples have ended, and again when its greedy completion has.
 
     Raises:
@@ -62,8 +59,7 @@ def sample_completions(
     greedy = replace(sampling, temperature=0.0)
     passes: tuple[tuple[list[int | None], Sampling], ...] = (([*range(samples)], sampling), ([None], greedy))
     for wanted, how in passes:
-        missing = {_key(i): [(i, sample) not in done for sample in wanted] for i in range(len(problems))}
-        missing = {key: flags for key, flags in missing.items() if any(flags)}
+        asked = [i for i in range(len(problems)) if not all(is_done(i, sample) for sample in wanted)]
         collector = _Collector(grower.task, problems, wanted, keep)
 
         def tree_done(tree: Tree, collector: _Collector = collector) -> None:
@@ -71,8 +67,15 @@ def sample_completions(
             on_prompt(tree)
 
         try:
-            asked = [problems[_index(key)] for key in missing]
-            grower.grow(asked, list(missing), _chains(missing), how, tree_done, on_leaf=collector, keep=False)
+            grower.grow(
+                [problems[i] for i in asked],
+                [_key(i) for i in asked],
+                _chains(wanted, is_done),
+                how,
+                tree_done,
+                on_leaf=collector,
+                keep=False,
+            )
         finally:
             collector.hand_on()
         collector.hand_on(wait=True)
@@ -88,14 +91,13 @@ def _index(key: int) -> int:
     return -1 - key
 
 
-def _chains(missing: dict[int, list[bool]]) -> Search:
+def _chains(wanted: Sequence[int | None], is_done: Callable[[int, int | None], bool]) -> Search:
     """Independent trajectories, only the missing ones; leaving out others does not change their samples."""
 
     def search(tree: Tree) -> Generator[list[Node], list[Node], None]:
-        flags = missing[tree.key]
-        nodes = tree.root.fork(len(flags))
-        for node, is_missing in zip(nodes, flags, strict=True):
-            if not is_missing:
+        nodes = tree.root.fork(len(wanted))
+        for node, sample in zip(nodes, wanted, strict=True):
+            if is_done(_index(tree.key), sample):
                 node.drop()
         yield [node for node in nodes if not node.dropped]
 

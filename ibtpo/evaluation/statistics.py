@@ -40,11 +40,9 @@ def estimate(per_prompt: npt.ArrayLike) -> Estimate:
     return Estimate(float(values.mean()), *accuracy_interval(values))
 
 
-def majority_rates(
-    answers: Sequence[Sequence[str | None]], rewards: Sequence[Sequence[float]], ks: Sequence[int]
-) -> Doubles:
+def majority_rates(answers: npt.NDArray[np.object_], rewards: Doubles, ks: Sequence[int]) -> Doubles:
     """[P, n] answers and rewards -> [len(ks), P], each prompt's maj@k."""
-    rows = [majority_at(a, r, ks) for a, r in zip(answers, rewards, strict=True)]
+    rows = [majority_at(a.tolist(), r.tolist(), ks) for a, r in zip(answers, rewards, strict=True)]
     return np.asarray(rows, np.float64).T
 
 

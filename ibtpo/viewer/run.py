@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ibtpo.config_io import load_yaml, to_yaml
-from ibtpo.report import describe_run, summarize_rows
+from ibtpo.report import Summary, Tally, describe_run
 from ibtpo.run_format import CONFIG, check_run
 from ibtpo.runlog import METRICS, TREES
 from ibtpo.treelog import FILE, FOLDER
@@ -100,6 +100,8 @@ class RunView:
         self.name = path.resolve().name
         self._metrics = GrowingLog(path / METRICS)
         self._trees = GrowingLog(path / TREES)
+        self._tally = Tally()
+        self._tallied = ""  # cursor into the metrics
         self._lock = threading.Lock()
 
     def poll(self, metrics: str = "", trees: str = "") -> dict[str, Any]:
@@ -115,7 +117,7 @@ class RunView:
                 "trees": {"cursor": tree_cursor, "reset": tree_reset, "rows": [r for r in grown if _has_file(r)]},
             }
             if rows or reset:
-                answer["summary"] = asdict(summarize_rows(self._metrics.rows))
+                answer["summary"] = asdict(self._summary())
             if reset:  # the folder may hold another run now
                 answer |= self._description()
             return answer
@@ -134,6 +136,14 @@ class RunView:
             return (self.path / FOLDER / name).read_bytes()
         except OSError:
             return None
+
+    def _summary(self) -> Summary:
+        """The result so far; looks at the rows that are new since the last call."""
+        rows, reset, self._tallied = self._metrics.since(self._tallied)
+        self._tally = Tally() if reset else self._tally
+        for row in rows:
+            self._tally.add(row)
+        return self._tally.summary()
 
     def _description(self) -> dict[str, Any]:
         try:
