@@ -28,8 +28,8 @@ VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 # Bytes a thread that the compilers of other versions of Triton spill at tiles of which 3.9's spills nothing; smaller
 # tiles would make it nothing there too, and everything slower. 3.8 was seen at the default selection only.
 OLDER_SPILLS = {
-    ("forward", 80): 32,
-    ("forward", 100): 72,
+    ("forward", 80): 80,
+    ("forward", 100): 80,
     ("backward_keys", 80): 16,
     ("backward_keys", 90): 24,
     ("backward_queries", 80): 56,
