@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-SECONDS = 60.0
+SECONDS = 120.0
 LOOPBACK = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
 """Where gloo listens: it looks for the host's name otherwise, and warns in every process if no address has it."""
 _CONTEXT = multiprocessing.get_context("forkserver")
