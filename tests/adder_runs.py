@@ -82,7 +82,7 @@ def assert_same(ours: Path, theirs: Path, within: float, *, every: bool = True) 
 
 def wait_for_steps(folder: Path, steps: int) -> None:
     """Until the run has logged so many training steps."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists() or len(rows(folder)) < steps:
         assert time.monotonic() < deadline, "the run does not get on"
         time.sleep(0.05)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from ibtpo_engine import native
 from ibtpo_kernels import has_compiled
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from command_line import Refusal
     from completion_server import Server
 
-settings.register_profile("ibtpo", deadline=None, derandomize=True, max_examples=25)
+settings.register_profile(
+    "ibtpo", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("ibtpo")
 
 LONGEST = (

@@ -9,6 +9,7 @@ import faulthandler
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -20,7 +21,9 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-SECONDS = 60.0
+SECONDS = 120.0
+LOOPBACK = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+"""Where gloo listens: it looks for the host's name otherwise, and warns in every process if no address has it."""
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["ibtpo.train", "ibtpo.distributed.shard", "test_distributed", "adder_runs"])
 
@@ -88,6 +91,7 @@ def _rank(rank: int, size: int, port: int, logs: Path, work: Callable[..., Any],
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "GLOO_SOCKET_IFNAME": LOOPBACK,
     }  # fmt: skip
     torch.set_num_threads(1)
     with (logs / f"{rank}.txt").open("w", buffering=1) as log:

@@ -8,6 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoints import byte_tokenizer
 
@@ -350,13 +351,13 @@ def test_a_row_without_an_answer_has_no_say_in_the_other_filters(tmp_path: Path)
 def test_narrow_floats_of_parquet_files_are_the_numbers_that_were_written(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     shares = [0.1, 0.3, 0.7, 0.9, 1.0]
-    for kind, inner in ((arrow.float32(), arrow.float16()), (arrow.float16(), arrow.float32())):
-        meta = [{"rate": rate} for rate in shares]
-        columns = {"prompt": ["a", "b", "c", "d", "e"], "answer": arrow.array(shares, kind)}
-        columns["meta"] = arrow.array(meta, arrow.struct([("rate", inner)]))
+    for kind, inner in ((np.float32, np.float16), (np.float16, np.float32)):
+        rates = arrow.array(np.array(shares, inner))
+        columns = {"prompt": ["a", "b", "c", "d", "e"], "answer": arrow.array(np.array(shares, kind))}
+        columns["meta"] = arrow.StructArray.from_arrays([rates], ["rate"])
         parquet.write_table(arrow.table(columns), tmp_path / "d.parquet")
-        rates = {"pass_rate_field": "meta.rate", "min_pass_rate": 0.3, "max_pass_rate": 0.9}
-        task = opened(tmp_path / "d.parquet", **ALL, **rates)
+        limits = {"pass_rate_field": "meta.rate", "min_pass_rate": 0.3, "max_pass_rate": 0.9}
+        task = opened(tmp_path / "d.parquet", **ALL, **limits)
         assert [p.answer for p in task.eval_problems(9)] == ["0.3", "0.7", "0.9"]
 
 

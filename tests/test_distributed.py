@@ -224,6 +224,22 @@ def test_who_does_not_come_in_time_is_named(tmp_path: Path) -> None:
     assert "waited 0.5 s for rank 1 of 3 to count heads" in (tmp_path / "0.txt").read_text()
 
 
+def _is_on_no_network(config: TrainConfig) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "none7"
+    with join(config):
+        pass
+
+
+def test_processes_that_met_and_cannot_connect_are_told_of_the_interface(tmp_path: Path) -> None:
+    """As where a host's name stands for 127.0.1.1: torchrun's flags were right, the others met by them."""
+    run(2, _is_on_no_network, CONFIG, logs=tmp_path, ends_well=False)
+    for rank in range(2):
+        printed = (tmp_path / f"{rank}.txt").read_text()
+        assert "none7" in printed
+        assert "set GLOO_SOCKET_IFNAME on every node" in printed
+        assert "--nnodes" not in printed
+
+
 def _one_does_something_else(config: TrainConfig) -> None:
     with join(config) as group:
         group.gather(group.rank, "exchange their trees" if group.rank else "measure memory")

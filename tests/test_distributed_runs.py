@@ -46,7 +46,8 @@ def test_a_run_goes_on_in_any_number_of_processes(adder: list[object], tmp_path:
         logs = tmp_path / f"logs-{tokens}"
         run(size, train, "--resume", parts, "--sampled-tokens", tokens, "--distributed", mode, logs=logs)
         assert f"{size} processes, {mode}" in (logs / "0.txt").read_text()
-        assert [(logs / f"{rank}.txt").read_text() for rank in range(1, size)] == [""] * (size - 1)
+        printed = "".join((logs / f"{rank}.txt").read_text() for rank in range(1, size))
+        assert [line for line in printed.splitlines() if not line.startswith("[Gloo] Rank")] == []  # torch 2.10's
         counts.append(len(rows(parts)))
     assert train("--resume", parts, "--sampled-tokens", 500) == 0
     counts.append(len(rows(parts)))

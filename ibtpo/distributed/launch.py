@@ -70,18 +70,18 @@ def join(config: TrainConfig) -> Iterator[Group]:
 
 def _connect(device: torch.device, timeout: float) -> Group:
     wait = timedelta(seconds=timeout)
+    remedy = "start all with torchrun, with the same --nnodes and --rdzv-endpoint"
     try:
         store, rank, size = next(iter(rendezvous("env://", timeout=wait)))
         start, name = _agree(store, rank, size, timeout)
+        # The launch was right, then: what can fail is gloo, which listens where the name of its host points to.
+        remedy = "set GLOO_SOCKET_IFNAME on every node to a network interface on which the others reach it, at any port"
         store = PrefixStore(f"ibtpo-{name}", store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         longer = wait + timedelta(seconds=_GRACE)  # a meeting must time out first, as it names missing processes
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=longer)
     except (RuntimeError, ValueError) as error:
-        raise PeerFailed(
-            f"this process could not join the others ({one_line(error)}); start all with torchrun, with the same "
-            "--nnodes and --rdzv-endpoint"
-        ) from None
+        raise PeerFailed(f"this process could not join the others ({one_line(error)}); {remedy}") from None
     return Group(rank, size, PrefixStore("group", store), timeout, start=start)
 
 

@@ -111,8 +111,9 @@ def _won_with(most: int, groups: Sequence[tuple[int, float]], votes: int) -> Dou
         new_ways[: cast + len(fewer) - 1, :tied] = _with_votes(fewer, ways)
         new_paid[: cast + len(fewer) - 1, :tied] = _with_votes(fewer, paid)
         if count >= most:
-            new_ways[most:, 1:] += math.comb(count, most) * ways
-            new_paid[most:, 1:] += math.comb(count, most) * (paid + reward * ways)
+            choices = float(math.comb(count, most))  # NumPy 1 makes objects of what int64 does not hold
+            new_ways[most:, 1:] += choices * ways
+            new_paid[most:, 1:] += choices * (paid + reward * ways)
         ways, paid = new_ways, new_paid
     shares = np.zeros(votes + 1)
     shares[: len(paid)] = (paid[:, 1:] / np.arange(1, ways.shape[1])).sum(axis=1)

@@ -219,7 +219,7 @@ def _as_written(value: Any, kind: Any) -> Any:
     """
     if isinstance(value, dict):
         return {field.name: _as_written(value[field.name], field.type) for field in kind}
-    narrow = _NARROW.get(str(kind)) if isinstance(value, float) else None
+    narrow = _NARROW.get(str(kind)) if isinstance(value, float | np.float16) else None  # float16: older pyarrow
     return value if narrow is None else float(str(narrow(value)))
 
 
