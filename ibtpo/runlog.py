@@ -84,7 +84,7 @@ class RunFolder:
         try:
             with no_space(path, "nothing", AGAIN):
                 path.mkdir(parents=True, exist_ok=True)
-                lock = _take_lock(path)
+                lock = _take_lock(path, "choose another folder with --out")
         except OSError as error:
             raise RunFolderError(f"out: {path} cannot be created ({error.strerror}); choose another --out") from error
         try:
@@ -121,7 +121,7 @@ class RunFolder:
         """
         check_run(path, "resume")
         try:
-            lock = _take_lock(path)
+            lock = _take_lock(path, "wait until it has ended, or stop it with Ctrl-C, then resume again")
         except OSError as error:
             raise RunFolderError(
                 f"resume: {path} cannot be written ({error.strerror}); make it writable, or resume a copy that is"
@@ -265,7 +265,7 @@ def _keep_rows(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if is_kept(row)))
 
 
-def _take_lock(path: Path) -> IO[str]:
+def _take_lock(path: Path, remedy: str) -> IO[str]:
     """Lock a run folder; the system releases the lock when the process ends.
 
     Raises:
@@ -277,7 +277,7 @@ def _take_lock(path: Path) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        raise RunFolderError(f"{path} is in use by another run; wait for it, or choose another --out") from None
+        raise RunFolderError(f"{path} is in use by another run; {remedy}") from None
     return lock
 
 
