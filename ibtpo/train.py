@@ -65,18 +65,18 @@ def train(
             check_beginning(config, folder.last)
         source = config.model if folder is None or folder.last is None else folder.last.path
         began_with = None if source == config.model else config.model
+        task = stack.enter_context(closing(make_task(config)))  # before the plan: a wrong file is reported at once
         mode, plan = check_memory(
             config,
             model_shape(source, began_with),
             choose_device(device_name(config)),
             group,
-            longest_prompt=lambda: _longest_prompt(config, source, began_with),
+            longest_prompt=lambda: _longest_prompt(task, config, source, began_with),
         )
         say(console, str(plan), style="dim")
         if group.size > 1:
             say(console, f"{group.size} processes, {mode}")
         policy = _policy(config, source, began_with)
-        task = stack.enter_context(closing(make_task(config)))
         _check_input(config, policy, task, source, console)
         engine = make_engine(config, policy)
         if folder is None:
@@ -169,14 +169,13 @@ def _reopened(path: Path, settings: TrainConfig, console: Console, group: Group)
     return Follower(path, last)
 
 
-def _longest_prompt(config: TrainConfig, source: Path | str, began_with: str | None) -> int:
-    """Tokens of the longest prompt, before policy and task are loaded; 0 if the folder has no tokenizer yet."""
+def _longest_prompt(task: Task, config: TrainConfig, source: Path | str, began_with: str | None) -> int:
+    """Tokens of the longest prompt, before the policy is loaded; 0 if the folder has no tokenizer yet."""
     try:
         tokenizer = tokenizer_of(source, began_with)
     except CheckpointError:  # to find settings that fit, the model's config.json alone is enough
         return 0
-    with closing(make_task(config)) as task:
-        return longest_prompt(task, tokenizer, config)
+    return longest_prompt(task, tokenizer, config)
 
 
 def _policy(config: TrainConfig, source: Path | str, began_with: str | None) -> Policy:

@@ -171,10 +171,14 @@ def test_pool_that_memory_cannot_hold_names_the_field(refused: Refusal) -> None:
     assert "the nearest settings that fit: --engine.kv-tokens" in message
 
 
-def test_missing_data_file_is_named(model_folder: Path, tmp_path: Path, refused: Refusal) -> None:
-    assert f"{tmp_path / 'none.jsonl'}: no such file" in refused(
-        "--model", model_folder, "--data", tmp_path / "none.jsonl"
-    )
+def test_missing_data_file_is_named(
+    model_folder: Path, tmp_path: Path, refused: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[object] = []
+    monkeypatch.setattr("ibtpo.train.check_memory", planned.append)
+    message = refused("--model", model_folder, "--data", tmp_path / "none.jsonl")
+    assert f"{tmp_path / 'none.jsonl'}: no such file" in message
+    assert not planned  # it is looked for before the memory is planned and the model is loaded
     assert "jsonl needs a file of prompts and answers" in refused("--model", model_folder, "--task", "jsonl")
 
 
