@@ -76,11 +76,7 @@ class RunFolder:
         Raises:
             RunFolderError: it already holds files, is not a folder, another run uses it, or the disk is full.
         """
-        if path.exists() and not path.is_dir():
-            raise RunFolderError(f"out: {path} is a file; choose another folder with --out")
-        if path.is_dir() and not _is_free(path):
-            resume = f", or continue the run with --resume {path}" if is_run(path) else ""
-            raise RunFolderError(f"out: {path} already holds files; choose another folder with --out{resume}")
+        check_free(path)
         try:
             with no_space(path, "nothing", AGAIN):
                 path.mkdir(parents=True, exist_ok=True)
@@ -236,8 +232,20 @@ def read_rows(path: Path, having: str | None = None) -> Iterator[dict[str, Any]]
                     yield row
 
 
+def check_free(path: Path) -> None:
+    """Check that a new run may begin here.
+
+    Raises:
+        RunFolderError: it is a file, or holds more than leftovers of a run killed before it wrote its configuration.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"out: {path} is a file; choose another folder with --out")
+    if path.is_dir() and not _is_free(path):
+        resume = f", or continue the run with --resume {path}" if is_run(path) else ""
+        raise RunFolderError(f"out: {path} already holds files; choose another folder with --out{resume}")
+
+
 def _is_free(path: Path) -> bool:
-    """May a new run begin here? Only leftovers of a run killed before it wrote its configuration are allowed."""
     leftovers = {_LOCK, CHECKPOINTS, FORMAT_FILE, *(unfinished(path / name).name for name in (FORMAT_FILE, CONFIG))}
     names = {entry.name for entry in path.iterdir()}
     return names <= leftovers and not (CHECKPOINTS in names and any((path / CHECKPOINTS).iterdir()))

@@ -22,7 +22,7 @@ from ibtpo.policy import Policy, adapters_of, built_in_policy, load_policy, mode
 from ibtpo.pool_bound import pool_warning
 from ibtpo.resume import announce_changes, check_beginning, with_absolute_paths
 from ibtpo.run_format import is_run
-from ibtpo.runlog import REPORT, RunFolder
+from ibtpo.runlog import REPORT, RunFolder, check_free
 from ibtpo.setup import check_prompts, check_weights, choose_device, default_folder, longest_prompt, make_engine
 from ibtpo.tasks import Task, TeachableTask, make_task
 from ibtpo.trainer import Trainer
@@ -55,6 +55,8 @@ def train(
     """
     _check_combinations(config, group)
     check_installed(config.log)
+    if group.leads and config.resume is None and config.out is not None:
+        check_free(config.out)
     config = with_absolute_paths(config)
     config = replace(config, model=_model(config, console, group))
     settings = replace(config, resume=None)  # as written to the folder
@@ -66,6 +68,11 @@ def train(
         source = config.model if folder is None or folder.last is None else folder.last.path
         began_with = None if source == config.model else config.model
         task = stack.enter_context(closing(make_task(config)))  # before the plan: a wrong file is reported at once
+        if source == "built-in" and not isinstance(task, TeachableTask):
+            raise ValueError(
+                f"model: the built-in policy knows the characters of digit-chain only, task {task.name} needs a "
+                "checkpoint; give one with --model DIR"
+            )
         mode, plan = check_memory(
             config,
             model_shape(source, began_with),
@@ -189,11 +196,6 @@ def _policy(config: TrainConfig, source: Path | str, began_with: str | None) -> 
 
 
 def _check_input(config: TrainConfig, policy: Policy, task: Task, source: Path | str, console: Console) -> None:
-    if source == "built-in" and not isinstance(task, TeachableTask):
-        raise ValueError(
-            f"model: the built-in policy knows the characters of digit-chain only, task {task.name} needs a "
-            "checkpoint; give one with --model DIR"
-        )
     check_weights(policy, str(source))
     notes = check_prompts(task, policy, config)
     warning = pool_warning(
