@@ -44,8 +44,6 @@ def run_study(parsed: StudyArguments, command: str, console: Console) -> int:
     plan = load_study(parsed.name)
     seeds = range(parsed.first_seed, parsed.first_seed + parsed.seeds)
     cells = plan.cells(seeds, prompts=parsed.prompts, changes=_changes(parsed))
-    for variant, reason in plan.skipped.items():
-        console.print(f"left out: {variant}, {reason}", highlight=False, markup=False)
     done = sum(is_done(parsed.out, cell) for cell in cells)
     amount = f"{counted(len(cells), 'cell')}, {done} done, {jobs} at a time"
     console.print(f"{plan.title}: {amount}", highlight=False, markup=False)
