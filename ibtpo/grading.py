@@ -230,8 +230,8 @@ class _Worker:
     def ask(self, kind: str, graded: Graded) -> dict[str, Any]:
         """Send a request (see grading_worker.py) and return the reply.
 
-        If the process died or had to be killed, all its rewards count as 0, and the fault names all that may have caused
-        it. A process that interrupted a reward is ended.
+        If the process died or had to be killed, all its rewards count as 0, and the fault names all that may have
+        caused it. A process that interrupted a reward is ended.
         """
         begin, timeout = time.monotonic(), self._timeout * len(self._rewards) + _GRACE
         reply = self._exchange(base64.b64encode(pickle.dumps((kind, *graded))) + b"\n", timeout)
