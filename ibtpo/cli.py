@@ -25,8 +25,9 @@ USAGE = """usage: ibtpo {train,eval,sample,presets,study,view,config,doctor,comp
   doctor      report what is installed and what works here; check each kernel against its reference
   completion  print a script that completes commands and flags in bash, zsh or fish
 
-`ibtpo COMMAND --help` lists every flag with its default. Settings may also come from a YAML file (--config FILE),
-with the same names: `--search.rounds 5` is `search: {rounds: 5}`.
+`ibtpo COMMAND --help` lists every flag with its default; with --data or --preset added, the defaults that then apply.
+Settings may also come from a YAML file (--config FILE), with the same names: `--search.rounds 5` is
+`search: {rounds: 5}`.
 
 Exit codes: 0: done, or stopped by SIGTERM, a closed terminal or a closed pipe (train, eval and study keep what they
 have); 1: doctor found something broken, or cells of a study failed; 2: the input cannot be used or the run cannot go

@@ -17,7 +17,7 @@ import torch
 from packaging.requirements import Requirement
 
 from ibtpo.environment import package_version
-from ibtpo.printable import one_line
+from ibtpo.printable import counted, one_line
 from ibtpo_engine.memory import free_memory
 from ibtpo_kernels import active_backend, backend, cpu, torch_is_slow
 from ibtpo_kernels.dispatch import BACKENDS
@@ -116,10 +116,8 @@ def _optional(name: str, remedy: str, requirement: Requirement | None = None) ->
 
 
 def _processor() -> Iterator[Finding]:
-    cores = available_cores()
-    yield Finding(
-        "hardware", "processor", "ok", f"{processor_name()}; {cores} cores, {torch.get_num_threads()} threads"
-    )
+    cores, threads = counted(available_cores(), "core"), counted(torch.get_num_threads(), "thread")
+    yield Finding("hardware", "processor", "ok", f"{processor_name()}; {cores}, {threads}")
     if cpu.native is not None:
         slow = torch_is_slow(torch.empty(0, dtype=torch.bfloat16))
         half = "; no instructions for products of bfloat16" if slow else ""

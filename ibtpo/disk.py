@@ -49,8 +49,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        remedy = "free some space there" if error.errno in _FULL else "make the folder writable"
         raise RunFolderError(
-            f"{path} cannot be written ({error.strerror}); free some space there, or name another file"
+            f"{path} cannot be written ({error.strerror}); {remedy}, or name another file"
         ) from error
 
 

@@ -34,6 +34,7 @@ from concurrent.futures import Future
 from typing import Any, Self
 
 from ibtpo import grading_worker
+from ibtpo.printable import counted
 from ibtpo.rewards import Graded, RewardSpec
 
 WINDOW = 100  # number of latest gradings over which the failed share is computed
@@ -176,7 +177,8 @@ class Grader:
                 self.last_fault = f"{name}: {message}"
             failed, count = sum(self._recent), self.timeouts + self.failures
             if faults and (count in (1, 10, 100) or count % 1000 == 0):
-                _LOG.warning("reward %s (%d gradings failed so far; each counts as 0)", self.last_fault, count)
+                failures = counted(count, "grading")
+                _LOG.warning("reward %s (%s failed so far; a failed reward counts as 0)", self.last_fault, failures)
         if len(self._recent) == WINDOW and failed > self._max_failed_share * WINDOW:
             raise GraderError(
                 f"{failed} of the last {WINDOW} gradings failed, the last with: reward {self.last_fault}; fix the "
@@ -228,8 +230,8 @@ class _Worker:
     def ask(self, kind: str, graded: Graded) -> dict[str, Any]:
         """Send a request (see grading_worker.py) and return the reply.
 
-        If the process died or had to be killed, the fault is attributed to the first reward. A process that interrupted
-        a reward is ended.
+        If the process died or had to be killed, all its rewards count as 0, and the fault names all that may have
+        caused it. A process that interrupted a reward is ended.
         """
         begin, timeout = time.monotonic(), self._timeout * len(self._rewards) + _GRACE
         reply = self._exchange(base64.b64encode(pickle.dumps((kind, *graded))) + b"\n", timeout)
@@ -240,7 +242,8 @@ class _Worker:
         late = time.monotonic() - begin >= timeout
         code = self.reap()
         fault = ["timeout", "did not even stop when told to"] if late else ["failure", f"its process died ({code})"]
-        return {"reward": 0.0, "faults": [[self._rewards[0].name, *fault]]}
+        suspects = self._rewards[:1] if kind == "extract" else self._rewards
+        return {"reward": 0.0, "faults": [[" or ".join(reward.name for reward in suspects), *fault]]}
 
     def close(self) -> None:
         """End the process, which wakes a thread waiting for its reply, and start no other."""

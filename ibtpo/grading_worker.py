@@ -84,7 +84,9 @@ def _last_line(error: BaseException) -> str:
     """The last line of the traceback, and where the error was raised."""
     text = printable(" ".join(traceback.format_exception_only(error)[-1].split())[:_MESSAGE])
     frames = traceback.extract_tb(error.__traceback__)
-    return f"{text} ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else text
+    if not frames or frames[-1].filename.startswith("<"):  # raised inside the import system, say
+        return text
+    return f"{text} ({os.path.basename(frames[-1].filename)}:{frames[-1].lineno})"
 
 
 def _grade(rewards: list[tuple[RewardSpec, Reward]], graded: Graded, timeout: float) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from ibtpo_engine import (
     stop_tokens,
 )
 from ibtpo_engine.adapter_folder import adapter_config, base_of, is_adapter_folder
+from ibtpo_engine.checkpoint import check_folder
 from ibtpo_engine.errors import CheckpointError
 from ibtpo_engine.lora import TARGETS
 
@@ -167,8 +168,7 @@ def model_shape(source: Path | str, began_with: str | None = None) -> ModelConfi
     if source == "built-in":
         return ModelConfig.from_dict(built_in_config(char_tokenizer()))
     folder = Path(base_folder(source, began_with) if is_adapter_folder(source) else source)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder. Give a Hugging Face checkpoint folder.")
+    check_folder(folder)
     return ModelConfig.from_folder(folder)
 
 

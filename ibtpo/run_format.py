@@ -37,7 +37,9 @@ def check_run(folder: Path, what_for: str) -> None:
         RunFolderError: it is not a run folder, or has a newer format.
     """
     if not is_run(folder):
-        raise RunFolderError(f"{what_for}: {folder} is not a run folder (it has no {CONFIG}); check the path")
+        above = next((path for path in folder.absolute().parents[:2] if is_run(path)), None)
+        remedy = "check the path" if above is None else f"give {above}, the folder of the run"
+        raise RunFolderError(f"{what_for}: {folder} is not a run folder (it has no {CONFIG}); {remedy}")
     check_format(folder)
 
 

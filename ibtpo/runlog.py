@@ -76,15 +76,11 @@ class RunFolder:
         Raises:
             RunFolderError: it already holds files, is not a folder, another run uses it, or the disk is full.
         """
-        if path.exists() and not path.is_dir():
-            raise RunFolderError(f"out: {path} is a file; choose another folder with --out")
-        if path.is_dir() and not _is_free(path):
-            resume = f", or continue the run with --resume {path}" if is_run(path) else ""
-            raise RunFolderError(f"out: {path} already holds files; choose another folder with --out{resume}")
+        check_free(path)
         try:
             with no_space(path, "nothing", AGAIN):
                 path.mkdir(parents=True, exist_ok=True)
-                lock = _take_lock(path)
+                lock = _take_lock(path, "choose another folder with --out")
         except OSError as error:
             raise RunFolderError(f"out: {path} cannot be created ({error.strerror}); choose another --out") from error
         try:
@@ -121,7 +117,7 @@ class RunFolder:
         """
         check_run(path, "resume")
         try:
-            lock = _take_lock(path)
+            lock = _take_lock(path, "wait until it has ended, or stop it with Ctrl-C, then resume again")
         except OSError as error:
             raise RunFolderError(
                 f"resume: {path} cannot be written ({error.strerror}); make it writable, or resume a copy that is"
@@ -236,8 +232,20 @@ def read_rows(path: Path, having: str | None = None) -> Iterator[dict[str, Any]]
                     yield row
 
 
+def check_free(path: Path) -> None:
+    """Check that a new run may begin here.
+
+    Raises:
+        RunFolderError: it is a file, or holds more than leftovers of a run killed before it wrote its configuration.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"out: {path} is a file; choose another folder with --out")
+    if path.is_dir() and not _is_free(path):
+        resume = f", or continue the run with --resume {path}" if is_run(path) else ""
+        raise RunFolderError(f"out: {path} already holds files; choose another folder with --out{resume}")
+
+
 def _is_free(path: Path) -> bool:
-    """May a new run begin here? Only leftovers of a run killed before it wrote its configuration are allowed."""
     leftovers = {_LOCK, CHECKPOINTS, FORMAT_FILE, *(unfinished(path / name).name for name in (FORMAT_FILE, CONFIG))}
     names = {entry.name for entry in path.iterdir()}
     return names <= leftovers and not (CHECKPOINTS in names and any((path / CHECKPOINTS).iterdir()))
@@ -265,7 +273,7 @@ def _keep_rows(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if is_kept(row)))
 
 
-def _take_lock(path: Path) -> IO[str]:
+def _take_lock(path: Path, remedy: str) -> IO[str]:
     """Lock a run folder; the system releases the lock when the process ends.
 
     Raises:
@@ -277,7 +285,7 @@ def _take_lock(path: Path) -> IO[str]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        raise RunFolderError(f"{path} is in use by another run; wait for it, or choose another --out") from None
+        raise RunFolderError(f"{path} is in use by another run; {remedy}") from None
     return lock
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -85,8 +86,12 @@ def open_model(config: TrainConfig, console: Console) -> tuple[Path, Policy, Tas
     if config.model == "built-in":
         raise ValueError("model: a checkpoint or run folder is needed; give one with --model (`ibtpo train` makes it)")
     folder = weights_of(Path(config.model), lambda text: say(console, text, style="dim"))
-    policy = load_policy(folder, dtype=getattr(torch, config.dtype), device=choose_device(config.device))
-    return folder, policy, make_task(config)
+    with ExitStack() as stack:
+        task = make_task(config)  # before the model is loaded: a wrong file is reported at once
+        stack.callback(task.close)
+        policy = load_policy(folder, dtype=getattr(torch, config.dtype), device=choose_device(config.device))
+        stack.pop_all()
+    return folder, policy, task
 
 
 @torch.no_grad()

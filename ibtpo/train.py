@@ -22,7 +22,7 @@ from ibtpo.policy import Policy, adapters_of, built_in_policy, load_policy, mode
 from ibtpo.pool_bound import pool_warning
 from ibtpo.resume import announce_changes, check_beginning, with_absolute_paths
 from ibtpo.run_format import is_run
-from ibtpo.runlog import REPORT, RunFolder
+from ibtpo.runlog import REPORT, RunFolder, check_free
 from ibtpo.setup import check_prompts, check_weights, choose_device, default_folder, longest_prompt, make_engine
 from ibtpo.tasks import Task, TeachableTask, make_task
 from ibtpo.trainer import Trainer
@@ -55,6 +55,8 @@ def train(
     """
     _check_combinations(config, group)
     check_installed(config.log)
+    if group.leads and config.resume is None and config.out is not None:
+        check_free(config.out)
     config = with_absolute_paths(config)
     config = replace(config, model=_model(config, console, group))
     settings = replace(config, resume=None)  # as written to the folder
@@ -65,18 +67,23 @@ def train(
             check_beginning(config, folder.last)
         source = config.model if folder is None or folder.last is None else folder.last.path
         began_with = None if source == config.model else config.model
+        task = stack.enter_context(closing(make_task(config)))  # before the plan: a wrong file is reported at once
+        if source == "built-in" and not isinstance(task, TeachableTask):
+            raise ValueError(
+                f"model: the built-in policy knows the characters of digit-chain only, task {task.name} needs a "
+                "checkpoint; give one with --model DIR"
+            )
         mode, plan = check_memory(
             config,
             model_shape(source, began_with),
             choose_device(device_name(config)),
             group,
-            longest_prompt=lambda: _longest_prompt(config, source, began_with),
+            longest_prompt=lambda: _longest_prompt(task, config, source, began_with),
         )
         say(console, str(plan), style="dim")
         if group.size > 1:
             say(console, f"{group.size} processes, {mode}")
         policy = _policy(config, source, began_with)
-        task = stack.enter_context(closing(make_task(config)))
         _check_input(config, policy, task, source, console)
         engine = make_engine(config, policy)
         if folder is None:
@@ -169,14 +176,13 @@ def _reopened(path: Path, settings: TrainConfig, console: Console, group: Group)
     return Follower(path, last)
 
 
-def _longest_prompt(config: TrainConfig, source: Path | str, began_with: str | None) -> int:
-    """Tokens of the longest prompt, before policy and task are loaded; 0 if the folder has no tokenizer yet."""
+def _longest_prompt(task: Task, config: TrainConfig, source: Path | str, began_with: str | None) -> int:
+    """Tokens of the longest prompt, before the policy is loaded; 0 if the folder has no tokenizer yet."""
     try:
         tokenizer = tokenizer_of(source, began_with)
     except CheckpointError:  # to find settings that fit, the model's config.json alone is enough
         return 0
-    with closing(make_task(config)) as task:
-        return longest_prompt(task, tokenizer, config)
+    return longest_prompt(task, tokenizer, config)
 
 
 def _policy(config: TrainConfig, source: Path | str, began_with: str | None) -> Policy:
@@ -190,11 +196,6 @@ def _policy(config: TrainConfig, source: Path | str, began_with: str | None) -> 
 
 
 def _check_input(config: TrainConfig, policy: Policy, task: Task, source: Path | str, console: Console) -> None:
-    if source == "built-in" and not isinstance(task, TeachableTask):
-        raise ValueError(
-            f"model: the built-in policy knows the characters of digit-chain only, task {task.name} needs a "
-            "checkpoint; give one with --model DIR"
-        )
     check_weights(policy, str(source))
     notes = check_prompts(task, policy, config)
     warning = pool_warning(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 from command_line import DIGITS, SMALL, Refusal
 
+import ibtpo.cli
 from ibtpo.checkpoints import latest_checkpoint
 from ibtpo.cli import main
 from ibtpo.config import TrainConfig
@@ -57,6 +59,27 @@ def test_help_lists_every_field_with_a_sentence(
     assert missing == []
     plain = " ".join(text.replace("│", " ").split())
     assert "Weight of the KL penalty (k3 estimator) to the frozen starting policy" in plain
+
+
+@pytest.mark.parametrize("folder", ["commands", "sections"])
+def test_help_texts_do_not_break_in_the_middle_of_a_sentence(folder: str) -> None:
+    """tyro keeps the line breaks of a field's text, and in a class's text those before what is no letter."""
+    for file in Path(ibtpo.cli.__file__).with_name(folder).glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                text = ast.get_docstring(node) or ""
+                for paragraph in text.split("\n\n"):
+                    assert all(line[0].isalpha() for line in paragraph.splitlines()[1:]), paragraph
+                for item in node.body[1:]:
+                    if isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant):
+                        assert "\n" not in str(item.value.value), item.value.value
+
+
+def test_help_shows_the_defaults_that_apply_to_a_data_file(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, rate in (([], "0.0002"), (["--data", "rows.jsonl"], "1e-06")):
+        with pytest.raises(SystemExit):
+            main(["train", *arguments, "--help"])
+        assert f"Learning rate after the warm-up. (default: {rate})" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["-h"], 0), ([], 2)])
@@ -264,7 +287,7 @@ def test_eval_tries_to_write_before_it_begins(
         patch.setattr("ibtpo.evaluation.run.run_evaluation", lambda *arguments: pytest.fail("it began"))
         patch.setattr(Path, "open", open_file)
         message = refused("--model", built_in, "--json", path, command="eval")
-    assert f"{path} cannot be written (Read-only file system); free some space there, or name another file" in message
+    assert f"{path} cannot be written (Read-only file system); make the folder writable, or name another file" in message
     flags = [*map(str, ["--model", built_in, "--json", "/dev/full", *DIGITS[:4]]), "--limit", "2", "--samples", "1"]
     assert "/dev/full cannot be written (No space left on device)" in refused(*flags, command="eval")
 

@@ -14,6 +14,10 @@ from command_line import DIGITS, SMALL, Refusal
 from safetensors.torch import load_file, save_file
 
 from ibtpo.cli import main
+from ibtpo.config import TrainConfig
+from ibtpo.console import RunConsole
+from ibtpo.disk import RunFolderError
+from ibtpo.train import train
 
 # ---- bad checkpoints ---------------------------------------------------------------------------------------------
 
@@ -171,11 +175,30 @@ def test_pool_that_memory_cannot_hold_names_the_field(refused: Refusal) -> None:
     assert "the nearest settings that fit: --engine.kv-tokens" in message
 
 
-def test_missing_data_file_is_named(model_folder: Path, tmp_path: Path, refused: Refusal) -> None:
-    assert f"{tmp_path / 'none.jsonl'}: no such file" in refused(
-        "--model", model_folder, "--data", tmp_path / "none.jsonl"
-    )
+def test_missing_data_file_is_named(
+    model_folder: Path, tmp_path: Path, refused: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: list[object] = []
+    monkeypatch.setattr("ibtpo.train.check_memory", planned.append)
+    message = refused("--model", model_folder, "--data", tmp_path / "none.jsonl")
+    assert f"{tmp_path / 'none.jsonl'}: no such file" in message
+    assert not planned  # it is looked for before the memory is planned and the model is loaded
     assert "jsonl needs a file of prompts and answers" in refused("--model", model_folder, "--task", "jsonl")
+
+
+def test_what_must_fail_is_refused_before_the_memory_plan(
+    rows_file: Path, tmp_path: Path, refused: Refusal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ibtpo.train.check_memory", lambda *_, **__: pytest.fail("planned"))
+    assert "task jsonl needs a checkpoint" in refused("--data", rows_file)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").touch()
+    with pytest.raises(RunFolderError, match="already holds files"):
+        train(TrainConfig(out=tmp_path / "used"), RunConsole(quiet=True))
+
+
+def test_a_name_on_the_hub_comes_with_the_command_that_downloads_it(refused: Refusal, rows_file: Path) -> None:
+    assert "hf download Qwen/Qwen3-0.6B --local-dir" in refused("--model", "Qwen/Qwen3-0.6B", "--data", rows_file)
 
 
 def test_built_in_policy_cannot_read_text(rows_file: Path, refused: Refusal) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -289,7 +290,7 @@ def test_failures_are_told_as_they_happen_and_not_between(bad: Bad, caplog: pyte
         grader.failures = 998
         for completion in ["4", "nan", "4", "4", "nan", "4"]:
             submit(grader, "4", completion).result(60)
-    assert [record.args[1] for record in caplog.records if isinstance(record.args, tuple)] == [1000]
+    assert [record.args[1] for record in caplog.records if isinstance(record.args, tuple)] == ["1,000 gradings"]
 
 
 NO_REWARDS = """
@@ -379,6 +380,8 @@ def test_several_rewards_make_their_weighted_mean_and_fail_apart(bad: Bad) -> No
         assert submit(grader, "4", r"\boxed{5}" + "\nanswer: 4").result(60) == (0.5 + 0.25) / 2
         assert submit(grader, "sleep", "sleep").result(60) == 1 / 2
         assert (grader.timeouts, grader.failures) == (1, 0)
+        assert submit(grader, "die", "die").result(60) == 0.0  # nobody knows which of them ended the process
+        assert re.match(r"exact or format or regex=\S+ or bad_graders:grade: its process died", grader.last_fault)
 
 
 @pytest.mark.parametrize("name", ["my_rewards:nan", "my_rewards:inf", "reasoning-gym:infinity", "regex=a:nan b"])

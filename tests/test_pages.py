@@ -163,7 +163,6 @@ def test_the_study_of_the_page_can_be_loaded(tmp_path: Path) -> None:
     path.write_text(text, encoding="utf-8")
     study = load_study(str(path))
     assert len(study.cells(range(2), prompts=8, changes={})) == 2 * len(study.variants) == 6
-    assert study.skipped == {}
 
 
 def test_the_programs_of_the_kernels_page_run() -> None:

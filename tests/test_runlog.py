@@ -92,6 +92,9 @@ def test_two_runs_on_one_folder_are_refused(path: Path) -> None:
 
 
 def test_what_is_no_run_folder_cannot_be_resumed(tmp_path: Path) -> None:
+    RunFolder.create(tmp_path / "run", TrainConfig()).close()
+    with pytest.raises(RunFolderError, match="give .*/run, the folder of the run"):
+        RunFolder.open(tmp_path / "run" / "checkpoints" / "step-000001")
     for wrong in (tmp_path, tmp_path / "missing"):
         with pytest.raises(RunFolderError, match="not a run folder"):
             RunFolder.open(wrong)

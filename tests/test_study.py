@@ -99,6 +99,15 @@ def test_a_cell_runs_on_each_core_that_the_process_may_use(
     assert "3 at a time" in capsys.readouterr().out
 
 
+def test_a_folder_that_cannot_be_made_is_refused_with_a_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["study", "main", "--report-only", "--out", str(tmp_path / "file" / "studies")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "studies cannot be made (Not a directory); choose another folder with --out" in said
+
+
 def test_seeds_are_not_for_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.yaml").write_text("seed: 3\n")
     assert main(["study", "main", "--config", str(tmp_path / "mine.yaml"), "--out", str(tmp_path / "out")]) == 2

@@ -506,6 +506,7 @@ def test_a_second_process_on_a_running_run_is_refused_and_does_no_harm(
     [other] = others
     assert other.returncode == 2
     assert f"{folder} is in use by another run" in other.stderr
+    assert "--out" not in other.stderr  # which does not apply to a resumed run
     assert_same_end(folder, whole)
 
 

@@ -301,7 +301,7 @@ def test_jsonl_reads_messages_blank_lines_numbers_and_a_byte_order_mark(tmp_path
         (b'{"prompt": "a", "answer": "\\ud800"}\n', r'line 1: field "answer" holds half of a character'),
         (b'{"prompt": "\xff", "answer": "b"}\n', r"line 1: not UTF-8"),
         (b'{"prompt": "a", "answer": "b"}\n', r"at least 2 different prompts"),
-        (b'{"prompt": "a", "answer": "b"}\n' * 3, r"1 row\(s\) with 1 different prompt"),
+        (b'{"prompt": "a", "answer": "b"}\n' * 3, "1 row with 1 different prompt;"),
     ],
 )
 def test_jsonl_names_file_line_field_and_remedy(tmp_path: Path, content: bytes, expected: str) -> None:

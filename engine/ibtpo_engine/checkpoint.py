@@ -26,6 +26,19 @@ _OTHERS = (*_PICKLED, ".safetensors", ".distcp", ".gguf")  # weights of other to
 VOCABULARIES = {"tokenizer.json", "tokenizer.model", "vocab.json"}
 
 
+def check_folder(folder: Path) -> None:
+    """Check that a checkpoint folder is there.
+
+    Raises:
+        CheckpointError: it is not; for what looks like a name on the Hugging Face Hub, the message says how to get it.
+    """
+    if folder.is_dir():
+        return
+    hub = len(folder.parts) == 2 and not folder.is_absolute() and not folder.parent.exists()
+    download = f" Nothing is downloaded: if that is a name on the Hub, hf download {folder} --local-dir DIR" * hub
+    raise CheckpointError(f"{folder}: no such folder. Give a Hugging Face checkpoint folder.{download}")
+
+
 def load_model(folder: Path | str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Model:
     """Load a dense Qwen3, Qwen2/2.5, Llama or Mistral checkpoint, memory-mapped and shard by shard.
 
@@ -41,8 +54,7 @@ def load_model(folder: Path | str, *, dtype: torch.dtype = torch.float32, device
             quantized, or holds NaN, Inf or values that `dtype` cannot represent.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder. Give a Hugging Face checkpoint folder.")
+    check_folder(folder)
     config = ModelConfig.from_folder(folder)
     with torch.device("meta"):
         model = Model(config)

@@ -35,8 +35,8 @@ SHELLS = get_args(Shell)
 class CompletionArguments:
     """Print a script that completes commands, flags, choices and paths of `ibtpo`.
 
-    bash: put `eval "$(ibtpo completion bash)"` into ~/.bashrc. zsh: `ibtpo completion zsh > DIR/_ibtpo`, with DIR in
-    $fpath. fish: `ibtpo completion fish > ~/.config/fish/completions/ibtpo.fish`.
+    bash: put `eval "$(ibtpo completion bash)"` into ~/.bashrc. zsh: `ibtpo completion zsh > DIR/_ibtpo`, with DIR
+    in $fpath. fish: `ibtpo completion fish > ~/.config/fish/completions/ibtpo.fish`.
     """
 
     shell: Annotated[Shell, tyro.conf.Positional]

@@ -22,8 +22,8 @@ _COLORS = {"ok": "green", "note": "dim", "slow": "yellow", "broken": "red"}
 class DoctorArguments:
     """Report what is installed and what works here, and check every kernel against its reference; takes seconds.
 
-    The exit code is 1 if something that a run needs is broken. `slow` means that it works, but could be faster; a
-    `note` is about something optional.
+    The exit code is 1 if something that a run needs is broken. `slow` means that it works, but could be faster;
+    in a `note` something optional is missing.
     """
 
     json: bool = False

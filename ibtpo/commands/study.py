@@ -23,9 +23,14 @@ class StudyArguments:
     the failed ones again.
     """
 
-    name: Annotated[str, tyro.conf.Positional]
-    """main, ablation, samplers, bias, beta, lambda, segmentation-noise, open-points, beyond, plus, rounds;
-    or FILE.yaml, a study of your own."""
+    name: Annotated[
+        str,
+        tyro.conf.Positional,
+        tyro.conf.arg(
+            help="main, ablation, samplers, bias, beta, lambda, segmentation-noise, open-points, beyond, plus, rounds; "
+            "or FILE.yaml, a study of your own."
+        ),
+    ]
     seeds: int = 5
     """Number of seeds; each has its own task, starting policy and random numbers, shared by all variants."""
     first_seed: int = 0

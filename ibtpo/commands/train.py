@@ -24,7 +24,8 @@ class TrainArguments:
     """Train a policy with IB-TPO or another method; write a run folder with metrics, checkpoints and a report.
 
     Without --model and --data the built-in policy is warm-started and trained on the built-in task. --model takes a
-    Hugging Face checkpoint folder, --data a file of prompts and answers.
+    Hugging Face checkpoint folder, --data a file of prompts and answers. Learning rate, sampling and other defaults
+    differ between the two: `ibtpo train --data FILE --help` lists those with a data file.
     """
 
     preset: Preset = "ib-tpo"

@@ -21,8 +21,7 @@ class EngineConfig:
     cuda_graphs: bool = False
     """Capture decode steps as CUDA graphs; on a GPU only."""
     release: Literal["auto", "always", "never"] = "auto"
-    """Release the pool's memory while the policy is updated; auto: if the run would not fit otherwise, and on a GPU
-    unless CUDA graphs would have to be captured again."""
+    """Free the pool's memory in updates; auto: if the run would not fit otherwise, and on GPUs without cuda_graphs."""
 
     def __post_init__(self) -> None:
         check_choices(self, "engine.")

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ibtpo.config_io import load_yaml
 from ibtpo.console import say
-from ibtpo.disk import write_atomically
+from ibtpo.disk import check_writable, write_atomically
 from ibtpo.printable import counted, one_line
 from ibtpo.stopping import Interrupted
 from ibtpo.studies.figures import AVAILABLE, MISSING, draw_figures
@@ -44,8 +44,7 @@ def run_study(parsed: StudyArguments, command: str, console: Console) -> int:
     plan = load_study(parsed.name)
     seeds = range(parsed.first_seed, parsed.first_seed + parsed.seeds)
     cells = plan.cells(seeds, prompts=parsed.prompts, changes=_changes(parsed))
-    for variant, reason in plan.skipped.items():
-        console.print(f"left out: {variant}, {reason}", highlight=False, markup=False)
+    _make_writable_folder(parsed.out)
     done = sum(is_done(parsed.out, cell) for cell in cells)
     amount = f"{counted(len(cells), 'cell')}, {done} done, {jobs} at a time"
     console.print(f"{plan.title}: {amount}", highlight=False, markup=False)
@@ -60,6 +59,14 @@ def run_study(parsed: StudyArguments, command: str, console: Console) -> int:
     if stopped is not None:
         raise stopped
     return 1 if failed else 0
+
+
+def _make_writable_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        check_writable(out / ".lock")
+    except OSError as error:
+        raise ValueError(f"out: {out} cannot be made ({error.strerror}); choose another folder with --out") from error
 
 
 def _changes(parsed: StudyArguments) -> dict[str, Any]:

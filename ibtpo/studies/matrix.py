@@ -32,7 +32,7 @@ from ibtpo.config import TrainConfig
 from ibtpo.config_io import base_config, load_yaml, merge
 from ibtpo.presets import PRESETS
 from ibtpo.studies.inputs import inputs
-from ibtpo.validation import suggest
+from ibtpo.validation import did_you_mean, suggest
 
 Kind = Literal["train", "samplers", "bias"]
 DEFAULTS: dict[str, Any] = {"sampled_tokens": 600_000, "eval": {"prompts": 192, "samples": 8, "every": 10}}
@@ -83,11 +83,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """The variants, tasks and settings of a comparison.
-
-    Attributes:
-        skipped: variants left out, with the reason.
-    """
+    """The variants, tasks and settings of a comparison."""
 
     name: str
     title: str
@@ -97,7 +93,6 @@ class Study:
     tasks: Mapping[str, Mapping[str, Any]]
     run: Mapping[str, Any]
     policies: Sequence[str]
-    skipped: Mapping[str, str]
 
     def cells(self, seeds: Sequence[int], *, prompts: int, changes: Mapping[str, Any]) -> list[Cell]:
         """Every cell of these seeds, without the cells of their starting policies.
@@ -151,8 +146,6 @@ def shipped_studies() -> dict[str, Path]:
 def load_study(name: str) -> Study:
     """A study that ships with the package, or one in a YAML file.
 
-    Variants with an unknown preset are left out, see `Study.skipped`.
-
     Raises:
         ValueError: no such study, or its file cannot be used.
     """
@@ -172,15 +165,18 @@ def load_study(name: str) -> Study:
     if raw.get("kind") == "bias":
         for task, settings in tasks.items():
             _check_table(settings, f"{path}: task {task or '(none given)'}")
-    presets = {variant: str(own.get("preset", variant)) for variant, own in variants.items()}
-    kept = {variant: own for variant, own in variants.items() if presets[variant] in PRESETS}
-    if not kept:
-        raise ValueError(f"{path}: no variant whose preset exists; presets: {', '.join(PRESETS)}")
-    baseline = str(raw.get("baseline", next(iter(kept))))
-    if baseline not in kept:
-        raise ValueError(
-            f"{path}: baseline {baseline!r} is not a variant that can run; {suggest(baseline, list(kept))}"
-        )
+    if not variants:
+        raise ValueError(f"{path}: variants are missing; give names and settings, such as variants: {{grpo: {{}}}}")
+    for variant, own in variants.items():
+        preset = str(own.get("preset", variant))
+        if preset not in PRESETS:
+            raise ValueError(
+                f"{path}: variants: {variant}: preset {preset!r} does not exist; {did_you_mean(preset, PRESETS)}"
+                f"presets: {', '.join(PRESETS)}"
+            )
+    baseline = str(raw.get("baseline", next(iter(variants))))
+    if baseline not in variants:
+        raise ValueError(f"{path}: baseline {baseline!r} is not a variant; {suggest(baseline, list(variants))}")
     policies = raw.get("policies") or ["start"]
     if not isinstance(policies, list) or not all(policy in ("start", "half") for policy in policies):
         raise ValueError(f"{path}: policies {policies!r} must be a list of start, half")
@@ -189,11 +185,10 @@ def load_study(name: str) -> Study:
         title=str(raw.get("title", path.stem)),
         kind=raw.get("kind", "train"),
         baseline=baseline,
-        variants=kept,
+        variants=variants,
         tasks=tasks,
         run=run,
         policies=policies,
-        skipped={v: f"preset {preset} does not exist here" for v, preset in presets.items() if v not in kept},
     )
 
 

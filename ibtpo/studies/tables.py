@@ -136,8 +136,6 @@ def explanation(results: Results) -> str:
     )
     if results.missing:
         note += f" Cells without a result yet: {len(results.missing)}."
-    for variant, reason in results.study.skipped.items():
-        note += f" {variant} is left out: {reason}."
     return note
 
 

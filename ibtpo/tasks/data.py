@@ -256,8 +256,8 @@ def _divide(file: _File, config: JsonlConfig, seed: int) -> tuple[Longs, Longs]:
     if number < 2 and not everything:
         noted = f", or look at what was read ({'; '.join(file.notes)})" if file.notes else ""
         raise ValueError(
-            f"{path}: {len(file.prompts)} row(s) with {number} different prompt(s); at least 2 different prompts are "
-            f"needed, one to train on and one to hold out for evaluation: add rows{noted}"
+            f"{path}: {counted(len(file.prompts), 'row')} with {counted(number, 'different prompt')}; at least 2 "
+            f"different prompts are needed, one to train on and one to hold out for evaluation: add rows{noted}"
         )
     if everything:
         return np.empty(0, np.int64), first

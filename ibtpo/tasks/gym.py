@@ -71,7 +71,7 @@ def _import_package() -> Any:
         return importlib.import_module("reasoning_gym")
     except ImportError as error:
         raise ValueError(
-            f"task {GYM}...: the package reasoning-gym cannot be imported ({error}); "
+            f"task {GYM}NAME: the package reasoning-gym cannot be imported ({error}); "
             'install it with: pip install "ibtpo[gym]"  (or: pip install reasoning-gym)'
         ) from error
 
