@@ -50,9 +50,7 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = "free some space there" if error.errno in _FULL else "make the folder writable"
-        raise RunFolderError(
-            f"{path} cannot be written ({error.strerror}); {remedy}, or name another file"
-        ) from error
+        raise RunFolderError(f"{path} cannot be written ({error.strerror}); {remedy}, or name another file") from error
 
 
 def check_writable(path: Path) -> None:

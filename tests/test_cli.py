@@ -287,7 +287,9 @@ def test_eval_tries_to_write_before_it_begins(
         patch.setattr("ibtpo.evaluation.run.run_evaluation", lambda *arguments: pytest.fail("it began"))
         patch.setattr(Path, "open", open_file)
         message = refused("--model", built_in, "--json", path, command="eval")
-    assert f"{path} cannot be written (Read-only file system); make the folder writable, or name another file" in message
+    assert (
+        f"{path} cannot be written (Read-only file system); make the folder writable, or name another file" in message
+    )
     flags = [*map(str, ["--model", built_in, "--json", "/dev/full", *DIGITS[:4]]), "--limit", "2", "--samples", "1"]
     assert "/dev/full cannot be written (No space left on device)" in refused(*flags, command="eval")
 
