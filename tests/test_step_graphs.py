@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -170,6 +171,34 @@ def test_pressure_preempts_and_the_tokens_stay(model: Model) -> None:
     engine = engine_of(model, graphs=True, kv_tokens=16 * 6)
     assert_same(grow(engine), plainly(grow, model))
     assert engine.stats()["preemptions"] > 0
+
+
+def test_pages_given_in_an_interrupted_run_are_not_used(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They went back to the pool; a branch that goes on, as its call was not the interrupted one, gets another."""
+    is_over, num_interrupts = RunRows.is_over, 0
+
+    def interrupted(rows: RunRows) -> bool:
+        nonlocal num_interrupts
+        done = is_over(rows)
+        if rows._progress[3] and not num_interrupts:
+            num_interrupts += 1
+            raise KeyboardInterrupt
+        return done
+
+    def grow(engine: Engine) -> list[Tree]:
+        trees = [engine.tree(prompt_of(14, seed=seed), key=seed) for seed in range(2)]
+        events = engine.stream(trees[0].root.fork(2), LONG)
+        next(events)
+        with suppress(KeyboardInterrupt):
+            engine.extend(trees[1].root.fork(), LONG)
+        for _ in events:
+            pass
+        engine.check_integrity()
+        return trees[:1]
+
+    monkeypatch.setattr(RunRows, "is_over", interrupted)
+    assert_same(grow(engine_of(model, graphs=True)), plainly(grow, model))
+    assert num_interrupts == 1
 
 
 def test_bad_logits_are_an_error_and_record_nothing(model: Model) -> None:

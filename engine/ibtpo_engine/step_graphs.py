@@ -156,9 +156,15 @@ class StepGraphs:
         rows.host["token"][:count], rows.host["pos"][:count], rows.host["address"][:count] = slots.next_rows(chosen)
         rows.host["lengths"][:count] = rows.host["keys"][:count, 1] = slots.length[chosen]
         slots.planner.upload()
-        rows.begin(count, most, most_ended=most_ended, spare=spare)
-        self._replay(self._bucket)
-        outcome = rows.outcome()
+        try:
+            rows.begin(count, most, most_ended=most_ended, spare=spare)
+            self._replay(self._bucket)
+            outcome = rows.outcome()
+        except BaseException:  # an interrupt: the device's table may have pages that ours does not get
+            for slot in chosen.tolist():
+                slots.planner.rewrote(slot)
+            rows.is_over()  # waits, so that the host may write again
+            raise
         run = outcome.run
         if run.paged:  # the device's table has them
             slots.table[chosen[run.paged], outcome.columns] = spare[: len(run.paged)]  # type: ignore[index]
