@@ -99,6 +99,26 @@ def test_captured_steps_sample_what_plain_ones_do(model: Model) -> None:
     assert graphs.replayed > 2 * graphs.captured
 
 
+def test_a_path_that_has_grown_by_a_split_is_planned_anew(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one program would walk all of its splits, one after the other."""
+    work: list[int] = []
+    load = ReplayPlan.load
+
+    def watched(plan: ReplayPlan, rows: Any, made: Any) -> None:
+        work.append(made.num_slots)
+        load(plan, rows, made)
+
+    def grow(engine: Engine) -> list[Tree]:
+        tree = engine.tree(prompt_of(14), key=0)
+        assert sum(event.done for event in engine.stream(tree.root.fork(), LONG)) == 1
+        return [tree]
+
+    monkeypatch.setattr(ReplayPlan, "load", watched)
+    monkeypatch.setattr(configs, "SPLIT", 4)  # steps; splits are of a page
+    assert_same(grow(engine_of(model, graphs=True)), plainly(grow, model))
+    assert work == [1, 2]
+
+
 def grow_little(engine: Engine) -> list[Tree]:
     tree = engine.tree(prompt_of(7), key=0)
     engine.extend(tree.root.fork(2), Sampling(max_tokens=3, temperature=0.8))
