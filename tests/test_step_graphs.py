@@ -200,7 +200,7 @@ def test_pages_given_in_an_interrupted_run_are_not_used(model: Model, monkeypatc
     def interrupted(rows: RunRows) -> bool:
         nonlocal num_interrupts
         done = is_over(rows)
-        if rows._progress[3] and not num_interrupts:
+        if rows._progress[2] and not num_interrupts:
             num_interrupts += 1
             raise KeyboardInterrupt
         return done

@@ -8,7 +8,7 @@ one launch. A captured step ends by making the rows of the next one, so a run of
     device       +--> [ model -> logits -> sample -> record, next rows ] ... [ ] ---+
                         captured once a bucket, then replayed until few branches are left
 
-After each step the host waits for six numbers, from which it sees whether to replay another one.
+After each step the host waits for five numbers, from which it sees whether to replay another one.
 
 A bucket is a number of rows and the room of its plan, both rounded up. Unused rows are at position -1: they see
 nothing, write nothing, and what they sample is ignored. Weights are read in place, so graphs survive in-place updates;
