@@ -158,19 +158,24 @@ class StepGraphs:
         if self._grown >= configs.SPLIT:
             self.choose(slots, chosen)
         assert self._bucket is not None
-        rows, count = self._bucket.rows, len(chosen)
-        rows.host["token"][:count], rows.host["pos"][:count], rows.host["address"][:count] = slots.next_rows(chosen)
-        rows.host["lengths"][:count] = rows.host["keys"][:count, 1] = slots.length[chosen]
-        slots.planner.upload()
         try:
-            rows.begin(count, most, most_ended=most_ended, spare=spare)
-            self._replay(self._bucket)
-            outcome = rows.outcome()
+            return self._run(self._bucket, slots, chosen, most, most_ended, spare)
         except BaseException:  # an interrupt: the device's table may have pages that ours does not get
             for slot in chosen.tolist():
                 slots.planner.rewrote(slot)
-            rows.is_over()  # waits, so that the host may write again
+            self._bucket.rows.is_over()  # waits, so that the host may write again
             raise
+
+    def _run(
+        self, bucket: _Bucket, slots: Slots, chosen: Longs, most: int, most_ended: int, spare: Ints | None
+    ) -> DecodeRun:
+        rows, host, count = bucket.rows, bucket.rows.host, len(chosen)
+        host["token"][:count], host["pos"][:count], host["address"][:count] = slots.next_rows(chosen)
+        host["lengths"][:count] = host["keys"][:count, 1] = slots.length[chosen]
+        slots.planner.upload()
+        rows.begin(count, most, most_ended=most_ended, spare=spare)
+        self._replay(bucket)
+        outcome = rows.outcome()
         run = outcome.run
         self._grown += run.steps
         if run.paged:  # the device's table has them

@@ -175,16 +175,11 @@ class RunRows:
         self, count: int, most: int = 1, *, most_ended: int = 0, spare: npt.NDArray[np.int32] | None = None
     ) -> None:
         """Begin a run of `count` branches; arguments as `DecodeStep.run`, and what `host` holds, go to the device."""
-        host, num_spare = self.host, 0 if spare is None else len(spare)
-        for name in ("token", "keys", "lengths"):
-            host[name][count:] = 0
-        for name in ("pos", "address"):
-            host[name][count:] = -1
-        host["top_p"][count:] = 1.0
-        for name in ("temperature", "min_p", "top_k"):
-            host[name][count:] = 0
-        host["limits"][:] = count, min(most, self.most_steps), most_ended, min(num_spare, self.size)
-        host["spare"][:num_spare] = [] if spare is None else spare[: self.size]
+        host, spare = self.host, np.empty(0, np.int32) if spare is None else spare[: self.size]
+        for name, unused in (("pos", -1), ("address", -1), ("lengths", 0), ("temperature", 0)):
+            host[name][count:] = unused
+        host["limits"][:] = count, min(most, self.most_steps), most_ended, len(spare)
+        host["spare"][: len(spare)] = spare
         self._staging.send()
 
     def advance(self, drawn: tuple[Tensor, Tensor, Tensor, Tensor], plan: DecodePlan) -> None:
