@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -85,6 +86,7 @@ class Graphs:
         self.ended: set[int] = set()
         self.handles = 0
         self.streams: list[Any] = []  # that work was put on, captured or not
+        self.modes: set[bool] = set()  # of inference, where captures begin and end
 
     def graph_pool_handle(self) -> int:
         self.handles += 1
@@ -100,7 +102,14 @@ class Graphs:
         self.streams.append(stream)
         self.alive[pool] += 1
         graph.ends = lambda: self.leave(pool)
-        return nullcontext()
+        return self.capture()
+
+    @contextmanager
+    def capture(self) -> Iterator[None]:
+        """As torch does, which makes tensors at both ends."""
+        self.modes.add(torch.is_inference_mode_enabled())
+        yield
+        self.modes.add(torch.is_inference_mode_enabled())
 
     def leave(self, pool: int) -> None:
         self.alive[pool] -= 1
@@ -123,6 +132,7 @@ class Stream:
         pass
 
 
+@torch.inference_mode()
 def test_graphs_share_a_stream_and_memory_as_long_as_that_lives(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Graphs()
     for name, value in {
@@ -136,14 +146,20 @@ def test_graphs_share_a_stream_and_memory_as_long_as_that_lives(monkeypatch: pyt
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     capture, steps = CudaCapture(torch.device("cuda")), []
+
+    def step() -> None:
+        assert torch.is_inference_mode_enabled()
+        steps.append(1)
+
     for kept in (1, 3):
-        replays = [capture(lambda: steps.append(1)) for _ in range(kept)]
-        replays += [capture(lambda: steps.append(1))]
+        replays = [capture(step) for _ in range(kept)]
+        replays += [capture(step)]
         del replays[0]  # one is forgotten, the others keep the pool
-        replays += [capture(lambda: steps.append(1))]
+        replays += [capture(step)]
         replays[0]()
         del replays
         gc.collect()
     assert cuda.handles == 2 and cuda.ended == {1, 2}
     assert len(set(cuda.streams)) == 1, "one workspace of the matrix libraries"
+    assert cuda.modes == {False}, "graphs of others, captured and replayed outside of it, share tensors with these"
     assert len(steps) == 2 * (3 + 5) and Graph.replayed == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
@@ -20,6 +21,7 @@ from ibtpo_engine import Engine, LoRA, Model, Node, Sampling, Tree
 from ibtpo_engine import native as native_module
 from ibtpo_engine.capture import capture_for
 from ibtpo_engine.runner import Runner
+from ibtpo_engine.scheduler import Scheduler
 from ibtpo_engine.slots import Slots
 from ibtpo_engine.step_graphs import MOST_GRAPHS, StepGraphs, rounded_up
 from ibtpo_kernels.gpu import configs
@@ -98,6 +100,26 @@ def test_captured_steps_sample_what_plain_ones_do(model: Model) -> None:
     assert graphs.replayed > 2 * graphs.captured
 
 
+def test_a_path_that_has_grown_by_a_split_is_planned_anew(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one program would walk all of its splits, one after the other."""
+    work: list[int] = []
+    load = ReplayPlan.load
+
+    def watched(plan: ReplayPlan, rows: Any, made: Any) -> None:
+        work.append(made.num_slots)
+        load(plan, rows, made)
+
+    def grow(engine: Engine) -> list[Tree]:
+        tree = engine.tree(prompt_of(14), key=0)
+        assert sum(event.done for event in engine.stream(tree.root.fork(), LONG)) == 1
+        return [tree]
+
+    monkeypatch.setattr(ReplayPlan, "load", watched)
+    monkeypatch.setattr(configs, "SPLIT", 4)  # steps; splits are of a page
+    assert_same(grow(engine_of(model, graphs=True)), plainly(grow, model))
+    assert work == [1, 2]
+
+
 def grow_little(engine: Engine) -> list[Tree]:
     tree = engine.tree(prompt_of(7), key=0)
     engine.extend(tree.root.fork(2), Sampling(max_tokens=3, temperature=0.8))
@@ -170,6 +192,34 @@ def test_pressure_preempts_and_the_tokens_stay(model: Model) -> None:
     engine = engine_of(model, graphs=True, kv_tokens=16 * 6)
     assert_same(grow(engine), plainly(grow, model))
     assert engine.stats()["preemptions"] > 0
+
+
+def test_pages_given_in_an_interrupted_run_are_not_used(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They went back to the pool; a branch that goes on, as its call was not the interrupted one, gets another."""
+    is_over, num_interrupts = RunRows.is_over, 0
+
+    def interrupted(rows: RunRows) -> bool:
+        nonlocal num_interrupts
+        done = is_over(rows)
+        if rows._progress[2] and not num_interrupts:
+            num_interrupts += 1
+            raise KeyboardInterrupt
+        return done
+
+    def grow(engine: Engine) -> list[Tree]:
+        trees = [engine.tree(prompt_of(14, seed=seed), key=seed) for seed in range(2)]
+        events = engine.stream(trees[0].root.fork(2), LONG)
+        next(events)
+        with suppress(KeyboardInterrupt):
+            engine.extend(trees[1].root.fork(), LONG)
+        for _ in events:
+            pass
+        engine.check_integrity()
+        return trees[:1]
+
+    monkeypatch.setattr(RunRows, "is_over", interrupted)
+    assert_same(grow(engine_of(model, graphs=True)), plainly(grow, model))
+    assert num_interrupts == 1
 
 
 def test_bad_logits_are_an_error_and_record_nothing(model: Model) -> None:
@@ -251,7 +301,19 @@ def test_runs_of_steps_are_those_of_the_native_decoder(model: Model, monkeypatch
         engine.check_integrity()
         return trees
 
+    run_on = Scheduler._run_on
+
+    def checked(scheduler: Scheduler, decoding: Any, most: int) -> K.DecodeRun:
+        run = run_on(scheduler, decoding, most)
+        for slot in decoding.tolist():
+            kv = scheduler.running[slot].kv
+            assert kv is not None
+            pages = scheduler.slots.table[slot, kv.first :]
+            assert pages.tolist() == kv.pages + [-1] * (len(pages) - len(kv.pages))
+        return run
+
     monkeypatch.setattr(Runner, "decode", watched)
+    monkeypatch.setattr(Scheduler, "_run_on", checked)
     graphs = engine_of(model, graphs=True, kv_tokens=176)
     ours = grow(graphs)
     monkeypatch.undo()  # so that the other engine's model is small enough for the native decoder
@@ -265,6 +327,21 @@ def test_runs_of_steps_are_those_of_the_native_decoder(model: Model, monkeypatch
     assert {code for run in done for _, code in run.events} == {1, 2, 3}
     assert graphs.stats()["preemptions"] > 0
     assert graphs_of(graphs).replayed == sum(run.steps for run in done), "none is replayed for nothing"
+
+
+def test_a_run_is_recorded_up_to_the_end_of_a_row_and_no_further() -> None:
+    slots = Slots(2, 8)
+    for start in (0, 62):  # rows have room for 64 tokens
+        slot = slots.take([0])
+        slots.begin(slot, start=0, before=1, limit=64, stream=0, sampling=LONG)
+        slots.length[slot] = start
+    slots.tokens[:] = -1
+    tokens = np.arange(6, dtype=np.int32).reshape(3, 2)
+    numbers = tokens.astype(np.float32)
+    slots.record_run(np.array([1, 0]), np.array([2, 1], np.int32), tokens, numbers, numbers + 1, numbers + 2)
+    assert slots.length.tolist() == [1, 64]
+    assert slots.tokens[1, 62:].tolist() == [0, 2] and slots.tokens[0, :2].tolist() == [1, -1]
+    assert [slots.outputs(0)[i].tolist() for i in range(4)] == [[1], [1.0], [2.0], [3.0]]
 
 
 class PlainRun:
@@ -316,11 +393,11 @@ class PlainRun:
         return self.failed is not None or not self.running or 3 in codes or self.steps == most or ended > most_ended
 
 
-@pytest.mark.parametrize("case", range(13))
+@pytest.mark.parametrize("case", range(14))
 def test_a_run_records_and_gives_pages_as_a_loop_would(case: int) -> None:
-    """The first case has more rows than the kernel looks at together; among the others are all ways to end."""
+    """The first and last have more rows than the kernel looks at together; among the others are all ways to end."""
     draw = np.random.default_rng(case)
-    count = int(draw.integers(3, 9)) if case else 700
+    count = int(draw.integers(3, 9)) if case % 13 else 700
     size, most, most_ended = count + int(draw.integers(3)), 4, int(draw.integers(2))
     length = draw.integers(12, 33, count)
     limit, stops = length + draw.integers(2, 6, count), draw.integers(0, 9, (count, 2))
@@ -330,7 +407,7 @@ def test_a_run_records_and_gives_pages_as_a_loop_would(case: int) -> None:
         table[row, :pages] = draw.integers(0, 50, pages)
     spare = draw.integers(100, 200, (2 * count, 0, 1)[case % 3]).astype(np.int32)[:count]
     plain = PlainRun(index, length, limit, stops, table, spare.tolist())
-    fails_in = {3: 0, 6: 1, 9: 2}.get(case)
+    fails_in = {3: 0, 6: 1, 9: 2, 13: 0}.get(case)
 
     rows = RunRows(size, 2, most, DEVICE)
     host = rows.host
@@ -346,16 +423,18 @@ def test_a_run_records_and_gives_pages_as_a_loop_would(case: int) -> None:
     while not is_over:
         token, numbers = draw.integers(0, 60, size), draw.random((3, size)).astype(np.float32)
         if plain.steps == fails_in:
-            token[plain.running[-1]] = -1
+            token[plain.running[0 if case == 13 else -1]] = -1
         drawn = (torch.from_numpy(token).to(DEVICE), *torch.from_numpy(numbers).to(DEVICE).unbind())
         rows.advance(drawn, plan)  # type: ignore[arg-type]
         plain.step(token, numbers)
         is_over = rows.is_over()
         assert is_over == plain.is_over(most, most_ended)
         address, pos = rows.there["address"].tolist(), rows.there["pos"].tolist()
+        keys = rows.there["keys"][:, 1].tolist()
         if plain.failed is None:
             assert address == [*map(plain.address, range(count)), *[-1] * (size - count)]
             assert all(pos[row] == plain.length[row] - 1 for row in plain.running)
+            assert all(keys[row] == plain.length[row] for row in plain.running)
         assert pos[count:] == [-1] * (size - count)
     rows.advance(drawn, plan)  # type: ignore[arg-type]
     assert rows.is_over(), "and does not change"

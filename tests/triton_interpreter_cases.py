@@ -279,6 +279,17 @@ def test_the_compiled_work_list_is_that_of_numpy(seed: int, monkeypatch: pytest.
         assert compiled.has_wide == plain.has_wide and compiled.split_tokens == plain.split_tokens
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_work_list_is_made_without_a_warning() -> None:
+    """What the compiled module returns is read-only, of which torch warns, but once a process."""
+    table, rows, lengths, _ = paged([70, 90], [0, 3], 16)
+    torch.set_warn_always(True)
+    try:
+        work.work_list(K.plan_decode(table, rows, lengths), 2, 16, 64)
+    finally:
+        torch.set_warn_always(False)
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize(

@@ -59,7 +59,12 @@ class CudaCapture:
             if not self._graphs:
                 self._memory = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
+            # Outside of inference mode: the first capture makes the tensors that torch's generator of the GPU keeps for
+            # all graphs, and torch 2.10 fills them at each later capture and replay, the caller's own included.
+            captured = torch.cuda.graph(
+                graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"
+            )
+            with torch.inference_mode(False), captured, torch.inference_mode():
                 step()
             self._graphs.add(graph)
         return graph.replay

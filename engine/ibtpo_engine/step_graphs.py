@@ -8,7 +8,7 @@ one launch. A captured step ends by making the rows of the next one, so a run of
     device       +--> [ model -> logits -> sample -> record, next rows ] ... [ ] ---+
                         captured once a bucket, then replayed until few branches are left
 
-After each step the host waits for six numbers, from which it sees whether to replay another one.
+After each step the host waits for five numbers, from which it sees whether to replay another one.
 
 A bucket is a number of rows and the room of its plan, both rounded up. Unused rows are at position -1: they see
 nothing, write nothing, and what they sample is ignored. Weights are read in place, so graphs survive in-place updates;
@@ -32,6 +32,7 @@ from ibtpo_engine.parity import Parity, project_for
 from ibtpo_engine.runner import MOST_STEPS
 from ibtpo_engine.slots import Slots
 from ibtpo_kernels import DecodePlanner, DecodeRun, sample
+from ibtpo_kernels.gpu import configs
 from ibtpo_kernels.gpu.advance import RunRows
 from ibtpo_kernels.gpu.replay import Heads, ReplayPlan, Room, work_for
 
@@ -99,6 +100,7 @@ class StepGraphs:
         self._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim, model.dtype, uniform)
         self._buckets: dict[tuple[Room, int], _Bucket] = {}
         self._bucket: _Bucket | None = None  # for the branches chosen
+        self._grown = 0  # steps since then
         self._seen: object = None
 
     def forget(self) -> None:
@@ -129,7 +131,7 @@ class StepGraphs:
         for name in ("temperature", "top_p", "top_k", "min_p", "limit", "stops"):
             host[name][:count] = getattr(slots, name)[chosen]
         host["keys"][:count, 0] = slots.stream[chosen]
-        self._bucket = bucket
+        self._bucket, self._grown = bucket, 0
 
     def _bucket_of(self, planner: DecodePlanner, room: Room, num_stops: int) -> _Bucket:
         bucket = self._buckets.pop((room, num_stops), None)
@@ -148,18 +150,34 @@ class StepGraphs:
     ) -> DecodeRun:
         """Run the last token of each branch chosen and record the next one; arguments as `DecodeStep.run`.
 
+        Once they have grown by a split, they are planned anew: one program walks all the splits that a path has gained.
+
         Raises:
             ValueError: a branch has NaN or inf logits in the first step; then nothing is recorded.
         """
+        if self._grown >= configs.SPLIT:
+            self.choose(slots, chosen)
         assert self._bucket is not None
-        rows, count = self._bucket.rows, len(chosen)
-        rows.host["token"][:count], rows.host["pos"][:count], rows.host["address"][:count] = slots.next_rows(chosen)
-        rows.host["lengths"][:count] = rows.host["keys"][:count, 1] = slots.length[chosen]
+        try:
+            return self._run(self._bucket, slots, chosen, most, most_ended, spare)
+        except BaseException:  # an interrupt: the device's table may have pages that ours does not get
+            for slot in chosen.tolist():
+                slots.planner.rewrote(slot)
+            self._bucket.rows.is_over()  # waits, so that the host may write again
+            raise
+
+    def _run(
+        self, bucket: _Bucket, slots: Slots, chosen: Longs, most: int, most_ended: int, spare: Ints | None
+    ) -> DecodeRun:
+        rows, host, count = bucket.rows, bucket.rows.host, len(chosen)
+        host["token"][:count], host["pos"][:count], host["address"][:count] = slots.next_rows(chosen)
+        host["lengths"][:count] = host["keys"][:count, 1] = slots.length[chosen]
         slots.planner.upload()
         rows.begin(count, most, most_ended=most_ended, spare=spare)
-        self._replay(self._bucket)
+        self._replay(bucket)
         outcome = rows.outcome()
         run = outcome.run
+        self._grown += run.steps
         if run.paged:  # the device's table has them
             slots.table[chosen[run.paged], outcome.columns] = spare[: len(run.paged)]  # type: ignore[index]
         slots.record_run(chosen, *outcome[2:])

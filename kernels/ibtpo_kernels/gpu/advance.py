@@ -49,9 +49,8 @@ def advance(
     """One step of a run; the arrays are those of `RunRows`. A run that is over does not change."""
     count, most_steps = tl.load(limits_ptr), tl.load(limits_ptr + 1)
     most_ended, num_spare = tl.load(limits_ptr + 2), tl.load(limits_ptr + 3)
-    steps, sampled = tl.load(progress_ptr), tl.load(progress_ptr + 1)
-    ended, given = tl.load(progress_ptr + 2), tl.load(progress_ptr + 3)
-    was_over, failed_before = tl.load(progress_ptr + 4), tl.load(progress_ptr + 5)
+    steps, ended = tl.load(progress_ptr), tl.load(progress_ptr + 1)
+    given, was_over = tl.load(progress_ptr + 2), tl.load(progress_ptr + 3)
     count = tl.where(was_over == 0, count, 0)
     tl.debug_barrier()  # all threads have read these; one writes them below
 
@@ -64,7 +63,7 @@ def advance(
     has_failed = failed < 0x7FFFFFFF
     count = tl.where(has_failed, 0, count)  # a step that fails records nothing
 
-    ran, num_going, num_waiting = count * 0, count * 0, count * 0
+    num_going, num_waiting = count * 0, count * 0
     for start in range(0, count, BLOCK):
         row = start + tl.arange(0, BLOCK)
         runs = _runs(row, count, steps == 0, results_ptr)
@@ -108,18 +107,16 @@ def advance(
         tl.store(results_ptr + size + row, tl.zeros([BLOCK], tl.int32) + steps + 1, mask=runs)
         given += tl.sum(gets.to(tl.int32), 0)
         ended += tl.sum(ends.to(tl.int32), 0)
-        ran += tl.sum(runs.to(tl.int32), 0)
         num_going += tl.sum(goes_on.to(tl.int32), 0)
         num_waiting += tl.sum(lacks.to(tl.int32), 0)
 
-    steps += (ran > 0).to(tl.int32)
+    steps += (count > 0).to(tl.int32)
     is_over = (steps >= most_steps) | (ended > most_ended) | (num_waiting > 0) | (num_going == 0)
     tl.store(progress_ptr, steps)
-    tl.store(progress_ptr + 1, sampled + ran)
-    tl.store(progress_ptr + 2, ended)
-    tl.store(progress_ptr + 3, given)
-    tl.store(progress_ptr + 4, is_over.to(tl.int32))
-    tl.store(progress_ptr + 5, tl.where(was_over == 0, tl.where(has_failed, failed, -1), failed_before))
+    tl.store(progress_ptr + 1, ended)
+    tl.store(progress_ptr + 2, given)
+    tl.store(progress_ptr + 3, is_over.to(tl.int32))
+    tl.store(progress_ptr + 4, failed, mask=has_failed)
 
 
 class Outcome(NamedTuple):
@@ -165,7 +162,7 @@ class RunRows:
         named |= dict.fromkeys(("temperature", "top_p", "min_p"), (real, (size,)))
         named |= dict.fromkeys(("lengths", "limit", "spare"), (word, (size,)))
         named |= {"keys": (long, (size, 2)), "stops": (word, (size, num_stops))}
-        named |= {"limits": (word, (4,)), "progress": (word, (6,))}
+        named |= {"limits": (word, (4,)), "progress": (word, (5,))}
         self.size = size
         self.most_steps = most_steps
         self._staging = Staging(device, **named)
@@ -178,16 +175,11 @@ class RunRows:
         self, count: int, most: int = 1, *, most_ended: int = 0, spare: npt.NDArray[np.int32] | None = None
     ) -> None:
         """Begin a run of `count` branches; arguments as `DecodeStep.run`, and what `host` holds, go to the device."""
-        host, num_spare = self.host, 0 if spare is None else len(spare)
-        for name in ("token", "keys", "lengths"):
-            host[name][count:] = 0
-        for name in ("pos", "address"):
-            host[name][count:] = -1
-        host["top_p"][count:] = 1.0
-        for name in ("temperature", "min_p", "top_k"):
-            host[name][count:] = 0
-        host["limits"][:] = count, min(most, self.most_steps), most_ended, min(num_spare, self.size)
-        host["spare"][:num_spare] = [] if spare is None else spare[: self.size]
+        host, spare = self.host, np.empty(0, np.int32) if spare is None else spare[: self.size]
+        for name, unused in (("pos", -1), ("address", -1), ("lengths", 0), ("temperature", 0)):
+            host[name][count:] = unused
+        host["limits"][:] = count, min(most, self.most_steps), most_ended, len(spare)
+        host["spare"][: len(spare)] = spare
         self._staging.send()
 
     def advance(self, drawn: tuple[Tensor, Tensor, Tensor, Tensor], plan: DecodePlan) -> None:
@@ -198,13 +190,13 @@ class RunRows:
                 *drawn, *(there[name] for name in ("token", "pos", "address", "keys", "lengths")), plan.rows,
                 *(there[name] for name in ("limit", "stops", "spare", "limits", "progress")), table, self._results,
                 table.shape[1], self.size, PAGE=plan.page_size, STOPS=there["stops"].shape[1],
-                BLOCK=_BLOCK, **FUSED, num_warps=8,
+                BLOCK=_BLOCK, **FUSED, num_warps=8, maxnreg=255,
             )  # fmt: skip
 
     def is_over(self) -> bool:
         """Whether another step would change nothing; waits for the device."""
         self._progress = self.there["progress"].cpu().tolist()
-        return bool(self._progress[4])
+        return bool(self._progress[3])
 
     def outcome(self) -> Outcome:
         """The results of a run that is over.
@@ -212,7 +204,7 @@ class RunRows:
         Raises:
             ValueError: a row has NaN or inf logits in the first step; nothing is recorded.
         """
-        steps, sampled, _, given, _, failed = self._progress
+        steps, _, given, _, failed = self._progress
         if steps == 0:
             raise ValueError(f"sample: row {failed} has no distribution (NaN or inf logits)")
         count = int(self.host["limits"][0])
@@ -221,7 +213,7 @@ class RunRows:
         ends = np.flatnonzero(code)
         ends = ends[np.argsort(counts[ends], kind="stable")]
         events = list(zip(ends.tolist(), code[ends].tolist(), strict=True))
-        run = DecodeRun(steps, sampled, events, results[2, :given].tolist())
+        run = DecodeRun(steps, int(counts.sum()), events, results[2, :given].tolist())
         tokens, *numbers = results[4:, :count].reshape(steps, 4, count).swapaxes(0, 1)
         logprob, logprob_raw, entropy = (part.view(np.float32) for part in numbers)
         return Outcome(run, results[3, :given], counts, tokens, logprob, logprob_raw, entropy)

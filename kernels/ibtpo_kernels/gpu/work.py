@@ -146,8 +146,8 @@ def work_list(plan: DecodePlan, group: int, narrow: int, wide: int) -> Work:
     if shape not in known:
         made, device = host_work(plan, *shape), plan.lengths.device
         known[shape] = Work(
-            items=torch.from_numpy(made.items).to(device),
-            first_slot=torch.from_numpy(made.first_slot).to(device),
+            items=torch.tensor(made.items, device="cpu").to(device),  # a copy, as the array may be read-only
+            first_slot=torch.tensor(made.first_slot, device="cpu").to(device),
             num_slots=made.num_slots,
             split_tokens=made.split_tokens,
             has_wide=made.has_wide,
