@@ -143,7 +143,7 @@ def test_packages_missing_old_or_damaged_are_broken(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(importlib, "import_module", fail)
     broken = {finding.name: finding.text for finding in examine(kernels=False) if finding.status == "broken"}
     assert set(broken) == {"rich", "transformers", "safetensors"}
-    assert broken["rich"] == "not installed; pip install 'rich>=13'"
+    assert broken["rich"] == "not installed; pip install 'rich>=13.8'"
     assert broken["transformers"].startswith("4.57.0, but >=5 is needed")
     assert "cannot be imported (libc.so.7: cannot open)" in broken["safetensors"]
 

@@ -346,5 +346,5 @@ def test_an_adapter_of_another_model(base: Path, tmp_path: Path) -> None:
     with_adapter(base, tmp_path / "adapter", ("q_proj",))
     deeper = tmp_path / "deeper"
     save_checkpoint(deeper, "qwen3", head_dim=24, num_hidden_layers=3, tie_word_embeddings=True)
-    with pytest.raises(CheckpointError, match=r"layers\.2.*is missing.*another model"):
+    with pytest.raises(CheckpointError, match=r"layers\.2.*is missing.*belongs to this model"):
         load_adapter(load_model(deeper), tmp_path / "adapter")

@@ -20,7 +20,6 @@ from ibtpo.studies.results import collect
 from ibtpo.studies.run import Failure, failures, is_done, run_cells
 from ibtpo.studies.tables import csv_text, markdown_text, rich_tables
 from ibtpo.validation import check_range
-from ibtpo_kernels.roofline.machine import available_cores
 
 if TYPE_CHECKING:
     from ibtpo.commands.study import StudyArguments
@@ -39,7 +38,11 @@ def run_study(parsed: StudyArguments, command: str, console: Console) -> int:
     for name in ("seeds", "prompts"):
         check_range(name, getattr(parsed, name), low=1)
     check_range("first-seed", parsed.first_seed, low=0)
-    jobs = parsed.jobs if parsed.jobs is not None else available_cores()
+    jobs = parsed.jobs
+    if jobs is None:
+        from ibtpo_kernels.roofline.machine import available_cores  # loads torch
+
+        jobs = available_cores()
     check_range("jobs", jobs, low=1)
     plan = load_study(parsed.name)
     seeds = range(parsed.first_seed, parsed.first_seed + parsed.seeds)
