@@ -225,16 +225,23 @@ def test_the_work_list_of_the_picture() -> None:
     assert splits.tolist() == [2, 3, 2]
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_work_covers_every_query_and_split_once(seed: int) -> None:
+def some_paths(seed: int, *, most: int, longest: int, shared: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Page table, rows and lengths of fewer than `most` queries; neighbours share pages, some a path, as in prefills."""
     generator = torch.Generator().manual_seed(seed)
-    count = int(torch.randint(1, 12, (1,), generator=generator))
-    lengths = torch.randint(0, 400, (count,), generator=generator).tolist()
-    shares = torch.randint(0, 20, (count,), generator=generator).tolist()
+    count = int(torch.randint(1, most, (1,), generator=generator))
+    lengths = torch.randint(0, longest, (count,), generator=generator).tolist()
+    shares = torch.randint(0, shared, (count,), generator=generator).tolist()
     table, rows, seen, _ = paged(lengths, shares, 16)
     for b in range(1, count):
         if torch.rand((), generator=generator) < 0.2:
             rows[b], seen[b] = rows[b - 1], max(int(seen[b - 1]) - 1, 0)
+    return table, rows, seen
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_work_covers_every_query_and_split_once(seed: int) -> None:
+    table, rows, seen = some_paths(seed, most=12, longest=400, shared=20)
+    count = len(rows)
     plan = K.plan_decode(table, rows, seen)
     on_host = seen.numpy().astype("int64")
     items, splits = work.cut(plan.items.numpy(), on_host, table.shape[1], 16, 4)
@@ -259,14 +266,7 @@ def test_work_covers_every_query_and_split_once(seed: int) -> None:
 @pytest.mark.skipif(not K.has_compiled(), reason="the compiled module is missing")
 @pytest.mark.parametrize("seed", range(30))
 def test_the_compiled_work_list_is_that_of_numpy(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    count = int(torch.randint(1, 60, (1,), generator=generator))
-    lengths = torch.randint(0, 900, (count,), generator=generator).tolist()
-    shares = torch.randint(0, 50, (count,), generator=generator).tolist()
-    table, rows, seen, _ = paged(lengths, shares, 16)
-    for b in range(1, count):
-        if torch.rand((), generator=generator) < 0.2:  # as in a chunked prefill
-            rows[b], seen[b] = rows[b - 1], max(int(seen[b - 1]) - 1, 0)
+    table, rows, seen = some_paths(seed, most=60, longest=900, shared=50)
     plan = K.plan_decode(table, rows, seen)
     for split, tiles in ((16, (2, 16, 64)), (64, (1, 16, 16)), (512, (7, 16, 32)), (128, (128, 16, 64))):
         monkeypatch.setattr(configs, "SPLIT", split)
