@@ -226,7 +226,7 @@ def test_the_work_list_of_the_picture() -> None:
 
 
 def some_paths(seed: int, *, most: int, longest: int, shared: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Page table, rows and lengths of fewer than `most` queries; neighbours share pages, some a path, as in a prefill."""
+    """Page table, rows and lengths of fewer than `most` queries; neighbours share pages, some of them all of them."""
     generator = torch.Generator().manual_seed(seed)
     count = int(torch.randint(1, most, (1,), generator=generator))
     lengths = torch.randint(0, longest, (count,), generator=generator).tolist()
