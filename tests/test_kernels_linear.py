@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,10 +93,11 @@ def test_a_row_has_the_same_bits_in_every_batch(backend: str, depth: int, num_co
 
 
 @DEPTHS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_so_it_has_in_bfloat16(isa: str, depth: int, num_cols: int) -> None:
+def test_so_it_has_on_every_instruction_set(isa: str, dtype: torch.dtype, depth: int, num_cols: int) -> None:
     with on_isa(isa):
-        assert_rows_are_alone(depth, num_cols, torch.bfloat16)
+        assert_rows_are_alone(depth, num_cols, dtype)
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)
@@ -183,24 +186,24 @@ def test_elsewhere_a_linear_layer_is_torchs(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.skipif(not K.has_compiled(), reason="needs the compiled kernels")
-def test_few_rows_of_a_large_float32_weight_are_multiplied_by_us() -> None:
-    weight = torch.randn(640, 640)  # more than LEAST_WEIGHTS
-    has_way_of_its_own = cpu.native.isa() == "v3"
-    cases = [(2, 5, weight, True), (2, 128, weight, True), (2, 1, weight, has_way_of_its_own)]
-    cases += [
-        (2, 0, weight, False),
-        (2, 129, weight, False),
-        (1, 5, weight, False),
-        (2, 5, weight[:320], False),
-        (2, 5, weight.double(), False),
-    ]
-    for threads, rows, w, ours in cases:
-        x = torch.randn(rows, 640, dtype=w.dtype)
-        torch.set_num_threads(threads)
-        assert K.ours_is_faster(x, w) is ours, (threads, rows, w.shape)
+@pytest.mark.parametrize("isa", ["baseline", "v3", "v4", "v4bf16", "v4amx"])
+def test_few_rows_of_a_large_weight_are_multiplied_by_us(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_bf16_is_slow", lambda: False)
+    if isa != cpu.native.isa():
+        monkeypatch.setattr(fastest.cpu, "native", SimpleNamespace(isa=lambda: isa))
+    weight = torch.randn(256, 640)  # more than LEAST_WEIGHTS
+    in_float, in_half = isa != "baseline", isa in ("v4", "v4bf16")
+    cases = [(1, weight, in_float), (128, weight, in_float), (5, weight.bfloat16(), in_half)]
+    cases += [(0, weight, False), (129, weight, False), (5, weight[:64], False), (5, weight.double(), False)]
+    for rows, w, ours in cases:
+        x = torch.randn(rows, 640).to(w.dtype)
+        assert K.ours_is_faster(x, w) is ours, (rows, w.shape, w.dtype)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert not K.ours_is_faster(x, w)
-        product = K.batch_invariant_linear if ours else F.linear
+    monkeypatch.undo()
+    for rows, w, _ in cases:
+        x = torch.randn(rows, 640).to(w.dtype)
+        product = K.batch_invariant_linear if K.ours_is_faster(x, w) else F.linear
         assert torch.equal(K.fastest_linear(x, w), product(x, w))
         with K.backend("reference"):
             assert torch.equal(K.fastest_linear(x, w), F.linear(x, w))

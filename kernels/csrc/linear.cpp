@@ -6,8 +6,9 @@
 // chain, k ascending, and the sums of the blocks are added in ascending order, whatever the number of rows, the tile
 // and the thread: a row's result has the same bits alone and in any batch. A weight is used in place; kPanel of its
 // rows are transposed a block at a time into the L1 cache, for all rows of x: for one row that is most of the work, for
-// a hundred a few percent. On AVX2, few rows are multiplied with squares transposed in registers, which are not stored.
-// The decoder, which multiplies by the same weights again and again, has them transposed once.
+// a hundred a few percent. Few rows are multiplied with squares transposed in registers, which are not stored. The
+// weight is read in short runs of many rows, too short for the hardware to read ahead, so what comes next is fetched
+// here. The decoder, which multiplies by the same weights again and again, has them transposed once.
 #include <type_traits>
 
 #include "kernels.h"
@@ -18,17 +19,31 @@
 namespace ibtpo::IBTPO_ISA {
 namespace {
 
-constexpr int64_t kDepth = 128;                    // words of a block
-constexpr int64_t kRows = 128;                     // rows of a task; their sums are 32 KiB
-constexpr int64_t kParallelWork = 1 << 19;         // multiplications; below, starting threads costs more
-constexpr int64_t kFewRows = kWidth == 8 ? 8 : 0;  // at most these are few; not measured on AVX-512
-constexpr int64_t kWidenRows = 8;                  // from as many on, widening the weight pays
+constexpr int64_t kDepth = 128;             // words of a block
+constexpr int64_t kRows = 128;              // rows of a task; their sums are 32 KiB
+constexpr int64_t kParallelWork = 1 << 19;  // multiplications; below, starting threads costs more
+constexpr int64_t kWidenRows = 8;           // from as many on, widening the weight pays
+constexpr int64_t kRegisterRows = 8;        // of few rows, summed at a time
+constexpr int64_t kAhead = 128;             // words from what few rows use to what is fetched meanwhile
 
 // Without instructions for pairs of bfloat16, each product would take them apart. Few rows (kFewRows) and many
 // (kWidenRows) are multiplied in float instead, with factors widened once (few rows: as the weight is read): the same
 // chain of sums, the odd number of a pair first.
 template <class T>
 constexpr bool kWidens = kIsTakenApart<Word<T>>;
+
+// At most as many rows are few: in two passes, which transpose twice, they are faster than by a block, but for float on
+// AVX2. AMX sums bfloat16 in another order.
+#if defined(IBTPO_AMX)
+template <class T>
+constexpr int64_t kFewRows = std::is_same_v<T, float> ? 16 : 0;
+#else
+template <class T>
+constexpr int64_t kFewRows = kWidth == 16 ? 16
+                             : kWidth < 8 ? 0
+                             : kWidens<T> ? 16
+                                          : 8;
+#endif
 
 struct Widened {
   float *x, *weight;  // [kRows, 2 kDepth], [2 kDepth, kPanel], or few rows whole; null if nothing is widened
@@ -57,35 +72,40 @@ INLINE void widen_weight(float* to, const Pair* from, int64_t words) {
     }
 }
 
-template <Into Mode>
-INLINE void widened_product(float* sums, int64_t rows, int64_t wide, const Pair* x, int64_t stride, const Pair* b,
-                            int64_t words, const Widened& w) {
-  widen_rows(w.x, 2 * kDepth, x, stride, rows, words);
-  widen_weight(w.weight, b, words);
-  product<Mode>(sums, kPanel, rows, wide, Strided{w.x, 2 * kDepth, 1}, w.weight, kPanel, 2 * words);
+// Adds x b to the sums, b a block of the weight. Before each few rows, `fetch` is called with a share of the panel's
+// columns, whose next block it fetches: memory is read while products are computed.
+template <Into Mode, class W, class Fetch>
+INLINE void add_block(float* sums, int64_t rows, int64_t wide, StridedOf<W> x, const W* b, int64_t depth,
+                      const Fetch& fetch) {
+  constexpr int64_t kAtOnce = 2 * kTileRows<W>;
+  for (int64_t m = 0; m < rows; m += kAtOnce) {
+    const int64_t end = least(m + kAtOnce, rows);
+    fetch(kPanel * m / rows, kPanel * end / rows);
+    product<Mode>(sums + m * kPanel, kPanel, end - m, wide, {x.a + m * x.row, x.row, x.col}, b, kPanel, depth);
+  }
 }
 
 // acc + x w, of a row's word and the words of several columns.
 INLINE Vec add_word(Vec acc, const float* x, Vec w, const float*) { return mul_add(acc, splat(*x), w); }
+INLINE Vec add_word(Vec acc, const Pair* x, Vec w, const Pair*) {
+  return mul_add(acc, broadcast(x), to_pairs((IVec)w));
+}
 INLINE Vec add_word(Vec acc, const float* x, Vec w, const Pair*) {
   const OddEven pairs = take_apart((IVec)w);
   return mul_add(mul_add(acc, splat(x[0]), pairs.odd), splat(x[1]), pairs.even);
 }
 
-// sums = x weight^T for at most Rows rows of x, widened: squares of the weight are transposed in registers and used at
-// once, along the whole depth of a few columns, so that memory is read in long runs. Rows of bfloat16 are too short for
-// the hardware to prefetch sixteen of them at a time, so the next columns are prefetched here.
-template <int Rows, class W>
-INLINE void few_rows(float* sums, int64_t rows, const float* x, int64_t stride, const W* weight, int64_t depth,
-                     int64_t cols) {
-  constexpr int kVecs = Rows <= 4 ? 2 : 1;                      // chains enough to keep the multipliers busy
-  constexpr int64_t kFloats = std::is_same_v<W, Pair> ? 2 : 1;  // of a word
-  constexpr int64_t kLine = 64 / sizeof(W);
-  const float* row[Rows];
+// sums = x weight^T for at most Rows rows of x, widened if need be: squares of the weight are transposed in registers
+// and used at once, along the whole depth of a few columns, so that memory is read in runs as long as there are.
+template <int Rows, class X, class W>
+static __attribute__((noinline)) void few_rows(float* sums, int64_t rows, const X* x, int64_t stride, const W* weight,
+                                               int64_t depth, int64_t cols) {
+  constexpr int kVecs = Rows <= 4 ? 2 : 1;  // chains enough to keep the multipliers busy
+  constexpr int64_t kFloats = std::is_same_v<W, Pair> && std::is_same_v<X, float> ? 2 : 1;  // of a word
+  const X* row[Rows];
   for (int m = 0; m < Rows; ++m) row[m] = x + least(m, rows - 1) * stride;  // missing rows repeat the last
   for (int64_t n = 0; n < cols; n += kVecs * kWidth) {
-    Vec total[Rows][kVecs];
-    [[maybe_unused]] const W* next = weight + (n + kVecs * kWidth) * depth;  // the next columns, in memory order
+    Vec total[Rows][kVecs] = {};
     for (int64_t begin = 0; begin == 0 || begin < depth; begin += kDepth) {
       Vec acc[Rows][kVecs] = {};
       const auto add = [&](int64_t k, auto count) {
@@ -95,9 +115,12 @@ INLINE void few_rows(float* sums, int64_t rows, const float* x, int64_t stride, 
           Vec square[kWidth];
           load_transposed(square, reinterpret_cast<const float*>(weight + column * depth + k), depth, cols - column,
                           count);
-          if constexpr (kFloats == 2)  // gains nothing for floats
-#pragma GCC unroll 4
-            for (int64_t i = 0; i < kWidth * kWidth; i += kLine, next += kLine) __builtin_prefetch(next, 0, 2);
+          {  // the same columns further on, or the next ones
+            const int64_t to = k + kAhead, next = to < depth ? to : kVecs * kWidth * depth + to - depth;
+            const W* ahead = weight + column * depth + next;
+#pragma GCC unroll 16
+            for (int i = 0; i < kWidth; ++i) __builtin_prefetch(ahead + i * depth, 0, 2);
+          }
 #pragma GCC unroll 16
           for (int i = 0; i < kWidth; ++i) {
             if (i >= count) break;
@@ -121,20 +144,22 @@ INLINE void few_rows(float* sums, int64_t rows, const float* x, int64_t stride, 
   }
 }
 
-template <class W>
-INLINE void few_rows(float* sums, int64_t rows, const float* x, int64_t stride, const W* weight, int64_t depth,
+template <class X, class W>
+INLINE void few_rows(float* sums, int64_t rows, const X* x, int64_t stride, const W* weight, int64_t depth,
                      int64_t cols) {
+  for (; rows > kRegisterRows; rows -= kRegisterRows, sums += kRegisterRows * kPanel, x += kRegisterRows * stride)
+    few_rows<kRegisterRows>(sums, kRegisterRows, x, stride, weight, depth, cols);
   if (rows == 1) return few_rows<1>(sums, rows, x, stride, weight, depth, cols);
   if (rows == 2) return few_rows<2>(sums, rows, x, stride, weight, depth, cols);
   if (rows <= 4) return few_rows<4>(sums, rows, x, stride, weight, depth, cols);
-  few_rows<8>(sums, rows, x, stride, weight, depth, cols);
+  few_rows<kRegisterRows>(sums, rows, x, stride, weight, depth, cols);
 }
 
 // sums = x weight^T, each block of the weight transposed once for all rows.
 template <class T>
 INLINE void many_rows(float* sums, int64_t rows, const Word<T>* x, int64_t stride, const Linear<T>& p, int64_t column,
                       int64_t cols, Word<T>* block, const Widened& widened) {
-  constexpr int64_t kWord = kPerWord<T>;
+  constexpr int64_t kWord = kPerWord<T>, kLine = 64 / sizeof(T);
   const int64_t depth = p.depth / kWord, wide = round_up(cols, kWidth);
   int64_t k = 0;
   do {  // once for a depth of 0, to clear the sums
@@ -144,11 +169,22 @@ INLINE void many_rows(float* sums, int64_t rows, const Word<T>* x, int64_t strid
       b = reinterpret_cast<const Word<T>*>(p.weight) + column * depth + k * kPanel;
     else
       pack_words_transposed(block, kPanel, p.weight + column * p.depth + k * kWord, p.depth, cols, words * kWord);
+    const bool ends = k + kDepth >= depth;
+    const T* next = p.weight + (ends ? (column + kPanel) * p.depth : column * p.depth + (k + kDepth) * kWord);
+    const auto fetch = [&](int64_t begin, int64_t end) {
+      for (int64_t n = p.packed ? end : begin; n < end; ++n)
+        for (int64_t i = 0; i < kDepth * kWord; i += kLine) __builtin_prefetch(next + n * p.depth + i, 0, 2);
+    };
     const auto add = [&](auto into) {
       constexpr Into kInto = decltype(into)::value;
       if constexpr (kWidens<T>)
-        if (widened.x != nullptr) return widened_product<kInto>(sums, rows, wide, x + k, stride, b, words, widened);
-      product<kInto>(sums, kPanel, rows, wide, {x + k, stride, 1}, b, kPanel, words);
+        if (widened.x != nullptr) {
+          widen_rows(widened.x, 2 * kDepth, x + k, stride, rows, words);
+          widen_weight(widened.weight, b, words);
+          return add_block<kInto, float>(sums, rows, wide, {widened.x, 2 * kDepth, 1}, widened.weight, 2 * words,
+                                         fetch);
+        }
+      add_block<kInto, Word<T>>(sums, rows, wide, {x + k, stride, 1}, b, words, fetch);
     };
     if (k == 0)
       add(std::integral_constant<Into, Into::kStore>());
@@ -160,7 +196,7 @@ INLINE void many_rows(float* sums, int64_t rows, const Word<T>* x, int64_t strid
 
 template <class T>
 INLINE bool is_few(const Linear<T>& p) {
-  return kFewRows > 0 && !p.packed && p.num_rows <= kFewRows;
+  return !p.packed && p.num_rows <= kFewRows<T>;
 }
 
 // Columns [column, column + cols) of rows [row, row + rows).
@@ -173,8 +209,8 @@ INLINE void panel(const Linear<T>& p, int64_t row, int64_t rows, int64_t column,
     const auto* weight = reinterpret_cast<const Word<T>*>(p.weight + column * p.depth);
     if constexpr (kWidens<T>)
       few_rows(sums, rows, widened.x, p.depth, weight, p.depth / kPerWord<T>, cols);
-    else if constexpr (std::is_same_v<T, float>)
-      few_rows(sums, rows, x, stride, weight, p.depth, cols);
+    else
+      few_rows(sums, rows, x, stride, weight, p.depth / kPerWord<T>, cols);
   } else {
     many_rows(sums, rows, x, stride, p, column, cols, block, widened);
   }

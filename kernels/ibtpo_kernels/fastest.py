@@ -11,8 +11,9 @@ from ibtpo_kernels.dispatch import active_backend
 from ibtpo_kernels.linear import torch_is_slow
 from ibtpo_kernels.ops import batch_invariant_linear
 
-MOST_ROWS = 128  # most rows of a float32 product at which ours is faster: those of one task
-LEAST_WEIGHTS = 1 << 18  # ... and the fewest numbers of its weight
+MOST_ROWS = 128  # most rows of a product at which ours is faster: those of one task
+LEAST_WEIGHTS = 1 << 16  # ... and the fewest numbers of its weight
+FAST_ON = {torch.float32: ("v3", "v4", "v4bf16", "v4amx"), torch.bfloat16: ("v4", "v4bf16")}  # instruction sets
 
 
 def fastest_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,23 +36,17 @@ def fastest_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 def ours_is_faster(x: Tensor, weight: Tensor) -> bool:
     """Whether `batch_invariant_linear` on the CPU takes less time than torch for x [..., K] and weight [N, K].
 
-    This holds in bfloat16 where torch is slow at it, and in float32 with several threads for a few rows and a large
-    weight, as in a decode step: torch is faster at more than `MOST_ROWS` rows and, except on AVX2, at a single one.
-    Measured on two cores.
+    This holds in bfloat16 where torch is slow at it, and with a large weight for few rows, as in a decode step: in
+    float32 from AVX2 on, in bfloat16 on AVX-512 without AMX. Measured on two AVX-512 cores, whose lesser instruction
+    sets, ours and torch's, stood for other processors; see docs/kernels.md.
     """
     if torch_is_slow(x):
         return True
     return (
-        x.dtype is torch.float32
-        and x.is_cpu
+        x.is_cpu
+        and cpu.native is not None
+        and cpu.native.isa() in FAST_ON.get(x.dtype, ())
         and weight.numel() >= LEAST_WEIGHTS
-        and x.shape[:-1].numel() <= MOST_ROWS
-        and torch.get_num_threads() > 1
+        and 0 < x.shape[:-1].numel() <= MOST_ROWS
         and not torch.is_autocast_enabled("cpu")
-        and x.shape[:-1].numel() >= _least_rows()
     )
-
-
-def _least_rows() -> int:
-    """1 on AVX2, where few rows need no transposed copy of the weight, else most of the work for one row; else 2."""
-    return 1 if cpu.native is not None and cpu.native.isa() == "v3" else 2
