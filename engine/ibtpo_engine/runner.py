@@ -135,10 +135,11 @@ class Runner:
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[T, H] -> [T, V], float32 or (bitwise) the model's type; with the bits of `decode` if that is native."""
+        """[T, H] -> [T, V], float32 or the model's type, which `sample` reads; with the bits of `decode` if native."""
         if self.is_native or self.parity == "bitwise":
             return batch_invariant_linear(hidden, self.model.head)
-        return fastest_linear(hidden, self.model.head).float()
+        logits = fastest_linear(hidden, self.model.head)
+        return logits if logits.dtype is torch.bfloat16 else logits.float()
 
     def announce(self, num_rows: int) -> None:
         """Announce a `decode` of so many rows, so that the native decoder's threads wake up meanwhile."""

@@ -80,15 +80,17 @@ def sample_shaped(
     top_k: Tensor,
     min_p: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`sample`, after shaping the logits [B, V] of some rows in place.
+    """`sample`, after shaping the logits of some rows in float32: in place, if that is their type.
 
     Args:
+        logits: [B, V].
         shapes: (row, its shape, the tokens its branch sampled) of each row to shape.
 
     Returns:
         token int64, logprob, logprob_raw, entropy float32, each [B]; see the top of this file.
     """
     if shapes:
+        logits = logits.float()
         rows = torch.tensor([row for row, _, _ in shapes], device=logits.device)
         model = logits[rows]
         for row, shape, tokens in shapes:
