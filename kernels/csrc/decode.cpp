@@ -174,7 +174,7 @@ class Task {
       if (first < 0) return begin;
       pack_words_transposed(keys_ + c * page_, ld, p_.k_pages + first, kv_stride, p_.page_size, p_.head_dim);
       run.values[c] = p_.v_pages + first;
-      prefetch<3>(run.values[c], p_.page_size, p_.head_dim);
+      prefetch(run.values[c], p_.page_size, p_.head_dim);
       foresee(ahead, c, p_.k_pages);
     }
     const Step* q = reinterpret_cast<const Step*>(q_ + state(begin) * padded_);
@@ -209,15 +209,14 @@ class Task {
     const int64_t column = ahead.column + c, slots = visible(ahead.query, column);
     const int64_t first = slots > 0 ? page_begin(ahead.query, column, ahead.head) : -1;
     if (first < 0) return;
-    prefetch<2>(pages + first, slots, p_.head_dim);
+    prefetch(pages + first, slots, p_.head_dim);
   }
 
-  // A head's slots lie Hkv * D apart, a pattern that hardware does not prefetch.
-  template <int Locality>
+  // Into L2; into L1 is slower. A head's slots lie Hkv * D apart, a pattern that hardware does not prefetch.
   INLINE_MEMBER void prefetch(const T* slot, int64_t slots, int64_t size) const {
     constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t j = 0; j < slots; ++j, slot += p_.num_kv_heads * p_.head_dim)
-      for (int64_t d = 0; d < size; d += kLine) __builtin_prefetch(slot + d, 0, Locality);
+      for (int64_t d = 0; d < size; d += kLine) __builtin_prefetch(slot + d, 0, 2);
   }
 
   // Turns scores of the run's page c into weights exp(score - m). Before a row's m grows, acc takes in the pages before
