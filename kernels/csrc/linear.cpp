@@ -23,7 +23,6 @@ constexpr int64_t kDepth = 128;             // words of a block
 constexpr int64_t kRows = 128;              // rows of a task; their sums are 32 KiB
 constexpr int64_t kParallelWork = 1 << 19;  // multiplications; below, starting threads costs more
 constexpr int64_t kWidenRows = 8;           // from as many on, widening the weight pays
-constexpr int64_t kRegisterRows = 8;        // of few rows, summed at a time
 constexpr int64_t kAhead = 128;             // words from what few rows use to what is fetched meanwhile
 
 // Without instructions for pairs of bfloat16, each product would take them apart. Few rows (kFewRows) and many
@@ -32,18 +31,19 @@ constexpr int64_t kAhead = 128;             // words from what few rows use to w
 template <class T>
 constexpr bool kWidens = kIsTakenApart<Word<T>>;
 
-// At most as many rows are few: in two passes, which transpose twice, they are faster than by a block, but for float on
-// AVX2. AMX sums bfloat16 in another order.
+// At most as many rows are few: more are faster by the block. AMX sums bfloat16 in another order.
 #if defined(IBTPO_AMX)
 template <class T>
-constexpr int64_t kFewRows = std::is_same_v<T, float> ? 16 : 0;
+constexpr int64_t kFewRows = std::is_same_v<T, float> ? 32 : 0;
 #else
 template <class T>
-constexpr int64_t kFewRows = kWidth == 16 ? 16
+constexpr int64_t kFewRows = kWidth == 16 ? 32
                              : kWidth < 8 ? 0
                              : kWidens<T> ? 16
                                           : 8;
 #endif
+constexpr int kGroupRows = 8;                  // of few rows: those whose sums are in registers at a time
+constexpr int kGroups = kWidth == 16 ? 4 : 1;  // that a square is kept for; on AVX2, it is transposed for each
 
 struct Widened {
   float *x, *weight;  // [kRows, 2 kDepth], [2 kDepth, kPanel], or few rows whole; null if nothing is widened
@@ -95,19 +95,21 @@ INLINE Vec add_word(Vec acc, const float* x, Vec w, const Pair*) {
   return mul_add(mul_add(acc, splat(x[0]), pairs.odd), splat(x[1]), pairs.even);
 }
 
-// sums = x weight^T for at most Rows rows of x, widened if need be: squares of the weight are transposed in registers
-// and used at once, along the whole depth of a few columns, so that memory is read in runs as long as there are.
-template <int Rows, class X, class W>
+// sums = x weight^T for at most Groups * Rows rows of x, widened if need be: squares of the weight are transposed in
+// registers and used at once, along the whole depth of a few columns, so that memory is read in runs as long as there
+// are. Several groups of rows find a square in the L1 cache.
+template <int Rows, int Groups, class X, class W>
 static __attribute__((noinline)) void few_rows(float* sums, int64_t rows, const X* x, int64_t stride, const W* weight,
                                                int64_t depth, int64_t cols) {
   constexpr int kVecs = Rows <= 4 ? 2 : 1;  // chains enough to keep the multipliers busy
   constexpr int64_t kFloats = std::is_same_v<W, Pair> && std::is_same_v<X, float> ? 2 : 1;  // of a word
-  const X* row[Rows];
-  for (int m = 0; m < Rows; ++m) row[m] = x + least(m, rows - 1) * stride;  // missing rows repeat the last
+  const X* row[Groups][Rows];
+  for (int m = 0; m < Groups * Rows; ++m)  // missing rows repeat the last
+    row[m / Rows][m % Rows] = x + least(m, rows - 1) * stride;
   for (int64_t n = 0; n < cols; n += kVecs * kWidth) {
-    Vec total[Rows][kVecs] = {};
+    Vec total[Groups][kVecs][Rows] = {};
     for (int64_t begin = 0; begin == 0 || begin < depth; begin += kDepth) {
-      Vec acc[Rows][kVecs] = {};
+      Vec acc[Groups][kVecs][Rows] = {};
       const auto add = [&](int64_t k, auto count) {
 #pragma GCC unroll 2
         for (int v = 0; v < kVecs; ++v) {
@@ -121,12 +123,27 @@ static __attribute__((noinline)) void few_rows(float* sums, int64_t rows, const 
 #pragma GCC unroll 16
             for (int i = 0; i < kWidth; ++i) __builtin_prefetch(ahead + i * depth, 0, 2);
           }
+          const auto multiply = [&](Vec(&sum)[Rows], const X* const(&x_row)[Rows]) __attribute__((always_inline)) {
 #pragma GCC unroll 16
-          for (int i = 0; i < kWidth; ++i) {
-            if (i >= count) break;
+            for (int i = 0; i < kWidth; ++i) {
+              if (i >= count) break;
 #pragma GCC unroll 8
-            for (int m = 0; m < Rows; ++m)
-              acc[m][v] = add_word(acc[m][v], row[m] + (k + i) * kFloats, square[i], weight);
+              for (int m = 0; m < Rows; ++m) sum[m] = add_word(sum[m], x_row[m] + (k + i) * kFloats, square[i], weight);
+            }
+          };
+          if constexpr (Groups == 1) {
+            multiply(acc[0][v], row[0]);
+          } else {
+            asm volatile("" : "+m"(square));  // in memory from here on
+#pragma GCC unroll 1
+            for (int g = 0; g < Groups; ++g) {
+              Vec sum[Rows];
+#pragma GCC unroll 8
+              for (int m = 0; m < Rows; ++m) sum[m] = acc[g][v][m];
+              multiply(sum, row[g]);
+#pragma GCC unroll 8
+              for (int m = 0; m < Rows; ++m) acc[g][v][m] = sum[m];
+            }
           }
         }
       };
@@ -134,25 +151,45 @@ static __attribute__((noinline)) void few_rows(float* sums, int64_t rows, const 
       int64_t k = begin;
       for (; k + kWidth <= end; k += kWidth) add(k, std::integral_constant<int64_t, kWidth>());
       if (k < end) add(k, end - k);
-#pragma GCC unroll 8
-      for (int m = 0; m < Rows; ++m)
+      for (int g = 0; g < Groups; ++g)
 #pragma GCC unroll 2
-        for (int v = 0; v < kVecs; ++v) total[m][v] = begin == 0 ? acc[m][v] : total[m][v] + acc[m][v];
+        for (int v = 0; v < kVecs; ++v)
+#pragma GCC unroll 8
+          for (int m = 0; m < Rows; ++m) total[g][v][m] = begin == 0 ? acc[g][v][m] : total[g][v][m] + acc[g][v][m];
     }
-    for (int m = 0; m < Rows && m < rows; ++m)
-      for (int v = 0; v < kVecs && n + v * kWidth < cols; ++v) store(sums + m * kPanel + n + v * kWidth, total[m][v]);
+    for (int m = 0; m < Groups * Rows && m < rows; ++m)
+      for (int v = 0; v < kVecs && n + v * kWidth < cols; ++v)
+        store(sums + m * kPanel + n + v * kWidth, total[m / Rows][v][m % Rows]);
   }
 }
 
 template <class X, class W>
 INLINE void few_rows(float* sums, int64_t rows, const X* x, int64_t stride, const W* weight, int64_t depth,
                      int64_t cols) {
-  for (; rows > kRegisterRows; rows -= kRegisterRows, sums += kRegisterRows * kPanel, x += kRegisterRows * stride)
-    few_rows<kRegisterRows>(sums, kRegisterRows, x, stride, weight, depth, cols);
-  if (rows == 1) return few_rows<1>(sums, rows, x, stride, weight, depth, cols);
-  if (rows == 2) return few_rows<2>(sums, rows, x, stride, weight, depth, cols);
-  if (rows <= 4) return few_rows<4>(sums, rows, x, stride, weight, depth, cols);
-  few_rows<kRegisterRows>(sums, rows, x, stride, weight, depth, cols);
+  while (rows > 0) {
+    int64_t now = least(rows, kGroups * kGroupRows);
+    if (now > kGroupRows && now % kGroupRows <= 2) now -= now % kGroupRows;  // a group would cost more
+    const auto run = [&](auto height, auto groups) {
+      few_rows<height, groups>(sums, now, x, stride, weight, depth, cols);
+    };
+    constexpr std::integral_constant<int, 1> kOne;
+    constexpr std::integral_constant<int, kGroupRows> kWhole;
+    if (now == 1)
+      run(kOne, kOne);
+    else if (now == 2)
+      run(std::integral_constant<int, 2>(), kOne);
+    else if (now <= 4)
+      run(std::integral_constant<int, 4>(), kOne);
+    else if (now <= kGroupRows)
+      run(kWhole, kOne);
+    else if (now <= 2 * kGroupRows)
+      run(kWhole, std::integral_constant<int, least(kGroups, 2)>());
+    else if (now <= 3 * kGroupRows)
+      run(kWhole, std::integral_constant<int, least(kGroups, 3)>());
+    else
+      run(kWhole, std::integral_constant<int, kGroups>());
+    rows -= now, sums += now * kPanel, x += now * stride;
+  }
 }
 
 // sums = x weight^T, each block of the weight transposed once for all rows.
