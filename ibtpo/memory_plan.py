@@ -22,9 +22,9 @@ hidden, I inner size, L layers, Hq/Hkv heads of size D, r rank of the adapters. 
                                           gradient in fp32 and in `dtype`: (4 + e) V H
                    in the layers' backward e N (2 I + 3 H), and the head's gradient e V H, waiting for the embedding's
                    in the optimizer step  temporaries of 8bit on a CPU: 20 bytes a number of the largest parameter
-                   while sampling         logits of `max_branches` rows twice, counted in fp32 (plain bf16 sampling takes half),
-                                          a chunk of the prompt; a CUDA graph has such logits of its own, and these
-                                          rows in a layer
+                   while sampling         logits of `max_branches` rows twice, counted in fp32 (plain sampling in bf16
+                                          takes half), a chunk of the prompt; a CUDA graph has such logits of its own,
+                                          and these rows in a layer
 
 In N processes each samples for its share of the prompts, and a step takes an additional bucket of gradients. With fsdp,
 masters (also for fp32, since the engine's weights are a copy), optimizer and gradients take 1/N each, and the *gathered
