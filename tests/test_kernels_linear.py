@@ -191,10 +191,11 @@ def test_few_rows_of_a_large_weight_are_multiplied_by_us(isa: str, monkeypatch: 
     monkeypatch.setattr(linear, "_bf16_is_slow", lambda: False)
     if isa != cpu.native.isa():
         monkeypatch.setattr(fastest.cpu, "native", SimpleNamespace(isa=lambda: isa))
-    weight = torch.randn(256, 640)  # more than LEAST_WEIGHTS
+    weight, small = torch.randn(256, 640), torch.randn(64, 640)  # more and less than LEAST_WEIGHTS in float32
     in_float, in_half = isa != "baseline", isa in ("v4", "v4bf16")
     cases = [(1, weight, in_float), (128, weight, in_float), (5, weight.bfloat16(), in_half)]
-    cases += [(0, weight, False), (129, weight, False), (5, weight[:64], False), (5, weight.double(), False)]
+    cases += [(0, weight, False), (129, weight, False), (5, small, False), (5, small.bfloat16(), in_half)]
+    cases += [(5, small[:4].bfloat16(), False), (5, weight.double(), False)]
     for rows, w, ours in cases:
         x = torch.randn(rows, 640).to(w.dtype)
         assert K.ours_is_faster(x, w) is ours, (rows, w.shape, w.dtype)

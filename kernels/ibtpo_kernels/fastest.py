@@ -12,7 +12,7 @@ from ibtpo_kernels.linear import torch_is_slow
 from ibtpo_kernels.ops import batch_invariant_linear
 
 MOST_ROWS = 128  # most rows of a product at which ours is faster: those of one task
-LEAST_WEIGHTS = 1 << 16  # ... and the fewest numbers of its weight
+LEAST_WEIGHTS = {torch.float32: 1 << 16, torch.bfloat16: 1 << 12}  # ... and the fewest numbers of its weight
 FAST_ON = {torch.float32: ("v3", "v4", "v4bf16", "v4amx"), torch.bfloat16: ("v4", "v4bf16")}  # instruction sets
 
 
@@ -46,7 +46,7 @@ def ours_is_faster(x: Tensor, weight: Tensor) -> bool:
         x.is_cpu
         and cpu.native is not None
         and cpu.native.isa() in FAST_ON.get(x.dtype, ())
-        and weight.numel() >= LEAST_WEIGHTS
+        and weight.numel() >= LEAST_WEIGHTS[x.dtype]
         and 0 < x.shape[:-1].numel() <= MOST_ROWS
         and not torch.is_autocast_enabled("cpu")
     )
