@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from engine_helpers import VOCABULARY, assert_idle, prompt_of, same
+import torch
+from engine_helpers import VOCABULARY, assert_idle, prompt_of, same, tiny_model
 from shaped_sampling import BIAS, KINDS, PROMPT, check, engine_on, grow_all
 
-from ibtpo_engine import Node, Sampling, Tree, native
+from ibtpo_engine import Engine, Node, Parity, Sampling, Tree, native
 from ibtpo_kernels import DecodeRun, has_compiled
 
 
@@ -239,3 +240,25 @@ def test_least_length_counts_from_the_end_of_the_prompt_wherever_the_fork_is() -
     for node in (short, more, inner, free):
         assert (node.tokens[:-1] % 2).all(), "every even token is a stop"
         assert node.stopped_by == node.tokens[-1]
+
+
+@pytest.mark.parametrize("parity", ["fast", "bitwise"] if has_compiled() else ["fast"])
+def test_in_bf16_a_bias_is_added_in_float32(parity: Parity) -> None:
+    """One that bfloat16 would round away changes the log-prob; rows without one are sampled from bfloat16."""
+    model = tiny_model(dtype=torch.bfloat16)
+    engine = Engine(model, kv_tokens=512, parity=parity)
+    bias = 2.0**-12
+    with engine.tree(prompt_of(12)) as tree:
+        plain, biased = tree.root.fork(2)
+        every = dict.fromkeys(range(0, VOCABULARY, 2), bias)
+        engine.extend([plain], Sampling(max_tokens=1))
+        engine.extend([biased], Sampling(max_tokens=1, logit_bias=every))
+        assert plain.logprob[0] == plain.logprob_raw[0]
+        logits = engine.scheduler.runner.logits(tree.root.kv.hidden[None])[0]
+        assert logits.dtype is torch.bfloat16
+        for node, shift in ((plain, 0.0), (biased, bias)):
+            shaped = logits.double()
+            shaped[::2] += shift
+            wanted = float(shaped.log_softmax(0)[node.tokens[0]])
+            assert abs(node.logprob[0] - wanted) < 1e-6, (node, shift)
+        assert abs(biased.logprob[0] - biased.logprob_raw[0]) > bias / 8
