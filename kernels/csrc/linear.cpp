@@ -166,28 +166,24 @@ static __attribute__((noinline)) void few_rows(float* sums, int64_t rows, const 
 template <class X, class W>
 INLINE void few_rows(float* sums, int64_t rows, const X* x, int64_t stride, const W* weight, int64_t depth,
                      int64_t cols) {
+  constexpr int kTwo = kGroups == 1 ? 1 : 2, kThree = kGroups == 1 ? 1 : 3;
   while (rows > 0) {
     int64_t now = least(rows, kGroups * kGroupRows);
     if (now > kGroupRows && now % kGroupRows <= 2) now -= now % kGroupRows;  // a group would cost more
-    const auto run = [&](auto height, auto groups) {
-      few_rows<height, groups>(sums, now, x, stride, weight, depth, cols);
-    };
-    constexpr std::integral_constant<int, 1> kOne;
-    constexpr std::integral_constant<int, kGroupRows> kWhole;
     if (now == 1)
-      run(kOne, kOne);
+      few_rows<1, 1>(sums, now, x, stride, weight, depth, cols);
     else if (now == 2)
-      run(std::integral_constant<int, 2>(), kOne);
+      few_rows<2, 1>(sums, now, x, stride, weight, depth, cols);
     else if (now <= 4)
-      run(std::integral_constant<int, 4>(), kOne);
+      few_rows<4, 1>(sums, now, x, stride, weight, depth, cols);
     else if (now <= kGroupRows)
-      run(kWhole, kOne);
+      few_rows<kGroupRows, 1>(sums, now, x, stride, weight, depth, cols);
     else if (now <= 2 * kGroupRows)
-      run(kWhole, std::integral_constant<int, least(kGroups, 2)>());
+      few_rows<kGroupRows, kTwo>(sums, now, x, stride, weight, depth, cols);
     else if (now <= 3 * kGroupRows)
-      run(kWhole, std::integral_constant<int, least(kGroups, 3)>());
+      few_rows<kGroupRows, kThree>(sums, now, x, stride, weight, depth, cols);
     else
-      run(kWhole, std::integral_constant<int, kGroups>());
+      few_rows<kGroupRows, kGroups>(sums, now, x, stride, weight, depth, cols);
     rows -= now, sums += now * kPanel, x += now * stride;
   }
 }

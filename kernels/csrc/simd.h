@@ -201,7 +201,7 @@ INLINE Vec exp(Vec x) {
 INLINE float exp(float x) { return exp(splat(x))[0]; }
 
 INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-constexpr INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Calls f(offset) for whole vectors of [0, size), then rest(offset) for each remaining element.
