@@ -37,10 +37,7 @@ template <class T>
 constexpr int64_t kFewRows = std::is_same_v<T, float> ? 32 : 0;
 #else
 template <class T>
-constexpr int64_t kFewRows = kWidth == 16 ? 32
-                             : kWidth < 8 ? 0
-                             : kWidens<T> ? 16
-                                          : 8;
+constexpr int64_t kFewRows = kWidth >= 8 ? 32 : 0;
 #endif
 constexpr int kGroupRows = 8;                  // of few rows: those whose sums are in registers at a time
 constexpr int kGroups = kWidth == 16 ? 4 : 1;  // that a square is kept for; on AVX2, it is transposed for each
