@@ -254,6 +254,16 @@ def test_train_ends_with_the_table_and_eval_and_sample_take_its_folder(
         assert "trajectories" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("preset", "said"), [("ib-tpo", True), ("ibtree-grpo", True), ("grpo", False), ("treerl", False)]
+)
+def test_only_trees_branched_by_ib_score_come_with_the_remark_on_their_reward(
+    preset: str, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--preset", preset, "--out", str(tmp_path / "run"), *DIGITS, *SMALL]) == 0
+    assert ("guided tree is not accuracy" in capsys.readouterr().out) == said
+
+
 def test_eval_of_a_run_agrees_with_what_the_run_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same held-out prompts, the same random numbers, so the same numbers."""
     run = tmp_path / "run"
