@@ -118,6 +118,13 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
+def preset_of(config: TrainConfig) -> str | None:
+    """The preset whose settings `config` has; of several the one with the most settings, such as dapo, not grpo."""
+    settings = flat(asdict(config)).items()
+    presets = {name: flat(changes) for name, changes in PRESETS.items() if flat(changes).items() <= settings}
+    return max(presets, key=lambda name: len(presets[name]), default=None)
+
+
 class _Dumper(yaml.SafeDumper):
     r"""Writes texts with a newline in quotes, on one line: "\n\n"."""
 
