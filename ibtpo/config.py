@@ -59,7 +59,7 @@ class TrainConfig:
     reward: tuple[str, ...] = ()
     """NAME[:WEIGHT] ...: math, exact, format, regex=PATTERN, package.module:function; by default the task's own."""
     out: Path | None = None
-    """Run folder to create; default: runs/<task>-<advantage.kind>-<date, time>. With `ibtpo eval`: for completions."""
+    """Run folder to create; default: runs/<task>-<preset>-<date, time>. With `ibtpo eval`: for completions."""
     resume: Path | None = None
     """Folder of the run to continue from its last checkpoint."""
     seed: int = 0

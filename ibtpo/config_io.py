@@ -84,17 +84,21 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        ValueError: the file is missing, not YAML, or not a mapping.
+        ValueError: the file cannot be read, or is not YAML or not a mapping.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such configuration file") from None
+        raise ValueError(f"{path}: no such configuration file; check the path") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); name a YAML file that can") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not valid YAML ({one_line(error)})") from None
-    if not isinstance(content or {}, dict):
+    if content is None:  # an empty file
+        return {}
+    if not isinstance(content, dict):
         raise ValueError(f"{path}: must hold fields and values, like `sampled_tokens: 100_000`")
-    return content or {}
+    return content
 
 
 def plain(value: Any) -> Any:
@@ -112,6 +116,13 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         values |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return values
+
+
+def preset_of(config: TrainConfig) -> str | None:
+    """The preset whose settings `config` has; of several the one with the most settings, such as dapo, not grpo."""
+    settings = flat(asdict(config)).items()
+    presets = {name: flat(changes) for name, changes in PRESETS.items() if flat(changes).items() <= settings}
+    return max(presets, key=lambda name: len(presets[name]), default=None)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -107,7 +107,12 @@ GROUPS: tuple[Group, ...] = (
             Metric("lr", "", "Learning rate of the last optimizer step, or of the next one if none was taken."),
             Metric("optimizer_steps", "count", "Optimizer steps taken."),
             Metric("optimizer_steps_skipped", "count", "Optimizer steps skipped: NaN or Inf in loss or gradient."),
-            Metric("groups_skipped", "count", "Trees left out of the loss: all rewards (vineppo: values) are equal."),
+            Metric(
+                "groups_skipped",
+                "count",
+                "Trees left out of the loss: all rewards (vineppo: values) are equal. A step that leaves out all has "
+                "no loss, weight, clip_fraction, entropy, kl_*, logprob_gap or grad_norm.",
+            ),
         ),
     ),
     Group(

@@ -76,15 +76,12 @@ class Policy:
         """Add the adapters that `config` describes, unless they are there.
 
         Raises:
-            ValueError: the policy was not loaded from a folder, or has other adapters.
+            ValueError: the policy has other adapters.
         """
         if config.rank == 0:
             return
         wanted = _asked_for(config)
-        if self.base is None:
-            raise ValueError(
-                "lora.rank: the built-in policy has no adapters; set it to 0, or give a checkpoint with --model"
-            )
+        assert self.base is not None  # `train` refuses adapters on the built-in policy
         if self.model.adapters is None:
             self.model.add_adapters(wanted, seed=seed)
         elif self.model.adapters.config != wanted:

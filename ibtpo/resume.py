@@ -10,12 +10,9 @@ from __future__ import annotations
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from rich.console import Console
-
 from ibtpo.checkpoints import Checkpoint
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import flat, load_yaml, merge
-from ibtpo.console import say
 from ibtpo.disk import RunFolderError
 from ibtpo.policy import base_folder
 from ibtpo.run_format import CONFIG, check_run
@@ -42,8 +39,8 @@ FIXED = {
 """Fields and sections that a resumed run must not change, each with the reason."""
 
 
-def announce_changes(run: Path, config: TrainConfig, console: Console) -> None:
-    """Print the settings that differ from those of the run folder `run`.
+def allowed_changes(run: Path, config: TrainConfig) -> str:
+    """The settings that differ from those of the run folder `run`, each with its old and new value; "" if none.
 
     Raises:
         RunFolderError: one of them may not change, or this is not a run folder or has a newer format.
@@ -59,9 +56,7 @@ def announce_changes(run: Path, config: TrainConfig, console: Console) -> None:
                 f"resume: {name} cannot change from {before[name]} to {value}, {reason}; leave it out, or begin a new "
                 "run with --out"
             )
-    if changes:
-        listed = ", ".join(f"{name} {before[name]} -> {value}" for name, value in changes.items())
-        say(console, f"continues with other settings: {listed}")
+    return ", ".join(f"{name} {before[name]} -> {value}" for name, value in changes.items())
 
 
 def _has_moved(before: str, now: str, run: Path) -> bool:

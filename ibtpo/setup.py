@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ibtpo.checkpoints import weights_of
 from ibtpo.config import TrainConfig
+from ibtpo.config_io import preset_of
 from ibtpo.console import say
 from ibtpo.policy import Policy, load_policy
 from ibtpo.tasks import DataTask, DigitChain, Problem, Task, format_prompt, make_task
@@ -114,8 +115,9 @@ def check_weights(policy: Policy, source: str) -> None:
 
 
 def default_folder(config: TrainConfig) -> Path:
-    """runs/<task>-<method>-<date and time>."""
-    return Path("runs") / f"{config.task.replace(':', '-')}-{config.advantage.kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """runs/<task>-<preset>-<date and time>; if no preset has these settings, advantage.kind in its place."""
+    method = preset_of(config) or config.advantage.kind
+    return Path("runs") / f"{config.task.replace(':', '-')}-{method}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def check_prompts(task: Task, policy: Policy, config: TrainConfig) -> list[str]:

@@ -20,7 +20,7 @@ from ibtpo.loggers import check_installed
 from ibtpo.memory_fit import check_memory
 from ibtpo.policy import Policy, adapters_of, built_in_policy, load_policy, model_shape, tokenizer_of
 from ibtpo.pool_bound import pool_warning
-from ibtpo.resume import announce_changes, check_beginning, with_absolute_paths
+from ibtpo.resume import allowed_changes, check_beginning, with_absolute_paths
 from ibtpo.run_format import is_run
 from ibtpo.runlog import REPORT, RunFolder, check_free
 from ibtpo.setup import check_prompts, check_weights, choose_device, default_folder, longest_prompt, make_engine
@@ -108,6 +108,10 @@ def _check_combinations(config: TrainConfig, group: Group) -> None:
         ValueError: the message names both.
     """
     search, advantage = config.search, config.advantage
+    if config.lora.rank and config.model == "built-in":
+        raise ValueError(
+            "lora.rank: the built-in policy has no adapters; set it to 0, or give a checkpoint with --model"
+        )
     if config.parity == "bitwise" and adapters_of(config) is not None:
         trained = f"lora.rank: {config.lora.rank} trains adapters" if config.lora.rank else "model: it is an adapter"
         raise ValueError(
@@ -165,8 +169,10 @@ def _created(path: Path, settings: TrainConfig, group: Group) -> RunFolder:
 def _reopened(path: Path, settings: TrainConfig, console: Console, group: Group) -> RunFolder:
     """The folder of a resumed run, opened by rank 0; all processes resume from the same checkpoint."""
     if group.leads:
-        announce_changes(path, settings, console)
+        changes = allowed_changes(path, settings)
         folder = RunFolder.open(path, settings, say=lambda text: say(console, text))
+        if changes:  # only now: a folder that cannot be written is refused first
+            say(console, f"continues with other settings: {changes}")
         group.gather(folder.last, "open the run folder")
         return folder
     nothing: Checkpoint | None = None

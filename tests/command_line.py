@@ -12,6 +12,7 @@ SMALL = [
     "--sampled-tokens", "150", "--prompts-per-step", "4", "--search.rounds", "2", "--sampling.max-tokens", "14",
     "--eval.prompts", "3", "--eval.samples", "2",
 ]  # fmt: skip
+SHORT = ["--sampling.max-tokens", "14"]
 DIGITS = [
     "--digits.min-ops",
     "1",

@@ -6,6 +6,7 @@ import ast
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
@@ -14,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import DIGITS, SMALL, Refusal
+from command_line import DIGITS, SHORT, SMALL, Refusal
 
 import ibtpo.cli
 from ibtpo.checkpoints import latest_checkpoint
 from ibtpo.cli import main
+from ibtpo.commands.arguments import UNUSED_BY_EVAL, UNUSED_BY_SAMPLE
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import load_yaml
 from ibtpo.outline import outcome
@@ -46,19 +48,55 @@ def _flags(config: Any, prefix: str = "--") -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "sample"])
-def test_help_lists_every_field_with_a_sentence(
-    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def _field(flag: str) -> str:
+    return flag.removeprefix("--").partition(".")[0].replace("-", "_")
+
+
+@pytest.mark.parametrize(("command", "unused"), [("train", ()), ("eval", UNUSED_BY_EVAL), ("sample", UNUSED_BY_SAMPLE)])
+def test_help_lists_every_field_that_the_command_uses_with_a_sentence(
+    command: str, unused: tuple[str, ...], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")  # narrow enough for one column
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    missing = [flag for flag in _flags(TrainConfig()) if flag not in text]
-    assert missing == []
+    listed = set(re.findall(r"--[a-z][a-z0-9.-]*", text))
+    used = {flag for flag in _flags(TrainConfig()) if _field(flag) not in unused}
+    assert {flag for flag in _flags(TrainConfig()) if flag in listed} == used
     plain = " ".join(text.replace("│", " ").split())
-    assert "Weight of the KL penalty (k3 estimator) to the frozen starting policy" in plain
+    assert ("Weight of the KL penalty (k3 estimator) to the frozen starting policy" in plain) == (command == "train")
+    assert "Text that ends a step; the token that completes it belongs to that step." in plain
+
+
+@pytest.mark.parametrize(("command", "unused"), [("eval", UNUSED_BY_EVAL), ("sample", UNUSED_BY_SAMPLE)])
+def test_flags_of_training_are_refused_by_name(command: str, unused: tuple[str, ...], refused: Refusal) -> None:
+    for flag in (flag for flag in _flags(TrainConfig()) if _field(flag) in unused and flag != "--resume"):
+        assert f"{flag}: `ibtpo {command}` does not use it; leave it out" in refused(flag, "1", command=command)
+    assert "--no-gradient-checkpointing: `ibtpo" in refused("--no-gradient-checkpointing", command=command)
+    assert f"--resume: `ibtpo {command}` does not use it; name the run with --model" in refused(
+        "--resume=run", command=command
+    )
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "view", "study"])
+def test_help_is_as_narrow_as_the_terminal(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    text = capsys.readouterr().out
+    assert [line for line in text.splitlines() if len(line) > 60 and not line.startswith("usage: ")] == []
+    assert text.count("\n\n\n") == 0
+
+
+def test_help_shows_a_newline_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--data", "rows.jsonl", "--help"])
+    assert r"A newline in the shell: $'\n'. (default: '\n\n')" in " ".join(
+        capsys.readouterr().out.replace("│", "").split()
+    )
 
 
 @pytest.mark.parametrize("folder", ["commands", "sections"])
@@ -211,7 +249,7 @@ def test_sample_takes_a_problem_by_index_and_repeats_itself(built_in: Path, caps
 def test_sample_answers_a_prompt_of_ones_own(
     model_folder: Path, rows_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["--data", rows_file, "--prompt", "1+1", "--answer", "2", *SMALL, "--preset", "grpo"]
+    flags = ["--data", rows_file, "--prompt", "1+1", "--answer", "2", *SHORT, "--preset", "grpo"]
     assert main(["sample", "--model", *map(str, [model_folder, *flags])]) == 0
     out = capsys.readouterr().out
     assert out.startswith("1+1  value")
@@ -248,10 +286,20 @@ def test_train_ends_with_the_table_and_eval_and_sample_take_its_folder(
     assert out.splitlines()[-1] == f"report: {run / 'report.html'}"
     [checkpoint] = [line.removeprefix("checkpoint: ") for line in out.splitlines() if line.startswith("checkpoint: ")]
     for folder in (run, checkpoint):
-        assert main(["eval", "--model", str(folder), *DIGITS, *SMALL]) == 0
+        assert main(["eval", "--model", str(folder), *DIGITS[:4], *SHORT, "--eval.samples", "2"]) == 0
         assert "prompts, 2 samples each" in capsys.readouterr().out
-        assert main(["sample", "--model", str(folder), *DIGITS, *SMALL]) == 0
+        assert main(["sample", "--model", str(folder), *DIGITS[:4], *SHORT, "--search.rounds", "2"]) == 0
         assert "trajectories" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("preset", "said"), [("ib-tpo", True), ("ibtree-grpo", True), ("grpo", False), ("treerl", False)]
+)
+def test_only_trees_branched_by_ib_score_come_with_the_remark_on_their_reward(
+    preset: str, said: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--preset", preset, "--out", str(tmp_path / "run"), *DIGITS, *SMALL]) == 0
+    assert ("guided tree is not accuracy" in capsys.readouterr().out) == said
 
 
 def test_eval_of_a_run_agrees_with_what_the_run_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

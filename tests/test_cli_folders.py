@@ -75,6 +75,27 @@ def test_resume_of_what_is_no_run_folder(tmp_path: Path, refused: Refusal) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_run_that_cannot_be_written_does_not_continue_with_other_settings(
+    refused: Refusal, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Simulated: the superuser may write anywhere."""
+    assert main(["train", "--out", str(refused.out), *DIGITS, *SMALL]) == 0
+    resume = ["train", "--resume", str(refused.out), "--sampled-tokens", "160"]
+
+    def take_lock(path: Path, remedy: str) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ibtpo.runlog, "_take_lock", take_lock)
+        capsys.readouterr()
+        assert main(resume) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert f"resume: {refused.out} cannot be written (Read-only file system); make it writable" in output.err
+    assert main(resume) == 0
+    assert "continues with other settings: sampled_tokens 150 -> 160" in capsys.readouterr().out
+
+
 # ---- a full disk -------------------------------------------------------------------------------------------------
 
 

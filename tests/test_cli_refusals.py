@@ -191,6 +191,7 @@ def test_what_must_fail_is_refused_before_the_memory_plan(
 ) -> None:
     monkeypatch.setattr("ibtpo.train.check_memory", lambda *_, **__: pytest.fail("planned"))
     assert "task jsonl needs a checkpoint" in refused("--data", rows_file)
+    assert "lora.rank: the built-in policy has no adapters; set it to 0, or" in refused(*DIGITS, "--lora.rank", "4")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").touch()
     with pytest.raises(RunFolderError, match="already holds files"):
@@ -246,6 +247,18 @@ def test_chat_messages_need_a_chat_template(tmp_path: Path, rows_file: Path, ref
 )
 def test_bad_settings_are_refused_by_name(flags: list[str], expected: str, refused: Refusal) -> None:
     assert expected in refused(*DIGITS, *flags)
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "sample", "config", "study"])
+def test_a_file_of_settings_that_cannot_be_read_is_named(command: str, tmp_path: Path, refused: Refusal) -> None:
+    (file := tmp_path / "run.yaml").write_text("[]")
+    what = ["main", "--out", tmp_path] if command == "study" else []
+    for path, fault in [
+        (tmp_path / "nope.yaml", "no such configuration file; check the path"),
+        (tmp_path, "cannot be read (Is a directory); name a YAML file that can"),
+        (file, "must hold fields and values, like `sampled_tokens: 100_000`"),
+    ]:
+        assert f"ibtpo: error: {path}: {fault}" in refused(*what, "--config", path, command=command)
 
 
 def test_unknown_key_of_a_file_suggests_the_nearest(tmp_path: Path, refused: Refusal) -> None:

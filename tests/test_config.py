@@ -18,6 +18,7 @@ from ibtpo.config_io import base_config, load_yaml, merge
 from ibtpo.presets import PRESETS
 from ibtpo.run_format import CONFIG
 from ibtpo.runlog import RunFolder
+from ibtpo.setup import default_folder
 
 Field = tuple[tuple[str, ...], Any, Any]
 OTHER_VALUES = {
@@ -301,6 +302,15 @@ def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("# nothing yet\n")
     assert load_yaml(file) == {}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_default_folder_is_named_after_the_preset(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.strftime", lambda form: "now")
+    config = base_config(task=None, preset=preset, file=None, run=None)
+    assert default_folder(config) == Path(f"runs/digit-chain-{preset}-now")
+    search, advantage = replace(config.search, method="independent"), replace(config.advantage, kind="treerl")
+    assert default_folder(replace(config, search=search, advantage=advantage)) == Path("runs/digit-chain-treerl-now")
 
 
 def test_unknown_preset_suggests_the_nearest() -> None:

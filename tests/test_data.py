@@ -292,9 +292,9 @@ def test_filters_leave_rows_out_and_say_how_many(tmp_path: Path) -> None:
     task.keep(lambda problem: len(problem.prompt) <= 10, "more than 10 prompt tokens")
     assert [len(p.prompt) for p in task.eval_problems(99)] == [5, 6, 7, 8, 9, 10]
     assert "7 rows left out, with more than 10 prompt tokens" in task.notes[-2]
-    assert [note for note in task.notes if "held out" in note] == [f"{path}: 0 rows to train on, 6 prompts held out"]
+    assert [note for note in task.notes if "held out" in note] == [f"{path}: 6 prompts held out"]
     task.keep(lambda problem: len(problem.prompt) == 5, "another length")
-    assert task.notes[-1] == f"{path}: 0 rows to train on, 1 prompt held out"
+    assert task.notes[-1] == f"{path}: 1 prompt held out"
     task = opened(write(path, [*rows[4:7], {"prompt": "a", "answer": "b", "rate": None}]), **ALL, **config)
     assert task.num_eval == 3 and any('1 of 4 rows left out: field "rate" is null' in note for note in task.notes)
     with pytest.raises(ValueError, match="jsonl.max_pass_rate: 0.8 needs .*--jsonl.pass-rate-field"):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import replace
+import inspect
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
@@ -27,14 +30,80 @@ Preset = Annotated[
 _NO_FILTER = {"max_prompt_tokens": None, "pass_rate_field": None, "min_pass_rate": 0.0, "max_pass_rate": 1.0}
 
 
+_TRAINING = (
+    *("resume", "distributed", "distributed_timeout", "sampled_tokens", "prompts_per_step", "mini_batches"),
+    *("micro_batch_tokens", "gradient_checkpointing", "checkpoint_every", "trees_per_step", "trees_megabytes"),
+    *("report_trees", "log", "advantage", "loss", "optim", "lora", "warm_start", "safeguards"),
+)
+_HIDDEN: Any = Annotated[Arguments, tyro.conf.Suppress, tyro.conf.Fixed]  # from help, and from completion
+UNUSED_BY_EVAL = (*_TRAINING, "ib")
+UNUSED_BY_SAMPLE = (*_TRAINING, "out", "eval")
+
+
+def without(config: TrainConfig, names: Sequence[str]) -> TrainConfig:
+    """The same configuration, of a type that has no flags for the fields in `names`."""
+    values = {own.name: getattr(config, own.name) for own in fields(TrainConfig)}
+    hints: Any = get_type_hints(TrainConfig)
+    hidden: list[Any] = [(name, _HIDDEN[hints[name]], field(default=values[name])) for name in names]
+    kind = make_dataclass(TrainConfig.__name__, hidden, bases=(TrainConfig,), frozen=True, kw_only=True)
+    same: TrainConfig = kind(**values)
+    return same
+
+
+def check_used(program: str, unused: Sequence[str], arguments: list[str]) -> None:
+    """Raise ValueError if a flag is of a field in `unused`."""
+    for word in arguments:
+        flag = word.partition("=")[0]
+        name = flag.partition(".")[0].replace("-", "_").removeprefix("__").removeprefix("no_")
+        if flag.startswith("--") and name in unused:
+            remedy = "name the run with --model" if name == "resume" else "leave it out"
+            raise ValueError(f"{flag}: `{program}` does not use it; {remedy}")
+
+
 def parse(kind: type[Arguments], default: Arguments, program: str, arguments: list[str]) -> Arguments:
     """Parse the flags of a command; exits if they are invalid, or to print its help."""
-    return tyro.cli(kind, default=default, prog=program, args=join_repeated(arguments), use_underscores=False)
+    return _parse(kind, default, program, join_repeated(arguments))
 
 
 def parse_alone(kind: type[Arguments], program: str, arguments: list[str]) -> Arguments:
     """Parse the flags of a command without settings of a run."""
-    return tyro.cli(kind, prog=program, args=arguments, use_underscores=False)
+    return _parse(kind, tyro.constructors.MISSING_NONPROP, program, arguments)
+
+
+def _parse(kind: type[Arguments], default: Any, program: str, arguments: list[str]) -> Arguments:
+    parsed: Arguments = tyro.cli(
+        kind,
+        default=default,
+        prog=program,
+        args=arguments,
+        description=_wrapped(inspect.getdoc(kind) or ""),
+        use_underscores=False,
+        registry=_REGISTRY,
+    )
+    return parsed
+
+
+def _wrapped(text: str) -> str:
+    """Paragraphs as wide as the terminal; tyro does not wrap them, and keeps only breaks before an indented line."""
+    width = shutil.get_terminal_size().columns
+    return "\n\n".join(textwrap.fill(part, width, subsequent_indent="  ") for part in text.split("\n\n"))
+
+
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _text(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[str] | None:
+    """Texts, whose defaults help prints with a newline as "\\n"."""
+    if info.type is not str:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="STR",
+        instance_from_str=lambda words: words[0],
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda text: [text.replace("\n", "\\n")],
+    )
 
 
 def base_of_training(arguments: list[str]) -> TrainConfig:

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from rich.console import Console
 
-from ibtpo.commands.arguments import Flat, base_of_model, parse, with_data
+from ibtpo.commands.arguments import UNUSED_BY_EVAL, Flat, base_of_model, check_used, parse, with_data, without
 from ibtpo.config import TrainConfig
 from ibtpo.console import RunConsole
 from ibtpo.disk import check_writable, writing
@@ -41,7 +41,7 @@ class EvalArguments:
     """Also write the numbers to this file."""
     quiet: bool = False
     """Show no progress, only the result."""
-    run: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
+    run: Annotated[TrainConfig, Flat] = field(default_factory=lambda: without(TrainConfig(), UNUSED_BY_EVAL))
 
     def resolve(self) -> TrainConfig:
         """The configuration with the short flags applied.
@@ -72,10 +72,11 @@ class EvalArguments:
 
 def run(arguments: list[str], console: Console) -> int:
     """Run the command; returns the exit code."""
+    check_used("ibtpo eval", UNUSED_BY_EVAL, arguments)
     base = base_of_model(arguments)
     if base.out is not None and is_run(base.out):  # from a run's config.yaml given as --config
         base = replace(base, out=None)
-    parsed = parse(EvalArguments, EvalArguments(run=base), "ibtpo eval", arguments)
+    parsed = parse(EvalArguments, EvalArguments(run=without(base, UNUSED_BY_EVAL)), "ibtpo eval", arguments)
     config = with_data(parsed.resolve())
     with loading():
         from ibtpo.evaluation.run import print_evaluation, run_evaluation

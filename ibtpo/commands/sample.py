@@ -8,7 +8,16 @@ from typing import Annotated
 
 from rich.console import Console
 
-from ibtpo.commands.arguments import Flat, Preset, base_of_model, parse, with_data
+from ibtpo.commands.arguments import (
+    UNUSED_BY_SAMPLE,
+    Flat,
+    Preset,
+    base_of_model,
+    check_used,
+    parse,
+    with_data,
+    without,
+)
 from ibtpo.config import TrainConfig
 from ibtpo.loading import loading
 from ibtpo.validation import check_range
@@ -27,12 +36,14 @@ class SampleArguments:
     """Right answer to --prompt; required unless the task is digit-chain."""
     index: int = 0
     """Number of the training problem that is used when no prompt is given, from 0."""
-    run: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
+    run: Annotated[TrainConfig, Flat] = field(default_factory=lambda: without(TrainConfig(), UNUSED_BY_SAMPLE))
 
 
 def run(arguments: list[str], console: Console) -> int:
     """Run the command; returns the exit code."""
-    parsed = parse(SampleArguments, SampleArguments(run=base_of_model(arguments)), "ibtpo sample", arguments)
+    check_used("ibtpo sample", UNUSED_BY_SAMPLE, arguments)
+    base = without(base_of_model(arguments), UNUSED_BY_SAMPLE)
+    parsed = parse(SampleArguments, SampleArguments(run=base), "ibtpo sample", arguments)
     check_range("index", parsed.index, low=0)
     with loading():
         from ibtpo.outline import print_tree

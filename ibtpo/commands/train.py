@@ -51,7 +51,8 @@ def run(arguments: list[str], console: Console) -> int:
         return 0
     for table in _result_tables(out):
         console.print(table)
-    console.print(NOT_ACCURACY, style="dim")
+    if config.search.method == "ibtree":
+        console.print(NOT_ACCURACY, style="dim")
     last = latest_checkpoint(out)
     if last is not None:
         say(console, f"checkpoint: {last.path}")

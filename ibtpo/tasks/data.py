@@ -136,7 +136,8 @@ class DataTask(RewardGrades):
 
     def _amounts(self) -> str:
         train, held_out = counted(len(self._train), "row"), counted(len(self._eval), "prompt")
-        return f"{self._file.rows.path}: {train} to train on, {held_out} held out"
+        parts = [f"{train} to train on"] if len(self._train) else []  # `ibtpo eval --whole` holds out all
+        return f"{self._file.rows.path}: {', '.join([*parts, f'{held_out} held out'])}"
 
     def _wanted(self, file: _File, rows: Longs, wanted: Callable[[Problem], bool]) -> Longs:
         mask = np.fromiter((wanted(file.problem(int(i), self._examples)) for i in rows), bool, len(rows))
