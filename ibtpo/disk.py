@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 AGAIN = "give the same command again"
@@ -72,12 +72,15 @@ def unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}{UNFINISHED}")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file under a temporary name, flush it to disk and rename it; no reader sees a partial file."""
+def write_atomically(path: Path, text: str | Iterable[str]) -> None:
+    """Write a text, or its parts one by one, under a temporary name, flush it to disk and rename it.
+
+    No reader sees a partial file.
+    """
     temporary = unfinished(path)
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

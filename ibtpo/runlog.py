@@ -270,7 +270,7 @@ def _last_step(path: Path, last: Checkpoint | None) -> int:
 def _keep_rows(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
     """Rewrite a log, if there is one, with only the complete rows for which `is_kept` holds."""
     if path.exists():
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if is_kept(row)))
+        write_atomically(path, (json.dumps(row) + "\n" for row in read_rows(path) if is_kept(row)))
 
 
 def _take_lock(path: Path, remedy: str) -> IO[str]:

@@ -243,6 +243,22 @@ def test_an_interrupted_checkpoint_is_ignored_and_cleaned(path: Path) -> None:
         assert [p.name for p in (path / "checkpoints").iterdir()] == ["step-000001"]
 
 
+def test_rows_are_dropped_without_holding_the_others(path: Path) -> None:
+    with RunFolder.create(path, TrainConfig()) as run:
+        run.log(1, {"reward": 0.5})
+        run.checkpoint(1, save())
+    line = json.dumps({"step": 1, "reward": 0.5, "loss": 0.1}) + "\n"
+    (path / "metrics.jsonl").write_text(line * 20_000 + '{"step": 2}\n{"st')
+    tracemalloc.start()
+    try:
+        with RunFolder.open(path):
+            _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (path / "metrics.jsonl").read_text() == line * 20_000
+    assert most < 10_000 * len(line)
+
+
 def fill_disk(folder: Path) -> None:
     (folder / "part-1").write_text("half")
     with open("/dev/full", "w") as full:  # a real ENOSPC
