@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -530,3 +531,27 @@ def test_a_completion_costs_the_same_however_many_wait_for_their_reward() -> Non
         return spent / count
 
     assert each(128) < 1.2 * each(16)
+
+
+def test_an_evaluation_holds_only_the_problems_that_are_being_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Problem]] = []
+    most = 0
+
+    def made(*fields: Any) -> Problem:
+        nonlocal most
+        problem = Problem(*fields)
+        alive[:] = [other for other in alive if other() is not None] + [weakref.ref(problem)]
+        most = max(most, len(alive))
+        return problem
+
+    monkeypatch.setattr("ibtpo.tasks.data.Problem", made)
+    data = save_additions(tmp_path / "rows.jsonl", 30)
+    model = trained(tmp_path, data=data, jsonl=JsonlConfig(grade="exact"))
+    out = tmp_path / "out"
+    assert run("--model", model, "--whole", "--samples", 2, "--engine.max-branches", 4, "--out", out) == 0
+    assert {row["prompt"] for row in read(out)} == set(range(30)) and {row["where"] for row in read(out)} == {
+        f"{data}, line {line}" for line in range(1, 31)
+    }
+    assert most < 10
