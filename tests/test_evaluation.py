@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -284,6 +285,31 @@ def test_folders_that_are_something_else_are_refused(
     (out / "completions.jsonl").write_text('{"prompt": 0}\n')
     assert run(*command) == 2
     assert "completions.jsonl, line 1: not a completion" in capsys.readouterr().err
+
+
+def test_a_terminal_that_knows_ascii_alone_gets_the_result(built_in: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "ibtpo",
+        "eval",
+        "--model",
+        str(built_in),
+        *FLAGS,
+        "--samples",
+        "1",
+        "--limit",
+        "2",
+    ]
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **plain, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment.pop("PYTHONIOENCODING", None)
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "größe")], env=environment, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(rb"greedy .* \d\.\d{3} \? \d\.\d{3}", done.stdout)
+    assert len(read(tmp_path / "größe")) == 4
 
 
 def test_a_killed_evaluation_goes_on_and_gives_the_same_numbers(built_in: Path, tmp_path: Path) -> None:
