@@ -67,6 +67,18 @@ def check_writable(path: Path) -> None:
             path.unlink()
 
 
+def check_link(path: Path) -> None:
+    """Check that a folder's name is not a link to nothing, which the system calls a file that exists.
+
+    Raises:
+        RunFolderError: it is.
+    """
+    if path.is_symlink() and not path.exists():
+        raise RunFolderError(
+            f"out: {path} is a link to {path.readlink()}, which does not exist; make it, or remove the link"
+        )
+
+
 def unfinished(path: Path) -> Path:
     """The hidden temporary name beside `path` under which it is written."""
     return path.with_name(f".{path.name}{UNFINISHED}")

@@ -72,6 +72,9 @@ def test_a_folder_with_files_is_refused_and_left_alone(path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"already holds files; choose another folder with --out$"):
         RunFolder.create(path, TrainConfig())
     assert files(path) == {"precious"}
+    (path.parent / "link").symlink_to("gone")
+    with pytest.raises(RunFolderError, match="link is a link to gone, which does not exist; make it, or"):
+        RunFolder.create(path.parent / "link", TrainConfig())
     with pytest.raises(RunFolderError, match="is a file"):
         RunFolder.create(path / "precious", TrainConfig())
     with pytest.raises(RunFolderError, match="cannot be created"):
