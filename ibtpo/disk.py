@@ -6,7 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 AGAIN = "give the same command again"
@@ -67,17 +67,32 @@ def check_writable(path: Path) -> None:
             path.unlink()
 
 
+def check_link(path: Path) -> None:
+    """Check that a folder's name is not a link to nothing, which the system calls a file that exists.
+
+    Raises:
+        RunFolderError: it is.
+    """
+    if path.is_symlink() and not path.exists():
+        raise RunFolderError(
+            f"out: {path} is a link to {path.readlink()}, which does not exist; make it, or remove the link"
+        )
+
+
 def unfinished(path: Path) -> Path:
     """The hidden temporary name beside `path` under which it is written."""
     return path.with_name(f".{path.name}{UNFINISHED}")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file under a temporary name, flush it to disk and rename it; no reader sees a partial file."""
+def write_atomically(path: Path, text: str | Iterable[str]) -> None:
+    """Write a text, or its parts one by one, under a temporary name, flush it to disk and rename it.
+
+    No reader sees a partial file.
+    """
     temporary = unfinished(path)
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

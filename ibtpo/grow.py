@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -32,7 +32,7 @@ class Grading:
     """The reward function of a batch of trees; a tree's key identifies its problem.
 
     Attributes:
-        problems: problem by tree key.
+        problems: problem by tree key, of the trees that are growing.
         on_leaf: called with tree, leaf, completion and its reward, as completions arrive.
         seconds: time spent in grading in this process.
     """
@@ -70,7 +70,7 @@ class Grower:
 
     def grow(
         self,
-        problems: Sequence[Problem],
+        problems: Iterable[Problem],
         keys: Sequence[int],
         search: Search,
         sampling: Sampling,
@@ -82,7 +82,7 @@ class Grower:
         """Grow a tree on every problem.
 
         Args:
-            problems: a tree is grown for each.
+            problems: a tree is grown for each; taken as there is room.
             keys: a different integer for each; with the engine's seed it decides the samples.
             search, sampling: how trees are grown.
             on_tree: called as trees are done, in any order.
@@ -101,11 +101,17 @@ class Grower:
             if self.should_stop():
                 raise Interrupted
 
-        grading = Grading(self.task, self.tokenizer, dict(zip(keys, problems, strict=True)), leaf_done)
-        prompts = (format_prompt(self.tokenizer, problem, self.data) for problem in problems)  # as there is room
+        grading = Grading(self.task, self.tokenizer, {}, leaf_done)
+
+        def prompts() -> Iterator[list[int]]:
+            for key, problem in zip(keys, problems, strict=True):
+                grading.problems[key] = problem
+                yield format_prompt(self.tokenizer, problem, self.data)
+
         waited = self.engine.seconds_waiting
-        trees: list[Tree | None] = [None] * len(problems)
-        for index, tree in self.engine.run(search, prompts, sampling, reward=grading, keys=keys):
+        trees: list[Tree | None] = [None] * len(keys)
+        for index, tree in self.engine.run(search, prompts(), sampling, reward=grading, keys=keys):
+            del grading.problems[keys[index]]
             trees[index] = tree if keep else None
             on_tree(tree)
             if self.should_stop():

@@ -58,6 +58,7 @@ _MODULUS = re.compile(
     r"\s{0,3}(?P<open>\()?\\(?:[pb]?mod(?![A-Za-z])|text\s?\{\s?mod\s?\})\s{0,3}"
     r"(?:\{(?P<braced>[^{}$]{1,50})\}|(?P<bare>\d+|[A-Za-z]))(?(open)\s{0,3}\))"
 )
+_BARE_MODULUS = re.compile(r"\\pmod\s{0,3}(\d{1,18})(?!\d)")
 _REMAINDER = re.compile(rf"(?<=[{{$])\s{{0,3}}(\d{{1,18}}){_MODULUS.pattern}\s{{0,3}}(?=[}}$])")
 
 
@@ -90,13 +91,16 @@ def with_modulus(text: str) -> str:
 
 
 def as_remainder(text: str) -> str:
-    r"""Rewrite ``72 \pmod{100}`` as 72 if the number is less than the modulus."""
+    r"""Rewrite ``72 \pmod{100}`` as 72 if the number is less than the modulus.
+
+    Other moduli are put in braces: math-verify reads ``x \equiv 3 \pmod 5`` as 5, and with ``\pmod{5}`` as 3.
+    """
 
     def remainder(found: re.Match[str]) -> str:
         modulus = found["braced"] or found["bare"]
         return found[1] if modulus.isdecimal() and int(found[1]) < int(modulus[:19]) else found[0]
 
-    return _REMAINDER.sub(remainder, text)
+    return _BARE_MODULUS.sub(r"\\pmod{\1}", _REMAINDER.sub(remainder, text))
 
 
 def _quantities(found: re.Match[str]) -> str:

@@ -32,7 +32,7 @@ from typing import IO, Any, Self
 from ibtpo.checkpoints import CHECKPOINTS, Checkpoint, checkpoints, intact_checkpoint, write_checkpoint
 from ibtpo.config import SafeguardConfig, TrainConfig
 from ibtpo.config_io import dump_yaml, plain
-from ibtpo.disk import AGAIN, RunFolderError, flush, no_space, sweep, unfinished, write_atomically
+from ibtpo.disk import AGAIN, RunFolderError, check_link, flush, no_space, sweep, unfinished, write_atomically
 from ibtpo.loggers import open_loggers, parse_names
 from ibtpo.metrics import check_names
 from ibtpo.run_format import CONFIG, FORMAT_FILE, check_run, is_run, write_format
@@ -236,8 +236,10 @@ def check_free(path: Path) -> None:
     """Check that a new run may begin here.
 
     Raises:
-        RunFolderError: it is a file, or holds more than leftovers of a run killed before it wrote its configuration.
+        RunFolderError: it is a file or a link to nothing, or holds more than leftovers of a run killed before it wrote
+            its configuration.
     """
+    check_link(path)
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"out: {path} is a file; choose another folder with --out")
     if path.is_dir() and not _is_free(path):
@@ -270,7 +272,7 @@ def _last_step(path: Path, last: Checkpoint | None) -> int:
 def _keep_rows(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
     """Rewrite a log, if there is one, with only the complete rows for which `is_kept` holds."""
     if path.exists():
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in read_rows(path) if is_kept(row)))
+        write_atomically(path, (json.dumps(row) + "\n" for row in read_rows(path) if is_kept(row)))
 
 
 def _take_lock(path: Path, remedy: str) -> IO[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -258,6 +259,7 @@ def test_a_damaged_folder_of_datasets_is_named(tmp_path: Path) -> None:
         ("state.json", "oops", "state.json: not as datasets"),
         ("state.json", '{"_data_files": [{"filename": "gone.arrow"}]}', "gone.arrow is missing"),
         ("dataset_dict.json", "{}", "dataset_dict.json: not as datasets"),
+        ("dataset_dict.json", '{"splits": []}', "has no splits; save it again"),
     ]:
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=expected):
@@ -278,7 +280,49 @@ def test_parquet_without_an_answer_without_rows_and_of_two_kinds_is_refused(tmp_
 
     refused('row 2: field "answer" is nan', {"prompt": ["a", "b"], "answer": [1.0, float("nan")]})
     refused("d: has no rows", {"prompt": arrow.array([], arrow.string()), "answer": arrow.array([], arrow.string())})
-    refused(r"1.parquet: has other columns than 0.parquet", {"prompt": ["a"], "answer": ["1"]}, {"prompt": ["a"]})
+    other = r"1.parquet: has other columns or types than 0.parquet \(answer\); write both alike"
+    refused(other, {"prompt": ["a"], "answer": ["1"]}, {"prompt": ["a"]})
+    refused(other, {"prompt": ["a"], "answer": ["1"]}, {"prompt": ["a"], "answer": [1]})
+
+
+def test_a_value_that_python_cannot_hold_is_told_with_its_row(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = arrow.array([b"x", b"\xff"])
+    for odd in (
+        arrow.StringArray.from_buffers(2, *texts.buffers()[1:]),
+        arrow.array([1, 10**9], arrow.date32()),
+    ):
+        parquet.write_table(
+            arrow.table({"prompt": ["a", "b"], "answer": ["1", "2"], "odd": odd}), tmp_path / "d.parquet"
+        )
+        assert open_rows(tmp_path / "d.parquet")[0]["answer"] == "1"
+        with pytest.raises(ValueError, match=r"d\.parquet, row 2: cannot be read \(.*leave that column out$"):
+            opened(tmp_path / "d.parquet", **ALL)
+
+
+def test_columns_of_every_encoding_are_read(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = arrow.array(["a", "b", "a"])
+    for prompts in (texts, texts.dictionary_encode(), texts.cast(arrow.large_string())):
+        table = arrow.table({"prompt": prompts, "answer": ["1", "2", "3"], "nothing": arrow.nulls(3)})
+        parquet.write_table(table, tmp_path / "d.parquet")
+        rows = open_rows(tmp_path / "d.parquet")
+        found = [tuple(rows[i].values()) for i in range(3)]
+        assert found == [("a", "1", None), ("b", "2", None), ("a", "3", None)]
+
+
+def test_a_line_costs_two_numbers_to_find(tmp_path: Path) -> None:
+    count = 50_000
+    (tmp_path / "d.jsonl").write_bytes(b"{}\n" * count)
+    tracemalloc.start()
+    try:
+        rows = open_rows(tmp_path / "d.jsonl")
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(rows) == count and most < 40 * count  # while the index is made: two growing arrays and their copies
 
 
 def test_filters_leave_rows_out_and_say_how_many(tmp_path: Path) -> None:

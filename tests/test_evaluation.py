@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 import tracemalloc
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -285,6 +287,31 @@ def test_folders_that_are_something_else_are_refused(
     assert "completions.jsonl, line 1: not a completion" in capsys.readouterr().err
 
 
+def test_a_terminal_that_knows_ascii_alone_gets_the_result(built_in: Path, tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "ibtpo",
+        "eval",
+        "--model",
+        str(built_in),
+        *FLAGS,
+        "--samples",
+        "1",
+        "--limit",
+        "2",
+    ]
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **plain, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment.pop("PYTHONIOENCODING", None)
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "größe")], env=environment, capture_output=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(rb"greedy .* \d\.\d{3} \? \d\.\d{3}", done.stdout)
+    assert len(read(tmp_path / "größe")) == 4
+
+
 def test_a_killed_evaluation_goes_on_and_gives_the_same_numbers(built_in: Path, tmp_path: Path) -> None:
     rest = [*FLAGS, "--samples", "6", "--limit", "60", "--engine.max-branches", "6", "--digits.grade", "last"]
     assert run("--model", built_in, *rest, "--out", tmp_path / "whole") == 0
@@ -530,3 +557,27 @@ def test_a_completion_costs_the_same_however_many_wait_for_their_reward() -> Non
         return spent / count
 
     assert each(128) < 1.2 * each(16)
+
+
+def test_an_evaluation_holds_only_the_problems_that_are_being_sampled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[Problem]] = []
+    most = 0
+
+    def made(*fields: Any) -> Problem:
+        nonlocal most
+        problem = Problem(*fields)
+        alive[:] = [other for other in alive if other() is not None] + [weakref.ref(problem)]
+        most = max(most, len(alive))
+        return problem
+
+    monkeypatch.setattr("ibtpo.tasks.data.Problem", made)
+    data = save_additions(tmp_path / "rows.jsonl", 30)
+    model = trained(tmp_path, data=data, jsonl=JsonlConfig(grade="exact"))
+    out = tmp_path / "out"
+    assert run("--model", model, "--whole", "--samples", 2, "--engine.max-branches", 4, "--out", out) == 0
+    assert {row["prompt"] for row in read(out)} == set(range(30)) and {row["where"] for row in read(out)} == {
+        f"{data}, line {line}" for line in range(1, 31)
+    }
+    assert most < 10

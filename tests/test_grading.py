@@ -131,6 +131,8 @@ def math() -> Iterator[Grader]:
         ("42", "<answer>The answer is 42.</answer>", 1.0),
         ("1,2", r"<answer>\boxed{1} and \boxed{2}</answer> where \boxed{3} is not", 1.0),
         ("72", r"\boxed{72 \pmod{100}}", 1.0),
+        ("3", r"\boxed{x \equiv 3 \pmod 5}", 1.0),
+        ("5", r"\boxed{x \equiv 3 \pmod 5}", 0.0),
         ("18", r"The total is \$18.", 1.0),
         ("18", r"It costs \$18 and not \$20", 0.0),
         ("C", "It is the third.\n\n**Answer:** (C)", 1.0),

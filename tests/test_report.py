@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 import shutil
 import socket
@@ -203,6 +204,50 @@ def test_a_new_row_costs_the_same_in_a_short_and_a_long_run(tmp_path: Path) -> N
         return count
 
     assert spent(80) < 1.1 * spent(20)
+
+
+def test_a_long_run_is_a_page_of_bounded_size_with_its_extremes_and_evaluations(tmp_path: Path) -> None:
+    """Also its tokens and means; and what comes after the page was opened is shown step by step."""
+
+    def written(steps: int) -> tuple[Path, RunView]:
+        run = make_run(tmp_path / str(steps), steps=1, trees=0)
+        lines = [{"step": s, "tokens_sampled": 10, "loss": math.sin(s), "kl": 9.0 if s == 4567 else 0.5}
+                 for s in range(2, steps + 1)]  # fmt: skip
+        for step in range(0, steps, 1000):
+            lines.append({"step": step, "eval_avg": step / steps, "eval_avg_low": 0.0})
+        with (run / "metrics.jsonl").open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        return run, RunView(run)
+
+    run, view = written(12_000)
+    answer = view.poll()
+    found, rows = answer["metrics"], view._metrics.rows
+    values, steps = found["values"], found["steps"]
+    assert steps == sorted(steps) and len(steps) < 2100
+    for name in ("loss", "kl"):
+        columns = values[name], found["means"][name]
+        logged = [row[name] for row in rows if name in row]
+        shown, means = ([value for value in column if value is not None] for column in columns)
+        assert (min(shown), max(shown)) == pytest.approx((min(logged), max(logged)))
+        assert sum(means) / len(means) == pytest.approx(sum(logged) / len(logged), abs=1e-3)
+    assert abs(steps[values["kl"].index(9.0)] - 4567) <= 12
+    assert sum(found["sampled"]) == sum(row.get("tokens_sampled", 0) for row in rows)
+    evaluations = [(step, value) for step, value in zip(steps, values["eval_avg"], strict=True) if value is not None]
+    logged_too = sorted((row["step"], row["eval_avg"]) for row in rows if "eval_avg" in row)
+    assert sorted(evaluations) == [(step, pytest.approx(value)) for step, value in logged_too]
+    assert "curves: lowest, highest and mean of every 12 steps" in answer["facts"]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 12001, "loss": 3.0}\n')
+    assert view.poll(found["cursor"])["metrics"]["steps"] == [12001]
+    short, long = (export_page([r], tmp_path / "x.html", trees=0).stat().st_size for r in (run, written(48_000)[0]))
+    assert long < 1.2 * short
+
+
+def test_the_names_of_metrics_are_held_once(tmp_path: Path) -> None:
+    log = GrowingLog(make_run(tmp_path / "run", steps=3, trees=0) / "metrics.jsonl")
+    log.refresh()
+    first, second = (list(row) for row in log.rows[1:3])
+    assert all(a is b for a, b in zip(first, second, strict=True))
 
 
 def get(url: str, **headers: str) -> tuple[int, bytes]:

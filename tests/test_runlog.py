@@ -72,6 +72,9 @@ def test_a_folder_with_files_is_refused_and_left_alone(path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"already holds files; choose another folder with --out$"):
         RunFolder.create(path, TrainConfig())
     assert files(path) == {"precious"}
+    (path.parent / "link").symlink_to("gone")
+    with pytest.raises(RunFolderError, match="link is a link to gone, which does not exist; make it, or"):
+        RunFolder.create(path.parent / "link", TrainConfig())
     with pytest.raises(RunFolderError, match="is a file"):
         RunFolder.create(path / "precious", TrainConfig())
     with pytest.raises(RunFolderError, match="cannot be created"):
@@ -241,6 +244,22 @@ def test_an_interrupted_checkpoint_is_ignored_and_cleaned(path: Path) -> None:
         last = latest_checkpoint(path)
         assert last is not None and last.step == 1
         assert [p.name for p in (path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+def test_rows_are_dropped_without_holding_the_others(path: Path) -> None:
+    with RunFolder.create(path, TrainConfig()) as run:
+        run.log(1, {"reward": 0.5})
+        run.checkpoint(1, save())
+    line = json.dumps({"step": 1, "reward": 0.5, "loss": 0.1}) + "\n"
+    (path / "metrics.jsonl").write_text(line * 20_000 + '{"step": 2}\n{"st')
+    tracemalloc.start()
+    try:
+        with RunFolder.open(path):
+            _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (path / "metrics.jsonl").read_text() == line * 20_000
+    assert most < 10_000 * len(line)
 
 
 def fill_disk(folder: Path) -> None:

@@ -257,12 +257,15 @@ def test_jsonl_math_grading_runs_in_workers(tmp_path: Path) -> None:
 def test_jsonl_reads_messages_blank_lines_numbers_and_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
     chat = [{"role": "user", "content": "héllo\u2028"}]
-    lines = [json.dumps({"prompt": chat, "answer": 3.5}, ensure_ascii=False), "", '{"prompt": "b", "answer": "x"}']
-    path.write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode() + b"\r\n\n")
+    first_line = json.dumps({"prompt": chat, "answer": 3.5}, ensure_ascii=False)
+    lines = ["\ufeff", first_line, "", " \f\r", '{"prompt": "b", "answer": "x"}\r', ""]
+    path.write_bytes("\n".join(lines).encode())
     task = DataTask(path, JsonlConfig(grade="exact", eval_fraction=1.0))
     first, second = task.eval_problems(2)
-    assert (first.prompt, first.answer, first.data["where"]) == (chat, "3.5", f"{path}, line 1")
-    assert (second.prompt, second.answer, second.data["where"]) == ("b", "x", f"{path}, line 3")
+    assert (first.prompt, first.answer, first.data["where"]) == (chat, "3.5", f"{path}, line 2")
+    path.write_bytes(b"\xef\xbb\xbf" + first_line.encode() + b"\n")
+    assert open_rows(path)[0]["prompt"] == chat
+    assert (second.prompt, second.answer, second.data["where"]) == ("b", "x", f"{path}, line 5")
 
 
 @pytest.mark.parametrize(
@@ -270,6 +273,7 @@ def test_jsonl_reads_messages_blank_lines_numbers_and_a_byte_order_mark(tmp_path
     [
         (b"", r"the file is empty"),
         (b"\n \n", r"the file is empty"),
+        (b"\xef\xbb\xbf", r"the file is empty"),
         (b'{"prompt": "a", "answer": "b"}\n{"prompt": "a"', r"line 2: malformed JSON at column"),
         (b'[{"prompt": "a", "answer": "b"}]\n', r"one JSON array, not one object per line; convert it"),
         (b'[\n  [{"from": "human", "value": "a"}]\n]\n', r"one JSON array, not one object per line; convert it"),

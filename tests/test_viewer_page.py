@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,6 +72,18 @@ def test_an_exported_page_opens_from_a_file(tmp_path: Path, browser: Browser) ->
     assert texts(browser, ".tree .step")[:3] == ["prompt", "7*8=6", "6-5=1"]
     assert texts(browser, ".tree .turn text") == ["2"]
     assert texts(browser, ".prompts .count") == ["6 trees"]
+
+
+def test_the_curve_of_a_thinned_run_is_its_mean_around_which_the_extremes_lie(tmp_path: Path, browser: Browser) -> None:
+    run = make_run(tmp_path / "run", steps=1, trees=0)
+    with (run / "metrics.jsonl").open("a") as file:
+        for step in range(2, 8001):
+            file.write(json.dumps({"step": step, "tokens_sampled": 10, "loss": float(step % 8 == 0)}) + "\n")
+    browser.open(export_page([run], tmp_path / "page.html", trees=0).as_uri())
+    assert "curves: lowest, highest and mean of every 8 steps" in texts(browser, ".facts li")
+    loss = "runs[0].series('loss', 'tokens').slice(10)"
+    assert browser.run(f"[...new Set({loss}.map((p) => p[1]))].sort()") == [0, 1]
+    assert browser.run(f"smoothed({loss}, 0.6).at(-1)") == [pytest.approx(1000 + 7999 * 10), pytest.approx(1 / 8)]
 
 
 @pytest.mark.parametrize("width", [1500, 700, 320])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from ibtpo.distributed.group import ALONE, Group
 from ibtpo.grow import Grower, OnLeaf, completion_of, ignore_leaf
@@ -24,7 +25,7 @@ class SharedGrower(Grower):
 
     def grow(
         self,
-        problems: Sequence[Problem],
+        problems: Iterable[Problem],
         keys: Sequence[int],
         search: Search,
         sampling: Sampling,
@@ -41,12 +42,12 @@ class SharedGrower(Grower):
         Raises:
             Interrupted: `should_stop` returned True in any process.
         """
-        mine = self.group.share(len(problems))
+        mine = self.group.share(len(keys))
         own: list[Tree] = []
         grown: tuple[bytes, float] | None
         try:
             own, seconds = super().grow(
-                problems[mine.start : mine.stop],
+                islice(problems, mine.start, mine.stop),
                 keys[mine.start : mine.stop],
                 search,
                 sampling,

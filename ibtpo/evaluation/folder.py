@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
-from ibtpo.disk import AGAIN, no_space, unfinished, write_atomically
+from ibtpo.disk import AGAIN, check_link, no_space, unfinished, write_atomically
 from ibtpo.evaluation.evaluate import Evaluation
 from ibtpo.evaluation.sampling import Completion
 from ibtpo.run_format import FORMAT_FILE, check_format, is_run, write_format
@@ -77,6 +77,7 @@ class EvaluationFolder:
             self._file.close()
 
     def _check_free(self) -> None:
+        check_link(self.path)
         if not self.path.exists() or (self.path / SETTINGS).is_file():
             return
         if not self.path.is_dir():

@@ -68,7 +68,7 @@ def sample_completions(
 
         try:
             grower.grow(
-                [problems[i] for i in asked],
+                map(problems.__getitem__, asked),
                 [_key(i) for i in asked],
                 _chains(wanted, is_done),
                 how,

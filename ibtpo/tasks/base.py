@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -60,7 +61,7 @@ class Task(Grades, Protocol):
     def train_problem(self, index: int) -> Problem:
         """The training problem of this index (>= 0, unbounded); seed and index decide it."""
 
-    def eval_problems(self, n: int) -> list[Problem]:
+    def eval_problems(self, n: int) -> Sequence[Problem]:
         """Up to `n` held-out problems, none of which `train_problem` ever returns."""
 
 

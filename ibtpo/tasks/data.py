@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -109,14 +110,14 @@ class DataTask(RewardGrades):
         """Number of held-out prompts."""
         return len(self._eval)
 
-    def eval_problems(self, n: int) -> list[Problem]:
-        """The first `n` held-out prompts, or all if there are fewer."""
-        return [self._held_out_file.problem(int(i), self._examples) for i in self._eval[:n]]
+    def eval_problems(self, n: int) -> Sequence[Problem]:
+        """The first `n` held-out prompts, or all if there are fewer; each is read when it is looked at."""
+        return _Problems(self._held_out_file, self._eval[:n], self._examples)
 
     def problems(self) -> Iterator[Problem]:
         """Every problem, training problems first."""
         for file, rows in ((self._file, self._train), (self._held_out_file, self._eval)):
-            yield from (file.problem(int(i), self._examples) for i in rows)
+            yield from _Problems(file, rows, self._examples)
 
     def keep(self, wanted: Callable[[Problem], bool], unwanted: str) -> None:
         """Drop every row, training and held-out, whose problem is not `wanted`; `unwanted` describes them in a note.
@@ -140,7 +141,7 @@ class DataTask(RewardGrades):
         return f"{self._file.rows.path}: {', '.join([*parts, f'{held_out} held out'])}"
 
     def _wanted(self, file: _File, rows: Longs, wanted: Callable[[Problem], bool]) -> Longs:
-        mask = np.fromiter((wanted(file.problem(int(i), self._examples)) for i in rows), bool, len(rows))
+        mask = np.fromiter(map(wanted, _Problems(file, rows, self._examples)), bool, len(rows))
         chosen: Longs = rows[mask]
         return chosen
 
@@ -217,6 +218,25 @@ class _File:
     def _note(self, dropped: npt.NDArray[np.bool_], why: str) -> None:
         if dropped.any():
             self.notes.append(f"{self.rows.path}: {dropped.sum():,} of {len(dropped):,} rows left out: {why}")
+
+
+class _Problems(Sequence[Problem]):
+    """Problems of these kept rows of a file, each read when it is looked at."""
+
+    def __init__(self, file: _File, rows: Longs, examples: tuple[tuple[str, str], ...]) -> None:
+        self._file, self._rows, self._examples = file, rows, examples
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+    @overload
+    def __getitem__(self, index: slice) -> _Problems: ...
+    def __getitem__(self, index: int | slice) -> Problem | _Problems:
+        if isinstance(index, slice):
+            return _Problems(self._file, self._rows[index], self._examples)
+        return self._file.problem(int(self._rows[index]), self._examples)
 
 
 def _hash(value: str | list[str] | list[dict[str, str]]) -> int:

@@ -12,6 +12,7 @@ import json
 import os
 import tempfile
 import weakref
+from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
@@ -26,6 +27,7 @@ from ibtpo.tasks.splits import choose_split
 
 _FORMATS = "a JSONL file (.jsonl), a Parquet file or folder (.parquet), or a folder written by datasets' save_to_disk"
 
+_BOM = b"\xef\xbb\xbf"
 _NARROW = {"float": np.float32, "halffloat": np.float16}  # Arrow's names
 
 
@@ -101,7 +103,7 @@ def _check_kind(path: Path) -> None:
     """Raise if a file that should be JSONL is of a kind that is often mistaken for it."""
     with path.open("rb") as file:
         begin = file.read(512)
-    text = begin.removeprefix(b"\xef\xbb\xbf").lstrip()
+    text = begin.removeprefix(_BOM).lstrip()
     save = (
         f'pip install "ibtpo[data]", and in Python: datasets.Dataset.from_{{}}("{path}"{{}}).to_parquet("rows.parquet")'
     )
@@ -148,20 +150,21 @@ class JsonlRows:
 
 def _index(path: Path) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64] | None]:
     """Offsets of the lines that are not blank and of the file's end; their numbers unless these are 0, 1, 2, ..."""
-    starts, lines, offset, number = [], [], 0, -1
+    starts, lines, offset, number = array("q"), array("q"), 0, -1
     with path.open("rb") as file:
         for number, line in enumerate(file):
-            if not line.isspace():
+            if line.removeprefix(_BOM).strip():
                 starts.append(offset)
                 lines.append(number)
             offset += len(line)
     gaps = len(lines) != number + 1
-    return np.array([*starts, offset], np.int64), np.array(lines, np.int64) if gaps else None
+    starts.append(offset)
+    return np.array(starts, np.int64), np.array(lines, np.int64) if gaps else None
 
 
 def _parse_object(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line.decode("utf-8-sig"), parse_constant=lambda name: fail(
+        record = json.loads(line.decode("utf-8-sig").rstrip(), parse_constant=lambda name: fail(
             where, f"{name} is not JSON", "write a number or a string"))  # fmt: skip
     except UnicodeDecodeError as error:
         fail(where, f"not UTF-8 text (byte {error.start} of the line)", "save the file as UTF-8")
@@ -204,7 +207,10 @@ class ArrowRows:
     def __getitem__(self, index: int) -> dict[str, Any]:
         number = int(np.searchsorted(self._ends, index, side="right")) - 1
         batch = self._batches[number].slice(index - int(self._ends[number]), 1)
-        [row] = batch.to_pylist()
+        try:
+            [row] = batch.to_pylist()
+        except Exception as error:  # text that is not UTF-8, a date beyond Python's, an unknown time zone
+            fail(self.where(index), f"cannot be read ({one_line(error)})", "mend the row, or leave that column out")
         return {field.name: _as_written(row[field.name], field.type) for field in batch.schema}
 
     def where(self, index: int) -> str:
@@ -242,6 +248,8 @@ def saved_rows(folder: Path) -> ArrowRows:
     splits = folder / "dataset_dict.json"
     if splits.is_file():
         names = _described(splits, "splits")
+        if not names:
+            raise ValueError(f"{folder}: has no splits; save it again with rows")
         if len(names) > 1 and "train" not in names:
             raise ValueError(
                 f"{folder}: has the splits {', '.join(names)}; give the folder of one: {folder / names[0]}"
@@ -290,7 +298,9 @@ def _parquet_batches(file: Path, schema: Any, first: str) -> Iterator[Any]:
     with _named(file):
         opened = importlib.import_module("pyarrow.parquet").ParquetFile(file)
         if not opened.schema_arrow.equals(schema):
-            raise ValueError(f"{file}: has other columns than {first}; write both alike, or give one")
+            names = sorted({field.name for field in {*opened.schema_arrow} ^ {*schema}})
+            odd = f" ({', '.join(names)})" if names else ""
+            raise ValueError(f"{file}: has other columns or types than {first}{odd}; write both alike, or give one")
         yield from opened.iter_batches()
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ibtpo.treelog import FILE, FOLDER
 
 Row = dict[str, Any]
 _LONGEST_COUNT = 20  # digits
+_MOST_POINTS = 2000  # of a metric of the training steps, or of the evaluations, on the page
 _TAIL = 4096  # bytes before the offset that are compared
 
 
@@ -53,15 +55,16 @@ class GrowingLog:
                 if number != self._file or file.read(len(self._tail)) != self._tail:
                     self._begin(number)
                 file.seek(self._offset)
-                data = file.read()
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    self._offset += len(line)
+                    self._tail = (self._tail + line)[-_TAIL:]
+                    if (row := _row(line)) is not None:
+                        self.rows.append(row)
         except FileNotFoundError:
             if self._file is not None:
                 self._begin(None)
-            return
-        whole = data[: data.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        self._tail = (self._tail + whole[-_TAIL:])[-_TAIL:]
-        self.rows += [row for line in whole.splitlines() if (row := _row(line)) is not None]
 
     def _begin(self, number: tuple[int, int] | None) -> None:
         self.rows, self._offset, self._tail, self._file = [], 0, b"", number
@@ -81,7 +84,11 @@ def _number(descriptor: int) -> tuple[int, int]:
 
 def _row(line: bytes) -> Row | None:
     try:
-        row = json.loads(line, parse_constant=lambda name: None)  # NaN and Infinity are not JSON
+        row = json.loads(
+            line,
+            parse_constant=lambda name: None,  # NaN and Infinity are not JSON
+            object_pairs_hook=lambda pairs: {sys.intern(name): value for name, value in pairs},  # a name is held once
+        )
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
@@ -113,13 +120,15 @@ class RunView:
             grown, tree_reset, tree_cursor = self._trees.since(trees)
             answer: dict[str, Any] = {
                 "age": self._age(),
-                "metrics": {"cursor": cursor, "reset": reset, **columns(rows)},
+                "metrics": {"cursor": cursor, "reset": reset, **curves(rows)},
                 "trees": {"cursor": tree_cursor, "reset": tree_reset, "rows": [r for r in grown if _has_file(r)]},
             }
             if rows or reset:
                 answer["summary"] = asdict(self._summary())
             if reset:  # the folder may hold another run now
                 answer |= self._description()
+                if (every := _bin_size(_training_rows(rows))) > 1:
+                    answer["facts"] = [*answer["facts"], f"curves: lowest, highest and mean of every {every} steps"]
             return answer
 
     def trees(self) -> list[Row]:
@@ -180,6 +189,55 @@ def open_views(runs: Sequence[Path]) -> list[RunView]:
 
 def _has_file(row: Mapping[str, Any]) -> bool:
     return isinstance(row.get("file"), str) and FILE.fullmatch(row["file"]) is not None
+
+
+def curves(rows: Sequence[Row]) -> dict[str, Any]:
+    """The rows by column, of long runs only each bin's extremes and means, so that a page's size has a bound.
+
+    Evaluations are thinned apart from training steps. Each bin becomes two rows, at its first and last step, with the
+    lowest and highest value of each metric in the order in which they occurred. Besides `columns` there are then
+    ``means``, which the page smooths instead of the extremes, and ``sampled``, the tokens sampled for each row.
+    """
+    training = _training_rows(rows)
+    if _bin_size(training) == 1:
+        return columns(rows)
+    evaluations = [row for row in rows if "eval_avg" in row]
+    points = [point for part in (training, evaluations) for point in _thin(part)]
+    points.sort(key=lambda point: point[0]["step"])  # stable: an evaluation comes after its step
+    shown, means, sampled = zip(*points, strict=True)
+    return {**columns(shown), "means": columns(means)["values"], "sampled": sampled}
+
+
+def _training_rows(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if "eval_avg" not in row]
+
+
+def _bin_size(rows: Sequence[Row]) -> int:
+    """Number of rows in a bin; 1 if there are not too many."""
+    return 1 if len(rows) <= _MOST_POINTS else math.ceil(2 * len(rows) / _MOST_POINTS)
+
+
+def _thin(rows: Sequence[Row]) -> Iterator[tuple[Row, Row, float]]:
+    """(extremes, means, tokens sampled) of each row that is shown."""
+    size = _bin_size(rows)
+    for begin in range(0, len(rows), size):
+        part = rows[begin : begin + size]
+        if len(part) == 1:
+            yield part[0], part[0], _sampled(part)
+            continue
+        first, last, mean = {"step": part[0]["step"]}, {"step": part[-1]["step"]}, {"step": part[0]["step"]}
+        for name in dict.fromkeys(name for row in part for name in row if name != "step"):
+            if values := [value for row in part if (value := _short(row.get(name))) is not None]:
+                low, high = min(values), max(values)
+                rising = values.index(low) <= values.index(high)
+                first[name], last[name] = (low, high) if rising else (high, low)
+                mean[name] = math.fsum(values) / len(values)
+        yield first, mean, _sampled(part[:1])
+        yield last, mean, _sampled(part[1:])
+
+
+def _sampled(rows: Sequence[Row]) -> float:
+    return sum(_short(row.get("tokens_sampled")) or 0.0 for row in rows)
 
 
 def columns(rows: Sequence[Row]) -> dict[str, Any]:

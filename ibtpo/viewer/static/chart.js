@@ -16,10 +16,10 @@ function niceTicks(low, high, count = 4) {
   return ticks;
 }
 
-/** A debiased exponential mean; 0 leaves the values alone. */
+/** A debiased exponential mean. */
 function smoothed(points, weight) {
   let sum = 0, norm = 0;
-  return points.map(([x, y]) => { sum = weight * sum + (1 - weight) * y; norm = weight * norm + (1 - weight); return [x, sum / norm]; });
+  return points.map(([x, , mean]) => { sum = weight * sum + (1 - weight) * mean; norm = weight * norm + (1 - weight); return [x, sum / norm]; });
 }
 
 /**
@@ -57,7 +57,7 @@ class Chart {
       const single = this.spec.lines.length === 1;
       curves.push({
         raw, dash: many && r === 1 && !single, dots: line.dots || raw.length < 3,
-        points: line.dots || raw.length < 20 ? raw : smoothed(raw, shared.smooth),
+        points: line.dots || raw.length < 20 || shared.smooth === 0 ? raw : smoothed(raw, shared.smooth),
         color: `--s${many && single ? r : i}`,
         low: line.low && run.series(line.low, shared.axis), high: line.high && run.series(line.high, shared.axis),
         label: [line.label, many ? visible(run.name) : ""].filter(Boolean).join(" · ") || this.spec.title,

@@ -21,9 +21,10 @@ class Run {
     for (const [name, values] of Object.entries(metrics.values)) {
       if (!this.metrics.points.has(name)) this.metrics.points.set(name, []);
       const points = this.metrics.points.get(name);
-      values.forEach((value, i) => { if (known(value)) points.push([metrics.steps[i], value]); });
+      const means = metrics.means?.[name] ?? values;
+      values.forEach((value, i) => { if (known(value)) points.push([metrics.steps[i], value, means[i]]); });
     }
-    const sampled = metrics.values.tokens_sampled ?? [];
+    const sampled = metrics.sampled ?? metrics.values.tokens_sampled ?? [];
     metrics.steps.forEach((step, i) => {
       if (known(sampled[i])) this.metrics.total += sampled[i];
       this.metrics.tokens.set(step, this.metrics.total);
@@ -35,10 +36,10 @@ class Run {
     return { metrics: metrics.reset || metrics.steps.length > 0, trees: trees.reset || trees.rows.length > 0 };
   }
 
-  /** The points of a metric, [x, value]. */
+  /** The points of a metric, [x, value, mean]; the mean is another than the value where a long run is thinned. */
   series(name, axis) {
     const points = this.metrics.points.get(name) ?? [];
-    return axis === "step" ? points : points.map(([step, value]) => [this.metrics.tokens.get(step) ?? 0, value]);
+    return axis === "step" ? points : points.map(([step, ...values]) => [this.metrics.tokens.get(step) ?? 0, ...values]);
   }
 
   async poll() {
