@@ -481,10 +481,19 @@ def test_a_second_thread_is_told_that_an_engine_is_for_one() -> None:
     errors: list[BaseException] = []
 
     def extend() -> None:
-        try:
-            engine.extend(others, Sampling(max_tokens=3))
-        except EngineError as error:
-            errors.append(error)
+        for use in (
+            lambda: engine.extend(others, Sampling(max_tokens=3)),
+            lambda: engine.score(others[0].tree, [[1]]),
+            lambda: engine.abort(mine, keep=True),
+            lambda: mine[0].tree.close(),
+            lambda: engine.tree([1]),
+            engine.release,
+            engine.weights_changed,
+        ):
+            try:
+                use()
+            except EngineError as error:
+                errors.append(error)
 
     def pause(tokens: Any, new: int) -> bool:
         if new == 2:
@@ -495,7 +504,9 @@ def test_a_second_thread_is_told_that_an_engine_is_for_one() -> None:
 
     sampling = Sampling(max_tokens=9, pause=pause)
     right(engine.extend(mine, sampling), sampling)
-    assert len(errors) == 1 and "one thread at a time" in str(errors[0]) and others[0].dropped
+    assert len(errors) == 7 and all("one thread at a time" in str(error) for error in errors)
+    engine.check_integrity()
+    engine.extend(others, sampling)  # the refusal left them as they were
 
 
 # ---- copies --------------------------------------------------------------------------------------------------
