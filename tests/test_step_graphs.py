@@ -31,6 +31,7 @@ from ibtpo_kernels.gpu.replay import Heads, ReplayPlan, Room, work_for
 pytestmark = pytest.mark.gpu
 FIELDS = ("logprob", "logprob_raw", "entropy")
 SHORT = Sampling(max_tokens=4, temperature=0.8, top_p=0.95, stop_tokens=(2,))
+LITTLE = Sampling(max_tokens=2, temperature=0.8)
 LONG = Sampling(max_tokens=8, temperature=0.8, min_p=0.01, top_k=12)
 
 
@@ -220,6 +221,38 @@ def test_pages_given_in_an_interrupted_run_are_not_used(model: Model, monkeypatc
     monkeypatch.setattr(RunRows, "is_over", interrupted)
     assert_same(grow(engine_of(model, graphs=True)), plainly(grow, model))
     assert num_interrupts == 1
+
+
+@pytest.mark.parametrize("after", ["load", "begin"])
+def test_pinned_memory_is_not_written_after_an_interrupt(
+    model: Model, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    """Before a transfer from it has ended. The next call chooses other rows of the same bucket, and need not wait."""
+    place, is_armed = (ReplayPlan, RunRows)[after == "begin"], False
+    send = getattr(place, after)
+
+    def interrupted(*given: Any, **more: Any) -> None:
+        nonlocal is_armed
+        send(*given, **more)
+        if is_armed:
+            is_armed = False
+            raise KeyboardInterrupt
+
+    def grow(engine: Engine) -> list[Tree]:
+        nonlocal is_armed
+        trees = [engine.tree(prompt_of(length), key=length) for length in (7, 9)]
+        engine.extend([tree.root.fork()[0] for tree in trees], Sampling(max_tokens=1))  # the prompts are filled
+        is_armed = engine.scheduler.runner.graphs is not None
+        with suppress(KeyboardInterrupt):
+            engine.extend(trees[0].root.fork(2), LITTLE)
+        engine.extend(trees[1].root.fork(2), LITTLE)  # whose slots are the same in another order
+        engine.check_integrity()
+        return trees[1:]
+
+    monkeypatch.setattr(place, after, interrupted)
+    engine = engine_of(model, graphs=True)
+    assert_same(grow(engine), plainly(grow, model))
+    assert graphs_of(engine).captured == 1
 
 
 def test_bad_logits_are_an_error_and_record_nothing(model: Model) -> None:
