@@ -85,16 +85,22 @@ class DecodePlanner:
             self._cells.add(row * self.page_table.shape[1] + column)
 
     def upload(self) -> None:
-        """Send what was written to the device's copy of the table, without waiting; on the CPU does nothing."""
-        if self._copy is None:
+        """Send what was written to the device's copy of the table, in one transfer; on the CPU does nothing."""
+        if self._copy is None or not (self._rows or self._cells):
             return
+        there, table = self._copy, self.page_table
+        index = torch.tensor([*sorted(self._rows), *sorted(self._cells)], device="cpu")
+        rows, cells = index.split([len(self._rows), len(self._cells)])
+        parts = [index.view(torch.int32), table[rows].view(-1), table.view(-1)[cells]]
+        host = torch.empty(sum(map(len, parts)), dtype=torch.int32, device="cpu", pin_memory=there.is_cuda)
+        torch.cat(parts, out=host)
+        sent = host.to(there.device, non_blocking=True)  # torch keeps the pinned memory until this has ended
+        places, pages, added = sent.split([len(part) for part in parts])
+        places = places.view(torch.int64)
         if self._rows:
-            rows = torch.tensor(sorted(self._rows), device="cpu")
-            self._copy.index_copy_(0, rows.to(self._copy.device), self.page_table[rows].to(self._copy.device))
+            there.index_copy_(0, places[: len(rows)], pages.view(-1, table.shape[1]))
         if self._cells:
-            cells = torch.tensor(sorted(self._cells), device="cpu")
-            both = torch.stack((cells, self.page_table.view(-1)[cells].long())).to(self._copy.device)  # one transfer
-            self._copy.view(-1).index_copy_(0, both[0], both[1].int())
+            there.view(-1).index_copy_(0, places[len(rows) :], added)
         self._rows.clear()
         self._cells.clear()
 
