@@ -88,19 +88,17 @@ class DecodePlanner:
         """Send what was written to the device's copy of the table, in one transfer; on the CPU does nothing."""
         if self._copy is None or not (self._rows or self._cells):
             return
-        there, table = self._copy, self.page_table
+        there, table, num_rows = self._copy, self.page_table, len(self._rows)
         index = torch.tensor([*sorted(self._rows), *sorted(self._cells)], device="cpu")
-        rows, cells = index.split([len(self._rows), len(self._cells)])
-        parts = [index.view(torch.int32), table[rows].view(-1), table.view(-1)[cells]]
+        parts = [index.view(torch.int32), table[index[:num_rows]].view(-1), table.view(-1)[index[num_rows:]]]
         host = torch.empty(sum(map(len, parts)), dtype=torch.int32, device="cpu", pin_memory=there.is_cuda)
         torch.cat(parts, out=host)
         sent = host.to(there.device, non_blocking=True)  # torch keeps the pinned memory until this has ended
-        places, pages, added = sent.split([len(part) for part in parts])
-        places = places.view(torch.int64)
+        places, pages = sent[: len(parts[0])].view(torch.int64), sent[len(parts[0]) :]
         if self._rows:
-            there.index_copy_(0, places[: len(rows)], pages.view(-1, table.shape[1]))
+            there.index_copy_(0, places[:num_rows], pages[: len(parts[1])].view(num_rows, -1))
         if self._cells:
-            there.view(-1).index_copy_(0, places[len(rows) :], added)
+            there.view(-1).index_copy_(0, places[num_rows:], pages[len(parts[1]) :])
         self._rows.clear()
         self._cells.clear()
 
