@@ -197,6 +197,19 @@ def test_a_plain_step_waits_four_times(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts[1] - counts[0] == 2 * 4
 
 
+def test_a_table_is_sent_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = torch.arange(12, dtype=torch.int32).view(4, 3)
+    planner = K.DecodePlanner(table, device="cuda")
+    monkeypatch.setattr(emulated_cuda, "waits", waits := [])
+    for value in (50, 60):
+        table[1], table[3, 2] = value, value + 1
+        planner.rewrote(1)
+        planner.extended(3, 2)
+        planner.upload()
+    assert waits == []
+    assert planner.table.tolist() == table.tolist()
+
+
 def test_the_roofline_of_a_gpu(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,6 +61,28 @@ def test_the_events_of_a_branch_are_its_tokens_in_order_and_once(model: Model, p
     assert (engine.stats()["preemptions"] > 0) == (pages == 10)
 
 
+def test_a_branch_under_way_is_forked_where_it_is_and_goes_on(model: Model) -> None:
+    """As do the others of its stream: all hold the tokens of branches that nobody disturbed."""
+    engine = Engine(model, kv_tokens=8192)
+    check_every_step(engine)
+    nodes = engine.tree(PROMPT, key=3).root.fork(5)
+    forked, rest, forks = nodes[1], None, []
+    for event in engine.stream(nodes, SAMPLING):
+        if event.node is forked and rest is None and event.start == len(PROMPT) + 4:
+            with pytest.raises(ValueError, match="is being extended; abort it with keep=True"):
+                forked.fork()
+            engine.abort([forked], keep=True)
+            rest, *forks = engine.extend([forked.resume(), *forked.fork(2)], SAMPLING)
+    alone = unlimited(model)
+    assert rest is not None and forked.end == rest.start == len(PROMPT) + 5
+    for name in Slots.OUTPUTS:
+        assert [*getattr(forked, name), *getattr(rest, name)] == pytest.approx(getattr(alone[1], name), abs=1e-5)
+    same([node for node in nodes if node is not forked], [node for node in alone if node is not alone[1]])
+    assert len({tuple(node.tokens) for node in (rest, *forks)}) == 3
+    rest.tree.close()
+    assert_idle(engine)
+
+
 def test_weights_that_change_in_a_stream_leave_what_was_told(model: Model) -> None:
     engine = Engine(model, kv_tokens=8192)
     nodes = engine.tree(PROMPT, key=3).root.fork(3)

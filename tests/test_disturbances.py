@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from engine_helpers import assert_idle, expected_tokens, prompt_of, tiny_model
 
 from ibtpo_engine import Ahead, Engine, EngineError, Growth, Node, NoTokenAllowed, OutOfPages, Sampling, Tree
@@ -310,12 +311,61 @@ def test_what_is_asked_for_and_waits_for_room_is_not_extended_once_the_tree_is_c
         (lambda tree: iter([tree.root.fork(2)]), "a search is a generator function"),
         (lambda tree: (node for node in tree.root.fork(2)), "a search yields a list of nodes"),
         (lambda tree: (word for word in ["nodes"]), "a search yields a list of nodes"),
+        (lambda tree: (depths for depths in [[1, 2]]), "a search yields a list of nodes"),
+        (lambda tree: (nothing for nothing in [None]), "a search yields a list of nodes"),
     ],
 )
 def test_what_is_no_search_is_told_what_one_is(search: Any, said: str) -> None:
     engine = Engine(MODEL, kv_tokens=4000)
     with pytest.raises(TypeError, match=said):
         list(engine.run(search, [prompt_of(40), prompt_of(50)], Sampling(max_tokens=30)))
+    assert_idle(engine)
+
+
+def test_what_is_no_node_is_told_what_one_is() -> None:
+    engine = Engine(MODEL, kv_tokens=4000)
+    tree = engine.tree(prompt_of(5))
+    for what in ([tree], [3], ["node"]):
+        with pytest.raises(TypeError, match=r"is not a Node; give nodes that node\.fork\(\)"):
+            engine.extend(what, Sampling(max_tokens=4))  # type: ignore[arg-type]
+
+
+def test_a_reward_is_a_number_whatever_it_comes_as() -> None:
+    """Also one that came at once, as one of a future always was."""
+    engine = Engine(MODEL, kv_tokens=4000)
+
+    def rewards(given: Any) -> list[float | None]:
+        search = lambda tree: (nodes for nodes in [tree.root.fork(2)])  # noqa: E731
+        [(_, tree)] = engine.run(search, [prompt_of(4)], Sampling(max_tokens=4), reward=lambda tree, node: given)
+        return [leaf.reward for leaf in tree.leaves()]
+
+    for given, want in ((torch.tensor(0.5), 0.5), (np.float32(1), 1.0), (True, 1.0), ("0.25", 0.25), (None, None)):
+        found = rewards(given)
+        assert found == [want, want] and {type(reward) for reward in found} == {type(want)}
+    with pytest.raises(ValueError, match="could not convert string to float: 'good'"):
+        rewards("good")
+    assert_idle(engine)
+
+
+def test_a_search_receives_no_branch_that_a_reward_dropped() -> None:
+    received: list[list[int]] = []
+
+    def search(tree: Tree) -> Growth:
+        nodes = tree.root.fork(3)
+        got = yield nodes
+        received.append([nodes.index(node) for node in got])
+        yield tree.root.fork()
+
+    def reward(tree: Tree, leaf: Node) -> float:
+        if leaf is tree.root.children[0] and len(tree.root.children) == 3:
+            leaf.drop()
+        return 1.0
+
+    engine = Engine(MODEL, kv_tokens=4000)
+    sampling = Sampling(max_tokens=4)
+    grown = engine.run(search, [prompt_of(4), prompt_of(6)], sampling, reward=reward)
+    assert [len(tree.root.children) for _, tree in grown] == [3, 3]
+    assert received == [[1, 2], [1, 2]]
     assert_idle(engine)
 
 
@@ -481,10 +531,19 @@ def test_a_second_thread_is_told_that_an_engine_is_for_one() -> None:
     errors: list[BaseException] = []
 
     def extend() -> None:
-        try:
-            engine.extend(others, Sampling(max_tokens=3))
-        except EngineError as error:
-            errors.append(error)
+        for use in (
+            lambda: engine.extend(others, Sampling(max_tokens=3)),
+            lambda: engine.score(others[0].tree, [[1]]),
+            lambda: engine.abort(mine, keep=True),
+            lambda: mine[0].tree.close(),
+            lambda: engine.tree([1]),
+            engine.release,
+            engine.weights_changed,
+        ):
+            try:
+                use()
+            except EngineError as error:
+                errors.append(error)
 
     def pause(tokens: Any, new: int) -> bool:
         if new == 2:
@@ -495,7 +554,9 @@ def test_a_second_thread_is_told_that_an_engine_is_for_one() -> None:
 
     sampling = Sampling(max_tokens=9, pause=pause)
     right(engine.extend(mine, sampling), sampling)
-    assert len(errors) == 1 and "one thread at a time" in str(errors[0]) and others[0].dropped
+    assert len(errors) == 7 and all("one thread at a time" in str(error) for error in errors)
+    engine.check_integrity()
+    engine.extend(others, sampling)  # the refusal left them as they were
 
 
 # ---- copies --------------------------------------------------------------------------------------------------

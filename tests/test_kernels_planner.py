@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -154,6 +155,23 @@ def test_decode_on_the_copy(backend: str) -> None:
         planner.upload()
         fresh = K.plan_decode(table, rows, lengths + 12)
         assert torch.equal(K.tree_decode(q, *pages, plan), K.tree_decode(q, *pages, fresh))
+
+
+def test_the_copy_is_the_table_after_every_upload() -> None:
+    """Of rows, cells, both and none: what else was written stays where it is."""
+    draw = np.random.default_rng(0)
+    table = torch.from_numpy(draw.integers(0, 99, (7, 5), np.int32))
+    planner, wanted = K.DecodePlanner(table, device="cpu"), table.clone()
+    for rows, cells in (((), ()), ((6, 0, 3), ()), ((), ((5, 4), (1, 0))), ((2,), ((2, 1), (4, 3))), ((), ())):
+        table[:] = torch.from_numpy(draw.integers(0, 99, (7, 5), np.int32))
+        for row in rows:
+            wanted[row] = table[row]
+            planner.rewrote(row)
+        for row, column in cells:
+            wanted[row, column] = table[row, column]
+            planner.extended(row, column)
+        planner.upload()
+        assert torch.equal(planner.table, wanted)
 
 
 def test_errors_name_the_remedy() -> None:

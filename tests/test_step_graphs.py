@@ -17,7 +17,7 @@ from engine_helpers import prompt_of, tiny_model
 from gpu_only import DEVICE, INTERPRETED
 
 import ibtpo_kernels as K
-from ibtpo_engine import Engine, LoRA, Model, Node, Sampling, Tree
+from ibtpo_engine import Engine, Growth, LoRA, Model, Node, Sampling, Tree
 from ibtpo_engine import native as native_module
 from ibtpo_engine.capture import capture_for
 from ibtpo_engine.runner import Runner
@@ -31,6 +31,7 @@ from ibtpo_kernels.gpu.replay import Heads, ReplayPlan, Room, work_for
 pytestmark = pytest.mark.gpu
 FIELDS = ("logprob", "logprob_raw", "entropy")
 SHORT = Sampling(max_tokens=4, temperature=0.8, top_p=0.95, stop_tokens=(2,))
+LITTLE = Sampling(max_tokens=2, temperature=0.8)
 LONG = Sampling(max_tokens=8, temperature=0.8, min_p=0.01, top_k=12)
 
 
@@ -220,6 +221,43 @@ def test_pages_given_in_an_interrupted_run_are_not_used(model: Model, monkeypatc
     monkeypatch.setattr(RunRows, "is_over", interrupted)
     assert_same(grow(engine_of(model, graphs=True)), plainly(grow, model))
     assert num_interrupts == 1
+
+
+@pytest.mark.parametrize("after", ["load", "begin"])
+def test_pinned_memory_is_not_written_after_an_interrupt(
+    model: Model, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
+    """Before a transfer from it has ended: here a run goes on with the same bucket, and no call checks the weights."""
+    place, is_armed = (ReplayPlan, RunRows)[after == "begin"], False
+    send = getattr(place, after)
+
+    def interrupted(*given: Any, **more: Any) -> None:
+        nonlocal is_armed
+        send(*given, **more)
+        if is_armed:
+            is_armed = False
+            raise KeyboardInterrupt
+
+    def grow(engine: Engine) -> list[Tree]:
+        other = engine.tree(prompt_of(7), key=7)
+        engine.extend(other.root.fork(), Sampling(max_tokens=1))  # its prompt is filled
+
+        def search(tree: Tree) -> Growth:
+            nonlocal is_armed
+            yield tree.root.fork(2)
+            is_armed = engine.scheduler.runner.graphs is not None
+            with suppress(KeyboardInterrupt):
+                engine.extend(other.root.fork(2), LITTLE)
+            yield tree.root.fork(2)  # their slots are the same in another order
+
+        trees = [tree for _, tree in engine.run(search, [prompt_of(9)], LITTLE, keys=[9])]
+        engine.check_integrity()
+        return trees
+
+    monkeypatch.setattr(place, after, interrupted)
+    engine = engine_of(model, graphs=True)
+    assert_same(grow(engine), plainly(grow, model))
+    assert graphs_of(engine).captured == 1
 
 
 def test_bad_logits_are_an_error_and_record_nothing(model: Model) -> None:

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from threading import get_ident
 
 import numpy.typing as npt
 import torch
@@ -16,7 +15,7 @@ from ibtpo_engine.branches import Branch
 from ibtpo_engine.budget import Budget, Used, within_budgets
 from ibtpo_engine.cache import PageCache
 from ibtpo_engine.capture import Capture, capture_for
-from ibtpo_engine.errors import BranchFailed, EngineError, OutOfPages, StaleWeights
+from ibtpo_engine.errors import BranchFailed, OutOfPages, StaleWeights
 from ibtpo_engine.features import features_of
 from ibtpo_engine.growing import Growing, Searches
 from ibtpo_engine.integrity import check_engine
@@ -31,7 +30,7 @@ from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.scheduler import Scheduler
 from ibtpo_engine.shadow import Shadow
 from ibtpo_engine.stops import Decode
-from ibtpo_engine.threads import threads_for
+from ibtpo_engine.threads import in_one_thread, threads_for
 from ibtpo_engine.tree import Node, Tree
 from ibtpo_engine.watch import Pauses
 from ibtpo_engine.weights import WeightWatch
@@ -88,7 +87,7 @@ class EngineCore:
         self.prefill_tokens = prefill_tokens
         self._trees: dict[int, Tree] = {}  # open trees by ordinal
         self._searches: list[Searches] = []  # of each `run` under way
-        self._stepping: int | None = None  # the thread in the middle of a step
+        self.used_by: int | None = None  # the thread in the middle of a method that is `in_one_thread`
         self._failed: dict[Node, Exception] = {}  # errors of nodes whose caller is not told yet
         self._ended: deque[Node] = deque()  # finished nodes whose searches are not told yet
         self._opened = 0
@@ -123,6 +122,7 @@ class EngineCore:
 
     # ---- trees -----------------------------------------------------------------------------------------------
 
+    @in_one_thread
     def tree(self, prompt: npt.ArrayLike, *, key: int | None = None, budget: Budget | None = None) -> Tree:
         """Open a tree on a prompt; its pages stay in the pool until it is closed.
 
@@ -167,6 +167,7 @@ class EngineCore:
                 f"{self.cache.pool.num_pages}; raise kv_tokens (now {self.kv_tokens})"
             )
 
+    @in_one_thread
     def _close(self, tree: Tree) -> None:
         self._cancel(tree.root.subtree())
         growth = self._growth_of(tree)
@@ -180,6 +181,7 @@ class EngineCore:
 
     # ---- stepping --------------------------------------------------------------------------------------------
 
+    @in_one_thread
     def _submit(self, nodes: Sequence[Node], sampling: Sampling) -> list[Branch]:
         context = self.model.config.max_positions
         limits = {node: depth_limit(node, self._trees, sampling.max_tokens, context) for node in nodes}
@@ -203,25 +205,17 @@ class EngineCore:
         depths = {node: branch.limit for node, branch in self.scheduler.branches.items() if node.tree is tree}
         return depths if growth is None else depths | growth.reserved
 
+    @in_one_thread
     def _step(self, most: int = 1) -> None:
         """Run at most `most` scheduler steps; finished nodes are reported to their searches, whichever call steps.
 
         A branch whose mask, pause or decoder raised is taken off its tree, and the error goes to its search or to
         `_raise_failed`; other branches are not affected.
         """
-        thread = get_ident()
-        if self._stepping not in (None, thread):
-            raise EngineError(
-                "another thread is in the middle of a step of this engine; use it from one thread at a time, or give "
-                "each an engine of its own on the same model"
-            )
-        self._stepping = thread
         try:
             self._take_steps(1 if self._pauses else most)
         except BranchFailed as failed:
             self._fail(failed)
-        finally:
-            self._stepping = None
 
     def _fail(self, failed: BranchFailed) -> None:
         self._cancel([failed.node])
@@ -252,6 +246,7 @@ class EngineCore:
         self._ended.extend(finished)
         self._report_ended()
 
+    @in_one_thread
     def _cancel(self, nodes: Iterable[Node]) -> None:
         """Take those of these nodes that are being extended off their trees."""
         nodes = [node for node in nodes if node.in_flight]
@@ -343,6 +338,7 @@ class EngineCore:
 
     # ---- weights and memory ----------------------------------------------------------------------------------
 
+    @in_one_thread
     def weights_changed(self) -> None:
         """Tell the engine that the parameters were updated in place, or adapters switched on or off.
 
@@ -373,6 +369,7 @@ class EngineCore:
                 "call engine.weights_changed() after every update"
             )
 
+    @in_one_thread
     def release(self) -> None:
         """Give the memory of the pool and of captured graphs back to torch's allocator; sampling takes it again.
 

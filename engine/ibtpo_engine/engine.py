@@ -17,6 +17,7 @@ from ibtpo_engine.limits import check_open
 from ibtpo_engine.runner import MOST_STEPS
 from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.stream import Event, Follower
+from ibtpo_engine.threads import in_one_thread
 from ibtpo_engine.tree import Node, Tree
 
 
@@ -118,6 +119,7 @@ class Engine(EngineCore):
             self._give_up(lambda: self._cancel(nodes), error)
             raise
 
+    @in_one_thread
     def abort(self, nodes: Iterable[Node], *, keep: bool = False) -> None:
         """End branches that are being extended, between two steps: from the body of a `stream`, a search or a reward.
 
@@ -141,6 +143,7 @@ class Engine(EngineCore):
             if growth is not None:
                 growth.lost(node)
 
+    @in_one_thread
     def score(self, below: Node | Tree, suffixes: Sequence[npt.ArrayLike], *, keep: bool = False) -> list[Score]:
         """Log-probs and entropies of given tokens after a prefix, which is computed once; nothing is sampled.
 

@@ -140,7 +140,7 @@ class Growing:
         elif error is not None:
             self._resume(lambda generator: generator.throw(error))
         else:
-            received = [node for node in self._until if not node.is_pending]  # without those aborted meanwhile
+            received = [node for node in self._until if not node.dropped]  # without those taken off meanwhile
             for node in received:
                 self._untold.pop(node, None)
                 self.reserved.pop(node, None)
@@ -191,9 +191,9 @@ class Growing:
             self.stirred.expect(self, asked)
             asked = Ahead([], [])
         elif not isinstance(asked, Ahead):
-            if isinstance(asked, Node | str) or not isinstance(asked, Iterable):
+            nodes = list(asked) if isinstance(asked, Iterable) else [None]  # once: it may be an iterator
+            if not all(isinstance(node, Node) for node in nodes):
                 raise TypeError(f"a search yields a list of nodes, an Ahead or a future; this one yielded {asked!r}")
-            nodes = list(asked)  # once: it may be an iterator
             asked = Ahead(nodes, nodes)
         failed = (self._failed.pop(node) for node in asked.until if node in self._failed)
         self._error = self._error or next(failed, None)  # one may be left from a round that the budget refused
@@ -240,6 +240,7 @@ class Growing:
         self._leaves(node)
         try:
             graded = self.reward(self.tree, node) if self.reward is not None and node.finish is not None else None
+            graded = graded if graded is None or isinstance(graded, Future) else float(graded)
         except BaseException as error:
             self._not_graded = error
             if not isinstance(error, Exception):

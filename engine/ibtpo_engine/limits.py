@@ -8,7 +8,9 @@ from ibtpo_engine.tree import Node, Tree
 
 
 def check_open(node: Node, trees: Mapping[int, Tree]) -> None:
-    """Raise ValueError unless a node is on one of an engine's open trees, given by ordinal."""
+    """Raise ValueError unless a node is on one of an engine's open trees, given by ordinal; TypeError if it is none."""
+    if not isinstance(node, Node):
+        raise TypeError(f"{node!r} is not a Node; give nodes that node.fork() or node.resume() returned")
     if node.tree.closed or trees.get(node.tree.ordinal) is not node.tree:
         raise ValueError(f"{node!r} belongs to a closed tree or to another engine; use an open tree of this engine")
     if node.dropped:

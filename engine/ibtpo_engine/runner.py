@@ -120,10 +120,10 @@ class Runner:
         device = self.model.device
         tokens, pos, address = torch.from_numpy(np.stack([rows.tokens, rows.pos, rows.address])).to(device)
         if self._plan is None or not np.array_equal(self._planned, rows.row):
-            self._planned = rows.row
             lengths = (rows.pos + 1).astype(np.int32)
             row, uniform = torch.from_numpy(rows.row), self.parity == "bitwise"
             self._plan = planner.plan(row, torch.from_numpy(lengths), uniform=uniform)
+            self._planned = rows.row  # last: an interrupt of `plan` must not leave an older plan under these rows
         else:  # same rows, one token further; some have a new page
             self._plan.lengths.copy_(pos + 1)
             planner.upload()

@@ -208,8 +208,8 @@ class Scheduler(Roster):
     def _decoding_slots(self) -> Longs:
         slots = self.running_slots()
         if slots is not self._planned:
-            self._planned = slots
             self.runner.invalidate()
+            self._planned = slots  # last: an interrupt before must not leave an older plan
         return slots
 
     def _grow(self) -> None:

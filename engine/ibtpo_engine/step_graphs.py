@@ -101,6 +101,7 @@ class StepGraphs:
         self._buckets: dict[tuple[Room, int], _Bucket] = {}
         self._bucket: _Bucket | None = None  # for the branches chosen
         self._grown = 0  # steps since then
+        self._is_sending = False  # may a transfer to the device still read pinned memory?
         self._seen: object = None
 
     def forget(self) -> None:
@@ -121,6 +122,9 @@ class StepGraphs:
         Raises:
             ValueError: a bucket is captured, and a weight is NaN or inf.
         """
+        if self._is_sending:  # an interrupt came before the device was waited for
+            torch.cuda.synchronize(self._model.device)
+        self._is_sending = True
         planner, count, rows = slots.planner, len(chosen), chosen.astype(np.int32)
         lengths = torch.from_numpy(slots.length[chosen])
         plan = planner.host_plan(torch.from_numpy(rows), lengths, uniform=self._heads.uniform)
@@ -161,9 +165,9 @@ class StepGraphs:
         try:
             return self._run(self._bucket, slots, chosen, most, most_ended, spare)
         except BaseException:  # an interrupt: the device's table may have pages that ours does not get
+            self._grown = configs.SPLIT  # choose again, which waits, before the host writes
             for slot in chosen.tolist():
                 slots.planner.rewrote(slot)
-            self._bucket.rows.is_over()  # waits, so that the host may write again
             raise
 
     def _run(
@@ -173,6 +177,7 @@ class StepGraphs:
         host["token"][:count], host["pos"][:count], host["address"][:count] = slots.next_rows(chosen)
         host["lengths"][:count] = host["keys"][:count, 1] = slots.length[chosen]
         slots.planner.upload()
+        self._is_sending = True
         rows.begin(count, most, most_ended=most_ended, spare=spare)
         self._replay(bucket)
         outcome = rows.outcome()
@@ -190,6 +195,7 @@ class StepGraphs:
             bucket.replay()
             self.replayed += 1
             is_over = bucket.rows.is_over()
+        self._is_sending = False
 
 
 def rounded_up(count: int) -> int:

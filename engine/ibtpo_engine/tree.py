@@ -206,6 +206,8 @@ class Node:
         if n < 1:
             raise ValueError(f"fork: n={n} must be at least 1")
         at = at if at is None else index(at)
+        if self.in_flight:
+            raise ValueError(f"fork: {self!r} is being extended; abort it with keep=True, then fork it and resume it")
         if self.is_pending:
             raise ValueError(f"fork: {self!r} has no tokens yet; extend it first")
         if self.dropped:

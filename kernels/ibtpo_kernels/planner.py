@@ -85,16 +85,20 @@ class DecodePlanner:
             self._cells.add(row * self.page_table.shape[1] + column)
 
     def upload(self) -> None:
-        """Send what was written to the device's copy of the table, without waiting; on the CPU does nothing."""
-        if self._copy is None:
+        """Send what was written to the device's copy of the table, in one transfer; on the CPU does nothing."""
+        if self._copy is None or not (self._rows or self._cells):
             return
+        there, table, num_rows = self._copy, self.page_table, len(self._rows)
+        index = torch.tensor([*sorted(self._rows), *sorted(self._cells)], device="cpu")
+        parts = [index.view(torch.int32), table[index[:num_rows]].view(-1), table.view(-1)[index[num_rows:]]]
+        host = torch.empty(sum(map(len, parts)), dtype=torch.int32, device="cpu", pin_memory=there.is_cuda)
+        torch.cat(parts, out=host)
+        sent = host.to(there.device, non_blocking=True)  # torch keeps the pinned memory until this has ended
+        places, pages = sent[: len(parts[0])].view(torch.int64), sent[len(parts[0]) :]
         if self._rows:
-            rows = torch.tensor(sorted(self._rows), device="cpu")
-            self._copy.index_copy_(0, rows.to(self._copy.device), self.page_table[rows].to(self._copy.device))
+            there.index_copy_(0, places[:num_rows], pages[: len(parts[1])].view(num_rows, -1))
         if self._cells:
-            cells = torch.tensor(sorted(self._cells), device="cpu")
-            both = torch.stack((cells, self.page_table.view(-1)[cells].long())).to(self._copy.device)  # one transfer
-            self._copy.view(-1).index_copy_(0, both[0], both[1].int())
+            there.view(-1).index_copy_(0, places[num_rows:], pages[len(parts[1]) :])
         self._rows.clear()
         self._cells.clear()
 
