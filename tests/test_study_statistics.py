@@ -118,7 +118,7 @@ def test_a_study_that_cannot_be_used_says_why(tmp_path: Path) -> None:
         ("variants: {grpo: {preset: [a]}}", r"variants: grpo: preset \"\['a'\]\" does not exist"),
         (
             "variants: {small: {search: {rounds: 2}}}",
-            "preset 'small' does not exist; .*`preset: NAME` in the variant sets",
+            "preset 'small' does not exist; .*; set one by `preset: NAME`",
         ),
         ("variants: {grpo: {}, grop: {}}", "variants: grop: preset 'grop' does not exist; did you mean \"grpo\""),
         ("baseline: grpo", "variants are missing"),

@@ -172,9 +172,7 @@ def load_study(name: str) -> Study:
         if preset not in PRESETS:
             raise ValueError(
                 f"{path}: variants: {variant}: preset {preset!r} does not exist; {did_you_mean(preset, PRESETS)}"
-                f"presets: {', '.join(PRESETS)}"
-                + "; `preset: NAME` in the variant sets another than its name"
-                * unnamed
+                f"presets: {', '.join(PRESETS)}" + "; set one by `preset: NAME` in the variant" * unnamed
             )
     baseline = str(raw.get("baseline", next(iter(variants))))
     if baseline not in variants:

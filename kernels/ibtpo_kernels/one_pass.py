@@ -97,9 +97,7 @@ class _PolicyHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-        if (
-            torch.is_grad_enabled()
-        ):  # create_graph; what the gradients depend on is not kept, so they cannot be joined to it
+        if torch.is_grad_enabled():  # create_graph; the inputs are not kept, so no graph can be made
             raise RuntimeError(NO_SECOND)
         found = ctx.saved_tensors
         if grad.is_cpu and grad.item() == 1.0:
