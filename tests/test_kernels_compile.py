@@ -160,6 +160,38 @@ def test_a_second_derivative_says_that_it_is_not_there() -> None:
         torch.func.grad(slope)(torch.randn(3))
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the reference has second derivatives")
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x: K.tree_attention(x[:, None], x[:, None], x[:, None], torch.full((3,), 3, dtype=torch.int32)),
+        lambda x: K.linear_logprob(x, torch.eye(8), torch.arange(3), torch.arange(3))[0],
+        lambda x: K.rms_norm(x, torch.ones(8), eps=1e-6),
+        lambda x: K.add_rms_norm(x, x, torch.ones(8), eps=1e-6)[0],
+        lambda x: K.silu_mul(x, x),
+        lambda x: K.batch_invariant_linear(x, x),
+    ],
+    ids=["tree_attention", "linear_logprob", "rms_norm", "add_rms_norm", "silu_mul", "batch_invariant_linear"],
+)
+@pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()], ids=["linear", "square"])
+def test_a_gradient_penalty_is_refused_and_not_dropped(
+    op: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor]
+) -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    (slope,) = torch.autograd.grad(loss(op(x)), x, create_graph=True)
+    torch.testing.assert_close(slope, torch.autograd.grad(loss(op(x)), x)[0])
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(slope.square().sum() + x.square().sum(), x)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the reference has second derivatives")
+def test_policy_head_refuses_to_be_differentiated_with_a_graph() -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    value, _, _ = K.policy_head(x, torch.eye(8), torch.arange(3), torch.arange(3), lambda logprob, *_: logprob.sum())
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(value, x, create_graph=True)
+
+
 def test_a_tangent_is_refused_and_not_dropped() -> None:
     x, weight, end = torch.randn(3, 8), torch.randn(8, 8), torch.full((3,), 3, dtype=torch.int32)
     index, angles = torch.arange(3), torch.randn(3, 4)

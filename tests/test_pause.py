@@ -6,6 +6,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -329,9 +330,15 @@ def test_of_a_long_path_only_the_end_is_looked_at() -> None:
 
 def test_any_of_several_separators_counts_and_empty_ones_are_refused() -> None:
     assert boundaries(Boundary(Pieces(), ("\n\n", "b")), [0, 1, 0, 2, 2]) == [2, 5]
-    for separators in ((), ("",), ("a", "")):
+    for separators in ((), ("",), ("a", ""), "\n\n"):  # a string would count as one separator a character
         with pytest.raises(ValueError, match="Boundary.separators"):
             Boundary(Pieces(), separators)
+
+
+@pytest.mark.parametrize("block", [("<think>", "</think>"), (OPEN,), (OPEN, OPEN)])
+def test_a_block_that_no_token_could_open_is_refused(block: Any) -> None:
+    with pytest.raises(ValueError, match="Boundary.block: .* must be two different token ids"):
+        Boundary(Pieces(), block=block)
 
 
 def test_an_engine_pauses_at_boundaries(model: Model) -> None:

@@ -116,6 +116,10 @@ def test_a_study_that_cannot_be_used_says_why(tmp_path: Path) -> None:
         ("variants: {grpo: 3}", "variants: grpo must hold names and settings, not 3"),
         ("variants: [grpo]", "variants must hold names and settings"),
         ("variants: {grpo: {preset: [a]}}", r"variants: grpo: preset \"\['a'\]\" does not exist"),
+        (
+            "variants: {small: {search: {rounds: 2}}}",
+            "preset 'small' does not exist; .*; set one by `preset: NAME`",
+        ),
         ("variants: {grpo: {}, grop: {}}", "variants: grop: preset 'grop' does not exist; did you mean \"grpo\""),
         ("baseline: grpo", "variants are missing"),
         ("tasks: {a: 3}\nvariants: {grpo: {}}", "tasks: a must hold names and settings, not 3"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from numbers import Integral
 
 import numpy as np
 
@@ -28,15 +29,17 @@ class Boundary:
             the prompt may have opened it.
 
     Raises:
-        ValueError: there is no separator, or an empty one.
+        ValueError: there is no separator, or an empty one; `separators` is one string; `block` is not two token ids.
     """
 
     def __init__(
         self, tokenizer: Decodes, separators: Iterable[str] = ("\n\n",), *, block: tuple[int, int] | None = None
     ) -> None:
         self.separators = tuple(separators)
-        if not self.separators or not all(self.separators):
-            raise ValueError(f"Boundary.separators: {self.separators} must be texts of at least one character")
+        if isinstance(separators, str) or not self.separators or not all(self.separators):
+            raise ValueError(f"Boundary.separators: {separators!r} must be a tuple of strings, none of them empty")
+        if block is not None and not (len(block) == len({*block}) == 2 and all(isinstance(t, Integral) for t in block)):
+            raise ValueError(f"Boundary.block: {block!r} must be two different token ids")
         self.block = block
         self._longest = max(map(len, self.separators))
         self._texts = TokenTexts(tokenizer)

@@ -168,11 +168,11 @@ def load_study(name: str) -> Study:
     if not variants:
         raise ValueError(f"{path}: variants are missing; give names and settings, such as variants: {{grpo: {{}}}}")
     for variant, own in variants.items():
-        preset = str(own.get("preset", variant))
+        preset, unnamed = str(own.get("preset", variant)), "preset" not in own
         if preset not in PRESETS:
             raise ValueError(
                 f"{path}: variants: {variant}: preset {preset!r} does not exist; {did_you_mean(preset, PRESETS)}"
-                f"presets: {', '.join(PRESETS)}"
+                f"presets: {', '.join(PRESETS)}" + "; set one by `preset: NAME` in the variant" * unnamed
             )
     baseline = str(raw.get("baseline", next(iter(variants))))
     if baseline not in variants:

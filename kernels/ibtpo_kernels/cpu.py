@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ibtpo_kernels import checks, gradients, linear, logprob, one_pass, reference
-from ibtpo_kernels.gradients import needs_grad
+from ibtpo_kernels.gradients import needs_grad, once_differentiable
 from ibtpo_kernels.logits import Grads, Head, LogitOps
 from ibtpo_kernels.one_pass import Loss
 from ibtpo_kernels.plan import DecodePlan
@@ -104,7 +104,7 @@ class _TreeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, lse, end = ctx.saved_tensors
         d_out = _dense(d_out)

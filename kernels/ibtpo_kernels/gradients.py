@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,41 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return forward_mode() or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
 
 
+NO_SECOND = 'the gradients of the ops of ibtpo_kernels cannot be differentiated again; use backend("reference")'
+
+
+def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Decorate a backward so that differentiating its results raises a RuntimeError.
+
+    torch's decorator of this name raises only if that derivative is taken by the incoming gradients: by what was saved,
+    as in a gradient penalty, it would silently be 0.
+    """
+
+    @functools.wraps(backward)
+    def first(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            found = backward(ctx, *incoming)
+        if not torch.is_grad_enabled():
+            return found
+        made = [x for x in found if x is not None]
+        handed_on = iter(_NoSecond.apply(len(made), *made, *ctx.saved_tensors, *incoming))  # type: ignore[no-untyped-call]
+        return tuple(None if x is None else next(handed_on) for x in found)
+
+    return first
+
+
+class _NoSecond(torch.autograd.Function):
+    """Hands on its first `num` tensors, joined to all others in the graph, and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, num: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[:num] if x is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor) -> None:
+        raise RuntimeError(NO_SECOND)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, norm: Norm, backward: NormBackward) -> Tensor:
@@ -36,7 +72,7 @@ class _RMSNorm(torch.autograd.Function):
         return norm(x, weight, eps)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         eps, backward = ctx.rest
@@ -62,7 +98,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return out, total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor, d_total: Tensor) -> tuple[Tensor | None, ...]:
         total, weight = ctx.saved_tensors
         eps, backward = ctx.rest
@@ -90,7 +126,7 @@ class _Rope(torch.autograd.Function):
         return rotate(x, cos, sin, 1.0)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         return ctx.rotate(d_out, *ctx.saved_tensors, -1.0), None, None, None
 
@@ -111,7 +147,7 @@ class _SiluMul(torch.autograd.Function):
         return multiply(gate, up)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
         return *ctx.rest(*ctx.saved_tensors, d_out), None, None
 

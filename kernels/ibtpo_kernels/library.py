@@ -19,6 +19,7 @@ from torch.library import CustomOpDef, custom_op  # type: ignore[attr-defined]
 
 from ibtpo_kernels import checks
 from ibtpo_kernels.dispatch import implementation
+from ibtpo_kernels.gradients import NO_SECOND
 from ibtpo_kernels.logits import work_dtype
 
 HALF = (torch.bfloat16, torch.float16)
@@ -236,9 +237,7 @@ def _linear_logprob_grad(ctx: Any, grad_logprob: Tensor, grad_stats: Tensor) -> 
 
 
 def _no_grad(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    raise RuntimeError(
-        "the gradients of the ops of ibtpo_kernels cannot be differentiated again; use the reference formulas"
-    )
+    raise RuntimeError(NO_SECOND)
 
 
 _Setup = Callable[[Any, tuple[Any, ...], Any], None]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibtpo_kernels.gradients import needs_grad
+from ibtpo_kernels.gradients import needs_grad, once_differentiable
 from ibtpo_kernels.logits import without_autocast
 
 Product = Callable[[Tensor, Tensor, "Tensor | None"], Tensor]  # dense x, weight, bias -> x weight^T + bias
@@ -49,7 +49,7 @@ class _BatchInvariantLinear(torch.autograd.Function):
         return product(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad

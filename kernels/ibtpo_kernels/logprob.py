@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ibtpo_kernels.gradients import needs_grad
+from ibtpo_kernels.gradients import needs_grad, once_differentiable
 from ibtpo_kernels.logits import TORCH_OPS, Grads, Head, LogitOps, in_own_types, work_dtype
 
 _TILE_ELEMENTS = 1 << 19  # logits alive at a time: 2 MiB in float32
@@ -80,7 +80,7 @@ class _LinearLogprob(torch.autograd.Function):
         return logprob, stats[2].clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, rows, targets, stats, only = ctx.saved_tensors
         temperature, softcap, ops = ctx.rest

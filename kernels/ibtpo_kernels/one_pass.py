@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ibtpo_kernels.gradients import needs_grad
+from ibtpo_kernels.gradients import NO_SECOND, needs_grad
 from ibtpo_kernels.logits import Grads, Head, LogitOps, without_autocast, work_dtype
 from ibtpo_kernels.logprob import Products, part, spans, tile_shape
 
@@ -96,8 +96,9 @@ class _PolicyHead(torch.autograd.Function):
         return value, logprob, entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph; the inputs are not kept, so no graph can be made
+            raise RuntimeError(NO_SECOND)
         found = ctx.saved_tensors
         if grad.is_cpu and grad.item() == 1.0:
             return *found, None, None, None, None, None, None

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ibtpo_kernels import one_pass
 from ibtpo_kernels.gpu.launch import FUSED, on_device
+from ibtpo_kernels.gradients import once_differentiable
 from ibtpo_kernels.logits import Head, in_own_types
 
 _CHUNK_BYTES = one_pass.GPU_CHUNK_BYTES
@@ -286,7 +287,7 @@ class _LinearLogprob(torch.autograd.Function):
         return logprob, stats[2].clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, stats = ctx.saved_tensors
         head = Head(*tensors, *ctx.rest)
