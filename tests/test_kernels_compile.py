@@ -160,19 +160,18 @@ def test_a_second_derivative_says_that_it_is_not_there() -> None:
         torch.func.grad(slope)(torch.randn(3))
 
 
+DIFFERENTIABLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "tree_attention": lambda x: K.tree_attention(x[:, None], x[:, None], x[:, None], torch.full((3,), 3).int()),
+    "linear_logprob": lambda x: K.linear_logprob(x, torch.eye(8), torch.arange(3), torch.arange(3))[0],
+    "rms_norm": lambda x: K.rms_norm(x, torch.ones(8), eps=1e-6),
+    "add_rms_norm": lambda x: K.add_rms_norm(x, x, torch.ones(8), eps=1e-6)[0],
+    "silu_mul": lambda x: K.silu_mul(x, x),
+    "batch_invariant_linear": lambda x: K.batch_invariant_linear(x, x),
+}
+
+
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the reference has second derivatives")
-@pytest.mark.parametrize(
-    "op",
-    [
-        lambda x: K.tree_attention(x[:, None], x[:, None], x[:, None], torch.full((3,), 3, dtype=torch.int32)),
-        lambda x: K.linear_logprob(x, torch.eye(8), torch.arange(3), torch.arange(3))[0],
-        lambda x: K.rms_norm(x, torch.ones(8), eps=1e-6),
-        lambda x: K.add_rms_norm(x, x, torch.ones(8), eps=1e-6)[0],
-        lambda x: K.silu_mul(x, x),
-        lambda x: K.batch_invariant_linear(x, x),
-    ],
-    ids=["tree_attention", "linear_logprob", "rms_norm", "add_rms_norm", "silu_mul", "batch_invariant_linear"],
-)
+@pytest.mark.parametrize("op", DIFFERENTIABLE.values(), ids=DIFFERENTIABLE)
 @pytest.mark.parametrize("loss", [torch.sum, lambda out: out.square().sum()], ids=["linear", "square"])
 def test_a_gradient_penalty_is_refused_and_not_dropped(
     op: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import test_kernels_attention as attention_tests
+import test_kernels_compile as compile_tests
 import test_kernels_decode as decode_tests
 import test_kernels_guards as guard_tests
 import test_kernels_linear as linear_tests
@@ -549,3 +550,9 @@ def test_keys_are_streamed_through_descriptors_where_each_head_has_memory_of_its
 @pytest.mark.parametrize("op", guard_tests.OPS)
 def test_defaults_of_torch_do_not_matter(op: str) -> None:
     guard_tests.test_defaults_of_torch_do_not_matter(op, "triton")
+
+
+@pytest.mark.parametrize("op", compile_tests.DIFFERENTIABLE)
+def test_a_gradient_penalty_is_refused_and_not_dropped(op: str) -> None:
+    with K.backend("triton"):
+        compile_tests.test_a_gradient_penalty_is_refused_and_not_dropped(compile_tests.DIFFERENTIABLE[op], torch.sum)

@@ -37,7 +37,7 @@ from ibtpo_kernels.gpu.blocks import (
 )
 from ibtpo_kernels.gpu.launch import LOG2_E, dot_precision, on_device, rows_dense
 from ibtpo_kernels.gpu.tree_attention_backward import gradients
-from ibtpo_kernels.gradients import needs_grad
+from ibtpo_kernels.gradients import needs_grad, once_differentiable
 
 
 @triton.jit
@@ -150,7 +150,7 @@ class _TreeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         q, k, v, out, lse, end = ctx.saved_tensors
         d_out = rows_dense(d_out)
