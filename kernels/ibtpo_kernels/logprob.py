@@ -28,6 +28,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ibtpo_kernels.gradients import needs_grad, once_differentiable
@@ -126,7 +127,7 @@ class Products:
         """u [t, v], overwritten by the next one; the first is the largest."""
         x = part(self.hidden, rows)
         if self.buffer is None:
-            self.buffer = u = x @ block.t()
+            self.buffer = u = F.linear(x, block)
             return u
         return torch.mm(x, block.t(), out=self.buffer.view(-1)[: len(x) * len(block)].view(len(x), len(block)))
 
