@@ -100,7 +100,9 @@ def parse_reward(text: str) -> RewardSpec:
         except re.error as error:
             raise ValueError(f"reward: {name!r} is not a regular expression ({error})") from None
     elif not _is_named(name):
-        raise ValueError(f"reward: {name!r} is not known; {suggest(name, BUILT_IN)}")
+        module, dot, function = name.rpartition(".")
+        meant = f"did you mean {module}:{function}? " if dot and function.isidentifier() else ""
+        raise ValueError(f"reward: {name!r} is not known; {meant}{suggest(name, BUILT_IN)}")
     if name == "math" and importlib.util.find_spec("math_verify") is None:
         raise ValueError('reward: "math" needs the package math-verify; install it, or use "exact" (jsonl.grade)')
     return RewardSpec(name, weight)

@@ -81,6 +81,13 @@ def test_the_folders_damaged_below_are_good_to_begin_with(whole: Path, sharded: 
 
 def test_no_folder(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "no such folder", "Give a Hugging Face checkpoint folder")
+    with pytest.raises(CheckpointError, match="nowhere: no such folder"):
+        load_tokenizer(tmp_path / "nowhere")
+
+
+def test_a_dtype_given_by_name(folder: Path) -> None:
+    with pytest.raises(TypeError, match=r"dtype='bfloat16' is not a torch.dtype; give one, such as torch.bfloat16"):
+        load_model(folder, dtype="bfloat16")  # type: ignore[arg-type]
 
 
 def test_a_file_in_place_of_the_folder(folder: Path) -> None:

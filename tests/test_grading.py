@@ -399,6 +399,11 @@ def test_a_reward_that_is_not_known_is_refused(text: str) -> None:
         parse_rewards([text])
 
 
+def test_a_function_named_with_a_dot_is_told_the_colon() -> None:
+    with pytest.raises(ValueError, match=re.escape("'my.rewards.share' is not known; did you mean my.rewards:share?")):
+        parse_rewards(["my.rewards.share"])
+
+
 def test_workers_end_when_the_trainer_is_killed(bad: Bad, tmp_path: Path) -> None:
     script = (
         "from ibtpo.grading import Grader; from ibtpo.rewards import Graded, RewardSpec\n"

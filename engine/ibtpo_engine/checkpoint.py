@@ -52,7 +52,10 @@ def load_model(folder: Path | str, *, dtype: torch.dtype = torch.float32, device
     Raises:
         CheckpointError: a file is missing or truncated, or a tensor is missing, unexpected, of the wrong shape,
             quantized, or holds NaN, Inf or values that `dtype` cannot represent.
+        TypeError: `dtype` is no torch.dtype.
     """
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"load_model: dtype={dtype!r} is not a torch.dtype; give one, such as torch.bfloat16")
     folder = Path(folder)
     check_folder(folder)
     config = ModelConfig.from_folder(folder)
@@ -169,10 +172,12 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """The folder's own tokenizer.
 
     Raises:
-        CheckpointError: there is none, it cannot be read, or it names no end-of-sequence token.
+        CheckpointError: there is no such folder or no tokenizer in it, or it cannot be read or names no end-of-sequence
+            token.
     """
     from transformers import AutoTokenizer  # here, because importing it is slow
 
+    check_folder(Path(folder))
     present = {path.name for path in Path(folder).glob("*")}
     if "tokenizer_config.json" not in present or not present & VOCABULARIES:  # transformers would make one up
         raise CheckpointError(f"{folder}: there is no tokenizer; it needs tokenizer.json and tokenizer_config.json.")
