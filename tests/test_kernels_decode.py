@@ -109,7 +109,7 @@ def assert_no_query_notices_its_batch(group: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("group", [1, 2, 3, 4])
 def test_a_query_does_not_notice_its_batch(isa: str, dtype: torch.dtype, group: int) -> None:
     with on_isa(isa):
         assert_no_query_notices_its_batch(group, dtype)

@@ -3,12 +3,14 @@
 //   out_b = sum_j softmax_j(scale q_b k_j) v_j   over slots j < lengths[b] of path rows[b].
 //
 // A task is a block of neighbouring queries and a range of key/value heads. Head after head, it walks the plan's items;
-// a page that several of its queries share is read and its keys are transposed once for all of them. Each query's
-// state (m, l, acc) is updated page by page in depth order: its sums never depend on which other queries share the
-// page.
+// a page that several of its queries share is read and its keys are transposed once for all of them. On AVX2 a query's
+// own pages are read all heads at once instead. Each query's state (m, l, acc) is updated page by page in depth order:
+// its sums never depend on which other queries share the page.
 //
 // In bf16 both products take bf16 numbers (tile.h), for which the weights p are rounded; scores, state and sums are
 // float.
+#include <type_traits>
+
 #include "kernels.h"
 #include "threads.h"
 #include "tile.h"
@@ -65,8 +67,8 @@ class Task {
         sum_(states_),
         keys_(padded_ * kPages * page_),
         values_(kPages * p.page_size * padded_ / kStep),
-        scores_(rows_ * kPages * page_),
-        weights_(kPairs ? rows_ * kPages * page_ : 0) {}
+        scores_(most(rows_ * kPages, states_) * page_),
+        weights_(kPairs ? most(rows_ * kPages, states_) * page_ : 0) {}
 
   // Returns -1, or the first query found whose page is missing.
   INLINE_MEMBER int64_t run() {
@@ -148,6 +150,13 @@ class Task {
         }
         int64_t stop = b + 1;
         while (stop < end && visible(stop, column) > 0) ++stop;
+        if (stop == b + 1 && goes_alone()) {
+          const int64_t failed = attend_alone(b, column, column + count, more ? Ahead{b, column + count, 0} : next);
+          if (failed >= 0) return failed;
+          any = true;
+          b = stop;
+          continue;
+        }
         for (head_ = head_begin_; head_ < head_end_; ++head_) {
           Ahead ahead = more ? Ahead{begin, column + count, head_begin_} : next;
           if (head_ + 1 < head_end_) ahead = {b, column, head_ + 1};
@@ -174,7 +183,7 @@ class Task {
       if (first < 0) return begin;
       pack_words_transposed(keys_ + c * page_, ld, p_.k_pages + first, kv_stride, p_.page_size, p_.head_dim);
       run.values[c] = p_.v_pages + first;
-      prefetch(run.values[c], p_.page_size, p_.head_dim);
+      prefetch(run.values[c], p_.page_size);
       foresee(ahead, c, p_.k_pages);
     }
     const Step* q = reinterpret_cast<const Step*>(q_ + state(begin) * padded_);
@@ -196,6 +205,130 @@ class Task {
     return -1;
   }
 
+  // Whether a query that shares a page with no other takes `attend_alone`. On AVX-512 it was not measured; AMX would
+  // sum pairs in another order.
+  INLINE_MEMBER bool goes_alone() const {
+    return kWidth == 8 && (group_ == 1 || group_ == 2 || group_ == 4) && padded_ == p_.head_dim;
+  }
+
+  // Query b in pages [column, end), which it shares with no other: all heads of a few slots before the next slots, so
+  // that memory is read in order. The sums are those of `attend`, to the bit.
+  INLINE_MEMBER int64_t attend_alone(int64_t b, int64_t column, int64_t end, Ahead ahead) {
+    for (; column < end && visible(b, column) > 0; ++column) {
+      const int64_t first = page_begin(b, column, head_begin_), seen = visible(b, column);
+      if (first < 0) return b;
+      const bool more = column + 1 < end && visible(b, column + 1) > 0;
+      const Ahead then = more ? Ahead{b, column + 1, 0} : ahead;
+      const int64_t next = visible(then.query, then.column) > 0 ? page_begin(then.query, then.column, head_begin_) : -1;
+      const auto attend_page = [&](auto group) {
+        constexpr int kGroup = decltype(group)::value;
+        score_alone<kGroup>(b, first, seen);
+        weigh_alone(b, seen);
+        add_alone<kGroup>(b, first, next, seen);
+      };
+      if (group_ == 1)
+        attend_page(std::integral_constant<int, 1>());
+      else if (group_ == 2)
+        attend_page(std::integral_constant<int, 2>());
+      else
+        attend_page(std::integral_constant<int, 4>());
+    }
+    return -1;
+  }
+
+  // Scores of a page, a row [page_] for each head: keys are transposed in registers and used at once. The page's values
+  // are prefetched.
+  template <int Group>
+  INLINE_MEMBER void score_alone(int64_t b, int64_t first, int64_t seen) {
+    const int64_t heads = head_end_ - head_begin_, own = (b - begin_) * group_;
+    const int64_t words = p_.head_dim / kStep, kv_stride = p_.num_kv_heads * p_.head_dim;
+    for (int64_t j = 0; j < seen; j += kWidth)
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t slot = first + j * kv_stride + h * p_.head_dim;
+        prefetch(p_.v_pages + slot, least(kWidth, p_.page_size - j));
+        const Step* q = reinterpret_cast<const Step*>(q_ + (h * rows_ + own) * padded_);
+        Vec score[Group] = {};
+        for (int64_t d = 0; d < words; d += kWidth) {
+          Vec square[kWidth];
+          load_transposed(square, reinterpret_cast<const float*>(p_.k_pages + slot) + d, kv_stride / kStep,
+                          p_.page_size - j, words - d);
+#pragma GCC unroll 16
+          for (int64_t i = 0; i < kWidth; ++i) {
+            if (d + i >= words) break;
+#pragma GCC unroll 4
+            for (int m = 0; m < Group; ++m)
+              score[m] = mul_add(score[m], broadcast(q + m * words + d + i), as_factor(square[i], q));
+          }
+        }
+        for (int m = 0; m < Group; ++m) store(scores_ + (h * Group + m) * page_ + j, score[m]);
+      }
+  }
+
+  INLINE_MEMBER void weigh_alone(int64_t b, int64_t seen) {
+    const int64_t heads = head_end_ - head_begin_, own = (b - begin_) * group_;
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t m = 0; m < group_; ++m) {
+        const int64_t at = (h * group_ + m) * page_;
+        bf16* weights = kPairs ? weights_ + at : nullptr;
+        if (page_ == kUsualPage)
+          weigh_row<kUsualPage / kWidth>(scores_ + at, weights, seen, h * rows_ + own + m, [] {});
+        else
+          weigh_row<0>(scores_ + at, weights, seen, h * rows_ + own + m, [] {});
+      }
+  }
+
+  // acc += weights * values of a page. The next page's keys are prefetched.
+  template <int Group>
+  INLINE_MEMBER void add_alone(int64_t b, int64_t first, int64_t next, int64_t seen) {
+    constexpr int64_t kTogether = 4;  // slots
+    const int64_t heads = head_end_ - head_begin_, own = (b - begin_) * group_;
+    const int64_t kv_stride = p_.num_kv_heads * p_.head_dim;
+    for (int64_t j = 0; j < seen; j += kTogether)
+      for (int64_t h = 0; h < heads; ++h) {
+        const int64_t slot = j * kv_stride + h * p_.head_dim;
+        if (next >= 0) prefetch(p_.k_pages + next + slot, least(kTogether, p_.page_size - j));
+        const int64_t at = h * Group * page_ + j;
+        const auto add = [&](auto count) {
+          add_slots<Group>(acc_ + (h * rows_ + own) * padded_, p_.v_pages + first + slot, at, count);
+        };
+        if (j + kTogether <= seen)
+          add(std::integral_constant<int64_t, kTogether>());
+        else
+          add(seen - j);
+      }
+  }
+
+  // The same for `count` slots of one head; `at`: where their weights begin.
+  template <int Group, class Count>
+  INLINE_MEMBER void add_slots(float* acc, const T* values, int64_t at, Count count) const {
+    const int64_t kv_stride = p_.num_kv_heads * p_.head_dim;
+    const Step* weights;
+    if constexpr (kPairs)
+      weights = reinterpret_cast<const Step*>(weights_ + at);
+    else
+      weights = scores_ + at;
+    for (int64_t d = 0; d < padded_; d += kWidth) {
+      Vec sum[Group];
+#pragma GCC unroll 4
+      for (int m = 0; m < Group; ++m) sum[m] = load(acc + m * padded_ + d);
+      for (int64_t j = 0; j < count; j += kStep) {
+        const T* value = values + j * kv_stride + d;
+        const auto v = slots_factor(value, j + 1 < count ? value + kv_stride : nullptr);
+#pragma GCC unroll 4
+        for (int m = 0; m < Group; ++m) sum[m] = mul_add(sum[m], broadcast(weights + (m * page_ + j) / kStep), v);
+      }
+#pragma GCC unroll 4
+      for (int m = 0; m < Group; ++m) store(acc + m * padded_ + d, sum[m]);
+    }
+  }
+
+  INLINE_MEMBER static Vec as_factor(Vec x, const float*) { return x; }
+  INLINE_MEMBER static Pairs as_factor(Vec x, const Pair*) { return to_pairs((IVec)x); }
+  INLINE_MEMBER static Vec slots_factor(const float* value, const float*) { return load(value); }
+  INLINE_MEMBER static Pairs slots_factor(const bf16* value, const bf16* next) {
+    return to_pairs((IVec)(load_bits(value) | (next != nullptr ? load_bits(next) : UVec{}) << 16));
+  }
+
   // Offset in floats of a head's first slot in the page of query b at a table column; -1 if there is no such page.
   INLINE_MEMBER int64_t page_begin(int64_t b, int64_t column, int64_t head) const {
     const int64_t page = p_.page_table[p_.rows[b] * p_.table_width + column];
@@ -209,14 +342,14 @@ class Task {
     const int64_t column = ahead.column + c, slots = visible(ahead.query, column);
     const int64_t first = slots > 0 ? page_begin(ahead.query, column, ahead.head) : -1;
     if (first < 0) return;
-    prefetch(pages + first, slots, p_.head_dim);
+    prefetch(pages + first, slots);
   }
 
   // Into L2; into L1 is slower. A head's slots lie Hkv * D apart, a pattern that hardware does not prefetch.
-  INLINE_MEMBER void prefetch(const T* slot, int64_t slots, int64_t size) const {
+  INLINE_MEMBER void prefetch(const T* slot, int64_t slots) const {
     constexpr int64_t kLine = 64 / sizeof(T);
     for (int64_t j = 0; j < slots; ++j, slot += p_.num_kv_heads * p_.head_dim)
-      for (int64_t d = 0; d < size; d += kLine) __builtin_prefetch(slot + d, 0, 2);
+      for (int64_t d = 0; d < p_.head_dim; d += kLine) __builtin_prefetch(slot + d, 0, 2);
   }
 
   // Turns scores of the run's page c into weights exp(score - m). Before a row's m grows, acc takes in the pages before
@@ -224,43 +357,51 @@ class Task {
   // time.
   template <int Vecs>
   INLINE_MEMBER int64_t weigh(const Run<T>& run, int64_t taken, int64_t c) {
-    const int64_t width = Vecs > 0 ? Vecs * kWidth : page_, ld = kPages * page_, group = group_;
-    float *scores = scores_ + c * page_, *row_max = max_ + state(run.begin);
-    Vec* row_sum = sum_ + state(run.begin);
+    const int64_t ld = kPages * page_, group = group_;
+    float* scores = scores_ + c * page_;
+    int64_t row = state(run.begin);
     bf16* weights = kPairs ? weights_ + c * page_ : nullptr;
     for (int64_t b = run.begin; b < run.end; ++b) {
-      const auto seen = static_cast<int32_t>(visible(b, run.column + c));
-      for (int64_t g = 0; g < group; ++g, scores += ld, weights += kPairs ? ld : 0, ++row_max, ++row_sum) {
-        if constexpr (kPairs)
-          for (int64_t j = 0; j < width; j += kWidth) store(scores + j, load(scores + j) * p_.scale);
-        if (seen < width)
-          for (int64_t j = 0; j < width; j += kWidth)
-            store(scores + j, iota() + (int32_t)j < seen ? load(scores + j) : splat(-__builtin_inff()));
-        Vec highest = load(scores);
-        for (int64_t j = kWidth; j < width; j += kWidth) highest = max(highest, load(scores + j));
-        const float page_max = reduce_max(highest);
-        if (__builtin_expect(page_max > *row_max + kSlack, 0)) {
+      const int64_t seen = visible(b, run.column + c);
+      for (int64_t g = 0; g < group; ++g, scores += ld, weights += kPairs ? ld : 0)
+        weigh_row<Vecs>(scores, weights, seen, row++, [&] {
           accumulate(run, taken, c);
           taken = c;
-          const float factor = exp(*row_max - page_max);
-          scale_row(acc_ + (state(b) + g) * padded_, padded_, factor);
-          *row_sum *= factor;
-          *row_max = page_max;
-        }
-        const float m = *row_max;
-        Vec sum = *row_sum;
-        for (int64_t j = 0; j < width; j += kWidth) {
-          const Vec weight = exp(load(scores + j) - m);
-          sum += weight;
-          if constexpr (kPairs)
-            store(weights + j, weight);
-          else
-            store(scores + j, weight);
-        }
-        *row_sum = sum;
-      }
+        });
     }
     return taken;
+  }
+
+  // The same for one row, of which `seen` scores count; `catch_up` is called before its m grows.
+  template <int Vecs, class CatchUp>
+  INLINE_MEMBER void weigh_row(float* scores, bf16* weights, int64_t seen, int64_t state, const CatchUp& catch_up) {
+    const int64_t width = Vecs > 0 ? Vecs * kWidth : page_;
+    if constexpr (kPairs)
+      for (int64_t j = 0; j < width; j += kWidth) store(scores + j, load(scores + j) * p_.scale);
+    if (seen < width)
+      for (int64_t j = 0; j < width; j += kWidth)
+        store(scores + j, iota() + (int32_t)j < (int32_t)seen ? load(scores + j) : splat(-__builtin_inff()));
+    Vec highest = load(scores);
+    for (int64_t j = kWidth; j < width; j += kWidth) highest = max(highest, load(scores + j));
+    const float page_max = reduce_max(highest);
+    if (__builtin_expect(page_max > max_[state] + kSlack, 0)) {
+      catch_up();
+      const float factor = exp(max_[state] - page_max);
+      scale_row(acc_ + state * padded_, padded_, factor);
+      sum_[state] *= factor;
+      max_[state] = page_max;
+    }
+    const float m = max_[state];
+    Vec sum = sum_[state];
+    for (int64_t j = 0; j < width; j += kWidth) {
+      const Vec weight = exp(load(scores + j) - m);
+      sum += weight;
+      if constexpr (kPairs)
+        store(weights + j, weight);
+      else
+        store(scores + j, weight);
+    }
+    sum_[state] = sum;
   }
 
   // acc += weights * values over pages [from, to) of the run. Slots beyond every query's length are never read: they
