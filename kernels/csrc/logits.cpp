@@ -12,16 +12,14 @@
 // given. Neither depends on the number of threads.
 #include "kernels.h"
 #include "simd.h"
-#include "threads.h"
 
 namespace ibtpo::IBTPO_ISA {
 namespace {
 
-constexpr int64_t kParallelWork = 1 << 17;   // logits; below, starting threads costs more than it saves
-constexpr int64_t kParallelItems = 1 << 10;  // rows, or edges, of a pass that does little for each
-constexpr int64_t kShort = 64;               // most logits of a row for which several rows take a lane each
-constexpr int64_t kSegment = 1024;           // logits of a row summed together: 4 KiB, read twice from the L1 cache
-constexpr float kLowest = -1e30f;            // stands in for -inf, whose product with probability 0 would be NaN
+constexpr int64_t kParallelWork = 1 << 17;  // logits; below, starting threads costs more than it saves
+constexpr int64_t kShort = 64;              // most logits of a row for which several rows take a lane each
+constexpr int64_t kSegment = 1024;          // logits of a row summed together: 4 KiB, read twice from the L1 cache
+constexpr float kLowest = -1e30f;           // stands in for -inf, whose product with probability 0 would be NaN
 constexpr float kInfinity = __builtin_inff();
 
 typedef uint16_t Bits __attribute__((vector_size(2 * kWidth)));
@@ -174,15 +172,13 @@ INLINE void grad_row(T* u, int64_t size, const S& shape, float m, float l, float
   if (i < size) write_part(u + i, du(read_part(u + i, size - i)), size - i);
 }
 
-// Calls f(edge, its offset in the tile) for the edges that point into the tile; in their order unless `parallel`.
+// Calls f(edge, its offset in the tile) for the edges that point into the tile.
 template <class F>
-INLINE void for_edges(const LogitTile& tile, const LogitEdges& edges, bool parallel, const F& f) {
-  spread_ranges(edges.count, parallel, [&](int64_t begin, int64_t end) {
-    for (int64_t e = begin; e < end; ++e) {
-      const int64_t row = edges.rows[e] - tile.first_row, col = edges.targets[e] - tile.first_col;
-      if (row >= 0 && row < tile.num_rows && col >= 0 && col < tile.num_cols) f(e, row * tile.num_cols + col);
-    }
-  });
+INLINE void for_edges(const LogitTile& tile, const LogitEdges& edges, F f) {
+  for (int64_t e = 0; e < edges.count; ++e) {
+    const int64_t row = edges.rows[e] - tile.first_row, col = edges.targets[e] - tile.first_col;
+    if (row >= 0 && row < tile.num_rows && col >= 0 && col < tile.num_cols) f(e, row * tile.num_cols + col);
+  }
 }
 
 template <class T, bool Capped>
@@ -201,8 +197,7 @@ void stats_tile(const LogitTile& tile, const LogitEdges& edges, float* stats, in
     else
       stats_row(u + r * tile.num_cols, tile.num_cols, shape, *m, *s, *w);
   }
-  for_edges(tile, edges, edges.count > kParallelItems,
-            [&](int64_t e, int64_t at) { chosen[e] = shape.logit(read_part(u + at, 1))[0]; });
+  for_edges(tile, edges, [&](int64_t e, int64_t at) { chosen[e] = shape.logit(read_part(u + at, 1))[0]; });
 }
 
 template <class T, bool Capped>
@@ -211,7 +206,7 @@ void grad_tile(const LogitTile& tile, const LogitEdges& edges, const float* stat
   const Shape<Capped> shape(tile);
   T* u = static_cast<T*>(tile.u);
   const Scratch<float> own(edges.count);  // what each edge adds, computed before u is overwritten
-  for_edges(tile, edges, edges.count > kParallelItems, [&](int64_t e, int64_t at) {
+  for_edges(tile, edges, [&](int64_t e, int64_t at) {
     Vec slope;
     shape.logit(read_part(u + at, 1), slope);
     own[e] = grads[e] * slope[0];
@@ -223,7 +218,7 @@ void grad_tile(const LogitTile& tile, const LogitEdges& edges, const float* stat
     grad_row(u + r * tile.num_cols, tile.num_cols, shape, at[0], at[total_rows], at[2 * total_rows], grad_rows[row],
              grad_entropy[row]);
   }
-  for_edges(tile, edges, false, [&](int64_t e, int64_t at) { write_part(u + at, read_part(u + at, 1) + own[e], 1); });
+  for_edges(tile, edges, [&](int64_t e, int64_t at) { write_part(u + at, read_part(u + at, 1) + own[e], 1); });
 }
 
 }  // namespace
@@ -236,17 +231,13 @@ void logit_stats(const LogitTile& tile, const LogitEdges& edges, float* stats, i
 }
 
 void logit_finish(float* stats, int64_t total_rows, const LogitEdges& edges, float* chosen) {
-  spread_ranges(total_rows, total_rows > kParallelItems, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const float s = stats[total_rows + r], l = __builtin_logf(s);
-      stats[total_rows + r] = l;
-      stats[2 * total_rows + r] = l - stats[2 * total_rows + r] / s;
-    }
-  });
-  spread_ranges(edges.count, edges.count > kParallelItems, [&](int64_t begin, int64_t end) {
-    for (int64_t e = begin; e < end; ++e)
-      chosen[e] = (chosen[e] - stats[edges.rows[e]]) - stats[total_rows + edges.rows[e]];
-  });
+  for (int64_t r = 0; r < total_rows; ++r) {
+    const float s = stats[total_rows + r], l = __builtin_logf(s);
+    stats[total_rows + r] = l;
+    stats[2 * total_rows + r] = l - stats[2 * total_rows + r] / s;
+  }
+  for (int64_t e = 0; e < edges.count; ++e)
+    chosen[e] = (chosen[e] - stats[edges.rows[e]]) - stats[total_rows + edges.rows[e]];
 }
 
 void logit_grad(const LogitTile& tile, const LogitEdges& edges, const float* stats, int64_t total_rows,

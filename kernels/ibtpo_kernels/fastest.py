@@ -38,7 +38,7 @@ def ours_is_faster(x: Tensor, weight: Tensor) -> bool:
 
     This holds in bfloat16 where torch is slow at it, and with a large weight for few rows, as in a decode step: in
     float32 from AVX2 on, in bfloat16 on AVX-512 without AMX. Measured on two AVX-512 cores, whose lesser instruction
-    sets, ours and torch's, stood for other processors; see docs/kernels.md.
+    sets, ours and torch's, stood for other processors, and in float32 on two AVX2 cores; see docs/kernels.md.
     """
     if torch_is_slow(x):
         return True
