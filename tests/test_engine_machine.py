@@ -316,7 +316,7 @@ class EngineMachine(RuleBasedStateMachine):
 
 def test_random_operations_never_lose_a_page_or_change_a_token() -> None:
     EngineMachine.seen.clear()
-    run_state_machine_as_test(EngineMachine, settings=settings(max_examples=20, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(EngineMachine, settings=settings(max_examples=24, stateful_step_count=30, deadline=None))
     seen = EngineMachine.seen
     for name in ("branches", "reused", "copied", "evicted_pages", "splits", "trees run", "out of pages"):
         assert seen[name] > 20, (name, seen)
