@@ -183,6 +183,24 @@ def test_a_gradient_penalty_is_refused_and_not_dropped(
         torch.autograd.grad(slope.square().sum() + x.square().sum(), x)
 
 
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_the_reference_has_second_derivatives_but_of_the_heads(op: str) -> None:
+    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+
+    in_float64: dict[str, Callable[[Tensor], Tensor]] = {
+        "rms_norm": lambda x: K.rms_norm(x, x[0], eps=1e-6),
+        "add_rms_norm": lambda x: K.add_rms_norm(x, x, x[0], eps=1e-6)[0],
+        "linear_logprob": lambda x: K.linear_logprob(x, x, torch.arange(3), torch.arange(3))[0],
+    }
+    run = in_float64.get(op, DIFFERENTIABLE[op])
+    with K.backend("reference"):
+        if op == "linear_logprob":
+            with pytest.raises(RuntimeError, match="plain torch in place of linear_logprob"):
+                torch.autograd.gradgradcheck(run, x)
+        else:
+            assert torch.autograd.gradgradcheck(run, x)
+
+
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the reference has second derivatives")
 def test_policy_head_refuses_to_be_differentiated_with_a_graph() -> None:
     x = torch.randn(3, 8, requires_grad=True)

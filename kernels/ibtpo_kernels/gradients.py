@@ -29,7 +29,10 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return forward_mode() or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors))
 
 
-NO_SECOND = 'the gradients of the ops of ibtpo_kernels cannot be differentiated again; use backend("reference")'
+NO_SECOND = (
+    "the gradients of the ops of ibtpo_kernels cannot be differentiated again; "
+    'use backend("reference"), or plain torch in place of linear_logprob and policy_head'
+)
 
 
 def once_differentiable(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., tuple[Tensor | None, ...]]:
