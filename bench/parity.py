@@ -27,6 +27,7 @@ PROMPT, NEW = 24, 64
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,
     "intermediate_size": 1024,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from random import Random
 
 import numpy as np
@@ -109,10 +109,10 @@ def split_steps(leaf: Node, splitter: Splitter) -> list[Node]:
         offsets: Sequence[int] = splitter(leaf.tokens, _tokens_before(leaf, splitter.context))
     else:
         offsets = splitter(leaf.tokens)
-    bounds = [0, *offsets, len(leaf)]
-    if any(a >= b for a, b in pairwise(bounds)):
-        raise ValueError(f"splitter: offsets {list(offsets)} must increase inside (0, {len(leaf)})")
-    return [leaf.split(b - a) for a, b in pairwise(bounds)]
+    try:
+        return leaf.cut(offsets)
+    except ValueError:
+        raise ValueError(f"splitter: offsets {list(offsets)} must increase inside (0, {len(leaf)})") from None
 
 
 def _tokens_before(node: Node, count: int) -> list[int]:

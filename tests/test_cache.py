@@ -338,6 +338,25 @@ def test_a_closed_tree_is_remembered_node_by_node() -> None:
     assert closing(48) < 1.2 * closing(12)
 
 
+@pytest.mark.parametrize("offsets", [[], [1, 2, 3], [12, 28, 44], [16], [5, 31, 32, 33, 49], [*range(1, 50)]])
+def test_a_closed_tree_is_remembered_wherever_it_is_cut(offsets: list[int]) -> None:
+    """Steps of a few tokens are remembered as the runs between forks, in the same entries and pages."""
+    engine = Engine(tiny_model(), kv_tokens=1024)
+    with engine.tree(prompt_of(20)) as tree:
+        first, second = engine.extend(tree.root.fork(2), Sampling(max_tokens=50))
+        [below] = engine.extend(first.fork(at=23), Sampling(max_tokens=43))
+        paths = [leaf.prefix() for leaf in (first, second, below)]
+        second.cut(offsets)
+        below.cut([at for at in offsets if at < len(below)])
+        tables = [engine.cache.path_pages(leaf) for leaf in (first, second, below)]
+    for path, table in zip(paths, tables, strict=True):
+        pages = engine.cache.index.match(path)
+        assert pages == table[: (len(path) - 1) // PAGE]
+        engine.cache.pool.release(pages)
+    assert engine.cache.index.num_entries == 1 + 3 + 3 + 1  # the prompt's, `first`'s, `second`'s, `below`'s own
+    engine.check_integrity()
+
+
 def test_what_a_closed_tree_computed_is_found_by_content_and_can_be_evicted() -> None:
     """Not only the prompt: a sampled transcript sent again as a prompt is found too, up to its last whole page."""
     engine = Engine(tiny_model(), kv_tokens=1024)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -55,6 +56,42 @@ def test_a_cut_divides_every_number_of_a_node() -> None:
         assert np.array_equal(node.entropy, 3 * depths)
         assert node.version == 7
         assert node.stream == leaf.stream
+
+
+@given(st.sets(st.integers(1, 19)).map(sorted), st.booleans())
+def test_a_cut_into_many_is_one_cut_after_another(offsets: list[int], of_root: bool) -> None:
+    def twin() -> Node:
+        if of_root:
+            return Tree(range(20)).root
+        tree = Tree([1, 2, 3])
+        first, leaf, last = tree.root.fork(3)
+        for node in (first, leaf, last):
+            filled(node, range(20), version=7)
+        leaf.fork(1)
+        return leaf
+
+    one, other = twin(), twin()
+    bounds = [0, *offsets]
+    parts = [other.split(b - a) for a, b in pairwise(bounds)] + [other]
+    got = one.cut(offsets)
+    assert got[-1] is one and len(got) == len(offsets) + 1
+    for mine, theirs in zip(one.tree.root.subtree(), other.tree.root.subtree(), strict=True):
+        for name in ("start", "end", "stream", "birth", "forks", "serial", "version", "finish", "is_leaf"):
+            assert getattr(mine, name) == getattr(theirs, name), name
+        for name in ("tokens", "logprob", "logprob_raw", "entropy"):
+            assert np.array_equal(getattr(mine, name), getattr(theirs, name)), name
+        assert (mine in got) == (theirs in parts)
+        assert [child.serial for child in mine.children] == [child.serial for child in theirs.children]
+        assert mine.parent is None or mine in mine.parent.children
+    assert vars(one.tree.used) == vars(other.tree.used)
+
+
+@pytest.mark.parametrize("offsets", [[0], [6], [3, 3], [4, 2], [-1]])
+def test_a_cut_at_the_wrong_places_is_refused(offsets: list[int]) -> None:
+    leaf = sampled(Tree([1, 2, 3]).root, range(6))
+    with pytest.raises(ValueError, match="must increase inside"):
+        leaf.cut(offsets)
+    assert len(leaf) == 6 and leaf.parent is leaf.tree.root
 
 
 def test_forks_at_the_ends_cut_nothing() -> None:

@@ -84,16 +84,21 @@ class PageCache:
 
     def remember(self, tree: Tree) -> None:
         """Let the index find every path of a tree, as far as it is computed."""
-        nodes: list[tuple[Node, Ints, Entry | None]] = [(tree.root, tree.root.tokens[:0], None)]
-        while nodes:
-            node, rest, above = nodes.pop()  # rest: tokens between the last whole page above the node, `above`, and it
+        runs: list[tuple[Node, Ints, Entry | None]] = [(tree.root, tree.root.tokens[:0], None)]
+        while runs:
+            node, rest, above = runs.pop()  # rest: tokens between the last whole page above the node, `above`, and it
             if node.kv is None:
                 continue
-            tokens = np.concatenate([rest, node.tokens])[: node.kv.computed - node.kv.first * PAGE]
-            below = self.index.insert(tokens, node.kv.pages, above)
+            first, pages, tokens = node.kv.first, [*node.kv.pages], [rest, node.tokens]
+            while is_computed(node) and len(node.children) == 1 and node.children[0].kv is not None:  # to a fork
+                [node] = node.children
+                pages[node.kv.first - first :] = node.kv.pages
+                tokens.append(node.tokens)
+            found = np.concatenate(tokens)[: node.kv.computed - first * PAGE]
+            below = self.index.insert(found, pages, above)
             if is_computed(node):
-                rest = tokens[len(tokens) // PAGE * PAGE :]
-                nodes += [(child, rest, below) for child in node.children]
+                rest = found[len(found) // PAGE * PAGE :]
+                runs += [(child, rest, below) for child in node.children]
 
     def forget(self, tree: Tree) -> None:
         """Give back every page of a tree; its tokens stay."""

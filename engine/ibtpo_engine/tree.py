@@ -14,7 +14,8 @@ engine attaches its pages to ``node.kv``, which the tree splits and releases wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from operator import index
 from typing import Any, Self
 
@@ -137,9 +138,9 @@ class Node:
         stack = [self]
         while stack:
             node = stack.pop()
-            if not node.is_pending:
+            if len(node.tokens) > 0:  # not pending
                 yield node
-                stack.extend(reversed(node.children))
+                stack += node.children[::-1]
 
     def subtree(self) -> list[Node]:
         """As `walk`, pending nodes included."""
@@ -171,25 +172,46 @@ class Node:
             if self.parent is None:
                 raise ValueError("split: at=0 on the root would leave an empty prompt")
             return self.parent
-        head = Node(self.tree, self.parent, self.start, self.stream)
-        head.serial, self.serial = self.serial, head.serial  # the upper half keeps its place in the sibling order
-        head.birth, head.forks = self.birth, self.forks  # one stream, one count of forks
-        head.version = self.version
-        head.children = [self]
-        head.tokens, self.tokens = self.tokens[:at], self.tokens[at:]
-        head.logprob, self.logprob = self.logprob[:at], self.logprob[at:]
-        head.logprob_raw, self.logprob_raw = self.logprob_raw[:at], self.logprob_raw[at:]
-        head.entropy, self.entropy = self.entropy[:at], self.entropy[at:]
-        if self.parent is None:
-            self.tree.root = head
-        else:
-            siblings = self.parent.children
-            siblings[siblings.index(self)] = head
-        self.parent = head
-        self.start += at
-        if self.kv is not None:
-            head.kv = self.kv.split_off(self.start)
-        return head
+        return self.cut([at])[0]
+
+    def cut(self, offsets: Sequence[int]) -> list[Node]:
+        """Cut this node before each of these tokens and return the parts, top down; this object stays the lowest.
+
+        The same as splitting the upper parts off one by one, in one pass.
+
+        Raises:
+            ValueError: the offsets do not increase inside (0, len(self)).
+        """
+        bounds = [0, *offsets, len(self.tokens)]
+        if any(a >= b for a, b in pairwise(bounds)):
+            raise ValueError(f"cut: offsets {bounds[1:-1]} must increase inside (0, {len(self.tokens)}) of {self!r}")
+        parts: list[Node] = []
+        above, start = self.parent, self.start
+        for a, b in pairwise(bounds[:-1]):
+            part = Node(self.tree, above, start + a, self.stream)
+            part.serial, self.serial = self.serial, part.serial  # upper parts keep their place in the sibling order
+            part.birth, part.forks = self.birth, self.forks  # one stream, one count of forks
+            part.version = self.version
+            part.tokens, part.logprob = self.tokens[a:b], self.logprob[a:b]
+            part.logprob_raw, part.entropy = self.logprob_raw[a:b], self.entropy[a:b]
+            if self.kv is not None:
+                part.kv = self.kv.split_off(start + b)
+            if parts:
+                parts[-1].children = [part]
+            elif above is None:
+                self.tree.root = part
+            else:
+                above.children[above.children.index(self)] = part
+            parts.append(part)
+            above = part
+        if parts:
+            last = bounds[-2]
+            self.tokens, self.logprob = self.tokens[last:], self.logprob[last:]
+            self.logprob_raw, self.entropy = self.logprob_raw[last:], self.entropy[last:]
+            self.start = start + last
+            self.parent = parts[-1]
+            parts[-1].children = [self]
+        return [*parts, self]
 
     def fork(self, n: int = 1, at: int | None = None) -> list[Node]:
         """Begin `n` new branches that share everything before token `at` of this node (default: all of it).
