@@ -30,7 +30,7 @@ from ibtpo_engine.sampling import Sampling
 from ibtpo_engine.scheduler import Scheduler
 from ibtpo_engine.shadow import Shadow
 from ibtpo_engine.stops import Decode
-from ibtpo_engine.threads import in_one_thread, threads_for
+from ibtpo_engine.threads import in_one_thread
 from ibtpo_engine.tree import Node, Tree
 from ibtpo_engine.watch import Pauses
 from ibtpo_engine.weights import WeightWatch
@@ -93,7 +93,6 @@ class EngineCore:
         self._opened = 0
         self._prompt_pages = 0  # of all open trees
         self._weights = WeightWatch(self.model, *([self.shadow.masters] if self.shadow else []))
-        self._num_parameters = sum(p.numel() for p in self.model.parameters())
         self._build(capture_for(self.model) if cuda_graphs else None)
 
     def _build(self, capture: Capture | None) -> None:
@@ -233,7 +232,7 @@ class EngineCore:
         if self.scheduler.is_plain:  # no torch in it: entering the modes would cost as much as the rest of the step
             finished: list[Node] | None = self.scheduler.step(self.version, most)
         else:
-            with torch.inference_mode(), self._no_autocast(), self._threads():
+            with torch.inference_mode(), self._no_autocast():
                 self.cache.pool.restore_memory()
                 finished = self.scheduler.step(self.version, most)
         if finished is None:
@@ -311,11 +310,6 @@ class EngineCore:
         """Turn the caller's autocast off; if it is not on, skip the cost of entering the context."""
         device = self.model.device.type
         return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-    def _threads(self) -> AbstractContextManager[None]:
-        if self.scheduler.runner.is_native or self.model.device.type != "cpu":  # the native one chooses them itself
-            return nullcontext()
-        return threads_for(2.0 * self._num_parameters * self.scheduler.num_rows)
 
     def _suspend_one(self) -> None:
         """Pages are short: drop the KV of the youngest tree that a search grows, except the oldest branch's tree."""

@@ -6,6 +6,7 @@ and the page-table row of its path. Decoding, chunked prefill and recomputing a 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from ibtpo_engine.paged_attention import PagedAttention
 from ibtpo_engine.pages import PAGE, PagePool
 from ibtpo_engine.parity import Parity, check_parity, project_for
 from ibtpo_engine.slots import Slots
+from ibtpo_engine.threads import threads_for
 from ibtpo_kernels import (
     DecodePlan,
     DecodePlanner,
@@ -75,6 +77,7 @@ class Runner:
         self.model = model
         self.pool = pool
         self.parity: Parity = parity
+        self._num_parameters = sum(p.numel() for p in model.parameters())
         self._plan: DecodePlan | None = None
         self._planned: Ints = np.empty(0, np.int32)  # the rows that _plan is for
         self._decoder: Decoder | None = None
@@ -114,6 +117,12 @@ class Runner:
     def has_step(self) -> bool:
         """Whether `decode` can run a step that has only decode rows."""
         return self.is_native or self.graphs is not None
+
+    def threads(self, num_rows: int) -> AbstractContextManager[None]:
+        """The CPU threads for a step of so many rows."""
+        if self.is_native or self.model.device.type != "cpu":  # the native decoder chooses them itself
+            return nullcontext()
+        return threads_for(2.0 * self._num_parameters * num_rows)
 
     def forward(self, rows: Rows, planner: DecodePlanner) -> Tensor:
         """Hidden states [T, H] of `rows`; the table of `planner` holds the pages of their paths."""

@@ -56,12 +56,6 @@ class Scheduler(Roster):
     # ---- what the engine calls -------------------------------------------------------------------------------
 
     @property
-    def num_rows(self) -> int:
-        """About how many rows the next step runs."""
-        filling = sum(fill.end - fill.computed for fill in self.fills.values())
-        return len(self.running) + min(filling, self.fill_tokens)
-
-    @property
     def is_plain(self) -> bool:
         """Will the next step be decode rows run natively and nothing else?"""
         waits = self.waiting or self.fills or self.slots.features
@@ -81,12 +75,13 @@ class Scheduler(Roster):
                 return self._decode(version, most)
             self._grow()
             chunks, decoding = self._chunks(), self._decoding_slots()
-            hidden = self._forward(decoding, chunks)
-            scored = self._complete(len(decoding), chunks, hidden, ready, version)
-            started = self._start(ready)
-            if hidden is None and not (started or scored or self.running):
-                return None
-            return scored + self._sample(decoding, hidden, started, version)
+            with self.runner.threads(len(decoding) + sum(map(len, chunks)) + len(ready)):
+                hidden = self._forward(decoding, chunks)
+                scored = self._complete(len(decoding), chunks, hidden, ready, version)
+                started = self._start(ready)
+                if hidden is None and not (started or scored or self.running):
+                    return None
+                return scored + self._sample(decoding, hidden, started, version)
         except BaseException:  # an interrupt, or logits that are NaN: branches about to start wait again
             for branch in ready:
                 if branch.node.in_flight and branch not in self.waiting and not self.is_running(branch):
