@@ -142,6 +142,24 @@ def test_trees_beside_chains() -> None:
             assert agree(text, speed[prompts, "independent, 8"] / speed[prompts, who]), (line, who)
 
 
+def test_a_training_step() -> None:
+    rows = {(row["case"], row["who"]): row for row in rows_of("train_peers.csv")}
+    seconds = {key: float(row["median_s"]) for key, row in rows.items()}
+    cases = {
+        "training step, built-in policy": ("ibtpo, grpo", "TRL, generate", "TRL, our engine"),
+        "training step, prompts of 512": ("ibtpo, grpo", "TRL, generate", "TRL, our engine"),
+        "update, built-in policy": ("ibtpo, trees", "TRL, trajectories given"),
+    }
+    for (case, (us, *them)), (line, ours, *peers) in zip(cases.items(), table("| seconds | ours "), strict=True):
+        assert agree(ours, seconds[case, us]), line
+        for who, text in zip(them, peers, strict=False):
+            assert agree(text, seconds[case, who], seconds[case, who] / seconds[case, us]), (line, who)
+        assert len(list(filter(None, peers))) == len(them)
+    chains, trees = seconds["update, built-in policy", "ibtpo, chains"], seconds["update, built-in policy", "ibtpo, trees"]
+    assert "takes 1.6\ntimes as long" in README and agree("1.6", chains / trees)
+    assert "takes 1.09 s" in README and agree("1.09", seconds["training step, built-in policy", "ibtpo, ib-tpo"])
+
+
 def test_the_first_run() -> None:
     rows = {(row["commit"], row["seed"]): row for row in rows_of("make_train.csv")}
     columns = ("sampled_before", "sampled_after", "greedy_before", "greedy_after")
