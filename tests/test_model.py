@@ -154,6 +154,18 @@ def test_what_we_save_transformers_loads_with_identical_logits(case: str, tmp_pa
     assert load_tokenizer(tmp_path / "ours").eos_token_id == 2
 
 
+def test_what_was_described_without_its_type_is_saved_with_it(tmp_path: Path) -> None:
+    """`Model(ModelConfig.from_dict(...))` asks for the architecture only; `transformers` loads by the type."""
+    save_checkpoint(tmp_path / "theirs", "qwen3")
+    raw = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    del raw["model_type"]
+    ours = initialise(Model(ModelConfig.from_dict(raw)), seed=1)
+    save_model(ours, None, tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval()
+    prompt = prompt_of(20)
+    assert (reference_logits(again, prompt) - path_logits(ours, prompt)).abs().max() < 1e-4
+
+
 def test_the_config_we_save_keeps_every_field_it_came_with(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "theirs", "llama", rope_parameters=LLAMA3)
     save_model(load_model(tmp_path / "theirs", dtype=torch.bfloat16), None, tmp_path / "ours")

@@ -74,6 +74,15 @@ def test_an_exported_page_opens_from_a_file(tmp_path: Path, browser: Browser) ->
     assert texts(browser, ".prompts .count") == ["6 trees"]
 
 
+def test_only_trees_branched_by_ib_score_come_with_the_remark_on_their_reward(tmp_path: Path, browser: Browser) -> None:
+    guided, chains = (make_run(tmp_path / name, steps=3, trees=1) for name in ("guided", "chains"))
+    (chains / "config.yaml").write_text("search: {method: independent}\n", encoding="utf-8")
+    for runs, said in (([guided], 1), ([chains], 0), ([chains, guided], 1)):
+        browser.open(export_page(runs, tmp_path / "page.html", trees=1).as_uri())
+        assert len(texts(browser, ".result")) > 0
+        assert sum("guided tree is not accuracy" in text for text in texts(browser, ".warning")) == said
+
+
 def test_the_curve_of_a_thinned_run_is_its_mean_around_which_the_extremes_lie(tmp_path: Path, browser: Browser) -> None:
     run = make_run(tmp_path / "run", steps=1, trees=0)
     with (run / "metrics.jsonl").open("a") as file:

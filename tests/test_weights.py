@@ -264,6 +264,12 @@ def test_another_type_of_the_weights_needs_another_engine() -> None:
         engine.weights_changed()
 
 
+def test_the_model_of_an_engine_cannot_be_exchanged() -> None:
+    engine = Engine(tiny_model(), kv_tokens=1024)
+    with pytest.raises(AttributeError):
+        engine.model = tiny_model()
+
+
 def test_a_model_of_transformers_is_borrowed_and_never_taken_as_it_is(tmp_path: Path) -> None:
     theirs = save_checkpoint(tmp_path, "qwen2")
     with pytest.raises(TypeError, match=r"Qwen2ForCausalLM is not an ibtpo_engine.Model; call load_model.*borrow"):

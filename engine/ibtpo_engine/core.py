@@ -61,7 +61,7 @@ class EngineCore:
                 "borrow(model) on a transformers model"
             )
         self.shadow = model if isinstance(model, Shadow) else None
-        self.model = model.model if isinstance(model, Shadow) else model
+        self._model = model.model if isinstance(model, Shadow) else model
         if kv_tokens is not None and kv_share is not None:
             raise ValueError(f"Engine: kv_tokens={kv_tokens} and kv_share={kv_share} both size the pool; give one")
         if kv_tokens is None:
@@ -94,6 +94,11 @@ class EngineCore:
         self._prompt_pages = 0  # of all open trees
         self._weights = WeightWatch(self.model, *([self.shadow.masters] if self.shadow else []))
         self._build(capture_for(self.model) if cuda_graphs else None)
+
+    @property
+    def model(self) -> Model:
+        """The model that is sampled from, for good: another one needs another engine."""
+        return self._model
 
     def _build(self, capture: Capture | None) -> None:
         config = self.model.config

@@ -184,7 +184,7 @@ class ModelConfig:
             out_bias=architecture != "qwen2" and bias,
             mlp_bias=architecture == "llama" and bool(raw.get("mlp_bias", False)),
             rope=rope,
-            raw=raw,
+            raw={"model_type": architecture} | raw,  # `transformers` needs it to load what is saved
         )
         config._validate(source)
         return config

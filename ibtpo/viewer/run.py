@@ -164,6 +164,7 @@ class RunView:
             "facts": describe_run(config),
             "config": to_yaml(config),
             "budget": config.get("sampled_tokens"),
+            "guided": config.get("search", {}).get("method") == "ibtree",
         }
 
     def _age(self) -> float | None:

@@ -13,7 +13,7 @@ class Run {
 
   /** Take in an answer of the server. Returns whether metrics or trees changed. */
   take(answer) {
-    for (const key of ["name", "facts", "config", "summary", "budget"]) if (key in answer) this[key] = answer[key];
+    for (const key of ["name", "facts", "config", "summary", "budget", "guided"]) if (key in answer) this[key] = answer[key];
     this.age = answer.age;
     const { metrics, trees } = answer;
     if (metrics.reset) Object.assign(this.metrics, { points: new Map(), tokens: new Map(), total: 0, last: 0 });

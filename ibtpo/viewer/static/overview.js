@@ -31,7 +31,7 @@ class Overview {
     this.result = el("div", { class: "results" });
     this.charts = KEY_CHARTS.map((spec) => new Chart(spec, runs));
     this.configs = runs.map(() => el("pre", { class: "card mono" }));
-    this.node = el("section", { class: "page" }, this.result, el("p", { class: "warning", text: data.notAccuracy }),
+    this.node = el("section", { class: "page" }, this.result, runs.some((run) => run.guided) ? el("p", { class: "warning", text: data.notAccuracy }) : null,
       el("h2", { text: "Learning curves" }), el("div", { class: "charts" }, ...this.charts.map((c) => c.node)),
       ...runs.map((run, i) => el("details", { class: "config" }, el("summary", { text: `Configuration of ${visible(run.name)}` }), this.configs[i])));
     this.refresh();
