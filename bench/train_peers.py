@@ -416,7 +416,12 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", choices=[*CASES, []], metavar="CASE", help=which)
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     parser.add_argument("--repetitions", type=int, default=15, metavar="N")
-    parser.add_argument("--policy", type=Path, metavar="FOLDER", help="the built-in policy after a warm start, if kept")
+    parser.add_argument(
+        "--policy",
+        type=lambda text: Path(text).resolve(),
+        metavar="FOLDER",
+        help="the built-in policy after a warm start, if kept",
+    )
     options = parser.parse_args()
     for name in options.cases or CASES:
         with tempfile.TemporaryDirectory() as folder:

@@ -503,6 +503,28 @@ def test_an_interrupt_at_any_moment_leaves_an_engine_in_order(kind: str, interru
     assert interrupted > 3
 
 
+@pytest.mark.parametrize("error", [OutOfPages, KeyboardInterrupt])
+def test_an_interrupt_while_a_call_is_given_up_leaves_an_engine_in_order(
+    error: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between taking a branch off the queue and off its tree, after an error or another interrupt."""
+    engine = Engine(MODEL, kv_tokens=16 * 4)
+    tree = engine.tree(prompt_of(40))
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if error is KeyboardInterrupt:
+        monkeypatch.setattr(engine.scheduler, "_sample", interrupted)
+    monkeypatch.setattr(engine.scheduler, "_abandon", interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        engine.extend(tree.root.fork(4), Sampling(max_tokens=60))
+    assert isinstance(raised.value.__context__, error)
+    assert tree.root.children == []
+    tree.close()
+    assert_idle(engine)
+
+
 def test_reset_puts_broken_books_in_order() -> None:
     sampling = Sampling(max_tokens=50)
     engine = Engine(MODEL, kv_tokens=4000)

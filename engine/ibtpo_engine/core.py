@@ -260,17 +260,22 @@ class EngineCore:
     def _give_up(self, leave: Callable[[], None], error: BaseException) -> None:
         """A call ends with an error: `leave` takes what it began off the trees.
 
-        An interrupt may come at any moment: after one the engine is checked, and reset if that fails.
+        An interrupt may come at any moment: after one the engine is checked, and reset if that fails. It is also reset
+        if the interrupt comes in here.
         """
-        if isinstance(error, Exception | GeneratorExit):
-            leave()
-            return
+        interrupted = not isinstance(error, Exception | GeneratorExit)
         try:
             leave()
-            self.check_integrity()
-        except Exception:
+            if interrupted:
+                self.check_integrity()
+        except BaseException as another:
+            again = not isinstance(another, Exception)
+            if not (interrupted or again):
+                raise
             self.reset()
             leave()
+            if again:
+                raise
 
     def reset(self) -> None:
         """Forget all keys and values and take everything in progress off its tree; open trees keep their tokens.

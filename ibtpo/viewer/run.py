@@ -159,12 +159,13 @@ class RunView:
             config = load_yaml(self.path / CONFIG)
         except (OSError, ValueError):
             config = {}
+        search = config.get("search")
         return {
             "name": self.name,
             "facts": describe_run(config),
             "config": to_yaml(config),
             "budget": config.get("sampled_tokens"),
-            "guided": config.get("search", {}).get("method") == "ibtree",
+            "guided": isinstance(search, dict) and search.get("method") == "ibtree",
         }
 
     def _age(self) -> float | None:
