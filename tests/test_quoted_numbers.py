@@ -155,7 +155,7 @@ def test_a_training_step() -> None:
         for who, text in zip(them, peers, strict=False):
             assert agree(text, seconds[case, who], seconds[case, who] / seconds[case, us]), (line, who)
         assert len(list(filter(None, peers))) == len(them)
-    chains, trees = seconds["update, built-in policy", "ibtpo, chains"], seconds["update, built-in policy", "ibtpo, trees"]
+    chains, trees = (seconds["update, built-in policy", f"ibtpo, {packed}"] for packed in ("chains", "trees"))
     assert "takes 1.6\ntimes as long" in README and agree("1.6", chains / trees)
     assert "takes 1.09 s" in README and agree("1.09", seconds["training step, built-in policy", "ibtpo, ib-tpo"])
 
