@@ -86,6 +86,15 @@ def test_a_cut_into_many_is_one_cut_after_another(offsets: list[int], of_root: b
     assert vars(one.tree.used) == vars(other.tree.used)
 
 
+def test_a_cut_at_numbers_of_numpy_leaves_none_in_the_tree() -> None:
+    """A splitter may return an array; depths go into records and JSON."""
+    leaf = sampled(Tree([1, 2, 3]).root, range(6))
+    parts = leaf.cut(np.array([2, 4]))
+    assert [type(number) for part in parts for number in (part.start, part.end)] == [int] * 6
+    with pytest.raises(TypeError):
+        leaf.cut([1.0])
+
+
 @pytest.mark.parametrize("offsets", [[0], [6], [3, 3], [4, 2], [-1]])
 def test_a_cut_at_the_wrong_places_is_refused(offsets: list[int]) -> None:
     leaf = sampled(Tree([1, 2, 3]).root, range(6))

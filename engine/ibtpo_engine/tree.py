@@ -14,10 +14,10 @@ engine attaches its pages to ``node.kv``, which the tree splits and releases wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from operator import index
-from typing import Any, Self
+from typing import Any, Self, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -138,9 +138,9 @@ class Node:
         stack = [self]
         while stack:
             node = stack.pop()
-            if len(node.tokens) > 0:  # not pending
+            if not node.is_pending:
                 yield node
-                stack += node.children[::-1]
+                stack.extend(reversed(node.children))
 
     def subtree(self) -> list[Node]:
         """As `walk`, pending nodes included."""
@@ -174,7 +174,7 @@ class Node:
             return self.parent
         return self.cut([at])[0]
 
-    def cut(self, offsets: Sequence[int]) -> list[Node]:
+    def cut(self, offsets: Iterable[SupportsIndex]) -> list[Node]:
         """Cut this node before each of these tokens and return the parts, top down; this object stays the lowest.
 
         The same as splitting the upper parts off one by one, in one pass.
@@ -182,36 +182,43 @@ class Node:
         Raises:
             ValueError: the offsets do not increase inside (0, len(self)).
         """
-        bounds = [0, *offsets, len(self.tokens)]
+        bounds = [0, *map(index, offsets), len(self.tokens)]
         if any(a >= b for a, b in pairwise(bounds)):
             raise ValueError(f"cut: offsets {bounds[1:-1]} must increase inside (0, {len(self.tokens)}) of {self!r}")
         parts: list[Node] = []
-        above, start = self.parent, self.start
         for a, b in pairwise(bounds[:-1]):
-            part = Node(self.tree, above, start + a, self.stream)
-            part.serial, self.serial = self.serial, part.serial  # upper parts keep their place in the sibling order
-            part.birth, part.forks = self.birth, self.forks  # one stream, one count of forks
-            part.version = self.version
-            part.tokens, part.logprob = self.tokens[a:b], self.logprob[a:b]
-            part.logprob_raw, part.entropy = self.logprob_raw[a:b], self.entropy[a:b]
-            if self.kv is not None:
-                part.kv = self.kv.split_off(start + b)
-            if parts:
-                parts[-1].children = [part]
-            elif above is None:
-                self.tree.root = part
-            else:
-                above.children[above.children.index(self)] = part
-            parts.append(part)
-            above = part
+            parts.append(self._part(a, b, below=parts[-1] if parts else self.parent))
         if parts:
-            last = bounds[-2]
-            self.tokens, self.logprob = self.tokens[last:], self.logprob[last:]
-            self.logprob_raw, self.entropy = self.logprob_raw[last:], self.entropy[last:]
-            self.start = start + last
-            self.parent = parts[-1]
-            parts[-1].children = [self]
+            self._move_below(parts)
         return [*parts, self]
+
+    def _part(self, a: int, b: int, *, below: Node | None) -> Node:
+        """A node of its own with tokens [a, b) of this one, not on the tree yet."""
+        part = Node(self.tree, below, self.start + a, self.stream)
+        part.birth, part.forks = self.birth, self.forks  # one stream, one count of forks
+        part.version = self.version
+        part.tokens, part.logprob = self.tokens[a:b], self.logprob[a:b]
+        part.logprob_raw, part.entropy = self.logprob_raw[a:b], self.entropy[a:b]
+        return part
+
+    def _move_below(self, parts: list[Node]) -> None:
+        """Give up to `parts`, each below the one before, what they hold, and hang below them in their place."""
+        for part in parts:
+            part.serial, self.serial = self.serial, part.serial  # upper parts keep their place in the sibling order
+            if self.kv is not None:
+                part.kv = self.kv.split_off(part.end)
+        for above, part in pairwise([*parts, self]):
+            above.children = [part]
+        if self.parent is None:
+            self.tree.root = parts[0]
+        else:
+            siblings = self.parent.children
+            siblings[siblings.index(self)] = parts[0]
+        self.parent = parts[-1]
+        at = self.parent.end - self.start
+        self.tokens, self.logprob = self.tokens[at:], self.logprob[at:]
+        self.logprob_raw, self.entropy = self.logprob_raw[at:], self.entropy[at:]
+        self.start += at
 
     def fork(self, n: int = 1, at: int | None = None) -> list[Node]:
         """Begin `n` new branches that share everything before token `at` of this node (default: all of it).
