@@ -24,7 +24,7 @@ from ibtpo.sections.safeguards import SafeguardConfig
 from ibtpo.sections.sampling import SamplingConfig
 from ibtpo.sections.search import SearchConfig
 from ibtpo.sections.warm_start import WarmStartConfig
-from ibtpo.validation import check_choice, check_choices, check_range
+from ibtpo.validation import as_path, check_choice, check_choices, check_range
 
 __all__ = [
     "AdvantageConfig",
@@ -115,6 +115,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
+        as_path(self.model, "model")
         if self.advantage.kind == "vineppo" and self.search.method != "vineppo":
             raise ValueError("advantage.kind: vineppo needs the rollouts of search.method=vineppo; set that too")
         if self.search.method == "treepo" and self.search.segment_tokens >= self.sampling.max_tokens:

@@ -16,6 +16,7 @@ from ibtpo.config import TrainConfig
 from ibtpo.presets import PRESETS
 from ibtpo.printable import one_line
 from ibtpo.run_format import CONFIG, check_run
+from ibtpo.validation import as_path
 
 Config = TypeVar("Config")
 
@@ -66,11 +67,11 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         if isinstance(items, list | tuple) and all(isinstance(item, str) for item in items):
             return tuple(items)
         raise ValueError(f"{where}: {value!r} is not a list of texts")
+    if wanted is Path and isinstance(value, str):
+        return as_path(value, where)
     try:
         if wanted is float and not isinstance(value, bool):
             return float(value)
-        if wanted is Path and isinstance(value, str):
-            return Path(value)
         if wanted is int and isinstance(value, str):
             return int(value)
     except (TypeError, ValueError):

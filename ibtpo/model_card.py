@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from ibtpo.config import TrainConfig
 from ibtpo.config_io import flat, plain, to_yaml
-from ibtpo.environment import environment
+from ibtpo.environment import package_version
 from ibtpo.policy import Policy, base_folder
 from ibtpo.presets import PRESETS
 from ibtpo.printable import counted
@@ -88,7 +88,7 @@ def model_card(
         "training steps": f"{step:,}",
         "sampled tokens": f"{sampled_tokens:,} of {config.sampled_tokens:,}",
         "seed": str(config.seed),
-        "made by": f"ibtpo {environment()['ibtpo']}",
+        "made by": f"ibtpo {package_version('ibtpo')}",
     }
     lines = ["---", to_yaml(header).rstrip(), "---", "", f"# {title}", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {_in_cell(value)} |" for name, value in facts.items()]

@@ -91,8 +91,9 @@ def train(
         if group.leads and (differences := record_environment(folder.path)):
             say(console, f"continues with other versions: {', '.join(differences)}")
         gc.collect()
-        gc.freeze()  # objects loaded so far stay, so the garbage collector need not visit them
-        stack.callback(gc.unfreeze)
+        if not gc.get_freeze_count():  # what the calling process has frozen remains so
+            gc.freeze()  # objects loaded so far stay, so the garbage collector need not visit them
+            stack.callback(gc.unfreeze)
         trainer = Trainer(config, folder, policy, task, engine, console, on_step, plan, group=group, mode=mode)
         if config.resume is not None:
             trainer.resume()

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
 _limits: ContextVar[dict[str, str] | None] = ContextVar("ibtpo_limits", default=None)
@@ -52,6 +53,14 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     _note(name, ", ".join(choice or '""' for choice in choices))
     if value not in choices:
         raise ValueError(f"{name}: {value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+def as_path(text: str, name: str = "") -> Path:
+    """A path, which "" is not: so arrives an unset variable of a shell, and pathlib would take it for "."."""
+    if not text.strip():
+        named = f"{name}: " if name else ""
+        raise ValueError(f"{named}{text!r} is no path; name one, or leave it out (is a variable of the shell unset?)")
+    return Path(text)
 
 
 @cache

@@ -261,6 +261,33 @@ def test_a_file_of_settings_that_cannot_be_read_is_named(command: str, tmp_path:
         assert f"ibtpo: error: {path}: {fault}" in refused(*what, "--config", path, command=command)
 
 
+@pytest.mark.parametrize(
+    ("command", "flags", "field"),
+    [
+        ("train", ["--model", ""], "model: "),
+        ("eval", ["--model", " "], "model: "),
+        ("train", ["--data", ""], "Error parsing --data: "),
+        ("train", ["--data="], "Error parsing --data: "),
+        ("train", ["--config", ""], "Error parsing --config: "),
+        ("eval", ["--out", ""], "Error parsing --out: "),
+        ("study", ["main", "--out", ""], "Error parsing --out: "),
+    ],
+)
+def test_an_empty_path_is_not_the_current_folder(
+    command: str, flags: list[str], field: str, refused: Refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_checkpoint(tmp_path)  # which the current folder could be taken for
+    monkeypatch.chdir(tmp_path)
+    assert f"{field}{flags[-1].rpartition('=')[2]!r} is no path; name one, or leave it out" in refused(
+        *flags, command=command
+    )
+
+
+def test_an_empty_path_in_a_file_is_not_the_current_folder(tmp_path: Path, refused: Refusal) -> None:
+    (file := tmp_path / "run.yaml").write_text("data: ''\n")
+    assert f"{file}: data: '' is no path" in refused("--config", file)
+
+
 def test_unknown_key_of_a_file_suggests_the_nearest(tmp_path: Path, refused: Refusal) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("search: {round: 3}\n")

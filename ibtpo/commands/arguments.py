@@ -18,6 +18,7 @@ from ibtpo.config_io import base_config, load_yaml
 from ibtpo.list_flags import join_repeated
 from ibtpo.presets import PRESETS
 from ibtpo.run_format import CONFIG, is_run
+from ibtpo.validation import as_path
 
 Arguments = TypeVar("Arguments")
 Flat = tyro.conf.arg(name="")  # the fields of the run are flags without a prefix
@@ -106,6 +107,23 @@ def _text(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primit
     )
 
 
+@_REGISTRY.primitive_rule
+def _path(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[Path | None] | None:
+    """Paths that may not be empty, and perhaps None."""
+    is_optional = info.type == Path | None
+    if not is_optional and info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{None}|PATH" if is_optional else "PATH",
+        instance_from_str=lambda words: None if is_optional and words[0] == "None" else as_path(words[0]),
+        is_instance=lambda value: isinstance(value, Path) or (is_optional and value is None),
+        str_from_instance=lambda path: [str(path)],
+    )
+
+
 def base_of_training(arguments: list[str]) -> TrainConfig:
     """The configuration before flags: that of the run to --resume, of --config, --preset and the task."""
     early = _early(arguments)
@@ -148,7 +166,7 @@ def _early(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--preset", default=None)
     parser.add_argument("--task", default=None)
     for name in ("--config", "--resume", "--data", "--model"):
-        parser.add_argument(name, type=Path, default=None)
+        parser.add_argument(name, type=as_path, default=None)
     parser.add_argument("--whole", action="store_true")
     try:
         return parser.parse_known_args(arguments)[0]

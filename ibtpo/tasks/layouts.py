@@ -149,6 +149,16 @@ def _get(row: Mapping[str, Any], field: str) -> Any:
     return _get(row[head], tail) if dot and isinstance(row.get(head), Mapping) else _MISSING
 
 
+def _names_near(row: Mapping[str, Any], field: str) -> list[str]:
+    """The names in a row that lacks a field; in the object that the field's path reaches, if it reaches one."""
+    inside, prefix = row, ""
+    for name in field.split(".")[:-1]:
+        if not isinstance(value := _get(inside, name), Mapping) or not value:
+            break
+        inside, prefix = value, f"{prefix}{name}."
+    return [f"{prefix}{name}" for name in inside]
+
+
 def has_field(row: Mapping[str, Any], field: str) -> bool:
     """Does a row have this field?"""
     return _get(row, field) is not _MISSING
@@ -162,7 +172,7 @@ def get_field(row: Mapping[str, Any], field: str, option: str, where: str) -> An
     """
     value = _get(row, field)
     if value is _MISSING:
-        found = ", ".join(map(repr, row)) or "none"
+        found = ", ".join(map(repr, _names_near(row, field))) or "none"
         remedy = f"add it, or name another in jsonl.{option}"
         remedy += ", or another --layout" if option in ("prompt_field", "answer_field") else ""
         fail(where, f'field "{field}" is missing (fields found: {found})', remedy)
