@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -110,6 +111,21 @@ def test_grpo_runs_through_the_same_loop(policy: Path, tmp_path: Path) -> None:
     assert all(row["avg_rate"] == row["avg_rate_iid"] for row in steps)
     assert all(row["tokens_sampled"] == row["trajectory_tokens"] for row in steps)
     assert sum(row["optimizer_steps"] for row in steps) > 0
+
+
+def test_what_the_caller_has_frozen_stays_frozen(policy: Path, tmp_path: Path) -> None:
+    """As `conftest` does with what was imported; a training freezes for its own time only where nothing is."""
+    before = gc.get_freeze_count()
+    assert before > 0
+    assert _run("--model", policy, "--out", tmp_path / "run", *QUICK, "--sampled-tokens", "10") == 0
+    assert gc.get_freeze_count() == pytest.approx(before, rel=0.01)  # what dies leaves the count
+    gc.unfreeze()
+    try:
+        assert _run("--model", policy, "--out", tmp_path / "other", *QUICK, "--sampled-tokens", "10") == 0
+        assert gc.get_freeze_count() == 0
+    finally:
+        gc.collect()
+        gc.freeze()
 
 
 def test_same_seed_same_run(policy: Path, uninterrupted: Path, tmp_path: Path) -> None:
