@@ -28,7 +28,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 HEADS = (16, 32, 64, 80, 96, 128, 256)
 # What is compiled by default, types and head sizes: what has come closest to a limit, most of it for sm_90.
 SOME = {
-    80: {"bf16": (80, 128), "fp32": (256,)},
+    80: {"bf16": (80, 128), "fp32": (128, 256)},
     90: {"bf16": (96, 128, 256), "fp32": (128,)},
     100: {"bf16": (128,), "fp32": (128,)},
 }
