@@ -46,7 +46,7 @@ SPILLS_38 = OLDER_SPILLS | {
     ("backward_queries", 100): 264,
 }
 ALLOWED_SPILLS = {} if VERSION >= (3, 9) else SPILLS_38 if VERSION == (3, 8) else OLDER_SPILLS
-# Of any compiler, at heads of 64 to 128 in float32: smaller tiles would spill nothing, and read their operands more often.
+# Of any compiler, in float32 at heads of 64 to 128: smaller tiles would spill nothing, and read operands more often.
 SPILLS_FP32 = {("backward_keys", 80): 8, ("backward_queries", 80): 24}
 SPILLS_120 = 128  # bytes a thread, of any compiler: the tiles are those of sm_80, where registers are enough
 PRODUCTS = {
