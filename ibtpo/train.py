@@ -29,6 +29,9 @@ from ibtpo.trainer import Trainer
 from ibtpo.viewer import export_page
 from ibtpo_engine import CheckpointError
 
+_FROZEN_BY_PYTHON = 1000
+"""Python 3.12 counts some hundred objects of its own among the frozen; whoever freezes has more."""
+
 
 def train(
     config: TrainConfig,
@@ -91,7 +94,7 @@ def train(
         if group.leads and (differences := record_environment(folder.path)):
             say(console, f"continues with other versions: {', '.join(differences)}")
         gc.collect()
-        if not gc.get_freeze_count():  # what the calling process has frozen remains so
+        if gc.get_freeze_count() < _FROZEN_BY_PYTHON:  # what the calling process has frozen remains so
             gc.freeze()  # objects loaded so far stay, so the garbage collector need not visit them
             stack.callback(gc.unfreeze)
         trainer = Trainer(config, folder, policy, task, engine, console, on_step, plan, group=group, mode=mode)

@@ -113,19 +113,23 @@ def test_grpo_runs_through_the_same_loop(policy: Path, tmp_path: Path) -> None:
     assert sum(row["optimizer_steps"] for row in steps) > 0
 
 
-def test_what_the_caller_has_frozen_stays_frozen(policy: Path, tmp_path: Path) -> None:
+def test_what_the_caller_has_frozen_stays_frozen(policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `conftest` does with what was imported; a training freezes for its own time only where nothing is."""
+    freeze, calls = gc.freeze, []
+    monkeypatch.setattr(gc, "freeze", lambda: calls.append(freeze()))
     before = gc.get_freeze_count()
-    assert before > 0
+    assert before > 10_000
     assert _run("--model", policy, "--out", tmp_path / "run", *QUICK, "--sampled-tokens", "10") == 0
     assert gc.get_freeze_count() == pytest.approx(before, rel=0.01)  # what dies leaves the count
+    assert not calls
     gc.unfreeze()
     try:
         assert _run("--model", policy, "--out", tmp_path / "other", *QUICK, "--sampled-tokens", "10") == 0
-        assert gc.get_freeze_count() == 0
+        assert gc.get_freeze_count() < 1000  # Python 3.12 keeps some hundred there
+        assert len(calls) == 1
     finally:
         gc.collect()
-        gc.freeze()
+        freeze()
 
 
 def test_same_seed_same_run(policy: Path, uninterrupted: Path, tmp_path: Path) -> None:
