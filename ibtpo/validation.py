@@ -56,7 +56,15 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def as_path(text: str, name: str = "") -> Path:
-    """A path, which "" is not: so arrives an unset variable of a shell, and pathlib would take it for "."."""
+    """A path; "" is none: so arrives an unset variable of a shell, and pathlib would take it for ".".
+
+    Args:
+        text: the path.
+        name: the field, for the message; "" where the caller names it.
+
+    Raises:
+        ValueError: it is empty or blank.
+    """
     if not text.strip():
         named = f"{name}: " if name else ""
         raise ValueError(f"{named}{text!r} is no path; name one, or leave it out (is a variable of the shell unset?)")
